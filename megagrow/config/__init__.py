@@ -1,0 +1,25 @@
+"""Configuration of a run: schema, loading, dotted overrides."""
+
+from megagrow.config.schema import (
+    BatchConfig,
+    Config,
+    GrowConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    StageConfig,
+    UntilConfig,
+)
+
+__all__ = [
+    "BatchConfig",
+    "Config",
+    "GrowConfig",
+    "LayoutConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "StageConfig",
+    "UntilConfig",
+]

@@ -1,0 +1,218 @@
+"""What a run is: the schema of a configuration file.
+
+Every section is a frozen pydantic model that refuses unknown keys; checks
+that need more than one key name them all.  Loading files, overrides and
+presets is `megagrow.config.load`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen; an unknown key, an infinity or a NaN is an error."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True
+    )
+
+
+class RunConfig(Section):
+    """Where the run lives and its one seed."""
+
+    dir: str = "runs/default"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
+
+
+class ModelConfig(Section):
+    """The shape of a transformer.
+
+    `vocab` may stay unset in a file: it is then taken from the tokenizer.
+    """
+
+    family: Literal["gpt2"] = "gpt2"
+    layers: Positive
+    hidden: Positive
+    heads: Positive
+    ffn: Positive
+    sequence: Positive
+    vocab: Positive | None = None
+    tie_embeddings: bool = True
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
+    init_std: Annotated[float, Field(gt=0.0)] = 0.02
+
+    @model_validator(mode="after")
+    def _heads_divide_hidden(self) -> ModelConfig:
+        if self.hidden % self.heads:
+            nearest = max(1, round(self.hidden / self.heads)) * self.heads
+            raise ValueError(
+                f"hidden = {self.hidden} is not divisible by heads = {self.heads}; "
+                f"set model.hidden to a multiple of {self.heads}, for instance {nearest}"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.heads
+
+    @property
+    def kv_groups(self) -> int:
+        """Number of key/value heads (equal to `heads` in the GPT-2 family)."""
+        return self.heads
+
+    @property
+    def vocabulary(self) -> int:
+        """The vocabulary size; raises ValueError while it is still unset."""
+        if self.vocab is None:
+            raise ValueError("model.vocab is not set yet: it comes from the tokenizer")
+        return self.vocab
+
+
+class LayoutConfig(Section):
+    """How the model is spread; data parallel is world / (tensor * pipeline)."""
+
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    zero: Annotated[int, Field(ge=0, le=3)] = 1
+
+
+class DataConfig(Section):
+    """The prepared dataset (see launch/prepare_data.py)."""
+
+    path: str
+    tokenizer: str | None = None  # default: the tokenizer inside `path`
+
+
+class OptimizerConfig(Section):
+    """AdamW; weight decay is not applied to norms and biases."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    grad_clip: Annotated[float, Field(ge=0.0)] = 1.0  # 0 turns clipping off
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run; `decay` is the fraction of steps that WSD decays."""
+
+    name: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    warmup: Annotated[int, Field(ge=0)] = 100
+    decay: Fraction = 0.1
+    floor: Fraction = 0.0  # final learning rate as a fraction of the peak
+
+
+class BatchConfig(Section):
+    """Samples in one optimizer step, and in one forward pass of one rank."""
+
+    global_: Positive = Field(alias="global")
+    micro: Positive
+
+    @model_validator(mode="after")
+    def _micro_divides_global(self) -> BatchConfig:
+        if self.global_ % self.micro:
+            above = -(-self.global_ // self.micro) * self.micro
+            raise ValueError(
+                f"global = {self.global_} is not divisible by micro = {self.micro}; "
+                f"set batch.global to a multiple of {self.micro}, for instance {above}"
+            )
+        return self
+
+
+class UntilConfig(Section):
+    """The end of a growth stage, counted from the start of the run; exactly one key."""
+
+    steps: Positive | None = None
+    tokens: Annotated[float, Field(gt=0)] | None = None
+    flops: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> UntilConfig:
+        given = [key for key in ("steps", "tokens", "flops") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of steps, tokens, flops; found {' and '.join(given) or 'none'}"
+            )
+        return self
+
+
+class GrowConfig(Section):
+    """One growth: which operator, how far, and what becomes of the optimizer state.
+
+    `state_policy: null` takes the operator's default.  `rewarm` is the number
+    of steps over which the learning rate climbs back after the growth; null
+    takes the policy's default.
+    """
+
+    operator: str
+    factor: Annotated[int, Field(ge=2)] = 2
+    state_policy: str | None = None
+    rewarm: Annotated[int, Field(ge=0)] | None = None
+
+
+class StageConfig(Section):
+    """A growth stage: an optional growth at its start, an optional new layout, its end."""
+
+    until: UntilConfig
+    grow: GrowConfig | None = None
+    layout: LayoutConfig | None = None
+
+
+class TrainConfig(Section):
+    """The loop: validation, logging, early stop."""
+
+    validate_every: Positive = 100
+    validation_samples: Positive = 64
+    log_every: Positive = 10
+    stop_after_steps: Positive | None = None
+    tensorboard: bool = True
+    threads: Positive | None = None  # CPU threads a rank; default: cores / local ranks
+
+
+class CheckpointConfig(Section):
+    """When to save and how many to keep."""
+
+    every: Positive = 500
+    keep: Positive = 2
+
+
+class GrowthConfig(Section):
+    """Settings of the transfer that carries a growth."""
+
+    staging_mib: Annotated[float, Field(gt=0)] = 64.0  # per rank, all buffers together
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    layout: LayoutConfig = LayoutConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    batch: BatchConfig
+    stages: Annotated[list[StageConfig], Field(min_length=1)]
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    growth: GrowthConfig = GrowthConfig()
+    deepspeed: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _first_stage_does_not_grow(self) -> Config:
+        if self.stages[0].grow is not None:
+            raise ValueError(
+                "stages[0].grow: the first stage starts from fresh weights and cannot grow; "
+                "describe the small model under `model` and move the growth to stages[1]"
+            )
+        return self

@@ -1,0 +1,56 @@
+"""Errors that a user can mend.
+
+Each says where the fault lies, what was found, what was expected and which
+command or setting mends it.  Everything else that is raised is a defect of
+megagrow itself.
+"""
+
+from __future__ import annotations
+
+
+class MegagrowError(Exception):
+    """A fault that the user can mend.
+
+    Args:
+        where: the file, setting or object at fault, and what is wrong with it.
+        found: what was there.
+        expected: what should have been there.
+        mend: the command or the setting that mends it.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        *,
+        found: object | None = None,
+        expected: object | None = None,
+        mend: str | None = None,
+    ) -> None:
+        parts = [where]
+        if found is not None:
+            parts.append(f"  found:    {found}")
+        if expected is not None:
+            parts.append(f"  expected: {expected}")
+        if mend is not None:
+            parts.append(f"  mend:     {mend}")
+        super().__init__("\n".join(parts))
+
+
+class ConfigError(MegagrowError):
+    """The configuration asks for something that cannot be."""
+
+
+class DataError(MegagrowError):
+    """A corpus, tokenizer or indexed dataset is missing, damaged or does not fit."""
+
+
+class CheckpointError(MegagrowError):
+    """A checkpoint is missing, damaged, incomplete or of another run."""
+
+
+class GrowthError(MegagrowError):
+    """A growth operator or state policy cannot do what it was asked."""
+
+
+class TrainingError(MegagrowError):
+    """Training had to stop, for instance on a loss that is not finite."""

@@ -1,0 +1,93 @@
+"""State policies: what becomes of optimizer state and learning rates at a growth, as data.
+
+Sources: `exact`, megagrow's laws 4 and 5; `sparkling`, Yu et al., arXiv 2602.02472 (old
+block keeps its moments, new blocks start at zero and re-warm to 1.3 times the learning
+rate over 250 steps, their own step count in the bias correction); `copy` and `reset` are
+what stacking papers do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megagrow.errors import GrowthError
+from megagrow.growth.operator import Block
+from megagrow.state.catalog import SlotKind
+
+Moments = Literal["gradient", "kept", "copy", "zero"]
+
+
+@dataclass(frozen=True)
+class StatePolicy:
+    """One way to carry optimizer state through a growth.
+
+    Attributes:
+        name: as written in a configuration.
+        summary: one line on what it does.
+        moments: "gradient": g * m and g^2 * v in every block (the slot law);
+            "kept": the old block's unchanged, new blocks zero; "copy": unchanged in
+            every block; "zero": none is kept.
+        scale_rates: whether lr, weight decay and eps are rescaled per tensor so that
+            the grown run retraces the small one (the dynamics law).
+        new_block_peak: multiple of the learning rate that new blocks re-warm to, or None.
+        restart_steps: whether the optimizer's step count starts again.
+        rewarm: default number of steps of re-warming: of the new blocks where
+            `new_block_peak` is set, else of the learning rate of everything.
+    """
+
+    name: str
+    summary: str
+    moments: Moments
+    scale_rates: bool = False
+    new_block_peak: float | None = None
+    restart_steps: bool = False
+    rewarm: int = 0
+
+    def coefficient(self, block: Block, kind: SlotKind) -> float:
+        """What a slot's old values are multiplied by in a block; 0 drops them.
+
+        Raises:
+            GrowthError: the policy needs the block's gradient and its operator states none.
+        """
+        if kind == "parameter":
+            return block.param
+        if self.moments == "zero" or (self.moments == "kept" and block.new):
+            return 0.0
+        if self.moments in ("copy", "kept"):
+            return 1.0
+        if block.grad is None:
+            raise GrowthError(
+                f"state policy {self.name!r} follows the gradient, but the operator does not "
+                f"keep the loss and so states no gradient for {block.source}",
+                mend="set grow.state_policy to copy or reset",
+            )
+        return block.grad if kind == "first_moment" else block.grad**2
+
+
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        StatePolicy(
+            "sparkling",
+            "old block keeps its moments; new blocks start at 0 and re-warm to 1.3 x lr",
+            moments="kept",
+            new_block_peak=1.3,
+            rewarm=250,
+        ),
+        StatePolicy(
+            "exact",
+            "m * g, v * g^2 in all blocks; lr, weight decay and eps rescaled: retraces",
+            moments="gradient",
+            scale_rates=True,
+        ),
+        StatePolicy("copy", "every block takes its source's moments", moments="copy"),
+        StatePolicy(
+            "reset",
+            "moments and step count start again; the learning rate re-warms",
+            moments="zero",
+            restart_steps=True,
+            rewarm=150,
+        ),
+    )
+}

@@ -1,0 +1,42 @@
+"""The growth operators and state policies by name."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from megagrow.errors import GrowthError
+from megagrow.growth.depth import DepthStack
+from megagrow.growth.operator import Operator
+from megagrow.growth.policy import POLICIES, StatePolicy
+from megagrow.growth.width import Width
+
+OPERATORS: dict[str, Operator] = {operator.name: operator for operator in (Width(), DepthStack())}
+
+
+def find_operator(name: str) -> Operator:
+    """The operator of a name; raises GrowthError with the nearest name."""
+    if name not in OPERATORS:
+        raise GrowthError(
+            "grow.operator: no such growth operator",
+            found=name,
+            expected=", ".join(sorted(OPERATORS)),
+            mend=_nearest(name, list(OPERATORS), "grow.operator"),
+        )
+    return OPERATORS[name]
+
+
+def find_policy(name: str) -> StatePolicy:
+    """The state policy of a name; raises GrowthError with the nearest name."""
+    if name not in POLICIES:
+        raise GrowthError(
+            "grow.state_policy: no such state policy",
+            found=name,
+            expected=", ".join(sorted(POLICIES)),
+            mend=_nearest(name, list(POLICIES), "grow.state_policy"),
+        )
+    return POLICIES[name]
+
+
+def _nearest(name: str, known: list[str], key: str) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f"set {key} to {close[0]}" if close else f"set {key} to one of the names above"

@@ -1,0 +1,105 @@
+"""Rules that a growth leaves to the optimizer: rate factors and young blocks.
+
+They are part of the run's state, and small: numbers per tensor, never per
+element.  Inside one matrix the old block is an arithmetic progression on each
+axis, so "the rest" needs no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megagrow.state.catalog import Catalog
+
+Progression = tuple[int, int, int]  # start, step, count along one axis
+
+
+@dataclass(frozen=True, order=True)
+class Factors:
+    """Multiples of lr, weight decay and eps for one tensor (the `exact` policy)."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+
+    def times(self, other: Factors) -> Factors:
+        """Factors of one growth upon those of an earlier one."""
+        return Factors(
+            self.lr * other.lr, self.weight_decay * other.weight_decay, self.eps * other.eps
+        )
+
+
+@dataclass(frozen=True)
+class YoungBlocks:
+    """The new blocks of one tensor, since a growth.
+
+    Attributes:
+        kept: per axis the elements of the old block; None where all of the tensor is new.
+        born: optimizer step at the growth; bias correction of the new blocks counts from it.
+        peak: multiple of the learning rate that they climb to.
+        rewarm: over how many steps.
+    """
+
+    kept: tuple[Progression, ...] | None
+    born: int
+    peak: float
+    rewarm: int
+
+    def lr_factor(self, step: int) -> float:
+        """The multiple of the learning rate for the update that makes step `step` (from 1)."""
+        age = step - self.born
+        if self.rewarm == 0:
+            return self.peak
+        return 1.0 + (self.peak - 1.0) * min(age / self.rewarm, 1.0)
+
+
+@dataclass(frozen=True)
+class OptimizerRules:
+    """All rules in force, by tensor name."""
+
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    young: Mapping[str, YoungBlocks] = field(default_factory=dict)
+
+    def factors_of(self, name: str) -> Factors:
+        """The factors of a tensor; all 1 where no growth set any."""
+        return self.factors.get(name, Factors())
+
+    def to_json(self) -> dict[str, Any]:
+        """A form that JSON holds; `from_json` is its inverse."""
+        return {
+            "factors": {name: asdict(f) for name, f in self.factors.items()},
+            "young": {name: asdict(y) for name, y in self.young.items()},
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> OptimizerRules:
+        """Read what `to_json` wrote (KeyError, TypeError or ValueError on anything else)."""
+        young = {}
+        for name, item in data["young"].items():
+            kept = item["kept"]
+            axes = None if kept is None else tuple((int(a), int(b), int(c)) for a, b, c in kept)
+            young[name] = YoungBlocks(
+                axes, int(item["born"]), float(item["peak"]), int(item["rewarm"])
+            )
+        factors = {
+            name: Factors(float(f["lr"]), float(f["weight_decay"]), float(f["eps"]))
+            for name, f in data["factors"].items()
+        }
+        return OptimizerRules(factors, young)
+
+
+GroupKey = tuple[bool, float, float, float]
+
+
+def group_keys(catalog: Catalog, rules: OptimizerRules) -> dict[str, GroupKey]:
+    """The optimizer's parameter group of every tensor: (no decay, lr, decay and eps factors).
+
+    Groups are laid out in the order of their keys, those with weight decay first.
+    """
+    keys = {}
+    for tensor in catalog:
+        f = rules.factors_of(tensor.name)
+        keys[tensor.name] = (not tensor.decay, f.lr, f.weight_decay, f.eps)
+    return keys

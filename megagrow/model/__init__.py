@@ -1,0 +1,1 @@
+"""The model: plain transformer blocks, their catalog of tensors, their FLOP count."""

@@ -1,0 +1,30 @@
+"""Exact FLOP counts of a model, the x-axis of every comparison.
+
+A multiply-add is 2 FLOPs; the backward pass costs twice the forward pass.  Counted are
+the matrix products: projections, the output head, and attention's two products over the whole
+sequence (not halved for causality), as in PaLM (Chowdhery et al., arXiv 2204.02311, appendix B).
+Embedding look-ups, norms, activations and the optimizer are not counted; recomputation under
+activation checkpointing neither, since it is not work that the model asks for.
+"""
+
+from __future__ import annotations
+
+from megagrow.config import ModelConfig
+
+_FORWARD_AND_BACKWARD = 3
+
+
+def forward_flops_per_token(model: ModelConfig) -> int:
+    """FLOPs of the forward pass for one token at the model's full sequence length."""
+    heads_width = model.heads * model.head_dim
+    qkv = model.hidden * (model.heads + 2 * model.kv_groups) * model.head_dim
+    attention_out = heads_width * model.hidden
+    mlp = 2 * model.hidden * model.ffn
+    matrices = model.layers * (qkv + attention_out + mlp) + model.hidden * model.vocabulary
+    attention = model.layers * 2 * model.sequence * heads_width
+    return 2 * (matrices + attention)
+
+
+def train_flops_per_token(model: ModelConfig) -> int:
+    """FLOPs of forward and backward pass for one token."""
+    return _FORWARD_AND_BACKWARD * forward_flops_per_token(model)

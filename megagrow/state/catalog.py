@@ -1,0 +1,128 @@
+"""The catalog: the logical tensors that a model configuration stands for.
+
+A logical tensor is a whole parameter, as one process without any parallelism
+would hold it.  Fused weights keep their structure as axes, so that
+tensor-parallel splits and growth act on whole axes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+InitKind = Literal["normal", "zeros", "ones"]
+SlotKind = Literal["parameter", "first_moment", "second_moment"]
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a fresh tensor is filled; `std` counts for "normal" only."""
+
+    kind: InitKind
+    std: float = 0.0
+
+
+@dataclass(frozen=True)
+class LogicalTensor:
+    """One whole parameter.
+
+    Attributes:
+        name: unique in the catalog, e.g. ``layers.3.mlp.up.weight``.
+        shape: whole shape, without any padding.
+        axes: the meaning of each axis (``vocab``, ``embed``, ``kv_group``, ``projection``,
+            ``query``, ``head_dim``, ``ffn``, ``position``).
+        init: how it starts.
+        decay: whether weight decay applies.
+        places: positions in the model's layer list that use it: 0 is the embedding,
+            1..L the blocks, L+1 the final norm and head.  A tied tensor has two.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init: Init
+    decay: bool
+    places: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"{self.name}: {len(self.shape)} axes but {len(self.axes)} names")
+
+    @property
+    def volume(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A per-parameter array that training keeps: the parameter itself or optimizer state.
+
+    `kind` decides what becomes of it under growth (the slot law).
+    """
+
+    name: str
+    kind: SlotKind
+
+
+MASTER = Slot("master", "parameter")
+ADAM_SLOTS = (MASTER, Slot("exp_avg", "first_moment"), Slot("exp_avg_sq", "second_moment"))
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """All logical tensors of one model, in the order of its layer list."""
+
+    tensors: tuple[LogicalTensor, ...]
+    _by_name: Mapping[str, LogicalTensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_name = {tensor.name: tensor for tensor in self.tensors}
+        if len(by_name) != len(self.tensors):
+            raise ValueError("two tensors of a catalog have the same name")
+        object.__setattr__(self, "_by_name", by_name)
+
+    def __getitem__(self, name: str) -> LogicalTensor:
+        return self._by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __iter__(self) -> Iterator[LogicalTensor]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; a tied tensor counts once."""
+        return sum(tensor.volume for tensor in self.tensors)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """A form that JSON holds; `from_json` is its inverse."""
+        return [asdict(tensor) for tensor in self.tensors]
+
+    @staticmethod
+    def from_json(data: Iterable[Mapping[str, Any]]) -> Catalog:
+        """Read what `to_json` wrote (raises KeyError, TypeError or ValueError on anything else)."""
+        return Catalog(
+            tuple(
+                LogicalTensor(
+                    name=str(item["name"]),
+                    shape=tuple(int(n) for n in item["shape"]),
+                    axes=tuple(str(axis) for axis in item["axes"]),
+                    init=Init(item["init"]["kind"], float(item["init"]["std"])),
+                    decay=bool(item["decay"]),
+                    places=tuple(int(place) for place in item["places"]),
+                )
+                for item in data
+            )
+        )
+
+    def fingerprint(self) -> str:
+        """Text that is equal exactly where two catalogs are."""
+        return json.dumps(self.to_json(), sort_keys=True)

@@ -1,0 +1,42 @@
+"""Training state of one process in plain tensors, whole: for tests, tools and offline work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from megagrow.state.boxes import Box
+from megagrow.state.catalog import Catalog, Slot
+
+
+class MemoryState:
+    """Whole logical tensors, readable and writable box by box.
+
+    Args:
+        tensors: memory by (tensor name, slot name), each of the logical tensor's shape.
+    """
+
+    def __init__(self, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
+        self.tensors = dict(tensors)
+
+    @staticmethod
+    def empty(
+        catalog: Catalog, slots: Sequence[Slot], *, dtype: torch.dtype = torch.float32
+    ) -> MemoryState:
+        """Fresh memory for every slot, filled with NaN so that a gap would show."""
+        return MemoryState(
+            {
+                (tensor.name, slot.name): torch.full(tensor.shape, torch.nan, dtype=dtype)
+                for tensor in catalog
+                for slot in slots
+            }
+        )
+
+    def view(self, tensor: str, slot: str, box: Box) -> torch.Tensor:
+        """The memory of a box."""
+        return self.tensors[tensor, slot][box.slices]
+
+    def read(self, tensor: str, slot: str, box: Box) -> torch.Tensor:
+        """The values of a box, as a view."""
+        return self.view(tensor, slot, box)

@@ -1,0 +1,137 @@
+"""The transfer plan: which piece goes from where to where, by arithmetic alone.
+
+A rank works out what it receives from the boxes it needs, and what it sends
+from the boxes it has.  Both sides name a piece by the same key and cut it the
+same way, so they agree on every message without exchanging a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megagrow.state.boxes import Box, split_box
+from megagrow.state.catalog import Slot
+from megagrow.state.placement import Placement
+from megagrow.state.statemap import Copy, StateMap
+
+
+class Locator(Protocol):
+    """The part of a source that planning needs: a placement, or the index of a checkpoint."""
+
+    def sources(self, name: str, box: Box, *, reader: int) -> Iterator[tuple[int, Box]]:
+        """One holder for each piece of a box: (holder, piece)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One piece of a block on its way from a holder to a rank.
+
+    `part` is in block coordinates; `target_box` and `source_box` are the smallest
+    boxes around it on either side, `index` is (target tensor, slot, block).
+    """
+
+    index: tuple[int, int, int]
+    tensor: str
+    slot: Slot
+    copy: Copy
+    part: Box
+    holder: int
+    receiver: int
+
+    @property
+    def key(self) -> tuple[tuple[int, int, int], Box]:
+        """Sorts the pieces of a message the same way on both sides."""
+        return self.index, self.part
+
+    @property
+    def target_box(self) -> Box:
+        """The smallest target box around the piece."""
+        return self.copy.target_hull(self.part)
+
+    @property
+    def source_box(self) -> Box:
+        """The smallest source box around the piece."""
+        return self.copy.source_hull(self.part)
+
+    def target_index(self) -> tuple[slice, ...]:
+        """The piece's elements inside a view of `target_box`."""
+        return self.copy.target_slices(self.part, self.target_box.offset)
+
+    def source_index(self) -> tuple[slice, ...]:
+        """The piece's elements inside a view of `source_box`."""
+        return self.copy.source_slices(self.part, self.source_box.offset)
+
+
+def plan_receives(
+    state_map: StateMap, source: Locator, target: Placement, *, slots: Sequence[Slot], rank: int
+) -> Iterator[Move]:
+    """Every piece that `rank` needs, each from one holder."""
+    number = {tensor.name: i for i, tensor in enumerate(state_map.target)}
+    for shard in target.shards(rank):
+        tensor = state_map.target[shard.tensor]
+        for s, slot in enumerate(slots):
+            for c, copy in enumerate(state_map.copies(tensor, slot)):
+                needed = copy.from_target(shard.box)
+                if needed is None:
+                    continue
+                found = source.sources(copy.source, copy.source_hull(needed), reader=rank)
+                for holder, box in found:
+                    fed = copy.from_source(box)
+                    part = fed.intersect(needed) if fed else None
+                    if part is not None:
+                        index = (number[tensor.name], s, c)
+                        yield Move(index, tensor.name, slot, copy, part, holder, rank)
+
+
+def plan_sends(
+    state_map: StateMap, source: Placement, target: Placement, *, slots: Sequence[Slot], rank: int
+) -> Iterator[Move]:
+    """Every piece that `rank` gives, to other ranks and to itself."""
+    at = source.layout.coordinates(rank)
+    feeds: dict[str, list[tuple[tuple[int, int, int], str, Slot, Copy]]] = {}
+    for t, tensor in enumerate(state_map.target):
+        for s, slot in enumerate(slots):
+            for c, copy in enumerate(state_map.copies(tensor, slot)):
+                feeds.setdefault(copy.source, []).append(((t, s, c), tensor.name, slot, copy))
+    for shard in source.shards(rank):
+        for index, name, slot, copy in feeds.get(shard.tensor, ()):
+            given = copy.from_source(shard.box)
+            if given is None:
+                continue
+            for receiver, box in target.holders(name, copy.target_hull(given)):
+                stage, data, tensor_rank = source.chosen(
+                    shard.tensor, tensor_rank=at.tensor, reader=receiver
+                )
+                if (stage, tensor_rank) != (at.pipe, at.tensor) or data not in (None, at.data):
+                    continue
+                landed = copy.from_target(box)
+                part = landed.intersect(given) if landed else None
+                if part is not None:
+                    yield Move(index, name, slot, copy, part, rank, receiver)
+
+
+def messages(moves: Sequence[Move], limit: int) -> list[list[Move]]:
+    """Cut the pieces between two ranks into messages of at most `limit` elements.
+
+    The pieces come in the order of their keys; one that is longer than a message is split.
+    """
+    packed: list[list[Move]] = []
+    room = 0
+    for move in sorted(moves, key=lambda m: m.key):
+        for part in split_box(move.part, limit):
+            if part.volume > room:
+                packed.append([])
+                room = limit
+            piece = move if part == move.part else _narrowed(move, part)
+            packed[-1].append(piece)
+            room -= part.volume
+    return packed
+
+
+def _narrowed(move: Move, part: Box) -> Move:
+    return Move(
+        move.index, move.tensor, move.slot, move.copy, part, move.holder, move.receiver
+    )

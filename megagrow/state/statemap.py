@@ -1,0 +1,161 @@
+"""How the next training state is made of the last, as data.
+
+A state map says for every target tensor and slot which blocks of which source
+tensors it is made of.  The identity is one; a growth operator with its state
+policy makes another.  A block relates the two sides axis by axis through
+arithmetic progressions, so that copies may be laid end to end (``tile``) or
+interleaved (``repeat``) without any special case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from megagrow.state.boxes import Box
+from megagrow.state.catalog import Catalog, LogicalTensor, Slot
+
+Fill = Literal["covered", "zeros", "fresh"]
+
+
+@dataclass(frozen=True, slots=True)
+class AxisMap:
+    """Along one axis, element u of a block is target index
+    ``target_start + u * target_step`` and source index ``source_start + u * source_step``,
+    for 0 <= u < length.
+    """
+
+    target_start: int
+    target_step: int
+    source_start: int
+    source_step: int
+    length: int
+
+    def from_target(self, start: int, stop: int) -> tuple[int, int]:
+        """The u whose target index lies in [start, stop): (first, behind the last)."""
+        return _pull(self.target_start, self.target_step, self.length, start, stop)
+
+    def from_source(self, start: int, stop: int) -> tuple[int, int]:
+        """The u whose source index lies in [start, stop): (first, behind the last)."""
+        return _pull(self.source_start, self.source_step, self.length, start, stop)
+
+
+def _pull(first: int, step: int, length: int, start: int, stop: int) -> tuple[int, int]:
+    low = max(0, -((first - start) // step))
+    high = min(length, -((first - stop) // step))
+    return low, high
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One block of one slot: target elements = coefficient * source elements."""
+
+    source: str
+    axes: tuple[AxisMap, ...]
+    coefficient: float
+
+    @property
+    def volume(self) -> int:
+        """Number of elements in the block."""
+        return math.prod(axis.length for axis in self.axes)
+
+    def from_target(self, box: Box) -> Box | None:
+        """The part of the block that lands in a target box, in block coordinates."""
+        return _block_box(
+            [
+                axis.from_target(a, b)
+                for axis, a, b in zip(self.axes, box.offset, box.stop, strict=True)
+            ]
+        )
+
+    def from_source(self, box: Box) -> Box | None:
+        """The part of the block that a source box feeds, in block coordinates."""
+        return _block_box(
+            [
+                axis.from_source(a, b)
+                for axis, a, b in zip(self.axes, box.offset, box.stop, strict=True)
+            ]
+        )
+
+    def target_slices(self, part: Box, origin: Sequence[int]) -> tuple[slice, ...]:
+        """Where a part of the block lies in the target, as an index counted from `origin`."""
+        return tuple(
+            _progression(axis.target_start - o, axis.target_step, u, n)
+            for axis, o, u, n in zip(self.axes, origin, part.offset, part.shape, strict=True)
+        )
+
+    def source_slices(self, part: Box, origin: Sequence[int]) -> tuple[slice, ...]:
+        """Where a part of the block lies in the source, as an index counted from `origin`."""
+        return tuple(
+            _progression(axis.source_start - o, axis.source_step, u, n)
+            for axis, o, u, n in zip(self.axes, origin, part.offset, part.shape, strict=True)
+        )
+
+    def target_hull(self, part: Box) -> Box:
+        """The smallest target box around a part of the block."""
+        return _hull(self.target_slices(part, (0,) * len(self.axes)))
+
+    def source_hull(self, part: Box) -> Box:
+        """The smallest source box around a part of the block."""
+        return _hull(self.source_slices(part, (0,) * len(self.axes)))
+
+
+def _block_box(ranges: Sequence[tuple[int, int]]) -> Box | None:
+    if any(low >= high for low, high in ranges):
+        return None
+    return Box(tuple(low for low, _ in ranges), tuple(high - low for low, high in ranges))
+
+
+def _progression(first: int, step: int, u: int, n: int) -> slice:
+    start = first + u * step
+    return slice(start, start + (n - 1) * step + 1, step)
+
+
+def _hull(slices: Sequence[slice]) -> Box:
+    return Box(tuple(s.start for s in slices), tuple(s.stop - s.start for s in slices))
+
+
+class StateMap(Protocol):
+    """How every slot of a target catalog follows from a source catalog."""
+
+    target: Catalog
+
+    def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
+        """The blocks of one slot of a target tensor; they do not overlap in the target."""
+        ...
+
+    def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:
+        """What elements that no block covers become."""
+        ...
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The state map that changes nothing."""
+
+    target: Catalog
+
+    def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
+        """One block: all of the tensor of the same name."""
+        return (Copy(tensor.name, tuple(AxisMap(0, 1, 0, 1, n) for n in tensor.shape), 1.0),)
+
+    def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:
+        """Nothing is left uncovered."""
+        return "covered"
+
+
+@dataclass(frozen=True)
+class FreshStart:
+    """The state map of a run's first step: initial parameters, optimizer state zero."""
+
+    target: Catalog
+
+    def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
+        """No block."""
+        return ()
+
+    def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:
+        """Fresh parameters, zero optimizer state."""
+        return "fresh" if slot.kind == "parameter" else "zeros"

@@ -1,0 +1,252 @@
+"""Carry a plan out: fill, copy in place, and exchange the rest in bounded messages.
+
+No rank ever holds more than its old shard, its new shard and the staging
+buffers (the no-gather law).  A transfer talks to other ranks only through a
+`Channel`, so this room knows nothing of torch.distributed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from megagrow.state.boxes import Box, split_box
+from megagrow.state.catalog import LogicalTensor, Slot
+from megagrow.state.fresh import fresh
+from megagrow.state.placement import Placement
+from megagrow.state.plan import Locator, Move, messages, plan_receives, plan_sends
+from megagrow.state.statemap import Fill, StateMap
+
+_FRESH_BYTES_AN_ELEMENT = 48  # float64 temporaries of the generator, see fresh.py
+
+
+class Reader(Protocol):
+    """Something that can hand out a box it holds."""
+
+    def read(self, tensor: str, slot: str, box: Box) -> torch.Tensor:
+        """The values of a box, of its shape: a view where possible, not to be written to."""
+        ...
+
+
+class Writer(Protocol):
+    """Something whose boxes can be written in place."""
+
+    def view(self, tensor: str, slot: str, box: Box) -> torch.Tensor:
+        """The memory of a box, of its shape."""
+        ...
+
+
+class Channel(Protocol):
+    """Point-to-point messages between the ranks of a job."""
+
+    rank: int
+    world: int
+
+    def exchange(
+        self,
+        *,
+        send: torch.Tensor | None,
+        to: int,
+        receive: torch.Tensor | None,
+        source: int,
+    ) -> None:
+        """Send one flat tensor and receive another; returns when both are done."""
+        ...
+
+
+class NoChannel:
+    """The channel of a job of one process: there is nobody to talk to."""
+
+    rank = 0
+    world = 1
+
+    def exchange(
+        self, *, send: torch.Tensor | None, to: int, receive: torch.Tensor | None, source: int
+    ) -> None:
+        """Never called: a single rank has no peer."""
+        raise AssertionError("a single process has no peer to exchange with")
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What one rank's part of a transfer did (bytes, seconds)."""
+
+    bytes_written: int = 0
+    bytes_received: int = 0
+    peak_staging_bytes: int = 0
+    seconds: float = 0.0
+
+
+def transfer_between_ranks(
+    *,
+    state_map: StateMap,
+    old: Reader,
+    old_placement: Placement,
+    new: Writer,
+    new_placement: Placement,
+    slots: Sequence[Slot],
+    channel: Channel,
+    seed: int,
+    staging_bytes: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> TransferReport:
+    """Make the new state of all ranks out of the old state of all ranks.
+
+    Every rank of the job calls this together.  Each of the two staging buffers
+    has at most half of `staging_bytes`.
+    """
+    begin = time.perf_counter()
+    rank = channel.rank
+    plan = {"slots": slots, "rank": rank}
+    staged = fill_uncovered(
+        state_map=state_map, new=new, placement=new_placement, slots=slots, rank=rank, seed=seed,
+        staging_bytes=staging_bytes,
+    )  # fmt: skip
+    incoming: dict[int, list[Move]] = defaultdict(list)
+    written = 0
+    for move in plan_receives(state_map, old_placement, new_placement, **plan):  # type: ignore[arg-type]
+        written += move.part.volume
+        if move.holder == rank:
+            _land(move, _piece(old, move), new)
+        else:
+            incoming[move.holder].append(move)
+    outgoing: dict[int, list[Move]] = defaultdict(list)
+    if channel.world > 1:
+        for move in plan_sends(state_map, old_placement, new_placement, **plan):  # type: ignore[arg-type]
+            if move.receiver != rank:
+                outgoing[move.receiver].append(move)
+
+    width = torch.empty((), dtype=dtype).element_size()
+    limit = max(1, staging_bytes // (2 * width))
+    received = 0
+    # Rank r sends to r+s while it receives from r-s: every pair meets once, none waits in a ring.
+    for step in range(1, channel.world):
+        to, source = (rank + step) % channel.world, (rank - step) % channel.world
+        sends = messages(outgoing.pop(to, []), limit)
+        receives = messages(incoming.pop(source, []), limit)
+        send_buffer = _buffer(sends, dtype, device)
+        receive_buffer = _buffer(receives, dtype, device)
+        staged = max(staged, (send_buffer.numel() + receive_buffer.numel()) * width)
+        for turn in range(max(len(sends), len(receives))):
+            packed = _pack(sends[turn], old, send_buffer) if turn < len(sends) else None
+            room = None
+            if turn < len(receives):
+                room = receive_buffer[: sum(move.part.volume for move in receives[turn])]
+            channel.exchange(send=packed, to=to, receive=room, source=source)
+            if room is not None:
+                received += room.numel() * width
+                _unpack(receives[turn], room, new)
+    return TransferReport(
+        bytes_written=written * width,
+        bytes_received=received,
+        peak_staging_bytes=staged,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def transfer_from_storage(
+    *,
+    state_map: StateMap,
+    old: Reader,
+    locator: Locator,
+    new: Writer,
+    new_placement: Placement,
+    slots: Sequence[Slot],
+    rank: int,
+    seed: int,
+    staging_bytes: int,
+) -> TransferReport:
+    """Make one rank's new state from storage that any rank can read."""
+    begin = time.perf_counter()
+    staged = fill_uncovered(
+        state_map=state_map, new=new, placement=new_placement, slots=slots, rank=rank, seed=seed,
+        staging_bytes=staging_bytes,
+    )  # fmt: skip
+    written = 0
+    moves = plan_receives(state_map, locator, new_placement, slots=slots, rank=rank)
+    for batch in messages(list(moves), max(1, staging_bytes // 8)):
+        for move in batch:
+            piece = _piece(old, move)
+            written += piece.numel() * piece.element_size()
+            staged = max(staged, move.source_box.volume * piece.element_size())
+            _land(move, piece, new)
+    return TransferReport(
+        bytes_written=written, peak_staging_bytes=staged, seconds=time.perf_counter() - begin
+    )
+
+
+def fill_uncovered(
+    *,
+    state_map: StateMap,
+    new: Writer,
+    placement: Placement,
+    slots: Sequence[Slot],
+    rank: int,
+    seed: int,
+    staging_bytes: int,
+) -> int:
+    """Give every element that no block covers its value; returns the peak of staging bytes."""
+    limit = max(1, staging_bytes // _FRESH_BYTES_AN_ELEMENT)
+    staged = 0
+    for shard in placement.shards(rank):
+        tensor = state_map.target[shard.tensor]
+        for slot in slots:
+            rule: Fill = state_map.fill(tensor, slot)
+            if rule == "covered":
+                continue
+            memory = new.view(tensor.name, slot.name, shard.box)
+            if rule == "zeros":
+                memory.zero_()
+                continue
+            for box in split_box(shard.box, limit):
+                staged = max(staged, box.volume * _FRESH_BYTES_AN_ELEMENT)
+                inside = box.relative_to(shard.box.offset)
+                memory[inside.slices].copy_(_fresh_tensor(tensor, box, seed))
+    return staged
+
+
+def _fresh_tensor(tensor: LogicalTensor, box: Box, seed: int) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(fresh(tensor, box, seed=seed)))
+
+
+def _piece(old: Reader, move: Move) -> torch.Tensor:
+    return old.read(move.copy.source, move.slot.name, move.source_box)[move.source_index()]
+
+
+def _land(move: Move, piece: torch.Tensor, new: Writer) -> None:
+    memory = new.view(move.tensor, move.slot.name, move.target_box)[move.target_index()]
+    memory.copy_(piece)
+    # Scaled where it lands, in the precision it is kept in: the same product in every layout.
+    if move.copy.coefficient != 1.0:
+        memory.mul_(move.copy.coefficient)
+
+
+def _buffer(
+    batches: Sequence[Sequence[Move]], dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    longest = max((sum(move.part.volume for move in batch) for batch in batches), default=0)
+    return torch.empty(longest, dtype=dtype, device=device)
+
+
+def _pack(batch: Iterable[Move], old: Reader, buffer: torch.Tensor) -> torch.Tensor:
+    position = 0
+    for move in batch:
+        stop = position + move.part.volume
+        buffer[position:stop].view(move.part.shape).copy_(_piece(old, move))
+        position = stop
+    return buffer[:position]
+
+
+def _unpack(batch: Iterable[Move], buffer: torch.Tensor, new: Writer) -> None:
+    position = 0
+    for move in batch:
+        stop = position + move.part.volume
+        _land(move, buffer[position:stop].view(move.part.shape), new)
+        position = stop
