@@ -128,6 +128,12 @@ class Placement:
             for tensor in tensors:
                 yield from self._shards_of(tensor, at)
 
+    def shards_of(self, name: str, rank: int) -> Iterator[Shard]:
+        """The boxes of one tensor that a rank holds; none where it has no part of it."""
+        at = self.layout.coordinates(rank)
+        if at.pipe in self.stages(self.catalog[name]):
+            yield from self._shards_of(self.catalog[name], at)
+
     def flat_range(self, tensor: LogicalTensor, at: Coordinates) -> tuple[int, int]:
         """The flat range of its local parameter that a rank holds: (start, stop), maybe empty."""
         numel = self.local(tensor, at.tensor).numel

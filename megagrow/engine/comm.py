@@ -1,0 +1,123 @@
+"""The processes of a job: start-up, small objects, and point-to-point messages."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from megagrow.errors import MegagrowError
+
+
+class Comm:
+    """All ranks of the job; the `Channel` of transfers and the `Group` of checkpoints.
+
+    Attributes:
+        rank: this process, from 0.
+        world: number of processes.
+        local_rank: this process among those of its host.
+        device: where this rank's model lives.
+    """
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = torch.device("cuda", self.local_rank) if _on_gpu() else torch.device("cpu")
+
+    def exchange(
+        self, *, send: torch.Tensor | None, to: int, receive: torch.Tensor | None, source: int
+    ) -> None:
+        """Send one flat tensor and receive another; returns when both are done."""
+        operations = []
+        if send is not None:
+            operations.append(dist.P2POp(dist.isend, send, to))
+        if receive is not None:
+            operations.append(dist.P2POp(dist.irecv, receive, source))
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+
+    def gather(self, item: Any) -> list[Any] | None:
+        """A small object of every rank, on rank 0; None elsewhere."""
+        items = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(item, items, dst=0)
+        return items
+
+    def all_gather(self, item: Any) -> list[Any]:
+        """A small object of every rank, on all."""
+        items: list[Any] = [None] * self.world
+        dist.all_gather_object(items, item)
+        return items
+
+    def broadcast(self, item: Any) -> Any:
+        """Rank 0's small object, on all."""
+        box = [item]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def gather_floats(self, value: float) -> list[float]:
+        """One number of every rank, on all."""
+        mine = torch.tensor([value], dtype=torch.float64, device=self.device)
+        out = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(out, mine)
+        return [float(x) for x in torch.cat(out).cpu()]
+
+    def sum_ints(self, value: int) -> int:
+        """The sum over all ranks."""
+        total = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.all_reduce(total)
+        return int(total)
+
+    def agree(self, failure: Exception | None) -> None:
+        """Raise on every rank if any rank failed, so that none waits for one that is gone.
+
+        Raises:
+            MegagrowError: the first failure, of this rank's own kind where it is its own.
+        """
+        failures = self.all_gather(None if failure is None else (type(failure), str(failure)))
+        for rank, found in enumerate(failures):
+            if found is None:
+                continue
+            if failure is not None and rank == self.rank:
+                raise failure
+            kind, text = found
+            wanted = kind if issubclass(kind, MegagrowError) else MegagrowError
+            raise wanted(text if kind is wanted else f"rank {rank} failed: {kind.__name__}: {text}")
+
+
+def start() -> Comm:
+    """Join the job that a launcher started, or be a job of one process."""
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
+    if not dist.is_initialized():
+        if _on_gpu():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl" if _on_gpu() else "gloo"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    return Comm()
+
+
+def stop() -> None:
+    """Leave the job."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
