@@ -1,0 +1,1 @@
+"""From text to training samples: tokenizers, indexed datasets and the sampler."""

@@ -1,0 +1,214 @@
+"""A prepared dataset: a directory with everything that training needs of the data.
+
+::
+
+    train.bin  train.idx  validation.bin  validation.idx
+    tokenizer.model (or tokenizer.json)
+    dataset.json    what the rest must agree with
+
+``dataset.json`` has two parts: ``content`` (counts, types, checksums), which is the
+same wherever the same data is prepared, and ``made`` (source and arguments), which
+says how.  The fingerprint is the sha256 of ``content`` alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megagrow.data.files import sha256_file
+from megagrow.data.indexed import IndexedDataset, bin_path, idx_path
+from megagrow.data.tokenizer import Tokenizer, load_tokenizer
+from megagrow.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST = "dataset.json"
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Split:
+    """What the manifest says of one split."""
+
+    documents: int
+    tokens: int
+    bin_sha256: str
+    idx_sha256: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the manifest says of the data itself."""
+
+    format_version: int
+    tokenizer_file: str
+    tokenizer_sha256: str
+    vocab_size: int
+    eod: int
+    dtype: str
+    train: Split
+    validation: Split
+
+    def fingerprint(self) -> str:
+        """sha256 over all of it: equal for equal data, wherever and however made."""
+        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """An opened dataset directory.
+
+    Attributes:
+        path: the directory.
+        content: counts and checksums.
+        made: the source and the arguments it was made with.
+        train, validation: the splits, mapped into memory.
+    """
+
+    path: Path
+    content: Content
+    made: dict[str, Any]
+    train: IndexedDataset
+    validation: IndexedDataset
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the data, loaded when first asked for."""
+        return load_tokenizer(self.path / self.content.tokenizer_file)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return self.content.vocab_size
+
+    @property
+    def eod(self) -> int:
+        """Id of the token that ends each document."""
+        return self.content.eod
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the data's counts and checksums."""
+        return self.content.fingerprint()
+
+
+def manifest_bytes(content: Content, made: dict[str, Any]) -> bytes:
+    """The file ``dataset.json``."""
+    record = {"content": asdict(content), "made": made}
+    return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+
+
+def read_manifest(directory: Path) -> tuple[Content, dict[str, Any]]:
+    """Read ``dataset.json`` of ``directory``.
+
+    Raises:
+        DataError: there is no such directory or file, or it is damaged or of another version.
+    """
+    path = directory / MANIFEST
+    mend = f"python launch/prepare_data.py --input stdlib --output {directory}"
+    if not path.is_file():
+        what = "has no dataset.json" if directory.is_dir() else "no such directory"
+        raise DataError(f"{directory}: not a prepared dataset", found=what, mend=mend)
+    mend += " --overwrite"
+    try:
+        record = json.loads(path.read_bytes())
+        content = dict(record["content"])
+        made = dict(record["made"])
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{path}: unknown version", found=version, expected=FORMAT_VERSION, mend=mend
+            )
+        for split in SPLITS:
+            content[split] = _typed(Split, content[split])
+        checked: Content = _typed(Content, content)
+        if Path(checked.tokenizer_file).name != checked.tokenizer_file:
+            raise ValueError(f"tokenizer_file {checked.tokenizer_file!r} is not a plain name")
+        return checked, made
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(
+            f"{path}: damaged", found=f"{type(error).__name__}: {error}", mend=mend
+        ) from error
+
+
+def _typed(kind: type[Any], values: dict[str, Any]) -> Any:
+    """Make a record of ``kind``, checking the type of each value."""
+    made = kind(**values)
+    for name, annotation in kind.__annotations__.items():
+        value = getattr(made, name)
+        if type(value).__name__ != annotation:
+            raise TypeError(f"{name} is {value!r}, should be {annotation}")
+    return made
+
+
+def open_dataset(path: str | Path, tokenizer: str | Path | None = None) -> PreparedData:
+    """Open a prepared dataset and check that its parts agree.
+
+    Sizes, headers, indices, counts and the tokenizer's checksum are checked; the
+    checksums of the token files are not, see :func:`verify`.
+
+    Args:
+        path: the directory that prepare_data.py made.
+        tokenizer: a tokenizer file that must be the dataset's own, if given.
+
+    Raises:
+        DataError: the directory or a file is missing, damaged or disagrees with the rest.
+    """
+    directory = Path(path)
+    content, made = read_manifest(directory)
+    mend = f"python launch/prepare_data.py --input ... --output {directory} --overwrite"
+
+    own = directory / content.tokenizer_file
+    _check(own, "tokenizer", _checksum(own, mend), content.tokenizer_sha256, mend)
+    if tokenizer is not None:
+        _check(
+            Path(tokenizer),
+            f"tokenizer and dataset {directory} disagree",
+            load_tokenizer(tokenizer).fingerprint(),
+            content.tokenizer_sha256,
+            f"leave out data.tokenizer, or prepare the data again with --tokenizer {tokenizer}",
+        )
+    splits = {}
+    for name in SPLITS:
+        split: Split = getattr(content, name)
+        data = splits[name] = IndexedDataset(directory / name)
+        index = idx_path(data.prefix)
+        _check(index, "token type", data.dtype.name, content.dtype, mend)
+        _check(index, "number of documents", data.document_count, split.documents, mend)
+        _check(index, "number of tokens", data.total_tokens, split.tokens, mend)
+    return PreparedData(directory, content, made, **splits)
+
+
+def verify(data: PreparedData) -> None:
+    """Read all files of an opened dataset and compare their checksums.
+
+    Raises:
+        DataError: a file differs from what ``dataset.json`` says.
+    """
+    mend = f"python launch/prepare_data.py --input ... --output {data.path} --overwrite"
+    for name in SPLITS:
+        split: Split = getattr(data.content, name)
+        for file, expected in (
+            (bin_path(data.path / name), split.bin_sha256),
+            (idx_path(data.path / name), split.idx_sha256),
+        ):
+            _check(file, "checksum", _checksum(file, mend), expected, mend)
+
+
+def _checksum(path: Path, mend: str) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read", found=error.strerror, mend=mend) from error
+
+
+def _check(path: Path, what: str, found: object, expected: object, mend: str) -> None:
+    if found != expected:
+        raise DataError(
+            f"{path}: {what}", found=found, expected=f"{expected} ({MANIFEST})", mend=mend
+        )

@@ -1,0 +1,164 @@
+"""Encode the shards of a corpus in several processes, each shard to files of its own."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from megagrow.data.corpus import Piece, read_documents
+from megagrow.data.files import write_atomic
+from megagrow.data.indexed import IndexedDataset, IndexedWriter
+from megagrow.data.tokenizer import Tokenizer, load_tokenizer
+from megagrow.errors import DataError
+
+Shard = tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a shard.
+
+    Attributes:
+        documents: number of documents written.
+        empty: number of documents left out because they have no text.
+        unreadable: files that are not UTF-8 text.
+    """
+
+    documents: int
+    empty: int
+    unreadable: list[str]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes shards; sent to each worker once, where it opens the tokenizer once."""
+
+    folder: Path
+    tokenizer: Path
+    dtype: str
+    text_key: str
+
+    @cached_property
+    def _opened(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer)
+
+    def prefix(self, number: int) -> Path:
+        """Where shard ``number`` goes."""
+        return self.folder / f"shard-{number:06d}"
+
+    def finished(self, number: int) -> Report | None:
+        """The report of a shard that an earlier run has finished, else None."""
+        try:
+            report = Report(**json.loads(self._report_path(number).read_bytes()))
+            intact = len(IndexedDataset(self.prefix(number))) == report.documents
+            return report if intact else None
+        except (OSError, ValueError, TypeError, DataError):
+            return None
+
+    def encode(self, number: int, shard: Shard) -> Report:
+        """Write the documents of ``shard``, each ended by the document end token."""
+        documents, empty = 0, 0
+        unreadable: list[str] = []
+        with IndexedWriter(self.prefix(number), self.dtype) as writer:
+            for piece in shard:
+                for text in read_documents(piece, text_key=self.text_key):
+                    if text is None:
+                        unreadable.append(str(piece.path))
+                    elif not text:
+                        empty += 1
+                    else:
+                        writer.add_document([*self._opened.encode(text), self._opened.eod])
+                        documents += 1
+        report = Report(documents, empty, unreadable)
+        write_atomic(self._report_path(number), json.dumps(asdict(report)).encode())
+        return report
+
+    def _report_path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:06d}.json"
+
+
+def encode_all(
+    encoder: Encoder, shards: tuple[Shard, ...], *, workers: int, progress: Callable[[int], object]
+) -> list[Report]:
+    """Encode all shards that no earlier run has finished; returns the reports in order.
+
+    Args:
+        workers: processes; with 1 this process does the work.
+        progress: called with the bytes of text of each shard that is done.
+
+    Raises:
+        DataError: bad input, or a worker was killed.
+    """
+    reports = {
+        number: report
+        for number in range(len(shards))
+        if (report := encoder.finished(number)) is not None
+    }
+
+    def size(number: int) -> int:
+        return sum(piece.end - piece.begin for piece in shards[number])
+
+    for number in reports:
+        progress(size(number))
+    todo = [number for number in range(len(shards)) if number not in reports]
+
+    if workers == 1 or len(todo) <= 1:
+        for number in todo:
+            reports[number] = encoder.encode(number, shards[number])
+            progress(size(number))
+        return [reports[number] for number in range(len(shards))]
+
+    executor = ProcessPoolExecutor(
+        max_workers=min(workers, len(todo)),
+        # The same on every platform, and safe beside threads.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(encoder,),
+    )
+    try:
+        futures = {executor.submit(_work, number, shards[number]): number for number in todo}
+        for future in as_completed(futures):
+            number = futures[future]
+            reports[number] = future.result()
+            progress(size(number))
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process was killed or could not start",
+            expected="memory for each worker",
+            mend="run again with fewer --workers: finished shards are kept",
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+    return [reports[number] for number in range(len(shards))]
+
+
+_encoder: Encoder
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+    # Ctrl-C is the parent's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A pool's workers would outlive a parent that is killed, and wait for ever.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(number: int, shard: Shard) -> Report:
+    return _encoder.encode(number, shard)

@@ -1,0 +1,289 @@
+"""The report page: what a run did, in one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from megagrow import __version__
+from megagrow.errors import DataError
+from megagrow.report.curves import loss_charts, side_charts
+from megagrow.report.log import read_metrics, write_atomically
+from megagrow.report.run import Growth, Run, Stage, summarize
+from megagrow.report.style import STYLE
+from megagrow.report.units import binary_bytes, duration, human, number_text, signed, whole
+
+_SHAPE = ("family", "layers", "hidden", "heads")
+_MORE_SHAPE = ("ffn", "sequence", "vocab")
+# What neither HTML nor XML allows in a text, however it is escaped.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_NONE = '<span aria-label="not known">–</span>'
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Make `run_dir/report.html` from the run's log and configuration; returns its path.
+
+    A run that has only begun, or has not, gets a report that says so.
+
+    Raises:
+        DataError: `run_dir` is not a run directory, its log is damaged, or the
+            report cannot be written.
+    """
+    run_dir = Path(run_dir)
+    log, config = run_dir / "metrics.jsonl", run_dir / "config.yaml"
+    if not log.is_file() and not config.is_file():
+        raise DataError(
+            f"{run_dir} is not a run directory",
+            found="neither metrics.jsonl nor config.yaml in it",
+            expected="a directory that launch/pretrain.py wrote",
+            mend="give the run's `run.dir`",
+        )
+    run = summarize(read_metrics(log) if log.is_file() else ())
+    text = config.read_text("utf-8", errors="replace") if config.is_file() else None
+    path = run_dir / "report.html"
+    page = render(run, name=run_dir.resolve().name, config=text)
+    try:
+        write_atomically(path, page.encode())
+    except OSError as error:
+        raise DataError(
+            f"cannot write the report {path}",
+            found=error.strerror,
+            expected="room on the disk and the right to write",
+            mend=f"free space, then python launch/report.py {run_dir}",
+        ) from error
+    return path
+
+
+def render(run: Run, *, name: str, config: str | None) -> str:
+    """The page of `run` as HTML text; `config` is the text of its config.yaml."""
+    charts = '<p class="empty">No step has been logged yet.</p>'
+    if run.steps or run.validations:
+        charts = (
+            f'<div class="charts two">{"".join(loss_charts(run))}</div>'
+            f'<div class="charts three">{"".join(side_charts(run))}</div>'
+        )
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+        f"<title>{escape(name)}: megagrow run report</title><style>{STYLE}</style></head>"
+        f"<body><main>{_header(run, name)}{_tiles(run)}"
+        f"<h2>Curves</h2>{charts}"
+        f"{_stage_table(run)}{_growth_table(run)}{_configuration(run, config)}"
+        f"<footer>Made by megagrow {escape(__version__)}. Losses are in nats per token; FLOPs are "
+        "counted from the model's shape, forward and backward, recomputation apart.</footer>"
+        "</main></body></html>\n"
+    )
+    return _UNPRINTABLE.sub("\ufffd", page)
+
+
+def _header(run: Run, name: str) -> str:
+    if run.end:
+        reason = run.end.get("reason")
+        status = f"finished: {reason}" if isinstance(reason, str) and reason else "finished"
+        chip = f'<span class="chip good">{escape(status)}</span>'
+    elif run.steps:
+        chip = '<span class="chip warn">not at its end</span>'
+    else:
+        chip = '<span class="chip warn">not begun</span>'
+    facts = [_many(run.steps[-1].step if run.steps else 0, "step")]
+    facts.append(_many(len(run.growths), "growth"))
+    if run.resumes:
+        facts.append(f"resumed {'once' if run.resumes == 1 else f'{run.resumes} times'}")
+    if run.not_finite:
+        first = run.not_finite[0].step
+        facts.append(
+            f"{_many(len(run.not_finite), 'step')} with a loss that is not a number, "
+            f"the first is {whole(first)}"
+        )
+    version = run.start.get("version", run.start.get("megagrow_version"))
+    if version is not None:
+        facts.append(f"megagrow {version}")
+    spans = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
+    return (
+        f'<header><p class="eyebrow">megagrow run report</p><h1>{escape(name)}</h1>'
+        f'<p class="sub">{chip}{spans}</p></header>'
+    )
+
+
+def _tiles(run: Run) -> str:
+    last = run.steps[-1] if run.steps else None
+    loss = run.final_validation
+    known = [stage.parameters for stage in run.stages if math.isfinite(stage.parameters)]
+    grown = f"from {human(known[0])}" if len(known) > 1 else ""
+    tiles = [
+        (
+            "Final validation loss",
+            _value(loss, _loss),
+            f"perplexity {number_text(math.exp(loss))}" if loss < 700 else "",
+        ),
+        ("Parameters", _value(known[-1] if known else math.nan, human), grown),
+        ("Tokens", _value(last.tokens if last else math.nan, human), ""),
+        ("Compute", _value(last.flops if last else math.nan, lambda v: human(v, "FLOPs")), ""),
+        ("Wall time", _value(run.seconds or math.nan, duration), _mean_rate(run)),
+    ]
+    items = "".join(
+        f'<div class="tile"><dt>{title}</dt><dd><div class="value">{value}</div>'
+        f'<div class="aside">{escape(aside)}</div></dd></div>'
+        for title, value, aside in tiles
+    )
+    return f'<dl class="tiles">{items}</dl>'
+
+
+def _mean_rate(run: Run) -> str:
+    flops = sum(stage.flops for stage in run.stages)
+    return f"{human(flops / run.seconds, 'FLOP/s')} on average" if run.seconds and flops else ""
+
+
+def _stage_table(run: Run) -> str:
+    if not run.stages:
+        return ""
+    rows = [_stage_row(stage) for stage in run.stages]
+    total = [
+        "all",
+        "",
+        "",
+        _value(sum(s.steps for s in run.stages), whole),
+        _value(sum(s.tokens for s in run.stages), human),
+        _value(sum(s.flops for s in run.stages), human),
+        _value(run.seconds or math.nan, duration),
+        "",
+        _value(run.final_validation, _loss),
+    ]
+    heads = [
+        "Stage",
+        "Model and layout",
+        "Parameters",
+        "Steps",
+        "Tokens",
+        "FLOPs",
+        "Time",
+        "First validation loss",
+        "Last validation loss",
+    ]
+    return "<h2>Growth stages</h2>" + _table("stages", heads, rows, total, left=(1,))
+
+
+def _stage_row(stage: Stage) -> list[str]:
+    shape = escape(_shape(stage.model, _SHAPE))
+    for more in (_shape(stage.model, _MORE_SHAPE), _layout(stage.layout)):
+        shape += f"<small>{escape(more)}</small>" if more else ""
+    return [
+        str(stage.index),
+        shape or _NONE,
+        _value(stage.parameters, human),
+        _value(stage.steps, whole),
+        _value(stage.tokens, human),
+        _value(stage.flops, human),
+        _value(stage.seconds or math.nan, duration),
+        _value(stage.first_validation, _loss),
+        _value(stage.last_validation, _loss),
+    ]
+
+
+def _growth_table(run: Run) -> str:
+    if not run.growths:
+        return ""
+    heads = [
+        "#",
+        "Operator",
+        "After step",
+        "Loss before",
+        "Loss after",
+        "Jump",
+        "Parameters",
+        "Time",
+        "Bytes moved",
+        "Peak staging",
+    ]
+    rows = [_growth_row(number, growth) for number, growth in enumerate(run.growths, start=1)]
+    return "<h2>Growths</h2>" + _table("growths", heads, rows, None, left=(1,))
+
+
+def _growth_row(number: int, growth: Growth) -> list[str]:
+    policy = f"<small>state: {escape(growth.state_policy)}</small>" if growth.state_policy else ""
+    return [
+        str(number),
+        escape(growth.operator) + policy,
+        _value(growth.step, whole),
+        _value(growth.loss_before, _loss),
+        _value(growth.loss_after, _loss),
+        _value(growth.jump, signed),
+        f"{_value(growth.parameters_before, human)} → {_value(growth.parameters_after, human)}",
+        _value(growth.seconds, duration),
+        _value(growth.bytes_moved, binary_bytes),
+        _value(growth.peak_staging_bytes, binary_bytes),
+    ]
+
+
+def _configuration(run: Run, config: str | None) -> str:
+    known = ("event", "time", "model", "layout", "growth_stage", "step")
+    rest = {key: value for key, value in run.start.items() if key not in known}
+    parts = ["<h2>Configuration</h2>"]
+    shown = "This run directory has no config.yaml." if config is None else config
+    parts.append(f"<details><summary>config.yaml</summary><pre>{escape(shown)}</pre></details>")
+    if rest:
+        lines = "\n".join(f"{key}: {value}" for key, value in rest.items())
+        parts.append(
+            f"<details><summary>At the start of the run</summary><pre>{escape(lines)}</pre>"
+            "</details>"
+        )
+    return "".join(parts)
+
+
+def _shape(model: dict[str, Any], keys: Sequence[str]) -> str:
+    """'gpt2, 4 layers, 256 hidden, ...' of what the log tells about `keys`."""
+    parts = []
+    for key in keys:
+        value = model.get(key)
+        if value is not None:
+            text = whole(value) if isinstance(value, int) else str(value)
+            parts.append(text if key == "family" else f"{text} {key}")
+    return ", ".join(parts)
+
+
+def _layout(layout: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in layout.items())
+
+
+def _table(
+    name: str,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    total: Sequence[str] | None,
+    *,
+    left: Sequence[int],
+) -> str:
+    """A table whose cells are HTML; `left` lists the columns of text."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        kind = ['<{0} class="left">{1}</{0}>', "<{0}>{1}</{0}>"]
+        return "".join(kind[i not in left].format(tag, cell) for i, cell in enumerate(cells))
+
+    body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
+    foot = f"<tfoot><tr>{row(total, 'td')}</tr></tfoot>" if total is not None else ""
+    return (
+        f'<div class="sheet"><table id="{name}"><thead><tr>{row(heads, "th")}</tr></thead>'
+        f"<tbody>{body}</tbody>{foot}</table></div>"
+    )
+
+
+def _loss(value: float) -> str:
+    """Losses stand below one another: the same number of decimals for all."""
+    return f"{value:.4f}" if math.isfinite(value) else number_text(value)
+
+
+def _value(value: float, write: Callable[[float], str]) -> str:
+    """A number as people read it, with the exact one for machines and for the pointer."""
+    if math.isnan(value):
+        return _NONE
+    exact = f"{value:.0f}" if math.isfinite(value) and value == int(value) else repr(value)
+    return f'<data value="{exact}" title="{exact}">{escape(write(value))}</data>'
+
+
+def _many(count: int, what: str) -> str:
+    plural = {"growth": "growths", "step": "steps"}
+    return f"1 {what}" if count == 1 else f"{whole(count)} {plural[what]}"

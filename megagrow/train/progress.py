@@ -1,0 +1,101 @@
+"""What rank 0 says while a run goes on: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from megagrow.report.units import human
+
+_BAR_FORMAT = (
+    "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+)
+
+
+class Progress:
+    """The progress of a run; also the silent one that the other ranks get.
+
+    Everything goes to `stream` (stderr), so bar, plain lines and `say` keep
+    their order.  On a terminal there is a bar; otherwise a line every
+    `log_every` steps, and one at the last step.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        first_step: steps done before (a resumed run); time left counts from here.
+        log_every: steps between two plain lines.
+        speaking: False makes a silent object: give `rank == 0`.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        first_step: int = 0,
+        log_every: int = 10,
+        speaking: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._speaking = speaking
+        self._total = total_steps
+        self._log_every = log_every
+        self._mark = (first_step, time.monotonic())
+        self._bar: tqdm[Any] | None = None
+        if speaking and self._stream.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=first_step,
+                file=self._stream,
+                bar_format=_BAR_FORMAT,
+                dynamic_ncols=True,
+                unit="step",
+            )
+
+    def step(
+        self,
+        *,
+        step: int,
+        loss: float,
+        tokens_per_second: float,
+        flops_per_second: float,
+        growth_stage: int,
+    ) -> None:
+        """Show that `step` steps are done; rates are of all ranks together."""
+        if not self._speaking:
+            return
+        facts = [
+            f"loss {loss:.4f}",
+            human(tokens_per_second, "tokens/s"),
+            human(flops_per_second, "FLOP/s"),
+        ]
+        if self._bar is not None:
+            self._bar.set_description_str(f"stage {growth_stage}", refresh=False)
+            self._bar.set_postfix_str(", ".join(facts), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step % self._log_every == 0 or step == self._total:
+            head = [f"step {step}/{self._total}", f"stage {growth_stage}"]
+            self.say("  ".join([*head, *facts, f"{self._time_left(step)} left"]))
+
+    def say(self, text: str) -> None:
+        """A log line; a bar moves out of its way."""
+        if self._speaking:
+            tqdm.write(text, file=self._stream)
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Leave the bar as it stands; may be called twice."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _time_left(self, step: int) -> str:
+        """From the pace since the last plain line: it changes with every growth."""
+        before, then = self._mark
+        now = time.monotonic()
+        self._mark = (step, now)
+        if step <= before:
+            return "?"
+        seconds = (now - then) / (step - before) * max(self._total - step, 0)
+        return str(tqdm.format_interval(seconds))

@@ -1,0 +1,296 @@
+import math
+import re
+import runpy
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from megagrow.errors import DataError
+from megagrow.report import write_report
+from megagrow.report.curves import running_mean
+from megagrow.report.log import encode_line
+from megagrow.report.run import summarize
+
+ROOT = Path(__file__).resolve().parents[2]
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+def step_line(step, stage, *, loss=3.0, tokens=None, flops=None):
+    return {
+        "event": "step",
+        "step": step,
+        "tokens": step * 100 if tokens is None else tokens,
+        "flops": step * 10_000 if flops is None else flops,
+        "loss": loss,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "tokens_per_second": 1000.0,
+        "growth_stage": stage,
+        "time": 1000.0 + step,
+    }
+
+
+def validation_line(step, stage, loss):
+    return {
+        "event": "validation",
+        "step": step,
+        "tokens": step * 100,
+        "flops": step * 10_000,
+        "val_loss": loss,
+        "growth_stage": stage,
+        "time": 1000.0 + step,
+    }
+
+
+def growth_line(step, stage, operator="width", before=2.5, after=2.75):
+    return {
+        "event": "growth",
+        "step": step,
+        "tokens": step * 100,
+        "flops": step * 10_000,
+        "operator": operator,
+        "state_policy": "sparkling",
+        "loss_before": before,
+        "loss_after": after,
+        "parameters_before": 111_111,
+        "parameters_after": 444_444,
+        "seconds": 0.5,
+        "bytes_moved": 5_333_333,
+        "peak_staging_bytes": 1 << 20,
+        "growth_stage": stage,
+        "model": {"family": "gpt2", "layers": 4, "hidden": 1024, "heads": 8, "ffn": 2048},
+        "layout": {"data": 2, "zero": 1},
+        "time": 1000.0 + step,
+    }
+
+
+def two_stage_run():
+    return [
+        {"event": "run_start", "version": "9.8.7", "parameters": 111_111, "time": 1000.0},
+        *(step_line(step, 0, loss=5.0 - step / 10) for step in range(1, 6)),
+        validation_line(5, 0, 4.6),
+        *(step_line(step, 0, loss=5.0 - step / 10) for step in range(6, 11)),
+        validation_line(10, 0, 4.1),
+        growth_line(10, 1),
+        validation_line(10, 1, 4.2),
+        *(step_line(step, 1, loss=4.0 - step / 10) for step in range(11, 31)),
+        validation_line(30, 1, 1.0625),
+        {"event": "end", "step": 30, "reason": "all stages done", "time": 1030.0},
+    ]
+
+
+def report_of(tmp_path, lines, config="run: {}\n"):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "metrics.jsonl").write_bytes(b"".join(encode_line(line) for line in lines))
+    if config is not None:
+        (run_dir / "config.yaml").write_text(config)
+    return write_report(run_dir).read_text("utf-8")
+
+
+class Page(HTMLParser):
+    """Checks that tags nest; keeps the tags, and the cells of each table by its id."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.tables, self._open, self._rows = [], {}, [], None
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        if tag in VOID:
+            return
+        self._open.append(tag)
+        if tag == "table":
+            self._rows = self.tables[attrs["id"]] = []
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._rows[-1].append([])
+        elif tag == "data" and "table" in self._open:
+            self._rows[-1][-1].append(float(attrs["value"]))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def svgs(text):
+    """The outermost SVG elements, each parsed as XML."""
+    found, depth, start = [], 0, 0
+    for match in re.finditer(r"<(/?)svg\b", text):
+        if not match[1]:
+            start = match.start() if depth == 0 else start
+            depth += 1
+        else:
+            depth -= 1
+            if depth == 0:
+                found.append(ElementTree.fromstring(text[start : match.end() + 1]))
+    assert depth == 0
+    return found
+
+
+def labels(svg):
+    return [t.text for t in svg.iter("text") if t.get("class") == "label"]
+
+
+def test_the_page_is_whole_and_needs_nothing_else(tmp_path):
+    text = report_of(tmp_path, two_stage_run())
+    page = Page(text)
+    plots = [svg for svg in svgs(text) if svg.get("class") == "plot"]
+    assert len(plots) == 5
+    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe")]
+    for _, attrs in page.tags:
+        assert not {"src", "href"} & set(attrs)
+    assert "url(" not in text and "@import" not in text and "http" not in text
+    assert "nan" not in re.sub(r"<title>.*?</title>", "", text, flags=re.S)
+    assert "prefers-color-scheme: dark" in text
+    assert "9.8.7" in page.text and "all stages done" in page.text
+
+
+def test_growths_are_marked_with_operator_and_jump_where_they_happened(tmp_path):
+    text = report_of(tmp_path, two_stage_run())
+    compute, tokens, *others = [svg for svg in svgs(text) if svg.get("class") == "plot"]
+    for svg in (compute, tokens):
+        assert labels(svg) == ["width +0.25"]
+        (line,) = [e for e in svg.iter("line") if e.get("class") == "marker"]
+        assert line.get("x1") == "33.33%"  # step 10 of 30
+        assert "444 k" in " ".join(e.text for e in svg.iter("title"))
+    for svg in others:
+        assert labels(svg) == ["width"]
+
+
+def test_the_tables_hold_the_numbers_of_the_log(tmp_path):
+    page = Page(report_of(tmp_path, two_stage_run()))
+    assert page.tables["growths"][1][2:] == [
+        [10],
+        [2.5],
+        [2.75],
+        [0.25],
+        [111_111, 444_444],
+        [0.5],
+        [5_333_333],
+        [1 << 20],
+    ]
+    _, first, second, total = page.tables["stages"]
+    #           parameters steps tokens   FLOPs       time  first last validation
+    assert first[2:] == [[111_111], [10], [1000], [100_000], [10], [4.6], [4.1]]
+    assert second[2:] == [[444_444], [20], [2000], [200_000], [20], [4.2], [1.0625]]
+    assert total[3:] == [[30], [3000], [300_000], [30], [], [1.0625]]
+    assert "4 layers, 1\u202f024 hidden, 8 heads" in page.text
+    assert "data 2, zero 1" in page.text
+
+
+HOSTILE = '"><script>alert(1)</script><b onload=x>&amp;\u202e\x00\ud800'
+
+
+def test_hostile_strings_are_only_text(tmp_path):
+    lines = two_stage_run()
+    lines[0].update(version=HOSTILE, note=HOSTILE, model={"layers": HOSTILE, "family": HOSTILE})
+    growth = next(line for line in lines if line["event"] == "growth")
+    growth.update(operator=HOSTILE, state_policy=HOSTILE, layout={HOSTILE: HOSTILE})
+    lines[-1]["reason"] = HOSTILE
+    text = report_of(tmp_path, lines, config=HOSTILE.replace("\ud800", ""))
+    page = Page(text)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert "b" not in {tag for tag, _ in page.tags}
+    assert page.text.count("<script>alert(1)</script>") >= 6
+    assert "\0" not in text  # has no place in XML, and HTML parsers differ about it
+    assert len([svg for svg in svgs(text) if svg.get("class") == "plot"]) == 5
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [{"event": "run_start"}],
+        [step_line(1, 0)],
+        [step_line(1, 0), step_line(2, 0)],
+        [validation_line(0, 0, 8.0)],
+        [growth_line(0, 1)],
+        [step_line(step, 0, loss=math.nan) for step in (1, 2, 3)],
+        [step_line(step, 0, loss=loss) for step, loss in enumerate((3, math.nan, math.inf, 2), 1)],
+        [step_line(1, 0, loss=-1e308), step_line(2, 0, loss=1e308), validation_line(2, 0, 1e308)],
+        [step_line(1, 0, tokens=10**400), step_line(2, 0, flops=-5)],
+        [growth_line(3, 1, before=math.nan), step_line(4, 1)],
+        [{"event": "step"}, {"event": "validation"}, {"event": "growth"}, {"event": "end"}],
+        [{"event": "step", "step": "x", "tokens": [], "loss": {}, "growth_stage": True, "time": 0}],
+    ],
+)
+def test_short_and_odd_runs_get_a_whole_page(tmp_path, lines):
+    text = report_of(tmp_path, lines, config=None)
+    Page(text)
+    for svg in svgs(text):
+        for element in svg.iter():
+            for key, value in element.attrib.items():
+                assert "nan" not in value and "inf" not in value, (key, value)
+
+
+def test_losses_that_are_not_numbers_are_counted(tmp_path):
+    lines = [step_line(step, 0, loss=math.nan if step in (3, 4) else 2.0) for step in range(1, 9)]
+    text = Page(report_of(tmp_path, lines)).text
+    assert "2 steps with a loss that is not a number, the first is 3" in text
+    assert "not at its end" in text
+
+
+def test_time_between_a_kill_and_its_resume_is_not_run_time():
+    lines = [step_line(1, 0), step_line(2, 0), {"event": "resume", "time": 9000.0}]
+    lines += [{**step_line(3, 0), "time": 9004.0}]
+    run = summarize(lines)
+    assert run.seconds == 1 + 4
+    assert run.resumes == 1
+
+
+def test_the_running_mean_keeps_a_jump_sharp_and_does_not_lag():
+    values = [1.0] * 20 + [5.0] * 20
+    stages = [0] * 20 + [1] * 20
+    assert running_mean(values, stages, 5) == values
+    ramp = [float(i) for i in range(50)]
+    assert running_mean(ramp, [0] * 50, 4) == pytest.approx(ramp)
+    mean = running_mean([1.0, math.nan, 3.0], [0, 0, 0], 1)
+    assert mean[0] == 1.0 and math.isnan(mean[1]) and mean[2] == 3.0
+
+
+def test_a_directory_of_no_run_and_a_damaged_log_are_refused_and_the_old_report_stays(tmp_path):
+    with pytest.raises(DataError, match="not a run directory"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    old = report_of(tmp_path, two_stage_run())
+    run_dir = tmp_path / "run"
+    (run_dir / "metrics.jsonl").write_text("broken\n")
+    with pytest.raises(DataError, match="line 1"):
+        write_report(run_dir)
+    assert (run_dir / "report.html").read_text("utf-8") == old
+
+
+def test_the_command_rewrites_the_report(tmp_path, capsys):
+    report_of(tmp_path, two_stage_run())
+    report = tmp_path / "run" / "report.html"
+    report.unlink()
+    main = runpy.run_path(str(ROOT / "launch" / "report.py"))["main"]
+    assert main([str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.strip() == str(report)
+    assert report.exists()
+    assert main([str(tmp_path / "absent")]) != 0
+    assert "not a run directory" in capsys.readouterr().err
+
+
+def test_reporting_needs_neither_torch_nor_deepspeed():
+    code = (
+        "import sys, megagrow.report; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'deepspeed', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
