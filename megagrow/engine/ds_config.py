@@ -8,6 +8,7 @@ from typing import Any
 from megagrow.config import Config
 from megagrow.errors import ConfigError
 from megagrow.layout import Layout
+from megagrow.schedule.batch import accumulation
 
 # Elements. DeepSpeed allocates buckets of this size; its default of 5e8 is 2 GB in fp32.
 _BUCKET = 50_000_000
@@ -28,7 +29,7 @@ def deepspeed_config(config: Config, layout: Layout, *, parameters: int) -> dict
     ours: dict[str, Any] = {
         "train_batch_size": config.batch.global_,
         "train_micro_batch_size_per_gpu": config.batch.micro,
-        "gradient_accumulation_steps": accumulation(config, layout),
+        "gradient_accumulation_steps": accumulation(config.batch, layout),
         # At ZeRO 0 DeepSpeed clips but does not tell the norm, so the engine does it itself.
         "gradient_clipping": config.optimizer.grad_clip if layout.zero else 0.0,
         "zero_allow_untested_optimizer": True,
@@ -42,26 +43,6 @@ def deepspeed_config(config: Config, layout: Layout, *, parameters: int) -> dict
         },
     }
     return _merge(ours, config.deepspeed, "deepspeed")
-
-
-def accumulation(config: Config, layout: Layout) -> int:
-    """Micro-batches in one optimizer step of one data-parallel rank.
-
-    Raises:
-        ConfigError: the global batch is not a multiple of micro-batch times data-parallel size.
-    """
-    unit = config.batch.micro * layout.data
-    steps, rest = divmod(config.batch.global_, unit)
-    if rest or steps == 0:
-        near = max(1, round(config.batch.global_ / unit)) * unit
-        raise ConfigError(
-            "batch.global does not divide into micro-batches",
-            found=f"batch.global = {config.batch.global_}, batch.micro = {config.batch.micro}, "
-            f"data-parallel size = {layout.data}",
-            expected=f"a multiple of batch.micro * data-parallel size = {unit}",
-            mend=f"set batch.global={near}, or another batch.micro or number of processes",
-        )
-    return steps
 
 
 def _merge(ours: Mapping[str, Any], given: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import gc
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import numpy as np
@@ -15,14 +15,15 @@ from torch import nn
 
 from megagrow.config import Config, ModelConfig
 from megagrow.engine.comm import Comm
-from megagrow.engine.ds_config import accumulation, deepspeed_config
+from megagrow.engine.ds_config import deepspeed_config
 from megagrow.engine.optimizer import BlockAdamW
 from megagrow.engine.state import LiveState, live_state, publish
 from megagrow.errors import ConfigError
-from megagrow.growth.rules import OptimizerRules, group_keys
+from megagrow.growth.rules import GroupKey, OptimizerRules, group_keys
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
 from megagrow.model.transformer import Transformer, named_tensors
+from megagrow.schedule.batch import accumulation
 from megagrow.state.placement import Placement
 
 
@@ -61,7 +62,7 @@ class Engine:
     ) -> None:
         _require_supported(layout)
         self.model, self.layout, self.comm = model, layout, comm
-        self.accumulation = accumulation(config, layout)
+        self.accumulation = accumulation(config.batch, layout)
         self.grad_clip = config.optimizer.grad_clip
         catalog = build_catalog(model)
         keys = group_keys(catalog, rules)
@@ -160,7 +161,7 @@ def _parameter_groups(
 ) -> list[dict[str, Any]]:
     groups = []
     for key, tensors in placement.groups(stage):
-        no_decay, lr, weight_decay, eps = key  # type: ignore[misc]
+        no_decay, lr, weight_decay, eps = cast(GroupKey, key)
         groups.append(
             {
                 "params": [parameters[tensor.name] for tensor in tensors],

@@ -56,5 +56,3 @@ def layer_of(name: str) -> tuple[int, str]:
 def layer_count(catalog: Catalog) -> int:
     """Number of layers of a model."""
     return 1 + max(layer_of(t.name)[0] for t in catalog if t.name.startswith(_LAYERS))
-
-

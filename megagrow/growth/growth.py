@@ -61,7 +61,7 @@ class Growth:
             step: the optimizer's step count at the growth.
 
         Young blocks of an earlier growth stay young where this one copies their tensor
-        whole; elsewhere they count as grown up.
+        whole and steps count on; elsewhere they count as grown up.
         """
         factors: dict[str, Factors] = {}
         young: dict[str, YoungBlocks] = {}
@@ -81,7 +81,11 @@ class Growth:
                     peak=peak,
                     rewarm=self.rewarm,
                 )
-            elif _is_whole(tensor, blocks) and blocks[0].source in before.young:
+            elif (
+                not self.policy.restart_steps  # it would give them a negative age
+                and _is_whole(tensor, blocks)
+                and blocks[0].source in before.young
+            ):
                 young[tensor.name] = before.young[blocks[0].source]
         return OptimizerRules(factors, young)
 
@@ -159,5 +163,3 @@ def _progressions(block: Block) -> tuple[tuple[int, int, int], ...]:
 def _is_whole(tensor: LogicalTensor, blocks: Sequence[Block]) -> bool:
     whole = tuple((0, 1, n) for n in tensor.shape)
     return len(blocks) == 1 and _progressions(blocks[0]) == whole
-
-

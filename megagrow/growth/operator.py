@@ -43,23 +43,37 @@ class Block:
 
 
 class Operator(Protocol):
-    """One way to grow a model.
+    """One way to grow a model; a frozen dataclass whose fields describe it."""
 
-    Attributes:
-        name: as written in a configuration.
-        summary: one line on what it does.
-        keeps: what is the same right after the growth.
-        breaker: how exact copies come to differ (the symmetry law).
-        source: paper or report it comes from.
-        policies: names of the state policies that make sense; the first is the default.
-    """
+    @property
+    def name(self) -> str:
+        """As written in a configuration."""
+        ...
 
-    name: str
-    summary: str
-    keeps: str
-    breaker: str
-    source: str
-    policies: Sequence[str]
+    @property
+    def summary(self) -> str:
+        """One line on what it does."""
+        ...
+
+    @property
+    def keeps(self) -> str:
+        """What is the same right after the growth: ``loss`` or ``nothing``."""
+        ...
+
+    @property
+    def breaker(self) -> str:
+        """How exact copies come to differ (the symmetry law)."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """Paper or report that it comes from."""
+        ...
+
+    @property
+    def policies(self) -> Sequence[str]:
+        """Names of the state policies that make sense; the first is the default."""
+        ...
 
     def target(self, model: ModelConfig, factor: int) -> ModelConfig:
         """The grown model's configuration."""

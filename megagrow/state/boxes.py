@@ -90,9 +90,7 @@ def flat_range_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tu
     position = start
     while position < stop:
         # The outermost axis on which a whole step fits at this position.
-        axis = next(
-            a for a, s in enumerate(strides) if position % s == 0 and position + s <= stop
-        )
+        axis = next(a for a, s in enumerate(strides) if position % s == 0 and position + s <= stop)
         stride = strides[axis]
         index = [position // s % n for s, n in zip(strides, shape, strict=True)]
         steps = min((stop - position) // stride, shape[axis] - index[axis])

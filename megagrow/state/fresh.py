@@ -56,5 +56,3 @@ def _normals(seed: int, name: str, start: int, length: int) -> np.ndarray:
     u = ((words >> np.uint64(32)).astype(np.float64) + 0.5) / 2.0**32
     v = (words & np.uint64(0xFFFFFFFF)).astype(np.float64) / 2.0**32
     return np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v)
-
-

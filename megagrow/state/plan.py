@@ -132,6 +132,4 @@ def messages(moves: Sequence[Move], limit: int) -> list[list[Move]]:
 
 
 def _narrowed(move: Move, part: Box) -> Move:
-    return Move(
-        move.index, move.tensor, move.slot, move.copy, part, move.holder, move.receiver
-    )
+    return Move(move.index, move.tensor, move.slot, move.copy, part, move.holder, move.receiver)

@@ -22,9 +22,10 @@ Fill = Literal["covered", "zeros", "fresh"]
 
 @dataclass(frozen=True, slots=True)
 class AxisMap:
-    """Along one axis, element u of a block is target index
-    ``target_start + u * target_step`` and source index ``source_start + u * source_step``,
-    for 0 <= u < length.
+    """How a block lies along one axis.
+
+    Element u is target index ``target_start + u * target_step`` and source index
+    ``source_start + u * source_step``, for 0 <= u < length.
     """
 
     target_start: int
@@ -120,7 +121,10 @@ def _hull(slices: Sequence[slice]) -> Box:
 class StateMap(Protocol):
     """How every slot of a target catalog follows from a source catalog."""
 
-    target: Catalog
+    @property
+    def target(self) -> Catalog:
+        """The catalog that is made."""
+        ...
 
     def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
         """The blocks of one slot of a target tensor; they do not overlap in the target."""

@@ -1,0 +1,106 @@
+# megagrow: `make quickstart` shows it, `make test` checks it, `make help` lists the rest.
+#
+# Settings, each with its default:
+#   PYTHON      the first of python3, python3.12, python3.11, python3.10 that is 3.10 to 3.12
+#   TORCH_ARGS  further pip arguments for PyTorch alone (empty), for instance an
+#               --index-url of CPU-only builds, which are smaller by gigabytes
+#   EXTRAS      extras of setup.py to install (dev)
+#   RANKS       processes of the quickstart (2 on a machine without GPU, else every GPU)
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+FITS := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	"$$p" -c '$(FITS)' 2>/dev/null && command -v "$$p" && break; done)
+endif
+TORCH_ARGS ?=
+EXTRAS     ?= dev
+RANKS      ?=
+
+VENV   := .venv
+STAMP  := $(VENV)/.megagrow-setup
+# DeepSpeed looks for ninja on PATH when it compiles, and starts ranks with its own Python.
+INSIDE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+PIP    := $(INSIDE) $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+CODE   := megagrow launch tests setup.py
+
+.PHONY: help setup quickstart check test test-slow clean
+
+help:
+	@echo 'make quickstart  install, prepare data, train a small model that grows; about 10 minutes'
+	@echo 'make test        install, check the code, run the tests'
+	@echo 'make test-slow   the tests that take minutes each'
+	@echo 'make check       lint, formatting and types only'
+	@echo 'make setup       make $(VENV) and install into it'
+	@echo 'make clean       remove caches and build products; $(VENV), data/ and runs/ stay'
+
+setup: $(STAMP)
+
+# The stamp is made last: a set-up that was interrupted is done again.
+$(STAMP): setup.py constraints.txt
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(FITS)' 2>/dev/null; then \
+	  echo "megagrow needs Python 3.10, 3.11 or 3.12." >&2; \
+	  echo "  found: $$("$(or $(PYTHON),python3)" --version 2>&1 || true)" >&2; \
+	  echo "  mend:  install one of these and give it: make setup PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; fi
+	@if ! command -v "$${CXX:-c++}" >/dev/null; then \
+	  echo "No C++ compiler ($${CXX:-c++}) on PATH; DeepSpeed compiles its communication op." >&2; \
+	  echo "  mend: install one (Debian, Ubuntu: apt install g++) or set CXX" >&2; exit 1; fi
+	@include=$$("$(PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
+	if [ ! -e "$$include/Python.h" ]; then \
+	  echo "Python.h is not in $$include; DeepSpeed compiles against it." >&2; \
+	  echo "  mend: install Python's headers (Debian, Ubuntu: apt install python3-dev)" >&2; \
+	  exit 1; fi
+	@rm -f $@
+	@version='import sys; print(sys.version_info[:2])'; clear=; \
+	if [ "$$($(VENV)/bin/python -c "$$version" 2>&1 || true)" != "$$("$(PYTHON)" -c "$$version")" ]; \
+	  then clear=--clear; fi; \
+	"$(PYTHON)" -m venv $$clear $(VENV) || { \
+	  echo "The virtual environment could not be made." >&2; \
+	  echo "  mend: install Python's venv (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "installing PyTorch, DeepSpeed and the rest into $(VENV) (minutes) ..."
+	@$(PIP) install -c constraints.txt --upgrade pip setuptools wheel ninja
+	@$(INSIDE); ninja --version >/dev/null || { echo "ninja does not run in $(VENV)" >&2; exit 1; }
+	@# PyTorch comes first and alone: DeepSpeed's own set-up imports it.
+	@$(PIP) install -c constraints.txt $(TORCH_ARGS) numpy torch
+	@DS_BUILD_OPS=0 $(PIP) install -c constraints.txt --no-build-isolation deepspeed
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+	@echo "installed: $$($(VENV)/bin/python --version), PyTorch" \
+	  "$$($(VENV)/bin/python -c 'import torch; print(torch.__version__)')"
+
+# prepare_data.py makes the directory by one rename at the end, so that it is whole or absent.
+data/stdlib: | $(STAMP)
+	@$(VENV)/bin/python launch/prepare_data.py \
+	  --input stdlib --output $@ --vocab-size 4096 --workers 2
+
+# A port of its own: two jobs on DeepSpeed's default port 29500 would mix their ranks.
+quickstart: setup | data/stdlib
+	@gpus=$$($(VENV)/bin/python -c 'import torch; print(torch.cuda.device_count())'); \
+	port=$$($(VENV)/bin/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); \
+	  print(s.getsockname()[1])'); \
+	ranks="$(RANKS)"; \
+	if [ "$$gpus" = 0 ]; then export DS_ACCELERATOR=cpu; fi; \
+	if [ -z "$$ranks" ]; then if [ "$$gpus" = 0 ]; then ranks=2; else ranks=$$gpus; fi; fi; \
+	$(INSIDE) deepspeed --quiet --hostfile none --num_gpus $$ranks --master_port $$port \
+	  launch/pretrain.py --config configs/quickstart.yaml
+	@echo "report: $(CURDIR)/runs/quickstart/report.html"
+
+check: setup
+	@$(VENV)/bin/ruff check $(CODE)
+	@$(VENV)/bin/ruff format --check $(CODE)
+	@$(VENV)/bin/mypy megagrow launch
+
+test: check
+	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -m 'not slow' tests
+
+test-slow: setup
+	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -m slow tests
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find megagrow launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Show what a checkpoint holds, and check it."""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "inspect":
+    # A script of this directory has the directory first in its search path, so `import inspect`
+    # finds this file. What was meant is the standard library's module: put it in our place.
+    import importlib.machinery
+    import importlib.util
+    import os
+
+    _here = os.path.dirname(os.path.abspath(__file__))
+    _elsewhere = [path for path in sys.path if os.path.abspath(path or ".") != _here]
+    _spec = importlib.machinery.PathFinder.find_spec("inspect", _elsewhere)
+    assert _spec is not None and _spec.loader is not None
+    sys.modules["inspect"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["inspect"])
+
+_EXAMPLE = """\
+example:
+  python launch/inspect.py runs/quickstart
+  python launch/inspect.py runs/quickstart/checkpoints/step_00000400 --verify
+"""
+
+
+def main() -> int:
+    """Parse arguments, print the summary; returns the exit status."""
+    import argparse
+    from pathlib import Path
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help="a checkpoint, or a run directory: its newest one"
+    )
+    parser.add_argument("--verify", action="store_true", help="read all files, compare checksums")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+
+    from megagrow.checkpoint import NativeCheckpoint
+    from megagrow.checkpoint.summary import describe, find
+    from megagrow.errors import MegagrowError
+
+    try:
+        checkpoint = NativeCheckpoint.open(find(arguments.path))
+        if arguments.verify:
+            checkpoint.verify()
+    except MegagrowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(describe(checkpoint, checksums="all correct" if arguments.verify else "not compared"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""From a YAML file and dotted overrides to a checked `Config`, and back to YAML."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from megagrow.config.overrides import apply_overrides
+from megagrow.config.schema import Config
+from megagrow.config.yamltext import read_yaml, write_yaml
+from megagrow.errors import ConfigError
+
+# What pydantic's kinds of error expect, in the words of somebody who writes YAML; the other
+# kinds say it well enough themselves ("greater than 0").
+_EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "a section",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "int_type": "an integer",
+    "list_type": "a list",
+    "model_type": "a section",
+    "string_type": "text",
+    "too_short": "more items",
+    "tuple_type": "a list",
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path`, apply `overrides` (`key.sub=value`, in order) and check the whole.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, not YAML or not a mapping; an override
+            is malformed; or settings are unknown, missing or out of range.  All wrong settings
+            are named at once, each by its dotted key.
+    """
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"configuration {path} cannot be read",
+            found=error.strerror or str(error),
+            expected="a YAML file",
+            mend="give the path of an existing file: --config configs/quickstart.yaml",
+        ) from error
+    data = read_yaml(text, source=str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"configuration {path} has no settings",
+            found="an empty file" if data is None else f"{_kind(data)} at the top",
+            expected="sections such as `model:` and `data:`, each with indented `key: value` lines",
+        )
+    source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
+    return parse_config(apply_overrides(data, overrides), source=source)
+
+
+def parse_config(data: Mapping[str, Any], *, source: str = "configuration") -> Config:
+    """Check plain data (what YAML or JSON can hold) against the schema.
+
+    Values are not coerced: text is not a number and `true` is not 1, though an integer may
+    stand where a real number is expected.  A section that holds nothing (all its lines are
+    comments) counts as absent.
+
+    Raises:
+        ConfigError: as in `load_config`.
+    """
+    try:
+        # The JSON rules of pydantic's strict mode are the ones meant here: a list may
+        # become a tuple and an integer a float, and nothing else is converted.
+        text = json.dumps({key: value for key, value in data.items() if value is not None})
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{source}: not plain data: {error}", expected="text, numbers, lists and sections"
+        ) from error
+    try:
+        return Config.model_validate_json(text, strict=True, by_alias=True, by_name=False)
+    except ValidationError as error:
+        faults = [_fault(details) for details in error.errors(include_url=False)]
+        count = "1 wrong setting" if len(faults) == 1 else f"{len(faults)} wrong settings"
+        raise ConfigError("\n".join([f"{source}: {count}", *faults])) from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; loading it gives an equal `Config`.
+
+    Settings that are unset (None) are left out.
+    """
+    return write_yaml(config.model_dump(by_alias=True, exclude_none=True))
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every key of the schema by its dotted path, a list's items as `stages[i]`."""
+    for name, field in model.model_fields.items():
+        path = prefix + (field.alias or name)
+        yield path
+        section, is_list = _section_of(field.annotation)
+        if section is not None:
+            yield from known_keys(section, f"{path}[i]." if is_list else f"{path}.")
+
+
+def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section behind `Section`, `Section | None` or `list[Section]`; and is it a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    origin = typing.get_origin(annotation)
+    if origin in (list, typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            section, _ = _section_of(argument)
+            if section is not None:
+                return section, origin is list
+    return None, False
+
+
+def _fault(details: ErrorDetails) -> str:
+    """One wrong setting: its dotted key, what was found and what was expected."""
+    kind, message, value = details["type"], details["msg"], details["input"]
+    key = _dotted(details["loc"])
+    if kind == "extra_forbidden":
+        lines = [f"{key}: unknown key", *_suggestion(key)]
+    elif kind == "missing":
+        lines = [f"{key}: missing, and it has no default"]
+    elif kind == "value_error":
+        message = message.removeprefix("Value error, ")
+        lines = [f"{key}: {message}" if key else message]  # a check of the whole names its keys
+    else:
+        expected = _EXPECTED.get(kind, message.removeprefix("Input should be "))
+        lines = [key, f"  found:    {_shown(value)}", f"  expected: {expected}"]
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _dotted(location: Sequence[int | str]) -> str:
+    """('stages', 1, 'until') as `stages[1].until`."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return text.lstrip(".")
+
+
+def _suggestion(key: str) -> list[str]:
+    """What to say after an unknown key: the nearest known one, or those of its section."""
+    section, _, name = re.sub(r"\[\d+\]", "[i]", key).rpartition(".")
+    known = list(known_keys())
+    siblings = [k for k in known if k.rpartition(".")[0] == section]
+    names = [k.rpartition(".")[2] for k in siblings]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return [f"  mend:     did you mean {key.removesuffix(name)}{near[0]}?"]
+    elsewhere = [k for k in known if k.rpartition(".")[2] == name]
+    if elsewhere:
+        return [f"  mend:     did you mean {' or '.join(elsewhere)}?"]
+    return [f"  expected: one of {', '.join(names)}"] if names else []
+
+
+def _kind(value: Any) -> str:
+    """What a YAML author would call this value."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int):
+        return "integer"
+    if isinstance(value, float):
+        return "number"
+    if isinstance(value, str):
+        return "text"
+    return "list" if isinstance(value, list) else "section"
+
+
+def _shown(value: Any) -> str:
+    """The value, shortened, and its kind."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return text if value is None else f"{text} ({_kind(value)})"

@@ -1,0 +1,135 @@
+"""The learning rate as a pure function of the step.
+
+Steps count from 0: `at(step)` is the rate of the update that comes after `step`
+updates are done, so a run of T steps uses `at(0)` ... `at(T - 1)`.  With W warm-up
+steps, D decay steps and floor f (all rates are times the peak):
+
+    warm-up    step < W                 (step + 1) / W, so the update W - 1 has the peak
+    wsd        W <= step < T - D        1
+               T - D <= step            from 1 at T - D in a straight line to f at T
+    linear     W <= step                from 1 at W in a straight line to f at T
+    cosine     W <= step                f + (1 - f) (1 + cos(pi (step - W) / (T - W))) / 2
+    constant   W <= step                1
+
+Decays reach the floor at T, after the last update, so that with f = 0 no update is wasted
+on a rate of 0 (as no warm-up step has one).  Beyond T the rate stays.
+
+A growth at step g with a re-warm of r steps multiplies the rates of the updates
+g ... g + r - 1 by 1/r, 2/r ... 1; where re-warms overlap the smaller factor holds.
+
+Sources: warm-up and cosine, Loshchilov and Hutter, "SGDR" (2017); warmup-stable-decay,
+Hu et al., "MiniCPM" (2024) and Haegele et al., "Scaling Laws and Compute-Optimal Training
+Beyond Fixed Training Durations" (2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from megagrow.config.schema import Config
+from megagrow.errors import ConfigError
+
+Kind = Literal["wsd", "cosine", "linear", "constant"]
+
+
+class Rewarm(NamedTuple):
+    """The rate climbs back over `steps` updates, from update `step` on; 0 steps: no re-warm."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """A schedule; see the module for its formulas.
+
+    Attributes:
+        peak: the highest rate.
+        total_steps: T, the steps of the whole run, all growth stages together.
+        warmup: W in steps, at most T - D.
+        kind: wsd, cosine, linear or constant.
+        decay: D / T, the fraction of all steps that wsd decays (D is rounded to a step).
+        floor: f, the final rate as a fraction of the peak (0 to 1).
+        rewarms: one for each growth that asks for it.
+
+    Raises:
+        ConfigError: warm-up and decay do not fit into the run.
+    """
+
+    peak: float
+    total_steps: int
+    warmup: int = 0
+    kind: Kind = "wsd"
+    decay: float = 0.1
+    floor: float = 0.0
+    rewarms: tuple[Rewarm, ...] = ()
+
+    def __post_init__(self) -> None:
+        room = self.total_steps - self.decay_steps
+        if self.warmup > room:
+            decays = f" and decays over the last {self.decay_steps}" if self.decay_steps else ""
+            raise ConfigError(
+                f"schedule.warmup = {self.warmup} steps does not fit: "
+                f"the run has {self.total_steps} steps{decays}",
+                found=self.warmup,
+                expected=f"at most {room}",
+                mend="set schedule.warmup lower, schedule.decay lower, or train longer (stages)",
+            )
+
+    @property
+    def decay_steps(self) -> int:
+        """D: how many of the last steps decay under wsd; 0 for the other kinds."""
+        return round(self.decay * self.total_steps) if self.kind == "wsd" else 0
+
+    def at(self, step: int) -> float:
+        """The rate of the update number `step`, counted from 0."""
+        return self.peak * self._shape(step) * self._rewarm(step)
+
+    def _shape(self, step: int) -> float:
+        """The schedule without growths, as a fraction of the peak."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.kind == "constant":
+            return 1.0
+        start = self.total_steps - self.decay_steps if self.kind == "wsd" else self.warmup
+        length = self.total_steps - start
+        if step < start or length == 0:
+            return 1.0
+        left = max(0, self.total_steps - step) / length  # 1 at the start of the decay, 0 at T
+        if self.kind == "cosine":
+            left = (1.0 - math.cos(math.pi * left)) / 2
+        return left + self.floor * (1.0 - left)
+
+    def _rewarm(self, step: int) -> float:
+        """The factor that recent growths leave."""
+        climbs = ((step - at + 1) / steps for at, steps in self.rewarms if at <= step < at + steps)
+        return min(climbs, default=1.0)
+
+
+def learning_rate(
+    config: Config, *, total_steps: int, rewarms: Sequence[tuple[int, int]] = ()
+) -> LearningRate:
+    """The schedule that `config` asks for.
+
+    Args:
+        config: its `optimizer.lr` and `schedule` are used.
+        total_steps: the end of the last growth stage (see `resolve_stages`).
+        rewarms: (step of the growth, steps to re-warm over) for each growth, with the
+            state policy's default already filled in.
+
+    Raises:
+        ConfigError: warm-up and decay do not fit into the run.
+    """
+    schedule = config.schedule
+    return LearningRate(
+        peak=config.optimizer.lr,
+        total_steps=total_steps,
+        warmup=schedule.warmup,
+        kind=schedule.name,
+        decay=schedule.decay,
+        floor=schedule.floor,
+        rewarms=tuple(Rewarm(*rewarm) for rewarm in rewarms),
+    )

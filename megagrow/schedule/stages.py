@@ -1,0 +1,135 @@
+"""Where each growth stage starts and ends, by exact integer arithmetic before the run starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from megagrow.config.schema import Config, LayoutConfig, ModelConfig, UntilConfig
+from megagrow.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One growth stage: the updates `start_step` ... `end_step - 1` and what they consume.
+
+    Steps, tokens and FLOPs count from the start of the run; the end of a stage is the
+    start of the next.  FLOPs are those of the model (forward and backward), not of a rank.
+    """
+
+    index: int
+    start_step: int
+    end_step: int
+    start_tokens: int
+    end_tokens: int
+    start_flops: int
+    end_flops: int
+    model: ModelConfig
+    layout: LayoutConfig
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps in the stage."""
+        return self.end_step - self.start_step
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step consumes, all ranks together."""
+        return (self.end_tokens - self.start_tokens) // self.steps
+
+    @property
+    def flops_per_step(self) -> int:
+        """FLOPs of one optimizer step, all ranks together."""
+        return (self.end_flops - self.start_flops) // self.steps
+
+
+def resolve_stages(
+    config: Config,
+    *,
+    models: Sequence[ModelConfig],
+    layouts: Sequence[LayoutConfig],
+    flops_per_token: Callable[[ModelConfig], int],
+) -> tuple[StagePlan, ...]:
+    """The stages of `config` in steps, tokens and FLOPs.
+
+    A stage ends after the first step that reaches its bound (`until`), so it may pass a
+    bound in tokens or FLOPs by less than one step.
+
+    Args:
+        config: its `stages` and `batch.global` are used.
+        models: the model of each stage, growths applied.
+        layouts: the layout of each stage.
+        flops_per_token: FLOPs of training a model on one token (forward and backward).
+
+    Raises:
+        ConfigError: a stage would be empty, its bound being reached before it starts.
+    """
+    if not len(models) == len(layouts) == len(config.stages):
+        raise ValueError(
+            f"{len(config.stages)} stages need as many models and layouts, "
+            f"not {len(models)} and {len(layouts)}"
+        )
+    plans: list[StagePlan] = []
+    steps = tokens = flops = 0
+    for index, (stage, model, layout) in enumerate(
+        zip(config.stages, models, layouts, strict=True)
+    ):
+        tokens_a_step = config.batch.global_ * model.sequence
+        flops_a_step = tokens_a_step * flops_per_token(model)
+        unit, bound = _bound(stage.until)
+        done, a_step = {
+            "steps": (steps, 1),
+            "tokens": (tokens, tokens_a_step),
+            "flops": (flops, flops_a_step),
+        }[unit]
+        count = -((done - bound) // a_step)  # rounded up: the first step that reaches the bound
+        if count <= 0:  # never for the first stage: its bound is above 0
+            raise ConfigError(
+                f"stages[{index}].until.{unit} = {_shown(bound)} leaves the stage no step: "
+                f"stages[{index - 1}] ends at {_shown(done)} {unit} "
+                "(bounds count from the start of the run)",
+                found=_shown(bound),
+                expected=f"more than {_shown(done)}",
+                mend=f"raise stages[{index}].until.{unit}, or end the stage before it earlier",
+            )
+        plan = StagePlan(
+            index=index,
+            start_step=steps,
+            end_step=steps + count,
+            start_tokens=tokens,
+            end_tokens=tokens + count * tokens_a_step,
+            start_flops=flops,
+            end_flops=flops + count * flops_a_step,
+            model=model,
+            layout=layout,
+        )
+        plans.append(plan)
+        steps, tokens, flops = plan.end_step, plan.end_tokens, plan.end_flops
+    return tuple(plans)
+
+
+def stage_of(plans: Sequence[StagePlan], step: int) -> StagePlan:
+    """The stage that the update number `step`, counted from 0, belongs to.
+
+    Raises:
+        ValueError: no update has this number.
+    """
+    for plan in plans:
+        if plan.start_step <= step < plan.end_step:
+            return plan
+    raise ValueError(f"step {step} is not among the run's steps 0 to {plans[-1].end_step - 1}")
+
+
+def _bound(until: UntilConfig) -> tuple[str, Fraction]:
+    """The unit and the bound of a stage, the float taken at its exact value."""
+    for unit in ("steps", "tokens", "flops"):
+        value = getattr(until, unit)
+        if value is not None:
+            return unit, Fraction(value)
+    raise AssertionError("UntilConfig holds exactly one bound")
+
+
+def _shown(value: Fraction | int) -> str:
+    """Exact and readable: an integer with separators, or a decimal."""
+    return f"{int(value):,}" if value == int(value) else f"{float(value)}"

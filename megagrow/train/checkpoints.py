@@ -1,0 +1,232 @@
+"""Checkpoints of a run: what goes in, which one to resume from, what must still agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megagrow.checkpoint import (
+    CheckpointMeta,
+    NativeCheckpoint,
+    Piece,
+    list_steps,
+    newest,
+    retire,
+    save,
+    set_aside,
+    step_path,
+)
+from megagrow.config import Config
+from megagrow.data.dataset import PreparedData
+from megagrow.engine.comm import Comm
+from megagrow.engine.engine import Engine
+from megagrow.errors import CheckpointError, MegagrowError
+from megagrow.model.catalog import build_catalog
+from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.statemap import Identity
+from megagrow.state.transfer import transfer_from_storage
+from megagrow.train.plan import RunPlan
+from megagrow.train.state import RunState
+
+DIRECTORY = "checkpoints"
+
+
+def fingerprints(data: PreparedData) -> dict[str, str]:
+    """What a resumed run must find again."""
+    return {"data": data.fingerprint, "tokenizer": data.content.tokenizer_sha256}
+
+
+def save_run(
+    *, root: Path, engine: Engine, state: RunState, config: Config, data: PreparedData, comm: Comm
+) -> Path:
+    """Save the run; all ranks call together.
+
+    A checkpoint of this step that is already committed is the same state, and stays.
+
+    Raises:
+        CheckpointError: on all ranks; earlier checkpoints are as they were.
+    """
+    path = step_path(root, state.step)
+    if comm.broadcast(path.exists()):
+        return path
+    meta = CheckpointMeta(
+        catalog=engine.placement.catalog,
+        slots=ADAM_SLOTS,
+        layout=engine.layout,
+        config=config.model_dump(mode="json", by_alias=True),
+        fingerprints=fingerprints(data),
+        run_state=state.to_json(),
+    )
+    save(root, step=state.step, pieces=_pieces(engine, comm.rank), meta=meta, group=comm)
+    if comm.rank == 0:
+        retire(root, config.checkpoint.keep)
+    comm.barrier()
+    return path
+
+
+def _pieces(engine: Engine, rank: int) -> Iterator[Piece]:
+    for shard in engine.placement.written_by(rank):
+        for slot in ADAM_SLOTS:
+            values = engine.state.read(shard.tensor, slot.name, shard.box)
+            yield Piece(shard.tensor, slot.name, shard.box, values)
+
+
+def find_checkpoint(root: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start.
+
+    Args:
+        root: the run's directory of checkpoints.
+        resume: ``auto`` (the newest if there is one), ``never``, or a path.
+
+    Raises:
+        CheckpointError: ``never`` though there are checkpoints, or no checkpoint at the path.
+    """
+    if resume == "auto":
+        return newest(root)
+    if resume == "never":
+        if list_steps(root):
+            raise CheckpointError(
+                f"{root}: --resume never, but the run directory already holds checkpoints",
+                found=f"steps {', '.join(map(str, list_steps(root)))}",
+                mend="go on with --resume auto, or start elsewhere with run.dir=NEW",
+            )
+        return None
+    path = Path(resume)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"--resume {resume}: no such checkpoint directory",
+            mend=f"give one of the directories below {root}, or --resume auto",
+        )
+    inner = newest(path / DIRECTORY) or newest(path)
+    return inner or path
+
+
+def open_checkpoint(path: Path, *, root: Path, automatic: bool) -> NativeCheckpoint:
+    """Open a checkpoint to resume from.
+
+    Raises:
+        CheckpointError: it is damaged; where it was chosen automatically the error names the
+            one before it, which is taken only when told to.
+    """
+    try:
+        return NativeCheckpoint.open(path)
+    except CheckpointError as error:
+        raise _damaged(error, path, root, automatic) from error
+
+
+def _damaged(error: CheckpointError, path: Path, root: Path, automatic: bool) -> CheckpointError:
+    if not automatic:
+        return error
+    damaged = path.name
+    before = [step for step in list_steps(root) if step_path(root, step).name < damaged]
+    mend = (
+        f"--resume {step_path(root, before[-1])} goes on from the checkpoint before it"
+        if before
+        else "there is no earlier checkpoint: start again with another run.dir"
+    )
+    return CheckpointError(f"the newest checkpoint is damaged, so the run stops\n{error}",
+                           mend=mend)  # fmt: skip
+
+
+def check_agreement(
+    checkpoint: NativeCheckpoint, *, config: Config, data: PreparedData, plan: RunPlan
+) -> tuple[RunState, list[str]]:
+    """See that a checkpoint belongs to this run.
+
+    Returns:
+        The run's state, and a line for each setting that has changed and may.
+
+    Raises:
+        CheckpointError: data, tokenizer, seed or model are others, or the run state is damaged.
+    """
+    where = str(checkpoint.path)
+    for name, wanted in fingerprints(data).items():
+        found = checkpoint.fingerprints.get(name)
+        if found != wanted:
+            raise CheckpointError(
+                f"{where}: was trained on another {name} than data.path = {config.data.path}",
+                found=found,
+                expected=wanted,
+                mend="set data.path to the dataset of the run, or start a new run.dir",
+            )
+    seed = checkpoint.config.get("run", {}).get("seed")
+    if seed != config.run.seed:
+        raise CheckpointError(
+            f"{where}: run.seed differs, so the order of samples would",
+            found=config.run.seed,
+            expected=seed,
+            mend=f"set run.seed={seed}",
+        )
+    try:
+        state = RunState.from_json(checkpoint.run_state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: the run state in its manifest is damaged: {error!r}",
+                              mend="resume from an earlier checkpoint") from error  # fmt: skip
+    if state.growth_stage >= len(plan.stages):
+        raise CheckpointError(
+            f"{where}: is in growth stage {state.growth_stage}, which `stages` does not have",
+            found=f"{len(plan.stages)} stages",
+            mend="resume with the stages that the run was started with",
+        )
+    expected = build_catalog(plan.stages[state.growth_stage].model)
+    if expected != checkpoint.catalog:
+        raise CheckpointError(
+            f"{where}: holds another model than stage {state.growth_stage} of the configuration",
+            found=_shape(checkpoint.catalog.parameters, checkpoint.config.get("model", {})),
+            expected=_shape(expected.parameters, config.model.model_dump()),
+            mend="resume with the model and stages that the run was started with, "
+            "or start a new run.dir",
+        )
+    return state, _changes(checkpoint.config, config.model_dump(mode="json", by_alias=True))
+
+
+def _shape(parameters: int, model: dict[str, Any]) -> str:
+    sizes = ", ".join(f"{k} {model[k]}" for k in ("layers", "hidden", "heads", "ffn") if k in model)
+    return f"{parameters:,} parameters in this stage; first stage {sizes}"
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
+    lines = []
+    for key in sorted(set(before) | set(now)):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += _changes(a, b, f"{path}{key}.")
+        elif a != b:
+            lines.append(f"{path}{key}: {a} -> {b}")
+    return lines
+
+
+def load_run(checkpoint: NativeCheckpoint, engine: Engine, *, config: Config, comm: Comm) -> None:
+    """Read the checkpoint into a fresh engine, whatever layout either has.
+
+    Raises:
+        CheckpointError: on all ranks, if any met damage in what it read.
+    """
+    failure: Exception | None = None
+    try:
+        transfer_from_storage(
+            state_map=Identity(checkpoint.catalog),
+            old=checkpoint,
+            locator=checkpoint,
+            new=engine.state,
+            new_placement=engine.placement,
+            slots=ADAM_SLOTS,
+            rank=comm.rank,
+            seed=config.run.seed,
+            staging_bytes=int(config.growth.staging_mib * 2**20),
+        )
+    except MegagrowError as error:
+        failure = error
+    comm.agree(failure)
+    engine.publish()
+
+
+__all__ = [
+    "check_agreement",
+    "find_checkpoint",
+    "load_run",
+    "open_checkpoint",
+    "save_run",
+    "set_aside",
+]

@@ -1,0 +1,93 @@
+"""Live growth: the running job's engine out, the grown one in, in the same processes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from megagrow.config import Config
+from megagrow.engine.comm import Comm
+from megagrow.engine.engine import Engine
+from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.statemap import FreshStart, Identity, StateMap
+from megagrow.state.transfer import transfer_between_ranks
+from megagrow.train.plan import Stage
+from megagrow.train.state import RunState
+
+
+@dataclass(frozen=True)
+class GrowthReport:
+    """What a growth cost, over all ranks.
+
+    Attributes:
+        seconds: from the old engine's end to the new one's readiness, the slowest rank.
+        bytes_moved: bytes of new state that were copied from old state.
+        bytes_between_ranks: those of them that crossed from one rank to another.
+        peak_staging_bytes: the largest staging memory of any rank.
+    """
+
+    seconds: float
+    bytes_moved: int
+    bytes_between_ranks: int
+    peak_staging_bytes: int
+
+
+def start_engine(*, config: Config, stage: Stage, state: RunState, comm: Comm) -> Engine:
+    """The engine of a growth stage, its state not yet written."""
+    return Engine(
+        config=config,
+        model=stage.model,
+        layout=stage.layout,
+        rules=state.rules,
+        optimizer_step=state.optimizer_step,
+        comm=comm,
+    )
+
+
+def fill_fresh(engine: Engine, *, config: Config, comm: Comm) -> None:
+    """Give a run's first engine its initial state."""
+    _transfer(FreshStart(engine.placement.catalog), engine, engine, config=config, comm=comm)
+    engine.publish()
+
+
+def grow(
+    engine: Engine, *, config: Config, stage: Stage, state: RunState, comm: Comm
+) -> tuple[Engine, GrowthReport]:
+    """Carry the state of a running engine into the next growth stage's.
+
+    Args:
+        engine: of the stage before; it is closed.
+        stage: the next stage; without a growth only the layout changes.
+        state: the run's state after the growth.
+    """
+    begin = time.perf_counter()
+    engine.close()
+    grown = start_engine(config=config, stage=stage, state=state, comm=comm)
+    state_map: StateMap = stage.growth or Identity(grown.placement.catalog)
+    written, crossed, staged = _transfer(state_map, engine, grown, config=config, comm=comm)
+    grown.publish()
+    seconds = max(comm.gather_floats(time.perf_counter() - begin))
+    return grown, GrowthReport(
+        seconds=seconds,
+        bytes_moved=comm.sum_ints(written),
+        bytes_between_ranks=comm.sum_ints(crossed),
+        peak_staging_bytes=int(max(comm.gather_floats(staged))),
+    )
+
+
+def _transfer(
+    state_map: StateMap, old: Engine, new: Engine, *, config: Config, comm: Comm
+) -> tuple[int, int, int]:
+    report = transfer_between_ranks(
+        state_map=state_map,
+        old=old.state,
+        old_placement=old.placement,
+        new=new.state,
+        new_placement=new.placement,
+        slots=ADAM_SLOTS,
+        channel=comm,
+        seed=config.run.seed,
+        staging_bytes=int(config.growth.staging_mib * 2**20),
+        device=comm.device,
+    )
+    return report.bytes_written, report.bytes_received, report.peak_staging_bytes

@@ -1,0 +1,313 @@
+"""The training loop: steps, validation, growths, checkpoints, until the last stage ends."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megagrow import __version__
+from megagrow.checkpoint import NativeCheckpoint
+from megagrow.config import Config
+from megagrow.config.load import dump_config
+from megagrow.data.dataset import PreparedData
+from megagrow.data.sampler import SampleIndex, rank_slice, validation_samples
+from megagrow.engine.comm import Comm
+from megagrow.errors import TrainingError
+from megagrow.report import write_report
+from megagrow.train import checkpoints
+from megagrow.train.grow import fill_fresh, grow, start_engine
+from megagrow.train.metrics import MetricsLog
+from megagrow.train.plan import RunPlan, Stage
+from megagrow.train.progress import Progress
+from megagrow.train.state import RunState
+
+
+class Trainer:
+    """One run on the processes of one job.
+
+    Args:
+        config: the run.
+        plan: its stages, resolved for this number of processes.
+        data: the prepared dataset.
+        comm: the processes.
+        resume: ``auto``, ``never`` or the path of a checkpoint.
+
+    Raises:
+        MegagrowError: on all ranks, for anything that the user can mend.
+    """
+
+    def __init__(
+        self, *, config: Config, plan: RunPlan, data: PreparedData, comm: Comm, resume: str
+    ) -> None:
+        self.config, self.plan, self.data, self.comm = config, plan, data, comm
+        self.run_dir = Path(config.run.dir)
+        self.root = self.run_dir / checkpoints.DIRECTORY
+        self.last_saved: Path | None = None
+        torch.set_num_threads(_threads(config))
+
+        checkpoint, notices = self._choose_checkpoint(resume)
+        self.progress = Progress(
+            total_steps=plan.total_steps,
+            first_step=self.state.step,
+            log_every=config.train.log_every,
+            speaking=comm.rank == 0,
+        )
+        for notice in notices:
+            self.progress.say(notice)
+        self._enter_stage()
+        self.engine = start_engine(config=config, stage=self.stage, state=self.state, comm=comm)
+        if checkpoint is None:
+            fill_fresh(self.engine, config=config, comm=comm)
+        else:
+            checkpoints.load_run(checkpoint, self.engine, config=config, comm=comm)
+        self.metrics = self._open_log(checkpoint)
+
+    # --- set-up ---------------------------------------------------------------------------
+
+    def _choose_checkpoint(self, resume: str) -> tuple[NativeCheckpoint | None, list[str]]:
+        """The checkpoint to go on from, and what to tell about it; sets `state`."""
+        path = checkpoints.find_checkpoint(self.root, resume)
+        path = self.comm.broadcast(path)
+        if path is None:
+            self.state = RunState()
+            return None, []
+        found = checkpoints.open_checkpoint(path, root=self.root, automatic=resume == "auto")
+        self.state, changes = checkpoints.check_agreement(
+            found, config=self.config, data=self.data, plan=self.plan
+        )
+        notices = [f"resuming from {path} (step {self.state.step})"]
+        notices += [f"changed since then: {line}" for line in changes]
+        if self.comm.rank == 0 and path.parent == self.root:
+            for moved in checkpoints.set_aside(self.root, self.state.step):
+                notices.append(f"a newer checkpoint was set aside as {moved.name}")
+        self.comm.barrier()
+        self.last_saved = path
+        return found, notices
+
+    def _open_log(self, checkpoint: NativeCheckpoint | None) -> MetricsLog | None:
+        if self.comm.rank != 0:
+            return None
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "config.yaml").write_text(dump_config(self.config))
+        log = MetricsLog(
+            self.run_dir,
+            tensorboard=self.config.train.tensorboard,
+            resume_step=None if checkpoint is None else self.state.step,
+            resume_stage=None if checkpoint is None else self.state.growth_stage,
+        )
+        facts = {
+            "step": self.state.step,
+            "version": __version__,
+            "world": self.comm.world,
+            "parameters": self.engine.placement.catalog.parameters,
+            "model": self.stage.model.model_dump(),
+            "layout": asdict(self.stage.layout),
+            "growth_stage": self.state.growth_stage,
+            "total_steps": self.plan.total_steps,
+            "device": str(self.comm.device),
+        }
+        log.event("run_start" if checkpoint is None else "resume", **facts)
+        return log
+
+    def _enter_stage(self) -> None:
+        """Everything that follows from the current stage's model."""
+        self.stage: Stage = self.plan.stages[self.state.growth_stage]
+        sequence = self.stage.model.sequence
+        self.samples = SampleIndex(self.data.train, sequence, self.config.run.seed)
+        self.validation = validation_samples(
+            self.data.validation, sequence=sequence, count=self.config.train.validation_samples
+        )
+
+    # --- the run --------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end of the last stage, or to `train.stop_after_steps`."""
+        stop = self.config.train.stop_after_steps or self.plan.total_steps
+        if self.state.step == 0:
+            self._validate()
+        while True:
+            while self.state.step < min(self.stage.plan.end_step, stop):
+                self._step()
+                self._now_and_then(stop)
+            if self.state.step >= stop or self.stage.index + 1 == len(self.plan.stages):
+                break
+            self._next_stage()
+        self._save()
+        self._finish(stopped=self.state.step < self.plan.total_steps)
+
+    def _step(self) -> None:
+        begin = time.perf_counter()
+        lr = self.plan.learning_rate.at(self.state.step)
+        result = self.engine.train_step(self._batches(), lr=lr, seed=self._step_seed())
+        losses = self.comm.gather_floats(result.loss)
+        self._require_finite(losses)
+        plan = self.stage.plan
+        self.state = self.state.after_step(
+            samples=self.config.batch.global_,
+            tokens=plan.tokens_per_step,
+            flops=plan.flops_per_step,
+        )
+        seconds = time.perf_counter() - begin
+        loss = sum(losses) / len(losses)
+        speed = plan.tokens_per_step / seconds
+        if self.metrics is not None:
+            self.metrics.step(
+                step=self.state.step,
+                tokens=self.state.tokens,
+                flops=self.state.flops,
+                loss=loss,
+                lr=lr,
+                grad_norm=result.grad_norm,
+                tokens_per_second=speed,
+                growth_stage=self.stage.index,
+            )
+        self.progress.step(
+            step=self.state.step,
+            loss=loss,
+            tokens_per_second=speed,
+            flops_per_second=plan.flops_per_step / seconds,
+            growth_stage=self.stage.index,
+        )
+
+    def _now_and_then(self, stop: int) -> None:
+        """Validation and checkpoints that fall on this step."""
+        step = self.state.step
+        ends = step == self.stage.plan.end_step or step == stop
+        if step % self.config.train.validate_every == 0 or ends:
+            self._validate()
+        if step % self.config.checkpoint.every == 0 and not ends:
+            self._save()
+
+    def _next_stage(self) -> None:
+        # Saved before a growth, so that one that is interrupted can be done again.
+        self._save()
+        stage = self.plan.stages[self.stage.index + 1]
+        before, small = self._validation_loss(), self.engine.placement.catalog.parameters
+        old_stage, self.state = self.stage, self.state.after_growth(stage.growth)
+        self.engine, report = grow(
+            self.engine, config=self.config, stage=stage, state=self.state, comm=self.comm
+        )
+        self._enter_stage()
+        after, large = self._validation_loss(), self.engine.placement.catalog.parameters
+        if stage.growth is None or stage.grow is None:
+            self.progress.say(f"stage {stage.index}: {old_stage.layout} -> {stage.layout}")
+        else:
+            self.progress.say(
+                f"stage {stage.index}: {stage.growth.operator.name} x{stage.grow.factor} "
+                f"({stage.growth.policy.name}), {small:,} -> {large:,} parameters, "
+                f"loss {before:.4f} -> {after:.4f}, {report.seconds:.2f} s"
+            )
+        if self.metrics is not None:
+            self.metrics.growth(
+                step=self.state.step,
+                tokens=self.state.tokens,
+                flops=self.state.flops,
+                operator=stage.growth.operator.name if stage.growth else "layout",
+                state_policy=stage.growth.policy.name if stage.growth else "identity",
+                loss_before=before,
+                loss_after=after,
+                parameters_before=small,
+                parameters_after=large,
+                growth_stage=stage.index,
+                model=stage.model.model_dump(),
+                layout=asdict(stage.layout),
+                **asdict(report),
+            )
+
+    def _finish(self, *, stopped: bool) -> None:
+        self.progress.close()
+        if self.metrics is not None:
+            reason = "train.stop_after_steps" if stopped else "all stages done"
+            self.metrics.event("end", step=self.state.step, reason=reason)
+            self.metrics.close()
+            report = write_report(self.run_dir)
+            self.progress.say(f"checkpoint: {self.last_saved}\nreport: {report}")
+
+    # --- its parts ------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        micro = self.config.batch.micro
+        starts = rank_slice(
+            self.state.consumed_samples,
+            micro=micro,
+            accumulation=self.engine.accumulation,
+            data_rank=self.engine.coordinates.data,
+            data_size=self.engine.layout.data,
+        )
+        for start in starts:
+            yield self.samples.batch(start, micro)
+
+    def _step_seed(self) -> int:
+        """Of this rank's random numbers in this step (dropout): a function of both alone."""
+        text = f"{self.config.run.seed}/{self.state.step}/{self.engine.coordinates.data}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+    def _validation_loss(self) -> float:
+        """Mean loss over the fixed validation samples, each data rank taking every n-th batch."""
+        micro, data = self.config.batch.micro, self.engine.layout.data
+        starts = range(self.engine.coordinates.data * micro, len(self.validation), micro * data)
+        total, count = self.engine.evaluate(self.validation[s : s + micro] for s in starts)
+        return sum(self.comm.gather_floats(total)) / sum(self.comm.gather_floats(count))
+
+    def _validate(self) -> None:
+        loss = self._validation_loss()
+        if self.metrics is not None:
+            self.metrics.validation(
+                step=self.state.step,
+                tokens=self.state.tokens,
+                flops=self.state.flops,
+                val_loss=loss,
+                growth_stage=self.stage.index,
+            )
+        self.progress.say(f"step {self.state.step}: validation loss {loss:.4f}")
+        if not math.isfinite(loss):
+            self._stop_not_finite(f"validation loss after step {self.state.step}", [loss])
+
+    def _save(self) -> None:
+        path = checkpoints.save_run(
+            root=self.root,
+            engine=self.engine,
+            state=self.state,
+            config=self.config,
+            data=self.data,
+            comm=self.comm,
+        )
+        if self.metrics is not None and path != self.last_saved:
+            self.metrics.event("checkpoint", step=self.state.step, path=str(path))
+        self.last_saved = path
+
+    def _require_finite(self, losses: list[float]) -> None:
+        if not all(math.isfinite(loss) for loss in losses):
+            self._stop_not_finite(f"loss of step {self.state.step + 1}", losses)
+
+    def _stop_not_finite(self, what: str, losses: list[float]) -> None:
+        bad = [f"{x} on rank {r}" for r, x in enumerate(losses) if not math.isfinite(x)]
+        good = self.last_saved or "none was saved yet"
+        if self.metrics is not None:
+            self.metrics.event("not_finite", step=self.state.step, ranks=bad)
+        raise TrainingError(
+            f"the {what} is not finite; the run stops, and nothing of this step is saved",
+            found=", ".join(bad),
+            expected="finite numbers",
+            mend=f"resume from the last good checkpoint ({good}) with a lower optimizer.lr, "
+            "a longer schedule.warmup or a smaller optimizer.grad_clip",
+        )
+
+
+def _threads(config: Config) -> int:
+    """CPU threads of this rank."""
+    if config.train.threads is not None:
+        return config.train.threads
+    if "OMP_NUM_THREADS" in os.environ:
+        return int(os.environ["OMP_NUM_THREADS"])
+    # torchrun and the deepspeed launcher call the number of ranks on this host differently.
+    local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return max(1, (os.cpu_count() or 1) // int(local_world))

@@ -1,0 +1,153 @@
+"""The plan of a run, worked out and checked before any process does any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megagrow.config import Config, GrowConfig, LayoutConfig, ModelConfig
+from megagrow.errors import ConfigError
+from megagrow.growth.growth import Growth, grown_model, make_growth
+from megagrow.growth.rules import OptimizerRules, group_keys
+from megagrow.layout import Layout, make_layout
+from megagrow.model.catalog import build_catalog
+from megagrow.model.flops import train_flops_per_token
+from megagrow.schedule import LearningRate, StagePlan, learning_rate, resolve_stages
+from megagrow.schedule.batch import accumulation
+from megagrow.state.placement import Placement
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One growth stage, resolved: what it trains, how it is spread, how it comes about."""
+
+    plan: StagePlan
+    layout: Layout
+    growth: Growth | None
+    grow: GrowConfig | None
+
+    @property
+    def index(self) -> int:
+        """Number of the stage, from 0."""
+        return self.plan.index
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model of the stage."""
+        return self.plan.model
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All stages of a run and its learning rate."""
+
+    stages: tuple[Stage, ...]
+    learning_rate: LearningRate
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.stages[-1].plan.end_step
+
+    def rules_at(self, index: int) -> OptimizerRules:
+        """What the growths up to a stage leave to the optimizer.
+
+        Young blocks count from the planned step of their growth, so this is for plans;
+        a run keeps its own rules.
+        """
+        rules = OptimizerRules()
+        for stage in self.stages[1 : index + 1]:
+            if stage.growth is not None:
+                rules = stage.growth.rules_after(rules, step=stage.plan.start_step)
+        return rules
+
+    def placement(self, index: int) -> Placement:
+        """Who holds what in a stage."""
+        stage = self.stages[index]
+        catalog = build_catalog(stage.model)
+        return Placement(catalog, stage.layout, group_keys(catalog, self.rules_at(index)))
+
+
+def plan_run(config: Config, *, world: int, vocabulary: int | None) -> RunPlan:
+    """Resolve a run for a number of processes.
+
+    Args:
+        config: the run.
+        world: number of processes.
+        vocabulary: of the tokenizer, where it is known; `model.vocab` overrides it.
+
+    Raises:
+        ConfigError: stages, layouts or batch do not fit together, or the vocabulary of the
+            model is smaller than the tokenizer's.
+        GrowthError: an operator or a state policy that is unknown or does not fit.
+    """
+    models = _models(config, vocabulary)
+    layouts = _layouts(config, world)
+    layout_configs = [_layout_config(config, i) for i in range(len(config.stages))]
+    plans = resolve_stages(
+        config, models=models, layouts=layout_configs, flops_per_token=train_flops_per_token
+    )
+    stages = []
+    rewarms = []
+    for i, stage in enumerate(config.stages):
+        growth = None
+        if stage.grow is not None:
+            growth = make_growth(
+                operator=stage.grow.operator,
+                policy=stage.grow.state_policy,
+                small=build_catalog(models[i - 1]),
+                target=build_catalog(models[i]),
+                rewarm=stage.grow.rewarm,
+            )
+            if growth.policy.new_block_peak is None and growth.rewarm:
+                rewarms.append((plans[i].start_step, growth.rewarm))
+        stages.append(Stage(plans[i], layouts[i], growth, stage.grow))
+        accumulation(config.batch, layouts[i])
+    rate = learning_rate(config, total_steps=plans[-1].end_step, rewarms=rewarms)
+    return RunPlan(tuple(stages), rate)
+
+
+def _models(config: Config, vocabulary: int | None) -> list[ModelConfig]:
+    model = config.model
+    if model.vocab is None:
+        if vocabulary is None:
+            raise ConfigError(
+                "model.vocab is not set and no tokenizer tells it",
+                mend="set model.vocab, or give data.path",
+            )
+        model = model.model_copy(update={"vocab": vocabulary})
+    elif vocabulary is not None and model.vocab < vocabulary:
+        raise ConfigError(
+            "model.vocab is smaller than the tokenizer's vocabulary",
+            found=model.vocab,
+            expected=f"at least {vocabulary}",
+            mend="leave model.vocab out: it is then taken from the tokenizer",
+        )
+    models = [model]
+    for stage in config.stages[1:]:
+        if stage.grow is not None:
+            model = grown_model(model, operator=stage.grow.operator, factor=stage.grow.factor)
+        models.append(model)
+    return models
+
+
+def _layout_config(config: Config, index: int) -> LayoutConfig:
+    """A stage's own layout section, else the last one given before it."""
+    given = [stage.layout for stage in config.stages[: index + 1] if stage.layout is not None]
+    return given[-1] if given else config.layout
+
+
+def _layouts(config: Config, world: int) -> list[Layout]:
+    layouts = []
+    for i in range(len(config.stages)):
+        wanted = _layout_config(config, i)
+        key = "layout" if wanted is config.layout else f"stages[{i}].layout"
+        layouts.append(
+            make_layout(
+                world=world,
+                tensor=wanted.tensor,
+                pipeline=wanted.pipeline,
+                zero=wanted.zero,
+                key=key,
+            )
+        )
+    return layouts

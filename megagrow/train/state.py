@@ -1,0 +1,68 @@
+"""What a run must remember besides its tensors: a few numbers and the optimizer's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megagrow.growth.growth import Growth
+from megagrow.growth.rules import OptimizerRules
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        consumed_samples: samples taken from the data; the whole state of the sampler.
+        tokens, flops: consumed since the start of the run.
+        growth_stage: index of the growth stage that the tensors belong to.
+        optimizer_step: the optimizer's own count, which a `reset` starts again.
+        rules: what growths left to the optimizer.
+
+    Random numbers need no state: those of a step follow from the seed, the step and the rank.
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    tokens: int = 0
+    flops: int = 0
+    growth_stage: int = 0
+    optimizer_step: int = 0
+    rules: OptimizerRules = field(default_factory=OptimizerRules)
+
+    def after_step(self, *, samples: int, tokens: int, flops: int) -> RunState:
+        """The state one optimizer step later."""
+        return replace(
+            self,
+            step=self.step + 1,
+            optimizer_step=self.optimizer_step + 1,
+            consumed_samples=self.consumed_samples + samples,
+            tokens=self.tokens + tokens,
+            flops=self.flops + flops,
+        )
+
+    def after_growth(self, growth: Growth | None) -> RunState:
+        """The state at the start of the next growth stage."""
+        stage = self.growth_stage + 1
+        if growth is None:
+            return replace(self, growth_stage=stage)
+        count = 0 if growth.policy.restart_steps else self.optimizer_step
+        rules = growth.rules_after(self.rules, step=count)
+        return replace(self, growth_stage=stage, optimizer_step=count, rules=rules)
+
+    def to_json(self) -> dict[str, Any]:
+        """A form that JSON holds; `from_json` is its inverse."""
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        return {**numbers, "rules": self.rules.to_json()}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> RunState:
+        """Read what `to_json` wrote (KeyError, TypeError or ValueError on anything else)."""
+        numbers = {name: int(data[name]) for name in _NUMBERS}
+        return RunState(**numbers, rules=OptimizerRules.from_json(data["rules"]))
+
+
+_NUMBERS = ("step", "consumed_samples", "tokens", "flops", "growth_stage", "optimizer_step")

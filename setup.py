@@ -1,0 +1,53 @@
+"""Packaging of megagrow; tools are configured in pyproject.toml, exact pins in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"', (HERE / "megagrow/__init__.py").read_text("utf-8"), re.MULTILINE
+)[1]
+README = HERE / "README.md"
+
+# NVIDIA apex must never be listed here.  It is installed from its own sources; the package
+# named `apex` on the package index is an unrelated project.  Nothing in megagrow needs it.
+setup(
+    name="megagrow",
+    version=VERSION,
+    description="Staged pretraining in which a language model grows while it trains",
+    long_description=README.read_text("utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["megagrow", "megagrow.*"]),
+    python_requires=">=3.10,<3.13",
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.8,<0.20",
+        "ninja",  # DeepSpeed compiles its communication ops on first use
+        "numpy",
+        "psutil",
+        "pydantic>=2.11",
+        "pyyaml",
+        "sentencepiece",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "safetensors",
+            "tokenizers",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+        "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and power_draw read from
+        "hf": ["safetensors", "tokenizers", "transformers"],
+    },
+)

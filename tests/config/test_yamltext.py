@@ -1,0 +1,109 @@
+import math
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagrow.config.yamltext import read_yaml, write_yaml
+from megagrow.errors import ConfigError
+
+
+def one(text):
+    return read_yaml(f"a: {text}", source="test")["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e6", 1_000_000),
+        ("5E+5", 500_000),
+        ("-2e3", -2000),
+        ("1_000", 1000),
+        ("010", 10),
+        ("0xff", 255),
+        ("1e-3", 1e-3),
+        ("1.5e3", 1500.0),
+        (".5", 0.5),
+        ("3.", 3.0),
+        ("-.inf", -math.inf),
+        ("true", True),
+        ("False", False),
+        ("~", None),
+        ("", None),
+        ("yes", "yes"),
+        ("on", "on"),
+        ("1:30", "1:30"),
+        ("2024-01-02", "2024-01-02"),
+        ("'1e6'", "1e6"),
+        ("1e6b", "1e6b"),
+        ("e5", "e5"),
+        ("-", "-"),
+    ],
+)
+def test_scalars_follow_yaml_1_2(text, value):
+    if text == "-":
+        text = "'-'"
+    found = one(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_nan():
+    assert math.isnan(one(".nan"))
+
+
+def test_merge_keys_and_anchors():
+    text = "base: &b {x: 1, y: 2}\nmore: {<<: *b, y: 3}"
+    assert read_yaml(text, source="t")["more"] == {"x": 1, "y": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: 1\nb: 2\na: 3", ["run.yaml, line 3", "key 'a' is given twice", "line 1"]),
+        ("a:\n  x: 1\n  x: 2", ["line 3", "'x'"]),
+        ("a: [1,\nb: 2", ["run.yaml, line 2", "valid YAML"]),
+        ("a:\n\tb: 1", ["line 2"]),
+        ("1: x", ["line 1", "key 1 is not text"]),
+        ("? [a]\n: x", ["line 1", "is not text"]),
+        ("a: !!python/name:os.system", ["line 1", "is not allowed"]),
+        ("a: !!binary aGk=", ["is not allowed"]),
+        ("a: &x [*x]", ["recursive"]),
+        ("a: " + "[" * 5000, ["nested deeper"]),
+        ("---\na: 1\n---\nb: 2", ["another document"]),
+        (b"a: \xff\xfe", ["run.yaml", "UTF-8"]),
+        ("a: \x01", ["run.yaml"]),
+    ],
+)
+def test_refused(text, says):
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(text, source="run.yaml")
+    for part in says:
+        assert part in str(caught.value)
+
+
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.sampled_from(
+        ["1e6", "yes", "0o7", "1_0", "2024-01-02", "<<", "1:30", "~", ".inf", "=", ""]
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(st.text(), plain, max_size=4))
+def test_what_is_written_is_read_back(data):
+    text = write_yaml(data)
+    assert read_yaml(text, source="t") == data
+
+
+def test_text_that_looks_like_a_number_is_quoted_for_other_readers_too():
+    data = {"a": ["1e6", "1e-3", "yes", "1:30", "0x1"]}
+    assert yaml.safe_load(write_yaml(data)) == data

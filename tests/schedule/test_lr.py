@@ -1,0 +1,132 @@
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagrow.config.load import parse_config
+from megagrow.errors import ConfigError
+from megagrow.schedule import LearningRate, Rewarm, learning_rate
+
+KINDS = ["wsd", "cosine", "linear", "constant"]
+
+
+def rates(**settings):
+    schedule = LearningRate(**{"peak": 1.0, "total_steps": 20, "warmup": 5, **settings})
+    return [schedule.at(step) for step in range(schedule.total_steps + 1)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_warm_up_climbs_from_one_part_to_the_peak(kind):
+    assert rates(kind=kind, peak=3.0)[:5] == pytest.approx([0.6, 1.2, 1.8, 2.4, 3.0])
+    assert rates(kind=kind, warmup=0)[0] == 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
+def test_peak_and_floor_are_exact(kind, floor):
+    peak = 0.1 + 0.2
+    found = rates(kind=kind, floor=floor, peak=peak, decay=0.3)
+    assert found[4] == found[5] == peak
+    assert found[20] == (peak if kind == "constant" else peak * floor)
+    beyond = LearningRate(peak, 20, kind=kind, floor=floor, decay=0.3).at(1000)
+    assert beyond == found[20]
+
+
+def test_wsd_decays_in_a_straight_line_over_the_last_steps():
+    found = rates(kind="wsd", decay=0.25, floor=0.2)
+    assert found[5:15] == [1.0] * 10
+    assert found[15:] == pytest.approx([1.0, 0.84, 0.68, 0.52, 0.36, 0.2])
+
+
+def test_no_update_has_a_rate_of_zero():
+    for kind in KINDS:
+        assert min(rates(kind=kind, floor=0.0)[:20]) > 0
+
+
+def test_linear():
+    found = rates(kind="linear", floor=0.5)
+    assert found[5:] == pytest.approx([1 - 0.5 * i / 15 for i in range(16)])
+
+
+def test_cosine():
+    found = rates(kind="cosine", floor=0.1)
+    expected = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 15)) / 2 for i in range(16)]
+    assert found[5:] == pytest.approx(expected, rel=1e-12)
+
+
+def test_constant_ignores_decay_and_floor():
+    assert rates(kind="constant", decay=0.5, floor=0.5, warmup=0) == [1.0] * 21
+
+
+def test_wsd_without_decay_is_constant():
+    assert rates(kind="wsd", decay=0.0, warmup=0) == [1.0] * 21
+
+
+def test_rewarm_climbs_back_to_the_schedule():
+    plain = rates(kind="cosine")
+    found = rates(kind="cosine", rewarms=(Rewarm(8, 4), Rewarm(15, 0)))
+    factors = [now / then for now, then in zip(found[:20], plain[:20], strict=True)]
+    assert factors == pytest.approx([1.0] * 8 + [0.25, 0.5, 0.75, 1.0] + [1.0] * 8)
+
+
+def test_overlapping_rewarms_take_the_smaller_factor():
+    found = rates(kind="constant", warmup=0, rewarms=(Rewarm(0, 10), Rewarm(4, 2)))
+    assert found[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0])
+    found = rates(kind="constant", warmup=0, rewarms=(Rewarm(0, 4), Rewarm(2, 4)))
+    assert found[:7] == pytest.approx([0.25, 0.5, 0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    total=st.integers(2, 300),
+    warm_part=st.floats(0, 0.5),
+    decay=st.floats(0, 0.5),
+    floor=st.floats(0, 1),
+)
+def test_rises_then_falls_without_a_jump(kind, total, warm_part, decay, floor):
+    warmup = int(warm_part * total * 0.9)
+    schedule = LearningRate(1.0, total, warmup=warmup, kind=kind, decay=decay, floor=floor)
+    found = [schedule.at(step) for step in range(total + 1)]
+    assert all(b >= a for a, b in pairwise(found[:warmup]))
+    assert all(b <= a + 1e-12 for a, b in pairwise(found[warmup:]))
+    assert all(floor - 1e-12 <= rate <= 1.0 for rate in found[warmup:])
+    # No two neighbours differ by more than the steepest of the straight lines; a cosine is
+    # steeper than the line through its ends by pi / 2.
+    length = {"wsd": schedule.decay_steps, "constant": total}.get(kind, total - warmup)
+    steepest = max(1 / max(1, warmup), math.pi / 2 / max(1, length))
+    assert all(abs(b - a) <= steepest + 1e-12 for a, b in pairwise(found))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "kind", "most"),
+    [(19, 0.1, "wsd", 18), (21, 0.1, "cosine", 20), (100, 0.0, "wsd", 20), (1, 1.0, "wsd", 0)],
+)
+def test_a_warm_up_that_does_not_fit_is_refused(warmup, decay, kind, most):
+    with pytest.raises(ConfigError) as caught:
+        LearningRate(1.0, 20, warmup=warmup, decay=decay, kind=kind)
+    message = str(caught.value)
+    assert f"schedule.warmup = {warmup}" in message
+    assert f"at most {most}" in message
+
+
+def test_a_warm_up_that_just_fits():
+    assert rates(warmup=18, decay=0.1)[17:] == pytest.approx([1.0, 1.0, 0.5, 0.0])
+    assert rates(kind="cosine", warmup=20)[19] == 1.0
+
+
+def test_from_a_configuration():
+    config = parse_config(
+        {
+            "model": {"layers": 1, "hidden": 4, "heads": 1, "ffn": 4, "sequence": 4},
+            "data": {"path": "d"},
+            "batch": {"global": 1, "micro": 1},
+            "stages": [{"until": {"steps": 50}}],
+            "optimizer": {"lr": 0.5},
+            "schedule": {"name": "linear", "warmup": 7, "decay": 0.2, "floor": 0.3},
+        }
+    )
+    found = learning_rate(config, total_steps=50, rewarms=[(20, 5)])
+    assert found == LearningRate(0.5, 50, 7, "linear", 0.2, 0.3, (Rewarm(20, 5),))

@@ -1,0 +1,186 @@
+"""Small models and states that several tests share."""
+
+import itertools
+import queue
+import threading
+import typing
+
+import numpy as np
+import torch
+
+from megagrow.config import ModelConfig
+from megagrow.growth.growth import grown_model, make_growth
+from megagrow.growth.registry import OPERATORS
+from megagrow.layout import Layout
+from megagrow.model.catalog import build_catalog
+from megagrow.model.transformer import Transformer, named_tensors
+from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.memory import MemoryState
+from megagrow.state.placement import Placement
+from megagrow.state.transfer import NoChannel, transfer_between_ranks
+
+FAMILIES = typing.get_args(ModelConfig.model_fields["family"].annotation)
+
+
+def toy_model(**changes):
+    """A model of about a thousand parameters; `init_std` is large so that every part matters."""
+    sizes = {
+        "layers": 2, "hidden": 8, "heads": 2, "ffn": 12, "sequence": 6, "vocab": 13,
+        "init_std": 0.4,
+    }  # fmt: skip
+    return ModelConfig(**(sizes | changes))
+
+
+def toy_models():
+    """Every family, tied and untied: (id, model)."""
+    for family, tied in itertools.product(FAMILIES, (True, False)):
+        name = f"{family}-{'tied' if tied else 'untied'}"
+        yield name, toy_model(family=family, tie_embeddings=tied)
+
+
+def growths(*, policies=True, keeps=None):
+    """Every registered operator, with its policies (or the first alone), and factors 2 and 3."""
+    return [
+        (operator.name, policy, factor)
+        for operator in OPERATORS.values()
+        if keeps is None or operator.keeps == keeps
+        for policy in (operator.policies if policies else operator.policies[:1])
+        for factor in (2, 3)
+    ]
+
+
+def random_state(catalog, *, seed, dtype=torch.float64):
+    """Whole tensors with random values in every slot; norms and biases are random as well."""
+    generator = torch.Generator().manual_seed(seed)
+    state = MemoryState.empty(catalog, ADAM_SLOTS, dtype=dtype)
+    for tensor in catalog:
+        noise = torch.randn((3, *tensor.shape), generator=generator, dtype=torch.float64)
+        base, scale = {"ones": (1.0, 0.3), "zeros": (0.0, 0.3), "normal": (0.0, tensor.init.std)}[
+            tensor.init.kind
+        ]
+        state.tensors[tensor.name, "master"].copy_(base + scale * noise[0])
+        state.tensors[tensor.name, "exp_avg"].copy_(0.1 * noise[1])
+        state.tensors[tensor.name, "exp_avg_sq"].copy_(0.01 * noise[2] ** 2)
+    return state
+
+
+def build(model, state):
+    """The module of a model with the parameters of a whole state, in the state's precision."""
+    dtype = next(iter(state.tensors.values())).dtype
+    module = Transformer(model).to(dtype)
+    with torch.no_grad():
+        for name, parameter in named_tensors(module).items():
+            parameter.copy_(state.tensors[name, "master"])
+    return module
+
+
+def grow(model, state, *, operator, policy=None, factor=2):
+    """Grow a whole state in one process: (grown model, growth, grown state)."""
+    grown = grown_model(model, operator=operator, factor=factor)
+    small, target = build_catalog(model), build_catalog(grown)
+    growth = make_growth(operator=operator, policy=policy, small=small, target=target)
+    return grown, growth, mapped(growth, small, state)
+
+
+def mapped(state_map, small, state, *, seed=0):
+    """Apply a state map to a whole state in one process."""
+    dtype = next(iter(state.tensors.values())).dtype
+    new = MemoryState.empty(state_map.target, ADAM_SLOTS, dtype=dtype)
+    transfer_between_ranks(
+        state_map=state_map,
+        old=state,
+        old_placement=Placement(small, Layout()),
+        new=new,
+        new_placement=Placement(state_map.target, Layout()),
+        slots=ADAM_SLOTS,
+        channel=NoChannel(),
+        seed=seed,
+        staging_bytes=1 << 20,
+        dtype=dtype,
+    )
+    return new
+
+
+def token_batches(model, *, samples, seed, steps=1):
+    """Random samples [steps, samples, sequence + 1]."""
+    shape = (steps, samples, model.sequence + 1)
+    return np.random.default_rng(seed).integers(0, model.vocabulary, shape)
+
+
+class ShardState:
+    """One rank's boxes and nothing else; NaN until written.
+
+    Reading or writing anything but a part of one shard is an error.
+    """
+
+    def __init__(self, placement, rank, *, dtype=torch.float32, whole_state=None):
+        self.boxes = {}
+        for shard in placement.shards(rank):
+            for slot in ADAM_SLOTS:
+                memory = torch.full(shard.box.shape, torch.nan, dtype=dtype)
+                if whole_state is not None:
+                    memory.copy_(whole_state.view(shard.tensor, slot.name, shard.box))
+                self.boxes.setdefault((shard.tensor, slot.name), []).append((shard.box, memory))
+
+    def view(self, tensor, slot, box):
+        """The memory of a part of one shard."""
+        for held, memory in self.boxes.get((tensor, slot), ()):
+            if held.contains(box):
+                return memory[box.relative_to(held.offset).slices]
+        raise KeyError(f"{box} of {tensor} is not here")
+
+    read = view
+
+    def fault(self, whole_state):
+        """The first box that is not, bit for bit, a slice of a whole state; None if all are."""
+        for (tensor, slot), held in self.boxes.items():
+            for box, memory in held:
+                if not torch.equal(memory, whole_state.view(tensor, slot, box)):
+                    return f"{slot} of {tensor} at {box}"
+        return None
+
+
+class ThreadChannel:
+    """A rank's end of an in-process channel; make all of a job with `job`."""
+
+    def __init__(self, rank, world, lines):
+        self.rank, self.world, self._lines = rank, world, lines
+
+    @staticmethod
+    def job(world):
+        """The channels of all ranks."""
+        lines = {(a, b): queue.Queue() for a in range(world) for b in range(world)}
+        return [ThreadChannel(rank, world, lines) for rank in range(world)]
+
+    def exchange(self, *, send, to, receive, source):
+        """Send and receive; a message of the wrong length is an error."""
+        if send is not None:
+            self._lines[self.rank, to].put(send.clone())
+        if receive is not None:
+            message = self._lines[source, self.rank].get(timeout=30)
+            assert message.shape == receive.shape
+            receive.copy_(message)
+
+
+def on_threads(function, world):
+    """Run function(channel) for every rank of an in-process job; returns the results by rank."""
+    results, errors = [None] * world, []
+
+    def work(channel):
+        try:
+            results[channel.rank] = function(channel)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=work, args=(channel,), daemon=True)
+        for channel in ThreadChannel.job(world)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    if errors:
+        raise errors[0]
+    assert not any(thread.is_alive() for thread in threads), "a rank hangs"
+    return results
