@@ -16,8 +16,9 @@ from torch import nn
 from megagrow.config import Config, ModelConfig
 from megagrow.engine.comm import Comm
 from megagrow.engine.ds_config import deepspeed_config
+from megagrow.engine.fragments import publish
 from megagrow.engine.optimizer import BlockAdamW
-from megagrow.engine.state import LiveState, live_state, publish
+from megagrow.engine.state import LiveState, live_state
 from megagrow.errors import ConfigError
 from megagrow.growth.rules import GroupKey, OptimizerRules, group_keys
 from megagrow.layout import Layout
@@ -100,7 +101,7 @@ class Engine:
 
     def publish(self) -> None:
         """Bring the parameters that the model computes with up to date with `state`."""
-        publish(self._deepspeed, self.layout.zero)
+        publish(self._deepspeed)
 
     def train_step(self, batches: Iterable[np.ndarray], *, lr: float, seed: int) -> StepResult:
         """One optimizer step.
@@ -182,10 +183,3 @@ def _require_supported(layout: Layout) -> None:
                 expected=1,
                 mend=f"set layout.{name}=1",
             )
-    if layout.zero == 3:
-        raise ConfigError(
-            "layout.zero: the training engine supports ZeRO 0, 1 and 2 in this version",
-            found=3,
-            expected="0, 1 or 2",
-            mend="set layout.zero=2",
-        )

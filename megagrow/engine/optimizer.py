@@ -52,16 +52,19 @@ class BlockAdamW(torch.optim.AdamW):
         """Say which boxes of which parameters have young blocks."""
         self._young = {p: sorted(s, key=lambda x: x.start) for p, s in young.items() if s}
 
-    def make_state(self, *, step: int) -> None:
-        """Create the optimizer state that a first step would: zero moments, the step count."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                state["step"] = torch.tensor(
-                    float(step), dtype=torch.float32, device=parameter.device
-                )
-                for name in MOMENTS:
-                    state[name] = torch.zeros_like(parameter, requires_grad=False)
+    def make_state(self, parameters: Iterable[torch.Tensor], *, step: int) -> None:
+        """Create the state that a first step would: zero moments, and the step count.
+
+        Args:
+            parameters: the tensors that will be stepped (DeepSpeed may hold them itself and
+                put them into the parameter groups only for the time of a step).
+            step: updates that count as done.
+        """
+        for parameter in parameters:
+            state = self.state[parameter]
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(parameter, requires_grad=False)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

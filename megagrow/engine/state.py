@@ -1,4 +1,4 @@
-"""DeepSpeed's training state as source and sink: the one place that reaches into its insides.
+"""DeepSpeed's training state as source and sink of a transfer.
 
 A rank's part of a parameter and of its optimizer state is a flat range of the
 local parameter, held in one flat tensor; `LiveState` finds those ranges and
@@ -9,34 +9,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from megagrow.engine.fragments import Fragment, find_fragments, link_optimizer_state
 from megagrow.engine.optimizer import BlockAdamW, YoungShard
 from megagrow.growth.rules import OptimizerRules
 from megagrow.state.boxes import Box
 from megagrow.state.catalog import ADAM_SLOTS, MASTER
 from megagrow.state.placement import Placement, Shard
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A rank's part of one local parameter.
-
-    Attributes:
-        start: first flat position in the local parameter.
-        owner: the optimizer's (flat) parameter that holds it.
-        offset: its position there.
-        length: number of elements.
-    """
-
-    start: int
-    owner: torch.Tensor
-    offset: int
-    length: int
 
 
 class LiveState:
@@ -106,21 +89,18 @@ def live_state(
             DeepSpeed that partitions in another way).
     """
     optimizer: BlockAdamW = engine.basic_optimizer
-    optimizer.make_state(step=optimizer_step)
-    if placement.layout.zero in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    fragments = find_fragments(engine, parameters)
+    # Several parameters may share an owner; each owner's state is made once.
+    owners = {id(f.owner): f.owner for f in fragments.values()}
+    optimizer.make_state(owners.values(), step=optimizer_step)
+    link_optimizer_state(engine)
     at = placement.layout.coordinates(rank)
     memory: dict[tuple[str, str], tuple[int, torch.Tensor]] = {}
     young: dict[torch.Tensor, list[YoungShard]] = {}
-    for name, parameter in parameters.items():
-        fragment = _fragment(engine, parameter, placement.layout.zero)
+    for name in parameters:
         expected = placement.flat_range(placement.catalog[name], at)
-        found = (0, 0) if fragment is None else (fragment.start, fragment.start + fragment.length)
-        if found != expected and (expected[0] < expected[1] or fragment is not None):
-            raise RuntimeError(
-                f"DeepSpeed holds elements {found} of {name} on rank {rank}, not {expected}: "
-                "its partitioning is not the one that megagrow/state/placement.py describes"
-            )
+        fragment = fragments.get(name)
+        _check_range(name, expected, fragment, rank)
         if fragment is None:
             continue
         for slot in ADAM_SLOTS:
@@ -140,19 +120,18 @@ def live_state(
     return LiveState(placement, rank, memory)
 
 
-def publish(engine: Any, zero: int) -> None:
-    """Bring the model's own parameters up to date with the state that was just written."""
-    if zero in (1, 2):
-        # Each rank writes its range of the low-precision copy, and all gather the rest.
-        engine.optimizer.update_lp_params()
-
-
-def _fragment(engine: Any, parameter: nn.Parameter, zero: int) -> Fragment | None:
-    if zero == 0:
-        return Fragment(0, parameter, 0, parameter.numel())
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-    if mapping is None:
-        return None
-    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-    owner = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-    return Fragment(low.start, owner, high.start, low.numel)
+def _check_range(
+    name: str, expected: tuple[int, int], fragment: Fragment | None, rank: int
+) -> None:
+    """The arithmetic must be DeepSpeed's own, up to padding behind the parameter's end."""
+    start, stop = expected
+    if fragment is None:
+        holds = start == stop
+    else:
+        padded = fragment.start + fragment.length
+        holds = start == stop or (fragment.start == start and padded >= stop)
+    if not holds:
+        raise RuntimeError(
+            f"DeepSpeed holds {fragment} of {name} on rank {rank}, not elements {expected}: "
+            "its partitioning is not the one that megagrow/state/placement.py describes"
+        )
