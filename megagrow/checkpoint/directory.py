@@ -18,7 +18,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megagrow.errors import CheckpointError
@@ -27,7 +27,7 @@ _TEMPORARY = ".tmp-"
 _ASIDE = ".set-aside-"
 _QUIET_SECONDS = 3600.0
 
-_MENDS = {
+_WRITING = {
     errno.ENOSPC: "free disk space, or keep fewer checkpoints (checkpoint.keep)",
     errno.EDQUOT: "free disk space within your quota, or keep fewer checkpoints (checkpoint.keep)",
     errno.EACCES: "give this user the right to write there, or set run.dir to another directory",
@@ -36,10 +36,17 @@ _MENDS = {
     errno.EIO: "check the disk (its driver reported a failure), or set run.dir to another one",
     errno.ENOENT: "set run.dir to a directory that every host of the job sees",
 }
+RESTORE = "restore the file from a copy, or resume from another checkpoint"
+READING = {
+    errno.ENOENT: RESTORE,
+    errno.EACCES: "give this user the right to read it",
+    errno.EIO: "check the disk (its driver reported a failure); " + RESTORE,
+    errno.ELOOP: "put the file itself in place of the link",
+}
 
 
 @contextlib.contextmanager
-def naming(path: Path, fault: str) -> Iterator[None]:
+def naming(path: Path, fault: str, mends: Mapping[int, str] = _WRITING) -> Iterator[None]:
     """Turn an OSError into a CheckpointError that says `path: fault` and the system's reason."""
     try:
         yield
@@ -48,7 +55,7 @@ def naming(path: Path, fault: str) -> Iterator[None]:
         raise CheckpointError(
             f"{path}: {fault}",
             found=f"{error.strerror or error} ({code})",
-            mend=_MENDS.get(error.errno or 0),
+            mend=mends.get(error.errno or 0),
         ) from error
 
 
@@ -59,7 +66,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
     A link, a directory or a pipe under that name is refused: a checkpoint that someone
     made by hand must not lead the reader elsewhere, or make it wait.
     """
-    with naming(path, "cannot be opened"):
+    with naming(path, "cannot be opened", READING):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
@@ -141,7 +148,7 @@ def newest(root: Path) -> Path | None:
 def _children(root: Path) -> list[Path]:
     if not root.exists():
         return []
-    with naming(root, "cannot be read"):
+    with naming(root, "cannot be read", READING):
         return sorted(root.iterdir())
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import megagrow
+from megagrow.checkpoint.directory import RESTORE
 from megagrow.checkpoint.shards import Part, Plan
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
@@ -242,7 +243,7 @@ def unseal(data: bytes, *, where: str) -> Manifest:
         raise CheckpointError(
             f"{where}: damaged, or not a manifest of megagrow",
             found="its content does not have the SHA-256 that it states",
-            mend="restore the file from a copy, or resume from another checkpoint",
+            mend=RESTORE,
         )
     try:
         content = json.loads(

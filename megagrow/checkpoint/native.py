@@ -17,15 +17,20 @@ import torch
 
 from megagrow.checkpoint import manifest as manifests
 from megagrow.checkpoint.contents import Contents, Stored, prove
-from megagrow.checkpoint.directory import is_temporary, naming, open_regular, step_of
+from megagrow.checkpoint.directory import (
+    READING,
+    RESTORE,
+    is_temporary,
+    naming,
+    open_regular,
+    step_of,
+)
 from megagrow.checkpoint.manifest import file_name
 from megagrow.checkpoint.shards import DTYPES, Part, checksum
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.state.boxes import Box, flat_offset, flat_range_boxes, whole
 from megagrow.state.catalog import Catalog, Slot
-
-_MEND = "restore the file from a copy, or resume from another checkpoint"
 
 
 class NativeCheckpoint:
@@ -260,7 +265,7 @@ class _Chunks:
                 self._at(file, chunk) + ": damaged",
                 found=f"bytes {low} to {high} do not have their checksum",
                 expected=f"CRC-32 {self._files[file].crc32[chunk]}",
-                mend=_MEND,
+                mend=RESTORE,
             )
 
     def _load(self, file: int, chunk: int, low: int, high: int) -> memoryview:
@@ -272,13 +277,13 @@ class _Chunks:
         data = self._buffer.numpy().data[low - base : high - base]
         self._held = (-1, -1, 0, 0)
         path = self._path / file_name(file)
-        with open_regular(path) as (descriptor, size), naming(path, "cannot be read"):
+        with open_regular(path) as (descriptor, size), naming(path, "cannot be read", READING):
             if size != self._files[file].size or not _read_exactly(descriptor, data, low):
                 raise CheckpointError(
                     self._at(file, chunk) + ": truncated, or changed while it is read",
                     found=f"{size} bytes",
                     expected=f"{self._files[file].size} bytes",
-                    mend=_MEND,
+                    mend=RESTORE,
                 )
         self._held = (file, chunk, low, high)
         return data
@@ -313,7 +318,7 @@ def _read_small(path: Path, limit: int) -> bytes:
                 f"{path}: too long", found=f"{size} bytes", expected=f"at most {limit} bytes"
             )
         data = bytearray(size)
-        with naming(path, "cannot be read"):
+        with naming(path, "cannot be read", READING):
             complete = _read_exactly(descriptor, memoryview(data), 0)
         if not complete:
             raise CheckpointError(f"{path}: changed while it is read")
@@ -327,16 +332,16 @@ def _check_head(path: Path, size: int, head: bytes) -> None:
                 f"{path}: truncated, or of another checkpoint",
                 found=f"{found} bytes",
                 expected=f"{size} bytes",
-                mend=_MEND,
+                mend=RESTORE,
             )
         data = bytearray(len(head))
-        with naming(path, "cannot be read"):
+        with naming(path, "cannot be read", READING):
             complete = _read_exactly(descriptor, memoryview(data), 0)
         if not complete or data != head:
             raise CheckpointError(
                 f"{path}: damaged, or of another checkpoint",
                 found="a header that disagrees with the manifest",
-                mend=_MEND,
+                mend=RESTORE,
             )
 
 

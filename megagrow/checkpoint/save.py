@@ -1,6 +1,6 @@
 """Saving: every rank writes the boxes it holds, rank 0 commits.
 
-Order: files, fsync of each, fsync of the directory, manifest, fsync, rename,
+Order: files, fsync of each, manifest, fsync, fsync of the directory, rename,
 fsync of the parent.  The rename is the commit: before it readers see nothing,
 after it everything.
 """
@@ -161,11 +161,10 @@ def _refuse_existing(path: Path, step: int) -> None:
 
 
 def _commit(root: Path, temporary: Path, final: Path, manifest: bytes) -> None:
-    with naming(temporary, "cannot be synchronised"):
-        sync_directory(temporary)
     with naming(temporary / manifests.NAME, "cannot be written"):
         write_new(temporary / manifests.NAME, manifest)
-        sync_directory(temporary)
+    with naming(temporary, "cannot be synchronised"):
+        sync_directory(temporary)  # the names of all files, the manifest's among them
     with naming(final, "cannot be committed"):
         os.rename(temporary, final)
     with naming(
