@@ -34,40 +34,74 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """The shape of a transformer.
 
-    `vocab` may stay unset in a file: it is then taken from the tokenizer.
+    Family `gpt2`: LayerNorm, learned positions, GELU, biases.  Family `llama`: RMSNorm, rotary
+    positions, SwiGLU, no biases.  `vocab` may stay unset in a file: it is then taken from the
+    tokenizer.
     """
 
-    family: Literal["gpt2"] = "gpt2"
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    family: Literal["gpt2", "llama"] = "gpt2"
     layers: Positive
     hidden: Positive
     heads: Positive
+    kv_heads: Positive | None = None  # grouped-query attention; default: heads
+    head_dim_: Positive | None = Field(None, alias="head_dim")  # default: hidden / heads
     ffn: Positive
     sequence: Positive
     vocab: Positive | None = None
     tie_embeddings: bool = True
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
+    rope_theta: Annotated[float, Field(gt=0.0)] = 1e4  # base of llama's rotary positions
     init_std: Annotated[float, Field(gt=0.0)] = 0.02
+    # Recompute in the backward pass: the attention core alone, or the whole block.
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False  # each block by torch.compile
 
     @model_validator(mode="after")
     def _heads_divide_hidden(self) -> ModelConfig:
-        if self.hidden % self.heads:
+        if self.head_dim_ is None and self.hidden % self.heads:
             nearest = max(1, round(self.hidden / self.heads)) * self.heads
             raise ValueError(
                 f"hidden = {self.hidden} is not divisible by heads = {self.heads}; "
-                f"set model.hidden to a multiple of {self.heads}, for instance {nearest}"
+                f"set model.hidden to a multiple of {self.heads}, for instance {nearest}, "
+                "or set model.head_dim"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kv_heads_divide_heads(self) -> ModelConfig:
+        if self.heads % self.kv_groups:
+            raise ValueError(
+                f"heads = {self.heads} is not divisible by kv_heads = {self.kv_groups}; "
+                f"set model.kv_heads to a divisor of {self.heads}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rotary_pairs(self) -> ModelConfig:
+        if self.family == "llama" and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim = {self.head_dim} is odd, but rotary positions turn pairs of features; "
+                f"set model.head_dim to an even number, for instance {self.head_dim + 1}"
             )
         return self
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden // self.heads
+        return self.head_dim_ or self.hidden // self.heads
 
     @property
     def kv_groups(self) -> int:
-        """Number of key/value heads (equal to `heads` in the GPT-2 family)."""
-        return self.heads
+        """Number of key/value heads, each shared by heads / kv_groups query heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def biases(self) -> bool:
+        """Whether linear layers and norms have biases."""
+        return self.family == "gpt2"
 
     @property
     def vocabulary(self) -> int:
@@ -83,6 +117,18 @@ class LayoutConfig(Section):
     tensor: Positive = 1
     pipeline: Positive = 1
     zero: Annotated[int, Field(ge=0, le=3)] = 1
+    sequence_parallel: bool = False  # norms and dropout on 1/tensor of the sequence
+    partition: Literal["parameters", "flops"] = "parameters"  # what pipeline stages balance
+
+    @model_validator(mode="after")
+    def _pipeline_needs_low_zero(self) -> LayoutConfig:
+        if self.pipeline > 1 and self.zero > 1:
+            raise ValueError(
+                f"zero = {self.zero} does not go with pipeline = {self.pipeline}: DeepSpeed's "
+                "pipeline engine takes ZeRO 0 or 1 only; set layout.zero=1 (optimizer state is "
+                "then sharded all the same), or layout.pipeline=1 with layout.tensor raised"
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -101,6 +147,17 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     grad_clip: Annotated[float, Field(ge=0.0)] = 1.0  # 0 turns clipping off
+    offload: Literal["none", "cpu"] = "none"  # where optimizer state lives (ZeRO 1 to 3)
+
+
+class PrecisionConfig(Section):
+    """Number format of parameters and activations; master weights and moments are fp32."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # Dynamic loss scaling, for fp16 alone: it starts at 2**initial_scale_power, is halved when
+    # gradients overflow (the step is then skipped) and doubled after `window` good steps.
+    initial_scale_power: Annotated[int, Field(ge=0, le=32)] = 16
+    window: Positive = 1000
 
 
 class ScheduleConfig(Section):
@@ -200,6 +257,7 @@ class Config(Section):
     layout: LayoutConfig = LayoutConfig()
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    precision: PrecisionConfig = PrecisionConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchConfig
     stages: Annotated[list[StageConfig], Field(min_length=1)]

@@ -10,7 +10,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from megagrow.engine.groups import Groups, make_groups
 from megagrow.errors import MegagrowError
+from megagrow.layout import Layout
 
 
 class Comm:
@@ -27,7 +29,15 @@ class Comm:
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self._groups: dict[tuple[int, int, int], Groups] = {}
         self.device = torch.device("cuda", self.local_rank) if _on_gpu() else torch.device("cpu")
+
+    def groups(self, layout: Layout) -> Groups:
+        """The process groups of a layout; made once for each shape of the grid."""
+        shape = (layout.data, layout.tensor, layout.pipeline)
+        if shape not in self._groups:
+            self._groups[shape] = make_groups(layout, self.rank)
+        return self._groups[shape]
 
     def exchange(
         self, *, send: torch.Tensor | None, to: int, receive: torch.Tensor | None, source: int

@@ -14,24 +14,28 @@ from megagrow.schedule.batch import accumulation
 _BUCKET = 50_000_000
 
 
-def deepspeed_config(config: Config, layout: Layout, *, parameters: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: Config, layout: Layout, *, parameters: int, sequence_parallel: bool = False
+) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     Args:
         config: the run.
         layout: the process grid of this growth stage.
         parameters: number of parameters on one rank before ZeRO, which bounds the buckets.
+        sequence_parallel: whether activations differ between tensor-parallel ranks.
 
     Raises:
         ConfigError: a key under `deepspeed` that megagrow sets itself, with another value.
     """
+    engine_clips = layout.zero == 0 and config.precision.dtype == "fp32"
     bucket = max(2, min(_BUCKET, parameters + parameters % 2))
     ours: dict[str, Any] = {
         "train_batch_size": config.batch.global_,
         "train_micro_batch_size_per_gpu": config.batch.micro,
         "gradient_accumulation_steps": accumulation(config.batch, layout),
-        # At ZeRO 0 DeepSpeed clips but does not tell the norm, so the engine does it itself.
-        "gradient_clipping": config.optimizer.grad_clip if layout.zero else 0.0,
+        # In fp32 at ZeRO 0 DeepSpeed clips but does not tell the norm, so the engine clips.
+        "gradient_clipping": 0.0 if engine_clips else config.optimizer.grad_clip,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
@@ -42,7 +46,43 @@ def deepspeed_config(config: Config, layout: Layout, *, parameters: int) -> dict
             "allgather_bucket_size": bucket,
         },
     }
+    if sequence_parallel and layout.pipeline > 1:
+        # DeepSpeed sends a part of the activations from each tensor-parallel rank, on the
+        # assumption that all hold the same; with sequence parallelism each holds its own.
+        ours["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
+    ours |= _precision(config)
+    if config.optimizer.offload == "cpu":
+        _require_sharded_state(layout)
+        ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        # Our optimizer steps CPU tensors as well, so DeepSpeed's own CPU Adam is not needed.
+        ours["zero_force_ds_cpu_optimizer"] = False
     return _merge(ours, config.deepspeed, "deepspeed")
+
+
+def _precision(config: Config) -> dict[str, Any]:
+    precision = config.precision
+    if precision.dtype == "bf16":
+        return {"bf16": {"enabled": True}}
+    if precision.dtype == "fp16":
+        return {
+            "fp16": {
+                "enabled": True,
+                "loss_scale": 0,
+                "initial_scale_power": precision.initial_scale_power,
+                "loss_scale_window": precision.window,
+            }
+        }
+    return {}
+
+
+def _require_sharded_state(layout: Layout) -> None:
+    if layout.zero == 0:
+        raise ConfigError(
+            "optimizer.offload: DeepSpeed offloads sharded optimizer state only",
+            found="layout.zero = 0",
+            expected="layout.zero of 1, 2 or 3",
+            mend="set layout.zero=1, or optimizer.offload=none",
+        )
 
 
 def _merge(ours: Mapping[str, Any], given: Mapping[str, Any], path: str) -> dict[str, Any]:

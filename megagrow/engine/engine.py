@@ -9,31 +9,44 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import deepspeed
+import deepspeed.utils.groups
 import numpy as np
 import torch
 from torch import nn
 
-from megagrow.config import Config, ModelConfig
+from megagrow.config import Config, LayoutConfig, ModelConfig
+from megagrow.engine.clipping import GradientClipper
 from megagrow.engine.comm import Comm
+from megagrow.engine.drivers import Driver, PipelineDriver, PlainDriver, validation_share
 from megagrow.engine.ds_config import deepspeed_config
 from megagrow.engine.fragments import publish
+from megagrow.engine.groups import Groups, ModelParallelUnit
+from megagrow.engine.loss_scale import LossScale, get_loss_scale, set_loss_scale
 from megagrow.engine.optimizer import BlockAdamW
+from megagrow.engine.pipeline import PipelinedModel
 from megagrow.engine.state import LiveState, live_state
-from megagrow.errors import ConfigError
-from megagrow.growth.rules import GroupKey, OptimizerRules, group_keys
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.growth.rules import GroupKey, OptimizerRules
+from megagrow.model.parallel import TensorParallel
 from megagrow.model.transformer import Transformer, named_tensors
 from megagrow.schedule.batch import accumulation
 from megagrow.state.placement import Placement
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step gave: this rank's mean loss (nats) and the global gradient norm."""
+    """What one optimizer step gave.
+
+    Attributes:
+        loss: mean loss in nats, of this data rank or (pipeline) of all.
+        grad_norm: norm of the whole gradient before clipping.
+        applied: False where fp16 gradients overflowed and the update was skipped.
+    """
 
     loss: float
     grad_norm: float
+    applied: bool
 
 
 class Engine:
@@ -45,10 +58,15 @@ class Engine:
     Args:
         config: the run.
         model: the shape of this growth stage's model.
-        layout: the process grid of this growth stage.
+        spread: the configuration of this growth stage's layout.
+        placement: who holds what.
         rules: what earlier growths left to the optimizer.
         optimizer_step: the step count that the optimizer goes on from.
+        loss_scale: of the engine before, for fp16.
         comm: the processes.
+
+    Raises:
+        ConfigError: the model does not divide over the layout, or a setting clashes.
     """
 
     def __init__(
@@ -56,52 +74,96 @@ class Engine:
         *,
         config: Config,
         model: ModelConfig,
-        layout: Layout,
+        spread: LayoutConfig,
+        placement: Placement,
         rules: OptimizerRules,
         optimizer_step: int,
+        loss_scale: LossScale | None = None,
         comm: Comm,
     ) -> None:
-        _require_supported(layout)
-        self.model, self.layout, self.comm = model, layout, comm
+        self.model, self.placement, self.comm = model, placement, comm
+        self.layout = layout = placement.layout
         self.accumulation = accumulation(config.batch, layout)
-        self.grad_clip = config.optimizer.grad_clip
-        catalog = build_catalog(model)
-        keys = group_keys(catalog, rules)
-        self.placement = Placement(catalog, layout, keys)
         self.coordinates = layout.coordinates(comm.rank)
+        groups = comm.groups(layout)
+        parallel = groups.tensor_parallel(sequence=spread.sequence_parallel)
 
-        with torch.device(comm.device):
-            module = Transformer(model)
-        parameters = named_tensors(module)
-        for parameter in parameters.values():
-            # Whatever a transfer forgets to write stays NaN and stops the run at once.
-            parameter.data.fill_(torch.nan)
-        optimizer = BlockAdamW(
-            _parameter_groups(config, self.placement, self.coordinates.pipe, parameters),
+        module, parameters = self._build_module(config, groups, parallel)
+        self._optimizer = BlockAdamW(
+            _parameter_groups(config, placement, self.coordinates.pipe, parameters),
             betas=config.optimizer.betas,
         )
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        numel = sum(parameter.numel() for parameter in parameters.values())
-        self._deepspeed: Any
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=deepspeed_config(config, layout, parameters=numel),
-            dist_init_required=False,
+        self._clipper: GradientClipper | None = None
+        if layout.zero == 0 and config.precision.dtype == "fp32":
+            values = list(parameters.values())
+            self._clipper = GradientClipper(values, groups, config.optimizer.grad_clip)
+            self._optimizer.before_step = self._clipper
+        self._deepspeed = self._start_deepspeed(config, module, groups, parallel)
+        self._driver: Driver = (PipelineDriver if layout.pipeline > 1 else PlainDriver)(
+            self._deepspeed, self._on_device
         )
-        self._optimizer = optimizer
         self.state: LiveState = live_state(
             engine=self._deepspeed,
             parameters=parameters,
-            placement=self.placement,
+            placement=placement,
             rank=comm.rank,
             rules=rules,
             optimizer_step=optimizer_step,
         )
+        set_loss_scale(self._deepspeed, loss_scale or {})
+
+    def _build_module(
+        self, config: Config, groups: Groups, parallel: TensorParallel
+    ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        """This rank's part of the model, not initialised, and its parameters by logical name."""
+        module: nn.Module
+        with torch.device(self.comm.device):
+            if self.layout.pipeline > 1:
+                module = PipelinedModel(
+                    self.model, cuts=self.placement.cuts, parallel=parallel, groups=groups
+                )
+            else:
+                module = Transformer(self.model, parallel)
+        module.to(_DTYPES[config.precision.dtype])
+        parameters = named_tensors(module)
+        for name, parameter in parameters.items():
+            # Whatever a transfer forgets to write stays NaN and stops the run at once.
+            parameter.data.fill_(torch.nan)
+            if self.placement.is_split(self.placement.catalog[name]):
+                # So DeepSpeed knows that each rank's part counts in the gradient norm.
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        return module, parameters
+
+    def _start_deepspeed(
+        self, config: Config, module: nn.Module, groups: Groups, parallel: TensorParallel
+    ) -> Any:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        numel = sum(parameter.numel() for parameter in module.parameters())
+        # DeepSpeed remembers the last engine's groups; a layout of data alone must not see them.
+        deepspeed.utils.groups.mpu = None
+        plain = self.layout.tensor == 1 or self.layout.pipeline > 1
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=self._optimizer,
+            config=deepspeed_config(
+                config,
+                self.layout,
+                parameters=numel,
+                sequence_parallel=parallel.splits_sequence,
+            ),
+            mpu=None if plain else ModelParallelUnit(groups),
+            dist_init_required=False,
+        )
+        return engine
 
     def publish(self) -> None:
         """Bring the parameters that the model computes with up to date with `state`."""
         publish(self._deepspeed)
+
+    @property
+    def loss_scale(self) -> LossScale:
+        """State of dynamic loss scaling; empty without it."""
+        return get_loss_scale(self._deepspeed)
 
     def train_step(self, batches: Iterable[np.ndarray], *, lr: float, seed: int) -> StepResult:
         """One optimizer step.
@@ -109,40 +171,39 @@ class Engine:
         Args:
             batches: this data rank's micro-batches, each [micro, sequence + 1] token ids.
             lr: the run's learning rate for this update.
-            seed: of the step's random numbers (dropout), which no earlier step influences.
+            seed: of the step's random numbers (dropout), which no earlier step influences;
+                the same on ranks that share a tensor-parallel group.
         """
         torch.manual_seed(seed)
         self._optimizer.set_learning_rate(lr)
-        self._deepspeed.train()
-        losses = []
-        norm = 0.0
-        for batch in batches:
-            loss = self._deepspeed(self._on_device(batch))
-            self._deepspeed.backward(loss)
-            losses.append(loss.detach())
-            if self.layout.zero == 0 and len(losses) == self.accumulation:
-                norm = self._clip()
-            self._deepspeed.step()
-        if self.layout.zero:
+        loss = self._driver.step(batches)
+        if self._clipper is not None:
+            norm = self._clipper.norm
+        else:
             norm = float(self._deepspeed.get_global_grad_norm() or 0.0)
-        return StepResult(loss=float(torch.stack(losses).mean()), grad_norm=norm)
+        return StepResult(loss, norm, applied=self._deepspeed.was_step_applied())
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[np.ndarray]) -> tuple[float, int]:
-        """Sum of the losses of this rank's samples (nats per token), and their number."""
-        self._deepspeed.eval()
-        total, count = 0.0, 0
-        for batch in batches:
-            total += float(self._deepspeed.module(self._on_device(batch))) * len(batch)
-            count += len(batch)
-        return total, count
+    def evaluate(self, samples: np.ndarray, *, micro: int) -> tuple[float, int]:
+        """Sum of the losses (nats per token) over this data rank's share, and their number.
+
+        Args:
+            samples: all validation samples, [n, sequence + 1] token ids.
+            micro: samples in one forward pass at most.
+        """
+        share = validation_share(
+            len(samples),
+            data_rank=self.coordinates.data,
+            data_size=self.layout.data,
+            equal=self.layout.pipeline > 1,
+        )
+        return self._driver.evaluate(samples[share.start : share.stop], micro=micro)
 
     def close(self) -> LiveState:
         """Take the engine down but keep its state, for a transfer into the next one."""
         self._deepspeed.destroy()
         for parameter in self._deepspeed.module.parameters():
             parameter.grad = None
-        del self._deepspeed, self._optimizer
+        del self._deepspeed, self._optimizer, self._driver, self._clipper
         gc.collect()
         if self.comm.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -150,11 +211,6 @@ class Engine:
 
     def _on_device(self, batch: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(batch, dtype=np.int64)).to(self.comm.device)
-
-    def _clip(self) -> float:
-        """Clip the gradients of an engine without ZeRO; returns their norm before that."""
-        bound = self.grad_clip or float("inf")
-        return float(nn.utils.clip_grad_norm_(self._deepspeed.module.parameters(), bound))
 
 
 def _parameter_groups(
@@ -172,14 +228,3 @@ def _parameter_groups(
             }
         )
     return groups
-
-
-def _require_supported(layout: Layout) -> None:
-    for name, size in (("tensor", layout.tensor), ("pipeline", layout.pipeline)):
-        if size != 1:
-            raise ConfigError(
-                f"layout.{name}: the training engine runs data parallel only in this version",
-                found=size,
-                expected=1,
-                mend=f"set layout.{name}=1",
-            )

@@ -58,7 +58,7 @@ def find_fragments(engine: Any, parameters: Mapping[str, nn.Parameter]) -> dict[
         return _mapped_fragments(parameters, optimizer.fp32_groups_flat_partition)
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         return _mapped_fragments(parameters, optimizer.single_partition_of_fp32_groups)
-    masters = {id(p): p for p in parameters.values()}
+    masters: dict[int, torch.Tensor] = {id(p): p for p in parameters.values()}
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         masters = {id(low): high for low, high in _unfused_pairs(optimizer)}
     return {name: Fragment(0, masters[id(p)], 0, p.numel()) for name, p in parameters.items()}

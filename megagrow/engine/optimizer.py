@@ -8,7 +8,7 @@ and the new ones apart, as strided views.  No memory per element is added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,8 @@ class BlockAdamW(torch.optim.AdamW):
     def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float]) -> None:
         super().__init__(groups, lr=0.0, betas=betas, fused=True)
         self._young: dict[torch.Tensor, Sequence[YoungShard]] = {}
+        # Called before each update; gradient clipping hooks in here where DeepSpeed has none.
+        self.before_step: Callable[[], None] | None = None
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the run's learning rate; each group takes its own multiple."""
@@ -69,6 +71,8 @@ class BlockAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One update; the gradient must be in ``.grad``."""
+        if self.before_step is not None:
+            self.before_step()
         if not any(p in self._young for g in self.param_groups for p in g["params"]):
             return super().step(closure)
         for group in self.param_groups:

@@ -21,42 +21,44 @@ def build_catalog(model: ModelConfig) -> Catalog:
     tensors: list[LogicalTensor] = []
     weight = Init("normal", model.init_std)
     to_stream = Init("normal", model.init_std / (2 * model.layers) ** 0.5)
-    hidden, ffn, groups, head_dim = model.hidden, model.ffn, model.kv_groups, model.head_dim
-    queries = model.heads // groups
+    groups, queries = model.kv_groups, model.heads // model.kv_groups
+    embed = {"embed": model.hidden}
+    ffn = {"ffn": model.ffn}
+    up = ffn if model.family == "gpt2" else {"gate_up": 2, **ffn}
+    qkv = {"kv_group": groups, "projection": queries + 2, "head_dim": model.head_dim}
+    heads = {"kv_group": groups, "query": queries, "head_dim": model.head_dim}
     last = model.layers + 1
 
-    def add(
-        name: str, axes: dict[str, int], init: Init, *places: int, decay: bool = False
-    ) -> None:
+    def add(name: str, axes: dict[str, int], init: Init, *places: int, decay: bool = False) -> None:
         tensors.append(
             LogicalTensor(name, tuple(axes.values()), tuple(axes), init, decay, tuple(places))
         )
 
     def add_norm(name: str, place: int) -> None:
-        add(f"{name}.weight", {"embed": hidden}, ONES, place)
-        add(f"{name}.bias", {"embed": hidden}, ZEROS, place)
+        add(f"{name}.weight", embed, ONES, place)
+        if model.biases:
+            add(f"{name}.bias", embed, ZEROS, place)
+
+    def add_linear(
+        name: str, out: dict[str, int], inputs: dict[str, int], init: Init, place: int
+    ) -> None:
+        add(f"{name}.weight", {**out, **inputs}, init, place, decay=True)
+        if model.biases:
+            add(f"{name}.bias", out, ZEROS, place)
 
     token_places = (0, last) if model.tie_embeddings else (0,)
-    token_axes = {"vocab": model.vocabulary, "embed": hidden}
+    token_axes = {"vocab": model.vocabulary, **embed}
     add("embedding.token", token_axes, weight, *token_places, decay=True)
-    position_axes = {"position": model.sequence, "embed": hidden}
-    add("embedding.position", position_axes, weight, 0, decay=True)
+    if model.family == "gpt2":
+        add("embedding.position", {"position": model.sequence, **embed}, weight, 0, decay=True)
     for i in range(model.layers):
         block, place = f"layers.{i}", i + 1
-        qkv = {"kv_group": groups, "projection": queries + 2, "head_dim": head_dim}
-        heads = {"kv_group": groups, "query": queries, "head_dim": head_dim}
         add_norm(f"{block}.attention.norm", place)
-        add(f"{block}.attention.qkv.weight", {**qkv, "embed": hidden}, weight, place, decay=True)
-        add(f"{block}.attention.qkv.bias", qkv, ZEROS, place)
-        add(f"{block}.attention.out.weight", {"embed": hidden, **heads}, to_stream, place,
-            decay=True)  # fmt: skip
-        add(f"{block}.attention.out.bias", {"embed": hidden}, ZEROS, place)
+        add_linear(f"{block}.attention.qkv", qkv, embed, weight, place)
+        add_linear(f"{block}.attention.out", embed, heads, to_stream, place)
         add_norm(f"{block}.mlp.norm", place)
-        add(f"{block}.mlp.up.weight", {"ffn": ffn, "embed": hidden}, weight, place, decay=True)
-        add(f"{block}.mlp.up.bias", {"ffn": ffn}, ZEROS, place)
-        add(f"{block}.mlp.down.weight", {"embed": hidden, "ffn": ffn}, to_stream, place,
-            decay=True)  # fmt: skip
-        add(f"{block}.mlp.down.bias", {"embed": hidden}, ZEROS, place)
+        add_linear(f"{block}.mlp.up", up, embed, weight, place)
+        add_linear(f"{block}.mlp.down", embed, ffn, to_stream, place)
     add_norm("final_norm", last)
     if not model.tie_embeddings:
         add("output.weight", token_axes, weight, last, decay=True)

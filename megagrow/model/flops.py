@@ -14,15 +14,23 @@ from megagrow.config import ModelConfig
 _FORWARD_AND_BACKWARD = 3
 
 
-def forward_flops_per_token(model: ModelConfig) -> int:
-    """FLOPs of the forward pass for one token at the model's full sequence length."""
+def forward_flops_by_place(model: ModelConfig) -> list[int]:
+    """FLOPs of the forward pass for one token, for each entry of the layer list.
+
+    The entries are the embedding, the blocks, and the final norm with the output head.
+    """
     heads_width = model.heads * model.head_dim
     qkv = model.hidden * (model.heads + 2 * model.kv_groups) * model.head_dim
     attention_out = heads_width * model.hidden
-    mlp = 2 * model.hidden * model.ffn
-    matrices = model.layers * (qkv + attention_out + mlp) + model.hidden * model.vocabulary
-    attention = model.layers * 2 * model.sequence * heads_width
-    return 2 * (matrices + attention)
+    mlp = (2 if model.family == "gpt2" else 3) * model.hidden * model.ffn  # SwiGLU has a gate
+    attention = 2 * model.sequence * heads_width
+    block = 2 * (qkv + attention_out + mlp + attention)
+    return [0, *[block] * model.layers, 2 * model.hidden * model.vocabulary]
+
+
+def forward_flops_per_token(model: ModelConfig) -> int:
+    """FLOPs of the forward pass for one token at the model's full sequence length."""
+    return sum(forward_flops_by_place(model))
 
 
 def train_flops_per_token(model: ModelConfig) -> int:

@@ -1,125 +1,260 @@
-"""The transformer: plain pre-norm blocks, in the GPT-2 family.
+"""The transformer: plain pre-norm blocks, in the GPT-2 and LLaMA families.
 
-Parameter names are the catalog's.  Shapes: B batch, S sequence, E embed.
+The model is a list of layers, [Embedding, Block x L, Head], each a function of one tensor;
+`Transformer` runs them in one process, a pipeline can spread them over several.  Parameter
+names under a layer's `tensor_prefix` are the catalog's.
+
+Shapes: B batch, S sequence, s a rank's part of the sequence where sequence parallelism splits
+it, else the whole of it, E embed; G key/value heads and Q queries to each, D their width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megagrow.config import ModelConfig
-from megagrow.model.layers import LayerNorm, Linear
+from megagrow.layout import even_split
+from megagrow.model.layers import (
+    ColumnParallelLinear,
+    Dropout,
+    LayerNorm,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelOutput,
+)
+from megagrow.model.loss import vocab_parallel_cross_entropy
+from megagrow.model.parallel import (
+    SERIAL,
+    TensorParallel,
+    gather_from_tensor_parallel_region,
+    random_numbers_of_this_rank,
+    require_tensor_parallel,
+    scatter_to_sequence_parallel_region,
+)
+from megagrow.model.rotary import rotate
 
 
-class Embedding(nn.Module):
-    """Token plus learned position embedding: [B, S] -> [B, S, E]."""
+class Embedding(VocabParallelEmbedding):
+    """Token embedding, in GPT-2 plus a learned position: [B, S] token ids -> [B, s, E]."""
 
-    def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.empty(model.vocabulary, model.hidden))
-        self.position = nn.Parameter(torch.empty(model.sequence, model.hidden))
-        self.dropout = model.dropout
+    def __init__(self, model: ModelConfig, parallel: TensorParallel = SERIAL, place: int = 0):
+        super().__init__(model.vocabulary, model.hidden, parallel=parallel)
+        self.tensor_prefix = "embedding"
+        learned = model.family == "gpt2"
+        self.position = nn.Parameter(torch.empty(model.sequence, model.hidden)) if learned else None
+        self.dropout = Dropout(model.dropout, parallel=parallel)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embed token ids."""
-        x = F.embedding(tokens, self.token) + self.position[: tokens.shape[1]]
-        return F.dropout(x, self.dropout, self.training)
+        x = super().forward(tokens)
+        if self.position is not None:
+            position = self.position[None, : tokens.shape[1]]
+            if self._parallel.sequence:
+                position = scatter_to_sequence_parallel_region(position, self._parallel)
+            x = x + position
+        return self.dropout(x)
 
 
 class Attention(nn.Module):
-    """Pre-norm causal self-attention: [B, S, E] -> [B, S, E], without the residual."""
+    """Pre-norm causal self-attention: [B, s, E] -> [B, s, E], without the residual."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
-        self.groups, self.head_dim = model.kv_groups, model.head_dim
-        self.queries = model.heads // model.kv_groups
-        self.dropout = model.dropout
+        self.head_dim = model.head_dim
+        self.groups, self.queries = model.kv_groups // parallel.size, model.heads // model.kv_groups
+        self.theta = model.rope_theta if model.family == "llama" else None
+        self.dropout, self.parallel = model.dropout, parallel
+        self.recompute = model.activation_checkpointing == "selective"
+        qkv = (self.groups, self.queries + 2, self.head_dim)
         heads = (self.groups, self.queries, self.head_dim)
-        self.norm = LayerNorm(model.hidden, model.norm_eps)
-        self.qkv = Linear((self.groups, self.queries + 2, self.head_dim), (model.hidden,))
-        self.out = Linear((model.hidden,), heads)
+        bias = model.biases
+        self.norm = _norm(model, parallel)
+        self.qkv = ColumnParallelLinear(qkv, (model.hidden,), bias=bias, parallel=parallel)
+        self.out = RowParallelLinear((model.hidden,), heads, bias=bias, parallel=parallel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend."""
-        batch, sequence, _ = x.shape
         qkv = self.qkv(self.norm(x))
-        qkv = qkv.view(batch, sequence, self.groups, self.queries + 2, self.head_dim)
+        if self.recompute and self.training:
+            return self.out(checkpoint(self._core, qkv, use_reentrant=False))
+        return self.out(self._core(qkv))
+
+    def _core(self, qkv: torch.Tensor) -> torch.Tensor:
+        """[B, S, G * (Q + 2) * D] -> [B, S, G * Q * D], every head on its own."""
+        qkv = qkv.view(*qkv.shape[:2], self.groups, self.queries + 2, self.head_dim)
         q, k, v = qkv.split((self.queries, 1, 1), dim=3)
-        y = F.scaled_dot_product_attention(
-            q.flatten(2, 3).transpose(1, 2),
-            k.squeeze(3).transpose(1, 2),
-            v.squeeze(3).transpose(1, 2),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
-            enable_gqa=self.queries > 1,
-        )
-        return self.out(y.transpose(1, 2).flatten(2, 3))
+        if self.theta is not None:
+            q, k = rotate(q, self.theta), rotate(k, self.theta)
+        dropout = self.dropout if self.training else 0.0
+        with random_numbers_of_this_rank(self.parallel if dropout else SERIAL, qkv.device):
+            y = F.scaled_dot_product_attention(
+                q.flatten(2, 3).transpose(1, 2),
+                k.squeeze(3).transpose(1, 2),
+                v.squeeze(3).transpose(1, 2),
+                dropout_p=dropout,
+                is_causal=True,
+                enable_gqa=self.queries > 1,
+            )
+        return y.transpose(1, 2).flatten(2, 3)
 
 
 class MLP(nn.Module):
-    """Pre-norm two-layer perceptron with GELU: [B, S, E] -> [B, S, E], without the residual."""
+    """Pre-norm perceptron, GELU or SwiGLU: [B, s, E] -> [B, s, E], without the residual."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
-        self.norm = LayerNorm(model.hidden, model.norm_eps)
-        self.up = Linear((model.ffn,), (model.hidden,))
-        self.down = Linear((model.hidden,), (model.ffn,))
+        ffn = model.ffn // parallel.size
+        self.gated = model.family == "llama"
+        up, bias = ((2, ffn) if self.gated else (ffn,)), model.biases
+        self.norm = _norm(model, parallel)
+        self.up = ColumnParallelLinear(up, (model.hidden,), bias=bias, parallel=parallel)
+        self.down = RowParallelLinear((model.hidden,), (ffn,), bias=bias, parallel=parallel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply."""
+        x = self.up(self.norm(x))
+        if self.gated:
+            gate, up = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
         # The tanh form is GPT-2's own.
-        return self.down(F.gelu(self.up(self.norm(x)), approximate="tanh"))
+        return self.down(F.gelu(x, approximate="tanh"))
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each added to the residual stream [B, S, E]."""
+    """One layer: attention and MLP, each added to the residual stream [B, s, E]."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, parallel: TensorParallel = SERIAL, place: int = 1):
         super().__init__()
-        self.attention = Attention(model)
-        self.mlp = MLP(model)
-        self.dropout = model.dropout
+        self.tensor_prefix = f"layers.{place - 1}"
+        self.attention = Attention(model, parallel)
+        self.mlp = MLP(model, parallel)
+        self.dropout = Dropout(model.dropout, parallel=parallel)
+        self.recompute = model.activation_checkpointing == "full"
+        if model.compile:
+            self.compile(dynamic=False)  # a run has few shapes, and each is worth its own code
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply."""
-        x = x + F.dropout(self.attention(x), self.dropout, self.training)
-        return x + F.dropout(self.mlp(x), self.dropout, self.training)
+        if self.recompute and self.training:
+            return checkpoint(self._apply_layers, x, use_reentrant=False)
+        return self._apply_layers(x)
+
+    def _apply_layers(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.dropout(self.attention(x))
+        return x + self.dropout(self.mlp(x))
 
 
-class Output(nn.Module):
-    """An output head of its own, where embeddings are not tied."""
+class Head(nn.Module):
+    """Final norm and output head: [B, s, E] -> logits [B, S, v] of this rank's vocabulary.
 
-    def __init__(self, model: ModelConfig) -> None:
+    A tied head has a weight named as the embedding's, which whoever builds both must tie.
+    """
+
+    def __init__(self, model: ModelConfig, parallel: TensorParallel = SERIAL, place: int = -1):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(model.vocabulary, model.hidden))
+        self.tensor_prefix = ""
+        self.final_norm = _norm(model, parallel)
+        make = partial(VocabParallelOutput, model.vocabulary, model.hidden, parallel=parallel)
+        if model.tie_embeddings:
+            self.embedding = make(name="token")
+        else:
+            self.output = make(name="weight")
+        self.tied = model.tie_embeddings
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply."""
+        return (self.embedding if self.tied else self.output)(self.final_norm(x))
+
+
+class Layer(Protocol):
+    """What makes one entry of the layer list; `place` is its position there."""
+
+    def __call__(self, model: ModelConfig, parallel: TensorParallel, place: int) -> nn.Module:
+        """Build it."""
+
+
+def layer_types(model: ModelConfig) -> list[Layer]:
+    """The kinds of layer, in order: entry `place` is built as `kind(model, parallel, place)`."""
+    return [Embedding, *[Block] * model.layers, Head]
+
+
+def layer_list(model: ModelConfig, parallel: TensorParallel = SERIAL) -> list[nn.Module]:
+    """All layers of a model, tied where it says so.
+
+    Raises:
+        ConfigError: the model cannot be cut over the tensor-parallel ranks.
+    """
+    require_tensor_parallel(model, tensor=parallel.size, sequence=parallel.sequence)
+    layers = [kind(model, parallel, place) for place, kind in enumerate(layer_types(model))]
+    first, last = layers[0], layers[-1]
+    if model.tie_embeddings and isinstance(first, Embedding) and isinstance(last, Head):
+        last.embedding.token = first.token
+    return layers
+
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def next_token_loss(model: ModelConfig, parallel: TensorParallel = SERIAL) -> Loss:
+    """The function (logits [B, S, v] of this rank, labels [B, S]) -> mean loss in nats."""
+    start, _ = even_split(model.vocabulary, parallel.size, parallel.rank)
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return vocab_parallel_cross_entropy(logits, labels, start=start, parallel=parallel).mean()
+
+    return loss
 
 
 class Transformer(nn.Module):
     """A language model: token ids in, next-token loss or logits out."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, parallel: TensorParallel = SERIAL) -> None:
         super().__init__()
-        self.embedding = Embedding(model)
-        self.layers = nn.ModuleList(Block(model) for _ in range(model.layers))
-        self.final_norm = LayerNorm(model.hidden, model.norm_eps)
-        self.output = None if model.tie_embeddings else Output(model)
+        self.layers = nn.ModuleList(layer_list(model, parallel))
+        self._loss = next_token_loss(model, parallel)
+        self._vocabulary, self._parallel = model.vocabulary, parallel
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, S] token ids -> [B, S, vocab]."""
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        head = self.embedding.token if self.output is None else self.output.weight
-        return F.linear(self.final_norm(x), head)
+        """[B, S] token ids -> [B, S, vocab], gathered over the tensor-parallel ranks."""
+        logits = self._local_logits(tokens)
+        if self._parallel.size == 1:
+            return logits
+        rows = -(-self._vocabulary // self._parallel.size)
+        padded = F.pad(logits, (0, rows - logits.shape[-1]))
+        whole = gather_from_tensor_parallel_region(padded, self._parallel)
+        return whole[..., : self._vocabulary]
 
     def forward(self, samples: torch.Tensor) -> torch.Tensor:
         """Mean next-token loss in nats of samples [B, S + 1]: each predicts its successor."""
-        logits = self.logits(samples[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten())
+        return self._loss(self._local_logits(samples[:, :-1]), samples[:, 1:])
+
+    def _local_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = tokens
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
-def named_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model by their names in the catalog."""
-    return dict(model.named_parameters())
+def named_tensors(model: nn.Module | Iterable[nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of a model, or of some of its layers, by their names in the catalog."""
+    found: dict[str, nn.Parameter] = {}
+    for root in [model] if isinstance(model, nn.Module) else model:
+        for layer in root.modules():
+            prefix = getattr(layer, "tensor_prefix", None)
+            if prefix is not None:
+                for name, parameter in layer.named_parameters():
+                    found.setdefault(f"{prefix}.{name}" if prefix else name, parameter)
+    return found
+
+
+def _norm(model: ModelConfig, parallel: TensorParallel) -> LayerNorm | RMSNorm:
+    kind = LayerNorm if model.family == "gpt2" else RMSNorm
+    return kind(model.hidden, model.norm_eps, parallel=parallel)

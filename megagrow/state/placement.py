@@ -75,13 +75,20 @@ class Placement:
         layout: the process grid.
         group_of: the optimizer's parameter group of a tensor, as any sortable key; groups
             are laid out in the order of their keys.
+        weights: cost of each entry of the layer list, which pipeline stages share out evenly;
+            by default its number of parameters.
     """
 
     def __init__(
-        self, catalog: Catalog, layout: Layout, group_of: Mapping[str, Hashable] | None = None
+        self,
+        catalog: Catalog,
+        layout: Layout,
+        group_of: Mapping[str, Hashable] | None = None,
+        weights: Sequence[int] | None = None,
     ) -> None:
         self.catalog = catalog
         self.layout = layout
+        self._weights = weights
         self._group_of = group_of or dict.fromkeys((t.name for t in catalog), 0)
 
     # --- pipeline and tensor parallel -----------------------------------------------------
@@ -89,6 +96,8 @@ class Placement:
     @cached_property
     def cuts(self) -> tuple[int, ...]:
         """Pipeline cuts of the layer list: stage s runs places cuts[s] to cuts[s+1]."""
+        if self._weights is not None:
+            return balanced_cuts(self._weights, self.layout.pipeline)
         weights = [0] * (1 + max(place for t in self.catalog for place in t.places))
         for tensor in self.catalog:
             for place in tensor.places:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megagrow.checkpoint import (
     CheckpointMeta,
@@ -21,11 +24,12 @@ from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
 from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
-from megagrow.errors import CheckpointError, MegagrowError
+from megagrow.errors import CheckpointError, MegagrowError, TrainingError
 from megagrow.model.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.statemap import Identity
 from megagrow.state.transfer import transfer_from_storage
+from megagrow.train.agree import on_first
 from megagrow.train.plan import RunPlan
 from megagrow.train.state import RunState
 
@@ -59,9 +63,7 @@ def save_run(
         run_state=state.to_json(),
     )
     save(root, step=state.step, pieces=_pieces(engine, comm.rank), meta=meta, group=comm)
-    if comm.rank == 0:
-        retire(root, config.checkpoint.keep)
-    comm.barrier()
+    on_first(comm, lambda: retire(root, config.checkpoint.keep))
     return path
 
 
@@ -69,7 +71,18 @@ def _pieces(engine: Engine, rank: int) -> Iterator[Piece]:
     for shard in engine.placement.written_by(rank):
         for slot in ADAM_SLOTS:
             values = engine.state.read(shard.tensor, slot.name, shard.box)
+            if not _is_finite(values):
+                raise TrainingError(
+                    f"{slot.name} of {shard.tensor} is not finite: no state to go on from",
+                    mend="resume from the last checkpoint with a lower optimizer.lr, "
+                    "a longer schedule.warmup or a smaller optimizer.grad_clip",
+                )
             yield Piece(shard.tensor, slot.name, shard.box, values)
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    # The extremes show every NaN and infinity, and need no memory for a mask.
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values))
 
 
 def find_checkpoint(root: Path, resume: str) -> Path | None:
@@ -77,18 +90,25 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
 
     Args:
         root: the run's directory of checkpoints.
-        resume: ``auto`` (the newest if there is one), ``never``, or a path.
+        resume: ``auto`` (the newest if there is one), ``never``, or the path of a
+            checkpoint, of a directory of them or of a run (then its newest).
+
+    Returns:
+        A path below `root` wherever that is where it lies, however it was spelled.
 
     Raises:
-        CheckpointError: ``never`` though there are checkpoints, or no checkpoint at the path.
+        CheckpointError: ``never`` though there are checkpoints, no checkpoint at the path,
+            or one of another run though this one has its own.
     """
+    steps = list_steps(root)
+    held = f"steps {', '.join(map(str, steps))}"
     if resume == "auto":
         return newest(root)
     if resume == "never":
-        if list_steps(root):
+        if steps:
             raise CheckpointError(
                 f"{root}: --resume never, but the run directory already holds checkpoints",
-                found=f"steps {', '.join(map(str, list_steps(root)))}",
+                found=held,
                 mend="go on with --resume auto, or start elsewhere with run.dir=NEW",
             )
         return None
@@ -98,35 +118,38 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
             f"--resume {resume}: no such checkpoint directory",
             mend=f"give one of the directories below {root}, or --resume auto",
         )
-    inner = newest(path / DIRECTORY) or newest(path)
-    return inner or path
+    path = newest(path / DIRECTORY) or newest(path) or path
+    own = {step_path(root, step).resolve(): step_path(root, step) for step in steps}
+    if steps and path.resolve() not in own:
+        raise CheckpointError(
+            f"--resume {resume}: not a checkpoint of this run, which already has its own",
+            found=f"{held} in {root}",
+            mend="start a new run from it with run.dir=NEW, or go on with --resume auto",
+        )
+    return own.get(path.resolve(), path)
 
 
-def open_checkpoint(path: Path, *, root: Path, automatic: bool) -> NativeCheckpoint:
+def open_checkpoint(path: Path) -> NativeCheckpoint:
     """Open a checkpoint to resume from.
 
     Raises:
-        CheckpointError: it is damaged; where it was chosen automatically the error names the
-            one before it, which is taken only when told to.
+        CheckpointError: it is damaged; the error names the one before it, which is taken
+            only when told to.
     """
     try:
         return NativeCheckpoint.open(path)
     except CheckpointError as error:
-        raise _damaged(error, path, root, automatic) from error
+        raise _unusable(error, path) from error
 
 
-def _damaged(error: CheckpointError, path: Path, root: Path, automatic: bool) -> CheckpointError:
-    if not automatic:
-        return error
-    damaged = path.name
-    before = [step for step in list_steps(root) if step_path(root, step).name < damaged]
+def _unusable(error: MegagrowError, path: Path) -> CheckpointError:
+    before = [step for step in list_steps(path.parent) if step_path(path.parent, step) < path]
     mend = (
-        f"--resume {step_path(root, before[-1])} goes on from the checkpoint before it"
+        f"--resume {step_path(path.parent, before[-1])} goes on from the checkpoint before it"
         if before
         else "there is no earlier checkpoint: start again with another run.dir"
     )
-    return CheckpointError(f"the newest checkpoint is damaged, so the run stops\n{error}",
-                           mend=mend)  # fmt: skip
+    return CheckpointError(f"{path}: cannot be resumed from\n{error}", mend=mend)
 
 
 def check_agreement(
@@ -217,7 +240,7 @@ def load_run(checkpoint: NativeCheckpoint, engine: Engine, *, config: Config, co
             staging_bytes=int(config.growth.staging_mib * 2**20),
         )
     except MegagrowError as error:
-        failure = error
+        failure = _unusable(error, checkpoint.path)
     comm.agree(failure)
     engine.publish()
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megagrow.config import Config
-from megagrow.data.dataset import read_manifest
-from megagrow.errors import DataError
+from megagrow.data.dataset import MANIFEST, open_dataset
 from megagrow.report.units import human
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.plan import plan_receives
@@ -41,12 +41,9 @@ def describe(config: Config, *, world: int) -> str:
 
 def _vocabulary(config: Config) -> int | None:
     """Of the dataset; None where there is none yet and the model names its own."""
-    try:
-        return read_manifest(Path(config.data.path))[0].vocab_size
-    except DataError:
-        if config.model.vocab is None:
-            raise
+    if config.model.vocab is not None and not (Path(config.data.path) / MANIFEST).exists():
         return None
+    return open_dataset(config.data.path, config.data.tokenizer).vocab_size
 
 
 def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
@@ -93,17 +90,26 @@ def _memory(plan: RunPlan, index: int) -> str:
     return human(most, "B")
 
 
-def _moved(config: Config, plan: RunPlan, index: int) -> str:
-    """Bytes of state that the growth into a stage copies, and how many cross between ranks."""
+def bytes_moved(plan: RunPlan, index: int, *, ranks: Sequence[int]) -> tuple[int, int]:
+    """Bytes of state that the growth into a stage copies to some ranks.
+
+    Returns:
+        (all that is copied, what of it comes from another rank).
+    """
     stage, old, new = plan.stages[index], plan.placement(index - 1), plan.placement(index)
-    world = stage.layout.world
-    ranks = range(world) if world <= _RANKS_COUNTED else range(1)
-    copied = crossed = 0
     state_map = stage.growth or Identity(new.catalog)
+    copied = crossed = 0
     for rank in ranks:
         for move in plan_receives(state_map, old, new, slots=ADAM_SLOTS, rank=rank):
             copied += move.part.volume * _BYTES
             crossed += move.part.volume * _BYTES * (move.holder != rank)
+    return copied, crossed
+
+
+def _moved(config: Config, plan: RunPlan, index: int) -> str:
+    world = plan.stages[index].layout.world
+    ranks = range(world) if world <= _RANKS_COUNTED else range(1)
+    copied, crossed = bytes_moved(plan, index, ranks=ranks)
     per = "in all" if len(ranks) == world else "on rank 0"
     staging = human(config.growth.staging_mib * 2**20, "B")
     return (

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megagrow.config import Config
 from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
+from megagrow.engine.loss_scale import LossScale
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.statemap import FreshStart, Identity, StateMap
 from megagrow.state.transfer import transfer_between_ranks
@@ -32,14 +33,23 @@ class GrowthReport:
     peak_staging_bytes: int
 
 
-def start_engine(*, config: Config, stage: Stage, state: RunState, comm: Comm) -> Engine:
+def start_engine(
+    *,
+    config: Config,
+    stage: Stage,
+    state: RunState,
+    comm: Comm,
+    loss_scale: LossScale | None = None,
+) -> Engine:
     """The engine of a growth stage, its state not yet written."""
     return Engine(
         config=config,
         model=stage.model,
-        layout=stage.layout,
+        spread=stage.plan.layout,
+        placement=stage.placement(state.rules),
         rules=state.rules,
         optimizer_step=state.optimizer_step,
+        loss_scale=loss_scale,
         comm=comm,
     )
 
@@ -61,8 +71,9 @@ def grow(
         state: the run's state after the growth.
     """
     begin = time.perf_counter()
+    scale = engine.loss_scale
     engine.close()
-    grown = start_engine(config=config, stage=stage, state=state, comm=comm)
+    grown = start_engine(config=config, stage=stage, state=state, comm=comm, loss_scale=scale)
     state_map: StateMap = stage.growth or Identity(grown.placement.catalog)
     written, crossed, staged = _transfer(state_map, engine, grown, config=config, comm=comm)
     grown.publish()

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,9 @@ from megagrow.data.sampler import SampleIndex, rank_slice, validation_samples
 from megagrow.engine.comm import Comm
 from megagrow.errors import TrainingError
 from megagrow.report import write_report
+from megagrow.report.log import write_atomically
 from megagrow.train import checkpoints
+from megagrow.train.agree import on_all, on_first
 from megagrow.train.grow import fill_fresh, grow, start_engine
 from megagrow.train.metrics import MetricsLog
 from megagrow.train.plan import RunPlan, Stage
@@ -63,46 +65,64 @@ class Trainer:
         for notice in notices:
             self.progress.say(notice)
         self._enter_stage()
-        self.engine = start_engine(config=config, stage=self.stage, state=self.state, comm=comm)
+        self.engine = start_engine(
+            config=config,
+            stage=self.stage,
+            state=self.state,
+            comm=comm,
+            loss_scale=self.state.loss_scale,
+        )
         if checkpoint is None:
             fill_fresh(self.engine, config=config, comm=comm)
         else:
             checkpoints.load_run(checkpoint, self.engine, config=config, comm=comm)
-        self.metrics = self._open_log(checkpoint)
+            self._set_newer_aside(checkpoint.path)
+        self.metrics = on_all(comm, lambda: self._open_log(checkpoint))
 
     # --- set-up ---------------------------------------------------------------------------
 
     def _choose_checkpoint(self, resume: str) -> tuple[NativeCheckpoint | None, list[str]]:
         """The checkpoint to go on from, and what to tell about it; sets `state`."""
-        path = checkpoints.find_checkpoint(self.root, resume)
-        path = self.comm.broadcast(path)
+        path = on_first(self.comm, lambda: checkpoints.find_checkpoint(self.root, resume))
         if path is None:
             self.state = RunState()
             return None, []
-        found = checkpoints.open_checkpoint(path, root=self.root, automatic=resume == "auto")
+        found = on_all(self.comm, lambda: checkpoints.open_checkpoint(path))
         self.state, changes = checkpoints.check_agreement(
             found, config=self.config, data=self.data, plan=self.plan
         )
         notices = [f"resuming from {path} (step {self.state.step})"]
         notices += [f"changed since then: {line}" for line in changes]
-        if self.comm.rank == 0 and path.parent == self.root:
-            for moved in checkpoints.set_aside(self.root, self.state.step):
-                notices.append(f"a newer checkpoint was set aside as {moved.name}")
-        self.comm.barrier()
         self.last_saved = path
         return found, notices
+
+    def _set_newer_aside(self, path: Path) -> None:
+        """Of a run that went back; only once its new start is read and sound."""
+        if path.parent == self.root:
+            for moved in on_first(
+                self.comm, lambda: checkpoints.set_aside(self.root, self.state.step)
+            ):
+                self.progress.say(f"a newer checkpoint was set aside as {moved.name}")
 
     def _open_log(self, checkpoint: NativeCheckpoint | None) -> MetricsLog | None:
         if self.comm.rank != 0:
             return None
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(dump_config(self.config))
-        log = MetricsLog(
-            self.run_dir,
-            tensorboard=self.config.train.tensorboard,
-            resume_step=None if checkpoint is None else self.state.step,
-            resume_stage=None if checkpoint is None else self.state.growth_stage,
-        )
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.run_dir / "config.yaml", dump_config(self.config).encode())
+            log = MetricsLog(
+                self.run_dir,
+                tensorboard=self.config.train.tensorboard,
+                resume_step=None if checkpoint is None else self.state.step,
+                resume_stage=None if checkpoint is None else self.state.growth_stage,
+            )
+        except OSError as error:
+            raise TrainingError(
+                f"run.dir = {self.run_dir}: cannot be written",
+                found=f"{error.filename or self.run_dir}: {error.strerror or error}",
+                expected="a directory, or a name that is free, on a disk with space",
+                mend="set run.dir to another directory, or free space",
+            ) from error
         facts = {
             "step": self.state.step,
             "version": __version__,
@@ -148,12 +168,13 @@ class Trainer:
         lr = self.plan.learning_rate.at(self.state.step)
         result = self.engine.train_step(self._batches(), lr=lr, seed=self._step_seed())
         losses = self.comm.gather_floats(result.loss)
-        self._require_finite(losses)
+        self._require_finite(losses, result.grad_norm)
         plan = self.stage.plan
         self.state = self.state.after_step(
             samples=self.config.batch.global_,
             tokens=plan.tokens_per_step,
             flops=plan.flops_per_step,
+            applied=result.applied,
         )
         seconds = time.perf_counter() - begin
         loss = sum(losses) / len(losses)
@@ -246,15 +267,17 @@ class Trainer:
             yield self.samples.batch(start, micro)
 
     def _step_seed(self) -> int:
-        """Of this rank's random numbers in this step (dropout): a function of both alone."""
-        text = f"{self.config.run.seed}/{self.state.step}/{self.engine.coordinates.data}"
+        """Of the step's random numbers (dropout): a function of seed, step and place alone.
+
+        Ranks that share a tensor-parallel group get the same, as its layers ask for.
+        """
+        at = self.engine.coordinates
+        text = f"{self.config.run.seed}/{self.state.step}/{at.data}/{at.pipe}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
     def _validation_loss(self) -> float:
-        """Mean loss over the fixed validation samples, each data rank taking every n-th batch."""
-        micro, data = self.config.batch.micro, self.engine.layout.data
-        starts = range(self.engine.coordinates.data * micro, len(self.validation), micro * data)
-        total, count = self.engine.evaluate(self.validation[s : s + micro] for s in starts)
+        """Mean loss over the fixed validation samples, shared out over the data ranks."""
+        total, count = self.engine.evaluate(self.validation, micro=self.config.batch.micro)
         return sum(self.comm.gather_floats(total)) / sum(self.comm.gather_floats(count))
 
     def _validate(self) -> None:
@@ -269,9 +292,10 @@ class Trainer:
             )
         self.progress.say(f"step {self.state.step}: validation loss {loss:.4f}")
         if not math.isfinite(loss):
-            self._stop_not_finite(f"validation loss after step {self.state.step}", [loss])
+            self._stop_not_finite(f"validation loss after step {self.state.step}", [str(loss)])
 
     def _save(self) -> None:
+        self.state = replace(self.state, loss_scale=self.engine.loss_scale)
         path = checkpoints.save_run(
             root=self.root,
             engine=self.engine,
@@ -284,12 +308,17 @@ class Trainer:
             self.metrics.event("checkpoint", step=self.state.step, path=str(path))
         self.last_saved = path
 
-    def _require_finite(self, losses: list[float]) -> None:
-        if not all(math.isfinite(loss) for loss in losses):
-            self._stop_not_finite(f"loss of step {self.state.step + 1}", losses)
-
-    def _stop_not_finite(self, what: str, losses: list[float]) -> None:
+    def _require_finite(self, losses: list[float], grad_norm: float) -> None:
+        step = self.state.step + 1
         bad = [f"{x} on rank {r}" for r, x in enumerate(losses) if not math.isfinite(x)]
+        if bad:
+            self._stop_not_finite(f"loss of step {step}", bad)
+        # DeepSpeed would pass over such a step under ZeRO 1 and 2, and take it under 0.
+        # In fp16 that is how dynamic loss scaling finds its scale.
+        if not math.isfinite(grad_norm) and self.config.precision.dtype != "fp16":
+            self._stop_not_finite(f"gradient of step {step}", [f"norm {grad_norm}, of all ranks"])
+
+    def _stop_not_finite(self, what: str, bad: list[str]) -> None:
         good = self.last_saved or "none was saved yet"
         if self.metrics is not None:
             self.metrics.event("not_finite", step=self.state.step, ranks=bad)

@@ -6,8 +6,10 @@ Rank 0 alone makes a `MetricsLog`.  The file's form and its reader are in
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +162,10 @@ class MetricsLog:
         A line without a `step` belongs to the step of the line before it.
         """
         self._write({"event": name, **fields})
-        os.fsync(self._file.fileno())
-        if self._board is not None:
-            self._board.flush()
+        with self._naming_faults():
+            os.fsync(self._file.fileno())
+            if self._board is not None:
+                self._board.flush()
 
     def close(self) -> None:
         """Close the files; may be called twice."""
@@ -173,12 +176,17 @@ class MetricsLog:
 
     def _write(self, line: dict[str, Any]) -> None:
         content = encode_line({**line, "time": round(time.time(), 3)})
-        try:
+        with self._naming_faults():
             written = self._file.write(content)
-        except OSError as error:
-            raise self._unwritable(error.strerror) from error
         if written != len(content):
             raise self._unwritable(f"{written} of {len(content)} bytes of a line written")
+
+    @contextlib.contextmanager
+    def _naming_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._unwritable(error.strerror or error) from error
 
     def _unwritable(self, found: object) -> TrainingError:
         return TrainingError(
@@ -190,8 +198,10 @@ class MetricsLog:
 
     def _mirror(self, group: str, step: int, scalars: dict[str, float]) -> None:
         if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(f"{group}/{name}", float(value), step)
+            # Written by a thread of TensorBoard's, whose fault comes up in a later call.
+            with self._naming_faults():
+                for name, value in scalars.items():
+                    self._board.add_scalar(f"{group}/{name}", float(value), step)
 
 
 def _set_aside(path: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megagrow.config import Config, GrowConfig, LayoutConfig, ModelConfig
+from megagrow.engine.ds_config import deepspeed_config
 from megagrow.errors import ConfigError
 from megagrow.growth.growth import Growth, grown_model, make_growth
 from megagrow.growth.rules import OptimizerRules, group_keys
 from megagrow.layout import Layout, make_layout
 from megagrow.model.catalog import build_catalog
-from megagrow.model.flops import train_flops_per_token
+from megagrow.model.flops import forward_flops_by_place, train_flops_per_token
 from megagrow.schedule import LearningRate, StagePlan, learning_rate, resolve_stages
 from megagrow.schedule.batch import accumulation
 from megagrow.state.placement import Placement
@@ -34,6 +35,17 @@ class Stage:
     def model(self) -> ModelConfig:
         """The model of the stage."""
         return self.plan.model
+
+    def placement(self, rules: OptimizerRules) -> Placement:
+        """Who holds what in this stage, under the rules that growths have left."""
+        catalog = build_catalog(self.model)
+        by_flops = self.plan.layout.partition == "flops"
+        return Placement(
+            catalog,
+            self.layout,
+            group_keys(catalog, rules),
+            forward_flops_by_place(self.model) if by_flops else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -62,9 +74,7 @@ class RunPlan:
 
     def placement(self, index: int) -> Placement:
         """Who holds what in a stage."""
-        stage = self.stages[index]
-        catalog = build_catalog(stage.model)
-        return Placement(catalog, stage.layout, group_keys(catalog, self.rules_at(index)))
+        return self.stages[index].placement(self.rules_at(index))
 
 
 def plan_run(config: Config, *, world: int, vocabulary: int | None) -> RunPlan:
@@ -76,8 +86,8 @@ def plan_run(config: Config, *, world: int, vocabulary: int | None) -> RunPlan:
         vocabulary: of the tokenizer, where it is known; `model.vocab` overrides it.
 
     Raises:
-        ConfigError: stages, layouts or batch do not fit together, or the vocabulary of the
-            model is smaller than the tokenizer's.
+        ConfigError: stages, layouts or batch do not fit together, the vocabulary of the
+            model is smaller than the tokenizer's, or a passed-through DeepSpeed setting clashes.
         GrowthError: an operator or a state policy that is unknown or does not fit.
     """
     models = _models(config, vocabulary)
@@ -102,6 +112,8 @@ def plan_run(config: Config, *, world: int, vocabulary: int | None) -> RunPlan:
                 rewarms.append((plans[i].start_step, growth.rewarm))
         stages.append(Stage(plans[i], layouts[i], growth, stage.grow))
         accumulation(config.batch, layouts[i])
+        # Refused now, not when the stage begins.
+        deepspeed_config(config, layouts[i], parameters=build_catalog(models[i]).parameters)
     rate = learning_rate(config, total_steps=plans[-1].end_step, rewarms=rewarms)
     return RunPlan(tuple(stages), rate)
 

@@ -21,6 +21,7 @@ class RunState:
         growth_stage: index of the growth stage that the tensors belong to.
         optimizer_step: the optimizer's own count, which a `reset` starts again.
         rules: what growths left to the optimizer.
+        loss_scale: state of fp16's dynamic loss scaling, else empty.
 
     Random numbers need no state: those of a step follow from the seed, the step and the rank.
     """
@@ -32,13 +33,16 @@ class RunState:
     growth_stage: int = 0
     optimizer_step: int = 0
     rules: OptimizerRules = field(default_factory=OptimizerRules)
+    loss_scale: dict[str, float] = field(default_factory=dict)
 
-    def after_step(self, *, samples: int, tokens: int, flops: int) -> RunState:
-        """The state one optimizer step later."""
+    def after_step(
+        self, *, samples: int, tokens: int, flops: int, applied: bool = True
+    ) -> RunState:
+        """The state one step later; the optimizer's count stays where no update was applied."""
         return replace(
             self,
             step=self.step + 1,
-            optimizer_step=self.optimizer_step + 1,
+            optimizer_step=self.optimizer_step + applied,
             consumed_samples=self.consumed_samples + samples,
             tokens=self.tokens + tokens,
             flops=self.flops + flops,
@@ -56,13 +60,15 @@ class RunState:
     def to_json(self) -> dict[str, Any]:
         """A form that JSON holds; `from_json` is its inverse."""
         numbers = {name: getattr(self, name) for name in _NUMBERS}
-        return {**numbers, "rules": self.rules.to_json()}
+        return {**numbers, "rules": self.rules.to_json(), "loss_scale": self.loss_scale}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> RunState:
         """Read what `to_json` wrote (KeyError, TypeError or ValueError on anything else)."""
         numbers = {name: int(data[name]) for name in _NUMBERS}
-        return RunState(**numbers, rules=OptimizerRules.from_json(data["rules"]))
+        scale = {str(name): float(value) for name, value in data["loss_scale"].items()}
+        rules = OptimizerRules.from_json(data["rules"])
+        return RunState(**numbers, rules=rules, loss_scale=scale)
 
 
 _NUMBERS = ("step", "consumed_samples", "tokens", "flops", "growth_stage", "optimizer_step")

@@ -1,0 +1,52 @@
+"""Gradient clipping where DeepSpeed leaves it to us: fp32 without ZeRO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megagrow.engine.groups import Groups
+
+
+@dataclass
+class GradientClipper:
+    """Scales the gradients of a copy of the model so that their norm is at most `bound`.
+
+    The norm is that of the logical gradient: a parameter that several ranks hold is counted
+    once, whatever the layout.
+
+    Attributes:
+        parameters: this rank's, with gradients that are already averaged over the data ranks.
+        groups: the process groups.
+        bound: the greatest norm; 0 only measures.
+        norm: the last norm before clipping.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    groups: Groups
+    bound: float
+    norm: float = 0.0
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Measure and clip."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        counted = [p.grad for p in self.parameters if p.grad is not None and self._counts(p)]
+        square = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
+        if counted:
+            square = nn.utils.get_total_norm(counted).float() ** 2
+        if self.groups.model is not None:
+            dist.all_reduce(square, group=self.groups.model)
+        self.norm = float(square.sqrt())
+        if 0 < self.bound < self.norm:
+            torch._foreach_mul_(gradients, self.bound / (self.norm + 1e-6))
+
+    def _counts(self, parameter: nn.Parameter) -> bool:
+        if getattr(parameter, "ds_pipe_replicated", False):
+            return False
+        first = self.groups.layout.coordinates(self.groups.rank).tensor == 0
+        return first or getattr(parameter, "tensor_model_parallel", False)

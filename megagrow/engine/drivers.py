@@ -1,0 +1,119 @@
+"""How a micro-batch goes through a DeepSpeed engine: plain, or along a pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from megagrow.errors import ConfigError
+
+ToDevice = Callable[[np.ndarray], torch.Tensor]
+
+
+class Driver(Protocol):
+    """Runs forward and backward passes."""
+
+    def step(self, batches: Iterable[np.ndarray]) -> float:
+        """One optimizer step over micro-batches [micro, S + 1]; returns their mean loss."""
+        ...
+
+    def evaluate(self, samples: np.ndarray, *, micro: int) -> tuple[float, int]:
+        """Sum of the losses of samples [n, S + 1], and how many they are."""
+        ...
+
+
+class PlainDriver:
+    """All layers on this rank, or a tensor-parallel part of them.
+
+    Losses are those of this data rank.
+    """
+
+    def __init__(self, engine: Any, to_device: ToDevice) -> None:
+        self._engine, self._to_device = engine, to_device
+
+    def step(self, batches: Iterable[np.ndarray]) -> float:
+        """One optimizer step."""
+        self._engine.train()
+        losses = []
+        for batch in batches:
+            loss = self._engine(self._to_device(batch))
+            self._engine.backward(loss)
+            self._engine.step()
+            losses.append(loss.detach())
+        return float(torch.stack(losses).mean())
+
+    @torch.no_grad()
+    def evaluate(self, samples: np.ndarray, *, micro: int) -> tuple[float, int]:
+        """Sum of losses, in batches of `micro` samples at most."""
+        self._engine.eval()
+        total = 0.0
+        for start in range(0, len(samples), micro):
+            batch = samples[start : start + micro]
+            total += float(self._engine.module(self._to_device(batch))) * len(batch)
+        return total, len(samples)
+
+
+class PipelineDriver:
+    """The layers of one pipeline stage on this rank, under 1F1B.
+
+    Losses are means over all data ranks, the same on every rank.
+    """
+
+    def __init__(self, engine: Any, to_device: ToDevice) -> None:
+        self._engine, self._to_device = engine, to_device
+
+    def step(self, batches: Iterable[np.ndarray]) -> float:
+        """One optimizer step."""
+        return float(self._engine.train_batch(self._inputs_and_labels(batches)))
+
+    def evaluate(self, samples: np.ndarray, *, micro: int) -> tuple[float, int]:
+        """Sum of losses, in equal batches: all data ranks must have equally many samples.
+
+        Raises:
+            ConfigError: there are no samples for this rank.
+        """
+        if len(samples) == 0:
+            raise ConfigError(
+                "train.validation_samples is too small for the pipeline layout",
+                expected="at least one sample for each data-parallel rank",
+                mend="set train.validation_samples to a multiple of the data-parallel size",
+            )
+        size = max(n for n in range(1, micro + 1) if len(samples) % n == 0)
+        batches = np.split(samples, len(samples) // size)
+        # Stages have agreed on the shape of the last micro-batches; these may be shorter.
+        self._engine.reset_activation_shape()
+        loss = self._engine.eval_batch(
+            self._inputs_and_labels(batches), num_micro_batches=len(batches)
+        )
+        self._engine.reset_activation_shape()
+        return float(loss) * len(samples), len(samples)
+
+    def _inputs_and_labels(
+        self, batches: Iterable[np.ndarray] | Sequence[np.ndarray]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in batches:
+            samples = self._to_device(batch)
+            yield samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+
+
+def validation_share(count: int, *, data_rank: int, data_size: int, equal: bool) -> range:
+    """Which of `count` validation samples a data-parallel rank takes.
+
+    Args:
+        equal: whether every rank must take equally many.
+
+    Raises:
+        ConfigError: equal shares are asked for and the samples do not divide.
+    """
+    if equal and count % data_size:
+        raise ConfigError(
+            "train.validation_samples: a pipeline validates in equal parts",
+            found=f"{count} samples, data-parallel size {data_size}",
+            expected=f"a multiple of {data_size}",
+            mend=f"set train.validation_samples={math.ceil(count / data_size) * data_size}",
+        )
+    return range(count * data_rank // data_size, count * (data_rank + 1) // data_size)

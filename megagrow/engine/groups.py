@@ -1,0 +1,105 @@
+"""Process groups of a layout, and DeepSpeed's view of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+
+import torch.distributed as dist
+
+from megagrow.layout import Layout
+from megagrow.model.parallel import TensorParallel
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's process groups in one layout; where it would be alone there is none.
+
+    Attributes:
+        layout: the process grid.
+        rank: this rank.
+        tensor: ranks that share a layer: same pipeline stage, same data.
+        data: ranks that hold the same parameters and see different data; never None.
+        model: ranks that together hold one copy of the model: all stages, all tensor ranks.
+        ends: ranks of the first and the last pipeline stage that hold the same vocabulary rows;
+            None on the stages between.
+    """
+
+    layout: Layout
+    rank: int
+    tensor: dist.ProcessGroup | None
+    data: dist.ProcessGroup | None
+    model: dist.ProcessGroup | None
+    ends: dist.ProcessGroup | None
+
+    def tensor_parallel(self, *, sequence: bool) -> TensorParallel:
+        """The tensor-parallel group, as the model's layers want it."""
+        at = self.layout.coordinates(self.rank)
+        return TensorParallel(self.tensor, at.tensor, self.layout.tensor, sequence)
+
+
+def make_groups(layout: Layout, rank: int) -> Groups:
+    """Create the groups of a layout; all ranks of the job call together, in the same order."""
+    pipes, datas, tensors = range(layout.pipeline), range(layout.data), range(layout.tensor)
+
+    def ranks(p: Iterable[int], d: Iterable[int], t: Iterable[int]) -> list[int]:
+        return [layout.rank(pipe=x, data=y, tensor=z) for x, y, z in product(p, d, t)]
+
+    last = (0, layout.pipeline - 1) if layout.pipeline > 1 else (0,)
+    return Groups(
+        layout=layout,
+        rank=rank,
+        tensor=_mine(rank, [ranks([p], [d], tensors) for p in pipes for d in datas]),
+        data=_mine(rank, [ranks([p], datas, [t]) for p in pipes for t in tensors], alone=True),
+        model=_mine(rank, [ranks(pipes, [d], tensors) for d in datas]),
+        ends=_mine(rank, [ranks(last, [d], [t]) for d in datas for t in tensors]),
+    )
+
+
+def _mine(rank: int, members: list[list[int]], *, alone: bool = False) -> dist.ProcessGroup | None:
+    """Create all groups of one kind and return the one that this rank is in."""
+    mine = None
+    if len(members[0]) == 1 and not alone:
+        return None
+    for ranks in members:
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            mine = group
+    return mine
+
+
+class ModelParallelUnit:
+    """The `mpu` object through which DeepSpeed asks for groups of tensor and data parallelism."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+        self._at = groups.layout.coordinates(groups.rank)
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        """This rank among those that share its layers."""
+        return self._at.tensor
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """How many ranks share a layer."""
+        return self._groups.layout.tensor
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share its layers."""
+        return self._groups.tensor
+
+    get_model_parallel_rank = get_tensor_model_parallel_rank
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+    get_model_parallel_group = get_tensor_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank among those that hold the same parameters."""
+        return self._at.data
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many ranks hold the same parameters."""
+        return self._groups.layout.data
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same parameters; a group also where this rank is alone."""
+        return self._groups.data
