@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from typing import Any
 
 import deepspeed
@@ -109,6 +110,8 @@ def start() -> Comm:
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
+    # DeepSpeed 0.19 calls collectives by names that PyTorch 2.13 warns of at every first use.
+    warnings.filterwarnings("ignore", "`torch.distributed", category=FutureWarning)
     if not dist.is_initialized():
         if _on_gpu():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

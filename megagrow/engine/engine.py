@@ -137,7 +137,7 @@ class Engine:
     def _start_deepspeed(
         self, config: Config, module: nn.Module, groups: Groups, parallel: TensorParallel
     ) -> Any:
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         numel = sum(parameter.numel() for parameter in module.parameters())
         # DeepSpeed remembers the last engine's groups; a layout of data alone must not see them.
         deepspeed.utils.groups.mpu = None

@@ -176,6 +176,12 @@ class Trainer:
             flops=plan.flops_per_step,
             applied=result.applied,
         )
+        if not result.applied:
+            scale = self.engine.loss_scale.get("cur_scale")
+            self.progress.say(
+                f"step {self.state.step}: fp16 gradients overflowed, no update; "
+                f"the loss scale is {scale:g} now"
+            )
         seconds = time.perf_counter() - begin
         loss = sum(losses) / len(losses)
         speed = plan.tokens_per_step / seconds

@@ -12,6 +12,7 @@ from megagrow.growth.rules import OptimizerRules, group_keys
 from megagrow.layout import Layout, make_layout
 from megagrow.model.catalog import build_catalog
 from megagrow.model.flops import forward_flops_by_place, train_flops_per_token
+from megagrow.model.parallel import require_tensor_parallel
 from megagrow.schedule import LearningRate, StagePlan, learning_rate, resolve_stages
 from megagrow.schedule.batch import accumulation
 from megagrow.state.placement import Placement
@@ -112,6 +113,7 @@ def plan_run(config: Config, *, world: int, vocabulary: int | None) -> RunPlan:
                 rewarms.append((plans[i].start_step, growth.rewarm))
         stages.append(Stage(plans[i], layouts[i], growth, stage.grow))
         accumulation(config.batch, layouts[i])
+        _require_fit(models[i], layouts[i], layout_configs[i], key=_layout_key(config, i))
         # Refused now, not when the stage begins.
         deepspeed_config(config, layouts[i], parameters=build_catalog(models[i]).parameters)
     rate = learning_rate(config, total_steps=plans[-1].end_step, rewarms=rewarms)
@@ -152,14 +154,32 @@ def _layouts(config: Config, world: int) -> list[Layout]:
     layouts = []
     for i in range(len(config.stages)):
         wanted = _layout_config(config, i)
-        key = "layout" if wanted is config.layout else f"stages[{i}].layout"
         layouts.append(
             make_layout(
                 world=world,
                 tensor=wanted.tensor,
                 pipeline=wanted.pipeline,
                 zero=wanted.zero,
-                key=key,
+                key=_layout_key(config, i),
             )
         )
     return layouts
+
+
+def _layout_key(config: Config, index: int) -> str:
+    """How a user writes the key of a stage's layout."""
+    given = [i for i in range(index + 1) if config.stages[i].layout is not None]
+    return f"stages[{given[-1]}].layout" if given else "layout"
+
+
+def _require_fit(model: ModelConfig, layout: Layout, spread: LayoutConfig, *, key: str) -> None:
+    """Refuse a model that cannot be cut as its layout asks for."""
+    require_tensor_parallel(model, tensor=layout.tensor, sequence=spread.sequence_parallel, key=key)
+    entries = model.layers + 2
+    if layout.pipeline > entries:
+        raise ConfigError(
+            f"{key}.pipeline: more stages than the model has layers",
+            found=layout.pipeline,
+            expected=f"at most {entries} (embedding, {model.layers} blocks, head)",
+            mend=f"set {key}.pipeline={entries} or less",
+        )
