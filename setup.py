@@ -44,6 +44,7 @@ setup(
             "ruff",
             "safetensors",
             "tokenizers",
+            "transformers",
             "types-PyYAML",
             "types-tqdm",
         ],

@@ -8,7 +8,8 @@ from jobs import DEPTH, WIDTH, events, growths, launch, log_of, settings, train,
 
 # (tensor, pipeline, ZeRO) of four processes; each is resumed in the one behind it.
 LAYOUTS = [
-    (1, 1, 1), (2, 1, 1), (1, 2, 0), (2, 2, 1), (1, 1, 3), (2, 1, 2), (1, 1, 0), (2, 1, 3), (1, 2, 1),
+    (1, 1, 1), (2, 1, 1), (1, 2, 0), (2, 2, 1), (1, 1, 3), (2, 1, 2), (1, 1, 0), (2, 1, 3),
+    (1, 2, 1),
 ]  # fmt: skip
 STOP = 5  # between the growths, while the first one's new blocks are young
 

@@ -1,0 +1,51 @@
+"""Parts of whole tensors, as tensor-parallel ranks hold them."""
+
+import torch
+import torch.distributed as dist
+
+from megagrow.layout import Layout
+from megagrow.model.catalog import build_catalog
+from megagrow.model.parallel import TensorParallel
+from megagrow.model.transformer import Transformer, named_tensors
+from megagrow.state.placement import Placement
+
+
+def this_rank(comm, *, sequence=False):
+    """All ranks of a job as one tensor-parallel group."""
+    return TensorParallel(dist.group.WORLD, comm.rank, comm.world, sequence)
+
+
+def local_part(model, name, whole, parallel):
+    """A rank's part of a whole tensor; padding is NaN, so that its use would show."""
+    tensor = build_catalog(model)[name]
+    placement = Placement(build_catalog(model), Layout(tensor=parallel.size))
+    local = placement.local(tensor, parallel.rank)
+    part = torch.full(local.shape, torch.nan, dtype=whole.dtype)
+    valid = tuple(slice(0, n) for n in local.box.shape)
+    part[valid] = whole[local.box.slices]
+    return part
+
+
+def random_parameters(model, *, seed=0):
+    """Whole fp64 tensors by name, none of them at a special value."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        tensor.name: (tensor.init.kind == "ones")
+        + 0.3 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        for tensor in build_catalog(model)
+    }
+
+
+def module_with(model, parameters, parallel=None):
+    """A model, or a rank's part of it, with given whole parameters."""
+    parallel = parallel or TensorParallel()
+    module = Transformer(model, parallel).double()
+    with torch.no_grad():
+        for name, parameter in named_tensors(module).items():
+            parameter.copy_(local_part(model, name, parameters[name], parallel))
+    return module
+
+
+def gradients(module):
+    """Gradients by logical name."""
+    return {name: parameter.grad for name, parameter in named_tensors(module).items()}

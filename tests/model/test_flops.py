@@ -1,0 +1,59 @@
+import itertools
+
+import pytest
+import torch
+from parts import module_with, random_parameters
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megagrow.config import ModelConfig
+from megagrow.model.catalog import build_catalog
+from megagrow.model.flops import forward_flops_per_token, train_flops_per_token
+
+SHAPES = [
+    {},
+    {"kv_heads": 2},
+    {"head_dim": 10},
+    {"tie_embeddings": False},
+]
+MODELS = [
+    ModelConfig(
+        family=family, layers=3, hidden=24, heads=4, ffn=20, sequence=8, vocab=13, **changes
+    )
+    for family, changes in itertools.product(("gpt2", "llama"), SHAPES)
+]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_flops_are_those_of_the_products_that_run(model):
+    module = module_with(model, random_parameters(model))
+    samples = torch.randint(13, (2, model.sequence + 1))
+    tokens = samples[:, 1:].numel()
+    # The plain kernel, whose backward pass recomputes nothing.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            loss = module(samples)
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    assert forward.get_total_flops() == tokens * forward_flops_per_token(model)
+    # The input of the first projection is no parameter, yet its gradient is computed.
+    total = forward.get_total_flops() + backward.get_total_flops()
+    assert total == tokens * train_flops_per_token(model)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_parameters_are_counted_once(model):
+    module = module_with(model, random_parameters(model))
+    assert build_catalog(model).parameters == sum(p.numel() for p in module.parameters())
+
+
+def test_counts_of_published_models():
+    gpt2 = ModelConfig(layers=12, hidden=768, heads=12, ffn=3072, sequence=1024, vocab=50257)
+    assert build_catalog(gpt2).parameters == 124_439_808
+    llama2_7b = ModelConfig(
+        family="llama", layers=32, hidden=4096, heads=32, ffn=11008, sequence=4096, vocab=32000,
+        tie_embeddings=False,
+    )  # fmt: skip
+    assert build_catalog(llama2_7b).parameters == 6_738_415_616
+    llama3_8b = llama2_7b.model_copy(update={"kv_heads": 8, "ffn": 14336, "vocab": 128256})
+    assert build_catalog(llama3_8b).parameters == 8_030_261_248
