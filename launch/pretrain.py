@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
+import warnings
+from collections.abc import Sequence
 
-from megagrow.errors import MegagrowError
+from megagrow.errors import ConfigError, MegagrowError
 
 EXAMPLES = """\
 examples:
@@ -22,7 +26,7 @@ examples:
 """
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Train a language model that grows while it trains.",
@@ -46,7 +50,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--world", type=int, metavar="N", help="number of processes to plan a dry run for")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher gives it
     add("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
-    return parser.parse_args(arguments)
+    silence = io.StringIO()
+    with contextlib.ExitStack() as only_rank_0_speaks:
+        if not _is_first():
+            only_rank_0_speaks.enter_context(contextlib.redirect_stdout(silence))
+            only_rank_0_speaks.enter_context(contextlib.redirect_stderr(silence))
+        # Overrides and options may come in any order.
+        return parser.parse_intermixed_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -56,35 +66,78 @@ def run(options: argparse.Namespace) -> None:
     from megagrow.train.plan import plan_run
 
     config = load_config(options.config, options.overrides)
-    world = options.world or int(os.environ.get("WORLD_SIZE", "1"))
+    world = _world(options)
     if options.dry_run:
         from megagrow.train.dryrun import describe
 
-        print(describe(config, world=world))
+        text = describe(config, world=world)
+        if _is_first():
+            print(text)
         return
     data = open_dataset(config.data.path, config.data.tokenizer)
     plan = plan_run(config, world=world, vocabulary=data.vocab_size)
 
     # DeepSpeed takes seconds to import: not before everything that can be refused has been.
+    # What DeepSpeed calls by an old name is not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from megagrow.engine import comm
     from megagrow.train.loop import Trainer
 
     try:
-        ranks = comm.start()
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed tells what it has built
+            ranks = comm.start()
         Trainer(config=config, plan=plan, data=data, comm=ranks, resume=options.resume).run()
     finally:
         comm.stop()
 
 
-def main() -> int:
+def _world(options: argparse.Namespace) -> int:
+    """Number of processes to plan for."""
+    if options.world is None:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    if not options.dry_run or options.world < 1:
+        raise ConfigError(
+            "--world: only for --dry-run; a real run has as many processes as are started",
+            found=f"--world {options.world}",
+            expected="a positive number, with --dry-run",
+            mend="leave --world out and start N processes: deepspeed --num_gpus N ...",
+        )
+    return int(options.world)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone."""
+    text = str(error)
+    return any(sign in text for sign in ("by peer", "gloo/transport", "NCCL", "Broken pipe"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn an error that the user can mend into a message and a status."""
-    options = parse()
+    options = parse(arguments)
     try:
         run(options)
     except MegagrowError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if _is_first():
             print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not _lost_contact(error):
+            raise
+        print(
+            f"rank {os.environ.get('RANK', '0')}: lost contact with another rank, whose own "
+            f"message tells why\n  found:    {str(error).splitlines()[0]}\n"
+            "  mend:     mend that, then go on from the last checkpoint with --resume auto",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        if _is_first():
+            print("interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -14,6 +14,7 @@ FLOORS = [
     {"state", "growth", "schedule", "data", "model", "ops"},
     {"engine", "checkpoint", "report"},
     {"train"},
+    {"bench"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHOUT_PROCESSES = {"config", "layout", "state", "growth", "schedule", "data", "report", "errors"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import warnings
 from typing import Any
 
@@ -107,9 +108,15 @@ class Comm:
 
 def start() -> Comm:
     """Join the job that a launcher started, or be a job of one process."""
+    if sys.prefix != sys.base_prefix:
+        # DeepSpeed compiles its CPU communication op into a cache in the user's home. Installs
+        # that share it compile again at every turn, so each environment gets its own.
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
+    # Moments of rarely seen tokens decay into denormal numbers, which a CPU is slow on.
+    torch.set_flush_denormal(True)
     # DeepSpeed 0.19 calls collectives by names that PyTorch 2.13 warns of at every first use.
     warnings.filterwarnings("ignore", "`torch.distributed", category=FutureWarning)
     if not dist.is_initialized():

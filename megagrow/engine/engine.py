@@ -90,7 +90,7 @@ class Engine:
 
         module, parameters = self._build_module(config, groups, parallel)
         self._optimizer = BlockAdamW(
-            _parameter_groups(config, placement, self.coordinates.pipe, parameters),
+            _parameter_groups(config, placement, self.coordinates.pipe, parameters, module),
             betas=config.optimizer.betas,
         )
         self._clipper: GradientClipper | None = None
@@ -214,14 +214,30 @@ class Engine:
 
 
 def _parameter_groups(
-    config: Config, placement: Placement, stage: int, parameters: dict[str, nn.Parameter]
+    config: Config,
+    placement: Placement,
+    stage: int,
+    parameters: dict[str, nn.Parameter],
+    module: nn.Module,
 ) -> list[dict[str, Any]]:
+    """The optimizer's groups: on every pipeline stage as many, in the same order.
+
+    DeepSpeed's ZeRO adds gradient norms up over the stages group by group, so a stage
+    that lacks a group would leave the others waiting; it gets one that holds a single zero.
+    """
+    here = dict(placement.groups(stage))
+    every = {key for s in range(placement.layout.pipeline) for key, _ in placement.groups(s)}
+    sample = next(iter(parameters.values()))
     groups = []
-    for key, tensors in placement.groups(stage):
-        no_decay, lr, weight_decay, eps = cast(GroupKey, key)
+    for number, key in enumerate(sorted(cast(set[GroupKey], every))):
+        no_decay, lr, weight_decay, eps = key
+        members = [parameters[tensor.name] for tensor in here.get(key, ())]
+        if not members:
+            members = [nn.Parameter(sample.new_zeros(1))]
+            module.register_parameter(f"stand_in_for_group_{number}", members[0])
         groups.append(
             {
-                "params": [parameters[tensor.name] for tensor in tensors],
+                "params": members,
                 "lr_factor": lr,
                 "weight_decay": 0.0 if no_decay else config.optimizer.weight_decay * weight_decay,
                 "eps": config.optimizer.eps * eps,

@@ -92,6 +92,8 @@ def live_state(
     fragments = find_fragments(engine, parameters)
     # Several parameters may share an owner; each owner's state is made once.
     owners = {id(f.owner): f.owner for f in fragments.values()}
+    # Those of groups that stand in for another stage's are in no fragment.
+    owners |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
     optimizer.make_state(owners.values(), step=optimizer_step)
     link_optimizer_state(engine)
     at = placement.layout.coordinates(rank)

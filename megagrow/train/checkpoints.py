@@ -75,7 +75,7 @@ def _pieces(engine: Engine, rank: int) -> Iterator[Piece]:
                 raise TrainingError(
                     f"{slot.name} of {shard.tensor} is not finite: no state to go on from",
                     mend="resume from the last checkpoint with a lower optimizer.lr, "
-                    "a longer schedule.warmup or a smaller optimizer.grad_clip",
+                    "a longer schedule.warmup, or optimizer.grad_clip of at most 1",
                 )
             yield Piece(shard.tensor, slot.name, shard.box, values)
 
@@ -209,15 +209,16 @@ def _shape(parameters: int, model: dict[str, Any]) -> str:
     return f"{parameters:,} parameters in this stage; first stage {sizes}"
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
-    lines = []
-    for key in sorted(set(before) | set(now)):
-        a, b = before.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += _changes(a, b, f"{path}{key}.")
-        elif a != b:
-            lines.append(f"{path}{key}: {a} -> {b}")
-    return lines
+def _changes(before: Any, now: Any, key: str = "") -> list[str]:
+    """A line for each setting that differs, sections and lists of equal length gone through."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(set(before) | set(now))
+        pairs = [(before.get(k), now.get(k), f"{key}.{k}".lstrip(".")) for k in keys]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = [(a, b, f"{key}[{i}]") for i, (a, b) in enumerate(zip(before, now, strict=True))]
+    else:
+        return [] if before == now else [f"{key}: {before} -> {now}"]
+    return [line for pair in pairs for line in _changes(*pair)]
 
 
 def load_run(checkpoint: NativeCheckpoint, engine: Engine, *, config: Config, comm: Comm) -> None:

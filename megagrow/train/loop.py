@@ -333,7 +333,7 @@ class Trainer:
             found=", ".join(bad),
             expected="finite numbers",
             mend=f"resume from the last good checkpoint ({good}) with a lower optimizer.lr, "
-            "a longer schedule.warmup or a smaller optimizer.grad_clip",
+            "a longer schedule.warmup, or optimizer.grad_clip of at most 1",
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megagrow.config import Config, GrowConfig, LayoutConfig, ModelConfig
 from megagrow.engine.ds_config import deepspeed_config
 from megagrow.errors import ConfigError
-from megagrow.growth.growth import Growth, grown_model, make_growth
+from megagrow.growth.growth import Growth, plan_growth
 from megagrow.growth.rules import OptimizerRules, group_keys
 from megagrow.layout import Layout, make_layout
 from megagrow.model.catalog import build_catalog
@@ -91,7 +91,7 @@ def plan_run(config: Config, *, world: int, vocabulary: int | None) -> RunPlan:
             model is smaller than the tokenizer's, or a passed-through DeepSpeed setting clashes.
         GrowthError: an operator or a state policy that is unknown or does not fit.
     """
-    models = _models(config, vocabulary)
+    models, growths = _models(config, vocabulary)
     layouts = _layouts(config, world)
     layout_configs = [_layout_config(config, i) for i in range(len(config.stages))]
     plans = resolve_stages(
@@ -100,17 +100,9 @@ def plan_run(config: Config, *, world: int, vocabulary: int | None) -> RunPlan:
     stages = []
     rewarms = []
     for i, stage in enumerate(config.stages):
-        growth = None
-        if stage.grow is not None:
-            growth = make_growth(
-                operator=stage.grow.operator,
-                policy=stage.grow.state_policy,
-                small=build_catalog(models[i - 1]),
-                target=build_catalog(models[i]),
-                rewarm=stage.grow.rewarm,
-            )
-            if growth.policy.new_block_peak is None and growth.rewarm:
-                rewarms.append((plans[i].start_step, growth.rewarm))
+        growth = growths[i]
+        if growth is not None and growth.policy.new_block_peak is None and growth.rewarm:
+            rewarms.append((plans[i].start_step, growth.rewarm))
         stages.append(Stage(plans[i], layouts[i], growth, stage.grow))
         accumulation(config.batch, layouts[i])
         _require_fit(models[i], layouts[i], layout_configs[i], key=_layout_key(config, i))
@@ -120,7 +112,10 @@ def plan_run(config: Config, *, world: int, vocabulary: int | None) -> RunPlan:
     return RunPlan(tuple(stages), rate)
 
 
-def _models(config: Config, vocabulary: int | None) -> list[ModelConfig]:
+def _models(
+    config: Config, vocabulary: int | None
+) -> tuple[list[ModelConfig], list[Growth | None]]:
+    """The model of each stage, and the growth at its start where there is one."""
     model = config.model
     if model.vocab is None:
         if vocabulary is None:
@@ -136,12 +131,15 @@ def _models(config: Config, vocabulary: int | None) -> list[ModelConfig]:
             expected=f"at least {vocabulary}",
             mend="leave model.vocab out: it is then taken from the tokenizer",
         )
-    models = [model]
+    models: list[ModelConfig] = [model]
+    growths: list[Growth | None] = [None]
     for stage in config.stages[1:]:
+        growth = None
         if stage.grow is not None:
-            model = grown_model(model, operator=stage.grow.operator, factor=stage.grow.factor)
+            model, growth = plan_growth(stage.grow, model)
         models.append(model)
-    return models
+        growths.append(growth)
+    return models, growths
 
 
 def _layout_config(config: Config, index: int) -> LayoutConfig:

@@ -1,0 +1,1 @@
+from jobs import dataset  # noqa: F401 - a fixture

@@ -1,0 +1,112 @@
+"""Real jobs of several processes inside a test: `run_ranks(4, function, ...)`.
+
+A fork server imports PyTorch and DeepSpeed once for a test session; every call then forks
+processes that have joined no job yet, so nothing of one test reaches the next.
+"""
+
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+from multiprocessing.connection import wait
+
+from torch.distributed import TCPStore
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# The last two are what the first engine of a process would import, in two seconds.
+_CONTEXT.set_forkserver_preload(
+    ["__main__", "deepspeed", "hypothesis", "pytest", "torch", "torch._dynamo",
+     "deepspeed.runtime.zero.muon.original_muon"]
+)  # fmt: skip
+_GRACE_SECONDS = 1.5  # for the other ranks' errors to arrive after the first
+
+
+def run_ranks(world, function, *args, timeout=240.0):
+    """Run `function(comm, *args)` on every rank of a gloo job; returns the results by rank.
+
+    The function is a module-level one; it, its arguments and its result are pickled.
+    A rank that fails or hangs fails the test with its number and traceback, and ends the job.
+    """
+    # As torchrun does it: the parent holds the store, on a port that the system picks.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    work = pickle.dumps((function, args))
+    ours, processes = [], []
+    for rank in range(world):
+        mine, theirs = _CONTEXT.Pipe()
+        process = _CONTEXT.Process(
+            target=_rank_main, args=(rank, world, store.port, theirs, work), daemon=True
+        )
+        process.start()
+        theirs.close()
+        ours.append(mine)
+        processes.append(process)
+    patience = 0.0
+    try:
+        results = _collect(ours, timeout)
+        patience = _GRACE_SECONDS
+        return results
+    finally:
+        # A rank leaves when its pipe closes, hence not while another still talks to it.
+        for mine in ours:
+            mine.close()
+        for process in processes:
+            process.join(patience)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _collect(pipes, timeout):
+    results, errors = {}, {}
+    deadline = time.monotonic() + timeout
+    while len(results) + len(errors) < len(pipes):
+        missing = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in (results | errors)}
+        ready = wait(list(missing), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            rank = missing[pipe]
+            try:
+                good, value = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                good, value = False, "the process ended without a word"
+            (results if good else errors)[rank] = value
+        if errors:
+            deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+    if errors:
+        raise AssertionError("\n".join(f"rank {r} failed:\n{e}" for r, e in sorted(errors.items())))
+    silent = [rank for rank in range(len(pipes)) if rank not in results]
+    if silent:
+        raise AssertionError(f"no answer from ranks {silent} within {timeout:g} s")
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank_main(rank, world, port, pipe, work):
+    os.environ.update(
+        DS_ACCELERATOR="cpu",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_ATTEMPT="0",
+    )
+    try:
+        import torch
+
+        from megagrow.engine.comm import start
+
+        torch.set_num_threads(1)
+        function, args = pickle.loads(work)
+        answer = True, function(start(), *args)
+    except BaseException:
+        answer = False, traceback.format_exc()
+    pipe.send_bytes(pickle.dumps(answer))
+    try:
+        pipe.recv_bytes()
+    except EOFError:
+        pass
+    # Past the interpreter's own end, where gloo's threads may outlive what they use.
+    os._exit(0)
