@@ -1,0 +1,159 @@
+"""Real training jobs under DeepSpeed, as scripts of a few acts.
+
+An act is ("train", steps), ("grow", operator, policy, factor, layout) or ("move", layout).
+"""
+
+import math
+
+import numpy as np
+import torch
+from toys import random_state, toy_model
+
+from megagrow.config import Config, LayoutConfig
+from megagrow.engine.engine import Engine
+from megagrow.growth.growth import grown_model, make_growth
+from megagrow.growth.rules import OptimizerRules, group_keys
+from megagrow.layout import Layout
+from megagrow.model.catalog import build_catalog
+from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.placement import Placement
+from megagrow.state.statemap import FreshStart, Identity
+from megagrow.state.transfer import transfer_between_ranks
+
+BATCH, SEED, LR, STAGING = 12, 3, 5e-3, 32768
+
+
+def data_layouts(world):
+    """Data parallel alone, at every ZeRO stage."""
+    return [Layout(data=world, zero=zero) for zero in (0, 1, 2, 3)]
+
+
+def model_layouts(world):
+    """Layouts that cut the model itself, at every ZeRO stage that goes with each."""
+    grids = {2: [(2, 1), (1, 2)], 4: [(2, 2), (2, 1), (1, 2)]}.get(world, [])
+    return [
+        Layout(data=world // (tensor * pipeline), tensor=tensor, pipeline=pipeline, zero=zero)
+        for tensor, pipeline in grids
+        for zero in ((0, 1) if pipeline > 1 else (0, 1, 2))
+    ]
+
+
+class Job:
+    """One rank of a training run."""
+
+    def __init__(self, comm, *, layout=None, model=None, micro=None, fresh=True, **optimizer):
+        self.comm = comm
+        layout = layout or Layout(data=comm.world)
+        self.model = model or toy_model(init_std=0.2)
+        self.micro = micro or math.gcd(2, BATCH // comm.world)
+        self.config = Config(
+            model=self.model,
+            data={"path": "unused"},
+            batch={"global": BATCH, "micro": self.micro},
+            stages=[{"until": {"steps": 1}}],
+            optimizer={"grad_clip": 1.0, "eps": 1e-6} | optimizer,
+        )
+        self.rules, self.step, self.optimizer_step = OptimizerRules(), 0, 0
+        self.losses, self.norms, self.reports = [], [], []
+        vocab, length = self.model.vocabulary, self.model.sequence + 1
+        # Each sample counts up in steps of its own, so there is something to learn.
+        rng = np.random.default_rng(SEED)
+        steps = rng.integers(1, 4, (60 * BATCH, 1))
+        self.data = (rng.integers(0, vocab, (60 * BATCH, 1)) + steps * np.arange(length)) % vocab
+        self.engine = self._engine(layout)
+        if fresh:
+            self._fill(FreshStart(self.engine.placement.catalog), self.engine, self.engine)
+
+    def _engine(self, layout):
+        catalog = build_catalog(self.model)
+        return Engine(
+            config=self.config, model=self.model,
+            spread=LayoutConfig(
+                tensor=layout.tensor, pipeline=layout.pipeline, zero=layout.zero
+            ),
+            placement=Placement(catalog, layout, group_keys(catalog, self.rules)),
+            rules=self.rules, optimizer_step=self.optimizer_step, comm=self.comm,
+        )  # fmt: skip
+
+    def _fill(self, state_map, old, new):
+        report = transfer_between_ranks(
+            state_map=state_map, old=old.state, old_placement=old.placement, new=new.state,
+            new_placement=new.placement, slots=ADAM_SLOTS, channel=self.comm, seed=SEED,
+            staging_bytes=STAGING,
+        )  # fmt: skip
+        self.reports.append(report)
+        new.publish()
+
+    def load(self, seed):
+        """Write a random state into the engine."""
+        state = random_state(self.engine.placement.catalog, seed=seed, dtype=torch.float32)
+        for shard in self.engine.placement.shards(self.comm.rank):
+            for slot in ADAM_SLOTS:
+                place = self.engine.state.view(shard.tensor, slot.name, shard.box)
+                place.copy_(state.view(shard.tensor, slot.name, shard.box))
+        self.engine.publish()
+        return state
+
+    def train(self, steps):
+        """Take some steps; losses and gradient norms are the whole batch's."""
+        share = BATCH // self.engine.layout.data
+        for _ in range(steps):
+            first = self.step * BATCH + self.engine.coordinates.data * share
+            starts = range(first, first + share, self.micro)
+            batches = (self.data[i : i + self.micro] for i in starts)
+            result = self.engine.train_step(batches, lr=LR, seed=self.step)
+            self.losses.append(float(np.mean(self.comm.gather_floats(result.loss))))
+            self.norms.append(result.grad_norm)
+            self.step += 1
+            self.optimizer_step += 1
+
+    def move(self, layout):
+        """Take the engine down and go on in another, of the same model."""
+        old = self.engine
+        old.close()
+        self.engine = self._engine(layout)
+        self._fill(Identity(self.engine.placement.catalog), old, self.engine)
+
+    def grow(self, operator, policy, factor, layout):
+        """Grow live into another engine."""
+        old = self.engine
+        self.model = grown_model(self.model, operator=operator, factor=factor)
+        growth = make_growth(
+            operator=operator, policy=policy, small=old.placement.catalog,
+            target=build_catalog(self.model), rewarm=5,
+        )  # fmt: skip
+        old.close()
+        self.optimizer_step *= not growth.policy.restart_steps
+        self.rules = growth.rules_after(self.rules, step=self.optimizer_step)
+        self.engine = self._engine(layout)
+        self._fill(growth, old, self.engine)
+        return growth
+
+    def evaluate(self):
+        """The loss of a fixed set of samples."""
+        total, count = self.engine.evaluate(self.data[-BATCH:], micro=self.micro)
+        return sum(self.comm.gather_floats(total)) / sum(self.comm.gather_floats(count))
+
+    def fault(self, whole_state):
+        """The first shard of this rank that is not a slice of a whole state."""
+        for shard in self.engine.placement.shards(self.comm.rank):
+            for slot in ADAM_SLOTS:
+                here = self.engine.state.read(shard.tensor, slot.name, shard.box)
+                if not torch.equal(here, whole_state.view(shard.tensor, slot.name, shard.box)):
+                    return f"{slot.name} of {shard.tensor} at {shard.box}"
+        return None
+
+
+def play(comm, script, options):
+    """Run a script: (losses, gradient norms, evaluations after each act)."""
+    job = Job(comm, **options)
+    evaluations = []
+    for act, *args in script:
+        getattr(job, act)(*args)
+        evaluations.append(job.evaluate())
+    return job.losses, job.norms, evaluations
+
+
+def play_all(comm, plays):
+    """Run several scripts one after another, each (script, options), in one job."""
+    return [play(comm, script, options) for script, options in plays]
