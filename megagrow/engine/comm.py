@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import warnings
 from typing import Any
 
 import deepspeed
+import deepspeed.ops
 import torch
 import torch.distributed as dist
 
@@ -108,10 +108,6 @@ class Comm:
 
 def start() -> Comm:
     """Join the job that a launcher started, or be a job of one process."""
-    if sys.prefix != sys.base_prefix:
-        # DeepSpeed compiles its CPU communication op into a cache in the user's home. Installs
-        # that share it compile again at every turn, so each environment gets its own.
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
@@ -119,6 +115,10 @@ def start() -> Comm:
     torch.set_flush_denormal(True)
     # DeepSpeed 0.19 calls collectives by names that PyTorch 2.13 warns of at every first use.
     warnings.filterwarnings("ignore", "`torch.distributed", category=FutureWarning)
+    # DeepSpeed would compile a shared-memory op that only its inference uses.  That takes a
+    # minute and a lock file, and a job that is killed meanwhile leaves the lock behind: every
+    # later one would wait for it for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         if _on_gpu():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
