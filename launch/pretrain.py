@@ -22,7 +22,7 @@ examples:
   python launch/pretrain.py --config configs/quickstart.yaml run.dir=runs/one batch.micro=8
 
   # what would happen on 8 processes, without training
-  python launch/pretrain.py --config configs/quickstart.yaml --dry-run --world 8
+  python launch/pretrain.py --config configs/quickstart.yaml --dry-run --world 8 --memory 80GB
 """
 
 
@@ -48,6 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="check the configuration, print stages, sizes and costs, and end without training",
     )
     add("--world", type=int, metavar="N", help="number of processes to plan a dry run for")
+    add("--memory", metavar="SIZE", help="of one device, for a dry run (80GB); default: this one's")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher gives it
     add("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
     silence = io.StringIO()
@@ -68,11 +69,14 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     world = _world(options)
     if options.dry_run:
-        from megagrow.train.dryrun import describe
+        from megagrow.train.dryrun import check_memory, describe
 
         text = describe(config, world=world)
         if _is_first():
             print(text)
+        fits = check_memory(config, world=world, memory=options.memory)
+        if _is_first():
+            print(fits)
         return
     data = open_dataset(config.data.path, config.data.tokenizer)
     plan = plan_run(config, world=world, vocabulary=data.vocab_size)

@@ -4,9 +4,11 @@ A fork server imports PyTorch and DeepSpeed once for a test session; every call 
 processes that have joined no job yet, so nothing of one test reaches the next.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import threading
 import time
 import traceback
 from multiprocessing.connection import wait
@@ -93,6 +95,8 @@ def _rank_main(rank, world, port, pipe, work):
         TORCHELASTIC_USE_AGENT_STORE="True",
         TORCHELASTIC_RESTART_ATTEMPT="0",
     )
+    leaving = threading.Thread(target=_leave_with_parent, args=(pipe,), daemon=True)
+    leaving.start()
     try:
         import torch
 
@@ -104,9 +108,12 @@ def _rank_main(rank, world, port, pipe, work):
     except BaseException:
         answer = False, traceback.format_exc()
     pipe.send_bytes(pickle.dumps(answer))
-    try:
+    leaving.join()
+
+
+def _leave_with_parent(pipe):
+    """End this process when the parent closes the pipe, or is killed; even inside a collective."""
+    with contextlib.suppress(EOFError, OSError):
         pipe.recv_bytes()
-    except EOFError:
-        pass
     # Past the interpreter's own end, where gloo's threads may outlive what they use.
     os._exit(0)

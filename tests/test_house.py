@@ -15,6 +15,7 @@ FLOORS = [
     {"engine", "checkpoint", "report"},
     {"train"},
     {"bench"},
+    {"bench"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHOUT_PROCESSES = {"config", "layout", "state", "growth", "schedule", "data", "report", "errors"}

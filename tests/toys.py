@@ -74,12 +74,12 @@ def build(model, state):
     return module
 
 
-def grow(model, state, *, operator, policy=None, factor=2):
+def grow(model, state, *, operator, policy=None, factor=2, seed=0):
     """Grow a whole state in one process: (grown model, growth, grown state)."""
     grown = grown_model(model, operator=operator, factor=factor)
     small, target = build_catalog(model), build_catalog(grown)
     growth = make_growth(operator=operator, policy=policy, small=small, target=target)
-    return grown, growth, mapped(growth, small, state)
+    return grown, growth, mapped(growth, small, state, seed=seed)
 
 
 def mapped(state_map, small, state, *, seed=0):

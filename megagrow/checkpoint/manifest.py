@@ -199,24 +199,24 @@ def seal(
         "chunk_bytes": chunk_bytes,
         "slots": [asdict(slot) for slot in meta.slots],
         "catalog": meta.catalog.to_json(),
-        "fingerprints": _plain(meta.fingerprints, "fingerprints"),
-        "config": _plain(meta.config, "config"),
-        "run_state": _plain(meta.run_state, "run_state"),
+        "fingerprints": plain(meta.fingerprints, "fingerprints"),
+        "config": plain(meta.config, "config"),
+        "run_state": plain(meta.run_state, "run_state"),
         "files": files,
     }
     text = json.dumps(body, separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
     return _OPENING + _digest(text) + _MIDDLE + text + _CLOSING
 
 
-def _plain(value: Any, where: str) -> Any:
+def plain(value: Any, where: str) -> Any:
     """The value as JSON gives it back; what would come back changed is refused."""
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
                 raise TypeError(f"{where}: key {key!r} is not a text")
-        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is {value}: JSON holds finite numbers only")
     if value is None or isinstance(value, (str, bool, int, float)):

@@ -278,7 +278,7 @@ class _Chunks:
         self._held = (-1, -1, 0, 0)
         path = self._path / file_name(file)
         with open_regular(path) as (descriptor, size), naming(path, "cannot be read", READING):
-            if size != self._files[file].size or not _read_exactly(descriptor, data, low):
+            if size != self._files[file].size or not read_exactly(descriptor, data, low):
                 raise CheckpointError(
                     self._at(file, chunk) + ": truncated, or changed while it is read",
                     found=f"{size} bytes",
@@ -301,7 +301,7 @@ class _Chunks:
         return f"{self._path / file_name(file)}: {met[0] if met else 'header'}{more}"
 
 
-def _read_exactly(descriptor: int, data: memoryview, offset: int) -> bool:
+def read_exactly(descriptor: int, data: memoryview, offset: int) -> bool:
     """Fill `data` from a position of a file; False where the file ends before."""
     while data:
         count = os.preadv(descriptor, [data], offset)
@@ -319,7 +319,7 @@ def _read_small(path: Path, limit: int) -> bytes:
             )
         data = bytearray(size)
         with naming(path, "cannot be read", READING):
-            complete = _read_exactly(descriptor, memoryview(data), 0)
+            complete = read_exactly(descriptor, memoryview(data), 0)
         if not complete:
             raise CheckpointError(f"{path}: changed while it is read")
         return bytes(data)
@@ -336,7 +336,7 @@ def _check_head(path: Path, size: int, head: bytes) -> None:
             )
         data = bytearray(len(head))
         with naming(path, "cannot be read", READING):
-            complete = _read_exactly(descriptor, memoryview(data), 0)
+            complete = read_exactly(descriptor, memoryview(data), 0)
         if not complete or data != head:
             raise CheckpointError(
                 f"{path}: damaged, or of another checkpoint",

@@ -44,7 +44,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def part_of(piece: Piece) -> Part:
     at = f"{piece.tensor}@{piece.slot}#{piece.box}"
     if tuple(piece.values.shape) != piece.box.shape:
         raise ValueError(f"{at}: values have shape {list(piece.values.shape)}")
-    if piece.values.dtype not in _DTYPE_NAMES:
+    if piece.values.dtype not in DTYPE_NAMES:
         raise ValueError(f"{at}: {piece.values.dtype} cannot be saved")
-    return Part(piece.tensor, piece.slot, piece.box, _DTYPE_NAMES[piece.values.dtype])
+    return Part(piece.tensor, piece.slot, piece.box, DTYPE_NAMES[piece.values.dtype])
 
 
 def file_order(pieces: Iterable[Piece]) -> list[Piece]:

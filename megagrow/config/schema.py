@@ -203,18 +203,59 @@ class UntilConfig(Section):
         return self
 
 
+class GrowTarget(Section):
+    """Sizes of the model after a growth; those that are not named stay as they are."""
+
+    layers: Positive | None = None
+    hidden: Positive | None = None
+    heads: Positive | None = None
+    kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    ffn: Positive | None = None
+    vocab: Positive | None = None
+    sequence: Positive | None = None
+
+
 class GrowConfig(Section):
     """One growth: which operator, how far, and what becomes of the optimizer state.
 
+    `operator` is one name, or several joined by ``+`` that act one after the other in the same
+    growth.  How far is told by `factor` (for each of them; 2 by default) or by `target`.
     `state_policy: null` takes the operator's default.  `rewarm` is the number
     of steps over which the learning rate climbs back after the growth; null
-    takes the policy's default.
+    takes the policy's default.  `mup: true` divides the learning rate of matrices by the growth
+    of their inputs.
     """
 
     operator: str
-    factor: Annotated[int, Field(ge=2)] = 2
+    factor: Annotated[int, Field(ge=2)] | None = None
+    target: GrowTarget | None = None
     state_policy: str | None = None
     rewarm: Annotated[int, Field(ge=0)] | None = None
+    mup: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _twice_unless_told(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("factor") is None and data.get("target") is None:
+            return {**data, "factor": 2}
+        return data
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> GrowConfig:
+        if self.target is not None and self.factor is not None:
+            raise ValueError("give factor or target, not both")
+        if self.target is not None and not self.target.model_dump(exclude_none=True):
+            raise ValueError("target names no size; name one, for instance target: {layers: 12}")
+        return self
+
+    @property
+    def extent(self) -> str:
+        """How far, in words: ``x2``, or ``to hidden 512, layers 12``."""
+        if self.target is None:
+            return f"x{self.factor}"
+        sizes = self.target.model_dump(exclude_none=True)
+        return "to " + ", ".join(f"{key} {n}" for key, n in sizes.items())
 
 
 class StageConfig(Section):

@@ -1,9 +1,21 @@
 """Depth growth: more layers.
 
-`depth_stack` appends whole copies of the layer stack, M o M o ... o M, the
-operator that "Stacking Your Transformers" (Du et al., arXiv 2405.15319, where
-it is called G_stack) found to save most, after Gong et al. (ICML 2019).  The
-function changes, so the loss jumps and is soon lower than it was.
+    depth_stack       whole copies of the stack, appended: M o M o ... o M
+    depth_interleave  every layer followed by its copies: l1 l1 l2 l2 ...
+    depth_identity    the same places, but the copies start as the identity
+
+`depth_stack` is the operator that "Stacking Your Transformers" (Du et al.,
+arXiv 2405.15319, where it is called G_stack) found to save most, after Gong et
+al. (ICML 2019).  The function changes under the first two, so the loss jumps and
+is soon lower than it was.
+
+A copy is the identity once its two output projections and their biases are 0.
+Zero norm gains, as Shen et al. (arXiv 2203.06211) describe them, would leave the
+MLP of a bias-free RMSNorm and SwiGLU block without any gradient; zero projections
+get their own gradient at the first step and everything else from the second on
+(LLaMA Pro, arXiv 2401.02415).
+
+All of them reach any number of layers above the old one.
 """
 
 from __future__ import annotations
@@ -11,15 +23,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megagrow.config import ModelConfig
-from megagrow.growth.operator import Block, same
+from megagrow.growth.operator import Block, resized, unchanged
 from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.state.statemap import Fill
 
 _LAYERS = "layers."
+_SIZES = ("layers",)
+_TO_STREAM = ("attention.out.", "mlp.down.")
+
+
+class _Deepening:
+    """What the operators of this file have in common."""
+
+    sizes = _SIZES
+
+    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
+        """Layers times the factor."""
+        return resized(model, {"layers": model.layers * factor})
+
+    def fill(self, tensor: LogicalTensor) -> Fill:
+        """Zero: only `depth_identity` leaves anything."""
+        return "zeros"
 
 
 @dataclass(frozen=True)
-class DepthStack:
+class DepthStack(_Deepening):
     """Append copies of all layers; layer i of the grown model is layer i mod L of the old."""
 
     name: str = "depth_stack"
@@ -27,24 +55,72 @@ class DepthStack:
     keeps: str = "nothing"
     breaker: str = "copies sit at different depths, so their gradients differ"
     source: str = "Gong et al., ICML 2019; Du et al., arXiv 2405.15319"
-    policies: tuple[str, ...] = ("copy", "reset")
+    policies: tuple[str, ...] = ("copy", "kept", "sparkling", "reset")
 
-    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
-        """Layers times the factor."""
-        return model.model_copy(update={"layers": model.layers * factor})
-
-    def blocks(self, tensor: LogicalTensor, small: Catalog) -> tuple[Block, ...]:
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """One block, the whole tensor, from the layer that is copied."""
-        axes = tuple(same(n) for n in tensor.shape)
         if not tensor.name.startswith(_LAYERS):
-            return (Block(tensor.name, axes),)
+            return (Block(tensor.name, unchanged(tensor, small[tensor.name])),)
         layer, rest = layer_of(tensor.name)
         depth = layer_count(small)
-        return (Block(f"{_LAYERS}{layer % depth}.{rest}", axes, new=layer >= depth),)
+        source = f"{_LAYERS}{layer % depth}.{rest}"
+        return (Block(source, unchanged(tensor, small[source]), new=layer >= depth),)
 
-    def fill(self, tensor: LogicalTensor) -> Fill:
-        """The copies cover everything."""
-        return "covered"
+
+@dataclass(frozen=True)
+class DepthInterleave(_Deepening):
+    """Repeat every layer; layer i of the grown model is layer i L / L' of the old."""
+
+    name: str = "depth_interleave"
+    summary: str = "every layer followed by its copies, any factor"
+    keeps: str = "nothing"
+    breaker: str = "copies sit at different depths, so their gradients differ"
+    source: str = "Shen et al., arXiv 2203.06211; Du et al., arXiv 2405.15319"
+    policies: tuple[str, ...] = ("copy", "kept", "sparkling", "reset")
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """One block, the whole tensor, from the layer that is copied."""
+        source, new = _interleaved(tensor, small, target)
+        return (Block(source, unchanged(tensor, small[source]), new=new),)
+
+
+@dataclass(frozen=True)
+class DepthIdentity(_Deepening):
+    """Repeat every layer, with the output projections of the copies zero."""
+
+    name: str = "depth_identity"
+    summary: str = "every layer followed by copies whose output projections are 0"
+    keeps: str = "loss"
+    breaker: str = "copies write nothing at first, so they are no twins of their source"
+    source: str = "LLaMA Pro, arXiv 2401.02415; identity layers of Shen et al., arXiv 2203.06211"
+    policies: tuple[str, ...] = ("kept", "sparkling", "reset")
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """One block, the whole tensor.
+
+        Nothing reaches the inside of a copy through a projection that is 0: its gradient is 0.
+        """
+        source, new = _interleaved(tensor, small, target)
+        axes = unchanged(tensor, small[source])
+        if not new:
+            return (Block(source, axes, grad=1.0),)
+        if layer_of(tensor.name)[1].startswith(_TO_STREAM):
+            return (Block(source, axes, param=0.0, new=True),)
+        return (Block(source, axes, grad=0.0, new=True),)
+
+
+def _interleaved(tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
+    """(source, whether it is a copy): the layers of a model, spread over more.
+
+    Each is followed by its copies, as evenly as they share out.
+    """
+    if not tensor.name.startswith(_LAYERS):
+        return tensor.name, False
+    layer, rest = layer_of(tensor.name)
+    old, large = layer_count(small), layer_count(target)
+    source = layer * old // large
+    first = -(-source * large // old)  # the first layer that has this source
+    return f"{_LAYERS}{source}.{rest}", layer > first
 
 
 def layer_of(name: str) -> tuple[int, str]:

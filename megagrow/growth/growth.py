@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megagrow.config import ModelConfig
+from megagrow.config import GrowConfig, ModelConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.operator import Block, Operator
+from megagrow.growth.compose import Composition
+from megagrow.growth.operator import Block, Operator, resized
 from megagrow.growth.policy import StatePolicy
-from megagrow.growth.registry import find_operator, find_policy
-from megagrow.growth.rules import Factors, OptimizerRules, YoungBlocks
+from megagrow.growth.registry import find_operator, find_operators, find_policy
+from megagrow.growth.rules import Factors, OptimizerRules, Progression, YoungBlocks
+from megagrow.growth.width import reads
+from megagrow.model.catalog import build_catalog
 from megagrow.state.catalog import Catalog, LogicalTensor, Slot
 from megagrow.state.statemap import Copy, Fill
 
@@ -26,6 +30,7 @@ class Growth:
         small: the catalog before.
         target: the catalog after.
         rewarm: steps of re-warming (see StatePolicy).
+        mup: whether a matrix whose inputs grew k-fold learns at 1/k of the rate from now on.
     """
 
     operator: Operator
@@ -33,6 +38,7 @@ class Growth:
     small: Catalog
     target: Catalog
     rewarm: int
+    mup: bool = False
 
     def blocks(self, tensor: LogicalTensor) -> tuple[Block, ...]:
         """The operator's blocks of one target tensor."""
@@ -40,12 +46,13 @@ class Growth:
 
     @cached_property
     def _blocks(self) -> dict[str, tuple[Block, ...]]:
-        return {t.name: self.operator.blocks(t, self.small) for t in self.target}
+        return {t.name: self.operator.blocks(t, self.small, self.target) for t in self.target}
 
     def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
         """The blocks of one slot, without those whose coefficient is 0."""
         scaled = ((b, self.policy.coefficient(b, slot.kind)) for b in self.blocks(tensor))
-        return tuple(block.scaled(c) for block, c in scaled if c != 0.0)
+        noisy = slot.kind == "parameter"
+        return tuple(b.scaled(c, b.noise if noisy else None) for b, c in scaled if c != 0.0)
 
     def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:
         """The operator's rule for parameters, zero for optimizer state."""
@@ -70,13 +77,14 @@ class Growth:
             inherited = before.factors_of(blocks[0].source) if blocks else Factors()
             if self.policy.scale_rates:
                 inherited = inherited.times(_exact_factors(tensor, blocks))
+            elif self.mup and blocks:
+                inherited = inherited.times(_mup_factors(tensor, self.small[blocks[0].source]))
             if inherited != Factors():
                 factors[tensor.name] = inherited
             peak = self.policy.new_block_peak
-            if peak is not None and any(block.new for block in blocks):
-                kept = next((b for b in blocks if not b.new), None)
+            if peak is not None and _has_new(tensor, blocks):
                 young[tensor.name] = YoungBlocks(
-                    kept=None if kept is None else _progressions(kept),
+                    kept=_kept(self, tensor),
                     born=step,
                     peak=peak,
                     rewarm=self.rewarm,
@@ -90,9 +98,52 @@ class Growth:
         return OptimizerRules(factors, young)
 
 
+def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Growth]:
+    """What a `grow` section makes of a model: the grown model, and the growth to it.
+
+    Raises:
+        GrowthError: names, sizes and policy do not fit each other or the model.
+    """
+    parts = find_operators(grow.operator)
+    wanted = {} if grow.target is None else grow.target.model_dump(exclude_none=True)
+    owners = {key: [p.name for p in parts if key in p.sizes] for key in wanted}
+    for key, names in owners.items():
+        if len(names) != 1:
+            reach = ", ".join(sorted({key for part in parts for key in part.sizes}))
+            raise GrowthError(
+                f"grow.target.{key}: "
+                + (f"both {' and '.join(names)} grow it" if names else "no operator grows it"),
+                found=f"grow.operator {grow.operator}",
+                expected=f"sizes among {reach}, each grown by one operator",
+                mend=f"leave grow.target.{key} out, or change grow.operator",
+            )
+    models = [model]
+    for part in parts:
+        sizes = {key: n for key, n in wanted.items() if key in part.sizes}
+        if grow.target is None:
+            models.append(part.target(models[-1], grow.factor or 2))
+        else:
+            models.append(resized(models[-1], sizes))
+    catalogs = [build_catalog(m) for m in models]
+    operator = parts[0] if len(parts) == 1 else Composition(parts, tuple(catalogs[:-1]))
+    growth = make_growth(
+        operator=operator,
+        policy=grow.state_policy,
+        small=catalogs[0],
+        target=catalogs[-1],
+        rewarm=grow.rewarm,
+    )
+    if grow.mup and growth.policy.scale_rates:
+        raise GrowthError(
+            f"grow.mup: state policy {growth.policy.name!r} sets the rates itself",
+            mend="leave grow.mup out, or set grow.state_policy to another",
+        )
+    return models[-1], replace(growth, mup=grow.mup)
+
+
 def make_growth(
     *,
-    operator: str,
+    operator: str | Operator,
     policy: str | None,
     small: Catalog,
     target: Catalog,
@@ -101,28 +152,39 @@ def make_growth(
     """Look the operator and the policy up, and check that they fit each other and the models.
 
     Raises:
-        GrowthError: unknown names, or a policy that the operator does not support.
+        GrowthError: unknown names, a policy that the operator does not support, or a target
+            that the operator cannot reach.
     """
-    found = find_operator(operator)
+    found = find_operator(operator) if isinstance(operator, str) else operator
+    if not found.policies:
+        raise GrowthError(
+            f"grow.operator: no state policy serves all parts of {found.name}",
+            mend="grow in two stages",
+        )
     name = policy or found.policies[0]
     if name not in found.policies:
         find_policy(name)
         raise GrowthError(
-            f"grow.state_policy: operator {operator!r} does not support {name!r}",
+            f"grow.state_policy: operator {found.name!r} does not support {name!r}",
             found=name,
             expected=" or ".join(found.policies),
             mend=f"set grow.state_policy to {found.policies[0]}, or leave it out",
         )
     rule = find_policy(name)
     growth = Growth(found, rule, small, target, rule.rewarm if rewarm is None else rewarm)
+    if isinstance(found, Composition):
+        found.check_fills(target)
     for tensor in target:
         _check_blocks(growth, tensor)
+    growth.rules_after(OptimizerRules(), step=0)  # refuses what the policy cannot express
     return growth
 
 
 def grown_model(model: ModelConfig, *, operator: str, factor: int) -> ModelConfig:
-    """The configuration that an operator makes of a model's."""
-    return find_operator(operator).target(model, factor)
+    """The configuration that operators make of a model's, each by the same factor."""
+    for part in find_operators(operator):
+        model = part.target(model, factor)
+    return model
 
 
 def _check_blocks(growth: Growth, tensor: LogicalTensor) -> None:
@@ -140,24 +202,76 @@ def _check_blocks(growth: Growth, tensor: LogicalTensor) -> None:
 def _exact_factors(tensor: LogicalTensor, blocks: Sequence[Block]) -> Factors:
     """AdamW moves a parameter by lr * m / (sqrt(v) + eps) + lr * wd * p.
 
-    With m -> g m and v -> g^2 v the quotient stays if eps -> g eps; the parameter's own
-    coefficient p then asks for lr -> p lr, and wd -> wd / p leaves the decay as it was.
+    With m -> g m and v -> g^2 v the quotient stays if eps -> g eps; the block's rate r then
+    asks for lr -> r lr, and wd -> wd / r leaves the decay as it was.
     """
-    pairs = {(block.param, block.grad) for block in blocks}
+    pairs = {(b.param if b.rate is None else b.rate, b.grad) for b in blocks}
     if len(pairs) != 1:
         raise GrowthError(
             f"state policy 'exact': the blocks of {tensor.name} differ in their coefficients, "
             "so no one learning rate retraces the small run",
             mend="set grow.state_policy to sparkling or reset",
         )
-    param, grad = pairs.pop()
+    rate, grad = pairs.pop()
     if grad is None:
         raise GrowthError(f"state policy 'exact': no gradient is stated for {tensor.name}")
-    return Factors(lr=abs(param), weight_decay=1.0 / abs(param), eps=abs(grad))
+    return Factors(lr=abs(rate), weight_decay=1.0 / abs(rate), eps=abs(grad))
+
+
+def _mup_factors(tensor: LogicalTensor, old: LogicalTensor) -> Factors:
+    """Yang et al., arXiv 2203.03466, table 8: under Adam hidden matrices learn at 1 / fan-in.
+
+    The output head's share is in the final norm, so its own rate stays.  Weight decay is set
+    against the rate, so that the decay of a step stays too.
+    """
+    if tensor.name == "output.weight":
+        return Factors()
+    inputs = reads(tensor)
+    sizes = zip(tensor.axes, tensor.shape, old.shape, strict=True)
+    k = math.prod(large / n for axis, large, n in sizes if axis in inputs)
+    return Factors(lr=1 / k, weight_decay=k)
 
 
 def _progressions(block: Block) -> tuple[tuple[int, int, int], ...]:
     return tuple((axis.target_start, axis.target_step, axis.length) for axis in block.axes)
+
+
+def _has_new(tensor: LogicalTensor, blocks: Sequence[Block]) -> bool:
+    """Whether a tensor has elements that are no old block's in its place."""
+    return any(b.new for b in blocks) or sum(b.volume for b in blocks) < tensor.volume
+
+
+def _kept(growth: Growth, tensor: LogicalTensor) -> tuple[Progression, ...] | None:
+    """The elements of the old blocks together, as one progression an axis; None if there are none.
+
+    Raises:
+        GrowthError: they are not of that form.
+    """
+    kept = [_progressions(b) for b in growth.blocks(tensor) if not b.new]
+    if not kept:
+        return None
+    joined = []
+    for parts in zip(*kept, strict=True):
+        distinct = sorted(set(parts))
+        start, step, _ = distinct[0]
+        count = 0
+        for first, each, n in distinct:
+            if each != step or first != start + count * step:
+                raise _scattered(growth, tensor)
+            count += n
+        joined.append((start, step, count))
+    if math.prod(n for *_, n in joined) != sum(math.prod(n for *_, n in axes) for axes in kept):
+        raise _scattered(growth, tensor)
+    return tuple(joined)
+
+
+def _scattered(growth: Growth, tensor: LogicalTensor) -> GrowthError:
+    fitting = [n for n in growth.operator.policies if find_policy(n).new_block_peak is None]
+    return GrowthError(
+        f"state policy {growth.policy.name!r}: this growth scatters the old elements of "
+        f"{tensor.name}, so that they cannot be told from the new ones by their indices",
+        mend=f"set grow.state_policy to {' or '.join(fitting) or 'reset'}",
+    )
 
 
 def _is_whole(tensor: LogicalTensor, blocks: Sequence[Block]) -> bool:

@@ -8,14 +8,16 @@ second (the slot law), so operators know nothing of optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from pydantic import ValidationError
 
 from megagrow.config import ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.state.catalog import Catalog, LogicalTensor
-from megagrow.state.statemap import AxisMap, Copy, Fill
+from megagrow.state.statemap import AxisMap, Copy, Fill, Noise
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,11 @@ class Block:
         axes: which elements, axis by axis.
         param: grown parameter = param * old parameter.
         grad: gradient of the grown model = grad * old gradient, or None where the
-            operator states nothing (it does not keep the loss).
+            operator states nothing.
         new: whether the block is additional capacity, not the old block in its place.
+        rate: how far the block must move where the old tensor moves by 1, so that the
+            grown function moves as the old one; None: as far as its parameters are scaled.
+        noise: what is added to the parameters.
     """
 
     source: str
@@ -36,10 +41,17 @@ class Block:
     param: float = 1.0
     grad: float | None = None
     new: bool = False
+    rate: float | None = None
+    noise: Noise | None = None
 
-    def scaled(self, coefficient: float) -> Copy:
+    def scaled(self, coefficient: float, noise: Noise | None = None) -> Copy:
         """The block as a copy of some slot."""
-        return Copy(self.source, self.axes, coefficient)
+        return Copy(self.source, self.axes, coefficient, noise)
+
+    @property
+    def volume(self) -> int:
+        """Number of elements."""
+        return self.scaled(1.0).volume
 
 
 class Operator(Protocol):
@@ -57,7 +69,7 @@ class Operator(Protocol):
 
     @property
     def keeps(self) -> str:
-        """What is the same right after the growth: ``loss`` or ``nothing``."""
+        """What is the same right after the growth: one of `KEEPS`."""
         ...
 
     @property
@@ -75,17 +87,31 @@ class Operator(Protocol):
         """Names of the state policies that make sense; the first is the default."""
         ...
 
-    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
-        """The grown model's configuration."""
+    @property
+    def sizes(self) -> Sequence[str]:
+        """Keys of the model's configuration that it can enlarge."""
         ...
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog) -> tuple[Block, ...]:
-        """The blocks of one tensor of the grown model; they do not overlap."""
+    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
+        """The configuration of the model that a whole factor makes."""
+        ...
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """The blocks of one tensor of the grown model; they do not overlap.
+
+        Raises:
+            GrowthError: the operator cannot reach this target.
+        """
         ...
 
     def fill(self, tensor: LogicalTensor) -> Fill:
         """What parameters that no block covers become."""
         ...
+
+
+# What an operator may keep, the strongest first.  `loss`: every logit of every sample that the
+# small model takes; `old logits`: of the old vocabulary; `nothing`: the function changes.
+KEEPS = ("loss", "old logits", "nothing")
 
 
 def same(n: int) -> AxisMap:
@@ -115,3 +141,39 @@ def growth_factor(large: int, small: int, what: str) -> int:
             expected=f"a multiple of {small}",
         )
     return factor
+
+
+def unchanged(tensor: LogicalTensor, old: LogicalTensor) -> tuple[AxisMap, ...]:
+    """The axes of a tensor that an operator leaves alone; raises GrowthError if they grew."""
+    for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
+        require_same(tensor.name, meaning, n, large)
+    return tuple(same(n) for n in tensor.shape)
+
+
+def require_same(name: str, meaning: str, small: int, large: int) -> None:
+    """An axis that an operator cannot grow; raises GrowthError if the target wants it."""
+    if small != large:
+        raise GrowthError(
+            f"{name}, axis {meaning}: this operator cannot grow it",
+            found=f"from {small} to {large}",
+            expected=str(small),
+            mend="name another size in grow.target, or add the operator that grows this axis",
+        )
+
+
+def resized(model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
+    """A model with some sizes changed; all others stay, the width of a head included.
+
+    Raises:
+        GrowthError: there is no such model.
+    """
+    fields = model.model_dump(by_alias=True) | dict(sizes)
+    if model.head_dim_ is None and "head_dim" not in sizes:
+        derived = fields["hidden"] == fields["heads"] * model.head_dim
+        fields["head_dim"] = None if derived else model.head_dim
+    try:
+        return ModelConfig(**fields)
+    except ValidationError as error:
+        faults = "; ".join(str(fault["msg"]) for fault in error.errors(include_url=False))
+        wanted = ", ".join(f"{key} {n}" for key, n in sizes.items())
+        raise GrowthError(f"grow: there is no model with {wanted}", found=faults) from error

@@ -2,8 +2,10 @@
 
 Sources: `exact`, megagrow's laws 4 and 5; `sparkling`, Yu et al., arXiv 2602.02472 (old
 block keeps its moments, new blocks start at zero and re-warm to 1.3 times the learning
-rate over 250 steps, their own step count in the bias correction); `copy` and `reset` are
-what stacking papers do.
+rate over 250 steps, their own step count in the bias correction); `kept`, the same without
+the re-warm, as MSG (arXiv 2305.02869) keeps old blocks; `shen`, Shen et al., arXiv 2203.06211,
+as published and for any factor: the gradient's multiples wherever parameters were copied, zero
+where they start at 0, rates as they were; `copy` and `reset` are what stacking papers do.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from megagrow.errors import GrowthError
 from megagrow.growth.operator import Block
 from megagrow.state.catalog import SlotKind
 
-Moments = Literal["gradient", "kept", "copy", "zero"]
+Moments = Literal["gradient", "copied gradient", "kept", "copy", "zero"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class StatePolicy:
     Attributes:
         name: as written in a configuration.
         summary: one line on what it does.
-        moments: "gradient": g * m and g^2 * v in every block (the slot law);
+        moments: "gradient": g * m and g^2 * v in every block (the slot law); "copied
+            gradient": the same, but zero in blocks whose parameters start at 0;
             "kept": the old block's unchanged, new blocks zero; "copy": unchanged in
             every block; "zero": none is kept.
         scale_rates: whether lr, weight decay and eps are rescaled per tensor so that
@@ -56,6 +59,8 @@ class StatePolicy:
             return 0.0
         if self.moments in ("copy", "kept"):
             return 1.0
+        if self.moments == "copied gradient" and block.param == 0.0:
+            return 0.0
         if block.grad is None:
             raise GrowthError(
                 f"state policy {self.name!r} follows the gradient, but the operator does not "
@@ -80,6 +85,18 @@ POLICIES = {
             "m * g, v * g^2 in all blocks; lr, weight decay and eps rescaled: retraces",
             moments="gradient",
             scale_rates=True,
+        ),
+        StatePolicy(
+            "shen",
+            "m * g, v * g^2 where parameters were copied, rates unchanged; lr re-warms",
+            moments="copied gradient",
+            rewarm=150,
+        ),
+        StatePolicy(
+            "kept",
+            "old block keeps its moments; new blocks start at 0, their steps counted from 0",
+            moments="kept",
+            new_block_peak=1.0,
         ),
         StatePolicy("copy", "every block takes its source's moments", moments="copy"),
         StatePolicy(

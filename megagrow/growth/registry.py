@@ -5,12 +5,26 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from megagrow.errors import GrowthError
-from megagrow.growth.depth import DepthStack
+from megagrow.growth.axes import HeadDim, KeyValueGroups, Sequence, Vocabulary
+from megagrow.growth.depth import DepthIdentity, DepthInterleave, DepthStack
 from megagrow.growth.operator import Operator
 from megagrow.growth.policy import POLICIES, StatePolicy
-from megagrow.growth.width import Width
+from megagrow.growth.width import Width, WidthDiagonal, WidthNoise, WidthSplit
 
-OPERATORS: dict[str, Operator] = {operator.name: operator for operator in (Width(), DepthStack())}
+_ALL: tuple[Operator, ...] = (
+    Width(),
+    WidthDiagonal(),
+    WidthSplit(),
+    WidthNoise(),
+    DepthStack(),
+    DepthInterleave(),
+    DepthIdentity(),
+    HeadDim(),
+    KeyValueGroups(),
+    Vocabulary(),
+    Sequence(),
+)
+OPERATORS: dict[str, Operator] = {operator.name: operator for operator in _ALL}
 
 
 def find_operator(name: str) -> Operator:
@@ -23,6 +37,11 @@ def find_operator(name: str) -> Operator:
             mend=_nearest(name, list(OPERATORS), "grow.operator"),
         )
     return OPERATORS[name]
+
+
+def find_operators(names: str) -> tuple[Operator, ...]:
+    """The operators of names joined by ``+``; raises GrowthError as `find_operator` does."""
+    return tuple(find_operator(name.strip()) for name in names.split("+"))
 
 
 def find_policy(name: str) -> StatePolicy:

@@ -1,84 +1,286 @@
 """Width growth: more units in every layer, the same function.
 
-`width` tiles.  With h the residual stream, the grown stream is [h, h, ...]
-(k copies), and every matrix that reads a grown axis and writes another is
-[[W, W], [W, W]] / k: each output unit sums k equal contributions of W h / k.
-Embeddings, norms and biases are repeated, and the final norm is divided by k,
-because the output head sums over k copies of the stream.  LayerNorm sees the
-same mean and variance, so the loss is kept exactly.
+All operators here duplicate units.  With h the residual stream, the grown
+stream is k copies [h, h, ...]; heads and ffn units are duplicated likewise.
+What reads a duplicated axis must take shares of its copies that sum to 1, so
+that each unit gets what it got before; the operators differ in the shares:
 
-Source: HyperCloning (Samragh et al., arXiv 2409.12903) for the tiling; the
-state policies and gradients: megagrow's laws 3 and 4.
+    width        equal shares: every matrix is [[W, W], [W, W]] / k
+    width_diag   copy i reads copy i alone: [[W, 0], [0, W]]
+    width_split  unequal shares 1 : 2 : ... : k
+    width_noise  equal shares and noise that cancels in the sum
+
+Embeddings, norms and biases are repeated; the shares of the output head are
+carried by the final norm, so that a tied head needs nothing.  LayerNorm and
+RMSNorm see the statistics that they saw.
+
+Gradients.  What reads copy j with share a_j sends a_j of the old gradient back
+to it, if the gradients of its own copies sum to the old one; they do, from the
+head downwards.  In the stream that holds copy by copy only where shares are
+equal: a norm's backward pass mixes all its inputs.
+
+Each axis may grow by a factor of its own, the width of a head excepted.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 
 from megagrow.config import ModelConfig
-from megagrow.growth.operator import Block, growth_factor, repeated, same, tiled
+from megagrow.errors import GrowthError
+from megagrow.growth.operator import (
+    Block,
+    growth_factor,
+    repeated,
+    require_same,
+    resized,
+    same,
+    tiled,
+)
 from megagrow.state.catalog import Catalog, LogicalTensor
-from megagrow.state.statemap import AxisMap, Fill
+from megagrow.state.statemap import AxisMap, Fill, Noise
 
-# The residual stream is one vector that all layers share, so its copies lie end to end; heads
-# and ffn units may be permuted layer by layer, so theirs lie beside their source.
-_TILED = frozenset({"embed"})
-_REPEATED = frozenset({"kv_group", "ffn"})
+GROWING = ("embed", "kv_group", "query", "ffn")
+_SIZES = ("hidden", "heads", "kv_heads", "ffn")
+
+
+def widened(model: ModelConfig, factor: int) -> ModelConfig:
+    """Hidden, heads (query and key/value) and ffn times the factor."""
+    keys = [key for key in _SIZES if getattr(model, key) is not None]
+    return resized(model, {key: getattr(model, key) * factor for key in keys})
+
+
+def reads(tensor: LogicalTensor) -> frozenset[str]:
+    """The axes that a tensor sums over, its inputs; the others it writes, or scales."""
+    if tensor.name == "output.weight":
+        return frozenset({"embed"})
+    if len(tensor.axes) == 1 or tensor.name.startswith("embedding."):
+        return frozenset()
+    if tensor.axes[0] == "embed":
+        return frozenset(tensor.axes[1:])
+    return frozenset({"embed"} if tensor.axes[-1] == "embed" else ())
 
 
 @dataclass(frozen=True)
-class Width:
+class _Duplicate:
+    """One of the blocks of copies: which copy (of how many) along each growing axis."""
+
+    axes: tuple[AxisMap, ...]
+    copy: dict[str, tuple[int, int]]
+
+
+def duplicates(tensor: LogicalTensor, old: LogicalTensor) -> list[_Duplicate]:
+    """All blocks of a tensor whose units are duplicated; the old block comes first.
+
+    Where only query heads are duplicated, keys and values have blocks of their own.
+
+    Raises:
+        GrowthError: an axis does not grow by a whole factor.
+    """
+    parts: list[list[tuple[AxisMap, dict[str, tuple[int, int]]]]] = []
+    for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
+        if meaning == "projection":
+            parts.append(_projections(tensor.name, n, large))
+            continue
+        if meaning not in GROWING:
+            require_same(tensor.name, meaning, n, large)
+            parts.append([(same(n), {})])
+            continue
+        k = growth_factor(large, n, f"{tensor.name}, axis {meaning}")
+        # The residual stream is one vector that all layers share, so its copies lie end to end;
+        # heads and ffn units may be permuted layer by layer, so theirs lie beside their source.
+        maps = (
+            tiled(n, k) if meaning == "embed"
+            else _queries(n, k) if meaning == "query"
+            else repeated(n, k)
+        )  # fmt: skip
+        parts.append([(axis, {meaning: (c, k)}) for c, axis in enumerate(maps)])
+    blocks = []
+    for choice in product(*parts):
+        copy: dict[str, tuple[int, int]] = {}
+        for _, entry in choice:
+            copy |= entry
+        blocks.append(_Duplicate(tuple(axis for axis, _ in choice), copy))
+    return blocks
+
+
+def _queries(n: int, k: int) -> list[AxisMap]:
+    """Copies inside a key/value group, the old ones last: beside the group's key and value."""
+    return tiled(n, k)[::-1]
+
+
+def _projections(name: str, n: int, large: int) -> list[tuple[AxisMap, dict[str, tuple[int, int]]]]:
+    """The projections of a key/value group: its queries, then one key and one value."""
+    if n == large:
+        return [(same(n), {})]
+    queries, k = n - 2, growth_factor(large - 2, n - 2, f"{name}, queries of a group")
+    shared = AxisMap(k * queries, 1, queries, 1, 2)
+    copies = [(axis, {"query": (c, k)}) for c, axis in enumerate(_queries(queries, k))]
+    return [*copies, (shared, {})]
+
+
+def equal_shares(tensor: LogicalTensor, block: _Duplicate) -> tuple[float, float]:
+    """(param, grad) of a block where every copy is read with the same share."""
+    inputs = reads(tensor)
+    share = math.prod(1 / k for axis, (_, k) in block.copy.items() if axis in inputs)
+    others = math.prod(1 / k for axis, (_, k) in block.copy.items() if axis not in inputs)
+    if tensor.name.startswith("final_norm."):
+        return others, 1.0
+    if tensor.name == "output.weight":
+        return 1.0, share
+    return share, others
+
+
+def is_new(block: _Duplicate) -> bool:
+    """Whether any of its copies is not the first."""
+    return any(c > 0 for c, _ in block.copy.values())
+
+
+class _Widening:
+    """What the operators of this file have in common."""
+
+    sizes = _SIZES
+
+    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
+        """Hidden, heads and ffn times the factor."""
+        return widened(model, factor)
+
+    def fill(self, tensor: LogicalTensor) -> Fill:
+        """Zero where no block is: only `width_diag` leaves anything."""
+        return "zeros"
+
+
+@dataclass(frozen=True)
+class Width(_Widening):
     """Tile every matrix; heads, hidden and ffn grow by the factor, head_dim stays."""
 
     name: str = "width"
     summary: str = "every matrix [[W, W], [W, W]] / k; heads, hidden and ffn by k"
     keeps: str = "loss"
-    breaker: str = "sparkling: old and new blocks differ in moments and learning rate"
+    breaker: str = "sparkling, kept: old and new blocks differ in moments and step count"
     source: str = "HyperCloning, arXiv 2409.12903; SPARKLING, arXiv 2602.02472"
-    policies: tuple[str, ...] = ("sparkling", "exact", "reset")
+    policies: tuple[str, ...] = ("sparkling", "exact", "shen", "kept", "copy", "reset")
 
-    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
-        """Hidden, heads and ffn times the factor."""
-        return model.model_copy(
-            update={
-                "hidden": model.hidden * factor,
-                "heads": model.heads * factor,
-                "ffn": model.ffn * factor,
-            }
-        )
-
-    def blocks(self, tensor: LogicalTensor, small: Catalog) -> tuple[Block, ...]:
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """All copies of all grown axes."""
-        old = small[tensor.name]
-        per_axis: list[list[AxisMap]] = []
-        factors = []
-        for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
-            if meaning in _TILED or meaning in _REPEATED:
-                k = growth_factor(large, n, f"{tensor.name}, axis {meaning}")
-                per_axis.append(tiled(n, k) if meaning in _TILED else repeated(n, k))
-                factors.append(k)
-            else:
-                per_axis.append([same(n)])
-        param, grad = _coefficients(tensor, factors)
-        return tuple(
-            Block(tensor.name, axes, param=param, grad=grad, new=i > 0)
-            for i, axes in enumerate(product(*per_axis))
+        blocks = []
+        for block in duplicates(tensor, small[tensor.name]):
+            param, grad = equal_shares(tensor, block)
+            blocks.append(Block(tensor.name, block.axes, param=param, grad=grad, new=is_new(block)))
+        return tuple(blocks)
+
+
+@dataclass(frozen=True)
+class WidthDiagonal(_Widening):
+    """Block-diagonal matrices; all axes by the same factor."""
+
+    name: str = "width_diag"
+    summary: str = "every matrix [[W, 0], [0, W]]; heads, hidden and ffn by k"
+    keeps: str = "loss"
+    breaker: str = "sparkling: as width; shen leaves the copies interchangeable, hence twins"
+    source: str = "Shen et al., arXiv 2203.06211"
+    policies: tuple[str, ...] = ("shen", "exact", "sparkling", "kept", "reset")
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """All copies; those off the diagonal start at 0, but have the gradient of the others."""
+        inputs = reads(tensor)
+        matrix = bool(inputs) and tensor.name != "output.weight"
+        blocks = []
+        for block in duplicates(tensor, small[tensor.name]):
+            share, grad = equal_shares(tensor, block)
+            new = is_new(block)
+            param = float(_pairs(tensor, block)) if matrix else share
+            blocks.append(Block(tensor.name, block.axes, param, grad, new=new, rate=share))
+        return tuple(blocks)
+
+
+def _pairs(tensor: LogicalTensor, block: _Duplicate) -> bool:
+    """Whether a block of a matrix has copy i read copy i."""
+    inputs = reads(tensor)
+    growing = {axis: copy for axis, copy in block.copy.items() if copy[1] > 1}
+    read = [copy for axis, copy in growing.items() if axis in inputs]
+    written = [copy for axis, copy in growing.items() if axis not in inputs]
+    if len(read) > 1 or [k for _, k in read] != [k for _, k in written]:
+        factors = ", ".join(f"{axis} by {k}" for axis, (_, k) in growing.items())
+        raise GrowthError(
+            f"{tensor.name}: copy i cannot read copy i alone, its axes grow unevenly: {factors}",
+            expected="one factor for hidden, heads, kv_heads and ffn",
+            mend="set grow.operator to width, which takes a factor for each axis",
         )
-
-    def fill(self, tensor: LogicalTensor) -> Fill:
-        """The copies cover everything."""
-        return "covered"
+    return read == written
 
 
-def _coefficients(tensor: LogicalTensor, factors: list[int]) -> tuple[float, float]:
-    """(param, grad) of every block of a tensor whose grown axes grew by `factors`.
+@dataclass(frozen=True)
+class WidthSplit(_Widening):
+    """Tile with unequal shares, 1 : 2 : ... : k."""
 
-    The gradient that reaches a copy of the stream is 1/k of the old one, because the final
-    norm is divided by k; the final norm itself sees the whole gradient of the head.
+    name: str = "width_split"
+    summary: str = "copies read with unequal shares 1 : 2 : ... : k that sum to 1"
+    keeps: str = "loss"
+    breaker: str = "unequal shares part the stream's copies; the state policy parts the others"
+    source: str = "LEMON, arXiv 2310.07999; SPARKLING, arXiv 2602.02472 (uneven 1:2)"
+    policies: tuple[str, ...] = ("sparkling", "kept", "copy", "reset")
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """All copies of all grown axes."""
+        inputs = reads(tensor)
+        blocks = []
+        for block in duplicates(tensor, small[tensor.name]):
+            share = {axis: 2 * (c + 1) / (k * (k + 1)) for axis, (c, k) in block.copy.items()}
+            param = math.prod(s for axis, s in share.items() if axis in inputs)
+            others = {axis: s for axis, s in share.items() if axis not in inputs}
+            grad: float | None = math.prod(others.values())
+            if tensor.name.startswith("final_norm."):
+                param, grad = math.prod(others.values()), 1.0
+            elif tensor.name == "output.weight":
+                param, grad = 1.0, param
+            elif "embed" in others and ".norm." not in tensor.name:
+                grad = None if block.copy["embed"][1] > 1 else grad
+            blocks.append(Block(tensor.name, block.axes, param=param, grad=grad, new=is_new(block)))
+        return tuple(blocks)
+
+
+@dataclass(frozen=True)
+class WidthNoise(_Widening):
+    """Tile, plus noise on the copies of an input that sums to 0 over them.
+
+    Attributes:
+        noise: its standard deviation, as a fraction of the matrix's own share at the start.
     """
-    k = factors[0]
-    if tensor.name.startswith("final_norm."):
-        return 1.0 / k, 1.0
-    reads_and_writes = len(factors) == 2
-    return (1.0 / k if reads_and_writes else 1.0), 1.0 / k
+
+    name: str = "width_noise"
+    summary: str = "width plus noise that cancels over the copies of an input: [+e, -e]"
+    keeps: str = "loss"
+    breaker: str = "the noise does not cancel in the backward pass"
+    source: str = "HyperCloning, arXiv 2409.12903 (symmetric expansion with noise)"
+    policies: tuple[str, ...] = ("sparkling", "kept", "copy", "reset")
+    noise: float = 0.2
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """All copies of all grown axes; those that are read carry the noise."""
+        inputs = reads(tensor)
+        head = tensor.name == "output.weight"
+        blocks = []
+        for block in duplicates(tensor, small[tensor.name]):
+            param, grad = equal_shares(tensor, block)
+            number, count, written = 0, 1, ""
+            for axis, (c, k) in block.copy.items():
+                if axis in inputs:
+                    number, count = number * k + c, count * k
+                else:
+                    written += f" {axis} {c}"
+            noise = None
+            if count > 1 and not head:
+                std = self.noise * param * tensor.init.std * _alternating(number, count)
+                noise = Noise(f"{tensor.name} {list(tensor.shape)}{written}", std)
+            stated = grad if head or tensor.name.startswith("final_norm.") else None
+            new = is_new(block)
+            blocks.append(Block(tensor.name, block.axes, param, stated, new=new, noise=noise))
+        return tuple(blocks)
+
+
+def _alternating(number: int, count: int) -> float:
+    """Numbers 0 to count-1, made to sum to 0 and to have mean square 1; no two are equal."""
+    return (2 * number - (count - 1)) / math.sqrt((count**2 - 1) / 3)

@@ -10,7 +10,7 @@ numbers: as easy as 1, 2, 3", SC 2011), as NumPy implements it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -26,14 +26,19 @@ def fresh(tensor: LogicalTensor, box: Box, *, seed: int) -> np.ndarray:
         return np.zeros(box.shape)
     if tensor.init.kind == "ones":
         return np.ones(box.shape)
-    runs = [_normals(seed, tensor.name, start, length) for start, length in _runs(tensor, box)]
-    return np.concatenate(runs).reshape(box.shape) * tensor.init.std
+    return normals(tensor.shape, box, name=tensor.name, seed=seed) * tensor.init.std
 
 
-def _runs(tensor: LogicalTensor, box: Box) -> Iterator[tuple[int, int]]:
+def normals(shape: Sequence[int], box: Box, *, name: str, seed: int) -> np.ndarray:
+    """Standard normal values of one box of an array of this shape: float64, of the box's shape."""
+    runs = [_normals(seed, name, start, length) for start, length in _runs(shape, box)]
+    return np.concatenate(runs).reshape(box.shape)
+
+
+def _runs(shape: Sequence[int], box: Box) -> Iterator[tuple[int, int]]:
     """The stretches of flat positions that a box covers, in row-major order."""
     tail = len(box.shape)
-    while tail > 0 and box.shape[tail - 1] == tensor.shape[tail - 1]:
+    while tail > 0 and box.shape[tail - 1] == shape[tail - 1]:
         tail -= 1
     # Axes from `tail` on are whole, so a stretch spans them and the box's part of axis tail-1.
     outer = box.shape[: max(tail - 1, 0)]
@@ -41,7 +46,7 @@ def _runs(tensor: LogicalTensor, box: Box) -> Iterator[tuple[int, int]]:
     for index in np.ndindex(*outer):
         position = [o + i for o, i in zip(box.offset, index, strict=False)]
         position += box.offset[len(outer) :]
-        yield flat_offset(tensor.shape, position), length
+        yield flat_offset(shape, position), length
 
 
 def _normals(seed: int, name: str, start: int, length: int) -> np.ndarray:

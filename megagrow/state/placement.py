@@ -23,7 +23,7 @@ from megagrow.layout import SPLIT_AXES, Coordinates, Layout, balanced_cuts, even
 from megagrow.state.boxes import Box, flat_offset, flat_range_boxes, whole
 from megagrow.state.catalog import Catalog, LogicalTensor
 
-_FLAT_ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor
+FLAT_ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ class Placement:
                 for tensor, size in zip(tensors, sizes, strict=True):
                     addresses[tensor.name] = _Address(0, -(-size // data))
                 continue
-            unit = _FLAT_ALIGNMENT * data
+            unit = FLAT_ALIGNMENT * data
             partition = -(-sum(sizes) // unit) * unit // data
             start = 0
             for tensor, size in zip(tensors, sizes, strict=True):

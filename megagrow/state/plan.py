@@ -7,13 +7,13 @@ same way, so they agree on every message without exchanging a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megagrow.state.boxes import Box, split_box
 from megagrow.state.catalog import Slot
-from megagrow.state.placement import Placement
+from megagrow.state.placement import Placement, Shard
 from megagrow.state.statemap import Copy, StateMap
 
 
@@ -25,12 +25,21 @@ class Locator(Protocol):
         ...
 
 
+class Holder(Protocol):
+    """The part of a target that planning needs: a placement, or a single box."""
+
+    def shards(self, rank: int) -> Iterator[Shard]:
+        """All boxes that a rank holds."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Move:
     """One piece of a block on its way from a holder to a rank.
 
     `part` is in block coordinates; `target_box` and `source_box` are the smallest
-    boxes around it on either side, `index` is (target tensor, slot, block).
+    boxes around it on either side, `index` is (target tensor, slot, block).  `twins` are
+    other pieces, for the same rank, made of the same source elements (see `merged`).
     """
 
     index: tuple[int, int, int]
@@ -40,6 +49,7 @@ class Move:
     part: Box
     holder: int
     receiver: int
+    twins: tuple[Move, ...] = ()
 
     @property
     def key(self) -> tuple[tuple[int, int, int], Box]:
@@ -66,7 +76,7 @@ class Move:
 
 
 def plan_receives(
-    state_map: StateMap, source: Locator, target: Placement, *, slots: Sequence[Slot], rank: int
+    state_map: StateMap, source: Locator, target: Holder, *, slots: Sequence[Slot], rank: int
 ) -> Iterator[Move]:
     """Every piece that `rank` needs, each from one holder."""
     number = {tensor.name: i for i, tensor in enumerate(state_map.target)}
@@ -113,6 +123,20 @@ def plan_sends(
                     yield Move(index, name, slot, copy, part, rank, receiver)
 
 
+def merged(moves: Iterable[Move]) -> list[Move]:
+    """Let what several pieces between two ranks have in common cross once.
+
+    Of the pieces made of the same source elements (the copies of a width growth) the first
+    carries the others as its twins.
+    """
+    first: dict[tuple[object, ...], list[Move]] = {}
+    for move in sorted(moves, key=lambda m: m.key):
+        steps = tuple(axis.source_step for axis in move.copy.axes)
+        same = (move.copy.source, move.slot.name, move.source_box, steps)
+        first.setdefault(same, []).append(move)
+    return [replace(move, twins=tuple(twins)) for move, *twins in first.values()]
+
+
 def messages(moves: Sequence[Move], limit: int) -> list[list[Move]]:
     """Cut the pieces between two ranks into messages of at most `limit` elements.
 
@@ -132,4 +156,6 @@ def messages(moves: Sequence[Move], limit: int) -> list[list[Move]]:
 
 
 def _narrowed(move: Move, part: Box) -> Move:
-    return Move(move.index, move.tensor, move.slot, move.copy, part, move.holder, move.receiver)
+    inside = part.relative_to(move.part.offset)
+    twins = (_narrowed(twin, inside.moved_by(twin.part.offset)) for twin in move.twins)
+    return replace(move, part=part, twins=tuple(twins))

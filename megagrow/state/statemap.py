@@ -43,6 +43,35 @@ class AxisMap:
         return _pull(self.source_start, self.source_step, self.length, start, stop)
 
 
+def compose(outer: AxisMap, inner: AxisMap) -> AxisMap | None:
+    """From outer's target through what outer reads and inner writes to inner's source.
+
+    The elements where they meet are those of two progressions at once, again a progression;
+    None where there are none.
+    """
+    step, other = outer.source_step, inner.target_step
+    common = math.gcd(step, other)
+    gap, rest = divmod(inner.target_start - outer.source_start, common)
+    if rest:
+        return None
+    # outer's element u meets inner's element w where u * step = w * other + (difference).
+    du, dw = other // common, step // common
+    u = gap * pow(dw, -1, du) % du
+    w = (u * dw - gap) // du
+    if w < 0:
+        turns = -(w // dw)
+        u, w = u + turns * du, w + turns * dw
+    if u >= outer.length or w >= inner.length:
+        return None
+    return AxisMap(
+        outer.target_start + u * outer.target_step,
+        du * outer.target_step,
+        inner.source_start + w * inner.source_step,
+        dw * inner.source_step,
+        1 + min((outer.length - 1 - u) // du, (inner.length - 1 - w) // dw),
+    )
+
+
 def _pull(first: int, step: int, length: int, start: int, stop: int) -> tuple[int, int]:
     low = max(0, -((first - start) // step))
     high = min(length, -((first - stop) // step))
@@ -50,17 +79,35 @@ def _pull(first: int, step: int, length: int, start: int, stop: int) -> tuple[in
 
 
 @dataclass(frozen=True, slots=True)
+class Noise:
+    """Normal random numbers over a block, by the run's seed, this name and the element alone.
+
+    Blocks of equal shape with the same name have the same numbers, times their own `std`
+    (which may be negative), so that they can cancel.
+    """
+
+    name: str
+    std: float
+
+
+@dataclass(frozen=True, slots=True)
 class Copy:
-    """One block of one slot: target elements = coefficient * source elements."""
+    """One block of one slot: target elements = coefficient * source elements (+ noise)."""
 
     source: str
     axes: tuple[AxisMap, ...]
     coefficient: float
+    noise: Noise | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The block's own shape."""
+        return tuple(axis.length for axis in self.axes)
 
     @property
     def volume(self) -> int:
         """Number of elements in the block."""
-        return math.prod(axis.length for axis in self.axes)
+        return math.prod(self.shape)
 
     def from_target(self, box: Box) -> Box | None:
         """The part of the block that lands in a target box, in block coordinates."""

@@ -18,12 +18,13 @@ import torch
 
 from megagrow.state.boxes import Box, split_box
 from megagrow.state.catalog import LogicalTensor, Slot
-from megagrow.state.fresh import fresh
+from megagrow.state.fresh import fresh, normals
 from megagrow.state.placement import Placement
-from megagrow.state.plan import Locator, Move, messages, plan_receives, plan_sends
+from megagrow.state.plan import Holder, Locator, Move, merged, messages, plan_receives, plan_sends
 from megagrow.state.statemap import Fill, StateMap
 
 _FRESH_BYTES_AN_ELEMENT = 48  # float64 temporaries of the generator, see fresh.py
+_NOISE_ELEMENTS = 1 << 18  # made at a time, where a block has noise
 
 
 class Reader(Protocol):
@@ -75,10 +76,19 @@ class NoChannel:
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What one rank's part of a transfer did (bytes, seconds)."""
+    """What one rank's part of a transfer did (bytes, seconds).
+
+    Attributes:
+        bytes_written: of new state that was copied from old state.
+        bytes_received: those of them that came from other ranks.
+        bytes_crossed: what travelled for them; a value that lands twice travels once.
+        peak_staging_bytes: the largest staging memory.
+        seconds: wall time.
+    """
 
     bytes_written: int = 0
     bytes_received: int = 0
+    bytes_crossed: int = 0
     peak_staging_bytes: int = 0
     seconds: float = 0.0
 
@@ -114,7 +124,7 @@ def transfer_between_ranks(
     for move in plan_receives(state_map, old_placement, new_placement, **plan):  # type: ignore[arg-type]
         written += move.part.volume
         if move.holder == rank:
-            _land(move, _piece(old, move), new)
+            _land(move, _piece(old, move), new, seed)
         else:
             incoming[move.holder].append(move)
     outgoing: dict[int, list[Move]] = defaultdict(list)
@@ -125,12 +135,12 @@ def transfer_between_ranks(
 
     width = torch.empty((), dtype=dtype).element_size()
     limit = max(1, staging_bytes // (2 * width))
-    received = 0
+    received = crossed = 0
     # Rank r sends to r+s while it receives from r-s: every pair meets once, none waits in a ring.
     for step in range(1, channel.world):
         to, source = (rank + step) % channel.world, (rank - step) % channel.world
-        sends = messages(outgoing.pop(to, []), limit)
-        receives = messages(incoming.pop(source, []), limit)
+        sends = messages(merged(outgoing.pop(to, [])), limit)
+        receives = messages(merged(incoming.pop(source, [])), limit)
         send_buffer = _buffer(sends, dtype, device)
         receive_buffer = _buffer(receives, dtype, device)
         staged = max(staged, (send_buffer.numel() + receive_buffer.numel()) * width)
@@ -141,11 +151,12 @@ def transfer_between_ranks(
                 room = receive_buffer[: sum(move.part.volume for move in receives[turn])]
             channel.exchange(send=packed, to=to, receive=room, source=source)
             if room is not None:
-                received += room.numel() * width
-                _unpack(receives[turn], room, new)
+                crossed += room.numel()
+                received += _unpack(receives[turn], room, new, seed)
     return TransferReport(
         bytes_written=written * width,
-        bytes_received=received,
+        bytes_received=received * width,
+        bytes_crossed=crossed * width,
         peak_staging_bytes=staged,
         seconds=time.perf_counter() - begin,
     )
@@ -157,7 +168,7 @@ def transfer_from_storage(
     old: Reader,
     locator: Locator,
     new: Writer,
-    new_placement: Placement,
+    new_placement: Holder,
     slots: Sequence[Slot],
     rank: int,
     seed: int,
@@ -176,7 +187,7 @@ def transfer_from_storage(
             piece = _piece(old, move)
             written += piece.numel() * piece.element_size()
             staged = max(staged, move.source_box.volume * piece.element_size())
-            _land(move, piece, new)
+            _land(move, piece, new, seed)
     return TransferReport(
         bytes_written=written, peak_staging_bytes=staged, seconds=time.perf_counter() - begin
     )
@@ -186,7 +197,7 @@ def fill_uncovered(
     *,
     state_map: StateMap,
     new: Writer,
-    placement: Placement,
+    placement: Holder,
     slots: Sequence[Slot],
     rank: int,
     seed: int,
@@ -220,12 +231,18 @@ def _piece(old: Reader, move: Move) -> torch.Tensor:
     return old.read(move.copy.source, move.slot.name, move.source_box)[move.source_index()]
 
 
-def _land(move: Move, piece: torch.Tensor, new: Writer) -> None:
+def _land(move: Move, piece: torch.Tensor, new: Writer, seed: int) -> None:
     memory = new.view(move.tensor, move.slot.name, move.target_box)[move.target_index()]
     memory.copy_(piece)
     # Scaled where it lands, in the precision it is kept in: the same product in every layout.
     if move.copy.coefficient != 1.0:
         memory.mul_(move.copy.coefficient)
+    noise = move.copy.noise
+    if noise is not None:
+        for box in split_box(move.part, _NOISE_ELEMENTS):
+            values = normals(move.copy.shape, box, name=noise.name, seed=seed) * noise.std
+            inside = box.relative_to(move.part.offset).slices
+            memory[inside] += torch.from_numpy(values).to(memory)
 
 
 def _buffer(
@@ -244,9 +261,14 @@ def _pack(batch: Iterable[Move], old: Reader, buffer: torch.Tensor) -> torch.Ten
     return buffer[:position]
 
 
-def _unpack(batch: Iterable[Move], buffer: torch.Tensor, new: Writer) -> None:
-    position = 0
+def _unpack(batch: Iterable[Move], buffer: torch.Tensor, new: Writer, seed: int) -> int:
+    """Land a message; returns the number of elements written."""
+    position = written = 0
     for move in batch:
         stop = position + move.part.volume
-        _land(move, buffer[position:stop].view(move.part.shape), new)
+        values = buffer[position:stop].view(move.part.shape)
+        for landing in (move, *move.twins):
+            _land(landing, values, new, seed)
+            written += values.numel()
         position = stop
+    return written

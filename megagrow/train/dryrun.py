@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
 
 from megagrow.config import Config
 from megagrow.data.dataset import MANIFEST, open_dataset
+from megagrow.engine.ds_config import deepspeed_config
+from megagrow.errors import ConfigError
 from megagrow.report.units import human
+from megagrow.schedule.batch import accumulation
+from megagrow.schedule.cost import STATE_BYTES, Received, received
+from megagrow.schedule.memory import DEVICE_PARTS, local_sizes, partition_size, rank_memory
 from megagrow.state.catalog import ADAM_SLOTS
-from megagrow.state.plan import plan_receives
-from megagrow.state.statemap import Identity
+from megagrow.state.statemap import Identity, StateMap
 from megagrow.train.plan import RunPlan, plan_run
 
-_BYTES = 4  # parameters, gradients and optimizer state are fp32
-_RANKS_COUNTED = 64  # beyond this many the bytes of a growth are counted for one rank only
+_RANKS_COUNTED = 64  # beyond this many the bytes of a growth are counted for a sample of ranks
+_SAMPLE = 16
+T = TypeVar("T")
+_ROWS = 8  # of a table; what is longer shows its first, greatest and last row
+_MEND = {
+    "parameters": "raise layout.tensor or layout.pipeline, or set layout.zero=3",
+    "gradients": "raise layout.zero to 2 or 3, or raise layout.tensor or layout.pipeline",
+    "optimizer": "raise layout.zero, start more processes, or set optimizer.offload=cpu",
+    "activations": "lower batch.micro, set model.activation_checkpointing=full, or set "
+    "layout.sequence_parallel=true with layout.tensor above 1",
+    "buckets": "start more processes, or raise layout.tensor or layout.pipeline",
+    "old state": "raise zero, tensor or pipeline in the layout of the stage before",
+    "staging": "set growth.staging_mib lower",
+}
 
 
 def describe(config: Config, *, world: int) -> str:
@@ -49,16 +72,15 @@ def _vocabulary(config: Config) -> int | None:
 def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     stage = plan.stages[index]
     model, steps = stage.model, stage.plan
-    placement = plan.placement(index)
     shape = f"{model.layers} layers x {model.hidden} hidden x {model.heads} heads x {model.ffn} ffn"
     lines = [
         f"stage {index}: {shape}, sequence {model.sequence}, vocabulary {model.vocabulary}",
-        f"  parameters  {placement.catalog.parameters:,}",
+        f"  parameters  {plan.placement(index).catalog.parameters:,}",
         f"  layout      {stage.layout}",
         f"  steps       {steps.start_step} to {steps.end_step}  "
         f"({human(steps.end_tokens - steps.start_tokens, 'tokens')}, "
         f"{human(steps.end_flops - steps.start_flops, 'FLOP')})",
-        f"  memory      {_memory(plan, index)} a rank at most, without activations",
+        *_memory_lines(config, plan, index),
     ]
     if stage.growth is not None and stage.grow is not None:
         lines.insert(
@@ -67,27 +89,166 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
             f"state policy {stage.growth.policy.name}",
         )
     if index > 0:
-        lines.append(f"  moves       {_moved(config, plan, index)}")
+        lines += _moves_lines(config, plan, index)
     return lines
 
 
-def _memory(plan: RunPlan, index: int) -> str:
-    """Parameters, gradients and optimizer state of the fullest rank."""
-    placement, layout = plan.placement(index), plan.stages[index].layout
-    most = 0
-    for pipe in range(layout.pipeline):
-        rank = layout.rank(pipe=pipe, data=0, tensor=0)
-        held = sum(shard.box.volume for shard in placement.shards(rank))
-        local = sum(
-            placement.local(tensor, 0).numel
-            for _, tensors in placement.groups(pipe)
-            for tensor in tensors
+# --- memory ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What the fullest rank of a pipeline stage holds at some moment.
+
+    Attributes:
+        pipe: the pipeline stage.
+        when: the moment, in words.
+        parts: bytes on the device, by what they are.
+        host: bytes in the host's memory, with offload.
+    """
+
+    pipe: int
+    when: str
+    parts: dict[str, int]
+    host: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return sum(self.parts.values())
+
+
+def training_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
+    """Memory in training, by pipeline stage."""
+    stage, placement = plan.stages[index], plan.placement(index)
+    peaks = []
+    for pipe in range(stage.layout.pipeline):
+        numel = sum(map(sum, local_sizes(placement, pipe)))
+        settings = deepspeed_config(config, stage.layout, parameters=numel)
+        memory = rank_memory(
+            config,
+            stage.model,
+            placement,
+            pipe=pipe,
+            bucket=settings["zero_optimization"]["reduce_bucket_size"],
+            accumulation=accumulation(config.batch, stage.layout),
+            sequence_parallel=stage.plan.layout.sequence_parallel,
         )
-        gradients = held if layout.zero >= 2 else local
-        # At ZeRO 0 the parameters are their own master copy.
-        states = held * len(ADAM_SLOTS) if layout.zero else held * (len(ADAM_SLOTS) - 1)
-        most = max(most, _BYTES * (local + gradients + states))
-    return human(most, "B")
+        parts = {part: getattr(memory, part) for part in DEVICE_PARTS}
+        peaks.append(Peak(pipe, "in training", parts, memory.host))
+    return peaks
+
+
+def growth_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
+    """Memory in the growth into a stage, by its pipeline stages: old state and new engine."""
+    before, after = plan.stages[index - 1].layout, plan.stages[index].layout
+    placement = plan.placement(index - 1)
+    old = [
+        STATE_BYTES * len(ADAM_SLOTS) * partition_size(before, local_sizes(placement, pipe))
+        for pipe in range(before.pipeline)
+    ]
+    staging = int(config.growth.staging_mib * 2**20)
+    peaks = []
+    for peak in training_peaks(config, plan, index):
+        first = after.rank(pipe=peak.pipe, data=0, tensor=0)
+        ranks = range(first, first + after.data * after.tensor)
+        held = max(old[before.coordinates(rank).pipe] for rank in ranks)
+        offloaded = config.optimizer.offload == "cpu"
+        parts = {
+            "old state": 0 if offloaded else held,
+            "parameters": peak.parts["parameters"],
+            "optimizer": peak.parts["optimizer"],
+            "staging": staging,
+        }
+        host = peak.host + (held if offloaded else 0)
+        peaks.append(Peak(peak.pipe, "while it grows into this stage", parts, host))
+    return peaks
+
+
+def check_memory(config: Config, *, world: int, memory: str | None) -> str:
+    """See whether every rank's part fits into its device; one line that says so.
+
+    Args:
+        config: the run.
+        world: number of processes.
+        memory: of one device, such as ``80GB``; None takes this machine's.
+
+    Raises:
+        ConfigError: it does not; names the stage, the greatest part and what to change.
+    """
+    plan = plan_run(config, world=world, vocabulary=_vocabulary(config))
+    if memory is not None:
+        limit, given, on_host = read_memory(memory), "--memory", False
+    else:
+        limit, given, on_host = _own_memory(world)
+    most = 0
+    for stage in plan.stages:
+        peaks = training_peaks(config, plan, stage.index)
+        if stage.index > 0:
+            peaks += growth_peaks(config, plan, stage.index)
+        for peak in peaks:
+            parts = {**peak.parts, "optimizer": peak.parts["optimizer"] + peak.host * on_host}
+            total = sum(parts.values())
+            most = max(most, total)
+            if total > limit:
+                part, size = max(parts.items(), key=lambda item: item[1])
+                pipe = f", pipeline stage {peak.pipe}" if stage.layout.pipeline > 1 else ""
+                raise ConfigError(
+                    f"stages[{stage.index}]{pipe}: does not fit into memory {peak.when}",
+                    found=f"{human(total, 'B')} a rank, most of it {part} ({human(size, 'B')})",
+                    expected=f"at most {human(limit, 'B')}: {given}",
+                    mend=_MEND[part]
+                    + ("" if memory else "; for other machines say --memory, such as 80GB"),
+                )
+    return f"memory: at most {human(most, 'B')} a rank, fits into {human(limit, 'B')} ({given})"
+
+
+def read_memory(text: str) -> int:
+    """``80GB``, ``80g`` or ``512MiB`` as bytes.
+
+    Raises:
+        ConfigError: it is no amount of memory.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I)?)?B?\s*", text.upper())
+    if found is None or float(found[1]) == 0:
+        raise ConfigError(
+            "--memory: is not an amount of memory",
+            found=text,
+            expected="a number with a unit, such as 80GB or 64GiB",
+        )
+    power = "KMGT".index(found[2]) + 1 if found[2] else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def _own_memory(world: int) -> tuple[int, str, bool]:
+    """(bytes a rank can have on this machine, in words, whether that is the host's memory)."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory, "this machine's GPU", False
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    ranks = int(local) if local else min(world, os.cpu_count() or 1)
+    share = psutil.virtual_memory().total // ranks
+    return share, f"this machine's memory, shared by {ranks} ranks", True
+
+
+def _memory_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
+    training = training_peaks(config, plan, index)
+    growing = growth_peaks(config, plan, index) if index > 0 else []
+    rows = [
+        [
+            f"pipeline stage {peak.pipe}" if len(training) > 1 else "every rank",
+            *(human(size, "B") for size in peak.parts.values()),
+            human(peak.total, "B"),
+            *([human(growing[peak.pipe].total, "B")] if growing else []),
+            *([human(peak.host, "B")] if peak.host else []),
+        ]
+        for peak in _some(training, key=lambda peak: peak.total)
+    ]
+    head = ["", *DEVICE_PARTS, "in all"]
+    head += ["while it grows"] * bool(growing) + ["in host memory"] * bool(training[0].host)
+    return ["  memory      of the fullest rank", *_table(head, rows)]
+
+
+# --- growth ---------------------------------------------------------------------------------
 
 
 def bytes_moved(plan: RunPlan, index: int, *, ranks: Sequence[int]) -> tuple[int, int]:
@@ -96,23 +257,66 @@ def bytes_moved(plan: RunPlan, index: int, *, ranks: Sequence[int]) -> tuple[int
     Returns:
         (all that is copied, what of it comes from another rank).
     """
+    counts = moves(plan, index, ranks=ranks).values()
+    foreign = sum(count.foreign for count in counts)
+    return sum(count.local for count in counts) + foreign, foreign
+
+
+def moves(plan: RunPlan, index: int, *, ranks: Iterable[int]) -> dict[int, Received]:
+    """How some ranks come by their state in the growth into a stage."""
     stage, old, new = plan.stages[index], plan.placement(index - 1), plan.placement(index)
-    state_map = stage.growth or Identity(new.catalog)
-    copied = crossed = 0
-    for rank in ranks:
-        for move in plan_receives(state_map, old, new, slots=ADAM_SLOTS, rank=rank):
-            copied += move.part.volume * _BYTES
-            crossed += move.part.volume * _BYTES * (move.holder != rank)
-    return copied, crossed
+    state_map: StateMap = stage.growth or Identity(new.catalog)
+    return {rank: received(state_map, old, new, slots=ADAM_SLOTS, rank=rank) for rank in ranks}
 
 
-def _moved(config: Config, plan: RunPlan, index: int) -> str:
+def _moves_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     world = plan.stages[index].layout.world
-    ranks = range(world) if world <= _RANKS_COUNTED else range(1)
-    copied, crossed = bytes_moved(plan, index, ranks=ranks)
-    per = "in all" if len(ranks) == world else "on rank 0"
     staging = human(config.growth.staging_mib * 2**20, "B")
-    return (
-        f"{human(copied, 'B')} {per}, {human(crossed, 'B')} of it between ranks; "
-        f"staging at most {staging} a rank"
-    )
+    if world <= _RANKS_COUNTED:
+        ranks: Sequence[int] = range(world)
+    else:
+        # Evenly spread, with both ends; an odd stride meets every coordinate of the grid.
+        ranks = sorted({(world - 1) * i // (_SAMPLE - 1) for i in range(_SAMPLE)})
+    counts = moves(plan, index, ranks=ranks)
+    exact = len(counts) == world
+    scale = world / len(counts)
+    foreign = sum(count.foreign for count in counts.values()) * scale
+    copied = sum(count.local for count in counts.values()) * scale + foreign
+    about = "" if exact else f", from a sample of {len(counts)} ranks"
+    lines = [
+        f"  moves       {human(copied, 'B')} in all, {human(foreign, 'B')} of it between ranks; "
+        f"staging at most {staging} a rank{about}"
+    ]
+    sent = {rank: sum(count.by_holder.get(rank, 0) for count in counts.values()) for rank in counts}
+    rows = [
+        [
+            f"rank {rank}",
+            human(count.local, "B"),
+            human(count.foreign, "B"),
+            human(count.crossed, "B"),
+            human(count.least, "B"),
+            *([human(sent[rank], "B")] if exact else []),
+        ]
+        for rank, count in _some(list(counts.items()), key=lambda item: item[1].crossed)
+    ]
+    head = ["", "moved locally", "from others", "received", "at least", *["sent"] * exact]
+    return lines + _table(head, rows)
+
+
+# --- tables ---------------------------------------------------------------------------------
+
+
+def _some(rows: list[T], *, key: Callable[[T], int]) -> list[T]:
+    """All rows of a short table, else the first, the greatest and the last."""
+    if len(rows) <= _ROWS:
+        return rows
+    top = max(range(len(rows)), key=lambda i: key(rows[i]))
+    return [rows[i] for i in sorted({0, top, len(rows) - 1})]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return [
+        "    " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in (head, *rows)
+    ]

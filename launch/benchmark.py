@@ -1,0 +1,110 @@
+"""Measure megagrow: live growth, and the speed of a training step; see --help."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """\
+examples:
+  # live growth on four processes, over the standard pairs of layouts
+  python launch/benchmark.py growth --ranks 4 --parameters 200e6 --pairs standard
+
+  # one pair of layouts
+  python launch/benchmark.py growth --ranks 4 --parameters 200e6 --operator width \\
+      --from-layout data=4,zero=1 --to-layout tensor=2,data=2,zero=1
+
+  # tokens a second of a training step, against plain PyTorch and Hugging Face
+  python launch/benchmark.py throughput
+
+Processes are started here, or by torchrun or the deepspeed launcher: then give them as --ranks.
+"""
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Measure megagrow; every number is a ratio within one run.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="growth|throughput")
+    style: dict[str, Any] = {
+        "epilog": EXAMPLES,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+    growth = kinds.add_parser("growth", help="live growth: time, bytes, memory", **style)
+    add = growth.add_argument
+    add("--ranks", type=int, default=4, help="processes (default %(default)s)")
+    add(
+        "--parameters",
+        type=float,
+        default=200e6,
+        help="of the grown model, at least (default %(default)g)",
+    )
+    add("--family", choices=("gpt2", "llama"), default="gpt2")
+    add("--from-layout", default="zero=1", help="such as data=4,zero=1 (default %(default)s)")
+    add("--to-layout", default="tensor=2,zero=1", help="after the growth (default %(default)s)")
+    add("--pairs", choices=("standard",), help="several pairs of layouts instead")
+    add("--operator", default="width", help="growth operator (default %(default)s)")
+    add("--factor", type=int, default=2, help="of the growth (default %(default)s)")
+    add("--policy", help="state policy; default: the operator's")
+    add("--staging-mib", type=float, default=64.0, help="staging memory (default %(default)g)")
+    add(
+        "--files",
+        default="auto",
+        metavar="DIR|none|auto",
+        help="where to try the way through a checkpoint too; auto: the temporary directory",
+    )
+
+    speed = kinds.add_parser("throughput", help="tokens a second of a training step", **style)
+    add = speed.add_argument
+    for name, value in (("layers", 6), ("hidden", 256), ("heads", 8), ("ffn", 1024),
+                        ("sequence", 256), ("vocab", 4096)):  # fmt: skip
+        add(f"--{name}", type=int, default=value, help="of the model (default %(default)s)")
+    add("--batch", type=int, default=8, help="samples in a step (default %(default)s)")
+    add("--rounds", type=int, default=7, help="turns of each contender (default %(default)s)")
+    add("--steps", type=int, default=4, help="training steps in a turn (default %(default)s)")
+    add(
+        "--ranks",
+        type=int,
+        default=2,
+        help="processes of the comparison of layouts; 1 leaves it out (default %(default)s)",
+    )
+    for kind in (growth, speed):
+        kind.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+        kind.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, measure, print; returns the exit status."""
+    options = parse(arguments)
+    from megagrow.bench import commands, jobs
+    from megagrow.bench.machine import write_json
+    from megagrow.errors import MegagrowError
+
+    try:
+        result, text = (commands.growth if options.kind == "growth" else commands.throughput)(
+            options
+        )
+    except MegagrowError as error:
+        if jobs.is_first():
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    if jobs.is_first():
+        print(text)
+        if options.json is not None:
+            write_json(options.json, result)
+            print(f"\nwritten to {os.fspath(options.json)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+#!/usr/bin/env python3
+"""Grow a checkpoint offline, or list the growth operators; see --help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """\
+examples:
+  # twice the width; the result is OUT/step_<step>, to go on from with pretrain.py --resume OUT
+  python launch/grow.py --from runs/small --to OUT --operator width --factor 2
+
+  # a given model, by two operators in one growth
+  python launch/grow.py --from runs/small --to OUT --operator width+depth_stack \\
+      --target hidden=512 heads=8 ffn=2048 layers=12 --state-policy sparkling
+
+  # what there is
+  python launch/grow.py --list
+"""
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Grow a native checkpoint into the checkpoint of a larger model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--list", action="store_true", help="print the operators and state policies, and end")
+    add("--markdown", action="store_true", help="with --list: as Markdown tables")
+    add("--from", dest="source", type=Path, metavar="CKPT",
+        help="a checkpoint, or a run directory: its newest one")  # fmt: skip
+    add("--to", dest="target", type=Path, metavar="DIR",
+        help="where step_<step> of the grown model is to lie")  # fmt: skip
+    add("--operator", metavar="NAME", help="an operator of --list, or several joined by +")
+    add("--factor", type=int, metavar="K", help="how many times larger (2)")
+    add("--target", dest="sizes", nargs="+", metavar="SIZE=N",
+        help="sizes of the grown model instead of a factor: hidden=512 layers=12")  # fmt: skip
+    add("--state-policy", metavar="P", help="what becomes of optimizer state (the first listed)")
+    add("--rewarm", type=int, metavar="STEPS", help="steps of re-warming (the policy's own)")
+    add("--mup", action="store_true", help="divide matrices' rates by the growth of their inputs")
+    add("--dry-run", action="store_true", help="check and print sizes; write nothing")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if not options.list:
+        wanted = {"--from": options.source, "--operator": options.operator}
+        if not options.dry_run:
+            wanted["--to"] = options.target
+        missing = [name for name, value in wanted.items() if value is None]
+        if missing:
+            parser.error(f"{' and '.join(missing)} must be given (or --list)")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    if options.list:
+        from megagrow.growth import table
+
+        print(table.markdown() if options.markdown else table.text())
+        return
+    from megagrow.config.yamltext import write_yaml
+    from megagrow.report.units import human
+    from megagrow.train.offline import plan_offline, stages_to_go_on, write_offline
+
+    plan = plan_offline(options.source, grow_section(options))
+    growth, old = plan.growth, plan.checkpoint
+    print(f"from        {old.path} (step {old.step})")
+    print(f"growth      {growth.operator.name}, state policy {growth.policy.name}")
+    print(f"parameters  {growth.small.parameters:,} -> {growth.target.parameters:,}")
+    print(f"bytes       {human(old.bytes, 'B')} -> {human(plan.bytes, 'B')}")
+    if options.dry_run:
+        return
+    path = write_offline(plan, options.target)
+    print(f"written     {path}")
+    print(f"\ngo on with  launch/pretrain.py --resume {path} run.dir=NEW and these stages:\n")
+    print(write_yaml({"stages": stages_to_go_on(plan)}))
+
+
+def grow_section(options: argparse.Namespace) -> Any:
+    """The `grow` section that the options stand for; raises ConfigError where they clash."""
+    from pydantic import ValidationError
+
+    from megagrow.config import GrowConfig
+    from megagrow.errors import ConfigError
+
+    given = {
+        "operator": options.operator,
+        "factor": options.factor,
+        "target": None if options.sizes is None else dict(map(_size, options.sizes)),
+        "state_policy": options.state_policy,
+        "rewarm": options.rewarm,
+        "mup": options.mup,
+    }
+    try:
+        return GrowConfig(**{key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, f['loc'])) or 'options'}: {f['msg']}"
+            for f in error.errors(include_url=False)
+        )
+        raise ConfigError(f"this growth cannot be: {faults}", mend="see --help") from None
+
+
+def _size(text: str) -> tuple[str, int]:
+    from megagrow.errors import ConfigError
+
+    key, _, number = text.partition("=")
+    if not number.isdigit():
+        raise ConfigError(
+            f"--target {text}: not a size", expected="such as hidden=512", mend="see --help"
+        )
+    return key, int(number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn an error that the user can mend into a message and a status."""
+    options = parse(arguments)
+    from megagrow.errors import MegagrowError
+
+    try:
+        run(options)
+    except MegagrowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

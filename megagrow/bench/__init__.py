@@ -1,0 +1,1 @@
+"""Measurements: what `launch/benchmark.py` runs, always as ratios within one run."""

@@ -1,0 +1,100 @@
+"""What the kinds of `launch/benchmark.py` do with their options: measure, and say it."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from typing import Any
+
+from megagrow.bench import cases as wanted
+from megagrow.bench import growth as growing
+from megagrow.bench import growth_table
+from megagrow.bench import throughput as training
+from megagrow.bench.jobs import is_first, run_job, under_launcher
+from megagrow.config import LayoutConfig, ModelConfig
+from megagrow.errors import ConfigError
+
+
+def growth(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Live growth, one case or several; (for JSON, as text)."""
+    world = options.ranks
+    if options.pairs is not None:
+        cases = wanted.standard_cases(world)
+    else:
+        old, new = (
+            wanted.read_layout(text, world=world, option=option)
+            for text, option in (
+                (options.from_layout, "--from-layout"),
+                (options.to_layout, "--to-layout"),
+            )
+        )
+        cases = [
+            wanted.Case(
+                old,
+                new,
+                operator=options.operator,
+                factor=options.factor,
+                policy=options.policy,
+            )
+        ]
+    scratch = {"auto": tempfile.gettempdir(), "none": None}.get(options.files, options.files)
+    results = []
+    for case in cases:
+        model = wanted.model_for(
+            options.parameters, operator=case.operator, factor=case.factor, family=options.family
+        )
+        wanted.check(case, model, world=world)
+        results.append(run_job(world, growing.measure, case, model, options.staging_mib, scratch))
+    text = growth_table.table(results) if is_first() else ""
+    return {"benchmark": "growth", "results": results}, text
+
+
+def throughput(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The training step, alone and in layouts; (for JSON, as text)."""
+    if under_launcher():
+        raise ConfigError(
+            "throughput: starts its own processes, since it compares different numbers of them",
+            mend="start it with plain python",
+        )
+    model = _model(options)
+    if options.batch % options.ranks:
+        raise ConfigError(
+            "--batch: cannot be shared out",
+            found=f"--batch {options.batch}, --ranks {options.ranks}",
+            expected=f"a multiple of {options.ranks}",
+        )
+    measured = {"batch": options.batch, "rounds": options.rounds, "steps": options.steps}
+    alone = run_job(1, training.measure_alone, model, *measured.values(), tuple(training.RIVALS))
+    result = {
+        "benchmark": "throughput",
+        "model": model.model_dump(by_alias=True),
+        **measured,
+        "alone": alone,
+    }
+    text = training.table(alone)
+    if options.ranks > 1:
+        layouts = _layouts(options.ranks)
+        together = run_job(
+            options.ranks, training.measure_layouts, model, *measured.values(), layouts
+        )
+        result["layouts"] = together
+        text += "\n\n" + training.table(together)
+    return result, text
+
+
+def _model(options: argparse.Namespace) -> ModelConfig:
+    names = ("layers", "hidden", "heads", "ffn", "sequence", "vocab")
+    try:
+        return ModelConfig.model_validate({name: getattr(options, name) for name in names})
+    except ValueError as error:
+        raise ConfigError(f"the model's options do not fit: {error}") from error
+
+
+def _layouts(world: int) -> list[LayoutConfig]:
+    """Every way to use `world` processes for one kind of parallelism."""
+    return [
+        *(LayoutConfig(zero=zero) for zero in range(4)),
+        LayoutConfig(tensor=world, zero=0),
+        LayoutConfig(tensor=world, zero=0, sequence_parallel=True),
+        LayoutConfig(pipeline=world, zero=0),
+    ]

@@ -1,0 +1,241 @@
+"""Live growth, measured: time, bytes and memory, against a plain copy of the new state."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megagrow.bench.cases import STEPS_BEFORE, Case, config_for
+from megagrow.bench.memory import PeakMemory, copy_seconds, resident_bytes, tensor_bytes
+from megagrow.checkpoint import CheckpointMeta, NativeCheckpoint, Piece, save
+from megagrow.config import Config, ModelConfig
+from megagrow.engine.comm import Comm
+from megagrow.engine.engine import Engine
+from megagrow.engine.state import LiveState
+from megagrow.schedule.cost import STATE_BYTES, received
+from megagrow.state.catalog import ADAM_SLOTS, MASTER
+from megagrow.state.placement import Placement
+from megagrow.state.statemap import StateMap
+from megagrow.state.transfer import TransferReport, transfer_between_ranks, transfer_from_storage
+from megagrow.train.grow import fill_fresh, start_engine
+from megagrow.train.plan import Stage, plan_run
+from megagrow.train.state import RunState
+
+_COPY_ROUNDS = 3
+
+
+class _Clock:
+    """Seconds of the parts of something that all ranks do together: the slowest rank's."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        self._comm.barrier()
+        begin = time.perf_counter()
+        yield
+        if self._comm.device.type == "cuda":
+            torch.cuda.synchronize(self._comm.device)
+        self.seconds[part] = max(self._comm.gather_floats(time.perf_counter() - begin))
+
+
+def measure(
+    comm: Comm, case: Case, model: ModelConfig, staging_mib: float, scratch: str | None
+) -> dict[str, Any]:
+    """Grow one engine into another and measure it; all ranks call together.
+
+    Args:
+        comm: the processes.
+        case: the growth.
+        model: the small model.
+        staging_mib: staging memory of the transfer.
+        scratch: directory for the checkpoint that the growth is compared with; None leaves the
+            comparison out.
+    """
+    config = config_for(case, model, world=comm.world, staging_mib=staging_mib)
+    before, after = plan_run(config, world=comm.world, vocabulary=None).stages
+    growth = after.growth
+    assert growth is not None
+    state = RunState(optimizer_step=STEPS_BEFORE)
+    small = start_engine(config=config, stage=before, state=state, comm=comm)
+    fill_fresh(small, config=config, comm=comm)
+    _make_moments(small.state, small.placement, comm.rank)
+    state = state.after_growth(growth)
+    old_placement, new_placement = small.placement, after.placement(state.rules)
+    new_bytes = _held(new_placement, comm.rank)
+    clock = _Clock(comm)
+    copies: list[float] = []
+
+    def copy_for_comparison() -> None:
+        for _ in range(_COPY_ROUNDS):
+            comm.barrier()
+            copies.append(max(comm.gather_floats(copy_seconds(new_bytes, device=comm.device))))
+
+    with contextlib.ExitStack() as held:
+        checkpoint = None
+        if scratch is not None:
+            directory = _scratch(comm, scratch, held)
+            with clock("save"):
+                checkpoint = _save(small, config, directory, comm)
+        copy_for_comparison()
+        engine, report, memory = _grow_live(
+            small, config=config, stage=after, state=state, comm=comm, clock=clock
+        )
+        del small
+        gc.collect()
+        copy_for_comparison()
+        same = None
+        if checkpoint is not None:
+            live = _checksum(engine.state, new_placement, comm.rank)
+            with clock("load"):
+                _load(checkpoint, engine, growth, config, comm)
+            differs = live != _checksum(engine.state, new_placement, comm.rank)
+            same = not any(comm.all_gather(differs))
+
+    moved = received(growth, old_placement, new_placement, slots=ADAM_SLOTS, rank=comm.rank)
+    ranks = comm.all_gather(
+        {
+            "old_state_bytes": _held(old_placement, comm.rank),
+            "new_state_bytes": new_bytes,
+            **memory,
+            "local_bytes": report.bytes_written - report.bytes_received,
+            "foreign_bytes": report.bytes_received,
+            "crossed_bytes": report.bytes_crossed,
+            "least_bytes": moved.least,
+            "staging_bytes": report.peak_staging_bytes,
+        }
+    )
+    return {
+        "case": str(case),
+        "old_layout": case.old.model_dump(),
+        "new_layout": case.new.model_dump(),
+        "operator": case.operator,
+        "factor": case.factor,
+        "policy": growth.policy.name,
+        "model": after.model.model_dump(by_alias=True),
+        "parameters": new_placement.catalog.parameters,
+        "world": comm.world,
+        "threads": torch.get_num_threads(),
+        "device": str(comm.device),
+        "staging_mib": staging_mib,
+        "seconds": {**clock.seconds, "copy": statistics.median(copies)},
+        "copies": copies,
+        "files_give_the_same": same,
+        "ranks": ranks,
+    }
+
+
+def _grow_live(
+    small: Engine, *, config: Config, stage: Stage, state: RunState, comm: Comm, clock: _Clock
+) -> tuple[Engine, TransferReport, dict[str, Any]]:
+    """Grow, as `megagrow.train.grow` does, with an eye on clock and memory."""
+    assert stage.growth is not None
+    gc.collect()
+    besides = resident_bytes() - tensor_bytes()
+    with PeakMemory() as building:
+        with clock("close"):
+            old = small.close()
+        with clock("start"):
+            engine = start_engine(config=config, stage=stage, state=state, comm=comm)
+    with PeakMemory() as moving, clock("transfer"):
+        report = transfer_between_ranks(
+            state_map=stage.growth,
+            old=old,
+            old_placement=old.placement,
+            new=engine.state,
+            new_placement=engine.placement,
+            slots=ADAM_SLOTS,
+            channel=comm,
+            seed=config.run.seed,
+            staging_bytes=int(config.growth.staging_mib * 2**20),
+            device=comm.device,
+        )
+    settled = resident_bytes()
+    with PeakMemory() as publishing, clock("publish"):
+        engine.publish()
+    tensors = tensor_bytes()
+    memory = {
+        # Old state, new state, and what the new engine needs besides: all that must be there.
+        "tensor_bytes": tensors,
+        "transfer_above_bytes": moving.bytes - settled,
+        "start_above_bytes": building.bytes - besides - tensors,
+        "publish_above_bytes": publishing.bytes - besides - tensors,
+        "peak_is_exact": building.exact and moving.exact and publishing.exact,
+    }
+    return engine, report, memory
+
+
+def _scratch(comm: Comm, parent: str, held: contextlib.ExitStack) -> Path:
+    """A directory for all ranks, removed at the end."""
+    mine = None
+    if comm.rank == 0:
+        mine = held.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix="growth-"))
+    return Path(comm.broadcast(mine))
+
+
+def _held(placement: Placement, rank: int) -> int:
+    """Bytes of parameters and optimizer state that a rank holds."""
+    volume = sum(shard.box.volume for shard in placement.shards(rank))
+    return volume * STATE_BYTES * len(ADAM_SLOTS)
+
+
+def _make_moments(state: LiveState, placement: Placement, rank: int) -> None:
+    """Moments as after some steps: a transfer of zeros would prove nothing."""
+    for shard in placement.shards(rank):
+        for slot in ADAM_SLOTS[1:]:
+            memory = state.view(shard.tensor, slot.name, shard.box)
+            torch.mul(state.view(shard.tensor, MASTER.name, shard.box), 0.5, out=memory)
+
+
+def _save(engine: Engine, config: Config, root: Path, comm: Comm) -> Path:
+    pieces = (
+        Piece(tensor, slot.name, box, engine.state.read(tensor, slot.name, box))
+        for tensor, box in ((s.tensor, s.box) for s in engine.placement.written_by(comm.rank))
+        for slot in ADAM_SLOTS
+    )
+    meta = CheckpointMeta(
+        catalog=engine.placement.catalog,
+        slots=ADAM_SLOTS,
+        layout=engine.layout,
+        config=config.model_dump(mode="json", by_alias=True),
+        fingerprints={},
+        run_state={},
+    )
+    return save(root, step=0, pieces=pieces, meta=meta, group=comm)
+
+
+def _load(path: Path, engine: Engine, state_map: StateMap, config: Config, comm: Comm) -> None:
+    checkpoint = NativeCheckpoint.open(path)
+    transfer_from_storage(
+        state_map=state_map,
+        old=checkpoint,
+        locator=checkpoint,
+        new=engine.state,
+        new_placement=engine.placement,
+        slots=ADAM_SLOTS,
+        rank=comm.rank,
+        seed=config.run.seed,
+        staging_bytes=int(config.growth.staging_mib * 2**20),
+    )
+    engine.publish()
+
+
+def _checksum(state: LiveState, placement: Placement, rank: int) -> int:
+    """A number that hardly stays when a bit of the rank's state changes."""
+    total = 0
+    for shard in placement.shards(rank):
+        for slot in ADAM_SLOTS:
+            values = state.read(shard.tensor, slot.name, shard.box).contiguous()
+            total = zlib.adler32(values.cpu().numpy().tobytes(), total)
+    return total

@@ -1,0 +1,99 @@
+"""Memory of this process: what it holds, the most it held, and how fast it copies."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_SAMPLE_SECONDS = 0.002
+_COPY_BYTES = 256 * 2**20
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is resident now."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{_STATUS} has no {field}")
+
+
+class PeakMemory:
+    """The most resident memory of this process inside a `with`: `bytes` afterwards.
+
+    The kernel's own mark is used where it may be set back, else a thread looks every
+    2 ms (`exact` is then False).
+    """
+
+    def __enter__(self) -> PeakMemory:
+        self._stop = threading.Event()
+        try:
+            _CLEAR.write_text("5")
+            self.exact = True
+        except OSError:
+            self.exact = False
+            self.bytes = resident_bytes()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_SAMPLE_SECONDS):
+            self.bytes = max(self.bytes, resident_bytes())
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.exact:
+            self.bytes = _status("VmHWM")
+        else:
+            self._stop.set()
+            self._thread.join()
+            self.bytes = max(self.bytes, resident_bytes())
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors of this process, memory that several share counted once."""
+    storages: dict[int, int] = {}
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor):
+            for tensor in (item, item.grad if item.is_leaf else None):
+                if tensor is not None and tensor.layout == torch.strided:
+                    storage = tensor.untyped_storage()
+                    # Another storage may share the beginning of this one's memory.
+                    known = storages.get(storage.data_ptr(), 0)
+                    storages[storage.data_ptr()] = max(known, storage.nbytes())
+    return sum(storages.values())
+
+
+def copy_seconds(size: int, *, device: torch.device) -> float:
+    """Time to copy `size` bytes from memory to memory, all pages touched before."""
+    length = max(1, min(size, _COPY_BYTES) // 4)
+    source = torch.ones(length, device=device)
+    target = torch.zeros_like(source)
+    begin = _now(device)
+    left = size // 4
+    while left > 0:
+        n = min(left, length)
+        target[:n].copy_(source[:n])
+        left -= n
+    return _now(device) - begin
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

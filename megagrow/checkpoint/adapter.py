@@ -1,0 +1,237 @@
+"""What a checkpoint format is to the converter: one adapter with two faces.
+
+A *source* is a checkpoint of the format, open for reading by any box of any logical tensor.
+A *sink* is a checkpoint that is to be: its files as data.  Each file is a list of segments,
+most of them a box of a slot of a logical tensor, so the converter alone reads, converts element
+types, writes, sums up and commits, in bounded memory, whatever the formats are.  Files are
+independent of each other and written in any order, by several processes, perhaps on either side
+of a kill; so a sink must be a function of its request alone.
+
+A new format is a module with a `FORMAT`, entered in `formats`.  A format whose files hold boxes
+as contiguous stretches of bytes (all that we know) needs only their list to be a source: see
+`stored.StoredSource`.  Archives as torch.save writes them: see `torchfile`.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megagrow.checkpoint.manifest import CheckpointMeta
+from megagrow.layout import Layout
+from megagrow.state.boxes import Box
+from megagrow.state.catalog import Catalog, Slot
+
+# --- the face that is read ----------------------------------------------------------------
+
+
+class Source(Protocol):
+    """A checkpoint open for reading; `NativeCheckpoint` is one.
+
+    What a format does not tell is empty, 0 or a layout of one rank.  `config["model"]`, where it
+    is there, is a `ModelConfig` in plain data.
+    """
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+
+    @property
+    def catalog(self) -> Catalog:
+        """The logical tensors."""
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What is kept of each tensor."""
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the run that wrote it."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of the run."""
+
+    @property
+    def run_state(self) -> Mapping[str, Any]:
+        """What the training loop needs to go on."""
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Of what the run must find again unchanged."""
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Size in bytes of each file of values, by its path below `path`."""
+
+    def dtype(self, tensor: str, slot: str) -> torch.dtype:
+        """The element type of a tensor's slot (CheckpointError where it has none)."""
+
+    def sources(self, name: str, box: Box, *, reader: int) -> Iterator[tuple[int, Box]]:
+        """Which files hold a box: (index of the file, common box)."""
+
+    def read(
+        self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The values of a box, in memory bounded by the box and a constant (CheckpointError)."""
+
+    def verify(self) -> None:
+        """Compare every checksum that the format has (CheckpointError)."""
+
+
+# --- the face that is written -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Elements of a box, row-major; with `axes`, in the row-major order of the permuted box.
+
+    `axes` is the permutation, as `torch.Tensor.permute` takes it.  A slot of the sink that the
+    source does not have is zeros.
+    """
+
+    tensor: str
+    slot: str
+    box: Box
+    dtype: torch.dtype
+    axes: tuple[int, ...] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return self.box.volume * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """Padding: so many bytes that are 0."""
+
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The start of a record, whose CRC-32 a later `Late` wants; no byte of the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """Bytes that depend on the values before them: `make` must return `bytes` of them.
+
+    `make` is given the CRC-32 of every record so far.  A record goes from its `Mark` to the next
+    `Mark` or `Late`.
+    """
+
+    bytes: int
+    make: Callable[[Sequence[int]], builtins.bytes]
+
+
+Segment = bytes | Values | Zeros | Mark | Late
+
+
+def segment_bytes(segment: Segment) -> int:
+    """Size of a segment in the file."""
+    if isinstance(segment, Mark):
+        return 0
+    return len(segment) if isinstance(segment, bytes) else segment.bytes
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A file to be; `name` is its path below the checkpoint's directory, with "/"."""
+
+    name: str
+    segments: Sequence[Segment]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return sum(map(segment_bytes, self.segments))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a sink is asked for.
+
+    Attributes:
+        meta: of the state that is converted; `meta.slots` are the source's, `meta.layout` is the
+            layout that is asked for.
+        step: optimizer steps done.
+        dtypes: element type of each (tensor, slot) of the source.
+        dtype: the element type asked for, or None: what the format demands, else the source's.
+        nonce: 16 hexadecimal digits, for a format that marks its files with a save's identity.
+        tokenizer: a file or a directory to carry along, where the format holds one.
+        file_bytes: greatest size of a file, for formats that cut by size.
+    """
+
+    meta: CheckpointMeta
+    step: int
+    dtypes: Mapping[tuple[str, str], torch.dtype]
+    dtype: torch.dtype | None = None
+    nonce: str = "0" * 16
+    tokenizer: Path | None = None
+    file_bytes: int = 5 << 30
+
+    def dtype_of(self, tensor: str, slot: str) -> torch.dtype:
+        """What is asked for or stored; fp32 for a slot that the source does not have."""
+        return self.dtype or self.dtypes.get((tensor, slot), torch.float32)
+
+
+class Sink(Protocol):
+    """A checkpoint that is to be."""
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The slots that the format holds of this state."""
+
+    @property
+    def files(self) -> Sequence[FilePlan]:
+        """The files with values (and others that are large)."""
+
+    def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> None:
+        """Add the small files (manifest, index, configuration), once all others are written.
+
+        Args:
+            directory: where all files are, which is not yet the checkpoint's final place; names
+                and files are pushed to the disk by the caller.
+            checksums: by file name, the CRC-32 of each chunk of `shards.CHUNK_BYTES`, 8
+                hexadecimal digits.
+        """
+
+
+# --- a format -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Format:
+    """A checkpoint format.
+
+    Attributes:
+        name: as the command line knows it.
+        about: one line for `--help`.
+        find: the checkpoint of this format that a path means (itself, or one inside it, for
+            instance the newest), or None.  Looks at names, and at no more of a file than it must.
+        open_source: open what `find` returned (CheckpointError).
+        open_sink: plan a checkpoint (CheckpointError, ConfigError where the state does not fit).
+    """
+
+    name: str
+    about: str
+    find: Callable[[Path], Path | None]
+    open_source: Callable[[Path], Source]
+    open_sink: Callable[[Request], Sink]
+
+
+def model_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The model section of a run's configuration in plain data, or None."""
+    model = config.get("model")
+    return model if isinstance(model, Mapping) else None

@@ -1,0 +1,208 @@
+"""Growth of one kind of size alone: head width, heads, vocabulary, sequence.
+
+Head width (`head_dim`).  Attention scores are q . k / sqrt(D), so the old query
+features are scaled by sqrt(k) when D grows to k D.  Rotary positions turn the pairs
+(i, i + D/2) by theta^(-2i/D), so old feature d must sit in slot k d, which has the
+same frequency; elsewhere duplicates would turn at other speeds.  New query features
+start at 0 and read copies of the old keys; new value features are copies that
+the output projection does not read yet.  So the function is kept and every new
+feature has a gradient, at the first step or from the second on.
+
+Heads (`kv_groups`).  Either query heads are duplicated inside each key/value group
+(their outputs read with share 1/k), or key/value heads are duplicated and each copy
+serves its part of the queries; the function stays the same in both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megagrow.config import ModelConfig
+from megagrow.errors import GrowthError
+from megagrow.growth.operator import (
+    Block,
+    growth_factor,
+    repeated,
+    require_same,
+    resized,
+    same,
+    unchanged,
+)
+from megagrow.growth.width import duplicates, equal_shares, is_new
+from megagrow.state.catalog import Catalog, LogicalTensor
+from megagrow.state.statemap import AxisMap, Fill
+
+
+@dataclass(frozen=True)
+class HeadDim:
+    """Wider heads."""
+
+    name: str = "head_dim"
+    summary: str = "wider heads: old features at the same rotary frequencies, new ones silent"
+    keeps: str = "loss"
+    breaker: str = "new query features and output columns start at 0, their partners do not"
+    source: str = "derived here for RoPE and the softmax scale"
+    policies: tuple[str, ...] = ("kept", "sparkling", "reset")
+    sizes: tuple[str, ...] = ("head_dim",)
+
+    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
+        """Head width times the factor; hidden and heads stay."""
+        return resized(model, {"head_dim": model.head_dim * factor})
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """Old features in slots 0, k, 2k, ...; copies of keys and values in the others."""
+        old = small[tensor.name]
+        if "head_dim" not in tensor.axes:
+            return (Block(tensor.name, unchanged(tensor, old), grad=1.0),)
+        at = tensor.axes.index("head_dim")
+        k = growth_factor(tensor.shape[at], old.shape[at], f"{tensor.name}, axis head_dim")
+        slots = repeated(old.shape[at], k)
+
+        def block(slot: int, param: float, grad: float, projection: AxisMap | None = None) -> Block:
+            axes = []
+            for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
+                if meaning == "head_dim":
+                    axes.append(slots[slot])
+                    continue
+                require_same(tensor.name, meaning, n, large)
+                axes.append(projection if projection and meaning == "projection" else same(n))
+            return Block(tensor.name, tuple(axes), param, grad, new=slot > 0)
+
+        if "projection" not in tensor.axes:  # the output projection, which sums over features
+            return tuple(block(i, float(i == 0), 1.0) for i in range(k))
+        queries = tensor.shape[tensor.axes.index("projection")] - 2
+        query, shared = AxisMap(0, 1, 0, 1, queries), AxisMap(queries, 1, queries, 1, 2)
+        return (
+            block(0, math.sqrt(k), 1 / math.sqrt(k), query),
+            *(block(i, 1.0, float(i == 0), shared) for i in range(k)),
+        )
+
+    def fill(self, tensor: LogicalTensor) -> Fill:
+        """New query features start at 0."""
+        return "zeros"
+
+
+@dataclass(frozen=True)
+class KeyValueGroups:
+    """More query heads to a key/value head, or more key/value heads for the query heads."""
+
+    name: str = "kv_groups"
+    summary: str = "query heads duplicated inside their group, or key/value heads split up"
+    keeps: str = "loss"
+    breaker: str = "split key/value heads serve other queries; duplicates need the state policy"
+    source: str = "grouped-query attention, Ainslie et al., arXiv 2305.13245; derived here"
+    policies: tuple[str, ...] = ("copy", "kept", "sparkling", "reset")
+    sizes: tuple[str, ...] = ("heads", "kv_heads")
+
+    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
+        """Query heads times the factor; key/value heads stay."""
+        heads = {"heads": model.heads * factor, "kv_heads": model.kv_groups}
+        return resized(model, heads)
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """Duplicates, or the old groups cut into parts."""
+        old = small[tensor.name]
+        if "kv_group" not in tensor.axes:
+            return (Block(tensor.name, unchanged(tensor, old), grad=1.0),)
+        axis = 1 if "projection" in tensor.axes else tensor.axes.index("query")
+        extra = 2 if "projection" in tensor.axes else 0  # a key and a value beside the queries
+        if tensor.shape[axis] >= old.shape[axis]:
+            found = []
+            for duplicate in duplicates(tensor, old):
+                param, grad = equal_shares(tensor, duplicate)
+                found.append(Block(tensor.name, duplicate.axes, param, grad, new=is_new(duplicate)))
+            return tuple(found)
+        return self._split(tensor, old, axis, extra)
+
+    def _split(
+        self, tensor: LogicalTensor, old: LogicalTensor, axis: int, extra: int
+    ) -> tuple[Block, ...]:
+        group = tensor.axes.index("kv_group")
+        groups, queries = old.shape[group], old.shape[axis] - extra
+        part = tensor.shape[axis] - extra
+        k = growth_factor(tensor.shape[group], groups, f"{tensor.name}, axis kv_group")
+        if part * k != queries:
+            raise GrowthError(
+                f"{tensor.name}: the query heads of a group do not share out over {k} groups",
+                found=f"{queries} query heads to a key/value head, {part} afterwards",
+                expected="as many query heads in all as before, or a multiple in each group",
+                mend="keep model.heads when grow.target raises kv_heads",
+            )
+        blocks = []
+        for c, place in enumerate(repeated(groups, k)):
+            rows: list[tuple[AxisMap, float | None, bool]]
+            rows = [(AxisMap(0, 1, c * part, 1, part), 1.0, False)]
+            if extra:
+                # A key's gradient is the sum over its copies', in no fixed proportion.
+                rows.append((AxisMap(part, 1, queries, 1, extra), None, c > 0))
+            for row, grad, new in rows:
+                axes = [same(n) for n in old.shape]
+                axes[group], axes[axis] = place, row
+                blocks.append(Block(tensor.name, tuple(axes), grad=grad, new=new))
+        return tuple(blocks)
+
+    def fill(self, tensor: LogicalTensor) -> Fill:
+        """Nothing is left."""
+        return "covered"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """More tokens: old rows stay, new ones are fresh."""
+
+    name: str = "vocab"
+    summary: str = "new token rows, fresh; the logits of the old tokens stay"
+    keeps: str = "old logits"
+    breaker: str = "no copies are made"
+    source: str = "the usual practice"
+    policies: tuple[str, ...] = ("kept", "sparkling", "copy", "reset")
+    sizes: tuple[str, ...] = ("vocab",)
+
+    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
+        """Vocabulary times the factor."""
+        return resized(model, {"vocab": model.vocabulary * factor})
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """The old rows; new tokens enter every softmax, so gradients are not stated."""
+        return (_rows_kept(tensor, small[tensor.name], "vocab", None),)
+
+    def fill(self, tensor: LogicalTensor) -> Fill:
+        """New rows as at the start of a run."""
+        return "fresh"
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Longer samples: old learned positions stay, new ones are fresh; RoPE has none to learn."""
+
+    name: str = "sequence"
+    summary: str = "longer samples: old positions stay, new ones fresh (RoPE: none to make)"
+    keeps: str = "loss"
+    breaker: str = "no copies are made"
+    source: str = "CompoundGrow, arXiv 2010.12562 (sequence length as a growth axis)"
+    policies: tuple[str, ...] = ("kept", "sparkling", "copy", "reset")
+    sizes: tuple[str, ...] = ("sequence",)
+
+    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
+        """Sequence times the factor."""
+        return resized(model, {"sequence": model.sequence * factor})
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """The old rows; on samples of the old length nothing changes."""
+        return (_rows_kept(tensor, small[tensor.name], "position", 1.0),)
+
+    def fill(self, tensor: LogicalTensor) -> Fill:
+        """New positions as at the start of a run."""
+        return "fresh"
+
+
+def _rows_kept(
+    tensor: LogicalTensor, old: LogicalTensor, growing: str, grad: float | None
+) -> Block:
+    for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
+        if meaning != growing:
+            require_same(tensor.name, meaning, n, large)
+        elif large < n:
+            raise GrowthError(f"{tensor.name}, axis {meaning}: cannot shrink from {n} to {large}")
+    return Block(tensor.name, tuple(same(n) for n in old.shape), grad=grad)

@@ -1,0 +1,202 @@
+"""Offline growth: a checkpoint in, the checkpoint of the grown model out, piece by piece.
+
+The new checkpoint stands where a live growth would have left the run: at the start of the next
+growth stage, with the step, the consumed data and the optimizer's rules that belong there.  So a
+run goes on from it with a configuration whose next stage has this `grow` section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from megagrow.checkpoint import CheckpointMeta, NativeCheckpoint, Piece, SoloGroup, save
+from megagrow.checkpoint.directory import step_of
+from megagrow.checkpoint.summary import find
+from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
+from megagrow.config.load import parse_config
+from megagrow.errors import CheckpointError, ConfigError, GrowthError
+from megagrow.growth.growth import Growth, plan_growth
+from megagrow.layout import Layout
+from megagrow.model.catalog import build_catalog
+from megagrow.state.boxes import Box, split_box, whole
+from megagrow.state.catalog import LogicalTensor, Slot
+from megagrow.state.through import Through
+from megagrow.train.state import RunState
+
+PIECE_BYTES = 64 << 20
+_STAGING_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class OfflineGrowth:
+    """A growth of a checkpoint, planned and checked; nothing is written yet.
+
+    Attributes:
+        checkpoint: the small model's.
+        growth: what is done to it.
+        small, model: the model before and after.
+        state: the run's state after the growth.
+        config: the run's configuration, with the growth in it.
+    """
+
+    checkpoint: NativeCheckpoint
+    growth: Growth
+    small: ModelConfig
+    model: ModelConfig
+    state: RunState
+    config: Config
+
+    @property
+    def bytes(self) -> int:
+        """Size of the values that will be written."""
+        return sum(
+            tensor.volume * self.dtype(tensor, slot).itemsize
+            for tensor in self.growth.target
+            for slot in self.checkpoint.slots
+        )
+
+    def dtype(self, tensor: LogicalTensor, slot: Slot) -> torch.dtype:
+        """The element type of a target tensor's slot: that of what it is made of."""
+        return self.checkpoint.dtype(self.growth.blocks(tensor)[0].source, slot.name)
+
+
+def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
+    """Open a checkpoint and see what a growth would make of it.
+
+    Args:
+        source: a checkpoint, a run directory or a directory of checkpoints (then its newest).
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is not one of a training run.
+        GrowthError: the growth does not fit the model.
+    """
+    checkpoint = NativeCheckpoint.open(find(source))
+    try:
+        config = parse_config(checkpoint.config, source=f"{checkpoint.path}: its configuration")
+        state = RunState.from_json(checkpoint.run_state)
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: not a checkpoint of a training run", found=error
+        ) from error
+    small = _model_of(checkpoint, config, state)
+    model, growth = plan_growth(grow, small)
+    if growth.target == growth.small:
+        raise GrowthError(
+            "the growth changes nothing: the model has these sizes already",
+            mend="give larger sizes with --target, or --factor",
+        )
+    return OfflineGrowth(
+        checkpoint=checkpoint,
+        growth=growth,
+        small=small,
+        model=model,
+        state=state.after_growth(growth),
+        config=_with_growth(config, state, grow),
+    )
+
+
+def write_offline(plan: OfflineGrowth, root: Path, *, piece_bytes: int = PIECE_BYTES) -> Path:
+    """Write the grown checkpoint, in one file; returns its directory.
+
+    Memory: one piece of `piece_bytes` at a time and constant buffers, whatever the model.
+
+    Args:
+        root: the directory that will hold ``step_<step>``; such a name itself does as well.
+
+    Raises:
+        CheckpointError: the source is damaged, the target exists, or the system refused;
+            nothing is left at the target.
+    """
+    if step_of(root) == plan.checkpoint.step:
+        root = root.parent
+    meta = CheckpointMeta(
+        catalog=plan.growth.target,
+        slots=plan.checkpoint.slots,
+        layout=Layout(),
+        config=plan.config.model_dump(mode="json", by_alias=True),
+        fingerprints=plan.checkpoint.fingerprints,
+        run_state=plan.state.to_json(),
+    )
+    pieces = _pieces(plan, piece_bytes)
+    return save(root, step=plan.checkpoint.step, pieces=pieces, meta=meta, group=SoloGroup())
+
+
+def _pieces(plan: OfflineGrowth, piece_bytes: int) -> Iterator[Piece]:
+    reader = Through(
+        plan.growth,
+        plan.checkpoint,
+        plan.checkpoint,
+        seed=plan.config.run.seed,
+        staging_bytes=_STAGING_BYTES,
+    )
+    for tensor in plan.growth.target:
+        for slot in plan.checkpoint.slots:
+            dtype = plan.dtype(tensor, slot)
+            for box in split_box(whole(tensor.shape), piece_bytes // dtype.itemsize):
+                values = _Deferred(reader, tensor.name, slot, box, dtype)
+                yield Piece(tensor.name, slot.name, box, cast(torch.Tensor, values))
+
+
+@dataclass(frozen=True)
+class _Deferred:
+    """Stands for a tensor until it is written: a save asks for `detach` last, and once."""
+
+    reader: Through
+    tensor: str
+    slot: Slot
+    box: Box
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.box.shape
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def detach(self) -> torch.Tensor:
+        return self.reader.read(self.tensor, self.slot, self.box, dtype=self.dtype)
+
+
+def _model_of(checkpoint: NativeCheckpoint, config: Config, state: RunState) -> ModelConfig:
+    """The model that a checkpoint holds: its run's first, grown up to its stage."""
+    model = config.model
+    if model.vocab is None:  # the run took it from its tokenizer
+        rows = checkpoint.catalog["embedding.token"].shape[0]
+        model = model.model_copy(update={"vocab": rows})
+    for stage in config.stages[1 : state.growth_stage + 1]:
+        if stage.grow is not None:
+            model, _ = plan_growth(stage.grow, model)
+    if state.growth_stage >= len(config.stages) or build_catalog(model) != checkpoint.catalog:
+        raise CheckpointError(
+            f"{checkpoint.path}: its tensors are not those of its configuration",
+            found=f"{checkpoint.catalog.parameters:,} parameters",
+            expected=f"{build_catalog(model).parameters:,} in growth stage {state.growth_stage}",
+        )
+    return model
+
+
+def _with_growth(config: Config, state: RunState, grow: GrowConfig) -> Config:
+    """The configuration with the growth as the stage after the one that the state is in."""
+    index = state.growth_stage
+    following: list[StageConfig] = config.stages[index + 1 :]
+    if following and following[0].grow == grow:
+        return config
+    done = config.stages[index].model_copy(update={"until": _until(max(1, state.step))})
+    grown = StageConfig(until=_until(2 * max(1, state.step)), grow=grow)
+    return config.model_copy(update={"stages": [*config.stages[:index], done, grown]})
+
+
+def _until(steps: int) -> UntilConfig:
+    return UntilConfig(steps=steps)
+
+
+def stages_to_go_on(plan: OfflineGrowth) -> list[dict[str, Any]]:
+    """The `stages` section of a configuration that goes on from the grown checkpoint."""
+    stages = plan.config.model_dump(mode="json", by_alias=True, exclude_none=True)["stages"]
+    return cast(list[dict[str, Any]], stages[: plan.state.growth_stage + 1])

@@ -1,0 +1,75 @@
+"""Checkpoints of other programs in tests: our sinks without the converter, and comparisons."""
+
+import torch
+
+from megagrow.checkpoint.adapter import Request
+from megagrow.checkpoint.manifest import CheckpointMeta
+from megagrow.checkpoint.writing import LEAST_BUFFER_BYTES, write_file
+from megagrow.layout import Layout
+from megagrow.model.catalog import build_catalog
+from megagrow.state.boxes import whole
+from megagrow.state.catalog import ADAM_SLOTS
+
+
+class WholeSource:
+    """A whole state in memory as a source."""
+
+    def __init__(self, model, state, *, step=7, config=None, **run_state):
+        self.path, self.step, self._state = "memory", step, state
+        self.catalog, self.slots, self.layout = build_catalog(model), ADAM_SLOTS, Layout()
+        self.config = {"model": model.model_dump(mode="json", by_alias=True)} | (config or {})
+        self.run_state = {"optimizer_step": step} | run_state
+        self.fingerprints = {"data": "d0"}
+
+    def dtype(self, tensor, slot):
+        return self._state.tensors[tensor, slot].dtype
+
+    def read(self, tensor, slot, box, *, out=None):
+        values = self._state.view(tensor, slot, box)
+        return values.clone() if out is None else out.copy_(values)
+
+
+def request_for(source, layout, **options):
+    """What the converter would ask a sink for."""
+    meta = CheckpointMeta(
+        source.catalog, source.slots, layout, source.config, source.fingerprints, source.run_state
+    )
+    dtypes = {
+        (t.name, s.name): source.dtype(t.name, s.name) for t in meta.catalog for s in meta.slots
+    }
+    return Request(meta=meta, step=source.step, dtypes=dtypes, **options)
+
+
+def write_checkpoint(format, source, directory, layout, **options):
+    """Write what a format's sink plans; returns the directory."""
+    sink = format.open_sink(request_for(source, layout, **options))
+    sums = {}
+    for plan in sink.files:
+        path = directory / plan.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sums[plan.name] = write_file(path, plan, source, buffer_bytes=LEAST_BUFFER_BYTES)
+        assert path.stat().st_size == plan.bytes
+    sink.conclude(directory, sums)
+    return directory
+
+
+def open_checkpoint(format, directory):
+    """Open what a path means in a format."""
+    found = format.find(directory)
+    assert found is not None, f"{format.name} finds nothing in {directory}"
+    return format.open_source(found)
+
+
+def differing(old, new, *, slots=None):
+    """The first slot of a tensor that is not the same, bit for bit; None if all are."""
+    names = {t.name for t in old.catalog}
+    if names != {t.name for t in new.catalog}:
+        return f"tensors {names ^ {t.name for t in new.catalog}}"
+    for tensor in old.catalog:
+        for slot in slots or old.slots:
+            box = whole(new.catalog[tensor.name].shape)
+            a = old.read(tensor.name, slot.name, whole(tensor.shape))
+            b = new.read(tensor.name, slot.name, box)
+            if a.shape != b.shape or not torch.equal(a, b):
+                return f"{slot.name} of {tensor.name}"
+    return None

@@ -1,0 +1,82 @@
+"""Small models saved as native checkpoints in any layout, and comparisons of checkpoints."""
+
+import torch
+from toys import random_state, toy_model
+from worlds import SoloGroup
+
+from megagrow.checkpoint import CheckpointMeta, Piece, save
+from megagrow.checkpoint.convert import Job, convert
+from megagrow.checkpoint.formats import detect
+from megagrow.growth.rules import OptimizerRules, group_keys
+from megagrow.layout import Layout
+from megagrow.model.catalog import build_catalog
+from megagrow.state.boxes import whole
+from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.placement import Placement
+
+GQA = {"family": "llama", "heads": 4, "kv_heads": 2, "head_dim": 4}
+
+
+def state_of(model, *, seed=0, dtype=torch.float32):
+    return random_state(build_catalog(model), seed=seed, dtype=dtype)
+
+
+ALONE = Layout()
+
+
+def save_model(root, model=None, *, layout=ALONE, seed=0, dtype=torch.float32, step=7):
+    """Save random state of a model, cut over a layout's ranks; returns (path, state)."""
+    model = model or toy_model()
+    state = state_of(model, seed=seed, dtype=dtype)
+    catalog = build_catalog(model)
+    meta = CheckpointMeta(
+        catalog=catalog,
+        slots=ADAM_SLOTS,
+        layout=layout,
+        config={"model": model.model_dump(mode="json", by_alias=True), "run": {"seed": 1}},
+        fingerprints={"data": "d0", "tokenizer": "t0"},
+        run_state={"step": step, "growth_stage": 0, "rules": OptimizerRules().to_json()},
+    )
+    placement = Placement(catalog, layout, group_keys(catalog, OptimizerRules()))
+    # One process writes what all ranks hold: for a reader the boxes are the same.
+    pieces = [
+        Piece(shard.tensor, slot.name, shard.box, state.read(shard.tensor, slot.name, shard.box))
+        for rank in range(layout.world)
+        for shard in placement.written_by(rank)
+        for slot in ADAM_SLOTS
+    ]
+    return save(root, step=step, pieces=pieces, meta=meta, group=SoloGroup()), state
+
+
+def to(source, target, target_format, **settings):
+    """Convert, verified; returns the target."""
+    keys = {"workers", "buffer_bytes", "moved"} & set(settings)
+    run = {key: settings.pop(key) for key in keys}
+    convert(Job(source, target, target_format, **settings), verify=True, **run)
+    return target
+
+
+def opened(path):
+    fmt, at = detect(path)
+    return fmt.open_source(at)
+
+
+def contents(path):
+    """All values of a checkpoint by (tensor, slot)."""
+    source = opened(path)
+    return {
+        (tensor.name, slot.name): source.read(tensor.name, slot.name, whole(tensor.shape))
+        for tensor in source.catalog
+        for slot in source.slots
+    }
+
+
+def assert_same(found, wanted, *, slots=None):
+    """Bit for bit the same values, in the slots that are named or in all."""
+    pairs = [pair for pair in wanted if slots is None or pair[1] in slots]
+    assert pairs
+    assert slots is not None or set(found) == set(wanted)
+    for pair in pairs:
+        a, b = found[pair], wanted[pair]
+        assert a.dtype == b.dtype, pair
+        assert torch.equal(a, b), pair

@@ -1,0 +1,203 @@
+"""DeepSpeed's checkpoints: read what its engine saves, write what its engine goes on from."""
+
+import itertools
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from foreign import WholeSource, differing, open_checkpoint, write_checkpoint
+from ranks import run_ranks
+from toys import random_state, toy_model, toy_models
+
+from megagrow.checkpoint import deepspeed
+from megagrow.checkpoint import deepspeed_names as names
+from megagrow.errors import CheckpointError, ConfigError
+from megagrow.layout import Layout
+from megagrow.model.catalog import build_catalog
+from megagrow.state.catalog import ADAM_SLOTS
+
+FORMAT = deepspeed.FORMAT
+LAYOUTS = [
+    Layout(),
+    Layout(data=2),
+    Layout(data=3, zero=1),
+    Layout(data=2, zero=2),
+    Layout(data=3, zero=3),
+    Layout(tensor=2),
+    Layout(tensor=2, data=2, zero=1),
+    Layout(tensor=2, data=3, zero=3),
+    Layout(pipeline=2, data=2),
+    Layout(pipeline=4, data=3, zero=1),
+    Layout(pipeline=3, tensor=2, zero=1),
+    Layout(pipeline=2, tensor=2, data=2),
+]
+
+
+def whole_source(model, **options):
+    state = random_state(build_catalog(model), seed=5, dtype=torch.float32)
+    return WholeSource(model, state, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), list(toy_models()), ids=[name for name, _ in toy_models()]
+)
+def test_what_is_written_is_read_again_in_every_layout(name, model, tmp_path):
+    source = whole_source(model)
+    for number, layout in enumerate(LAYOUTS):
+        back = open_checkpoint(
+            FORMAT, write_checkpoint(FORMAT, source, tmp_path / str(number), layout)
+        )
+        back.verify()
+        assert differing(source, back) is None, layout
+        assert (back.layout, back.step) == (layout, source.step)
+        assert back.config["model"] == source.config["model"]
+        assert back.run_state == source.run_state and back.fingerprints == source.fingerprints
+
+
+def test_sixteen_bit_runs_keep_fp32_masters(tmp_path):
+    for dtype, zero in itertools.product(("bf16", "fp16"), (0, 1, 3)):
+        source = whole_source(toy_model(), config={"precision": {"dtype": dtype}})
+        path = write_checkpoint(FORMAT, source, tmp_path / f"{dtype}{zero}", Layout(2, zero=zero))
+        assert differing(source, open_checkpoint(FORMAT, path)) is None, (dtype, zero)
+        assert any(f.name.startswith("bf16_") for f in path.rglob("*.pt")) == (
+            dtype == "bf16" and zero > 0
+        )
+
+
+def test_the_model_is_told_by_names_and_shapes_where_nothing_else_tells(tmp_path):
+    source = whole_source(toy_model(family="gpt2"))
+    source.config = {}  # the writer takes the model for one that is not ours
+    plain = open_checkpoint(FORMAT, write_checkpoint(FORMAT, source, tmp_path, Layout(2, zero=1)))
+    assert differing(source, plain) is None
+    with pytest.raises(ConfigError, match="not ours"):
+        write_checkpoint(FORMAT, source, tmp_path / "cut", Layout(tensor=2))
+
+
+def test_files_of_another_save_missing_and_damaged_ones_are_named(tmp_path):
+    source = whole_source(toy_model())
+    good = write_checkpoint(FORMAT, source, tmp_path / "good", Layout(2, tensor=2, zero=1))
+    later = whole_source(toy_model(), step=8)
+    other = write_checkpoint(FORMAT, later, tmp_path / "other", Layout(2, tensor=2, zero=1))
+    tag = "global_step7"
+    names = sorted(p.name for p in (good / tag).iterdir())
+    assert len(names) == 2 + 4
+
+    def refusal(change, name):
+        bad = tmp_path / "bad"
+        shutil.rmtree(bad, ignore_errors=True)
+        shutil.copytree(good, bad)
+        change(bad / tag / name)
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(FORMAT, bad).verify()
+        return str(caught.value)
+
+    for name in names:
+        missing = refusal(Path.unlink, name)
+        assert "rank" in missing or name in missing
+        cut = refusal(lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]), name)
+        assert name in cut
+        size = (good / tag / name).stat().st_size
+        for at in range(1000, size - 2000, max(1, size // 12)):
+
+            def flip(path, at=at):
+                data = bytearray(path.read_bytes())
+                data[at] ^= 4
+                path.write_bytes(data)
+
+            # A byte between records is no one's; every other flip must be noticed.
+            try:
+                assert name in refusal(flip, name)
+            except pytest.fail.Exception:
+                still = open_checkpoint(FORMAT, tmp_path / "bad")
+                assert differing(source, still) is None
+    models = [name for name in names if "model_states" in name]
+    swapped = refusal(lambda p: shutil.copy(other / "global_step8" / p.name, p), models[1])
+    assert models[1] in swapped and "another save" in swapped
+
+
+def test_latest_cannot_lead_outside(tmp_path):
+    source = whole_source(toy_model())
+    write_checkpoint(FORMAT, source, tmp_path / "a", Layout())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "latest").write_text("../a/global_step7")
+    assert FORMAT.find(tmp_path / "b") is None
+    assert FORMAT.find(tmp_path / "a") == tmp_path / "a" / "global_step7"
+
+
+def test_zero_to_fp32_of_deepspeed_reads_it(tmp_path):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    for family, zero in itertools.product(("gpt2", "llama"), (1, 2, 3)):
+        model = toy_model(family=family)
+        source = whole_source(model)
+        path = write_checkpoint(FORMAT, source, tmp_path / f"{family}{zero}", Layout(3, zero=zero))
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(path))
+        last = model.layers + 1
+        for tensor in source.catalog:
+            for place in tensor.places:
+                name = names.module_name(tensor.name, place, last, pipelined=False)
+                expected = source._state.tensors[tensor.name, "master"]
+                found = weights[name]
+                assert torch.equal(found.contiguous() if zero == 3 else found, expected), name
+
+
+# --- real engines -------------------------------------------------------------------------
+
+
+def save_and_go_on(comm, root, layouts, targets):
+    """Train, save, compare; then go on from the sink's files in other layouts, in DeepSpeed."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
+    from plays import Job
+
+    answers = []
+    for number, (family, layout) in enumerate(layouts):
+        model = toy_model(init_std=0.2, family=family)
+        job = Job(comm, model=model, layout=layout)
+        job.train(2)
+        saved = root / str(number)
+        client = {"megagrow": {"config": {"model": model.model_dump(mode="json", by_alias=True)}}}
+        job.engine._deepspeed.save_checkpoint(str(saved), client_state=client)
+        source = open_checkpoint(FORMAT, saved)
+        for shard in job.engine.placement.shards(comm.rank):
+            for slot in ADAM_SLOTS:
+                live = job.engine.state.read(shard.tensor, slot.name, shard.box)
+                assert torch.equal(live, source.read(shard.tensor, slot.name, shard.box)), shard
+        assert source.step == 2 and source.layout == layout
+        job.train(2)
+        expected = job.losses[2:]
+        job.engine.close()
+        for target in [layout, *targets[layout]]:
+            there = root / f"{number}-{target.tensor}{target.pipeline}{target.zero}"
+            if comm.rank == 0:
+                write_checkpoint(FORMAT, source, there, target)
+            comm.barrier()
+            job = Job(comm, model=model, layout=target, fresh=False)
+            job.engine._deepspeed.load_checkpoint(str(there))
+            job.step = 2
+            job.train(2)
+            answers.append((layout, target, expected, job.losses))
+            job.engine.close()
+    return answers
+
+
+def test_deepspeed_saves_what_we_read_and_goes_on_from_what_we_write(tmp_path):
+    zero = [Layout(data=2, zero=z) for z in range(4)]
+    tensor, pipeline = Layout(tensor=2, zero=1), Layout(pipeline=2, zero=1)
+    flat_pipeline = Layout(pipeline=2)
+    targets = {
+        zero[0]: [zero[1]],
+        zero[1]: [zero[2], tensor],
+        zero[2]: [zero[0]],
+        zero[3]: [pipeline],
+        tensor: [zero[3]],
+        pipeline: [zero[2]],
+        flat_pipeline: [tensor],
+    }
+    families = itertools.cycle(("gpt2", "llama"))
+    layouts = [(next(families), layout) for layout in targets]
+    for answers in run_ranks(2, save_and_go_on, tmp_path, layouts, targets, timeout=300.0):
+        for layout, target, expected, losses in answers:
+            near = 0.0 if layout == target else 1e-5
+            assert losses == pytest.approx(expected, rel=near, abs=0.0), (layout, target)

@@ -1,0 +1,217 @@
+"""Growths as state maps: their checks, their fills, and the rules that they leave."""
+
+import itertools
+import json
+
+import pytest
+from toys import FAMILIES, growths, toy_model
+
+from megagrow.config import GrowConfig
+from megagrow.errors import GrowthError
+from megagrow.growth.growth import grown_model, make_growth, plan_growth
+from megagrow.growth.operator import Block
+from megagrow.growth.registry import OPERATORS, find_operator, find_policy
+from megagrow.growth.rules import Factors, OptimizerRules, YoungBlocks, group_keys
+from megagrow.growth.width import Width
+from megagrow.model.catalog import build_catalog
+from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.statemap import AxisMap
+
+
+def _growth(model, operator, policy=None, factor=2, rewarm=None):
+    grown = grown_model(model, operator=operator, factor=factor)
+    return make_growth(
+        operator=operator,
+        policy=policy,
+        small=build_catalog(model),
+        target=build_catalog(grown),
+        rewarm=rewarm,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("operator", "policy", "factor"), growths())
+def test_blocks_fill_the_target_without_overlap(operator, policy, factor, family):
+    growth = _growth(toy_model(family=family), operator, policy, factor)
+    for tensor in growth.target:
+        seen = set()
+        count = copied = 0
+        for block in growth.blocks(tensor):
+            axes = [
+                range(a.target_start, a.target_start + a.length * a.target_step, a.target_step)
+                for a in block.axes
+            ]
+            assert len(axes) == len(tensor.shape)
+            indices = list(itertools.product(*axes))
+            seen.update(indices)
+            count += len(indices)
+            copied += len(indices) * (block.param != 0.0)
+        assert count == len(seen) <= tensor.volume
+        covered = growth.fill(tensor, ADAM_SLOTS[0]) == "covered"
+        assert covered == (copied == tensor.volume)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_first_policy_is_the_default(operator):
+    assert _growth(toy_model(), operator).policy.name == OPERATORS[operator].policies[0]
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_every_operator_explains_itself(operator):
+    assert operator.name and operator.summary and operator.breaker and operator.source
+    assert all(find_policy(name).summary for name in operator.policies)
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(GrowthError, match=r"set grow\.operator to width"):
+        find_operator("widht")
+    with pytest.raises(GrowthError, match=r"set grow\.state_policy to exact"):
+        find_policy("exakt")
+    with pytest.raises(GrowthError, match="one of the names above"):
+        find_operator("zzzzzz")
+
+
+def test_a_policy_must_fit_its_operator():
+    with pytest.raises(GrowthError, match="does not support 'exact'") as caught:
+        _growth(toy_model(), "depth_stack", "exact")
+    assert "copy or kept or sparkling or reset" in str(caught.value)
+    with pytest.raises(GrowthError, match="no such state policy"):
+        _growth(toy_model(), "depth_stack", "nonsense")
+
+
+def test_a_policy_that_follows_the_gradient_needs_one():
+    block = Block("w", (AxisMap(0, 1, 0, 1, 4),))
+    with pytest.raises(GrowthError, match="states no gradient"):
+        find_policy("exact").coefficient(block, "first_moment")
+
+
+def test_width_refuses_a_target_that_is_no_multiple():
+    with pytest.raises(GrowthError, match="cannot grow from 8 to 12"):
+        make_growth(
+            operator="width",
+            policy="exact",
+            small=build_catalog(toy_model()),
+            target=build_catalog(toy_model(hidden=12, ffn=24)),
+        )
+
+
+def test_a_block_outside_its_target_is_found(monkeypatch):
+    outside = Block("embedding.token", (AxisMap(0, 1, 0, 1, 13), AxisMap(9, 1, 0, 1, 8)))
+    monkeypatch.setattr(Width, "blocks", lambda *_: (outside,))
+    with pytest.raises(GrowthError, match="reaches outside"):
+        _growth(toy_model(), "width")
+
+
+def test_grown_shapes():
+    wide = grown_model(toy_model(), operator="width", factor=3)
+    assert (wide.hidden, wide.heads, wide.ffn, wide.layers) == (24, 6, 36, 2)
+    assert wide.head_dim == toy_model().head_dim
+    assert grown_model(toy_model(), operator="depth_stack", factor=3).layers == 6
+
+
+# --- rules --------------------------------------------------------------------------------
+
+
+def test_sparkling_marks_the_new_blocks_young():
+    rules = _growth(toy_model(), "width", "sparkling", rewarm=7).rules_after(
+        OptimizerRules(), step=30
+    )
+    up = rules.young["layers.0.mlp.up.weight"]  # [ffn, embed]: 12 x 8 became 24 x 16
+    assert up == YoungBlocks(kept=((0, 2, 12), (0, 1, 8)), born=30, peak=1.3, rewarm=7)
+    assert set(rules.young) == {t.name for t in build_catalog(toy_model())}
+    assert not rules.factors
+
+
+def test_mup_divides_the_rates_of_matrices_by_the_growth_of_their_inputs():
+    target = {"hidden": 16, "heads": 4, "ffn": 36}
+    section = GrowConfig(operator="width", target=target, mup=True)
+    model = toy_model(tie_embeddings=False)
+    rules = plan_growth(section, model)[1].rules_after(OptimizerRules(), step=0)
+    assert rules.factors_of("layers.0.mlp.up.weight") == Factors(lr=0.5, weight_decay=2.0)
+    assert rules.factors_of("layers.0.mlp.down.weight").lr == pytest.approx(1 / 3)
+    assert rules.factors_of("layers.0.attention.out.weight").lr == 0.5
+    for name in ("embedding.token", "output.weight", "final_norm.weight", "layers.0.mlp.up.bias"):
+        assert rules.factors_of(name) == Factors()
+    with pytest.raises(GrowthError, match="sets the rates itself"):
+        plan_growth(section.model_copy(update={"state_policy": "exact"}), model)
+
+
+def test_the_default_rewarm_is_the_policys():
+    rules = _growth(toy_model(), "width", "sparkling").rules_after(OptimizerRules(), step=0)
+    assert {young.rewarm for young in rules.young.values()} == {250}
+
+
+def test_old_elements_in_several_blocks_are_told_as_one():
+    """Queries, keys and values of wider heads are blocks of their own; every k-th slot is old."""
+    rules = _growth(toy_model(), "head_dim", "kept", factor=3).rules_after(OptimizerRules(), step=4)
+    qkv = rules.young["layers.0.attention.qkv.weight"]  # [kv_group, projection, head_dim, embed]
+    assert qkv.kept == ((0, 1, 2), (0, 1, 3), (0, 3, 4), (0, 1, 8))
+    assert (qkv.peak, qkv.born, qkv.lr_factor(5)) == (1.0, 4, 1.0)
+    assert "layers.0.mlp.up.weight" not in rules.young
+
+
+def test_what_no_block_covers_is_young():
+    rules = _growth(toy_model(), "vocab").rules_after(OptimizerRules(), step=4)
+    assert {name: y.kept for name, y in rules.young.items()} == {
+        "embedding.token": ((0, 1, 13), (0, 1, 8))
+    }
+    rules = _growth(toy_model(), "depth_identity").rules_after(OptimizerRules(), step=4)
+    assert {name.split(".")[1] for name in rules.young} == {"1", "3"}
+    assert all(young.kept is None for young in rules.young.values())
+
+
+def test_factors_multiply_and_follow_copies():
+    model = toy_model()
+    first = _growth(model, "width", "exact").rules_after(OptimizerRules(), step=3)
+    wide = grown_model(model, operator="width", factor=2)
+    second = _growth(wide, "width", "exact", factor=3).rules_after(first, step=9)
+    assert second.factors_of("layers.0.mlp.up.weight") == Factors(1 / 6, 6.0, 1 / 6)
+    deeper = _growth(wide, "depth_stack").rules_after(first, step=9)
+    for layer in range(4):
+        assert deeper.factors_of(f"layers.{layer}.mlp.up.weight") == Factors(0.5, 2.0, 0.5)
+
+
+def test_young_blocks_stay_young_where_they_are_copied_whole():
+    model = toy_model()
+    first = _growth(model, "width", "sparkling").rules_after(OptimizerRules(), step=3)
+    wide = grown_model(model, operator="width", factor=2)
+    deeper = _growth(wide, "depth_stack", "copy").rules_after(first, step=9)
+    assert deeper.young["layers.3.mlp.up.weight"] == first.young["layers.1.mlp.up.weight"]
+    wider = _growth(wide, "width", "sparkling").rules_after(first, step=9)
+    assert {young.born for young in wider.young.values()} == {9}
+
+
+def test_no_block_is_born_after_the_step_count_starts_again():
+    """`reset` counts steps from 0, so a block born at step 3 would have a negative age."""
+    model = toy_model()
+    first = _growth(model, "width", "sparkling").rules_after(OptimizerRules(), step=3)
+    wide = grown_model(model, operator="width", factor=2)
+    for operator in OPERATORS:
+        assert not _growth(wide, operator, "reset").rules_after(first, step=9).young
+
+
+@pytest.mark.parametrize(
+    ("rewarm", "step", "factor"),
+    [(10, 101, 1.03), (10, 105, 1.15), (10, 110, 1.3), (10, 500, 1.3), (0, 101, 1.3)],
+)
+def test_young_blocks_climb_to_their_peak(rewarm, step, factor):
+    young = YoungBlocks(kept=None, born=100, peak=1.3, rewarm=rewarm)
+    assert young.lr_factor(step) == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("policy", ["sparkling", "exact"])
+def test_rules_survive_json(policy):
+    rules = _growth(toy_model(), "width", policy).rules_after(OptimizerRules(), step=30)
+    assert OptimizerRules.from_json(json.loads(json.dumps(rules.to_json()))) == rules
+    whole_new = OptimizerRules(young={"a": YoungBlocks(None, 1, 1.3, 5)})
+    assert OptimizerRules.from_json(json.loads(json.dumps(whole_new.to_json()))) == whole_new
+
+
+def test_groups_put_decay_first_and_part_factors():
+    catalog = build_catalog(toy_model())
+    rules = OptimizerRules({"layers.0.mlp.up.weight": Factors(0.5, 2.0, 0.5)})
+    keys = group_keys(catalog, rules)
+    assert keys["embedding.token"] == (False, 1.0, 1.0, 1.0)
+    assert keys["layers.0.mlp.up.weight"] == (False, 0.5, 2.0, 0.5)
+    assert keys["final_norm.weight"] == (True, 1.0, 1.0, 1.0)
+    assert sorted(set(keys.values()))[-1][0] is True

@@ -1,0 +1,167 @@
+"""launch/grow.py: a checkpoint grown offline is the one that a live growth would have made."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from jobs import REPOSITORY, settings, stages, train, trajectory, write_config
+
+from megagrow.checkpoint import NativeCheckpoint, newest
+from megagrow.config import GrowConfig
+from megagrow.errors import CheckpointError, GrowthError
+from megagrow.growth.growth import plan_growth
+from megagrow.growth.registry import OPERATORS
+from megagrow.state.boxes import whole
+from megagrow.train import offline
+from megagrow.train.offline import plan_offline, write_offline
+
+
+def _grow(*arguments):
+    where = REPOSITORY / "launch" / "grow.py"
+    spec = importlib.util.spec_from_file_location("megagrow_grow", where)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def small(dataset, tmp_path_factory):
+    """A run that stopped after its first stage: (its directory, its configuration file)."""
+    home = tmp_path_factory.mktemp("small")
+    config = write_config(home / "run.yaml", settings(dataset, home / "small"))
+    train(1, config, "train.stop_after_steps=3")
+    return home / "small", config
+
+
+def _values(checkpoint):
+    return {
+        (tensor.name, slot.name): checkpoint.read(tensor.name, slot.name, whole(tensor.shape))
+        for tensor in checkpoint.catalog
+        for slot in checkpoint.slots
+    }
+
+
+@pytest.mark.parametrize("policy", ["sparkling", "reset"])
+def test_going_on_from_it_is_the_live_run(small, dataset, tmp_path, capsys, policy):
+    plan = stages(policy=policy)
+    config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "live", stages=plan))
+    live = trajectory(train(1, config))
+    options = ["--operator", "width", "--state-policy", policy, "--rewarm", "3"]
+    assert _grow("--from", small[0], "--to", tmp_path / "grown", *options) == 0
+    said = capsys.readouterr().out
+    assert "width, state policy " + policy in said and str(tmp_path / "grown" / "step_") in said
+    lines = train(1, config, f"run.dir={tmp_path / 'after'}", resume=tmp_path / "grown")
+    assert trajectory(lines) == live[3:]
+
+
+def test_the_printed_stages_can_be_gone_on_with(small, dataset, tmp_path, capsys):
+    """With a growth that the run's own configuration does not have."""
+    target = ["hidden=16", "heads=4", "ffn=48", "layers=3"]
+    assert (
+        _grow("--from", small[0], "--to", tmp_path / "grown", "--operator", "width+depth_stack",
+              "--target", *target, "--state-policy", "sparkling") == 0
+    )  # fmt: skip
+    printed = capsys.readouterr().out.partition("these stages:")[2]
+    mapping = settings(dataset, tmp_path / "after", **yaml.safe_load(printed))
+    config = write_config(tmp_path / "run.yaml", mapping)
+    lines = trajectory(train(1, config, resume=tmp_path / "grown"))
+    assert [line[0] for line in lines] == [4, 5, 6]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_pieces_are_those_of_a_growth_in_memory(small, tmp_path, operator, monkeypatch):
+    asked = []
+    read = offline.Through.read
+
+    def counted(self, tensor, slot, box, *, dtype):
+        asked.append(box.volume * dtype.itemsize)
+        return read(self, tensor, slot, box, dtype=dtype)
+
+    monkeypatch.setattr(offline.Through, "read", counted)
+    plan = plan_offline(small[0], GrowConfig(operator=operator, factor=2))
+    pieces = NativeCheckpoint.open(write_offline(plan, tmp_path / "pieces", piece_bytes=256))
+    assert max(asked) <= 256 and sum(asked) == plan.bytes
+    at_once = NativeCheckpoint.open(write_offline(plan, tmp_path / "whole"))
+    one, other = _values(pieces), _values(at_once)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert all(torch.isfinite(value).all() for value in one.values())
+    assert pieces.catalog == plan_growth(GrowConfig(operator=operator), plan.small)[1].target
+    pieces.verify()
+
+
+def test_what_a_second_growth_starts_from(small, tmp_path):
+    """A grown checkpoint is a checkpoint: it can be grown again, before or after training."""
+    first = plan_offline(small[0], GrowConfig(operator="width"))
+    wide = write_offline(first, tmp_path / "wide")
+    second = plan_offline(wide, GrowConfig(operator="depth_stack", factor=3))
+    assert (second.model.hidden, second.model.layers) == (16, 6)
+    path = write_offline(second, tmp_path / "both")
+    assert NativeCheckpoint.open(path).run_state["growth_stage"] == 2
+
+
+def test_a_dry_run_writes_nothing(small, tmp_path, capsys):
+    arguments = ["--from", small[0], "--to", tmp_path / "out", "--operator", "width"]
+    assert _grow(*arguments, "--dry-run") == 0
+    assert "parameters" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_list_names_every_operator(capsys):
+    assert _grow("--list") == 0
+    text = capsys.readouterr().out
+    assert _grow("--list", "--markdown") == 0
+    markdown = capsys.readouterr().out
+    for operator in OPERATORS.values():
+        assert operator.name in text and f"| `{operator.name}` |" in markdown
+        assert operator.breaker in text and operator.source in markdown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--operator", "widht"], "set grow.operator to width"),
+        (["--operator", "width", "--factor", "1"], "greater than or equal to 2"),
+        (["--operator", "width", "--target", "hidden=12"], "cannot grow from 8 to 12"),
+        (["--operator", "width", "--target", "layers=4"], "no operator grows it"),
+        (["--operator", "width", "--target", "hidden=x"], "not a size"),
+        (["--operator", "width", "--target", "hiden=16"], "target.hiden"),
+        (["--operator", "width", "--target", "hidden=8"], "changes nothing"),
+        (["--operator", "width", "--target", "hidden=16", "--factor", "2"], "not both"),
+        (["--operator", "width", "--state-policy", "exakt"], "set grow.state_policy to exact"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    small, tmp_path, capsys, arguments, said
+):
+    assert _grow("--from", small[0], "--to", tmp_path / "out", *arguments) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_or_damaged_source_is_refused(small, tmp_path, capsys):
+    assert _grow("--from", tmp_path, "--to", tmp_path / "out", "--operator", "width") == 1
+    assert "no checkpoint" in capsys.readouterr().err
+    broken = tmp_path / newest(small[0] / "checkpoints").name
+    shutil.copytree(newest(small[0] / "checkpoints"), broken)
+    file = next(broken.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        write_offline(plan_offline(broken, GrowConfig(operator="width")), tmp_path / "out")
+    assert not list(Path(tmp_path / "out").glob("*"))
+
+
+def test_a_committed_step_is_never_overwritten(small):
+    plan = plan_offline(small[0], GrowConfig(operator="width"))
+    with pytest.raises(CheckpointError, match="never overwritten"):
+        write_offline(plan, small[0] / "checkpoints")
+
+
+def test_a_growth_that_needs_more_than_the_operator_has(small):
+    with pytest.raises(GrowthError, match="does not support"):
+        plan_offline(small[0], GrowConfig(operator="head_dim", state_policy="exact"))
