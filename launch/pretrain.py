@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     from megagrow.config.load import load_config
     from megagrow.data.dataset import open_dataset
-    from megagrow.train.plan import plan_run
+    from megagrow.train.plan import plan_run, with_vocabulary
 
     config = load_config(options.config, options.overrides)
     world = _world(options)
@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
             print(fits)
         return
     data = open_dataset(config.data.path, config.data.tokenizer)
+    config = with_vocabulary(config, data.vocab_size)
     plan = plan_run(config, world=world, vocabulary=data.vocab_size)
 
     # DeepSpeed takes seconds to import: not before everything that can be refused has been.

@@ -91,7 +91,8 @@ def plan_run(config: Config, *, world: int, vocabulary: int | None) -> RunPlan:
             model is smaller than the tokenizer's, or a passed-through DeepSpeed setting clashes.
         GrowthError: an operator or a state policy that is unknown or does not fit.
     """
-    models, growths = _models(config, vocabulary)
+    config = with_vocabulary(config, vocabulary)
+    models, growths = _models(config)
     layouts = _layouts(config, world)
     layout_configs = [_layout_config(config, i) for i in range(len(config.stages))]
     plans = resolve_stages(
@@ -112,25 +113,34 @@ def plan_run(config: Config, *, world: int, vocabulary: int | None) -> RunPlan:
     return RunPlan(tuple(stages), rate)
 
 
-def _models(
-    config: Config, vocabulary: int | None
-) -> tuple[list[ModelConfig], list[Growth | None]]:
-    """The model of each stage, and the growth at its start where there is one."""
-    model = config.model
-    if model.vocab is None:
+def with_vocabulary(config: Config, vocabulary: int | None) -> Config:
+    """The configuration with `model.vocab` set: its own, or the tokenizer's.
+
+    Raises:
+        ConfigError: neither is known, or the model's is smaller than the tokenizer's.
+    """
+    given = config.model.vocab
+    if given is None:
         if vocabulary is None:
             raise ConfigError(
                 "model.vocab is not set and no tokenizer tells it",
                 mend="set model.vocab, or give data.path",
             )
-        model = model.model_copy(update={"vocab": vocabulary})
-    elif vocabulary is not None and model.vocab < vocabulary:
+        model = config.model.model_copy(update={"vocab": vocabulary})
+        return config.model_copy(update={"model": model})
+    if vocabulary is not None and given < vocabulary:
         raise ConfigError(
             "model.vocab is smaller than the tokenizer's vocabulary",
-            found=model.vocab,
+            found=given,
             expected=f"at least {vocabulary}",
             mend="leave model.vocab out: it is then taken from the tokenizer",
         )
+    return config
+
+
+def _models(config: Config) -> tuple[list[ModelConfig], list[Growth | None]]:
+    """The model of each stage, and the growth at its start where there is one."""
+    model = config.model
     models: list[ModelConfig] = [model]
     growths: list[Growth | None] = [None]
     for stage in config.stages[1:]:
