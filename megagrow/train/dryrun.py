@@ -85,7 +85,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     if stage.growth is not None and stage.grow is not None:
         lines.insert(
             1,
-            f"  grows by    {stage.growth.operator.name} x{stage.grow.factor}, "
+            f"  grows by    {stage.growth.operator.name} {stage.grow.extent}, "
             f"state policy {stage.growth.policy.name}",
         )
     if index > 0:

@@ -228,7 +228,7 @@ class Trainer:
             self.progress.say(f"stage {stage.index}: {old_stage.layout} -> {stage.layout}")
         else:
             self.progress.say(
-                f"stage {stage.index}: {stage.growth.operator.name} x{stage.grow.factor} "
+                f"stage {stage.index}: {stage.growth.operator.name} {stage.grow.extent} "
                 f"({stage.growth.policy.name}), {small:,} -> {large:,} parameters, "
                 f"loss {before:.4f} -> {after:.4f}, {report.seconds:.2f} s"
             )

@@ -49,7 +49,7 @@ SAYS = {
     "heads do not divide": ["hidden = 9", "heads = 2", "set model.hidden"],
     "batch does not divide": ["global = 9", "micro = 2", "set batch.global"],
     "vocabulary too small": ["model.vocab", "found:    100", "at least 320", "leave model.vocab"],
-    "unknown operator": ["grow.operator", "widht", "depth_stack, width", "set grow.operator to w"],
+    "unknown operator": ["grow.operator", "widht", "set grow.operator to w"],
     "unknown policy": ["grow.state_policy", "sparking", "exact", "to sparkling"],
     "policy does not fit": ["grow.state_policy", "'depth_stack'", "'exact'", "set grow.state_pol"],
     "bound does not rise": ["stages[1].until.steps", "more than 3", "raise stages[1]"],
