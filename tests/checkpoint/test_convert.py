@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import GQA, assert_same, contents, opened, save_model, to
+from states import GQA, assert_same, contents, opened, save_model, to
 from toys import toy_model
 
 from megagrow.checkpoint import NativeCheckpoint

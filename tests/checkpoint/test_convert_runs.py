@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from jobs import dataset, settings, stages, train, write_config  # noqa: F401 - a fixture
-from models import assert_same, contents
+from states import assert_same, contents
 
 from megagrow.checkpoint import NativeCheckpoint
 

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from models import GQA, assert_same, contents, opened, save_model, to
+from states import GQA, assert_same, contents, opened, save_model, to
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from toys import toy_model
 from worlds import random_box

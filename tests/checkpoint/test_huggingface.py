@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from models import GQA, assert_same, contents, opened, save_model, to
 from safetensors.torch import load_file, save_file
+from states import GQA, assert_same, contents, opened, save_model, to
 from toys import build, toy_model
 
 from megagrow.checkpoint import NativeCheckpoint
