@@ -41,8 +41,10 @@ def model_layouts(world):
 class Job:
     """One rank of a training run."""
 
-    def __init__(self, comm, *, layout=None, model=None, micro=None, fresh=True, **optimizer):
-        self.comm = comm
+    def __init__(
+        self, comm, *, layout=None, model=None, micro=None, sequence=False, fresh=True, **optimizer
+    ):
+        self.comm, self.sequence = comm, sequence
         layout = layout or Layout(data=comm.world)
         self.model = model or toy_model(init_std=0.2)
         self.micro = micro or math.gcd(2, BATCH // comm.world)
@@ -69,7 +71,8 @@ class Job:
         return Engine(
             config=self.config, model=self.model,
             spread=LayoutConfig(
-                tensor=layout.tensor, pipeline=layout.pipeline, zero=layout.zero
+                tensor=layout.tensor, pipeline=layout.pipeline, zero=layout.zero,
+                sequence_parallel=self.sequence and layout.tensor > 1,
             ),
             placement=Placement(catalog, layout, group_keys(catalog, self.rules)),
             rules=self.rules, optimizer_step=self.optimizer_step, comm=self.comm,
