@@ -254,13 +254,16 @@ class Placement:
         if wanted is None:
             return
         meet = (data,) if data is not None else self._data_ranks(tensor, wanted, local, stage)
-        for data_rank in meet:
+        parts: list[Box] = []
+        for number, data_rank in enumerate(meet):
             at = Coordinates(pipe=stage, data=data_rank, tensor=tensor_rank)
             rank = self.layout.rank(pipe=stage, data=data_rank, tensor=tensor_rank)
-            for shard in self._shards_of(tensor, at):
-                common = shard.box.intersect(wanted)
-                if common is not None:
-                    yield rank, common
+            # Without ZeRO all data ranks hold the same, of which there may be hundreds.
+            if number == 0 or self.layout.zero > 0:
+                shards = (shard.box.intersect(wanted) for shard in self._shards_of(tensor, at))
+                parts = [common for common in shards if common is not None]
+            for part in parts:
+                yield rank, part
 
     def _data_ranks(
         self, tensor: LogicalTensor, wanted: Box, local: Local, stage: int

@@ -107,15 +107,20 @@ def plan_sends(
             for c, copy in enumerate(state_map.copies(tensor, slot)):
                 feeds.setdefault(copy.source, []).append(((t, s, c), tensor.name, slot, copy))
     for shard in source.shards(rank):
+        served: dict[int, bool] = {}  # whether it is this rank that a receiver gets it from
         for index, name, slot, copy in feeds.get(shard.tensor, ()):
             given = copy.from_source(shard.box)
             if given is None:
                 continue
             for receiver, box in target.holders(name, copy.target_hull(given)):
-                stage, data, tensor_rank = source.chosen(
-                    shard.tensor, tensor_rank=at.tensor, reader=receiver
-                )
-                if (stage, tensor_rank) != (at.pipe, at.tensor) or data not in (None, at.data):
+                if receiver not in served:
+                    stage, data, tensor_rank = source.chosen(
+                        shard.tensor, tensor_rank=at.tensor, reader=receiver
+                    )
+                    served[receiver] = (stage, tensor_rank) == (at.pipe, at.tensor) and (
+                        data in (None, at.data)
+                    )
+                if not served[receiver]:
                     continue
                 landed = copy.from_target(box)
                 part = landed.intersect(given) if landed else None

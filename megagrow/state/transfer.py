@@ -233,10 +233,14 @@ def _piece(old: Reader, move: Move) -> torch.Tensor:
 
 def _land(move: Move, piece: torch.Tensor, new: Writer, seed: int) -> None:
     memory = new.view(move.tensor, move.slot.name, move.target_box)[move.target_index()]
-    memory.copy_(piece)
-    # Scaled where it lands, in the precision it is kept in: the same product in every layout.
-    if move.copy.coefficient != 1.0:
-        memory.mul_(move.copy.coefficient)
+    scale = move.copy.coefficient
+    # Scaled in the precision it is kept in: the same product in every layout.
+    if scale != 1.0 and piece.dtype == memory.dtype and piece.device == memory.device:
+        torch.mul(piece, scale, out=memory)
+    else:
+        memory.copy_(piece)
+        if scale != 1.0:
+            memory.mul_(scale)
     noise = move.copy.noise
     if noise is not None:
         for box in split_box(move.part, _NOISE_ELEMENTS):

@@ -4,6 +4,7 @@ import gc
 
 import numpy as np
 import pytest
+from jobs import main, write_config
 from ranks import run_ranks
 
 from megagrow.bench.memory import tensor_bytes
@@ -195,3 +196,15 @@ def test_amounts_of_memory(text, size):
 def test_what_is_no_amount_of_memory(text):
     with pytest.raises(ConfigError, match="--memory"):
         read_memory(text)
+
+
+def test_the_command_ends_with_status_1_where_it_does_not_fit(tmp_path):
+    mapping = config(stages=[{"until": {"steps": 5}}]).model_dump(by_alias=True, mode="json")
+    path = write_config(tmp_path / "run.yaml", mapping)
+    fits = main(["--config", path, "--dry-run", "--world", "2", "--memory", "1GB"])
+    assert fits.status == 0 and "fits into 1 GB (--memory)" in fits.out
+    small = main(["--config", path, "--dry-run", "--world", "2", "--memory", "10kB"])
+    assert small.status == 1 and "stage 0" in small.out
+    assert "stages[0]: does not fit" in small.err and "mend:" in small.err
+    wrong = main(["--config", path, "--memory", "1GB"])
+    assert wrong.status == 1 and "--dry-run" in wrong.err
