@@ -78,6 +78,12 @@ def run(options: argparse.Namespace) -> None:
         if _is_first():
             print(fits)
         return
+    if options.memory is not None:
+        raise ConfigError(
+            "--memory: only for --dry-run",
+            found=f"--memory {options.memory}",
+            mend="add --dry-run, or leave --memory out",
+        )
     data = open_dataset(config.data.path, config.data.tokenizer)
     config = with_vocabulary(config, data.vocab_size)
     plan = plan_run(config, world=world, vocabulary=data.vocab_size)
