@@ -7,7 +7,6 @@ import contextlib
 import io
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from megagrow.errors import ConfigError, MegagrowError
@@ -89,14 +88,11 @@ def run(options: argparse.Namespace) -> None:
     plan = plan_run(config, world=world, vocabulary=data.vocab_size)
 
     # DeepSpeed takes seconds to import: not before everything that can be refused has been.
-    # What DeepSpeed calls by an old name is not the user's to mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from megagrow.engine import comm
     from megagrow.train.loop import Trainer
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed tells what it has built
-            ranks = comm.start()
+        ranks = comm.start()
         Trainer(config=config, plan=plan, data=data, comm=ranks, resume=options.resume).run()
     finally:
         comm.stop()
