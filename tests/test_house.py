@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "megagrow"
 # A room may import its own floor and those below.
 FLOORS = [
     {"errors"},
-    {"config", "layout"},
+    {"config", "layout", "cluster"},
     {"state", "growth", "schedule", "data", "model", "ops"},
     {"engine", "checkpoint", "report"},
     {"train"},
@@ -45,6 +45,9 @@ def test_imports_point_down(path):
         for name in found:
             message = f"{room} imports {name}, but plans by arithmetic alone"
             assert not name.startswith(("deepspeed", "torch.distributed")), message
+    if room == "cluster":
+        for name in found:
+            assert not name.startswith(("deepspeed", "torch")), f"{room} imports {name}"
 
 
 def test_every_room_has_its_floor():
