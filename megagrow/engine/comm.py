@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import socket
 import warnings
@@ -124,6 +126,7 @@ def start() -> Comm:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if _on_gpu() else "gloo"
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    _settle_imports()
     return Comm()
 
 
@@ -131,6 +134,17 @@ def stop() -> None:
     """Leave the job."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _settle_imports() -> None:
+    """Keep the half million objects of the imported libraries out of garbage collections.
+
+    Each growth needs one, to let go of DeepSpeed's old engine, and it would take a second.
+    """
+    # The first engine would import this, and PyTorch's compiler with it.
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    gc.collect()
+    gc.freeze()
 
 
 def _on_gpu() -> bool:

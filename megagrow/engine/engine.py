@@ -24,6 +24,7 @@ from megagrow.engine.groups import Groups, ModelParallelUnit
 from megagrow.engine.loss_scale import LossScale, get_loss_scale, set_loss_scale
 from megagrow.engine.optimizer import BlockAdamW
 from megagrow.engine.pipeline import PipelinedModel
+from megagrow.engine.start import lean_start, poison
 from megagrow.engine.state import LiveState, live_state
 from megagrow.growth.rules import GroupKey, OptimizerRules
 from megagrow.model.parallel import TensorParallel
@@ -126,9 +127,8 @@ class Engine:
                 module = Transformer(self.model, parallel)
         module.to(_DTYPES[config.precision.dtype])
         parameters = named_tensors(module)
+        poison(parameters.values(), shared=self.layout.zero > 0)
         for name, parameter in parameters.items():
-            # Whatever a transfer forgets to write stays NaN and stops the run at once.
-            parameter.data.fill_(torch.nan)
             if self.placement.is_split(self.placement.catalog[name]):
                 # So DeepSpeed knows that each rank's part counts in the gradient norm.
                 parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
@@ -142,18 +142,19 @@ class Engine:
         # DeepSpeed remembers the last engine's groups; a layout of data alone must not see them.
         deepspeed.utils.groups.mpu = None
         plain = self.layout.tensor == 1 or self.layout.pipeline > 1
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=self._optimizer,
-            config=deepspeed_config(
-                config,
-                self.layout,
-                parameters=numel,
-                sequence_parallel=parallel.splits_sequence,
-            ),
-            mpu=None if plain else ModelParallelUnit(groups),
-            dist_init_required=False,
-        )
+        with lean_start():
+            engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=self._optimizer,
+                config=deepspeed_config(
+                    config,
+                    self.layout,
+                    parameters=numel,
+                    sequence_parallel=parallel.splits_sequence,
+                ),
+                mpu=None if plain else ModelParallelUnit(groups),
+                dist_init_required=False,
+            )
         return engine
 
     def publish(self) -> None:

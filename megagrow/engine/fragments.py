@@ -15,16 +15,20 @@ DeepSpeed 0.19.8; its classes and what they keep:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
+
+_PUBLISH_BYTES = 16 * 2**20  # in one message; what a GPU's or gloo's own buffers grow with
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,70 @@ def publish(engine: Any) -> None:
         if persistent:
             persistent[0].partition(persistent, has_been_updated=False)
             persistent[0].all_gather(persistent)
-    elif isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
-        # Each rank writes its range of the model's parameters, and all gather the rest.
-        optimizer.update_lp_params()
+    elif isinstance(optimizer, BF16_Optimizer):
+        _publish_partitions(
+            optimizer.fp32_groups_flat_partition,
+            optimizer.bf16_partitioned_groups,
+            optimizer.real_dp_process_group,
+        )
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        _publish_partitions(
+            optimizer.single_partition_of_fp32_groups,
+            optimizer.parallel_partitioned_bit16_groups,
+            optimizer.real_dp_process_group,
+        )
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
         for low, high in _unfused_pairs(optimizer):
             low.data.copy_(high.data)
+
+
+def _publish_partitions(
+    masters: Sequence[torch.Tensor],
+    partitions: Sequence[Sequence[torch.Tensor]],
+    groups: Sequence[dist.ProcessGroup],
+) -> None:
+    """Each rank writes its range of the model's parameters and passes it to all others.
+
+    DeepSpeed's `update_lp_params` gathers a whole group in one collective, for which gloo
+    needs a second copy of all parameters.  Here parts of bounded size go from memory to
+    memory, without any copy.
+
+    Args:
+        masters: by parameter group, this rank's fp32 partition.
+        partitions: by parameter group, the partitions of all data ranks, which lie end to end
+            in the memory of the model's parameters.
+        groups: by parameter group, the data ranks.
+    """
+    for master, parts, group in zip(masters, partitions, groups, strict=True):
+        mine, size = dist.get_rank(group), dist.get_world_size(group)
+        parts[mine].data.copy_(master.data)
+        step = max(1, _PUBLISH_BYTES // parts[mine].element_size())
+        # As in a transfer: every pair meets once, and none waits in a ring.
+        for distance in range(1, size):
+            to, source = (mine + distance) % size, (mine - distance) % size
+            _exchange(parts[mine].data, to, parts[source].data, source, group=group, step=step)
+
+
+def _exchange(
+    send: torch.Tensor,
+    to: int,
+    receive: torch.Tensor,
+    source: int,
+    *,
+    group: dist.ProcessGroup,
+    step: int,
+) -> None:
+    """Send a flat tensor and receive another, `step` elements at a time; ranks of the group."""
+    to, source = dist.get_global_rank(group, to), dist.get_global_rank(group, source)
+    pieces = zip_longest(send.split(step), receive.split(step))
+    for out, room in pieces:
+        operations = []
+        if out is not None:
+            operations.append(dist.P2POp(dist.isend, out, to, group))
+        if room is not None:
+            operations.append(dist.P2POp(dist.irecv, room, source, group))
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
 
 
 def _mapped_fragments(
@@ -104,7 +166,7 @@ def _mapped_fragments(
 
 def _stage3_fragment(optimizer: Any, parameter: Any) -> Fragment:
     group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    rank = parameter.ds_tensor.ds_numel * torch.distributed.get_rank(parameter.ds_process_group)
+    rank = parameter.ds_tensor.ds_numel * dist.get_rank(parameter.ds_process_group)
     return Fragment(rank, optimizer.fp32_partitioned_groups_flat[group], offset, length)
 
 

@@ -42,8 +42,9 @@ class Job:
     """One rank of a training run."""
 
     def __init__(
-        self, comm, *, layout=None, model=None, micro=None, sequence=False, fresh=True, **optimizer
-    ):
+        self, comm, *, layout=None, model=None, micro=None, sequence=False, fresh=True,
+        precision=None, **optimizer,
+    ):  # fmt: skip
         self.comm, self.sequence = comm, sequence
         layout = layout or Layout(data=comm.world)
         self.model = model or toy_model(init_std=0.2)
@@ -53,6 +54,7 @@ class Job:
             data={"path": "unused"},
             batch={"global": BATCH, "micro": self.micro},
             stages=[{"until": {"steps": 1}}],
+            precision=precision or {},
             optimizer={"grad_clip": 1.0, "eps": 1e-6} | optimizer,
         )
         self.rules, self.step, self.optimizer_step = OptimizerRules(), 0, 0

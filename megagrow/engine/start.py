@@ -1,0 +1,75 @@
+"""A DeepSpeed engine started for a state that is yet to come.
+
+DeepSpeed expects a model with values: it sends rank 0's parameters to all ranks and flattens
+them into memory of its own.  Ours come by a transfer afterwards, so until then the parameters
+share a little memory, nothing is sent, and no second copy of the model ever lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
+
+
+def poison(parameters: Iterable[nn.Parameter], *, shared: bool) -> None:
+    """Make parameters NaN: whatever a transfer forgets to write stops the run at once.
+
+    Args:
+        parameters: of one dtype and device.
+        shared: whether they may lie in the same memory, as large as the largest of them,
+            because DeepSpeed will lay each into memory of its own.
+    """
+    every = list(parameters)
+    if not shared:
+        for parameter in every:
+            parameter.data.fill_(torch.nan)
+        return
+    first = every[0]
+    memory = first.data.new_full((max(p.numel() for p in every),), torch.nan)
+    for parameter in every:
+        parameter.data = memory[: parameter.numel()].view(parameter.shape)
+
+
+@contextlib.contextmanager
+def lean_start() -> Iterator[None]:
+    """Engines made inside send no parameters, make no gradients for show, and are silent."""
+
+    def partition(init: Any, parameter: Any) -> None:
+        init._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+
+    original = DeepSpeedZeroOptimizer.initialize_optimizer_states
+
+    def make_gradients(optimizer: Any) -> None:
+        # Without offload they are made, and dropped at once.
+        if optimizer.cpu_offload:
+            original(optimizer)
+
+    with contextlib.ExitStack() as replaced:
+        for owner, name, value in (
+            (DeepSpeedEngine, "_broadcast_model", lambda engine: None),
+            (Init, "_zero_init_param", partition),
+            (DeepSpeedZeroOptimizer, "initialize_optimizer_states", make_gradients),
+            # It prints, and collects garbage before, twice for each parameter group.
+            (bf16_optimizer, "see_memory_usage", lambda message, force=False: None),
+        ):
+            replaced.enter_context(_replaced(owner, name, value))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

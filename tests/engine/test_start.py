@@ -1,0 +1,116 @@
+"""An engine that waits for its state: what it holds, what it says, and what it sends."""
+
+import contextlib
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+from plays import Job, data_layouts, model_layouts
+from ranks import run_ranks
+from toys import toy_model
+from torch import nn
+
+from megagrow.bench.memory import PeakMemory, resident_bytes
+from megagrow.engine import fragments
+from megagrow.engine.start import poison
+from megagrow.layout import Layout
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_poison_shares_the_memory_of_the_largest_parameter(shared):
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((3, 5), (7,), (2, 2, 4))]
+    shapes = [parameter.shape for parameter in parameters]
+    poison(parameters, shared=shared)
+    assert [parameter.shape for parameter in parameters] == shapes
+    assert all(p.isnan().all() and p.is_contiguous() for p in parameters)
+    memories = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
+    assert sum(memories.values()) == (4 * 16 if shared else 4 * (15 + 7 + 16))
+
+
+def _start(comm, dtype):
+    """What a layout's engine prints, and which parameters share memory once it is there."""
+    said, overlaps = io.StringIO(), []
+    for layout in data_layouts(comm.world) + model_layouts(comm.world):
+        with contextlib.redirect_stdout(said):
+            job = Job(comm, layout=layout, fresh=False, precision={"dtype": dtype})
+        if layout.zero < 3:
+            spans = sorted(
+                (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size())
+                for p in job.engine._deepspeed.module.parameters()
+            )
+            overlaps += [a for a, b in zip(spans, spans[1:], strict=False) if a[1] > b[0]]
+        job.load(seed=1)
+        assert torch.isfinite(torch.tensor(job.evaluate())), layout
+    return said.getvalue(), overlaps
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_parameter_gets_memory_of_its_own_without_a_word(dtype):
+    for said, overlaps in run_ranks(2, _start, dtype):
+        assert said == "" and overlaps == []
+
+
+def _publish(comm, dtype, size):
+    """The model's parameters after a publish in messages of `size` bytes, and DeepSpeed's own."""
+    fragments._PUBLISH_BYTES = size
+    found = []
+    for zero in (1, 2):
+        job = Job(
+            comm, layout=Layout(data=comm.world, zero=zero), fresh=False,
+            precision={"dtype": dtype},
+        )  # fmt: skip
+        job.load(seed=zero)
+        engine = job.engine._deepspeed
+        ours = [p.detach().clone() for p in engine.module.parameters()]
+        for parameter in engine.module.parameters():
+            parameter.data.fill_(torch.nan)
+        engine.optimizer.update_lp_params()
+        theirs = list(engine.module.parameters())
+        found.append(all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)))
+        assert not any(p.isnan().any() for p in ours)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("world", "size"), [(2, 4), (3, 100), (3, 1 << 20)])
+def test_publish_writes_what_deepspeeds_own_gather_writes(world, dtype, size):
+    assert run_ranks(world, _publish, dtype, size) == [[True, True]] * world
+
+
+_WIDE = {"layers": 1, "hidden": 512, "heads": 8, "ffn": 8192, "vocab": 16384, "sequence": 8}
+
+
+def _grow_wide(comm):
+    """Bytes beyond those that remain: while an engine of 18 M parameters starts and publishes."""
+    model = toy_model(**_WIDE)
+    before = resident_bytes()
+    with PeakMemory() as peak:
+        job = Job(comm, layout=Layout(data=comm.world, zero=1), model=model, fresh=False)
+        job.engine.publish()
+    return peak.bytes - resident_bytes(), resident_bytes() - before
+
+
+def test_no_second_copy_of_the_model_at_the_start():
+    for above, held in run_ranks(2, _grow_wide):
+        assert held > 64 * 2**20
+        # The copy itself has 66 MiB.
+        assert above < 40 * 2**20, (above, held)
+
+
+def _broadcasts(comm):
+    """Bytes that collectives of PyTorch broadcast while an engine starts."""
+    sent, original = [], dist.broadcast
+
+    def count(tensor, *args, **options):
+        sent.append(tensor.numel() * tensor.element_size())
+        return original(tensor, *args, **options)
+
+    dist.broadcast = count
+    for layout in data_layouts(comm.world):
+        Job(comm, layout=layout, fresh=False)
+    return sum(sent)
+
+
+def test_no_parameters_are_sent_before_there_are_any():
+    assert run_ranks(2, _broadcasts) == [0, 0]
