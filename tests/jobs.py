@@ -168,7 +168,10 @@ def trajectory(lines):
 
 def growths(lines):
     """The same of its growths."""
-    timeless = {"seconds", "time", "layout", "peak_staging_bytes", "bytes_between_ranks"}
+    timeless = {
+        "seconds", "time", "layout", "peak_staging_bytes", "bytes_between_ranks",
+        "bytes_between_ranks_least",
+    }  # fmt: skip
     return [
         {k: v for k, v in line.items() if k not in timeless} for line in events(lines, "growth")
     ]

@@ -255,11 +255,10 @@ def bytes_moved(plan: RunPlan, index: int, *, ranks: Sequence[int]) -> tuple[int
     """Bytes of state that the growth into a stage copies to some ranks.
 
     Returns:
-        (all that is copied, what of it comes from another rank).
+        (all that is copied, what travels between ranks for it).
     """
     counts = moves(plan, index, ranks=ranks).values()
-    foreign = sum(count.foreign for count in counts)
-    return sum(count.local for count in counts) + foreign, foreign
+    return sum(c.local + c.foreign for c in counts), sum(c.crossed for c in counts)
 
 
 def moves(plan: RunPlan, index: int, *, ranks: Iterable[int]) -> dict[int, Received]:
@@ -280,11 +279,11 @@ def _moves_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     counts = moves(plan, index, ranks=ranks)
     exact = len(counts) == world
     scale = world / len(counts)
-    foreign = sum(count.foreign for count in counts.values()) * scale
-    copied = sum(count.local for count in counts.values()) * scale + foreign
+    crossed = sum(count.crossed for count in counts.values()) * scale
+    copied = sum(count.local + count.foreign for count in counts.values()) * scale
     about = "" if exact else f", from a sample of {len(counts)} ranks"
     lines = [
-        f"  moves       {human(copied, 'B')} in all, {human(foreign, 'B')} of it between ranks; "
+        f"  moves       {human(copied, 'B')} in all, {human(crossed, 'B')} between ranks; "
         f"staging at most {staging} a rank{about}"
     ]
     sent = {rank: sum(count.by_holder.get(rank, 0) for count in counts.values()) for rank in counts}

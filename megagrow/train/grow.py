@@ -9,9 +9,10 @@ from megagrow.config import Config
 from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
 from megagrow.engine.loss_scale import LossScale
+from megagrow.schedule.cost import received
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.statemap import FreshStart, Identity, StateMap
-from megagrow.state.transfer import transfer_between_ranks
+from megagrow.state.transfer import TransferReport, transfer_between_ranks
 from megagrow.train.plan import Stage
 from megagrow.train.state import RunState
 
@@ -23,13 +24,17 @@ class GrowthReport:
     Attributes:
         seconds: from the old engine's end to the new one's readiness, the slowest rank.
         bytes_moved: bytes of new state that were copied from old state.
-        bytes_between_ranks: those of them that crossed from one rank to another.
+        bytes_between_ranks: what travelled from one rank to another for them; a value that
+            lands on a rank several times travels once.
+        bytes_between_ranks_least: what must: every value that a rank needs and does not hold,
+            once.
         peak_staging_bytes: the largest staging memory of any rank.
     """
 
     seconds: float
     bytes_moved: int
     bytes_between_ranks: int
+    bytes_between_ranks_least: int
     peak_staging_bytes: int
 
 
@@ -75,21 +80,25 @@ def grow(
     engine.close()
     grown = start_engine(config=config, stage=stage, state=state, comm=comm, loss_scale=scale)
     state_map: StateMap = stage.growth or Identity(grown.placement.catalog)
-    written, crossed, staged = _transfer(state_map, engine, grown, config=config, comm=comm)
+    report = _transfer(state_map, engine, grown, config=config, comm=comm)
     grown.publish()
     seconds = max(comm.gather_floats(time.perf_counter() - begin))
+    needed = received(
+        state_map, engine.placement, grown.placement, slots=ADAM_SLOTS, rank=comm.rank
+    )
     return grown, GrowthReport(
         seconds=seconds,
-        bytes_moved=comm.sum_ints(written),
-        bytes_between_ranks=comm.sum_ints(crossed),
-        peak_staging_bytes=int(max(comm.gather_floats(staged))),
+        bytes_moved=comm.sum_ints(report.bytes_written),
+        bytes_between_ranks=comm.sum_ints(report.bytes_crossed),
+        bytes_between_ranks_least=comm.sum_ints(needed.least),
+        peak_staging_bytes=int(max(comm.gather_floats(report.peak_staging_bytes))),
     )
 
 
 def _transfer(
     state_map: StateMap, old: Engine, new: Engine, *, config: Config, comm: Comm
-) -> tuple[int, int, int]:
-    report = transfer_between_ranks(
+) -> TransferReport:
+    return transfer_between_ranks(
         state_map=state_map,
         old=old.state,
         old_placement=old.placement,
@@ -101,4 +110,3 @@ def _transfer(
         staging_bytes=int(config.growth.staging_mib * 2**20),
         device=comm.device,
     )
-    return report.bytes_written, report.bytes_received, report.peak_staging_bytes

@@ -2,16 +2,17 @@
 
 import contextlib
 import io
+import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from plays import Job, data_layouts, model_layouts
 from ranks import run_ranks
-from toys import toy_model
 from torch import nn
 
-from megagrow.bench.memory import PeakMemory, resident_bytes
 from megagrow.engine import fragments
 from megagrow.engine.start import poison
 from megagrow.layout import Layout
@@ -39,7 +40,7 @@ def _start(comm, dtype):
                 (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size())
                 for p in job.engine._deepspeed.module.parameters()
             )
-            overlaps += [a for a, b in zip(spans, spans[1:], strict=False) if a[1] > b[0]]
+            overlaps += [a for a, b in itertools.pairwise(spans) if a[1] > b[0]]
         job.load(seed=1)
         assert torch.isfinite(torch.tensor(job.evaluate())), layout
     return said.getvalue(), overlaps
@@ -78,24 +79,36 @@ def test_publish_writes_what_deepspeeds_own_gather_writes(world, dtype, size):
     assert run_ranks(world, _publish, dtype, size) == [[True, True]] * world
 
 
-_WIDE = {"layers": 1, "hidden": 512, "heads": 8, "ffn": 8192, "vocab": 16384, "sequence": 8}
+def _flattened(comm):
+    """Bytes that parameters lie in when DeepSpeed copies them, and those of the largest."""
+    found = []
 
+    def watched(original):
+        def flatten(optimizer, tensors, *args, **options):
+            memories = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+            found.append(sum(memory.nbytes() for memory in memories.values()))
+            return original(optimizer, tensors, *args, **options)
 
-def _grow_wide(comm):
-    """Bytes beyond those that remain: while an engine of 18 M parameters starts and publishes."""
-    model = toy_model(**_WIDE)
-    before = resident_bytes()
-    with PeakMemory() as peak:
-        job = Job(comm, layout=Layout(data=comm.world, zero=1), model=model, fresh=False)
-        job.engine.publish()
-    return peak.bytes - resident_bytes(), resident_bytes() - before
+        return flatten
+
+    for kind, name in (
+        (DeepSpeedZeroOptimizer, "flatten_dense_tensors_aligned"),
+        (BF16_Optimizer, "_flatten_dense_tensors_aligned"),
+    ):
+        setattr(kind, name, watched(getattr(kind, name)))
+    largest = 0
+    for zero, dtype in ((1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")):
+        layout = Layout(data=comm.world, zero=zero)
+        job = Job(comm, layout=layout, fresh=False, precision={"dtype": dtype})
+        sizes = [p.numel() * 4 for p in job.engine._deepspeed.module.parameters()]
+        largest = max(largest, *sizes)
+        assert sum(sizes) > 3 * largest
+    return found, largest
 
 
 def test_no_second_copy_of_the_model_at_the_start():
-    for above, held in run_ranks(2, _grow_wide):
-        assert held > 64 * 2**20
-        # The copy itself has 66 MiB.
-        assert above < 40 * 2**20, (above, held)
+    for found, largest in run_ranks(2, _flattened):
+        assert len(found) >= 4 and max(found) <= largest
 
 
 def _broadcasts(comm):

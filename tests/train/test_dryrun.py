@@ -38,7 +38,7 @@ def test_it_tells_what_the_run_then_does(tmp_path, dataset):
     for index, growth in enumerate(growths, start=1):
         told = bytes_moved(plan, index, ranks=range(2))
         assert told == (growth["bytes_moved"], growth["bytes_between_ranks"])
-    moved = re.findall(r"moves +([\d.]+ k?B) in all, ([\d.]+ k?B) of it between ranks", dry.out)
+    moved = re.findall(r"moves +([\d.]+ k?B) in all, ([\d.]+ k?B) between ranks", dry.out)
     assert len(moved) == 2
 
 
