@@ -43,6 +43,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="sizes of the grown model instead of a factor: hidden=512 layers=12")  # fmt: skip
     add("--state-policy", metavar="P", help="what becomes of optimizer state (the first listed)")
     add("--rewarm", type=int, metavar="STEPS", help="steps of re-warming (the policy's own)")
+    add("--ramp", type=int, metavar="STEPS", help="steps to let new units in (the operator's own)")
     add("--mup", action="store_true", help="divide matrices' rates by the growth of their inputs")
     add("--dry-run", action="store_true", help="check and print sizes; write nothing")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -95,6 +96,7 @@ def grow_section(options: argparse.Namespace) -> Any:
         "target": None if options.sizes is None else dict(map(_size, options.sizes)),
         "state_policy": options.state_policy,
         "rewarm": options.rewarm,
+        "ramp": options.ramp,
         "mup": options.mup,
     }
     try:

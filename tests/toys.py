@@ -13,6 +13,7 @@ from megagrow.growth.growth import grown_model, make_growth
 from megagrow.growth.registry import OPERATORS
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
+from megagrow.model.ramping import ramp_in
 from megagrow.model.transformer import Transformer, named_tensors
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.memory import MemoryState
@@ -39,13 +40,16 @@ def toy_models():
 
 
 def growths(*, policies=True, keeps=None):
-    """Every registered operator, with its policies (or the first alone), and factors 2 and 3."""
+    """Every registered operator, with its policies (or the first alone), and factors.
+
+    Factor 4 comes with the first policy only.
+    """
     return [
         (operator.name, policy, factor)
         for operator in OPERATORS.values()
         if keeps is None or operator.keeps == keeps
         for policy in (operator.policies if policies else operator.policies[:1])
-        for factor in (2, 3)
+        for factor in ((2, 3, 4) if policy == operator.policies[0] else (2, 3))
     ]
 
 
@@ -64,13 +68,18 @@ def random_state(catalog, *, seed, dtype=torch.float64):
     return state
 
 
-def build(model, state):
-    """The module of a model with the parameters of a whole state, in the state's precision."""
+def build(model, state, ramp=None, progress=0.0):
+    """The module of a model with the parameters of a whole state, in the state's precision.
+
+    With a ramp it stands as far in it as `progress` says.
+    """
     dtype = next(iter(state.tensors.values())).dtype
     module = Transformer(model).to(dtype)
     with torch.no_grad():
         for name, parameter in named_tensors(module).items():
             parameter.copy_(state.tensors[name, "master"])
+    if ramp is not None:
+        ramp_in(module, model, ramp.old).set(progress)
     return module
 
 

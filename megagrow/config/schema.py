@@ -224,7 +224,8 @@ class GrowConfig(Section):
     `state_policy: null` takes the operator's default.  `rewarm` is the number
     of steps over which the learning rate climbs back after the growth; null
     takes the policy's default.  `mup: true` divides the learning rate of matrices by the growth
-    of their inputs.
+    of their inputs.  `ramp` is the number of steps over which `width_random` lets its new units
+    in; null takes the operator's default.
     """
 
     operator: str
@@ -232,6 +233,7 @@ class GrowConfig(Section):
     target: GrowTarget | None = None
     state_policy: str | None = None
     rewarm: Annotated[int, Field(ge=0)] | None = None
+    ramp: Positive | None = None
     mup: bool = False
 
     @model_validator(mode="before")

@@ -26,8 +26,10 @@ from megagrow.engine.optimizer import BlockAdamW
 from megagrow.engine.pipeline import PipelinedModel
 from megagrow.engine.start import lean_start, poison
 from megagrow.engine.state import LiveState, live_state
+from megagrow.growth.ramp import Ramp
 from megagrow.growth.rules import GroupKey, OptimizerRules
 from megagrow.model.parallel import TensorParallel
+from megagrow.model.ramping import Masks, ramp_in
 from megagrow.model.transformer import Transformer, named_tensors
 from megagrow.schedule.batch import accumulation
 from megagrow.state.placement import Placement
@@ -63,6 +65,7 @@ class Engine:
         placement: who holds what.
         rules: what earlier growths left to the optimizer.
         optimizer_step: the step count that the optimizer goes on from.
+        ramp: of new units that are on their way in; then `set_progress` says how far they are.
         loss_scale: of the engine before, for fp16.
         comm: the processes.
 
@@ -79,6 +82,7 @@ class Engine:
         placement: Placement,
         rules: OptimizerRules,
         optimizer_step: int,
+        ramp: Ramp | None = None,
         loss_scale: LossScale | None = None,
         comm: Comm,
     ) -> None:
@@ -89,7 +93,7 @@ class Engine:
         groups = comm.groups(layout)
         parallel = groups.tensor_parallel(sequence=spread.sequence_parallel)
 
-        module, parameters = self._build_module(config, groups, parallel)
+        module, parameters = self._build_module(config, groups, parallel, ramp)
         self._optimizer = BlockAdamW(
             _parameter_groups(config, placement, self.coordinates.pipe, parameters, module),
             betas=config.optimizer.betas,
@@ -114,7 +118,7 @@ class Engine:
         set_loss_scale(self._deepspeed, loss_scale or {})
 
     def _build_module(
-        self, config: Config, groups: Groups, parallel: TensorParallel
+        self, config: Config, groups: Groups, parallel: TensorParallel, ramp: Ramp | None
     ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         """This rank's part of the model, not initialised, and its parameters by logical name."""
         module: nn.Module
@@ -128,6 +132,9 @@ class Engine:
         module.to(_DTYPES[config.precision.dtype])
         parameters = named_tensors(module)
         poison(parameters.values(), shared=self.layout.zero > 0)
+        self._masks: Masks | None = None
+        if ramp is not None:
+            self._masks = ramp_in(module, self.model, ramp.old, parallel=parallel)
         for name, parameter in parameters.items():
             if self.placement.is_split(self.placement.catalog[name]):
                 # So DeepSpeed knows that each rank's part counts in the gradient norm.
@@ -160,6 +167,11 @@ class Engine:
     def publish(self) -> None:
         """Bring the parameters that the model computes with up to date with `state`."""
         publish(self._deepspeed)
+
+    def set_progress(self, progress: float) -> None:
+        """Say what new units count from now on, under a ramp: from 0 to 1."""
+        if self._masks is not None:
+            self._masks.set(progress)
 
     @property
     def loss_scale(self) -> LossScale:

@@ -22,6 +22,7 @@ from megagrow.config import ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.operator import (
     Block,
+    Operator,
     growth_factor,
     repeated,
     require_same,
@@ -34,17 +35,9 @@ from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.state.statemap import AxisMap, Fill
 
 
-@dataclass(frozen=True)
-class HeadDim:
+@dataclass(frozen=True, kw_only=True)
+class HeadDim(Operator):
     """Wider heads."""
-
-    name: str = "head_dim"
-    summary: str = "wider heads: old features at the same rotary frequencies, new ones silent"
-    keeps: str = "loss"
-    breaker: str = "new query features and output columns start at 0, their partners do not"
-    source: str = "derived here for RoPE and the softmax scale"
-    policies: tuple[str, ...] = ("kept", "sparkling", "reset")
-    sizes: tuple[str, ...] = ("head_dim",)
 
     def target(self, model: ModelConfig, factor: int) -> ModelConfig:
         """Head width times the factor; hidden and heads stay."""
@@ -78,22 +71,21 @@ class HeadDim:
             *(block(i, 1.0, float(i == 0), shared) for i in range(k)),
         )
 
-    def fill(self, tensor: LogicalTensor) -> Fill:
-        """New query features start at 0."""
-        return "zeros"
+
+HEAD_DIM = HeadDim(
+    name="head_dim",
+    summary="wider heads: old features at the same rotary frequencies, new ones silent",
+    keeps="loss",
+    breaker="new query features and output columns start at 0, their partners do not",
+    source="derived here for RoPE and the softmax scale",
+    policies=("kept", "sparkling", "reset"),
+    sizes=("head_dim",),
+)
 
 
-@dataclass(frozen=True)
-class KeyValueGroups:
+@dataclass(frozen=True, kw_only=True)
+class KeyValueGroups(Operator):
     """More query heads to a key/value head, or more key/value heads for the query heads."""
-
-    name: str = "kv_groups"
-    summary: str = "query heads duplicated inside their group, or key/value heads split up"
-    keeps: str = "loss"
-    breaker: str = "split key/value heads serve other queries; duplicates need the state policy"
-    source: str = "grouped-query attention, Ainslie et al., arXiv 2305.13245; derived here"
-    policies: tuple[str, ...] = ("copy", "kept", "sparkling", "reset")
-    sizes: tuple[str, ...] = ("heads", "kv_heads")
 
     def target(self, model: ModelConfig, factor: int) -> ModelConfig:
         """Query heads times the factor; key/value heads stay."""
@@ -147,21 +139,20 @@ class KeyValueGroups:
         return "covered"
 
 
-@dataclass(frozen=True)
-class Vocabulary:
+KV_GROUPS = KeyValueGroups(
+    name="kv_groups",
+    summary="query heads duplicated inside their group, or key/value heads split up",
+    keeps="loss",
+    breaker="split key/value heads serve other queries; duplicates need the state policy",
+    source="grouped-query attention, Ainslie et al., arXiv 2305.13245; derived here",
+    policies=("copy", "kept", "sparkling", "reset"),
+    sizes=("heads", "kv_heads"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary(Operator):
     """More tokens: old rows stay, new ones are fresh."""
-
-    name: str = "vocab"
-    summary: str = "new token rows, fresh; the logits of the old tokens stay"
-    keeps: str = "old logits"
-    breaker: str = "no copies are made"
-    source: str = "the usual practice"
-    policies: tuple[str, ...] = ("kept", "sparkling", "copy", "reset")
-    sizes: tuple[str, ...] = ("vocab",)
-
-    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
-        """Vocabulary times the factor."""
-        return resized(model, {"vocab": model.vocabulary * factor})
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """The old rows; new tokens enter every softmax, so gradients are not stated."""
@@ -172,21 +163,20 @@ class Vocabulary:
         return "fresh"
 
 
-@dataclass(frozen=True)
-class Sequence:
+VOCAB = Vocabulary(
+    name="vocab",
+    summary="new token rows, fresh; the logits of the old tokens stay",
+    keeps="old logits",
+    breaker="no copies are made",
+    source="the usual practice",
+    policies=("kept", "sparkling", "copy", "reset"),
+    sizes=("vocab",),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence(Operator):
     """Longer samples: old learned positions stay, new ones are fresh; RoPE has none to learn."""
-
-    name: str = "sequence"
-    summary: str = "longer samples: old positions stay, new ones fresh (RoPE: none to make)"
-    keeps: str = "loss"
-    breaker: str = "no copies are made"
-    source: str = "CompoundGrow, arXiv 2010.12562 (sequence length as a growth axis)"
-    policies: tuple[str, ...] = ("kept", "sparkling", "copy", "reset")
-    sizes: tuple[str, ...] = ("sequence",)
-
-    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
-        """Sequence times the factor."""
-        return resized(model, {"sequence": model.sequence * factor})
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """The old rows; on samples of the old length nothing changes."""
@@ -195,6 +185,17 @@ class Sequence:
     def fill(self, tensor: LogicalTensor) -> Fill:
         """New positions as at the start of a run."""
         return "fresh"
+
+
+SEQUENCE = Sequence(
+    name="sequence",
+    summary="longer samples: old positions stay, new ones fresh (RoPE: none to make)",
+    keeps="loss",
+    breaker="no copies are made",
+    source="CompoundGrow, arXiv 2010.12562 (sequence length as a growth axis)",
+    policies=("kept", "sparkling", "copy", "reset"),
+    sizes=("sequence",),
+)
 
 
 def _rows_kept(

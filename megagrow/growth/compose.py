@@ -18,9 +18,9 @@ from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.state.statemap import AxisMap, Fill, compose
 
 
-@dataclass(frozen=True)
-class Composition:
-    """Operators one after the other.
+@dataclass(frozen=True, kw_only=True)
+class Composition(Operator):
+    """Operators one after the other (see `composed`).
 
     Attributes:
         parts: the operators, the first one first.
@@ -29,42 +29,6 @@ class Composition:
 
     parts: tuple[Operator, ...]
     catalogs: tuple[Catalog, ...]
-
-    @property
-    def name(self) -> str:
-        """Joined as in a configuration."""
-        return "+".join(part.name for part in self.parts)
-
-    @property
-    def summary(self) -> str:
-        """All of them."""
-        return ", then ".join(part.summary for part in self.parts)
-
-    @property
-    def keeps(self) -> str:
-        """What all of them keep."""
-        return max((part.keeps for part in self.parts), key=KEEPS.index)
-
-    @property
-    def breaker(self) -> str:
-        """All of them."""
-        return "; ".join(part.breaker for part in self.parts)
-
-    @property
-    def source(self) -> str:
-        """All of them."""
-        return "; ".join(part.source for part in self.parts)
-
-    @cached_property
-    def policies(self) -> Sequence[str]:
-        """Those of all parts, in the order of the first."""
-        first, *others = (part.policies for part in self.parts)
-        return tuple(name for name in first if all(name in other for other in others))
-
-    @property
-    def sizes(self) -> Sequence[str]:
-        """Those of all parts."""
-        return tuple(key for part in self.parts for key in part.sizes)
 
     def target(self, model: ModelConfig, factor: int) -> ModelConfig:
         """The factor for each."""
@@ -109,9 +73,9 @@ class Composition:
         found = []
         for block in outer:
             for inner in self._through(catalogs[last][block.source], last - 1, catalogs):
-                composed = _composed(block, inner, self)
-                if composed is not None:
-                    found.append(composed)
+                joined = _joined(block, inner, self)
+                if joined is not None:
+                    found.append(joined)
         return tuple(found)
 
     def _fills_of(self, tensor: LogicalTensor, last: int, catalogs: Sequence[Catalog]) -> set[Fill]:
@@ -135,7 +99,30 @@ class Composition:
         return fills
 
 
-def _composed(outer: Block, inner: Block, whole: Composition) -> Block | None:
+def composed(parts: Sequence[Operator], catalogs: Sequence[Catalog]) -> Composition:
+    """Several operators as one.
+
+    Args:
+        parts: the operators, the first one first.
+        catalogs: the catalog before each of them.
+    """
+    first, *others = (part.policies for part in parts)
+    return Composition(
+        name="+".join(part.name for part in parts),
+        summary=", then ".join(part.summary for part in parts),
+        keeps=max((part.keeps for part in parts), key=KEEPS.index),
+        breaker="; ".join(part.breaker for part in parts),
+        source="; ".join(part.source for part in parts),
+        policies=tuple(name for name in first if all(name in other for other in others)),
+        sizes=tuple(key for part in parts for key in part.sizes),
+        ramp=max(part.ramp for part in parts),
+        fitted=any(part.fitted for part in parts),
+        parts=tuple(parts),
+        catalogs=tuple(catalogs),
+    )
+
+
+def _joined(outer: Block, inner: Block, whole: Composition) -> Block | None:
     axes: list[AxisMap] = []
     for late, early in zip(outer.axes, inner.axes, strict=True):
         axis = compose(late, early)

@@ -22,40 +22,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megagrow.config import ModelConfig
-from megagrow.growth.operator import Block, resized, unchanged
+from megagrow.growth.operator import Block, Operator, unchanged
 from megagrow.state.catalog import Catalog, LogicalTensor
-from megagrow.state.statemap import Fill
 
 _LAYERS = "layers."
 _SIZES = ("layers",)
 _TO_STREAM = ("attention.out.", "mlp.down.")
 
 
-class _Deepening:
-    """What the operators of this file have in common."""
-
-    sizes = _SIZES
-
-    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
-        """Layers times the factor."""
-        return resized(model, {"layers": model.layers * factor})
-
-    def fill(self, tensor: LogicalTensor) -> Fill:
-        """Zero: only `depth_identity` leaves anything."""
-        return "zeros"
-
-
-@dataclass(frozen=True)
-class DepthStack(_Deepening):
+@dataclass(frozen=True, kw_only=True)
+class DepthStack(Operator):
     """Append copies of all layers; layer i of the grown model is layer i mod L of the old."""
-
-    name: str = "depth_stack"
-    summary: str = "copies of all layers appended, any factor"
-    keeps: str = "nothing"
-    breaker: str = "copies sit at different depths, so their gradients differ"
-    source: str = "Gong et al., ICML 2019; Du et al., arXiv 2405.15319"
-    policies: tuple[str, ...] = ("copy", "kept", "sparkling", "reset")
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """One block, the whole tensor, from the layer that is copied."""
@@ -67,16 +44,20 @@ class DepthStack(_Deepening):
         return (Block(source, unchanged(tensor, small[source]), new=layer >= depth),)
 
 
-@dataclass(frozen=True)
-class DepthInterleave(_Deepening):
-    """Repeat every layer; layer i of the grown model is layer i L / L' of the old."""
+DEPTH_STACK = DepthStack(
+    name="depth_stack",
+    summary="copies of all layers appended, any factor",
+    keeps="nothing",
+    breaker="copies sit at different depths, so their gradients differ",
+    source="Gong et al., ICML 2019; Du et al., arXiv 2405.15319",
+    policies=("copy", "kept", "sparkling", "reset"),
+    sizes=_SIZES,
+)
 
-    name: str = "depth_interleave"
-    summary: str = "every layer followed by its copies, any factor"
-    keeps: str = "nothing"
-    breaker: str = "copies sit at different depths, so their gradients differ"
-    source: str = "Shen et al., arXiv 2203.06211; Du et al., arXiv 2405.15319"
-    policies: tuple[str, ...] = ("copy", "kept", "sparkling", "reset")
+
+@dataclass(frozen=True, kw_only=True)
+class DepthInterleave(Operator):
+    """Repeat every layer; layer i of the grown model is layer i L / L' of the old."""
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """One block, the whole tensor, from the layer that is copied."""
@@ -84,16 +65,20 @@ class DepthInterleave(_Deepening):
         return (Block(source, unchanged(tensor, small[source]), new=new),)
 
 
-@dataclass(frozen=True)
-class DepthIdentity(_Deepening):
-    """Repeat every layer, with the output projections of the copies zero."""
+DEPTH_INTERLEAVE = DepthInterleave(
+    name="depth_interleave",
+    summary="every layer followed by its copies, any factor",
+    keeps="nothing",
+    breaker="copies sit at different depths, so their gradients differ",
+    source="Shen et al., arXiv 2203.06211; Du et al., arXiv 2405.15319",
+    policies=("copy", "kept", "sparkling", "reset"),
+    sizes=_SIZES,
+)
 
-    name: str = "depth_identity"
-    summary: str = "every layer followed by copies whose output projections are 0"
-    keeps: str = "loss"
-    breaker: str = "copies write nothing at first, so they are no twins of their source"
-    source: str = "LLaMA Pro, arXiv 2401.02415; identity layers of Shen et al., arXiv 2203.06211"
-    policies: tuple[str, ...] = ("kept", "sparkling", "reset")
+
+@dataclass(frozen=True, kw_only=True)
+class DepthIdentity(Operator):
+    """Repeat every layer, with the output projections of the copies zero."""
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """One block, the whole tensor.
@@ -107,6 +92,17 @@ class DepthIdentity(_Deepening):
         if layer_of(tensor.name)[1].startswith(_TO_STREAM):
             return (Block(source, axes, param=0.0, new=True),)
         return (Block(source, axes, grad=0.0, new=True),)
+
+
+DEPTH_IDENTITY = DepthIdentity(
+    name="depth_identity",
+    summary="every layer followed by copies whose output projections are 0",
+    keeps="loss",
+    breaker="copies write nothing at first, so they are no twins of their source",
+    source="LLaMA Pro, arXiv 2401.02415; identity layers of Shen et al., arXiv 2203.06211",
+    policies=("kept", "sparkling", "reset"),
+    sizes=_SIZES,
+)
 
 
 def _interleaved(tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:

@@ -9,10 +9,11 @@ from functools import cached_property
 
 from megagrow.config import GrowConfig, ModelConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.compose import Composition
+from megagrow.growth.compose import Composition, composed
 from megagrow.growth.operator import Block, Operator, resized
 from megagrow.growth.policy import StatePolicy
-from megagrow.growth.registry import find_operator, find_operators, find_policy
+from megagrow.growth.ramp import Ramp, make_ramp
+from megagrow.growth.registry import OPERATORS, find_operator, find_operators, find_policy
 from megagrow.growth.rules import Factors, OptimizerRules, Progression, YoungBlocks
 from megagrow.growth.width import reads
 from megagrow.model.catalog import build_catalog
@@ -31,6 +32,7 @@ class Growth:
         target: the catalog after.
         rewarm: steps of re-warming (see StatePolicy).
         mup: whether a matrix whose inputs grew k-fold learns at 1/k of the rate from now on.
+        ramp: how new units come in, counted from the growth; None: they are in at once.
     """
 
     operator: Operator
@@ -39,6 +41,7 @@ class Growth:
     target: Catalog
     rewarm: int
     mup: bool = False
+    ramp: Ramp | None = None
 
     def blocks(self, tensor: LogicalTensor) -> tuple[Block, ...]:
         """The operator's blocks of one target tensor."""
@@ -125,13 +128,14 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
         else:
             models.append(resized(models[-1], sizes))
     catalogs = [build_catalog(m) for m in models]
-    operator = parts[0] if len(parts) == 1 else Composition(parts, tuple(catalogs[:-1]))
+    operator = parts[0] if len(parts) == 1 else composed(parts, catalogs[:-1])
     growth = make_growth(
         operator=operator,
         policy=grow.state_policy,
         small=catalogs[0],
         target=catalogs[-1],
         rewarm=grow.rewarm,
+        ramp=grow.ramp,
     )
     if grow.mup and growth.policy.scale_rates:
         raise GrowthError(
@@ -148,8 +152,15 @@ def make_growth(
     small: Catalog,
     target: Catalog,
     rewarm: int | None = None,
+    ramp: int | None = None,
 ) -> Growth:
     """Look the operator and the policy up, and check that they fit each other and the models.
+
+    Args:
+        operator: itself, or its name.
+        policy: name of the state policy; None: the operator's first.
+        small, target: the catalogs before and after.
+        rewarm, ramp: steps, where they are not to be the policy's and the operator's own.
 
     Raises:
         GrowthError: unknown names, a policy that the operator does not support, or a target
@@ -171,7 +182,20 @@ def make_growth(
             mend=f"set grow.state_policy to {found.policies[0]}, or leave it out",
         )
     rule = find_policy(name)
-    growth = Growth(found, rule, small, target, rule.rewarm if rewarm is None else rewarm)
+    if ramp is not None and not found.ramp:
+        ramped = [operator.name for operator in OPERATORS.values() if operator.ramp]
+        raise GrowthError(
+            f"grow.ramp: the units of operator {found.name!r} are in at once",
+            mend=f"leave grow.ramp out, or set grow.operator to {' or '.join(ramped)}",
+        )
+    growth = Growth(
+        operator=found,
+        policy=rule,
+        small=small,
+        target=target,
+        rewarm=rule.rewarm if rewarm is None else rewarm,
+        ramp=make_ramp(small, target, steps=ramp or found.ramp) if found.ramp else None,
+    )
     if isinstance(found, Composition):
         found.check_fills(target)
     for tensor in target:

@@ -8,9 +8,8 @@ second (the slot law), so operators know nothing of optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from pydantic import ValidationError
 
@@ -54,47 +53,36 @@ class Block:
         return self.scaled(1.0).volume
 
 
-class Operator(Protocol):
-    """One way to grow a model; a frozen dataclass whose fields describe it."""
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """One way to grow a model: a description, and the blocks that a subclass answers with.
 
-    @property
-    def name(self) -> str:
-        """As written in a configuration."""
-        ...
+    Attributes:
+        name: as written in a configuration.
+        summary: one line on what it does.
+        keeps: what is the same right after the growth: one of `KEEPS`.
+        breaker: how exact copies come to differ (the symmetry law).
+        source: paper or report that it comes from.
+        policies: names of the state policies that make sense; the first is the default.
+        sizes: keys of the model's configuration that it can enlarge.
+        ramp: over how many steps its new units come in, unless told; 0: they are in at once.
+        fitted: whether its blocks are only where a fitting on data begins.
+    """
 
-    @property
-    def summary(self) -> str:
-        """One line on what it does."""
-        ...
-
-    @property
-    def keeps(self) -> str:
-        """What is the same right after the growth: one of `KEEPS`."""
-        ...
-
-    @property
-    def breaker(self) -> str:
-        """How exact copies come to differ (the symmetry law)."""
-        ...
-
-    @property
-    def source(self) -> str:
-        """Paper or report that it comes from."""
-        ...
-
-    @property
-    def policies(self) -> Sequence[str]:
-        """Names of the state policies that make sense; the first is the default."""
-        ...
-
-    @property
-    def sizes(self) -> Sequence[str]:
-        """Keys of the model's configuration that it can enlarge."""
-        ...
+    name: str
+    summary: str
+    keeps: str
+    breaker: str
+    source: str
+    policies: tuple[str, ...]
+    sizes: tuple[str, ...]
+    ramp: int = 0
+    fitted: bool = False
 
     def target(self, model: ModelConfig, factor: int) -> ModelConfig:
-        """The configuration of the model that a whole factor makes."""
-        ...
+        """The configuration of the model that a whole factor makes: its sizes, times that."""
+        fields = model.model_dump(by_alias=True)
+        return resized(model, {key: fields[key] * factor for key in self.sizes if fields[key]})
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """The blocks of one tensor of the grown model; they do not overlap.
@@ -102,11 +90,11 @@ class Operator(Protocol):
         Raises:
             GrowthError: the operator cannot reach this target.
         """
-        ...
+        raise NotImplementedError
 
     def fill(self, tensor: LogicalTensor) -> Fill:
         """What parameters that no block covers become."""
-        ...
+        return "zeros"
 
 
 # What an operator may keep, the strongest first.  `loss`: every logit of every sample that the

@@ -5,24 +5,26 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from megagrow.errors import GrowthError
-from megagrow.growth.axes import HeadDim, KeyValueGroups, Sequence, Vocabulary
-from megagrow.growth.depth import DepthIdentity, DepthInterleave, DepthStack
+from megagrow.growth.axes import HEAD_DIM, KV_GROUPS, SEQUENCE, VOCAB
+from megagrow.growth.depth import DEPTH_IDENTITY, DEPTH_INTERLEAVE, DEPTH_STACK
 from megagrow.growth.operator import Operator
 from megagrow.growth.policy import POLICIES, StatePolicy
-from megagrow.growth.width import Width, WidthDiagonal, WidthNoise, WidthSplit
+from megagrow.growth.ramp import WIDTH_RANDOM
+from megagrow.growth.width import WIDTH, WIDTH_DIAG, WIDTH_NOISE, WIDTH_SPLIT
 
-_ALL: tuple[Operator, ...] = (
-    Width(),
-    WidthDiagonal(),
-    WidthSplit(),
-    WidthNoise(),
-    DepthStack(),
-    DepthInterleave(),
-    DepthIdentity(),
-    HeadDim(),
-    KeyValueGroups(),
-    Vocabulary(),
-    Sequence(),
+_ALL = (
+    WIDTH,
+    WIDTH_DIAG,
+    WIDTH_SPLIT,
+    WIDTH_NOISE,
+    WIDTH_RANDOM,
+    DEPTH_STACK,
+    DEPTH_INTERLEAVE,
+    DEPTH_IDENTITY,
+    HEAD_DIM,
+    KV_GROUPS,
+    VOCAB,
+    SEQUENCE,
 )
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in _ALL}
 

@@ -28,28 +28,21 @@ import math
 from dataclasses import dataclass
 from itertools import product
 
-from megagrow.config import ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.operator import (
     Block,
+    Operator,
     growth_factor,
     repeated,
     require_same,
-    resized,
     same,
     tiled,
 )
 from megagrow.state.catalog import Catalog, LogicalTensor
-from megagrow.state.statemap import AxisMap, Fill, Noise
+from megagrow.state.statemap import AxisMap, Noise
 
 GROWING = ("embed", "kv_group", "query", "ffn")
-_SIZES = ("hidden", "heads", "kv_heads", "ffn")
-
-
-def widened(model: ModelConfig, factor: int) -> ModelConfig:
-    """Hidden, heads (query and key/value) and ffn times the factor."""
-    keys = [key for key in _SIZES if getattr(model, key) is not None]
-    return resized(model, {key: getattr(model, key) * factor for key in keys})
+WIDTH_SIZES = ("hidden", "heads", "kv_heads", "ffn")
 
 
 def reads(tensor: LogicalTensor) -> frozenset[str]:
@@ -138,30 +131,9 @@ def is_new(block: _Duplicate) -> bool:
     return any(c > 0 for c, _ in block.copy.values())
 
 
-class _Widening:
-    """What the operators of this file have in common."""
-
-    sizes = _SIZES
-
-    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
-        """Hidden, heads and ffn times the factor."""
-        return widened(model, factor)
-
-    def fill(self, tensor: LogicalTensor) -> Fill:
-        """Zero where no block is: only `width_diag` leaves anything."""
-        return "zeros"
-
-
-@dataclass(frozen=True)
-class Width(_Widening):
+@dataclass(frozen=True, kw_only=True)
+class Width(Operator):
     """Tile every matrix; heads, hidden and ffn grow by the factor, head_dim stays."""
-
-    name: str = "width"
-    summary: str = "every matrix [[W, W], [W, W]] / k; heads, hidden and ffn by k"
-    keeps: str = "loss"
-    breaker: str = "sparkling, kept: old and new blocks differ in moments and step count"
-    source: str = "HyperCloning, arXiv 2409.12903; SPARKLING, arXiv 2602.02472"
-    policies: tuple[str, ...] = ("sparkling", "exact", "shen", "kept", "copy", "reset")
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """All copies of all grown axes."""
@@ -172,16 +144,20 @@ class Width(_Widening):
         return tuple(blocks)
 
 
-@dataclass(frozen=True)
-class WidthDiagonal(_Widening):
-    """Block-diagonal matrices; all axes by the same factor."""
+WIDTH = Width(
+    name="width",
+    summary="every matrix [[W, W], [W, W]] / k; heads, hidden and ffn by k",
+    keeps="loss",
+    breaker="sparkling, kept: old and new blocks differ in moments and step count",
+    source="HyperCloning, arXiv 2409.12903; SPARKLING, arXiv 2602.02472",
+    policies=("sparkling", "exact", "shen", "kept", "copy", "reset"),
+    sizes=WIDTH_SIZES,
+)
 
-    name: str = "width_diag"
-    summary: str = "every matrix [[W, 0], [0, W]]; heads, hidden and ffn by k"
-    keeps: str = "loss"
-    breaker: str = "sparkling: as width; shen leaves the copies interchangeable, hence twins"
-    source: str = "Shen et al., arXiv 2203.06211"
-    policies: tuple[str, ...] = ("shen", "exact", "sparkling", "kept", "reset")
+
+@dataclass(frozen=True, kw_only=True)
+class WidthDiagonal(Operator):
+    """Block-diagonal matrices; all axes by the same factor."""
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """All copies; those off the diagonal start at 0, but have the gradient of the others."""
@@ -194,6 +170,17 @@ class WidthDiagonal(_Widening):
             param = float(_pairs(tensor, block)) if matrix else share
             blocks.append(Block(tensor.name, block.axes, param, grad, new=new, rate=share))
         return tuple(blocks)
+
+
+WIDTH_DIAG = WidthDiagonal(
+    name="width_diag",
+    summary="every matrix [[W, 0], [0, W]]; heads, hidden and ffn by k",
+    keeps="loss",
+    breaker="sparkling: as width; shen leaves the copies interchangeable, hence twins",
+    source="Shen et al., arXiv 2203.06211",
+    policies=("shen", "exact", "sparkling", "kept", "reset"),
+    sizes=WIDTH_SIZES,
+)
 
 
 def _pairs(tensor: LogicalTensor, block: _Duplicate) -> bool:
@@ -212,16 +199,9 @@ def _pairs(tensor: LogicalTensor, block: _Duplicate) -> bool:
     return read == written
 
 
-@dataclass(frozen=True)
-class WidthSplit(_Widening):
+@dataclass(frozen=True, kw_only=True)
+class WidthSplit(Operator):
     """Tile with unequal shares, 1 : 2 : ... : k."""
-
-    name: str = "width_split"
-    summary: str = "copies read with unequal shares 1 : 2 : ... : k that sum to 1"
-    keeps: str = "loss"
-    breaker: str = "unequal shares part the stream's copies; the state policy parts the others"
-    source: str = "LEMON, arXiv 2310.07999; SPARKLING, arXiv 2602.02472 (uneven 1:2)"
-    policies: tuple[str, ...] = ("sparkling", "kept", "copy", "reset")
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """All copies of all grown axes."""
@@ -242,20 +222,25 @@ class WidthSplit(_Widening):
         return tuple(blocks)
 
 
-@dataclass(frozen=True)
-class WidthNoise(_Widening):
+WIDTH_SPLIT = WidthSplit(
+    name="width_split",
+    summary="copies read with unequal shares 1 : 2 : ... : k that sum to 1",
+    keeps="loss",
+    breaker="unequal shares part the stream's copies; the state policy parts the others",
+    source="LEMON, arXiv 2310.07999; SPARKLING, arXiv 2602.02472 (uneven 1:2)",
+    policies=("sparkling", "kept", "copy", "reset"),
+    sizes=WIDTH_SIZES,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthNoise(Operator):
     """Tile, plus noise on the copies of an input that sums to 0 over them.
 
     Attributes:
         noise: its standard deviation, as a fraction of the matrix's own share at the start.
     """
 
-    name: str = "width_noise"
-    summary: str = "width plus noise that cancels over the copies of an input: [+e, -e]"
-    keeps: str = "loss"
-    breaker: str = "the noise does not cancel in the backward pass"
-    source: str = "HyperCloning, arXiv 2409.12903 (symmetric expansion with noise)"
-    policies: tuple[str, ...] = ("sparkling", "kept", "copy", "reset")
     noise: float = 0.2
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
@@ -279,6 +264,17 @@ class WidthNoise(_Widening):
             new = is_new(block)
             blocks.append(Block(tensor.name, block.axes, param, stated, new=new, noise=noise))
         return tuple(blocks)
+
+
+WIDTH_NOISE = WidthNoise(
+    name="width_noise",
+    summary="width plus noise that cancels over the copies of an input: [+e, -e]",
+    keeps="loss",
+    breaker="the noise does not cancel in the backward pass",
+    source="HyperCloning, arXiv 2409.12903 (symmetric expansion with noise)",
+    policies=("sparkling", "kept", "copy", "reset"),
+    sizes=WIDTH_SIZES,
+)
 
 
 def _alternating(number: int, count: int) -> float:

@@ -93,7 +93,7 @@ class RowParallelLinear(nn.Module):
         y = _sum_over_ranks(linear(x, self.weight, None, rows=self._rows), self._parallel)
         if self.bias is None:
             return y
-        return y + _replicated(self.bias, self._parallel).view(-1)
+        return y + replicated(self.bias, self._parallel).view(-1)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -159,8 +159,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise; same shape.  Statistics of lower precisions are taken in fp32."""
-        weight = _replicated(self.weight, self._parallel)
-        bias = _replicated(self.bias, self._parallel)
+        weight = replicated(self.weight, self._parallel)
+        bias = replicated(self.bias, self._parallel)
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
@@ -174,7 +174,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise; same shape.  The mean of lower precisions is taken in fp32."""
-        weight = _replicated(self.weight, self._parallel)
+        weight = replicated(self.weight, self._parallel)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
@@ -200,6 +200,6 @@ def _sum_over_ranks(x: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     return reduce_from_tensor_parallel_region(x, parallel)
 
 
-def _replicated(parameter: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+def replicated(parameter: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     """A parameter used outside the tensor-parallel region, where the sequence may be split."""
     return copy_to_tensor_parallel_region(parameter, parallel) if parallel.sequence else parameter

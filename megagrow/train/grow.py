@@ -47,16 +47,20 @@ def start_engine(
     loss_scale: LossScale | None = None,
 ) -> Engine:
     """The engine of a growth stage, its state not yet written."""
-    return Engine(
+    engine = Engine(
         config=config,
         model=stage.model,
         spread=stage.plan.layout,
         placement=stage.placement(state.rules),
         rules=state.rules,
         optimizer_step=state.optimizer_step,
+        ramp=state.ramp,
         loss_scale=loss_scale,
         comm=comm,
     )
+    if state.ramp is not None:
+        engine.set_progress(state.ramp.progress(state.step))
+    return engine
 
 
 def fill_fresh(engine: Engine, *, config: Config, comm: Comm) -> None:
@@ -75,11 +79,24 @@ def grow(
         stage: the next stage; without a growth only the layout changes.
         state: the run's state after the growth.
     """
+    return rebuild(engine, stage.growth, config=config, stage=stage, state=state, comm=comm)
+
+
+def rebuild(
+    engine: Engine,
+    growth: StateMap | None,
+    *,
+    config: Config,
+    stage: Stage,
+    state: RunState,
+    comm: Comm,
+) -> tuple[Engine, GrowthReport]:
+    """Take an engine down, and up again as `stage` and `state` say; None changes no tensor."""
     begin = time.perf_counter()
     scale = engine.loss_scale
     engine.close()
     grown = start_engine(config=config, stage=stage, state=state, comm=comm, loss_scale=scale)
-    state_map: StateMap = stage.growth or Identity(grown.placement.catalog)
+    state_map = growth or Identity(grown.placement.catalog)
     report = _transfer(state_map, engine, grown, config=config, comm=comm)
     grown.publish()
     seconds = max(comm.gather_floats(time.perf_counter() - begin))

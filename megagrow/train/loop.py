@@ -25,7 +25,7 @@ from megagrow.report import write_report
 from megagrow.report.log import write_atomically
 from megagrow.train import checkpoints
 from megagrow.train.agree import on_all, on_first
-from megagrow.train.grow import fill_fresh, grow, start_engine
+from megagrow.train.grow import fill_fresh, grow, rebuild, start_engine
 from megagrow.train.metrics import MetricsLog
 from megagrow.train.plan import RunPlan, Stage
 from megagrow.train.progress import Progress
@@ -176,6 +176,7 @@ class Trainer:
             flops=plan.flops_per_step,
             applied=result.applied,
         )
+        self._let_units_in()
         if not result.applied:
             scale = self.engine.loss_scale.get("cur_scale")
             self.progress.say(
@@ -203,6 +204,26 @@ class Trainer:
             flops_per_second=plan.flops_per_step / seconds,
             growth_stage=self.stage.index,
         )
+
+    def _let_units_in(self) -> None:
+        """Follow a growth's ramp by one step; at its end the model becomes a plain one."""
+        ramp = self.state.ramp
+        if ramp is None:
+            return
+        progress = ramp.progress(self.state.step)
+        if progress < 1.0:
+            self.engine.set_progress(progress)
+            return
+        self.state = replace(self.state, ramp=None)
+        self.engine, _ = rebuild(
+            self.engine,
+            None,
+            config=self.config,
+            stage=self.stage,
+            state=self.state,
+            comm=self.comm,
+        )
+        self.progress.say(f"step {self.state.step}: all units of the growth are in")
 
     def _now_and_then(self, stop: int) -> None:
         """Validation and checkpoints that fall on this step."""

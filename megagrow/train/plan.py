@@ -8,6 +8,7 @@ from megagrow.config import Config, GrowConfig, LayoutConfig, ModelConfig
 from megagrow.engine.ds_config import deepspeed_config
 from megagrow.errors import ConfigError
 from megagrow.growth.growth import Growth, plan_growth
+from megagrow.growth.ramp import Ramp
 from megagrow.growth.rules import OptimizerRules, group_keys
 from megagrow.layout import Layout, make_layout
 from megagrow.model.catalog import build_catalog
@@ -104,6 +105,8 @@ def plan_run(config: Config, *, world: int, vocabulary: int | None) -> RunPlan:
         growth = growths[i]
         if growth is not None and growth.policy.new_block_peak is None and growth.rewarm:
             rewarms.append((plans[i].start_step, growth.rewarm))
+        if growth is not None and growth.ramp is not None:
+            _require_time(growth.ramp, plans[i])
         stages.append(Stage(plans[i], layouts[i], growth, stage.grow))
         accumulation(config.batch, layouts[i])
         _require_fit(models[i], layouts[i], layout_configs[i], key=_layout_key(config, i))
@@ -178,6 +181,18 @@ def _layout_key(config: Config, index: int) -> str:
     """How a user writes the key of a stage's layout."""
     given = [i for i in range(index + 1) if config.stages[i].layout is not None]
     return f"stages[{given[-1]}].layout" if given else "layout"
+
+
+def _require_time(ramp: Ramp, stage: StagePlan) -> None:
+    """A stage must let all its new units in: its last checkpoint is of a plain model."""
+    steps = stage.end_step - stage.start_step
+    if steps < ramp.steps:
+        raise ConfigError(
+            f"stages[{stage.index}]: is over before all units of its growth are in",
+            found=f"{steps} steps, grow.ramp {ramp.steps}",
+            expected=f"at least {ramp.steps} steps",
+            mend=f"set stages[{stage.index}].grow.ramp={steps} or less, or until to more",
+        )
 
 
 def _require_fit(model: ModelConfig, layout: Layout, spread: LayoutConfig, *, key: str) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megagrow.errors import GrowthError
 from megagrow.growth.growth import Growth
+from megagrow.growth.ramp import Ramp
 from megagrow.growth.rules import OptimizerRules
 
 
@@ -21,6 +23,7 @@ class RunState:
         growth_stage: index of the growth stage that the tensors belong to.
         optimizer_step: the optimizer's own count, which a `reset` starts again.
         rules: what growths left to the optimizer.
+        ramp: how the last growth's new units come in, while they do.
         loss_scale: state of fp16's dynamic loss scaling, else empty.
 
     Random numbers need no state: those of a step follow from the seed, the step and the rank.
@@ -33,6 +36,7 @@ class RunState:
     growth_stage: int = 0
     optimizer_step: int = 0
     rules: OptimizerRules = field(default_factory=OptimizerRules)
+    ramp: Ramp | None = None
     loss_scale: dict[str, float] = field(default_factory=dict)
 
     def after_step(
@@ -49,18 +53,34 @@ class RunState:
         )
 
     def after_growth(self, growth: Growth | None) -> RunState:
-        """The state at the start of the next growth stage."""
+        """The state at the start of the next growth stage.
+
+        Raises:
+            GrowthError: the units of an earlier growth are still coming in.
+        """
         stage = self.growth_stage + 1
+        if growth is not None and self.ramp is not None:
+            raise GrowthError(
+                f"step {self.step}: the units of the growth before are not all in yet",
+                found=f"a mask of {self.ramp.progress(self.step):.3f}",
+                mend=f"train to step {self.ramp.born + self.ramp.steps} before the next growth",
+            )
         if growth is None:
             return replace(self, growth_stage=stage)
         count = 0 if growth.policy.restart_steps else self.optimizer_step
         rules = growth.rules_after(self.rules, step=count)
-        return replace(self, growth_stage=stage, optimizer_step=count, rules=rules)
+        ramp = None if growth.ramp is None else replace(growth.ramp, born=self.step)
+        return replace(self, growth_stage=stage, optimizer_step=count, rules=rules, ramp=ramp)
 
     def to_json(self) -> dict[str, Any]:
         """A form that JSON holds; `from_json` is its inverse."""
         numbers = {name: getattr(self, name) for name in _NUMBERS}
-        return {**numbers, "rules": self.rules.to_json(), "loss_scale": self.loss_scale}
+        return {
+            **numbers,
+            "rules": self.rules.to_json(),
+            "ramp": None if self.ramp is None else self.ramp.to_json(),
+            "loss_scale": self.loss_scale,
+        }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> RunState:
@@ -68,7 +88,9 @@ class RunState:
         numbers = {name: int(data[name]) for name in _NUMBERS}
         scale = {str(name): float(value) for name, value in data["loss_scale"].items()}
         rules = OptimizerRules.from_json(data["rules"])
-        return RunState(**numbers, rules=rules, loss_scale=scale)
+        found = data.get("ramp")  # runs of before there were ramps have no such key
+        ramp = None if found is None else Ramp.from_json(found)
+        return RunState(**numbers, rules=rules, ramp=ramp, loss_scale=scale)
 
 
 _NUMBERS = ("step", "consumed_samples", "tokens", "flops", "growth_stage", "optimizer_step")

@@ -38,11 +38,11 @@ def _grown(model, operator, factor, policy=None, dtype=torch.float64):
     growths(policies=False, keeps="loss") + growths(policies=False, keeps="old logits"),
 )
 def test_operators_keep_the_logits_that_they_say(operator, _, factor, model, dtype, bound):
-    state, grown, _, new = _grown(model, operator, factor, dtype=dtype)
+    state, grown, growth, new = _grown(model, operator, factor, dtype=dtype)
     tokens = torch.from_numpy(token_batches(model, samples=4, seed=2)[0])[:, :-1]
     with torch.no_grad():
         before = build(model, state).logits(tokens)
-        after = build(grown, new).logits(tokens)
+        after = build(grown, new, growth.ramp).logits(tokens)
     assert before.std() > 0.1
     if OPERATORS[operator].keeps == "loss":
         assert after.shape == before.shape
@@ -92,7 +92,7 @@ def test_every_operator_says_what_it_keeps():
 def test_gradients_are_the_stated_multiples(operator, _, factor, model):
     state, grown, growth, new = _grown(model, operator, factor)
     samples = torch.from_numpy(token_batches(model, samples=4, seed=3)[0])
-    small, large = build(model, state), build(grown, new)
+    small, large = build(model, state), build(grown, new, growth.ramp)
     small(samples).backward()
     large(samples).backward()
     old = {name: p.grad.numpy() for name, p in named_tensors(small).items()}
