@@ -260,6 +260,12 @@ class HuggingFaceSink:
     slots = (MASTER,)
 
     def __init__(self, request: Request) -> None:
+        if request.meta.run_state.get("ramp"):
+            raise CheckpointError(
+                "huggingface: new units of the last growth count in part only, by a mask that "
+                "no model of transformers has",
+                mend="train to the end of the ramp (grow.ramp) and convert that checkpoint",
+            )
         model = model_of(request.meta)
         self._tokenizer = list(_tokenizer_files(request.tokenizer))
         shards: list[list[Link]] = [[]]
