@@ -171,7 +171,8 @@ def check_memory(config: Config, *, world: int, memory: str | None) -> str:
     Args:
         config: the run.
         world: number of processes.
-        memory: of one device, such as ``80GB``; None takes this machine's.
+        memory: of one device, such as ``80GB``; None takes this machine's, and checks nothing
+            where the job has more processes than its cores.
 
     Raises:
         ConfigError: it does not; names the stage, the greatest part and what to change.
@@ -181,6 +182,7 @@ def check_memory(config: Config, *, world: int, memory: str | None) -> str:
         limit, given, on_host = read_memory(memory), "--memory", False
     else:
         limit, given, on_host = _own_memory(world)
+    checked = memory is not None or not on_host or world <= _own_ranks(world)
     most = 0
     for stage in plan.stages:
         peaks = training_peaks(config, plan, stage.index)
@@ -190,7 +192,7 @@ def check_memory(config: Config, *, world: int, memory: str | None) -> str:
             parts = {**peak.parts, "optimizer": peak.parts["optimizer"] + peak.host * on_host}
             total = sum(parts.values())
             most = max(most, total)
-            if total > limit:
+            if checked and total > limit:
                 part, size = max(parts.items(), key=lambda item: item[1])
                 pipe = f", pipeline stage {peak.pipe}" if stage.layout.pipeline > 1 else ""
                 raise ConfigError(
@@ -200,6 +202,11 @@ def check_memory(config: Config, *, world: int, memory: str | None) -> str:
                     mend=_MEND[part]
                     + ("" if memory else "; for other machines say --memory, such as 80GB"),
                 )
+    if not checked:
+        return (
+            f"memory: at most {human(most, 'B')} a rank; whether that fits was not checked, since "
+            f"{world} processes are for other machines than this: say --memory, such as 80GB"
+        )
     return f"memory: at most {human(most, 'B')} a rank, fits into {human(limit, 'B')} ({given})"
 
 
@@ -224,10 +231,15 @@ def _own_memory(world: int) -> tuple[int, str, bool]:
     """(bytes a rank can have on this machine, in words, whether that is the host's memory)."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
         return torch.cuda.get_device_properties(0).total_memory, "this machine's GPU", False
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    ranks = int(local) if local else min(world, os.cpu_count() or 1)
+    ranks = _own_ranks(world)
     share = psutil.virtual_memory().total // ranks
     return share, f"this machine's memory, shared by {ranks} ranks", True
+
+
+def _own_ranks(world: int) -> int:
+    """How many of the ranks a CPU job has on this machine."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(local) if local else min(world, os.cpu_count() or 1)
 
 
 def _memory_lines(config: Config, plan: RunPlan, index: int) -> list[str]:

@@ -122,6 +122,28 @@ def test_growing_in_one_layout_and_landing_in_another_is_slicing(pair, tied):
             assert fault is None, growth
 
 
+# A model that every pair above can cut evenly: 12 groups of 2 queries each in the LLaMA family.
+_HEADS = {"hidden": 48, "heads": 24, "ffn": 12, "layers": 2, "vocab": 11, "sequence": 3}
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda p: "->".join("".join(map(str, s)) for s in p))
+@pytest.mark.parametrize("kind", ["width", "depth"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_pair_grows_in_width_and_depth_in_both_families(family, kind, pair):
+    """Law 6, bit for bit; operators of each kind and their policies take turns over the pairs."""
+    grouped = {"kv_heads": 12} if family == "llama" else {}
+    model = toy_model(**_HEADS, family=family, **grouped)
+    some = [g for g in growths() if g[0].split("_")[0] == kind]
+    growth = some[(5 * PAIRS.index(pair) + FAMILIES.index(family)) % len(some)]
+    before, after = map(_layout, pair)
+    for fault, *_ in _on_threads(_grown(model, growth), before, after):
+        assert fault is None, growth
+
+
+def test_the_pairs_are_enough():
+    assert len(set(PAIRS)) >= 12 and all(before != after for before, after in PAIRS)
+
+
 layouts = st.builds(
     Layout,
     data=st.integers(1, 3),

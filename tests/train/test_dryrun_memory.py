@@ -1,6 +1,7 @@
 """The dry run's memory: against live engines, and for worlds that no test can start."""
 
 import gc
+import os
 
 import numpy as np
 import pytest
@@ -178,10 +179,16 @@ def test_smaller_worlds(world):
         check_memory(settings, world=world, memory="100MB")
 
 
-def test_this_machines_memory_is_the_default():
+def test_this_machines_memory_is_the_default(monkeypatch):
     assert "this machine" in check_memory(config(), world=1, memory=None)
+    huge = big(layout={"tensor": 1, "zero": 0})
+    monkeypatch.setattr(os, "cpu_count", lambda: 1024)
     with pytest.raises(ConfigError, match="--memory, such as 80GB"):
-        check_memory(big(layout={"tensor": 1, "zero": 0}), world=1024, memory=None)
+        check_memory(huge, world=1024, memory=None)
+    # A laptop plans a cluster: it says what each rank needs and does not judge.
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    said = check_memory(huge, world=1024, memory=None)
+    assert "not checked" in said and "1024 processes" in said and "say --memory" in said
 
 
 @pytest.mark.parametrize(
