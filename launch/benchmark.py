@@ -1,4 +1,4 @@
-"""Measure megagrow: live growth, and the speed of a training step; see --help."""
+"""Measure megagrow: live growth, a training step, the compute that growth saves; see --help."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ examples:
   # tokens a second of a training step, against plain PyTorch and Hugging Face
   python launch/benchmark.py throughput
 
+  # the compute that growth saves against a tuned from-scratch run; started again, it goes on
+  python launch/benchmark.py savings --config configs/bench/cpu_savings.yaml
+
 Processes are started here, or by torchrun or the deepspeed launcher: then give them as --ranks.
 """
 
@@ -33,7 +36,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="growth|throughput")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="growth|throughput|savings")
     style: dict[str, Any] = {
         "epilog": EXAMPLES,
         "formatter_class": argparse.RawDescriptionHelpFormatter,
@@ -77,9 +80,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=2,
         help="processes of the comparison of layouts; 1 leaves it out (default %(default)s)",
     )
-    for kind in (growth, speed):
+
+    savings = kinds.add_parser("savings", help="compute saved at equal validation loss", **style)
+    add = savings.add_argument
+    add("--config", required=True, metavar="FILE", help="YAML file that describes the benchmark")
+    add("--workers", type=int, metavar="N", help="runs at a time (default: one a core)")
+    add("--minutes", type=float, metavar="M", help="begin no further leg after so long")
+    add("--collect", action="store_true", help="train nothing: report what is finished")
+    add("--dry-run", action="store_true", help="say what would be trained, and what it costs")
+    add("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
+    for kind in (growth, speed, savings):
         kind.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
         kind.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    # Overrides and options may come in any order.
     return parser.parse_args(arguments)
 
 
@@ -91,9 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megagrow.errors import MegagrowError
 
     try:
-        result, text = (commands.growth if options.kind == "growth" else commands.throughput)(
-            options
-        )
+        result, text = getattr(commands, options.kind)(options)
     except MegagrowError as error:
         if jobs.is_first():
             print(f"error: {error}", file=sys.stderr)

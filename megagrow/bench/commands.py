@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
+import time
 from typing import Any
 
 from megagrow.bench import cases as wanted
@@ -12,6 +14,9 @@ from megagrow.bench import growth_table
 from megagrow.bench import throughput as training
 from megagrow.bench.jobs import is_first, run_job, under_launcher
 from megagrow.config import LayoutConfig, ModelConfig
+from megagrow.config.load import load_settings, parse_config
+from megagrow.data.dataset import open_dataset
+from megagrow.engine.comm import start
 from megagrow.errors import ConfigError
 
 
@@ -98,3 +103,30 @@ def _layouts(world: int) -> list[LayoutConfig]:
         LayoutConfig(tensor=world, zero=0, sequence_parallel=True),
         LayoutConfig(pipeline=world, zero=0),
     ]
+
+
+def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What growth saves against a tuned from-scratch run; (for JSON, as text)."""
+    from megagrow.bench.savings import campaign as saving
+    from megagrow.bench.savings import page
+    from megagrow.bench.savings.config import SavingsConfig, check
+
+    config = load_settings(SavingsConfig, options.config, options.overrides)
+    comm = start() if under_launcher() else None
+    world = 1 if comm is None else comm.world
+    data = parse_config({**config.target, "stages": [{"until": {"steps": 1}}]}).data
+    vocab = open_dataset(data.path, data.tokenizer).vocab_size
+    check(config, world=world, vocab=vocab)
+    campaign = saving.Campaign(config, world=world, vocab=vocab)
+    if options.dry_run:
+        return {}, page.plan_text(campaign) if is_first() else ""
+    complete = False
+    until = None if options.minutes is None else time.time() + 60 * options.minutes
+    if not options.collect:
+        workers = options.workers or os.cpu_count() or 1
+        complete = saving.train(campaign, comm=comm, workers=workers, until=until)
+    if not is_first():
+        return {}, ""
+    result = {**campaign.result(), "complete": complete}
+    page.write(campaign, result)
+    return result, page.table(result)

@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -18,6 +18,8 @@ from megagrow.config.overrides import apply_overrides
 from megagrow.config.schema import Config
 from megagrow.config.yamltext import read_yaml, write_yaml
 from megagrow.errors import ConfigError
+
+S = TypeVar("S", bound=BaseModel)
 
 # What pydantic's kinds of error expect, in the words of somebody who writes YAML; the other
 # kinds say it well enough themselves ("greater than 0").
@@ -36,7 +38,16 @@ _EXPECTED = {
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read `path`, apply `overrides` (`key.sub=value`, in order) and check the whole.
+    """A run: read `path`, apply `overrides` (`key.sub=value`, in order) and check the whole.
+
+    Raises:
+        ConfigError: as in `load_settings`.
+    """
+    return load_settings(Config, path, overrides)
+
+
+def load_settings(kind: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """The same for any kind of configuration.
 
     Raises:
         ConfigError: the file is missing, unreadable, not YAML or not a mapping; an override
@@ -60,18 +71,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             expected="sections such as `model:` and `data:`, each with indented `key: value` lines",
         )
     source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
-    return parse_config(apply_overrides(data, overrides), source=source)
+    return parse_settings(kind, apply_overrides(data, overrides), source=source)
 
 
 def parse_config(data: Mapping[str, Any], *, source: str = "configuration") -> Config:
-    """Check plain data (what YAML or JSON can hold) against the schema.
+    """Check plain data (what YAML or JSON can hold) as the configuration of a run.
+
+    Raises:
+        ConfigError: as in `load_settings`.
+    """
+    return parse_settings(Config, data, source=source)
+
+
+def parse_settings(kind: type[S], data: Mapping[str, Any], *, source: str) -> S:
+    """Check plain data against a schema.
 
     Values are not coerced: text is not a number and `true` is not 1, though an integer may
     stand where a real number is expected.  A section that holds nothing (all its lines are
     comments) counts as absent.
 
     Raises:
-        ConfigError: as in `load_config`.
+        ConfigError: as in `load_settings`.
     """
     try:
         # The JSON rules of pydantic's strict mode are the ones meant here: a list may
@@ -82,9 +102,9 @@ def parse_config(data: Mapping[str, Any], *, source: str = "configuration") -> C
             f"{source}: not plain data: {error}", expected="text, numbers, lists and sections"
         ) from error
     try:
-        return Config.model_validate_json(text, strict=True, by_alias=True, by_name=False)
+        return kind.model_validate_json(text, strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
-        faults = [_fault(details) for details in error.errors(include_url=False)]
+        faults = [_fault(kind, details) for details in error.errors(include_url=False)]
         count = "1 wrong setting" if len(faults) == 1 else f"{len(faults)} wrong settings"
         raise ConfigError("\n".join([f"{source}: {count}", *faults])) from error
 
@@ -120,12 +140,12 @@ def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     return None, False
 
 
-def _fault(details: ErrorDetails) -> str:
+def _fault(schema: type[BaseModel], details: ErrorDetails) -> str:
     """One wrong setting: its dotted key, what was found and what was expected."""
     kind, message, value = details["type"], details["msg"], details["input"]
     key = _dotted(details["loc"])
     if kind == "extra_forbidden":
-        lines = [f"{key}: unknown key", *_suggestion(key)]
+        lines = [f"{key}: unknown key", *_suggestion(schema, key)]
     elif kind == "missing":
         lines = [f"{key}: missing, and it has no default"]
     elif kind == "value_error":
@@ -143,10 +163,10 @@ def _dotted(location: Sequence[int | str]) -> str:
     return text.lstrip(".")
 
 
-def _suggestion(key: str) -> list[str]:
+def _suggestion(schema: type[BaseModel], key: str) -> list[str]:
     """What to say after an unknown key: the nearest known one, or those of its section."""
     section, _, name = re.sub(r"\[\d+\]", "[i]", key).rpartition(".")
-    known = list(known_keys())
+    known = list(known_keys(schema))
     siblings = [k for k in known if k.rpartition(".")[0] == section]
     names = [k.rpartition(".")[2] for k in siblings]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)

@@ -1,0 +1,1 @@
+"""The savings benchmark: how much compute growth saves against a tuned from-scratch run."""

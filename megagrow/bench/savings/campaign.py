@@ -1,0 +1,218 @@
+"""The order of a savings benchmark, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megagrow.bench.savings import runs
+from megagrow.bench.savings.config import SCRATCH, SMALL, Branch, Member, SavingsConfig, member
+from megagrow.bench.savings.results import (
+    COSTS,
+    Point,
+    Saving,
+    interval,
+    read_points,
+    saving,
+)
+from megagrow.engine.comm import Comm
+
+Result = dict[str, Any]
+
+
+class Campaign:
+    """A benchmark's members, branches and results; trains nothing by itself.
+
+    Args:
+        config: the benchmark.
+        world: processes of each run.
+        vocab: of the dataset.
+    """
+
+    def __init__(self, config: SavingsConfig, *, world: int, vocab: int) -> None:
+        self.config, self._world, self._vocab = config, world, vocab
+
+    def member(self, name: str, *, seed: int, lr: float) -> Member:
+        """A variant or control at a learning rate and a seed."""
+        return member(self.config, name, lr=lr, seed=seed)
+
+    def branches(self, one: Member) -> list[Branch]:
+        """All budgets of a member."""
+        return one.branches(
+            list(self.config.budgets),
+            decay=self.config.decay,
+            world=self._world,
+            vocab=self._vocab,
+        )
+
+    def points(self, one: Member) -> list[Point]:
+        """What a member has finished."""
+        return read_points(one, self.branches(one))
+
+    # --- what to train --------------------------------------------------------------------
+
+    def sweep(self) -> list[runs.Task]:
+        """The baseline at every learning rate, up to the budget that decides."""
+        tasks = []
+        for lr in self.config.sweep.lr:
+            one = self.member(SCRATCH, seed=self.config.seeds[0], lr=lr)
+            upto = [b for b in self.branches(one) if b.budget <= self.config.sweep_budget]
+            tasks.append((one, tuple(upto)))
+        return tasks
+
+    def first_seed(self, lr: float) -> list[runs.Task]:
+        """The baseline and every variant."""
+        return [self._task(name, lr, self.config.seeds[0])
+                for name in (SCRATCH, *self.config.variants)]  # fmt: skip
+
+    def rest(self, lr: float) -> list[runs.Task]:
+        """The small models alone, and all other seeds of the baseline and the finalists."""
+        best = self.ranking(lr)
+        if self.config.small_controls == "all":
+            alone = list(self.config.variants)
+        else:
+            alone = best[:1]
+        tasks = [self._task(f"{SMALL}_{name}", lr, self.config.seeds[0]) for name in alone]
+        for seed in self.config.seeds[1:]:
+            names = (*best[: self.config.finalists], SCRATCH)
+            tasks += [self._task(name, lr, seed) for name in names]
+        return tasks
+
+    def _task(self, name: str, lr: float, seed: int) -> runs.Task:
+        one = self.member(name, seed=seed, lr=lr)
+        return one, tuple(self.branches(one))
+
+    # --- what came of it ------------------------------------------------------------------
+
+    def sweep_losses(self) -> dict[float, float]:
+        """The baseline's loss at the budget that decides, by learning rate, as far as known."""
+        losses = {}
+        for lr in self.config.sweep.lr:
+            one = self.member(SCRATCH, seed=self.config.seeds[0], lr=lr)
+            for point in self.points(one):
+                if point.budget == self.config.sweep_budget:
+                    losses[lr] = point.loss
+        return losses
+
+    def best_lr(self) -> float | None:
+        """The best of the sweep so far; None before any is finished."""
+        losses = self.sweep_losses()
+        return min(losses, key=lambda lr: losses[lr]) if losses else None
+
+    def ranking(self, lr: float) -> list[str]:
+        """Variants that have finished something, the largest saving first."""
+        seed = self.config.seeds[0]
+        scratch = self.points(self.member(SCRATCH, seed=seed, lr=lr))
+        found = {}
+        for name in self.config.variants:
+            one = saving(scratch, self.points(self.member(name, seed=seed, lr=lr)), "flops")
+            if one is not None:
+                found[name] = one.value
+        return sorted(found, key=lambda name: -found[name])
+
+    def result(self) -> Result:
+        """Everything that is known, as plain data."""
+        losses, lr = self.sweep_losses(), self.best_lr()
+        found: Result = {
+            "benchmark": "savings",
+            "config": self.config.model_dump(mode="json", by_alias=True),
+            "sweep": {
+                "budget": self.config.sweep_budget,
+                "loss": {f"{rate:g}": loss for rate, loss in losses.items()},
+                "best": lr,
+                "best_at_an_edge": lr is not None and lr in _edges(self.config.sweep.lr),
+            },
+            "runs": [],
+            "variants": {},
+            "controls": {},
+        }
+        if lr is None:
+            return found
+        names = [
+            SCRATCH,
+            *self.config.variants,
+            *(f"{SMALL}_{name}" for name in self.config.variants),
+        ]
+        points = {
+            (name, seed): self.points(self.member(name, seed=seed, lr=lr))
+            for name in names
+            for seed in self.config.seeds
+        }
+        found["runs"] = [
+            {"name": name, "seed": seed, "lr": lr, "points": [asdict(p) for p in own]}
+            for (name, seed), own in points.items()
+            if own
+        ]
+        seeds = self.config.seeds
+        for name in self.config.variants:
+            against = _savings(points, name, SCRATCH, seeds)
+            if against:
+                found["variants"][name] = against
+        for name in self.config.variants:
+            small = f"{SMALL}_{name}"
+            if not points[small, seeds[0]]:
+                continue
+            found["controls"][small] = {
+                "against_scratch": _savings(points, small, SCRATCH, seeds[:1]),
+                "growth_against_it": _savings(points, name, small, seeds[:1]),
+                "beaten_at_the_largest_budget": _beaten(
+                    points[name, seeds[0]], points[small, seeds[0]]
+                ),
+            }
+        return found
+
+
+def _edges(rates: Sequence[float]) -> tuple[float, float]:
+    return min(rates), max(rates)
+
+
+def _beaten(grown: Sequence[Point], small: Sequence[Point]) -> bool | None:
+    """Whether growth is better at the largest budget that both have finished."""
+    budgets = {p.budget for p in grown} & {p.budget for p in small}
+    if not budgets:
+        return None
+    at = max(budgets)
+    loss = [next(p.loss for p in points if p.budget == at) for points in (grown, small)]
+    return loss[0] < loss[1]
+
+
+def _savings(
+    points: Mapping[tuple[str, int], Sequence[Point]], name: str, other: str, seeds: Sequence[int]
+) -> Result:
+    """Savings of one against another in every cost: by seed, and over the seeds that both have."""
+    found: Result = {}
+    for cost in COSTS:
+        by_seed: dict[int, Saving] = {}
+        for seed in seeds:
+            one = saving(points[other, seed], points[name, seed], cost)
+            if one is not None:
+                by_seed[seed] = one
+        if by_seed:
+            found[cost] = {
+                **asdict(interval([one.value for one in by_seed.values()])),
+                "by_seed": {
+                    str(seed): {**asdict(one), "saving": one.value}
+                    for seed, one in by_seed.items()
+                },
+            }
+    return found
+
+
+def train(
+    campaign: Campaign, *, comm: Comm | None, workers: int, until: float | None
+) -> bool:
+    """Train all that is missing; returns whether everything is finished.
+
+    Args:
+        campaign: the benchmark.
+        comm: the launcher's processes; None starts workers.
+        workers: processes to start, a run each.
+        until: time after which no leg begins.
+    """
+    if not runs.run_all(campaign.sweep(), comm=comm, workers=workers, until=until):
+        return False
+    lr = campaign.best_lr()
+    assert lr is not None  # the sweep is finished
+    first = runs.run_all(campaign.first_seed(lr), comm=comm, workers=workers, until=until)
+    return first and runs.run_all(campaign.rest(lr), comm=comm, workers=workers, until=until)
