@@ -31,6 +31,7 @@ setup(
         "psutil",
         "pydantic>=2.11",
         "pyyaml",
+        "scipy",  # fits of scaling laws, the planner's optimum, Student's t of the savings
         "sentencepiece",
         "tensorboard",
         "tqdm",

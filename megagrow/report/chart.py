@@ -9,6 +9,7 @@ that stretches, with strokes that do not.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -28,6 +29,10 @@ _BANDS = 120  # columns that answer the pointer
 _MOST_DOTS = 80
 
 
+Style = Literal["raw", "main", "dots", "c1", "c2", "c3", "c4", "c5", "c6", "c7"]
+COLOURS: tuple[Style, ...] = ("c1", "c2", "c3", "c4", "c5", "c6", "c7")  # for curves side by side
+
+
 @dataclass(frozen=True)
 class Series:
     """One curve: `style` (a CSS class) says how it looks, `name` stands in the legend.
@@ -37,7 +42,8 @@ class Series:
 
     name: str
     points: Sequence[Point]
-    style: Literal["raw", "main", "dots"]
+    style: Style
+    marked: bool = False  # each point gets a dot
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ def _dots(x: Axis, y: Axis, series: Series) -> list[Point]:
     seen = [
         (a, b) for a, b in series.points if 0 <= x.place(a) <= 1 and -0.01 <= y.place(b) <= 1.01
     ]
-    if series.style != "dots" and len(seen) > 1:
+    if series.style != "dots" and not series.marked and len(seen) > 1:
         return []  # a line shows these; a lone point has none
     every = max(1, math.ceil(len(seen) / _MOST_DOTS))
     # The last one is what a reader looks for: count from it.
@@ -217,21 +223,23 @@ def _place_labels(x: Axis, markers: Sequence[Marker]) -> tuple[list[tuple[str, i
 
 
 def _legend(series: Sequence[Series], markers: bool) -> str:
-    entries: list[tuple[str, str]] = [(one.style, one.name) for one in series]
+    entries: list[tuple[str, str, bool]] = [
+        (one.style, one.name, one.marked or one.style == "dots") for one in series
+    ]
     if markers:
-        entries.append(("marker", "growth"))
+        entries.append(("marker", "growth", False))
     if len(entries) < 2:
         return ""
     items = "".join(
         f'<li><svg class="key" width="24" height="12" aria-hidden="true">'
         f'<line class="line {style}" x1="1" x2="23" y1="6" y2="6"/>'
-        f"{_KEY_DOT if style == 'dots' else ''}</svg>{escape(name)}</li>"
-        for style, name in entries
+        f"{_KEY_DOT.format(style) if dots else ''}</svg>{escape(name)}</li>"
+        for style, name, dots in entries
     )
     return f'<ul class="legend">{items}</ul>'
 
 
-_KEY_DOT = '<circle class="dot dots" cx="12" cy="6" r="3"/>'
+_KEY_DOT = '<circle class="dot {}" cx="12" cy="6" r="3"/>'
 
 
 def _finite_runs(points: Sequence[Point]) -> Iterable[list[Point]]:
@@ -264,3 +272,41 @@ def _thin(points: list[Point]) -> list[Point]:
 
 def _is_finite(point: Point) -> bool:
     return math.isfinite(point[0]) and math.isfinite(point[1])
+
+
+def standalone(figure: str, *, style: str, width: int = 960) -> str:
+    """A figure of `chart` as an SVG file of its own, `width` pixels wide.
+
+    Args:
+        figure: what `chart` returned.
+        style: the style sheet; browsers apply it inside an SVG file as well.
+    """
+    title, legend = (re.search(pattern, figure) for pattern in (_TITLE, _LEGEND))
+    plot = re.search(_PLOT, figure, re.DOTALL)
+    if plot is None:
+        raise ValueError("a figure without a plot")
+    entries = re.findall(_ENTRY, legend[1]) if legend else []
+    parts, x, y = [], 0, 46
+    for key, name in entries:
+        if x + 40 + len(name) * _LETTER > width - 110:
+            x, y = 0, y + 20
+        parts.append(f'<g transform="translate({x + 70},{y})">{key}</g>')
+        parts.append(f'<text class="tick" x="{x + 100}" y="{y + 10}">{name}</text>')
+        x += 50 + round(len(name) * _LETTER)
+    top = y + 24
+    height = top + int(plot[2]) + 8
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}"><style>{style} text {{ font-family: sans-serif; }} '
+        "h3 { font-size: 1rem; }</style>"
+        f'<rect width="{width}" height="{height}" style="fill: var(--card)"/>'
+        f'<text x="70" y="28" style="font-size: 16px; fill: var(--text)">'
+        f"{title[1] if title else ''}</text>{''.join(parts)}"
+        f'<svg x="70" y="{top}" width="{width - 100}" height="{plot[2]}" overflow="visible">'
+        f"{plot[1]}{plot[3]}</svg></svg>\n"
+    )
+
+
+_TITLE, _LEGEND = r"<h3>(.*?)</h3>", r'<ul class="legend">(.*?)</ul>'
+_ENTRY = r"<li>(<svg.*?</svg>)(.*?)</li>"
+_PLOT = r'(<svg class="plot" width="100%" height="(\d+)".*?>)(.*</svg>)</figure>'

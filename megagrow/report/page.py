@@ -66,13 +66,20 @@ def render(run: Run, *, name: str, config: str | None) -> str:
             f'<div class="charts two">{"".join(loss_charts(run))}</div>'
             f'<div class="charts three">{"".join(side_charts(run))}</div>'
         )
+    return document(
+        title=f"{name}: megagrow run report",
+        body=f"{_header(run, name)}{_tiles(run)}<h2>Curves</h2>{charts}"
+        f"{_stage_table(run)}{_growth_table(run)}{_configuration(run, config)}",
+    )
+
+
+def document(*, title: str, body: str) -> str:
+    """A whole page of a title (text) and a body (HTML)."""
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        f"<title>{escape(name)}: megagrow run report</title><style>{STYLE}</style></head>"
-        f"<body><main>{_header(run, name)}{_tiles(run)}"
-        f"<h2>Curves</h2>{charts}"
-        f"{_stage_table(run)}{_growth_table(run)}{_configuration(run, config)}"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
+        f"<body><main>{body}"
         f"<footer>Made by megagrow {escape(__version__)}. Losses are in nats per token; FLOPs are "
         "counted from the model's shape, forward and backward, recomputation apart.</footer>"
         "</main></body></html>\n"
@@ -164,7 +171,7 @@ def _stage_table(run: Run) -> str:
         "First validation loss",
         "Last validation loss",
     ]
-    return "<h2>Growth stages</h2>" + _table("stages", heads, rows, total, left=(1,))
+    return "<h2>Growth stages</h2>" + sheet("stages", heads, rows, total, left=(1,))
 
 
 def _stage_row(stage: Stage) -> list[str]:
@@ -200,7 +207,7 @@ def _growth_table(run: Run) -> str:
         "Peak staging",
     ]
     rows = [_growth_row(number, growth) for number, growth in enumerate(run.growths, start=1)]
-    return "<h2>Growths</h2>" + _table("growths", heads, rows, None, left=(1,))
+    return "<h2>Growths</h2>" + sheet("growths", heads, rows, None, left=(1,))
 
 
 def _growth_row(number: int, growth: Growth) -> list[str]:
@@ -249,7 +256,7 @@ def _layout(layout: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in layout.items())
 
 
-def _table(
+def sheet(
     name: str,
     heads: Sequence[str],
     rows: Sequence[Sequence[str]],

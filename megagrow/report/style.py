@@ -7,13 +7,17 @@ STYLE = """
   color-scheme: light dark;
   --page: #f5f6f8; --card: #ffffff; --text: #1c2330; --soft: #5d6778; --rule: #e3e6eb;
   --grid: #eceef2; --main: #2563c9; --raw: #2563c9; --dots: #d2570c; --marker: #7c3aab;
-  --rawness: .3; --good: #1c7a45; --goodback: #e2f4e9; --warn: #9a5b00; --warnback: #fdf0d8;
+  --c1: #2563c9; --c2: #d2570c; --c3: #1c7a45; --c4: #7c3aab; --c5: #b3123f; --c6: #00798c;
+  --c7: #6b6f00; --rawness: .3;
+  --good: #1c7a45; --goodback: #e2f4e9; --warn: #9a5b00; --warnback: #fdf0d8;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #11151c; --card: #1a202a; --text: #e7eaf0; --soft: #9aa5b6; --rule: #2d3542;
     --grid: #262d39; --main: #6ea8ff; --raw: #6ea8ff; --dots: #ff9d5c; --marker: #c79bf2;
-    --rawness: .45; --good: #7fd6a2; --goodback: #163526; --warn: #f2c069; --warnback: #3b2d12;
+    --c1: #6ea8ff; --c2: #ff9d5c; --c3: #7fd6a2; --c4: #c79bf2; --c5: #ff8fa8; --c6: #6fd3e0;
+    --c7: #d5da5a; --rawness: .45;
+    --good: #7fd6a2; --goodback: #163526; --warn: #f2c069; --warnback: #3b2d12;
   }
 }
 * { box-sizing: border-box; }
@@ -64,6 +68,13 @@ svg .main { stroke: var(--main); stroke-width: 2; }
 svg .raw { stroke: var(--raw); stroke-width: 1; opacity: var(--rawness); }
 svg.key .raw { opacity: .6; }
 svg .dots { stroke: var(--dots); stroke-width: 1.5; }
+svg .c1 { stroke: var(--c1); stroke-width: 2; }
+svg .c2 { stroke: var(--c2); stroke-width: 2; }
+svg .c3 { stroke: var(--c3); stroke-width: 2; }
+svg .c4 { stroke: var(--c4); stroke-width: 2; }
+svg .c5 { stroke: var(--c5); stroke-width: 2; }
+svg .c6 { stroke: var(--c6); stroke-width: 2; }
+svg .c7 { stroke: var(--c7); stroke-width: 2; }
 svg .dot { fill: var(--card); stroke-width: 2; opacity: 1; pointer-events: none; }
 svg .marker { stroke: var(--marker); stroke-width: 1.5; stroke-dasharray: 5 3; }
 svg .grip { stroke: transparent; stroke-width: 12; }

@@ -46,7 +46,7 @@ def describe(config: Config, *, world: int) -> str:
     Raises:
         MegagrowError: whatever would stop the run before its first step.
     """
-    plan = plan_run(config, world=world, vocabulary=_vocabulary(config))
+    plan = plan_run(config, world=world, vocabulary=vocabulary(config))
     lines = [f"{config.run.dir}: {world} processes, {plan.total_steps} steps"]
     for stage in plan.stages:
         lines += ["", *_stage_lines(config, plan, stage.index)]
@@ -62,7 +62,7 @@ def describe(config: Config, *, world: int) -> str:
     return "\n".join(lines)
 
 
-def _vocabulary(config: Config) -> int | None:
+def vocabulary(config: Config) -> int | None:
     """Of the dataset; None where there is none yet and the model names its own."""
     if config.model.vocab is not None and not (Path(config.data.path) / MANIFEST).exists():
         return None
@@ -177,7 +177,7 @@ def check_memory(config: Config, *, world: int, memory: str | None) -> str:
     Raises:
         ConfigError: it does not; names the stage, the greatest part and what to change.
     """
-    plan = plan_run(config, world=world, vocabulary=_vocabulary(config))
+    plan = plan_run(config, world=world, vocabulary=vocabulary(config))
     if memory is not None:
         limit, given, on_host = read_memory(memory), "--memory", False
     else:
@@ -280,15 +280,18 @@ def moves(plan: RunPlan, index: int, *, ranks: Iterable[int]) -> dict[int, Recei
     return {rank: received(state_map, old, new, slots=ADAM_SLOTS, rank=rank) for rank in ranks}
 
 
+def sample_ranks(world: int) -> list[int]:
+    """All ranks of a small world; of a large one some, evenly spread, with both ends."""
+    if world <= _RANKS_COUNTED:
+        return list(range(world))
+    # An odd stride meets every coordinate of the grid.
+    return sorted({(world - 1) * i // (_SAMPLE - 1) for i in range(_SAMPLE)})
+
+
 def _moves_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     world = plan.stages[index].layout.world
     staging = human(config.growth.staging_mib * 2**20, "B")
-    if world <= _RANKS_COUNTED:
-        ranks: Sequence[int] = range(world)
-    else:
-        # Evenly spread, with both ends; an odd stride meets every coordinate of the grid.
-        ranks = sorted({(world - 1) * i // (_SAMPLE - 1) for i in range(_SAMPLE)})
-    counts = moves(plan, index, ranks=ranks)
+    counts = moves(plan, index, ranks=sample_ranks(world))
     exact = len(counts) == world
     scale = world / len(counts)
     crossed = sum(count.crossed for count in counts.values()) * scale

@@ -69,10 +69,8 @@ class Campaign:
     def rest(self, lr: float) -> list[runs.Task]:
         """The small models alone, and all other seeds of the baseline and the finalists."""
         best = self.ranking(lr)
-        if self.config.small_controls == "all":
-            alone = list(self.config.variants)
-        else:
-            alone = best[:1]
+        everyone = self.config.small_controls == "all"
+        alone = list(self.config.variants) if everyone else best[:1]
         tasks = [self._task(f"{SMALL}_{name}", lr, self.config.seeds[0]) for name in alone]
         for seed in self.config.seeds[1:]:
             names = (*best[: self.config.finalists], SCRATCH)
@@ -192,16 +190,13 @@ def _savings(
             found[cost] = {
                 **asdict(interval([one.value for one in by_seed.values()])),
                 "by_seed": {
-                    str(seed): {**asdict(one), "saving": one.value}
-                    for seed, one in by_seed.items()
+                    str(seed): {**asdict(one), "saving": one.value} for seed, one in by_seed.items()
                 },
             }
     return found
 
 
-def train(
-    campaign: Campaign, *, comm: Comm | None, workers: int, until: float | None
-) -> bool:
+def train(campaign: Campaign, *, comm: Comm | None, workers: int, until: float | None) -> bool:
     """Train all that is missing; returns whether everything is finished.
 
     Args:

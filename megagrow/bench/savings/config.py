@@ -43,7 +43,7 @@ class VariantConfig(Section):
 
     model: dict[str, Any]
     stages: Annotated[list[VariantStage], Field(min_length=2)]
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _only_the_last_is_open(self) -> VariantConfig:
@@ -170,7 +170,9 @@ class Member:
             schedule={"name": "wsd", "decay": branch.decay},
         )
 
-    def branches(self, budgets: list[float], *, decay: float, world: int, vocab: int) -> list[Branch]:
+    def branches(
+        self, budgets: list[float], *, decay: float, world: int, vocab: int
+    ) -> list[Branch]:
         """Where the stable run is left for each budget, by arithmetic.
 
         The decay lies within the last growth stage and takes `decay` of the budget there, so
@@ -256,5 +258,7 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        merged[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = (
+            {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return merged

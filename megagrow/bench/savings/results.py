@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from scipy import stats
 
@@ -141,7 +142,7 @@ def cost_at(points: Sequence[Point], loss: float, cost: Cost) -> float | None:
 
     None where no two budgets enclose the loss; extrapolated is nothing.
     """
-    for left, right in zip(points, points[1:], strict=False):
+    for left, right in pairwise(points):
         if left.loss >= loss >= right.loss and left.loss > right.loss:
             share = math.log(left.loss / loss) / math.log(left.loss / right.loss)
             low, high = getattr(left, cost), getattr(right, cost)
@@ -178,8 +179,3 @@ def interval(values: Sequence[float]) -> Interval:
     half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1))
     half *= statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half, len(values))
-
-
-def as_json(value: Any) -> Any:
-    """Dataclasses as plain data."""
-    return asdict(value)

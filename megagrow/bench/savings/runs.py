@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,9 +31,7 @@ from megagrow.train.plan import plan_run, with_vocabulary
 Task = tuple[Member, tuple[Branch, ...]]
 
 
-def run_all(
-    tasks: Sequence[Task], *, comm: Comm | None, workers: int, until: float | None
-) -> bool:
+def run_all(tasks: Sequence[Task], *, comm: Comm | None, workers: int, until: float | None) -> bool:
     """Train members up to their last branch.
 
     Args:
@@ -53,7 +50,7 @@ def run_all(
     left = [task for task in tasks if not all(finished(task[0], b) for b in task[1])]
     if comm is not None:
         # Rank 0's view of the disk counts, or ranks could part ways.
-        return all([run_member(*task, comm=comm, until=until) for task in comm.broadcast(left)])
+        return all(run_member(*task, comm=comm, until=until) for task in comm.broadcast(left))
     if not left:
         return True
     context = multiprocessing.get_context("spawn")
@@ -65,7 +62,8 @@ def run_all(
         complete = True
         while waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            complete = all([future.result() for future in done]) and complete
+            for future in done:
+                complete &= future.result()
         return complete
     finally:
         # A failure or an interruption: what is running ends with its worker, and is resumed later.
@@ -134,9 +132,11 @@ def _spoken_into(log: Path | None) -> Iterator[None]:
         yield
         return
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8", buffering=1) as stream, contextlib.redirect_stderr(
-        stream
-    ), contextlib.redirect_stdout(stream):
+    with (
+        open(log, "a", encoding="utf-8", buffering=1) as stream,
+        contextlib.redirect_stderr(stream),
+        contextlib.redirect_stdout(stream),
+    ):
         yield
 
 

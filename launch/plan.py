@@ -1,0 +1,153 @@
+"""Plan when to grow, how much it saves, and what it costs on a machine; see --help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = """\
+examples:
+  # the best schedule for a model and 10 billion tokens, by Chinchilla's law, two growth stages
+  python launch/plan.py --config configs/gpt2_large.yaml --tokens 1e10 --law epoch --stages 2
+
+  # the same from a law fitted to your own runs, with its interval; writes config, page and picture
+  python launch/plan.py --config my.yaml --flops 1e18 --fit runs/a runs/b runs/c runs/d \\
+      --output plans/mine
+
+  # step time, MFU, memory, and what each growth moves, for a run on 512 nodes
+  python launch/plan.py --config configs/mt530b_4096.yaml --machine configs/machines/h100.yaml \\
+      machine.nodes=512
+"""
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Plan when to grow, how much it saves, and what it costs on a machine.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="a run; its model is the target")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--tokens",
+        type=float,
+        help="find the best schedule for the FLOPs that the target takes on so many tokens",
+    )
+    budget.add_argument("--flops", type=float, help="find the best schedule for so many FLOPs")
+    laws = parser.add_mutually_exclusive_group()
+    laws.add_argument("--law", default="chinchilla", help="kaplan, chinchilla (default) or epoch")
+    laws.add_argument("--fit", nargs="+", metavar="RUN_DIR", help="fit the law to these runs")
+    add("--no-floor", action="store_true", help="fit without the constant E")
+    add("--stages", type=int, default=3, help="growth stages at most (default %(default)s)")
+    add(
+        "--operators",
+        default="depth_stack,width",
+        help="a depth operator, a width operator, or both (default %(default)s)",
+    )
+    add(
+        "--growth-loss",
+        type=float,
+        default=0.0,
+        metavar="NATS",
+        help="what a growth adds to the loss",
+    )
+    add("--machine", metavar="FILE", help="nodes, memory, bandwidths: what it costs there")
+    add("--rank", type=int, help="count the bytes of a growth for this rank alone")
+    add(
+        "--output", type=Path, metavar="DIR", help="write config.yaml, plan.html and plan.svg there"
+    )
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    add(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings that override the file's; machine.KEY=value those of the machine",
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def run(options: argparse.Namespace) -> str:
+    """Do what the command line asks for; returns what to print."""
+    from megagrow.config.load import load_config, load_settings, parse_config
+    from megagrow.config.yamltext import write_yaml
+    from megagrow.errors import ConfigError
+    from megagrow.model.flops import train_flops_per_token
+    from megagrow.schedule.fit import fit_law
+    from megagrow.schedule.machine import MachineConfig
+    from megagrow.schedule.scaling import find_law
+    from megagrow.train import proposal_page
+    from megagrow.train.dryrun import vocabulary
+    from megagrow.train.plan import with_vocabulary
+    from megagrow.train.planning import describe_on_machine
+    from megagrow.train.proposal import propose, ready_config, run_points
+
+    ours = [text for text in options.overrides if not text.startswith("machine.")]
+    theirs = [
+        text.removeprefix("machine.") for text in options.overrides if text.startswith("machine.")
+    ]
+    config = load_config(options.config, ours)
+    config = with_vocabulary(config, vocabulary(config))
+    machine = load_settings(MachineConfig, options.machine, theirs) if options.machine else None
+    searches = options.tokens is not None or options.flops is not None
+    if not searches and machine is None:
+        raise ConfigError(
+            "nothing to plan: neither a budget nor a machine is given",
+            mend="--tokens 1e10 or --flops 1e18 for a schedule, --machine FILE for costs at scale",
+        )
+    if not searches:
+        assert machine is not None
+        return describe_on_machine(config, machine, rank=options.rank)
+
+    operators = [name.strip() for name in options.operators.split(",") if name.strip()]
+    fit = None
+    if options.fit:
+        points = run_points(options.fit, unit="tokens", embeddings=True)
+        fit = fit_law(points, unit="tokens", floor=not options.no_floor)
+    law = fit.law if fit is not None else find_law(options.law)
+    target = config.model_copy(update={"stages": config.stages[:1]})
+    found = propose(
+        target,
+        law=law,
+        fit=fit,
+        flops=options.flops or options.tokens * train_flops_per_token(target.model),
+        operators=operators,
+        most_stages=options.stages,
+        added_loss=options.growth_loss,
+        machine=machine,
+    )
+    text = proposal_page.table(found)
+    if fit is not None:
+        for name in ("floor", "n_power", "s_power"):
+            low, high = fit.interval(name)
+            text += f"\nfitted {name}: {getattr(law, name):.4g} ({low:.4g} to {high:.4g})"
+        text += f"\nfitted to {fit.points} points, root mean square error {fit.error:.2%}"
+    settings = ready_config(target, found, operators=operators)
+    planned = parse_config(settings, source="the planned configuration")
+    if machine is not None:
+        text += "\n\n" + describe_on_machine(planned, machine, rank=options.rank)
+    if options.output is not None:
+        text += "\n\n" + proposal_page.write(
+            options.output, found, text=text, config=write_yaml(settings)
+        )
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, plan, print; returns the exit status."""
+    from megagrow.errors import MegagrowError
+
+    options = parse(arguments)
+    try:
+        print(run(options))
+    except MegagrowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
