@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from megagrow.cluster import lifeline
+from megagrow.cluster.rank import prepare_network, under_supervision
 from megagrow.errors import ConfigError, MegagrowError
 
 EXAMPLES = """\
@@ -91,6 +93,7 @@ def run(options: argparse.Namespace) -> None:
     from megagrow.engine import comm
     from megagrow.train.loop import Trainer
 
+    prepare_network()
     try:
         ranks = comm.start()
         Trainer(config=config, plan=plan, data=data, comm=ranks, resume=options.resume).run()
@@ -128,12 +131,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(options)
     except MegagrowError as error:
+        lifeline.say("failed", text=str(error), kind=type(error).__name__)
         if _is_first():
             print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if not _lost_contact(error):
             raise
+        lifeline.say("failed", text=str(error).splitlines()[0], follows=True)
         print(
             f"rank {os.environ.get('RANK', '0')}: lost contact with another rank, whose own "
             f"message tells why\n  found:    {str(error).splitlines()[0]}\n"
@@ -149,4 +154,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(under_supervision(main))

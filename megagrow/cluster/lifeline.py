@@ -54,6 +54,7 @@ class Lifeline:
         on_stop: called in the line's thread, with a signal's number, when the supervisor
             passes that signal on.
         on_end: called in the line's thread, with the reason, when the supervisor ends the job.
+        on_other: called in the line's thread with any further order.
     """
 
     def __init__(
@@ -64,10 +65,12 @@ class Lifeline:
         on_lost: Callable[[str], None] | None = None,
         on_stop: Callable[[int], None] | None = None,
         on_end: Callable[[str], None] | None = None,
+        on_other: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.on_lost = on_lost or self._leave
         self.on_stop = on_stop or self._take_signal
         self.on_end = on_end or self._leave
+        self.on_other = on_other
         self.last_word: str | None = None
         self._connection = connection
         self._connection.setblocking(False)
@@ -206,6 +209,8 @@ class Lifeline:
             self.on_stop(int(order["signal"]))
         elif event == "end":
             self.on_end(str(order.get("reason", "the supervisor ends the job")))
+        elif self.on_other is not None:
+            self.on_other(order)
 
     # --- what happens by default ----------------------------------------------------------
 

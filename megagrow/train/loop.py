@@ -15,6 +15,7 @@ import torch
 
 from megagrow import __version__
 from megagrow.checkpoint import NativeCheckpoint
+from megagrow.cluster import lifeline
 from megagrow.config import Config
 from megagrow.config.load import dump_config
 from megagrow.data.dataset import PreparedData
@@ -334,6 +335,7 @@ class Trainer:
         if self.metrics is not None and path != self.last_saved:
             self.metrics.event("checkpoint", step=self.state.step, path=str(path))
         self.last_saved = path
+        lifeline.say("saved", step=self.state.step)
 
     def _require_finite(self, losses: list[float], grad_norm: float) -> None:
         step = self.state.step + 1

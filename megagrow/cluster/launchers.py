@@ -1,0 +1,175 @@
+"""The commands that start the ranks: DeepSpeed here, DeepSpeed over ssh, torchrun on each node."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megagrow.cluster.environment import (
+    carried,
+    remote_argument,
+    users_file,
+    write_launcher_file,
+)
+from megagrow.cluster.hostfile import Host
+from megagrow.cluster.sweep import VARIABLE as MARK
+from megagrow.errors import ConfigError, MegagrowError
+
+# A host that is switched off or cut off is given up after these seconds; without them ssh waits
+# for hours.  What the user asks for comes first, and ssh takes the first.
+SSH_OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5",
+               "ServerAliveCountMax=4")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to run, and in which environment.
+
+    Attributes:
+        prefixes: what the launcher writes before each line of a host's output.
+    """
+
+    words: tuple[str, ...]
+    environ: Mapping[str, str]
+    prefixes: tuple[str, ...] = ()
+
+    def with_environ(self, **values: str) -> Command:
+        """The same with more in its environment."""
+        return replace(self, environ={**self.environ, **values})
+
+
+def here(
+    script: Sequence[str], *, ranks: int | None, port: int, environ: Mapping[str, str]
+) -> Command:
+    """DeepSpeed's launcher on this machine; without a number, a rank for every device."""
+    words = [*_DEEPSPEED, "--quiet", "--hostfile", "none", "--master_port", str(port)]
+    if ranks is not None:
+        words += ["--num_gpus", str(ranks)]
+    return Command((*words, *script), environ)
+
+
+def over_ssh(
+    script: Sequence[str],
+    *,
+    hosts: Sequence[Host],
+    master: str,
+    port: int,
+    environ: Mapping[str, str],
+    also: Sequence[str],
+    directory: Path,
+) -> Command:
+    """DeepSpeed's launcher over pdsh and ssh.
+
+    Args:
+        hosts: of the job; the first one holds rank 0.
+        master: its address, as the others reach it.
+        environ: of the launcher; `carried` tells what the ranks see of it.
+        also: further names for `carried`.
+        directory: for the files that the launcher reads; private to this user.
+
+    Raises:
+        ConfigError: pdsh is missing, or the working directory's name does not survive a shell.
+    """
+    if shutil.which("pdsh", path=environ.get("PATH")) is None:
+        raise ConfigError(
+            "--hostfile needs pdsh, by which DeepSpeed's launcher reaches the hosts",
+            found="no pdsh on PATH",
+            mend="install it (Debian, Ubuntu: apt install pdsh), or let a scheduler start one "
+            "launch/supervise.py on each node (--nnodes), which needs no ssh",
+        )
+    here_is = Path.cwd()
+    if not re.fullmatch(r"[\w@+=:,./-]+", str(here_is)):
+        raise ConfigError(
+            "the launcher cannot go to this working directory on the hosts",
+            found=str(here_is),
+            expected="a path of letters, digits and any of @+=:,./-_",
+            mend="start from another directory, or by a link to this one",
+        )
+    hostfile = directory / "hostfile"
+    hostfile.write_text("".join(f"{h.name} slots={h.slots}\n" for h in hosts), encoding="utf-8")
+    values = users_file(environ) | carried(environ, also=also)
+    # DeepSpeed would put the working directory first, but only into its own value.
+    values["PYTHONPATH"] = ":".join(filter(None, [str(here_is), values.get("PYTHONPATH")]))
+    write_launcher_file(directory / "environment", values)
+    words = [
+        *_DEEPSPEED, "--hostfile", str(hostfile), "--launcher", "pdsh", "--force_multi",
+        # Ours asks all hosts, at once, and for more.
+        "--no_ssh_check", "--master_addr", master, "--master_port", str(port),
+    ]  # fmt: skip
+    options = " ".join(f"-o {option}" for option in SSH_OPTIONS)
+    given = environ.get("PDSH_SSH_ARGS_APPEND", "")
+    return Command(
+        (*words, *map(remote_argument, script)),
+        {
+            **environ,
+            "DS_ENV_FILE": str(directory / "environment"),
+            "PDSH_SSH_ARGS_APPEND": f"{given} {options}".strip(),
+        },
+        tuple(f"{host.name}: " for host in hosts),
+    )
+
+
+def on_node(
+    script: Sequence[str],
+    *,
+    nodes: int,
+    node: int,
+    ranks: int | None,
+    master: str,
+    port: int,
+    environ: Mapping[str, str],
+) -> Command:
+    """Torchrun's agent for this node of a job whose scheduler starts every node."""
+    words = [
+        sys.executable, "-m", "torch.distributed.run",
+        "--nnodes", str(nodes), "--node-rank", str(node),
+        "--nproc-per-node", "gpu" if ranks is None else str(ranks),
+        "--master-addr", master, "--master-port", str(port),
+        "--max-restarts", "0", "--monitor-interval", "1",
+    ]  # fmt: skip
+    # Torchrun would set one thread a rank, and say so.
+    return Command((*words, *script), {"OMP_NUM_THREADS": "1", **environ})
+
+
+def resumed(script: Sequence[str]) -> list[str]:
+    """The script's words for a start again: it goes on, wherever the first start began."""
+    words, out = list(script), []
+    while words:
+        word = words.pop(0)
+        if word == "--resume" and words:
+            words.pop(0)
+        elif not word.startswith("--resume="):
+            out.append(word)
+    return [*out, "--resume", "auto"]
+
+
+def ssh(host: str, words: Sequence[str]) -> list[str]:
+    """The command that runs words on a host, in the directory where we are."""
+    options = [part for option in SSH_OPTIONS for part in ("-o", option)]
+    command = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(words)}"
+    return ["ssh", *options, host, command]
+
+
+def require_script(script: Sequence[str]) -> None:
+    """Refuse a script that is not there.
+
+    Raises:
+        MegagrowError: with what to write.
+    """
+    if not script or not Path(script[0]).is_file():
+        raise MegagrowError(
+            "the script to start is missing",
+            found=script[0] if script else "nothing after the options",
+            expected="a Python file and its arguments",
+            mend="python launch/supervise.py --ranks 2 launch/pretrain.py --config FILE",
+        )
+
+
+_DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
+
+__all__ = ["MARK", "Command", "here", "on_node", "over_ssh", "require_script", "resumed", "ssh"]

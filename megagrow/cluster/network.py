@@ -1,0 +1,167 @@
+"""Which address and which interface leads from here to the other hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import socket
+import struct
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from megagrow.errors import ConfigError, MegagrowError
+
+_SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
+
+
+def addresses_of(host: str) -> list[str]:
+    """What a name resolves to; empty where it does not."""
+    with contextlib.suppress(OSError):
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    return []
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address never leaves its host."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def own_address(toward: str) -> str | None:
+    """This host's address on the route to another one; None where there is no route.
+
+    Toward this host itself, it is the address that was asked for.
+    """
+    for address in addresses_of(toward):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # of a datagram socket: chooses the route, sends nothing
+            return str(probe.getsockname()[0])
+    return None
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an address of this host."""
+    if ":" in address:
+        return _interface_of_ipv6(address)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                request = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, request)
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
+def _interface_of_ipv6(address: str) -> str | None:
+    wanted = ipaddress.IPv6Address(address.partition("%")[0])
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            digits, *_, name = line.split()
+            if ipaddress.IPv6Address(int(digits, 16)) == wanted:
+                return name
+    return None
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def choose_gloo_interface(environ: MutableMapping[str, str]) -> str | None:
+    """Set GLOO_SOCKET_IFNAME where gloo would bind an address that other hosts cannot reach.
+
+    Gloo binds what the host's own name resolves to.  Where that is the loopback address (as
+    Debian's installer writes it into /etc/hosts), an address that this host does not have, or
+    nothing, ranks on other hosts wait for it in vain.
+
+    Returns:
+        The interface, or None where nothing had to be done: one host alone, a setting of the
+        user's own, or a name that resolves well.
+
+    Raises:
+        MegagrowError: no interface leads to MASTER_ADDR.
+    """
+    here = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
+    if "GLOO_SOCKET_IFNAME" in environ or here is None or here == environ.get("WORLD_SIZE"):
+        return None
+    found = addresses_of(socket.gethostname())
+    if found and not is_loopback(found[0]) and interface_of(found[0]):
+        return None
+    master = environ["MASTER_ADDR"]
+    address = own_address(master)
+    name = interface_of(address) if address else None
+    if address is None or name is None or is_loopback(address):
+        raise MegagrowError(
+            f"rank {environ.get('RANK', '0')} on {socket.gethostname()}: no network interface "
+            f"leads to rank 0's host, {master}",
+            found=f"the route's own address is {address}, the host name resolves to "
+            f"{', '.join(found) or 'nothing'}",
+            expected="an interface whose address the other hosts can reach",
+            mend="set GLOO_SOCKET_IFNAME, or mend /etc/hosts or the address of rank 0's host",
+        )
+    environ["GLOO_SOCKET_IFNAME"] = name
+    return name
+
+
+def address_for(hosts: list[str]) -> str:
+    """This host's address as the hosts of a job see it.
+
+    Raises:
+        ConfigError: none of them can be found.
+    """
+    loopback = None
+    for host in hosts:
+        address = own_address(host)
+        if address is not None and not is_loopback(address):
+            return address
+        loopback = loopback or address
+    if loopback is None:
+        raise ConfigError(
+            f"no host of the job can be found from {socket.gethostname()}",
+            found=f"{', '.join(hosts[:4])}: no address, or no route to it",
+            expected="names that resolve, or addresses",
+            mend="mend /etc/hosts or DNS, or give --address, which the ranks reach this host by",
+        )
+    return loopback
+
+
+def master_address(host: str, others: list[str]) -> str:
+    """An address of rank 0's host that the other hosts reach.
+
+    Its name may resolve to the loopback address here, where the job is started from it.
+    """
+    found = addresses_of(host)
+    good = [address for address in found if not is_loopback(address)]
+    if good or not others:
+        return (good or found or [host])[0]
+    return address_for(others)
+
+
+def require_free_port(environ: MutableMapping[str, str]) -> None:
+    """Refuse a port for rank 0 that another job on this host has: its ranks would join us.
+
+    Raises:
+        MegagrowError: the port is taken.
+    """
+    if environ.get("RANK", "0") != "0" or environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return  # torchrun's agent listens there for its ranks
+    port = environ.get("MASTER_PORT")
+    if port is None:
+        return
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", int(port)))
+    except OSError as error:
+        raise MegagrowError(
+            f"rank 0 on {socket.gethostname()}: port {port} cannot be had",
+            found=error.strerror or error,
+            expected="a port of this job alone: the ranks of two jobs on one port would mix",
+            mend="choose another by --master_port (deepspeed) or --master-port (torchrun), or "
+            "start by launch/supervise.py, which finds a free one",
+        ) from error

@@ -1,0 +1,89 @@
+"""A launcher as a process: its output passed on, and all that it started ended with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO
+
+from megagrow.cluster.launchers import Command
+from megagrow.cluster.sweep import VARIABLE, sweep
+
+_PATIENCE_SECONDS = 3.0
+_OUTPUT_SECONDS = 2.0
+
+
+class Launcher:
+    """Runs one command in a session of its own.
+
+    Args:
+        command: what to run; its host prefixes are taken off its output.
+        mark: put into the environment of all that it starts, to find them again.
+        log: a file that gets a copy of the output, besides this process's own stdout.
+    """
+
+    def __init__(self, command: Command, *, mark: str, log: Path | None = None) -> None:
+        self.mark, self._prefixes = mark, command.prefixes
+        self._log = log.open("ab") if log is not None else None
+        self._process = subprocess.Popen(
+            command.words,
+            env={**command.environ, VARIABLE: mark},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        self._pump = threading.Thread(
+            target=self._pass_on, args=(self._process.stdout,), daemon=True
+        )
+        self._pump.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the launcher itself."""
+        return self._process.pid
+
+    def status(self) -> int | None:
+        """Its exit status (negative: the signal that killed it), None while it runs."""
+        return self._process.poll()
+
+    def end(self) -> list[int]:
+        """End it and everything on this host that it started.
+
+        Returns:
+            Processes that outlived SIGKILL: they hang inside the system, as on a dead disk.
+        """
+        # Its ranks are told already, so that it ends by itself soon.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_PATIENCE_SECONDS)
+        # Not SIGTERM: DeepSpeed's launcher would then end every job of its own kind on the hosts
+        # (`pkill -f`), other people's of the same account included.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        _, left = sweep(self.mark)
+        self._process.wait()
+        self._pump.join(_OUTPUT_SECONDS)
+        return left
+
+    def _pass_on(self, output: IO[bytes]) -> None:
+        for line in output:
+            text = self._without_prefix(line)
+            for stream in (sys.stdout.buffer, self._log):
+                with contextlib.suppress(OSError, ValueError):
+                    if stream is not None:
+                        stream.write(text)
+                        stream.flush()
+        if self._log is not None:
+            self._log.close()
+
+    def _without_prefix(self, line: bytes) -> bytes:
+        for prefix in self._prefixes:
+            if line.startswith(prefix.encode()):
+                return line[len(prefix) :]
+        return line

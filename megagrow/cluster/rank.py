@@ -1,0 +1,42 @@
+"""What a rank does first and last: its line to the supervisor, its own log, its network."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from megagrow.cluster import lifeline, network, ranklog
+from megagrow.errors import MegagrowError
+
+_WORDS = {0: "done", lifeline.STATUS_STOPPED: "stopped"}
+
+
+def under_supervision(main: Callable[[], int]) -> int:
+    """Run a rank's `main`, and tell the supervisor of this job, if there is one, how it ended."""
+    try:
+        line = lifeline.Lifeline.from_environment()
+    except MegagrowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    ranklog.divert_output()
+    try:
+        status = main()
+    except BaseException as error:
+        lifeline.say("failed", text=f"{type(error).__name__}: {error}")
+        raise
+    if line is not None:
+        if line.last_word is None:
+            line.say(_WORDS.get(status, "failed"), text=f"its exit status is {status}")
+        line.close()
+    return status
+
+
+def prepare_network() -> None:
+    """Before this rank joins the others.
+
+    Raises:
+        MegagrowError: rank 0's port is taken, or no interface leads to the other hosts.
+    """
+    network.require_free_port(os.environ)
+    network.choose_gloo_interface(os.environ)
