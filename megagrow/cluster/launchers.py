@@ -97,7 +97,7 @@ def over_ssh(
     values["PYTHONPATH"] = ":".join(filter(None, [str(here_is), values.get("PYTHONPATH")]))
     write_launcher_file(directory / "environment", values)
     words = [
-        *_DEEPSPEED, "--hostfile", str(hostfile), "--launcher", "pdsh", "--force_multi",
+        *_DEEPSPEED, "--quiet", "--hostfile", str(hostfile), "--launcher", "pdsh", "--force_multi",
         # Ours asks all hosts, at once, and for more.
         "--no_ssh_check", "--master_addr", master, "--master_port", str(port),
     ]  # fmt: skip
@@ -126,7 +126,7 @@ def on_node(
 ) -> Command:
     """Torchrun's agent for this node of a job whose scheduler starts every node."""
     words = [
-        sys.executable, "-m", "torch.distributed.run",
+        *_TORCHRUN,
         "--nnodes", str(nodes), "--node-rank", str(node),
         "--nproc-per-node", "gpu" if ranks is None else str(ranks),
         "--master-addr", master, "--master-port", str(port),
@@ -171,5 +171,6 @@ def require_script(script: Sequence[str]) -> None:
 
 
 _DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
+_TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 __all__ = ["MARK", "Command", "here", "on_node", "over_ssh", "require_script", "resumed", "ssh"]

@@ -1,0 +1,272 @@
+"""The supervisor's verdicts, with real processes that are light; each ends whatever happens."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parent.parent
+RANK = HERE / "light_rank.py"
+QUICK = ("--backoff", "0.1", "--grace", "0.5", "--silence", "3", "--start", "60")
+
+
+@pytest.fixture
+def supervise(tmp_path):
+    """Starts supervisors; ends what is left of them."""
+    started = []
+
+    def start(*arguments, ranks=3, options=(), environ=None, directory=tmp_path):
+        process = subprocess.Popen(
+            [
+                sys.executable, HERE / "light_supervise.py", *QUICK, "--logs", tmp_path / "logs",
+                "--ranks", str(ranks), *map(str, options),
+                RANK, "--dir", directory, *map(str, arguments),
+            ],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(environ or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+    for pid in pids(tmp_path):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def starts(directory, rank=0):
+    path = directory / f"starts_{rank}"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def pids(directory):
+    return [int(line.split()[0]) for n in range(8) for line in starts(directory, n)]
+
+
+def alive(directory):
+    found = []
+    for pid in pids(directory):
+        try:
+            if "light_rank" in Path(f"/proc/{pid}/cmdline").read_text():
+                found.append(pid)
+        except OSError:
+            pass
+    return found
+
+
+def wait_until(condition, what):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+def wait_for_training(directory, step=1):
+    saved = directory / "saved"
+    wait_until(lambda: saved.exists() and int(saved.read_text() or 0) >= step, "training")
+
+
+def test_all_ranks_are_done(supervise, tmp_path):
+    status, out, err = finish(supervise("--steps", 3, "a b", "100%", "$HOME"))
+    assert (status, out, err) == (0, "rank 0 speaks\n", "")
+    assert starts(tmp_path)[0].endswith("auto 3 a b 100% $HOME")
+    logs = tmp_path / "logs" / "attempt_0001"
+    assert (logs / "rank_00002.log").read_text() == "rank 2 speaks\n"
+    assert (logs / "console.log").read_text() == "rank 0 speaks\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("kill", r"rank 1 on \S+ \(pid \d+\) died without a word\n.* it was: counting, step 2"),
+        ("leave", r"rank 1 on \S+ \(pid \d+\) died without a word"),
+        ("raise", r"rank 1 on \S+ \(pid \d+\) failed\n  found: +RuntimeError: what a pity"),
+        ("freeze", r"nothing was heard from rank 1 on \S+ \(pid \d+\) for \d+ s"),
+    ],
+)  # fmt: skip
+def test_one_rank_fails(supervise, tmp_path, kind, message):
+    """Whatever the launcher returns (here: 0), and though the other ranks notice nothing."""
+    process = supervise("--steps", 9999, "--fault", f"1:2:{kind}", options=["--restarts", 0])
+    status, _, err = finish(process)
+    assert status == 1 and re.search(f"error: {message}", err), err
+    assert f"see {tmp_path}/logs/attempt_0001" in err
+    assert len(pids(tmp_path)) == 3 and alive(tmp_path) == []
+
+
+def test_restarts_until_it_is_done(supervise, tmp_path):
+    """Three failures, each after more was saved, under a limit of one."""
+    faults = [part for n in (0, 1, 2) for part in ("--fault", f"{n}:{2 + 30 * n}:kill")]
+    process = supervise("--steps", 90, *faults, "--resume", "never", options=["--restarts", 1])
+    status, _, err = finish(process)
+    assert status == 0, err
+    assert (tmp_path / "saved").read_text() == "90"
+    # A start again goes on, wherever the first one was told to begin.
+    assert [line.split()[1] for line in starts(tmp_path)] == ["never", "auto", "auto", "auto"]
+    assert err.count("starting again") == 3 and err.count("(number 1 of 1") == 3
+
+
+def test_restarts_without_progress_are_limited(supervise, tmp_path):
+    process = supervise("--steps", 9, "--fault", "0:3:kill", "--always", options=["--restarts", 2])
+    status, _, err = finish(process)
+    assert status == 1 and "--restarts allows no more" in err
+    assert len(starts(tmp_path)) == 3 and alive(tmp_path) == []
+
+
+def test_a_wrong_configuration_is_not_tried_again(supervise, tmp_path):
+    status, _, err = finish(supervise("--fail-at-start"))
+    assert status == 78 and len(starts(tmp_path)) == 1
+    assert "layout.tensor does not divide" in err
+
+
+def test_the_launcher_leaves_while_ranks_run(supervise, tmp_path):
+    """What `deepspeed` does when its pdsh is killed: status 0, and the ranks live on."""
+    process = supervise(
+        "--steps", 9999, options=["--restarts", 0], environ={"LAUNCHER_LEAVES": "1"}
+    )
+    status, _, err = finish(process)
+    assert status == 1 and "the launcher ended with status 0" in err
+    assert "3 ranks still run" in err
+    assert alive(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_is_passed_on(supervise, tmp_path, number):
+    process = supervise("--steps", 9999)
+    wait_for_training(tmp_path)
+    process.send_signal(number)
+    status, _, err = finish(process)
+    assert status == 75, err
+    passed = signal.SIGTERM if number == signal.SIGINT else number
+    assert [(tmp_path / f"stopped_{n}").read_text() for n in range(3)] == [str(int(passed))] * 3
+    assert len(starts(tmp_path)) == 1
+
+
+def test_ranks_that_do_not_heed_a_signal(supervise, tmp_path):
+    process = supervise("--steps", 9999, "--fault", "1:2:hang", options=["--stop", "1"])
+    wait_for_training(tmp_path, step=4)
+    process.terminate()
+    status, _, err = finish(process)
+    assert status == 1 and "did not save after the signal within 1 s" in err
+    assert "rank 1 on " in err and alive(tmp_path) == []
+
+
+def test_the_supervisor_is_killed(supervise, tmp_path):
+    """Nobody is left to end the ranks: they end themselves."""
+    process = supervise("--steps", 9999)
+    wait_for_training(tmp_path)
+    assert len(alive(tmp_path)) == 3
+    process.kill()
+    wait_until(lambda: alive(tmp_path) == [], "the ranks' end")
+
+
+def test_ranks_that_never_start(supervise, tmp_path):
+    process = supervise(ranks=2, options=["--start", "1", "--restarts", 0],
+                        directory=tmp_path / "missing")  # fmt: skip
+    status, _, err = finish(process)
+    assert status == 1 and "FileNotFoundError" in err
+
+
+def test_a_script_that_is_missing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, HERE / "light_supervise.py", "nothing.py"], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "found:    nothing.py" in done.stderr
+
+
+# --- one supervisor a node ----------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def nodes(supervise):
+    """Starts the supervisors of a job's nodes, by their number."""
+    port = free_port()
+
+    def start(*arguments, numbers=(0, 1), token="secret", options=()):
+        return [
+            supervise(
+                *arguments, ranks=2, environ={"MEGAGROW_TOKEN": token},
+                options=["--nnodes", 2, "--node-rank", n, "--master", f"localhost:{port}",
+                         *options],
+            )
+            for n in numbers
+        ]  # fmt: skip
+
+    return start
+
+
+def test_two_nodes(nodes, tmp_path):
+    # The second is there first.
+    ended = [finish(process) for process in nodes("--steps", 3, numbers=(1, 0))]
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert [line.split()[1:3] for n in range(4) for line in starts(tmp_path, n)] == [
+        ["auto", "4"]
+    ] * 4
+
+
+def test_a_rank_of_another_node_dies(nodes, tmp_path):
+    ended = [finish(process) for process in nodes("--steps", 6, "--fault", "3:2:kill")]
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert "rank 3 on " in ended[0][2] and "died without a word" in ended[0][2]
+    assert len(starts(tmp_path, 3)) == 2 and (tmp_path / "saved").read_text() == "6"
+
+
+def test_the_signal_of_any_node_stops_all(nodes, tmp_path):
+    processes = nodes("--steps", 9999)
+    wait_for_training(tmp_path)
+    processes[1].send_signal(signal.SIGUSR1)
+    assert [finish(process)[0] for process in processes] == [75, 75]
+
+
+def test_a_node_is_lost_and_comes_back(nodes, tmp_path):
+    first, second = nodes("--steps", 60)
+    wait_for_training(tmp_path)
+    second.kill()
+    wait_until(lambda: len(alive(tmp_path)) == 0, "the ranks' end")
+    [again] = nodes("--steps", 60, numbers=(1,))
+    ended = [finish(first), finish(again)]
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert "node 1" in ended[0][2] or "died without a word" in ended[0][2]
+
+
+def test_node_0_is_lost(nodes, tmp_path):
+    first, second = nodes("--steps", 9999)
+    wait_for_training(tmp_path)
+    first.kill()
+    status, _, err = finish(second)
+    assert status == 1 and "node 0 (localhost): the supervisor is gone" in err
+    wait_until(lambda: alive(tmp_path) == [], "the ranks' end")
+
+
+def test_nodes_that_do_not_belong_together(nodes, tmp_path):
+    [first] = nodes(numbers=(0,), options=["--start", "3", "--restarts", 0])
+    [other] = nodes(numbers=(1,), token="another")
+    assert finish(other)[0] == 1
+    status, _, err = finish(first)
+    assert status == 1 and "nodes 1 of 2 did not join" in err and starts(tmp_path) == []
