@@ -47,7 +47,8 @@ def measure_alone(
     contenders: dict[str, Step] = {}
     for zero in (0, 1):
         engine = _engine(comm, model, LayoutConfig(zero=zero), batch)
-        contenders[f"engine, ZeRO {zero}"] = _engine_step(engine, samples)
+        runs = "" if engine.layout.zero == zero else f" (runs as ZeRO {engine.layout.zero})"
+        contenders[f"engine, layout.zero={zero}{runs}"] = _engine_step(engine, samples)
     tokens = torch.from_numpy(samples).to(comm.device)
     for name in rivals:
         rival = RIVALS[name](model).to(comm.device)

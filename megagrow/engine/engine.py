@@ -22,7 +22,7 @@ from megagrow.engine.ds_config import deepspeed_config
 from megagrow.engine.fragments import publish
 from megagrow.engine.groups import Groups, ModelParallelUnit
 from megagrow.engine.loss_scale import LossScale, get_loss_scale, set_loss_scale
-from megagrow.engine.optimizer import BlockAdamW
+from megagrow.engine.optimizer import OPTIMIZERS
 from megagrow.engine.pipeline import PipelinedModel
 from megagrow.engine.start import lean_start, poison
 from megagrow.engine.state import LiveState, live_state
@@ -32,6 +32,7 @@ from megagrow.model.parallel import TensorParallel
 from megagrow.model.ramping import Masks, ramp_in
 from megagrow.model.transformer import Transformer, named_tensors
 from megagrow.schedule.batch import accumulation
+from megagrow.state.catalog import OPTIMIZER_SLOTS
 from megagrow.state.placement import Placement
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,11 +91,12 @@ class Engine:
         self.layout = layout = placement.layout
         self.accumulation = accumulation(config.batch, layout)
         self.coordinates = layout.coordinates(comm.rank)
+        self.slots = OPTIMIZER_SLOTS[config.optimizer.name]
         groups = comm.groups(layout)
         parallel = groups.tensor_parallel(sequence=spread.sequence_parallel)
 
         module, parameters = self._build_module(config, groups, parallel, ramp)
-        self._optimizer = BlockAdamW(
+        self._optimizer = OPTIMIZERS[config.optimizer.name](
             _parameter_groups(config, placement, self.coordinates.pipe, parameters, module),
             betas=config.optimizer.betas,
         )
@@ -112,6 +114,7 @@ class Engine:
             parameters=parameters,
             placement=placement,
             rank=comm.rank,
+            slots=self.slots,
             rules=rules,
             optimizer_step=optimizer_step,
         )
@@ -162,6 +165,10 @@ class Engine:
                 mpu=None if plain else ModelParallelUnit(groups),
                 dist_init_required=False,
             )
+        if self.layout.data == 1 and self.layout.zero == 0:
+            # Nobody to average gradients with; DeepSpeed would copy them out and back.
+            engine.enable_backward_allreduce = False
+            engine.pipeline_enable_backward_allreduce = False
         return engine
 
     def publish(self) -> None:

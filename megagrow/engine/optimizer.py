@@ -1,4 +1,4 @@
-"""AdamW that knows young blocks: the new parts of grown tensors have rates of their own.
+"""Optimizers that know young blocks: the new parts of grown tensors have rates of their own.
 
 The optimizer sees what DeepSpeed gives it: whole parameters, or one flat
 partition of many.  Where a tensor has young blocks, the partition is stepped
@@ -33,17 +33,16 @@ class YoungShard:
     blocks: YoungBlocks
 
 
-class BlockAdamW(torch.optim.AdamW):
-    """Decoupled AdamW (Loshchilov & Hutter, arXiv 1711.05101) with young blocks.
+class BlockOptimizer(torch.optim.Optimizer):
+    """What the optimizers share: state made ahead of the first step, and steps in pieces.
 
     Parameter groups may carry ``lr_factor``, the multiple of the run's learning rate.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float]) -> None:
-        super().__init__(groups, lr=0.0, betas=betas, fused=True)
-        self._young: dict[torch.Tensor, Sequence[YoungShard]] = {}
-        # Called before each update; gradient clipping hooks in here where DeepSpeed has none.
-        self.before_step: Callable[[], None] | None = None
+    moments: tuple[str, ...] = ()
+    _young: dict[torch.Tensor, Sequence[YoungShard]]
+    # Called before each update; gradient clipping hooks in here where DeepSpeed has none.
+    before_step: Callable[[], None] | None = None
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the run's learning rate; each group takes its own multiple."""
@@ -65,7 +64,7 @@ class BlockAdamW(torch.optim.AdamW):
         for parameter in parameters:
             state = self.state[parameter]
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
-            for name in MOMENTS:
+            for name in self.moments:
                 state[name] = torch.zeros_like(parameter, requires_grad=False)
 
     @torch.no_grad()
@@ -74,71 +73,160 @@ class BlockAdamW(torch.optim.AdamW):
         if self.before_step is not None:
             self.before_step()
         if not any(p in self._young for g in self.param_groups for p in g["params"]):
-            return super().step(closure)
+            return self._step_whole(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step_in_pieces(group, parameter)
         return None
 
+    def _step_whole(self, closure: Any) -> Any:
+        """One update of parameters that have no young blocks."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _update(
+        group: Mapping[str, Any],
+        tensors: Sequence[torch.Tensor],
+        *,
+        steps: int,
+        lr_factor: float = 1.0,
+        fused: bool = False,
+    ) -> None:
+        """Update (parameter, gradient, moments) in place, `steps` updates being done."""
+        raise NotImplementedError
+
     def _step_in_pieces(self, group: Mapping[str, Any], parameter: torch.Tensor) -> None:
         state = self.state[parameter]
         if not state:
             raise RuntimeError("young blocks need optimizer state: call make_state first")
         before = int(state["step"])
-        flat = [
-            t.view(-1)
-            for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-            if t is not None
-        ]
+        tensors = (parameter, parameter.grad, *(state[name] for name in self.moments))
+        flat = [t.view(-1) for t in tensors if t is not None]
         position = 0
         for shard in self._young.get(parameter, ()):
-            _update(group, [t[position : shard.start] for t in flat], steps=before, fused=True)
+            self._update(group, [t[position : shard.start] for t in flat], steps=before, fused=True)
             position = shard.start + shard.box.volume
             boxes = [t[shard.start : position].view(shard.box.shape) for t in flat]
             old, new = regions(shard.blocks.kept, shard.box)
             for index in old:
-                _update(group, [t[index] for t in boxes], steps=before)
+                self._update(group, [t[index] for t in boxes], steps=before)
             factor = shard.blocks.lr_factor(before + 1)
             for index in new:
-                _update(
+                self._update(
                     group,
                     [t[index] for t in boxes],
                     steps=before - shard.blocks.born,
                     lr_factor=factor,
                 )
-        _update(group, [t[position:] for t in flat], steps=before, fused=True)
+        self._update(group, [t[position:] for t in flat], steps=before, fused=True)
         state["step"] += 1
 
 
-def _update(
+class BlockAdamW(BlockOptimizer, torch.optim.AdamW):
+    """Decoupled AdamW (Loshchilov & Hutter, arXiv 1711.05101) with young blocks."""
+
+    moments = MOMENTS
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float]) -> None:
+        torch.optim.AdamW.__init__(self, groups, lr=0.0, betas=betas, fused=True)
+        self._young = {}
+
+    def _step_whole(self, closure: Any) -> Any:
+        return torch.optim.AdamW.step(self, closure)
+
+    @staticmethod
+    def _update(
+        group: Mapping[str, Any],
+        tensors: Sequence[torch.Tensor],
+        *,
+        steps: int,
+        lr_factor: float = 1.0,
+        fused: bool = False,
+    ) -> None:
+        parameter, gradient, exp_avg, exp_avg_sq = tensors
+        if parameter.numel() == 0:
+            return
+        adamw(
+            [parameter],
+            [gradient],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [torch.tensor(float(steps), device=parameter.device if fused else "cpu")],
+            foreach=False,
+            fused=fused,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"] * lr_factor,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+class BlockLion(BlockOptimizer):
+    """Lion (Chen et al., arXiv 2302.06675, algorithm 2) with young blocks.
+
+    It moves every element by the learning rate, in the direction of the sign of
+    beta1 m + (1 - beta1) g, and keeps m = beta2 m + (1 - beta2) g alone.  The sign does not
+    depend on the gradient's scale, so a growth's rates hold for it as for AdamW.
+    """
+
+    moments = MOMENTS[:1]
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": 0.0, "betas": betas, "weight_decay": 0.0, "eps": 0.0})
+        self._young = {}
+
+    def _step_whole(self, closure: Any) -> Any:
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            members = [p for p in group["params"] if p.grad is not None]
+            if not members:
+                continue
+            gradients = [p.grad for p in members if p.grad is not None]
+            states = [self.state[p] for p in members]
+            _lion(group, members, gradients, [s["exp_avg"] for s in states], lr=group["lr"])
+            for state in states:
+                state["step"] += 1
+        return loss
+
+    @staticmethod
+    def _update(
+        group: Mapping[str, Any],
+        tensors: Sequence[torch.Tensor],
+        *,
+        steps: int,
+        lr_factor: float = 1.0,
+        fused: bool = False,
+    ) -> None:
+        del steps, fused  # no bias correction, and one way to do it
+        parameter, gradient, exp_avg = tensors
+        _lion(group, [parameter], [gradient], [exp_avg], lr=group["lr"] * lr_factor)
+
+
+def _lion(
     group: Mapping[str, Any],
-    tensors: Sequence[torch.Tensor],
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
     *,
-    steps: int,
-    lr_factor: float = 1.0,
-    fused: bool = False,
+    lr: float,
 ) -> None:
-    parameter, gradient, exp_avg, exp_avg_sq = tensors
-    if parameter.numel() == 0:
-        return
-    adamw(
-        [parameter],
-        [gradient],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [torch.tensor(float(steps), device=parameter.device if fused else "cpu")],
-        foreach=False,
-        fused=fused,
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=group["lr"] * lr_factor,
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
+    beta1, beta2 = group["betas"]
+    directions = torch._foreach_lerp(exp_avgs, gradients, 1 - beta1)
+    torch._foreach_sign_(directions)
+    torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+    torch._foreach_add_(parameters, directions, alpha=-lr)
+    torch._foreach_lerp_(exp_avgs, gradients, 1 - beta2)
+
+
+OPTIMIZERS: Mapping[str, type[BlockAdamW] | type[BlockLion]] = {
+    "adamw": BlockAdamW,
+    "lion": BlockLion,
+}
 
 
 Index = tuple[slice, ...]

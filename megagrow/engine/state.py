@@ -8,17 +8,17 @@ hands out views, so a transfer reads and writes DeepSpeed's memory in place.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from megagrow.engine.fragments import Fragment, find_fragments, link_optimizer_state
-from megagrow.engine.optimizer import BlockAdamW, YoungShard
+from megagrow.engine.optimizer import BlockOptimizer, YoungShard
 from megagrow.growth.rules import OptimizerRules
 from megagrow.state.boxes import Box
-from megagrow.state.catalog import ADAM_SLOTS, MASTER
+from megagrow.state.catalog import MASTER, Slot
 from megagrow.state.placement import Placement, Shard
 
 
@@ -71,6 +71,7 @@ def live_state(
     parameters: Mapping[str, nn.Parameter],
     placement: Placement,
     rank: int,
+    slots: Sequence[Slot],
     rules: OptimizerRules,
     optimizer_step: int,
 ) -> LiveState:
@@ -81,6 +82,7 @@ def live_state(
         parameters: the module's parameters by logical name.
         placement: the arithmetic that says who holds what; checked against the engine.
         rank: this rank.
+        slots: the parameter and what the optimizer keeps beside it.
         rules: young blocks, handed on to the optimizer.
         optimizer_step: the step count that the optimizer goes on from.
 
@@ -88,7 +90,7 @@ def live_state(
         RuntimeError: the engine holds other ranges than the placement says (a new
             DeepSpeed that partitions in another way).
     """
-    optimizer: BlockAdamW = engine.basic_optimizer
+    optimizer: BlockOptimizer = engine.basic_optimizer
     fragments = find_fragments(engine, parameters)
     # Several parameters may share an owner; each owner's state is made once.
     owners = {id(f.owner): f.owner for f in fragments.values()}
@@ -105,7 +107,7 @@ def live_state(
         _check_range(name, expected, fragment, rank)
         if fragment is None:
             continue
-        for slot in ADAM_SLOTS:
+        for slot in slots:
             flat = fragment.owner if slot == MASTER else optimizer.state[fragment.owner][slot.name]
             piece = flat.detach().view(-1)[fragment.offset : fragment.offset + fragment.length]
             memory[name, slot.name] = (fragment.start, piece)

@@ -29,10 +29,12 @@ from dataclasses import dataclass, fields, replace
 
 from megagrow.config import Config, ModelConfig
 from megagrow.layout import Layout
+from megagrow.schedule.cost import STATE_BYTES
+from megagrow.state.catalog import OPTIMIZER_SLOTS
 from megagrow.state.placement import FLAT_ALIGNMENT, Placement
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_MASTER, _MOMENTS = 4, 8
+_MASTER = 4
 # DeepSpeed's stage3_max_live_parameters, which megagrow leaves alone.
 _MAX_LIVE = 10**9
 
@@ -97,7 +99,8 @@ def rank_memory(
     held = partition_size(layout, groups)
     largest = max(max(sizes) for sizes in groups)
     master = 0 if layout.zero == 0 and p == 4 else _MASTER * held
-    optimizer = master + _MOMENTS * held
+    moments = STATE_BYTES * (len(OPTIMIZER_SLOTS[config.optimizer.name]) - 1)
+    optimizer = master + moments * held
     step_copy = 4 * held
     if layout.zero == 0:
         # DeepSpeed's pipeline in bf16 keeps the sum over micro-batches apart.

@@ -70,6 +70,8 @@ class Slot:
 
 MASTER = Slot("master", "parameter")
 ADAM_SLOTS = (MASTER, Slot("exp_avg", "first_moment"), Slot("exp_avg_sq", "second_moment"))
+# By optimizer.name.
+OPTIMIZER_SLOTS = {"adamw": ADAM_SLOTS, "lion": ADAM_SLOTS[:2]}
 
 
 @dataclass(frozen=True)

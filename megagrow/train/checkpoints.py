@@ -26,7 +26,6 @@ from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
 from megagrow.errors import CheckpointError, MegagrowError, TrainingError
 from megagrow.model.catalog import build_catalog
-from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.statemap import Identity
 from megagrow.state.transfer import transfer_from_storage
 from megagrow.train.agree import on_first
@@ -56,7 +55,7 @@ def save_run(
         return path
     meta = CheckpointMeta(
         catalog=engine.placement.catalog,
-        slots=ADAM_SLOTS,
+        slots=engine.slots,
         layout=engine.layout,
         config=config.model_dump(mode="json", by_alias=True),
         fingerprints=fingerprints(data),
@@ -69,7 +68,7 @@ def save_run(
 
 def _pieces(engine: Engine, rank: int) -> Iterator[Piece]:
     for shard in engine.placement.written_by(rank):
-        for slot in ADAM_SLOTS:
+        for slot in engine.slots:
             values = engine.state.read(shard.tensor, slot.name, shard.box)
             if not _is_finite(values):
                 raise TrainingError(
@@ -227,6 +226,7 @@ def load_run(checkpoint: NativeCheckpoint, engine: Engine, *, config: Config, co
     Raises:
         CheckpointError: on all ranks, if any met damage in what it read.
     """
+    _require_slots(checkpoint, engine)
     failure: Exception | None = None
     try:
         transfer_from_storage(
@@ -235,7 +235,7 @@ def load_run(checkpoint: NativeCheckpoint, engine: Engine, *, config: Config, co
             locator=checkpoint,
             new=engine.state,
             new_placement=engine.placement,
-            slots=ADAM_SLOTS,
+            slots=engine.slots,
             rank=comm.rank,
             seed=config.run.seed,
             staging_bytes=int(config.growth.staging_mib * 2**20),
@@ -244,6 +244,18 @@ def load_run(checkpoint: NativeCheckpoint, engine: Engine, *, config: Config, co
         failure = _unusable(error, checkpoint.path)
     comm.agree(failure)
     engine.publish()
+
+
+def _require_slots(checkpoint: NativeCheckpoint, engine: Engine) -> None:
+    """What the optimizer keeps must be there; more is left unread."""
+    wanted, stored = ([slot.name for slot in x.slots] for x in (engine, checkpoint))
+    if not set(wanted) <= set(stored):
+        raise CheckpointError(
+            "optimizer.name: the checkpoint has no state of this optimizer",
+            found=", ".join(stored),
+            expected=", ".join(wanted),
+            mend="set optimizer.name to the run's own, or start a new run in another run.dir",
+        )
 
 
 __all__ = [

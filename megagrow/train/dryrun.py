@@ -20,7 +20,7 @@ from megagrow.report.units import human
 from megagrow.schedule.batch import accumulation
 from megagrow.schedule.cost import STATE_BYTES, Received, received
 from megagrow.schedule.memory import DEVICE_PARTS, local_sizes, partition_size, rank_memory
-from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.catalog import OPTIMIZER_SLOTS
 from megagrow.state.statemap import Identity, StateMap
 from megagrow.train.plan import RunPlan, plan_run
 
@@ -144,7 +144,9 @@ def growth_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
     before, after = plan.stages[index - 1].layout, plan.stages[index].layout
     placement = plan.placement(index - 1)
     old = [
-        STATE_BYTES * len(ADAM_SLOTS) * partition_size(before, local_sizes(placement, pipe))
+        STATE_BYTES
+        * len(OPTIMIZER_SLOTS[config.optimizer.name])
+        * partition_size(before, local_sizes(placement, pipe))
         for pipe in range(before.pipeline)
     ]
     staging = int(config.growth.staging_mib * 2**20)
@@ -277,7 +279,7 @@ def moves(plan: RunPlan, index: int, *, ranks: Iterable[int]) -> dict[int, Recei
     """How some ranks come by their state in the growth into a stage."""
     stage, old, new = plan.stages[index], plan.placement(index - 1), plan.placement(index)
     state_map: StateMap = stage.growth or Identity(new.catalog)
-    return {rank: received(state_map, old, new, slots=ADAM_SLOTS, rank=rank) for rank in ranks}
+    return {rank: received(state_map, old, new, slots=plan.slots, rank=rank) for rank in ranks}
 
 
 def sample_ranks(world: int) -> list[int]:

@@ -10,7 +10,6 @@ from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
 from megagrow.engine.loss_scale import LossScale
 from megagrow.schedule.cost import received
-from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.statemap import FreshStart, Identity, StateMap
 from megagrow.state.transfer import TransferReport, transfer_between_ranks
 from megagrow.train.plan import Stage
@@ -101,7 +100,7 @@ def rebuild(
     grown.publish()
     seconds = max(comm.gather_floats(time.perf_counter() - begin))
     needed = received(
-        state_map, engine.placement, grown.placement, slots=ADAM_SLOTS, rank=comm.rank
+        state_map, engine.placement, grown.placement, slots=grown.slots, rank=comm.rank
     )
     return grown, GrowthReport(
         seconds=seconds,
@@ -121,7 +120,7 @@ def _transfer(
         old_placement=old.placement,
         new=new.state,
         new_placement=new.placement,
-        slots=ADAM_SLOTS,
+        slots=new.slots,
         channel=comm,
         seed=config.run.seed,
         staging_bytes=int(config.growth.staging_mib * 2**20),

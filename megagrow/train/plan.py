@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megagrow.config import Config, GrowConfig, LayoutConfig, ModelConfig
 from megagrow.engine.ds_config import deepspeed_config
@@ -16,6 +16,7 @@ from megagrow.model.flops import forward_flops_by_place, train_flops_per_token
 from megagrow.model.parallel import require_tensor_parallel
 from megagrow.schedule import LearningRate, StagePlan, learning_rate, resolve_stages
 from megagrow.schedule.batch import accumulation
+from megagrow.state.catalog import ADAM_SLOTS, OPTIMIZER_SLOTS, Slot
 from megagrow.state.placement import Placement
 
 
@@ -56,6 +57,7 @@ class RunPlan:
 
     stages: tuple[Stage, ...]
     learning_rate: LearningRate
+    slots: tuple[Slot, ...] = ADAM_SLOTS
 
     @property
     def total_steps(self) -> int:
@@ -107,13 +109,13 @@ def plan_run(config: Config, *, world: int, vocabulary: int | None) -> RunPlan:
             rewarms.append((plans[i].start_step, growth.rewarm))
         if growth is not None and growth.ramp is not None:
             _require_time(growth.ramp, plans[i])
-        stages.append(Stage(plans[i], layouts[i], growth, stage.grow))
+        stages.append(Stage(plans[i], _as_run(config, layouts[i]), growth, stage.grow))
         accumulation(config.batch, layouts[i])
         _require_fit(models[i], layouts[i], layout_configs[i], key=_layout_key(config, i))
         # Refused now, not when the stage begins.
         deepspeed_config(config, layouts[i], parameters=build_catalog(models[i]).parameters)
     rate = learning_rate(config, total_steps=plans[-1].end_step, rewarms=rewarms)
-    return RunPlan(tuple(stages), rate)
+    return RunPlan(tuple(stages), rate, OPTIMIZER_SLOTS[config.optimizer.name])
 
 
 def with_vocabulary(config: Config, vocabulary: int | None) -> Config:
@@ -175,6 +177,18 @@ def _layouts(config: Config, world: int) -> list[Layout]:
             )
         )
     return layouts
+
+
+def _as_run(config: Config, layout: Layout) -> Layout:
+    """Without a second data rank ZeRO has nobody to share with, and costs copies: left out.
+
+    Where gradients are accumulated in fp32 in either case, and nothing is offloaded or passed
+    through for it.
+    """
+    asked_for = config.optimizer.offload != "none" or "zero_optimization" in config.deepspeed
+    if layout.data > 1 or config.precision.dtype != "fp32" or asked_for:
+        return layout
+    return replace(layout, zero=0)
 
 
 def _layout_key(config: Config, index: int) -> str:

@@ -77,7 +77,7 @@ def test_turns_are_timed():
     for speed in result["tokens_per_second"].values():
         assert 0 < speed["min"] <= speed["median"] <= speed["max"]
     text = table(result)
-    assert all(name in text for name in (*names, "engine, ZeRO 0", "engine, ZeRO 1"))
+    assert all(name in text for name in (*names, "engine, layout.zero=0", "engine, layout.zero=1"))
 
 
 def test_layouts_are_compared():

@@ -15,7 +15,6 @@ from megagrow.growth.growth import grown_model, make_growth
 from megagrow.growth.rules import OptimizerRules, group_keys
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
-from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.placement import Placement
 from megagrow.state.statemap import FreshStart, Identity
 from megagrow.state.transfer import transfer_between_ranks
@@ -83,7 +82,7 @@ class Job:
     def _fill(self, state_map, old, new):
         report = transfer_between_ranks(
             state_map=state_map, old=old.state, old_placement=old.placement, new=new.state,
-            new_placement=new.placement, slots=ADAM_SLOTS, channel=self.comm, seed=SEED,
+            new_placement=new.placement, slots=new.slots, channel=self.comm, seed=SEED,
             staging_bytes=STAGING,
         )  # fmt: skip
         self.reports.append(report)
@@ -93,7 +92,7 @@ class Job:
         """Write a random state into the engine."""
         state = random_state(self.engine.placement.catalog, seed=seed, dtype=torch.float32)
         for shard in self.engine.placement.shards(self.comm.rank):
-            for slot in ADAM_SLOTS:
+            for slot in self.engine.slots:
                 place = self.engine.state.view(shard.tensor, slot.name, shard.box)
                 place.copy_(state.view(shard.tensor, slot.name, shard.box))
         self.engine.publish()
@@ -142,7 +141,7 @@ class Job:
     def fault(self, whole_state):
         """The first shard of this rank that is not a slice of a whole state."""
         for shard in self.engine.placement.shards(self.comm.rank):
-            for slot in ADAM_SLOTS:
+            for slot in self.engine.slots:
                 here = self.engine.state.read(shard.tensor, slot.name, shard.box)
                 if not torch.equal(here, whole_state.view(shard.tensor, slot.name, shard.box)):
                     return f"{slot.name} of {shard.tensor} at {shard.box}"

@@ -134,6 +134,7 @@ def _wrong_arithmetic(comm):
             parameters=named_tensors(deepspeed.module),
             placement=Placement(catalog, job.engine.layout),
             rank=comm.rank,
+            slots=job.engine.slots,
             rules=OptimizerRules(),
             optimizer_step=0,
         )

@@ -144,3 +144,18 @@ def test_killed_at_random_moments(tmp_path, straight):
 @pytest.mark.parametrize("seed", range(10))
 def test_killed_at_many_random_moments(tmp_path, straight, seed):
     assert chain_of_kills(tmp_path, straight, kills=8, seed=100 + seed, longest=200_000) >= 3
+
+
+def test_a_run_is_resumed_with_its_own_optimizer_alone(tmp_path, dataset):
+    lion = {"name": "lion", "lr": 1e-3, "betas": [0.9, 0.99]}
+    mapping = settings(dataset, tmp_path / "chain", optimizer=lion)
+    config = write_config(tmp_path / "run.yaml", mapping)
+    straight, chain = (["--config", config, f"run.dir={tmp_path / n}"] for n in ("one", "two"))
+    outcomes = launch(
+        2, straight, [*chain, "train.stop_after_steps=5"],
+        [*chain, "optimizer.name=adamw"], chain,
+    )  # fmt: skip
+    assert [ranks[0].status for ranks in outcomes] == [0, 0, 1, 0], outcomes
+    assert "no state of this optimizer" in outcomes[2][0].err
+    one, two = (trajectory(log_of(config, f"run.dir={tmp_path / n}")) for n in ("one", "two"))
+    assert one == two and len(one) == 10
