@@ -11,10 +11,16 @@ _PARTS = ("close", "start", "transfer", "publish")
 OVERHEAD_BYTES = 64 * 2**20  # what the no-gather law allows besides staging: allocator, plan
 
 
+def _above(rank: Mapping[str, Any]) -> int:
+    """The most memory above old state and new engine, while starting, moving or publishing."""
+    return max(0, *(rank[f"{part}_above_bytes"] for part in ("start", "transfer", "publish")))
+
+
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """What was measured, as text."""
     head = (
-        f"{'growth':<58}{'transfer':>10}{'x copy':>8}{'whole':>9}{'x copy':>8}{'x files':>9}"
+        f"{'growth':<58}{'transfer':>10}{'x copy':>8}{'close':>8}{'start':>8}"
+        f"{'publish':>9}{'whole':>9}{'x copy':>8}{'x files':>9}"
         f"{'crossed':>10}{'x least':>9}{'staging':>10}{'above':>10}"
     )
     lines = [head]
@@ -26,17 +32,19 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         crossed, least = (sum(r[key] for r in ranks) for key in ("crossed_bytes", "least_bytes"))
         lines.append(
             f"{result['case']:<58}{seconds['transfer']:>8.3f} s"
-            f"{seconds['transfer'] / seconds['copy']:>8.2f}{whole:>7.2f} s"
+            f"{seconds['transfer'] / seconds['copy']:>8.2f}"
+            f"{seconds['close']:>8.2f}{seconds['start']:>8.2f}{seconds['publish']:>9.2f}"
+            f"{whole:>7.2f} s"
             f"{whole / seconds['copy']:>8.1f}"
             + (f"{files:>9.1f}" if files else f"{'-':>9}")
             + f"{binary_bytes(crossed):>10}"
             + (f"{crossed / least:>9.3f}" if least else f"{'-':>9}")
             + f"{binary_bytes(max(r['staging_bytes'] for r in ranks)):>10}"
-            + f"{binary_bytes(max(r['transfer_above_bytes'] for r in ranks)):>10}"
+            + f"{binary_bytes(max(_above(r) for r in ranks)):>10}"
         )
     first = results[0]
     limit = int(first["staging_mib"] * 2**20) + OVERHEAD_BYTES
-    worst = max(r["transfer_above_bytes"] for result in results for r in result["ranks"])
+    worst = max(_above(r) for result in results for r in result["ranks"])
     verdict = "within" if worst <= limit else "ABOVE"
     lines += [
         "",
@@ -45,9 +53,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         + ", ".join(sorted({f"{r['parameters'] / 1e6:.0f} M" for r in results}))
         + " parameters, fp32",
         "x copy: of the time that all ranks take to copy as many bytes as their new state has",
-        "whole: old engine down, new engine up, transfer, publish; x files: save and load through "
+        "whole: old engine down (close), new engine up (start: DeepSpeed's, and first touch of "
+        "its memory), transfer, publish (all ranks gather the model's parameters, as every ZeRO "
+        "step does); x files: save and load through "
         "a native checkpoint, over transfer and publish",
-        "above: peak resident memory in the transfer over what remains, old and new state: "
+        "above: peak resident memory of any part over the old state and the new engine: "
         f"{verdict} the limit of {binary_bytes(limit)} "
         f"(staging and {binary_bytes(OVERHEAD_BYTES)})",
     ]
