@@ -72,7 +72,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                         ("sequence", 256), ("vocab", 4096)):  # fmt: skip
         add(f"--{name}", type=int, default=value, help="of the model (default %(default)s)")
     add("--batch", type=int, default=8, help="samples in a step (default %(default)s)")
-    add("--rounds", type=int, default=7, help="turns of each contender (default %(default)s)")
+    add("--rounds", type=int, default=5, help="turns of each contender (default %(default)s)")
     add("--steps", type=int, default=4, help="training steps in a turn (default %(default)s)")
     add(
         "--ranks",
