@@ -40,6 +40,7 @@ setup(
         "dev": [
             "hypothesis",
             "mypy",
+            "prometheus-client",
             "pytest",
             "pytest-timeout",
             "ruff",
@@ -49,6 +50,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
         ],
+        "telemetry": ["prometheus-client", "wandb"],
         "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and power_draw read from
         "hf": ["safetensors", "tokenizers", "transformers"],
     },

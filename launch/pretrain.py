@@ -39,9 +39,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--resume",
         default="auto",
-        metavar="auto|never|PATH",
+        metavar="auto|good|never|PATH",
         help="go on from the run's newest checkpoint if there is one (auto, the default), "
-        "never, or from the checkpoint at PATH",
+        "from the newest that is undamaged (good), never, or from the checkpoint at PATH",
     )
     add(
         "--dry-run",
@@ -61,8 +61,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         return parser.parse_intermixed_args(arguments)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+def run(options: argparse.Namespace) -> int:
+    """Do what the command line asks for; returns the exit status."""
     from megagrow.config.load import load_config
     from megagrow.data.dataset import open_dataset
     from megagrow.train.plan import plan_run, with_vocabulary
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
         fits = check_memory(config, world=world, memory=options.memory)
         if _is_first():
             print(fits)
-        return
+        return 0
     if options.memory is not None:
         raise ConfigError(
             "--memory: only for --dry-run",
@@ -92,13 +92,45 @@ def run(options: argparse.Namespace) -> None:
     # DeepSpeed takes seconds to import: not before everything that can be refused has been.
     from megagrow.engine import comm
     from megagrow.train.loop import Trainer
+    from megagrow.train.signals import StopRequest
+    from megagrow.train.watch import watching
 
     prepare_network()
     try:
-        ranks = comm.start()
-        Trainer(config=config, plan=plan, data=data, comm=ranks, resume=options.resume).run()
+        with StopRequest().listening() as stop, watching(comm.start(), config) as (ranks, watch):
+            try:
+                trainer = Trainer(
+                    config=config,
+                    plan=plan,
+                    data=data,
+                    comm=ranks,
+                    resume=options.resume,
+                    watch=watch,
+                    stop=stop,
+                )
+                return lifeline.STATUS_STOPPED if trainer.run() else 0
+            except RuntimeError as error:
+                if not _lost_contact(error):
+                    raise
+                raise LostContactError(
+                    error, watch.explain(), told=not watch.speaks_first()
+                ) from error
     finally:
         comm.stop()
+
+
+class LostContactError(Exception):
+    """A collective failed because another process is gone.
+
+    Attributes:
+        found: what this process saw, and which rank is the cause.
+        told: whether another rank tells already.
+    """
+
+    def __init__(self, error: RuntimeError, cause: str, *, told: bool) -> None:
+        self.found = "; ".join(filter(None, [cause, str(error).splitlines()[0]]))
+        self.told = told
+        super().__init__(self.found)
 
 
 def _world(options: argparse.Namespace) -> int:
@@ -129,28 +161,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn an error that the user can mend into a message and a status."""
     options = parse(arguments)
     try:
-        run(options)
+        return run(options)
     except MegagrowError as error:
         lifeline.say("failed", text=str(error), kind=type(error).__name__)
         if _is_first():
             print(f"error: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        if not _lost_contact(error):
-            raise
-        lifeline.say("failed", text=str(error).splitlines()[0], follows=True)
-        print(
-            f"rank {os.environ.get('RANK', '0')}: lost contact with another rank, whose own "
-            f"message tells why\n  found:    {str(error).splitlines()[0]}\n"
-            "  mend:     mend that, then go on from the last checkpoint with --resume auto",
-            file=sys.stderr,
-        )
+    except LostContactError as lost:
+        lifeline.say("failed", text=lost.found, follows=True)
+        if not lost.told:
+            print(
+                f"error: rank {os.environ.get('RANK', '0')} lost contact with another rank, whose "
+                f"own message, if it could give one, tells why\n  found:    {lost.found}\n"
+                "  mend:     mend that, then go on from the last checkpoint with --resume auto",
+                file=sys.stderr,
+            )
         return 1
     except KeyboardInterrupt:
         if _is_first():
             print("interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

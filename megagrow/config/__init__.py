@@ -9,9 +9,11 @@ from megagrow.config.schema import (
     ModelConfig,
     OptimizerConfig,
     PrecisionConfig,
+    RecoveryConfig,
     ScheduleConfig,
     StageConfig,
     UntilConfig,
+    WatchConfig,
 )
 
 __all__ = [
@@ -23,7 +25,9 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PrecisionConfig",
+    "RecoveryConfig",
     "ScheduleConfig",
     "StageConfig",
     "UntilConfig",
+    "WatchConfig",
 ]

@@ -272,6 +272,15 @@ class StageConfig(Section):
     layout: LayoutConfig | None = None
 
 
+class WandbConfig(Section):
+    """Where Weights & Biases keeps the run, in the words of its own library."""
+
+    project: str
+    name: str | None = None  # default: made up by Weights & Biases
+    entity: str | None = None
+    mode: Literal["online", "offline", "disabled"] = "online"
+
+
 class TrainConfig(Section):
     """The loop: validation, logging, early stop."""
 
@@ -280,6 +289,8 @@ class TrainConfig(Section):
     log_every: Positive = 10
     stop_after_steps: Positive | None = None
     tensorboard: bool = True
+    prometheus_port: Annotated[int, Field(gt=0, lt=65536)] | None = None  # of rank 0's host
+    wandb: WandbConfig | None = None
     threads: Positive | None = None  # CPU threads a rank; default: cores / local ranks
 
 
@@ -288,6 +299,22 @@ class CheckpointConfig(Section):
 
     every: Positive = 500
     keep: Positive = 2
+
+
+class WatchConfig(Section):
+    """How long a rank may make no progress before the job is ended, in seconds."""
+
+    stall: Annotated[float, Field(gt=0)] = 60.0  # in training steps and validation
+    slow: Annotated[float, Field(gt=0)] = 600.0  # while starting, growing and saving
+
+
+class RecoveryConfig(Section):
+    """What a run may do by itself about losses and gradients that are not finite, or spikes."""
+
+    skip: Annotated[int, Field(ge=0)] = 3  # bad steps in a row that are left out
+    rollback: Annotated[int, Field(ge=0)] = 1  # returns to the last checkpoint after that
+    # A loss above this multiple of the recent median is bad as well; null: no such limit.
+    spike: Annotated[float, Field(gt=1.0)] | None = None
 
 
 class GrowthConfig(Section):
@@ -311,6 +338,8 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     growth: GrowthConfig = GrowthConfig()
+    watch: WatchConfig = WatchConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     deepspeed: dict[str, Any] = {}
 
     @model_validator(mode="after")

@@ -7,6 +7,8 @@ import importlib
 import os
 import socket
 import warnings
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -17,6 +19,8 @@ import torch.distributed as dist
 from megagrow.engine.groups import Groups, make_groups
 from megagrow.errors import MegagrowError
 from megagrow.layout import Layout
+
+_STORE_SECONDS = 10.0  # how long the store's host may take to answer
 
 
 class Comm:
@@ -80,10 +84,29 @@ class Comm:
 
     def gather_floats(self, value: float) -> list[float]:
         """One number of every rank, on all."""
-        mine = torch.tensor([value], dtype=torch.float64, device=self.device)
+        return [row[0] for row in self.gather_rows([value])]
+
+    def gather_rows(self, values: Sequence[float]) -> list[list[float]]:
+        """Some numbers of every rank, on all: a row a rank."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
         out = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(out, mine)
-        return [float(x) for x in torch.cat(out).cpu()]
+        rows: list[list[float]] = torch.stack(out).tolist()
+        return rows
+
+    def store(self) -> Any:
+        """The job's key-value store, by a connection of the caller's own.
+
+        Any thread may use it, also while another waits in a collective.
+        """
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        store.set_timeout(timedelta(seconds=_STORE_SECONDS))
+        return store
+
+    def limit_collectives(self, seconds: float) -> None:
+        """Let every collective of every group fail after so long; call when groups were made."""
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def sum_ints(self, value: int) -> int:
         """The sum over all ranks."""

@@ -21,6 +21,10 @@ class Driver(Protocol):
         """One optimizer step over micro-batches [micro, S + 1]; returns their mean loss."""
         ...
 
+    def loss_so_far(self) -> torch.Tensor | None:
+        """Mean loss of the step's micro-batches until now; None on a rank that sees none."""
+        ...
+
     def evaluate(self, samples: np.ndarray, *, micro: int) -> tuple[float, int]:
         """Sum of the losses of samples [n, S + 1], and how many they are."""
         ...
@@ -34,17 +38,22 @@ class PlainDriver:
 
     def __init__(self, engine: Any, to_device: ToDevice) -> None:
         self._engine, self._to_device = engine, to_device
+        self._losses: list[torch.Tensor] = []
 
     def step(self, batches: Iterable[np.ndarray]) -> float:
         """One optimizer step."""
         self._engine.train()
-        losses = []
+        self._losses = []
         for batch in batches:
             loss = self._engine(self._to_device(batch))
+            self._losses.append(loss.detach())
             self._engine.backward(loss)
             self._engine.step()
-            losses.append(loss.detach())
-        return float(torch.stack(losses).mean())
+        return float(self.loss_so_far())
+
+    def loss_so_far(self) -> torch.Tensor:
+        """Mean loss of the micro-batches until now."""
+        return torch.stack(self._losses).mean()
 
     @torch.no_grad()
     def evaluate(self, samples: np.ndarray, *, micro: int) -> tuple[float, int]:
@@ -69,6 +78,11 @@ class PipelineDriver:
     def step(self, batches: Iterable[np.ndarray]) -> float:
         """One optimizer step."""
         return float(self._engine.train_batch(self._inputs_and_labels(batches)))
+
+    def loss_so_far(self) -> torch.Tensor | None:
+        """Mean loss of the step's micro-batches, on the last stage."""
+        total = self._engine.total_loss
+        return None if total is None else total / self._engine.micro_batches
 
     def evaluate(self, samples: np.ndarray, *, micro: int) -> tuple[float, int]:
         """Sum of losses, in equal batches: all data ranks must have equally many samples.

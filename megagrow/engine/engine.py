@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -45,12 +45,17 @@ class StepResult:
     Attributes:
         loss: mean loss in nats, of this data rank or (pipeline) of all.
         grad_norm: norm of the whole gradient before clipping.
-        applied: False where fp16 gradients overflowed and the update was skipped.
+        applied: False where the update was skipped: fp16 gradients overflowed, or the step was
+            not accepted.
     """
 
     loss: float
     grad_norm: float
     applied: bool
+
+
+# From the mean loss over all ranks and the gradient's norm, whether to apply the update.
+Accept = Callable[[float, float], bool]
 
 
 class Engine:
@@ -119,6 +124,9 @@ class Engine:
             optimizer_step=optimizer_step,
         )
         set_loss_scale(self._deepspeed, loss_scale or {})
+        self._accept: Accept | None = None
+        self._verdict: bool | None = None
+        self._optimizer.accept = self._accepted
 
     def _build_module(
         self, config: Config, groups: Groups, parallel: TensorParallel, ramp: Ramp | None
@@ -185,7 +193,14 @@ class Engine:
         """State of dynamic loss scaling; empty without it."""
         return get_loss_scale(self._deepspeed)
 
-    def train_step(self, batches: Iterable[np.ndarray], *, lr: float, seed: int) -> StepResult:
+    def train_step(
+        self,
+        batches: Iterable[np.ndarray],
+        *,
+        lr: float,
+        seed: int,
+        accept: Accept | None = None,
+    ) -> StepResult:
         """One optimizer step.
 
         Args:
@@ -193,15 +208,30 @@ class Engine:
             lr: the run's learning rate for this update.
             seed: of the step's random numbers (dropout), which no earlier step influences;
                 the same on ranks that share a tensor-parallel group.
+            accept: asked on every rank, with the same numbers, before the update is applied.
         """
         torch.manual_seed(seed)
+        self._accept, self._verdict = accept, None
         self._optimizer.set_learning_rate(lr)
         loss = self._driver.step(batches)
+        applied = self._deepspeed.was_step_applied() and self._verdict is not False
+        return StepResult(loss, self._grad_norm(), applied=applied)
+
+    def _grad_norm(self) -> float:
         if self._clipper is not None:
-            norm = self._clipper.norm
-        else:
-            norm = float(self._deepspeed.get_global_grad_norm() or 0.0)
-        return StepResult(loss, norm, applied=self._deepspeed.was_step_applied())
+            return self._clipper.norm
+        return float(self._deepspeed.get_global_grad_norm() or 0.0)
+
+    def _accepted(self) -> bool:
+        """The optimizer asks, under ZeRO for every parameter group; the step has one answer."""
+        if self._accept is None:
+            return True
+        if self._verdict is None:
+            loss = self._driver.loss_so_far()
+            mine = [0.0, 0.0] if loss is None else [float(loss), 1.0]
+            total, count = map(sum, zip(*self.comm.gather_rows(mine), strict=True))
+            self._verdict = self._accept(total / count, self._grad_norm())
+        return self._verdict
 
     def evaluate(self, samples: np.ndarray, *, micro: int) -> tuple[float, int]:
         """Sum of the losses (nats per token) over this data rank's share, and their number.

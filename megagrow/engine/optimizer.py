@@ -43,6 +43,8 @@ class BlockOptimizer(torch.optim.Optimizer):
     _young: dict[torch.Tensor, Sequence[YoungShard]]
     # Called before each update; gradient clipping hooks in here where DeepSpeed has none.
     before_step: Callable[[], None] | None = None
+    # Asked after that; False leaves everything as it is.
+    accept: Callable[[], bool] | None = None
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the run's learning rate; each group takes its own multiple."""
@@ -72,6 +74,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         """One update; the gradient must be in ``.grad``."""
         if self.before_step is not None:
             self.before_step()
+        if self.accept is not None and not self.accept():
+            return None
         if not any(p in self._young for g in self.param_groups for p in g["params"]):
             return self._step_whole(closure)
         for group in self.param_groups:

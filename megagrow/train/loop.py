@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import socket
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from megagrow.config.load import dump_config
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import SampleIndex, rank_slice, validation_samples
 from megagrow.engine.comm import Comm
-from megagrow.errors import TrainingError
+from megagrow.errors import CheckpointError, TrainingError
 from megagrow.report import write_report
 from megagrow.report.log import write_atomically
 from megagrow.train import checkpoints
@@ -30,7 +33,13 @@ from megagrow.train.grow import fill_fresh, grow, rebuild, start_engine
 from megagrow.train.metrics import MetricsLog
 from megagrow.train.plan import RunPlan, Stage
 from megagrow.train.progress import Progress
+from megagrow.train.recovery import RollBack, StepGuard, remember
+from megagrow.train.signals import StopRequest, signal_name
 from megagrow.train.state import RunState
+from megagrow.train.telemetry import open_mirrors
+from megagrow.train.watch import Watch, unwatched
+
+STRAGGLER = 1.5  # a rank busy this many times as long as the median is told of
 
 
 class Trainer:
@@ -41,19 +50,35 @@ class Trainer:
         plan: its stages, resolved for this number of processes.
         data: the prepared dataset.
         comm: the processes.
-        resume: ``auto``, ``never`` or the path of a checkpoint.
+        resume: ``auto``, ``good``, ``never`` or the path of a checkpoint.
+        watch: is told what the run does; by default nobody watches.
+        stop: whether somebody asked for an end; by default nobody does.
 
     Raises:
         MegagrowError: on all ranks, for anything that the user can mend.
     """
 
     def __init__(
-        self, *, config: Config, plan: RunPlan, data: PreparedData, comm: Comm, resume: str
+        self,
+        *,
+        config: Config,
+        plan: RunPlan,
+        data: PreparedData,
+        comm: Comm,
+        resume: str,
+        watch: Watch | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.config, self.plan, self.data, self.comm = config, plan, data, comm
+        self.watch = watch or unwatched(comm, config)
+        self.stop_request = stop or StopRequest()
         self.run_dir = Path(config.run.dir)
         self.root = self.run_dir / checkpoints.DIRECTORY
         self.last_saved: Path | None = None
+        self.hosts: list[str] = comm.all_gather(socket.gethostname())
+        self._asked = 0  # the signal that asked for an end
+        self._guard = StepGuard(config.recovery, scaled=config.precision.dtype == "fp16")
+        self._rollbacks = 0
         torch.set_num_threads(_threads(config))
 
         checkpoint, notices = self._choose_checkpoint(resume)
@@ -65,19 +90,7 @@ class Trainer:
         )
         for notice in notices:
             self.progress.say(notice)
-        self._enter_stage()
-        self.engine = start_engine(
-            config=config,
-            stage=self.stage,
-            state=self.state,
-            comm=comm,
-            loss_scale=self.state.loss_scale,
-        )
-        if checkpoint is None:
-            fill_fresh(self.engine, config=config, comm=comm)
-        else:
-            checkpoints.load_run(checkpoint, self.engine, config=config, comm=comm)
-            self._set_newer_aside(checkpoint.path)
+        self._start(checkpoint)
         self.metrics = on_all(comm, lambda: self._open_log(checkpoint))
 
     # --- set-up ---------------------------------------------------------------------------
@@ -97,6 +110,25 @@ class Trainer:
         self.last_saved = path
         return found, notices
 
+    def _start(self, checkpoint: NativeCheckpoint | None) -> None:
+        """The engine of `state`, with its tensors."""
+        self._begin(f"starting at step {self.state.step}", slow=True)
+        self._first_step = self.state.step
+        self._enter_stage()
+        self.engine = start_engine(
+            config=self.config,
+            stage=self.stage,
+            state=self.state,
+            comm=self.comm,
+            loss_scale=self.state.loss_scale,
+        )
+        if checkpoint is None:
+            fill_fresh(self.engine, config=self.config, comm=self.comm)
+        else:
+            checkpoints.load_run(checkpoint, self.engine, config=self.config, comm=self.comm)
+            self._set_newer_aside(checkpoint.path)
+        self.comm.limit_collectives(self.config.watch.slow)
+
     def _set_newer_aside(self, path: Path) -> None:
         """Of a run that went back; only once its new start is read and sound."""
         if path.parent == self.root:
@@ -113,7 +145,9 @@ class Trainer:
             write_atomically(self.run_dir / "config.yaml", dump_config(self.config).encode())
             log = MetricsLog(
                 self.run_dir,
-                tensorboard=self.config.train.tensorboard,
+                mirrors=open_mirrors(
+                    self.config, first_step=0 if checkpoint is None else self.state.step + 1
+                ),
                 resume_step=None if checkpoint is None else self.state.step,
                 resume_stage=None if checkpoint is None else self.state.growth_stage,
             )
@@ -138,6 +172,9 @@ class Trainer:
         log.event("run_start" if checkpoint is None else "resume", **facts)
         return log
 
+    def _begin(self, what: str, *, slow: bool = False) -> None:
+        self.watch.begin(what, step=self.state.step, slow=slow)
+
     def _enter_stage(self) -> None:
         """Everything that follows from the current stage's model."""
         self.stage: Stage = self.plan.stages[self.state.growth_stage]
@@ -149,27 +186,57 @@ class Trainer:
 
     # --- the run --------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Train to the end of the last stage, or to `train.stop_after_steps`."""
+    def run(self) -> int:
+        """Train to the end of the last stage, or to `train.stop_after_steps`.
+
+        Returns:
+            0, or the number of the signal that asked for an end before that.
+        """
         stop = self.config.train.stop_after_steps or self.plan.total_steps
         if self.state.step == 0:
             self._validate()
         while True:
+            try:
+                self._train(stop)
+                break
+            except RollBack as bad:
+                self._roll_back(bad)
+        self._save(last=True)
+        self._finish(stopped=self.state.step < self.plan.total_steps)
+        return self._asked
+
+    def _train(self, stop: int) -> None:
+        while True:
             while self.state.step < min(self.stage.plan.end_step, stop):
                 self._step()
+                if self._asked:
+                    return
                 self._now_and_then(stop)
             if self.state.step >= stop or self.stage.index + 1 == len(self.plan.stages):
-                break
+                return
             self._next_stage()
-        self._save()
-        self._finish(stopped=self.state.step < self.plan.total_steps)
 
     def _step(self) -> None:
         begin = time.perf_counter()
         lr = self.plan.learning_rate.at(self.state.step)
-        result = self.engine.train_step(self._batches(), lr=lr, seed=self._step_seed())
-        losses = self.comm.gather_floats(result.loss)
-        self._require_finite(losses, result.grad_norm)
+        self._guard.begin(self.state.recent)
+        result = self.engine.train_step(
+            self._batches(), lr=lr, seed=self._step_seed(), accept=self._guard.accept
+        )
+        self._begin(f"end of step {self.state.step + 1}")
+        at_log_line = (self.state.step + 1) % self.config.train.log_every == 0
+        busy = self.watch.busy_share() if at_log_line else 0.0
+        rows = self.comm.gather_rows([result.loss, float(self.stop_request.signal), busy])
+        losses, signals, shares = map(list, zip(*rows, strict=True))
+        self._asked = int(max(signals))
+        seconds = time.perf_counter() - begin
+        loss = sum(losses) / len(losses)
+        fault = self._guard.passes_over(
+            step=self.state.step + 1,
+            losses=losses,
+            grad_norm=result.grad_norm,
+            applied=result.applied,
+        )
         plan = self.stage.plan
         self.state = self.state.after_step(
             samples=self.config.batch.global_,
@@ -178,14 +245,17 @@ class Trainer:
             applied=result.applied,
         )
         self._let_units_in()
+        if fault is not None:
+            self._tell_passed_over(fault)
+            return
+        if self.config.recovery.spike is not None:
+            self.state = replace(self.state, recent=remember(self.state.recent, loss))
         if not result.applied:
             scale = self.engine.loss_scale.get("cur_scale")
             self.progress.say(
                 f"step {self.state.step}: fp16 gradients overflowed, no update; "
                 f"the loss scale is {scale:g} now"
             )
-        seconds = time.perf_counter() - begin
-        loss = sum(losses) / len(losses)
         speed = plan.tokens_per_step / seconds
         if self.metrics is not None:
             self.metrics.step(
@@ -205,6 +275,23 @@ class Trainer:
             flops_per_second=plan.flops_per_step / seconds,
             growth_stage=self.stage.index,
         )
+        if at_log_line and self.comm.world > 1:
+            self._tell_slowest(shares)
+
+    def _tell_slowest(self, shares: list[float]) -> None:
+        """Which rank waits least for the others."""
+        slowest = max(range(len(shares)), key=shares.__getitem__)
+        # Ranks that do almost nothing but wait must not make any other look slow.
+        ratio = shares[slowest] / max(statistics.median(shares), 0.05)
+        if self.metrics is not None:
+            self.metrics.pace(
+                step=self.state.step, rank=slowest, host=self.hosts[slowest], ratio=ratio
+            )
+        if ratio >= STRAGGLER:
+            self.progress.say(
+                f"step {self.state.step}: rank {slowest} on {self.hosts[slowest]} is the slowest, "
+                f"busy {ratio:.1f} times as long as the median rank"
+            )
 
     def _let_units_in(self) -> None:
         """Follow a growth's ramp by one step; at its end the model becomes a plain one."""
@@ -239,11 +326,13 @@ class Trainer:
         # Saved before a growth, so that one that is interrupted can be done again.
         self._save()
         stage = self.plan.stages[self.stage.index + 1]
+        self._begin(f"growing into stage {stage.index}", slow=True)
         before, small = self._validation_loss(), self.engine.placement.catalog.parameters
         old_stage, self.state = self.stage, self.state.after_growth(stage.growth)
         self.engine, report = grow(
             self.engine, config=self.config, stage=stage, state=self.state, comm=self.comm
         )
+        self.comm.limit_collectives(self.config.watch.slow)
         self._enter_stage()
         after, large = self._validation_loss(), self.engine.placement.catalog.parameters
         if stage.growth is None or stage.grow is None:
@@ -275,6 +364,8 @@ class Trainer:
         self.progress.close()
         if self.metrics is not None:
             reason = "train.stop_after_steps" if stopped else "all stages done"
+            if self._asked:
+                reason = signal_name(self._asked)
             self.metrics.event("end", step=self.state.step, reason=reason)
             self.metrics.close()
             report = write_report(self.run_dir)
@@ -291,7 +382,13 @@ class Trainer:
             data_rank=self.engine.coordinates.data,
             data_size=self.engine.layout.data,
         )
-        for start in starts:
+        for number, start in enumerate(starts, start=1):
+            # The first micro-batch of an engine compiles and allocates.
+            first = number == 1 and self.state.step in (
+                self._first_step,
+                self.stage.plan.start_step,
+            )
+            self._begin(f"step {self.state.step + 1}, micro-batch {number}", slow=first)
             yield self.samples.batch(start, micro)
 
     def _step_seed(self) -> int:
@@ -309,6 +406,7 @@ class Trainer:
         return sum(self.comm.gather_floats(total)) / sum(self.comm.gather_floats(count))
 
     def _validate(self) -> None:
+        self._begin(f"validation after step {self.state.step}", slow=True)
         loss = self._validation_loss()
         if self.metrics is not None:
             self.metrics.validation(
@@ -320,41 +418,91 @@ class Trainer:
             )
         self.progress.say(f"step {self.state.step}: validation loss {loss:.4f}")
         if not math.isfinite(loss):
-            self._stop_not_finite(f"validation loss after step {self.state.step}", [str(loss)])
+            ranks = [f"{loss} on all ranks"]
+            raise RollBack(f"validation loss after step {self.state.step} is not finite", ranks)
 
-    def _save(self) -> None:
+    def _save(self, *, last: bool = False) -> None:
+        """Save; a run that cannot goes on, since its last good checkpoint is still there.
+
+        Args:
+            last: nothing will be trained after this one, so it must succeed.
+        """
+        self._begin(f"saving step {self.state.step}", slow=True)
         self.state = replace(self.state, loss_scale=self.engine.loss_scale)
-        path = checkpoints.save_run(
-            root=self.root,
-            engine=self.engine,
-            state=self.state,
-            config=self.config,
-            data=self.data,
-            comm=self.comm,
-        )
+        try:
+            path = checkpoints.save_run(
+                root=self.root,
+                engine=self.engine,
+                state=self.state,
+                config=self.config,
+                data=self.data,
+                comm=self.comm,
+            )
+        except CheckpointError as error:
+            if last:
+                raise
+            self.progress.say(
+                f"warning: {error}\nThe run goes on; its last good checkpoint is "
+                f"{self.last_saved or 'none'}, and the next save is tried as usual."
+            )
+            if self.metrics is not None:
+                self.metrics.event("save_failed", step=self.state.step, why=str(error))
+            return
         if self.metrics is not None and path != self.last_saved:
             self.metrics.event("checkpoint", step=self.state.step, path=str(path))
         self.last_saved = path
         lifeline.say("saved", step=self.state.step)
 
-    def _require_finite(self, losses: list[float], grad_norm: float) -> None:
-        step = self.state.step + 1
-        bad = [f"{x} on rank {r}" for r, x in enumerate(losses) if not math.isfinite(x)]
-        if bad:
-            self._stop_not_finite(f"loss of step {step}", bad)
-        # DeepSpeed would pass over such a step under ZeRO 1 and 2, and take it under 0.
-        # In fp16 that is how dynamic loss scaling finds its scale.
-        if not math.isfinite(grad_norm) and self.config.precision.dtype != "fp16":
-            self._stop_not_finite(f"gradient of step {step}", [f"norm {grad_norm}, of all ranks"])
+    # --- bad steps ------------------------------------------------------------------------
 
-    def _stop_not_finite(self, what: str, bad: list[str]) -> None:
+    def _tell_passed_over(self, fault: str) -> None:
+        step = self.state.step
+        if self.metrics is not None:
+            self.metrics.event("passed_over", step=step, why=fault)
+        self.progress.say(f"warning: step {step} is passed over, no update: {fault}")
+
+    def _roll_back(self, bad: RollBack) -> None:
+        """Go back to the newest checkpoint, and on behind the data that led here.
+
+        Raises:
+            TrainingError: there is none, or the run went back often enough.
+        """
+        path = on_first(self.comm, lambda: checkpoints.find_checkpoint(self.root, "auto"))
+        if path is None or self._rollbacks >= self.config.recovery.rollback:
+            self._give_up(bad)
+        self._rollbacks += 1
+        step, beyond = self.state.step, self.state.consumed_samples + self.config.batch.global_
+        self.progress.say(
+            f"warning: {bad.why}; the run goes back to {path} and passes over the samples up to "
+            f"{beyond:,} (recovery.rollback: {self._rollbacks} of {self.config.recovery.rollback})"
+        )
+        checkpoint = on_all(self.comm, lambda: checkpoints.open_checkpoint(path))
+        self.engine.close()
+        self.state, _ = checkpoints.check_agreement(
+            checkpoint, config=self.config, data=self.data, plan=self.plan
+        )
+        self._start(checkpoint)
+        self.state = replace(self.state, consumed_samples=beyond, recent=())
+        self.last_saved = path
+        if self.metrics is not None:
+            self.metrics.close()
+        self.metrics = on_all(self.comm, lambda: self._open_log(checkpoint))
+        if self.metrics is not None:
+            self.metrics.event(
+                "rollback", step=self.state.step, from_step=step, why=bad.why, ranks=bad.ranks
+            )
+
+    def _give_up(self, bad: RollBack) -> NoReturn:
         good = self.last_saved or "none was saved yet"
         if self.metrics is not None:
-            self.metrics.event("not_finite", step=self.state.step, ranks=bad)
+            self.metrics.event("not_finite", step=self.state.step, why=bad.why, ranks=bad.ranks)
+        recovery = self.config.recovery
         raise TrainingError(
-            f"the {what} is not finite; the run stops, and nothing of this step is saved",
-            found=", ".join(bad),
-            expected="finite numbers",
+            f"{bad.why}; the run stops, and nothing of this step is saved",
+            found=", ".join(bad.ranks) or bad.why,
+            expected=f"numbers that are finite and no spikes, after {recovery.skip} steps passed "
+            f"over (recovery.skip) and {self._rollbacks} of {recovery.rollback} returns to a "
+            "checkpoint (recovery.rollback)",
             mend=f"resume from the last good checkpoint ({good}) with a lower optimizer.lr, "
             "a longer schedule.warmup, or optimizer.grad_clip of at most 1",
         )

@@ -7,18 +7,22 @@ Rank 0 alone makes a `MetricsLog`.  The file's form and its reader are in
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megagrow.errors import ConfigError, TrainingError
+from megagrow.errors import TrainingError
 from megagrow.report.log import encode_line, read_lines, read_metrics, write_atomically
+from megagrow.train.telemetry import Mirror
 
 __all__ = ["MetricsLog", "read_metrics"]
 
 FILE_NAME = "metrics.jsonl"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class MetricsLog:
@@ -31,7 +35,7 @@ class MetricsLog:
 
     Args:
         run_dir: made if it is not there.
-        tensorboard: also write `run_dir/tensorboard/`.
+        mirrors: further places that scalars go to.
         resume_step: None begins a new log; one that is already there is kept
             under the name `metrics.N.jsonl`.  A number (the step of the
             checkpoint) goes on with the log that is there, after cutting off
@@ -42,15 +46,15 @@ class MetricsLog:
 
     Raises:
         DataError: the log to go on with is damaged before its last line.
-        ConfigError: TensorBoard is wanted but not installed.
-        TrainingError: a line cannot be written (disk full, say).
+        TrainingError: a line cannot be written.  On a full disk lines are kept in memory until
+            there is room again; `close` raises where there is none by then.
     """
 
     def __init__(
         self,
         run_dir: str | Path,
         *,
-        tensorboard: bool,
+        mirrors: Sequence[Mirror] = (),
         resume_step: int | None = None,
         resume_stage: int | None = None,
     ) -> None:
@@ -60,11 +64,9 @@ class MetricsLog:
             _set_aside(self.path)
         else:
             _cut(self.path, step=resume_step, stage=resume_stage)
-        self._board = None
-        if tensorboard:
-            # Steps from here on replace those that an earlier, killed run left.
-            first_step = 0 if resume_step is None else resume_step + 1
-            self._board = _open_board(self.path.parent / "tensorboard", first_step)
+        self._mirrors = mirrors
+        self._pending = bytearray()  # lines that a full disk did not take
+        self._told = False
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
     def step(
@@ -156,6 +158,11 @@ class MetricsLog:
         }
         self._mirror("growth", step, scalars)
 
+    def pace(self, *, step: int, rank: int, host: str, ratio: float) -> None:
+        """The slowest rank, and how much longer it is busy than the median one."""
+        self._write({"event": "pace", "step": step, "rank": rank, "host": host, "ratio": ratio})
+        self._mirror("pace", step, {"slowest_rank": rank, "slowest_ratio": ratio})
+
     def event(self, name: str, **fields: Any) -> None:
         """Any other event (`run_start`, `checkpoint`, `resume`, `end`), safe on disk on return.
 
@@ -164,22 +171,45 @@ class MetricsLog:
         self._write({"event": name, **fields})
         with self._naming_faults():
             os.fsync(self._file.fileno())
-            if self._board is not None:
-                self._board.flush()
+            for mirror in self._mirrors:
+                mirror.flush()
 
     def close(self) -> None:
         """Close the files; may be called twice."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        if not self._file.closed:
+            try:
+                self._empty_pending()
+                if self._pending:
+                    raise self._unwritable(
+                        f"{len(self._pending):,} bytes that the disk has no room for"
+                    )
+            finally:
+                self._file.close()
+                for mirror in self._mirrors:
+                    mirror.close()
+                self._mirrors = ()
 
     def _write(self, line: dict[str, Any]) -> None:
-        content = encode_line({**line, "time": round(time.time(), 3)})
-        with self._naming_faults():
-            written = self._file.write(content)
-        if written != len(content):
-            raise self._unwritable(f"{written} of {len(content)} bytes of a line written")
+        self._pending += encode_line({**line, "time": round(time.time(), 3)})
+        self._empty_pending()
+
+    def _empty_pending(self) -> None:
+        """Write what can be; the run goes on though the disk is full, and says so once."""
+        try:
+            with self._naming_faults():
+                while self._pending:
+                    del self._pending[: self._file.write(self._pending)]
+        except TrainingError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in FULL:
+                raise
+            if not self._told:
+                print(
+                    f"warning: {error}\nLines are kept in memory until there is.", file=sys.stderr
+                )
+            self._told = True
+        else:
+            self._told = False
 
     @contextlib.contextmanager
     def _naming_faults(self) -> Iterator[None]:
@@ -196,12 +226,10 @@ class MetricsLog:
             mend="free space, then go on from the last checkpoint with --resume auto",
         )
 
-    def _mirror(self, group: str, step: int, scalars: dict[str, float]) -> None:
-        if self._board is not None:
-            # Written by a thread of TensorBoard's, whose fault comes up in a later call.
-            with self._naming_faults():
-                for name, value in scalars.items():
-                    self._board.add_scalar(f"{group}/{name}", float(value), step)
+    def _mirror(self, group: str, step: int, scalars: Mapping[str, float]) -> None:
+        with self._naming_faults():
+            for mirror in self._mirrors:
+                mirror.scalars(group, step, scalars)
 
 
 def _set_aside(path: Path) -> None:
@@ -235,16 +263,3 @@ def _cut(path: Path, *, step: int, stage: int | None) -> None:
 
 def _whole(value: object, otherwise: int) -> int:
     return value if isinstance(value, int) else otherwise
-
-
-def _open_board(directory: Path, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "train.tensorboard: TensorBoard is not installed",
-            found=error,
-            expected="the package `tensorboard`",
-            mend="pip install tensorboard, or set train.tensorboard=false",
-        ) from error
-    return SummaryWriter(log_dir=str(directory), purge_step=first_step)

@@ -25,6 +25,7 @@ class RunState:
         rules: what growths left to the optimizer.
         ramp: how the last growth's new units come in, while they do.
         loss_scale: state of fp16's dynamic loss scaling, else empty.
+        recent: the last good losses, where the run looks for spikes (`recovery.spike`).
 
     Random numbers need no state: those of a step follow from the seed, the step and the rank.
     """
@@ -38,6 +39,7 @@ class RunState:
     rules: OptimizerRules = field(default_factory=OptimizerRules)
     ramp: Ramp | None = None
     loss_scale: dict[str, float] = field(default_factory=dict)
+    recent: tuple[float, ...] = ()
 
     def after_step(
         self, *, samples: int, tokens: int, flops: int, applied: bool = True
@@ -70,7 +72,10 @@ class RunState:
         count = 0 if growth.policy.restart_steps else self.optimizer_step
         rules = growth.rules_after(self.rules, step=count)
         ramp = None if growth.ramp is None else replace(growth.ramp, born=self.step)
-        return replace(self, growth_stage=stage, optimizer_step=count, rules=rules, ramp=ramp)
+        # A growth may raise the loss, which then is no spike.
+        return replace(
+            self, growth_stage=stage, optimizer_step=count, rules=rules, ramp=ramp, recent=()
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A form that JSON holds; `from_json` is its inverse."""
@@ -80,6 +85,7 @@ class RunState:
             "rules": self.rules.to_json(),
             "ramp": None if self.ramp is None else self.ramp.to_json(),
             "loss_scale": self.loss_scale,
+            "recent": list(self.recent),
         }
 
     @staticmethod
@@ -90,7 +96,8 @@ class RunState:
         rules = OptimizerRules.from_json(data["rules"])
         found = data.get("ramp")  # runs of before there were ramps have no such key
         ramp = None if found is None else Ramp.from_json(found)
-        return RunState(**numbers, rules=rules, ramp=ramp, loss_scale=scale)
+        recent = tuple(float(loss) for loss in data.get("recent", ()))
+        return RunState(**numbers, rules=rules, ramp=ramp, loss_scale=scale, recent=recent)
 
 
 _NUMBERS = ("step", "consumed_samples", "tokens", "flops", "growth_stage", "optimizer_step")

@@ -41,7 +41,9 @@ def run(tmp_path_factory, dataset):
 def test_the_run_directory(run):
     _, run_dir = run
     names = {path.name for path in run_dir.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "report.html"}
+    assert names == {
+        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "logs"
+    }  # fmt: skip
     assert list(run_dir.glob("tensorboard/events.out.tfevents.*"))
     # Saved before each growth (steps 3 and 7), at every second step, and at the end; 3 kept.
     assert list_steps(run_dir / "checkpoints") == [7, 8, 10]

@@ -3,45 +3,14 @@ import json
 import math
 
 import pytest
+from logs import log_growth, log_step
 
 from megagrow.errors import DataError, TrainingError
 from megagrow.train.metrics import MetricsLog, read_metrics
 
 
-def log_step(log, step, stage=0, loss=3.0):
-    log.step(
-        step=step,
-        tokens=step * 100,
-        flops=step * 10_000,
-        loss=loss,
-        lr=1e-3,
-        grad_norm=0.5,
-        tokens_per_second=1000.0,
-        growth_stage=stage,
-    )
-
-
-def log_growth(log, step, stage):
-    log.growth(
-        step=step,
-        tokens=step * 100,
-        flops=step * 10_000,
-        operator="width",
-        state_policy="exact",
-        loss_before=3.0,
-        loss_after=3.0,
-        parameters_before=10,
-        parameters_after=40,
-        seconds=0.1,
-        bytes_moved=480,
-        peak_staging_bytes=64,
-        growth_stage=stage,
-        model={"layers": 2},
-    )
-
-
 def first_run(run_dir, steps=9):
-    log = MetricsLog(run_dir, tensorboard=False)
+    log = MetricsLog(run_dir)
     log.event("run_start", parameters=10)
     for step in range(1, steps + 1):
         log_step(log, step)
@@ -57,7 +26,7 @@ def steps_of(path):
 
 
 def test_lines_have_the_promised_keys_and_are_there_at_once(tmp_path):
-    log = MetricsLog(tmp_path / "new" / "run", tensorboard=False)
+    log = MetricsLog(tmp_path / "new" / "run")
     log_step(log, 1)
     log.validation(step=1, tokens=100, flops=10_000, val_loss=3.5, growth_stage=0)
     log_growth(log, 1, 1)
@@ -77,7 +46,7 @@ def test_lines_have_the_promised_keys_and_are_there_at_once(tmp_path):
 def test_a_resumed_run_has_each_step_once_and_keeps_the_lines_before_byte_for_byte(tmp_path):
     path = first_run(tmp_path, steps=9)
     before = path.read_bytes().splitlines(keepends=True)
-    log = MetricsLog(tmp_path, tensorboard=False, resume_step=6)
+    log = MetricsLog(tmp_path, resume_step=6)
     log.event("resume", step=6)
     for step in range(7, 13):
         log_step(log, step, loss=1.0)
@@ -95,7 +64,7 @@ def test_a_resumed_run_has_each_step_once_and_keeps_the_lines_before_byte_for_by
 @pytest.mark.parametrize("resume_step", [0, 1, 8, 9, 100])
 def test_the_cut_is_exact_anywhere(tmp_path, resume_step):
     path = first_run(tmp_path, steps=9)
-    MetricsLog(tmp_path, tensorboard=False, resume_step=resume_step).close()
+    MetricsLog(tmp_path, resume_step=resume_step).close()
     assert steps_of(path) == list(range(1, min(resume_step, 9) + 1))
     assert read_metrics(path)[0]["event"] == "run_start"
 
@@ -107,7 +76,7 @@ def test_a_half_line_does_not_spoil_the_next_one(tmp_path, half):
     path = first_run(tmp_path, steps=4)
     with open(path, "ab") as file:
         file.write(half)  # killed within a write
-    log = MetricsLog(tmp_path, tensorboard=False, resume_step=4)
+    log = MetricsLog(tmp_path, resume_step=4)
     log_step(log, 5)
     log.close()
     assert steps_of(path) == [1, 2, 3, 4, 5]
@@ -115,7 +84,7 @@ def test_a_half_line_does_not_spoil_the_next_one(tmp_path, half):
 
 def test_a_growth_after_the_checkpoint_of_its_own_step_is_cut_off(tmp_path):
     path = first_run(tmp_path, steps=3)
-    log = MetricsLog(tmp_path, tensorboard=False, resume_step=3, resume_stage=0)
+    log = MetricsLog(tmp_path, resume_step=3, resume_stage=0)
     log_growth(log, 3, 1)
     log.validation(step=3, tokens=1, flops=2, val_loss=3.0, growth_stage=1)
     log_step(log, 4, stage=1)
@@ -123,13 +92,13 @@ def test_a_growth_after_the_checkpoint_of_its_own_step_is_cut_off(tmp_path):
 
     # Killed there; the checkpoint of step 3 was saved after the growth: it stays.
     content = path.read_bytes()
-    MetricsLog(tmp_path, tensorboard=False, resume_step=3, resume_stage=1).close()
+    MetricsLog(tmp_path, resume_step=3, resume_stage=1).close()
     events = [line["event"] for line in read_metrics(path)]
     assert events[-2:] == ["growth", "validation"]
 
     # The checkpoint was saved before the growth, which will be done again: it goes.
     path.write_bytes(content)
-    MetricsLog(tmp_path, tensorboard=False, resume_step=3, resume_stage=0).close()
+    MetricsLog(tmp_path, resume_step=3, resume_stage=0).close()
     events = [line["event"] for line in read_metrics(path)]
     assert "growth" not in events and events[-2:] == ["validation", "checkpoint"]
 
@@ -143,7 +112,7 @@ def test_a_cut_that_fails_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space"):
-        MetricsLog(tmp_path, tensorboard=False, resume_step=2)
+        MetricsLog(tmp_path, resume_step=2)
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
 
@@ -154,13 +123,13 @@ def test_a_damaged_log_is_named_and_left_alone(tmp_path):
     lines[4] = b"oops\n"
     path.write_bytes(b"".join(lines))
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 5"):
-        MetricsLog(tmp_path, tensorboard=False, resume_step=2)
+        MetricsLog(tmp_path, resume_step=2)
     assert path.read_bytes() == b"".join(lines)
 
 
 def test_a_new_run_keeps_the_log_of_an_old_one(tmp_path):
     for number in range(3):
-        log = MetricsLog(tmp_path, tensorboard=False)
+        log = MetricsLog(tmp_path)
         log.event("run_start", number=number)
         log.close()
     kept = {path.name: read_metrics(path)[0]["number"] for path in tmp_path.iterdir()}
@@ -168,7 +137,7 @@ def test_a_new_run_keeps_the_log_of_an_old_one(tmp_path):
 
 
 def test_losses_that_are_not_finite(tmp_path):
-    log = MetricsLog(tmp_path, tensorboard=False)
+    log = MetricsLog(tmp_path)
     for step, loss in enumerate((math.nan, math.inf, -math.inf), start=1):
         log_step(log, step, loss=loss)
     log.close()
@@ -178,38 +147,35 @@ def test_losses_that_are_not_finite(tmp_path):
     assert math.isnan(back[0]) and back[1:] == [math.inf, -math.inf]
 
 
-def test_a_full_disk_names_the_log_and_the_way_on(tmp_path):
-    log = MetricsLog(tmp_path, tensorboard=False)
+def test_a_full_disk_does_not_stop_a_run(tmp_path, capsys):
+    """Lines wait for room; it is told once, and closing tells what is lost."""
+    log = MetricsLog(tmp_path)
+    log_step(log, 1)
+    real = log._file
+    log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - closed below
+    log_step(log, 2)
+    log_step(log, 3)
+    told = capsys.readouterr().err
+    assert told.count("warning: ") == 1 and str(log.path) in told and "free space" in told
+    assert [line["step"] for line in read_metrics(log.path)] == [1]
     log._file.close()
+    log._file = real
+    log_step(log, 4)
+    assert [line["step"] for line in read_metrics(log.path)] == [1, 2, 3, 4]
     log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - closed by log
-    with pytest.raises(TrainingError) as caught:
+    real.close()
+    log_step(log, 5)
+    with pytest.raises(TrainingError, match="no room for") as caught:
+        log.close()
+    assert str(log.path) in str(caught.value)
+    log.close()
+
+
+def test_a_log_that_may_not_be_written_stops_the_run(tmp_path):
+    log = MetricsLog(tmp_path)
+    log._file.close()
+    log._file = open(log.path, "rb", buffering=0)  # noqa: SIM115 - closed by log
+    with pytest.raises((TrainingError, OSError)):
         log_step(log, 1)
-    assert str(log.path) in str(caught.value) and "--resume auto" in str(caught.value)
+    log._pending.clear()
     log.close()
-
-
-def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = MetricsLog(tmp_path, tensorboard=True)
-    for step in range(1, 7):
-        log_step(log, step, loss=float(step))
-    log_growth(log, 4, 1)
-    log.close()
-    log = MetricsLog(tmp_path, tensorboard=True, resume_step=4)
-    for step in range(5, 8):
-        log_step(log, step, loss=10.0 * step)
-    log.validation(step=7, tokens=1, flops=2, val_loss=3.5, growth_stage=0)
-    log.close()
-
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert shown == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60), (7, 70)]
-    assert [event.value for event in events.Scalars("validation/loss")] == [3.5]
-    assert [event.value for event in events.Scalars("growth/parameters")] == [40]
-
-
-def test_without_tensorboard_nothing_of_it_is_made(tmp_path):
-    first_run(tmp_path)
-    assert not (tmp_path / "tensorboard").exists()

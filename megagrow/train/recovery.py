@@ -1,0 +1,114 @@
+"""What to do about a loss or gradient that is not finite, or far above what it was.
+
+First such steps are passed over: they leave no update behind.  After too many in a row the run
+goes back to its last checkpoint and passes over the data that led there (as was done for PaLM,
+Chowdhery et al., arXiv 2204.02311, section 5.1).  After too many of those it stops.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from megagrow.config import RecoveryConfig
+
+WINDOW = 32  # losses that a new one is compared with
+_ENOUGH = 8
+
+
+class RollBack(Exception):  # noqa: N818 - not an error: the run goes back and goes on
+    """Leaves the step loop for the last checkpoint.
+
+    Attributes:
+        why: what was found, in words.
+        ranks: where, one entry a rank.
+    """
+
+    def __init__(self, why: str, ranks: Sequence[str]) -> None:
+        super().__init__(why)
+        self.why, self.ranks = why, list(ranks)
+
+
+class StepGuard:
+    """Judges steps; every rank has one, and all come to the same answers.
+
+    Args:
+        config: the limits.
+        scaled: whether fp16's loss scaling looks after gradients that overflow.
+    """
+
+    def __init__(self, config: RecoveryConfig, *, scaled: bool) -> None:
+        self.config, self._scaled = config, scaled
+        self._recent: Sequence[float] = ()
+        self._fault: str | None = None
+        self._in_a_row = 0
+
+    def begin(self, recent: Sequence[float]) -> None:
+        """A step begins; `recent` are the losses of the last good ones."""
+        self._recent, self._fault = recent, None
+
+    def accept(self, loss: float, grad_norm: float) -> bool:
+        """Whether to apply the update of this step.
+
+        Args:
+            loss: mean over all ranks, nats per token.
+            grad_norm: of the whole gradient before clipping.
+        """
+        self._fault = fault(
+            loss=loss, grad_norm=grad_norm, recent=self._recent, spike=self.config.spike
+        )
+        return self._fault is None
+
+    def passes_over(
+        self, *, step: int, losses: Sequence[float], grad_norm: float, applied: bool
+    ) -> str | None:
+        """What is wrong with a step that is over and left no update, or None for a good one.
+
+        Raises:
+            RollBack: its update was applied, or it is one bad step too many.
+        """
+        why = self._fault or self._late_fault(losses, grad_norm)
+        if why is None:
+            self._in_a_row = 0
+            return None
+        ranks = [f"{x} on rank {r}" for r, x in enumerate(losses) if not math.isfinite(x)]
+        if applied or self._in_a_row >= self.config.skip:
+            self._in_a_row = 0
+            raise RollBack(f"step {step}: {why}", ranks)
+        self._in_a_row += 1
+        return ", ".join([why, *ranks])
+
+    def _late_fault(self, losses: Sequence[float], grad_norm: float) -> str | None:
+        """What DeepSpeed passed over by itself, without asking, as it does under ZeRO 1 and 2."""
+        if not all(map(math.isfinite, losses)):
+            return "the loss is not finite"
+        if not math.isfinite(grad_norm) and not self._scaled:
+            return f"the gradient is not finite (norm {grad_norm})"
+        return None
+
+
+def fault(
+    *, loss: float, grad_norm: float, recent: Sequence[float], spike: float | None
+) -> str | None:
+    """What is wrong with a step, in words, or None."""
+    if not math.isfinite(loss):
+        return "the loss is not finite"
+    if not math.isfinite(grad_norm):
+        return f"the gradient is not finite (norm {grad_norm})"
+    if is_spike(loss, recent, spike):
+        median = statistics.median(recent)
+        return f"the loss of {loss:.4f} is over {spike:g} times the recent {median:.4f}"
+    return None
+
+
+def is_spike(loss: float, recent: Sequence[float], factor: float | None) -> bool:
+    """Whether a loss is more than `factor` times the median of the recent ones."""
+    if factor is None or len(recent) < _ENOUGH:
+        return False
+    return loss > factor * statistics.median(recent)
+
+
+def remember(recent: Sequence[float], loss: float) -> tuple[float, ...]:
+    """The recent losses with one more, the oldest dropped."""
+    return (*recent, loss)[-WINDOW:]

@@ -1,0 +1,344 @@
+"""Keeps an eye on a run from inside each rank: progress, heartbeats, who holds the others up.
+
+A thread samples what the main thread does.  Every rank tells all others about itself through
+the job's key-value store, so that a job that stands still can say which rank is the cause,
+under any launcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import itertools
+import json
+import linecache
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol, TextIO
+
+from megagrow.cluster import lifeline
+from megagrow.config import Config, WatchConfig
+from megagrow.engine.comm import Comm
+
+LOGS = "logs"
+STALLED = 1  # exit status of a rank that the watch ends
+_SAMPLE_SECONDS = 0.05
+_number = itertools.count()  # several jobs may follow each other in one process
+# A frame in one of these files, or a line that says one of these words, waits for other ranks.
+_COLLECTIVE_FILES = ("distributed_c10d.py", "engine/comm.py")
+_WAITING_WORDS = (".wait(", ".synchronize(")
+
+
+class Store(Protocol):
+    """The part of `torch.distributed.Store` that the watch uses; a client of its own."""
+
+    def set(self, key: str, value: str) -> None:
+        """Put a value."""
+        ...
+
+    def multi_get(self, keys: Sequence[str]) -> Sequence[bytes]:
+        """Values of keys, waiting for those that are not there yet."""
+        ...
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all keys are there."""
+        ...
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        """Put `desired` where the key has `expected` or is new; returns what is there then."""
+        ...
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank tells about itself.
+
+    Attributes:
+        rank, host, pid: who.
+        count: grows with every beat; one that stands still is a rank that is gone or stopped.
+        doing: the last thing that it began, in words.
+        waiting: the collective that its main thread is in, or "".
+        idle: seconds since it last made progress.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    count: int
+    doing: str
+    waiting: str
+    idle: float
+
+    @property
+    def name(self) -> str:
+        """The rank in words."""
+        return f"rank {self.rank} on {self.host} (pid {self.pid})"
+
+
+class Watch:
+    """The watch of one rank; a context manager that runs its thread.
+
+    Args:
+        rank, world: of this process.
+        config: limits.
+        store: the job's store, by a connection that nobody else uses; None for a job alone.
+        log: this rank's own log file, made when the first line is written to it.
+        exit: what ends the process (tests give another).
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world: int,
+        config: WatchConfig,
+        store: Store | None,
+        log: Path,
+        exit: object = os._exit,
+    ) -> None:
+        self.rank, self.world, self.config, self.log = rank, world, config, log
+        self._store, self._exit = store, exit
+        self._host, self._count = socket.gethostname(), 0
+        self._key = f"megagrow/{next(_number)}"
+        self._doing, self._limit, self._since = "starting", config.slow, time.monotonic()
+        self._step = 0
+        self._samples = [0, 0]  # all, and those that found the main thread waiting for others
+        self._busy_from = time.monotonic()
+        self._stopping = threading.Event()
+        self._main = threading.get_ident()
+        self._thread = threading.Thread(target=self._run, name="megagrow-watch", daemon=True)
+        # Beats need not be more often than is useful, nor crowd the store of a large job.
+        self._period = max(min(1.0, config.stall / 4), world / 1000)
+
+    # --- what the main thread calls ---------------------------------------------------------
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join(timeout=2 * self._period)
+
+    def begin(self, what: str, *, step: int, slow: bool = False) -> None:
+        """Say what begins now; it counts as progress.
+
+        Args:
+            what: in words, for instance ``step 41``.
+            step: optimizer steps done.
+            slow: may take `watch.slow` seconds rather than `watch.stall`.
+        """
+        self._doing, self._step, self._since = what, step, time.monotonic()
+        self._limit = self.config.slow if slow else self.config.stall
+
+    def busy_share(self) -> float:
+        """Of the time since the last call, the share in which this rank did not wait for others."""
+        seen, waiting = self._samples
+        self._samples = [0, 0]
+        return 1.0 - waiting / seen if seen else 1.0
+
+    def note(self, text: str) -> None:
+        """A line in this rank's own log."""
+        with contextlib.suppress(OSError), self._open_log() as file:
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}", file=file)
+
+    def explain(self) -> str:
+        """Which rank is the cause where this one lost the others; waits for a few beats."""
+        if self._store is None:
+            return ""
+        try:
+            looks = self._two_looks()
+            return blame(*looks, world=self.world)
+        except Exception as error:
+            return f"rank 0 answers no more, or its host is cut off ({_first_line(error)})"
+
+    def speaks_first(self) -> bool:
+        """Whether this rank is the first to tell of a failure; the others need not repeat it."""
+        if self._store is None:
+            return True
+        try:
+            mine = str(self.rank)
+            return self._store.compare_set(f"{self._key}/speaker", "", mine).decode() == mine
+        except Exception:
+            return True  # nobody can be asked
+
+    # --- the thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        next_beat = 0.0
+        while not self._stopping.wait(_SAMPLE_SECONDS):
+            waiting = self._waiting()
+            self._samples[0] += 1
+            self._samples[1] += bool(waiting)
+            now = time.monotonic()
+            if now < next_beat:
+                continue
+            next_beat = now + self._period
+            idle = now - self._since
+            lifeline.say("beat", step=self._step, doing=self._doing)
+            told_to_end = not self._beat(waiting, idle)
+            if told_to_end:
+                self._end()
+            elif idle > self._limit:
+                self._stalled(idle)
+
+    def _beat(self, waiting: str, idle: float) -> bool:
+        """Tell the others; False where one of them has found that the job stands still."""
+        if self._store is None:
+            return True
+        self._count += 1
+        beat = Beat(
+            self.rank, self._host, os.getpid(), self._count, self._doing, waiting, round(idle, 1)
+        )
+        try:
+            self._store.set(f"{self._key}/beat/{self.rank}", json.dumps(asdict(beat)))
+            return not self._store.check([f"{self._key}/ending"])
+        except Exception:
+            return True  # the store's host is gone: collectives or the stall limit will tell
+
+    def _stalled(self, idle: float) -> None:
+        cause = self.explain() if self._store is not None else "it is the only rank"
+        text = (
+            f"error: no progress for {idle:.0f} s\n"
+            f"  found:    rank {self.rank} on {self._host} was doing: {self._doing}; {cause}\n"
+            f"  expected: progress within watch.stall = {self.config.stall:g} s "
+            f"(watch.slow = {self.config.slow:g} s while starting, growing and saving)\n"
+            f"  mend:     the stacks of all ranks are in {self.log.parent}; then go on from the "
+            "last checkpoint with --resume auto, or raise watch.stall"
+        )
+        if self.speaks_first():
+            print(text, file=sys.stderr, flush=True)
+        self.note(text)
+        lifeline.say("failed", text=text)
+        with contextlib.suppress(Exception):
+            if self._store is not None:
+                self._store.set(f"{self._key}/ending", str(self.rank))
+        self._dump_stacks()
+        time.sleep(2.5 * self._period)  # for the others to write theirs
+        self._leave()
+
+    def _end(self) -> None:
+        self._dump_stacks()
+        self._leave()
+
+    def _leave(self) -> None:
+        sys.stderr.flush()
+        self._exit(STALLED)  # type: ignore[operator]
+
+    def _waiting(self) -> str:
+        frame = sys._current_frames().get(self._main)
+        return waits_in(frame) if frame is not None else ""
+
+    def _two_looks(self) -> tuple[list[Beat], list[Beat]]:
+        """The beats of all ranks now and two periods later."""
+        first = self._beats()
+        for _ in range(3):
+            time.sleep(0.8 * self._period)
+            # This rank is here and looks; it must not be taken for one that is gone.
+            self._beat(self._waiting(), time.monotonic() - self._since)
+        came_up = {beat.rank for beat in first}
+        return first, [beat for beat in self._beats() if beat.rank in came_up]
+
+    def _beats(self) -> list[Beat]:
+        """Of the ranks that have come up."""
+        assert self._store is not None
+        keys = [f"{self._key}/beat/{rank}" for rank in range(self.world)]
+        there = [key for key in keys if self._store.check([key])]
+        return [Beat(**json.loads(value)) for value in self._store.multi_get(there)]
+
+    def _dump_stacks(self) -> None:
+        with contextlib.suppress(OSError), self._open_log() as file:
+            print(f"stacks of rank {self.rank} on {self._host}:", file=file, flush=True)
+            faulthandler.dump_traceback(file=file, all_threads=True)
+
+    def _open_log(self) -> TextIO:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        return open(self.log, "a", encoding="utf-8")
+
+
+def waits_in(frame: FrameType) -> str:
+    """The collective that a stack is in, or "".
+
+    An estimate: Python sees the call into a collective, not what a GPU's queue waits for.
+    """
+    innermost, found = frame, ""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.endswith(_COLLECTIVE_FILES):
+            found = frame.f_code.co_name
+        frame = frame.f_back  # type: ignore[assignment]
+    if found:
+        return found
+    line = linecache.getline(innermost.f_code.co_filename, innermost.f_lineno)
+    return innermost.f_code.co_name if any(word in line for word in _WAITING_WORDS) else ""
+
+
+def blame(first: Sequence[Beat], then: Sequence[Beat], *, world: int) -> str:
+    """Which ranks hold the others up, from two looks at the beats of all.
+
+    In turn: ranks that never came up; ranks whose beats stopped; ranks that wait for nobody
+    while others do; the rank that is longest without progress.
+    """
+    missing = sorted(set(range(world)) - {beat.rank for beat in then})
+    if missing:
+        return f"ranks {', '.join(map(str, missing))} never came up"
+    silent = [b for a, b in zip(first, then, strict=True) if a.count == b.count]
+    if silent:
+        return "; ".join(f"{b.name} is gone or stopped; it was doing: {b.doing}" for b in silent)
+    busy = [b for b in then if not b.waiting]
+    if busy and len(busy) < len(then):
+        return "; ".join(
+            f"{b.name} is doing: {b.doing}, while the others wait for it in "
+            f"{next(o.waiting for o in then if o.waiting)}"
+            for b in busy
+        )
+    slowest = max(then, key=lambda b: b.idle)
+    where = f", waiting in {slowest.waiting}" if slowest.waiting else ""
+    return f"longest without progress: {slowest.name}, doing: {slowest.doing}{where}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def watching(comm: Comm, config: Config) -> Iterator[tuple[Comm, Watch]]:
+    """The watch of this rank of a job, while it lasts; yields the job as well."""
+    watch = _watch(comm, config, comm.store() if comm.world > 1 else None)
+    comm.limit_collectives(config.watch.slow)
+    with watch, _stacks_on_request(watch.log):
+        watch.note(f"rank {comm.rank} of {comm.world} on {socket.gethostname()}, pid {os.getpid()}")
+        yield comm, watch
+
+
+def unwatched(comm: Comm, config: Config) -> Watch:
+    """A watch whose thread is never started: it takes what it is told, and does nothing."""
+    return _watch(comm, config, None)
+
+
+def _watch(comm: Comm, config: Config, store: Store | None) -> Watch:
+    log = Path(config.run.dir) / LOGS / f"rank_{comm.rank:05d}.log"
+    return Watch(rank=comm.rank, world=comm.world, config=config.watch, store=store, log=log)
+
+
+@contextlib.contextmanager
+def _stacks_on_request(log: Path) -> Iterator[None]:
+    """While it lasts, SIGUSR2 writes the stacks of this process to its log, and so does a crash."""
+    with contextlib.ExitStack() as held:
+        # What is wrong with the directory is told where the run's own log is opened.
+        with contextlib.suppress(OSError):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(open(log, "a", encoding="utf-8"))
+            faulthandler.enable(file)
+            held.callback(faulthandler.disable)
+            faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
+            held.callback(faulthandler.unregister, signal.SIGUSR2)
+        yield

@@ -1,0 +1,144 @@
+"""Losses and gradients that are not finite: passed over, gone back from, given up on.
+
+The numbers are made bad inside the model, so that what DeepSpeed does about them is the real thing.
+"""
+
+import math
+
+import pytest
+import torch
+from jobs import events, launch, log_of, settings, train, trajectory, write_config
+
+from megagrow.checkpoint import NativeCheckpoint, list_steps, step_path
+from megagrow.state.boxes import whole
+
+NEVER = ["recovery.skip=0", "recovery.rollback=0"]
+
+
+@pytest.fixture
+def config(tmp_path, dataset):
+    return write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run"))
+
+
+def _spoil(rank, bad_rank, steps, factor):
+    """Multiply the losses of some steps (counted over the whole job), on one rank."""
+    from megagrow.engine.engine import Engine
+    from megagrow.model import transformer
+
+    loss_function, train_step, count = (
+        transformer.vocab_parallel_cross_entropy,
+        Engine.train_step,
+        0,
+    )
+
+    def counting(self, *args, **more):
+        nonlocal count
+        count += 1
+        return train_step(self, *args, **more)
+
+    def spoiled(*args, **more):
+        loss = loss_function(*args, **more)
+        bad = count in steps and torch.is_grad_enabled() and rank == bad_rank
+        return loss * factor if bad else loss
+
+    Engine.train_step = counting
+    transformer.vocab_parallel_cross_entropy = spoiled
+
+
+def masters(path):
+    checkpoint = NativeCheckpoint.open(path)
+    return {t.name: checkpoint.read(t.name, "master", whole(t.shape)) for t in checkpoint.catalog}
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(2, {"zero": zero}) for zero in range(4)] + [(2, {"zero": 1, "pipeline": 2})],
+    ids=lambda value: str(value),
+)
+def test_a_bad_step_leaves_no_update(tmp_path, dataset, world, layout):
+    mapping = settings(dataset, tmp_path / "run", layout=layout, checkpoint={"every": 1, "keep": 9})
+    config = write_config(tmp_path / "run.yaml", mapping)
+    bad_rank = world - 1  # the last pipeline stage computes the loss
+    spoil = (_spoil, bad_rank, {3}, math.nan)
+    command = ["--config", config, "train.stop_after_steps=5"]
+    [outcomes] = launch(world, command, hook=spoil)
+    assert [o.status for o in outcomes] == [0] * world, outcomes[0].err
+    assert "step 3 is passed over" in outcomes[0].err
+    lines = log_of(config)
+    assert [line["step"] for line in events(lines, "passed_over")] == [3]
+    good = events(lines, "step")
+    assert [line["step"] for line in good] == [1, 2, 4, 5]
+    assert all(math.isfinite(line["loss"]) for line in good)
+    root = tmp_path / "run" / "checkpoints"
+    before, after = (masters(step_path(root, step)) for step in (2, 3))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert NativeCheckpoint.open(step_path(root, 5)).run_state["optimizer_step"] == 4
+
+
+def test_spikes_are_passed_over_where_asked_for(tmp_path, config):
+    spoil = (_spoil, 0, {9}, 50.0)
+    straight, spike = (f"run.dir={tmp_path / name}" for name in ("straight", "spike"))
+    common = ["--config", config, "stages=[{until: {steps: 10}}]"]
+    [[one]] = launch(1, [*common, straight], hook=spoil)
+    [[two]] = launch(1, [*common, spike, "recovery.spike=3"], hook=spoil)
+    assert one.status == two.status == 0, two.err
+    assert events(log_of(config, straight), "passed_over") == []
+    [line] = events(log_of(config, spike), "passed_over")
+    assert line["step"] == 9 and "over 3 times the recent" in line["why"]
+
+
+def test_too_many_bad_steps_in_a_row_go_back_to_a_checkpoint(tmp_path, config):
+    """Steps 5 and 6 are bad; back to the checkpoint of 4, and on behind their samples."""
+    command = ["--config", config, "recovery.skip=1"]
+    [outcomes] = launch(2, command, hook=(_spoil, 1, {5, 6}, math.nan))
+    assert [o.status for o in outcomes] == [0, 0], outcomes[0].err
+    error = outcomes[0].err
+    assert "step 5 is passed over" in error and "step 6: the loss is not finite" in error
+    assert "the run goes back to" in error and "step_00000004" in error
+    lines = log_of(config)
+    [back] = events(lines, "rollback")
+    assert (back["step"], back["from_step"]) == (4, 5) and back["ranks"] == ["nan on rank 1"]
+    assert [line["step"] for line in events(lines, "step")] == list(range(1, 11))
+    root = tmp_path / "run" / "checkpoints"
+    state = NativeCheckpoint.open(step_path(root, 10)).run_state
+    assert state["consumed_samples"] == (10 + 2) * 8
+    # Stopped after the return and resumed, it is the same run.
+    stopped = [*command, f"run.dir={tmp_path / 'stopped'}"]
+    launch(2, [*stopped, "train.stop_after_steps=7"], hook=(_spoil, 1, {5, 6}, math.nan))
+    assert trajectory(train(2, config, *stopped[2:])) == trajectory(lines)
+
+
+def test_a_run_gives_up_in_the_end(tmp_path, config):
+    command = ["--config", config, "recovery.skip=1", "layout.zero=0"]
+    [outcomes] = launch(2, command, hook=(_spoil, 1, set(range(3, 99)), math.nan))
+    assert [o.status for o in outcomes] == [1, 1] and outcomes[1].err == ""
+    error = outcomes[0].err
+    last = step_path(tmp_path / "run" / "checkpoints", 4)
+    assert error.count("error: ") == 1
+    for words in ("step 5: the loss is not finite", "nan on rank 1", str(last), "optimizer.lr",
+                  "recovery.rollback", "schedule.warmup"):  # fmt: skip
+        assert words in error
+    assert list_steps(last.parent)[-1] >= 2
+    assert events(log_of(config), "not_finite")
+    # What it says to do works.
+    assert train(2, config)[-1]["event"] == "end"
+
+
+def test_nothing_to_go_back_to(tmp_path, config):
+    [[outcome]] = launch(1, ["--config", config, *NEVER], hook=(_spoil, 0, {1}, math.inf))
+    assert outcome.status == 1 and "none was saved yet" in outcome.err
+    assert list_steps(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_learning_rate_that_is_far_too_high(tmp_path, config):
+    """It diverges all by itself, also on a second try."""
+    [outcomes] = launch(
+        2, ["--config", config, "optimizer.lr=1e6", "optimizer.grad_clip=0", "schedule.warmup=0"]
+    )
+    assert [o.status for o in outcomes] == [1, 1]
+    error = outcomes[0].err
+    assert error.count("error: ") == 1 and outcomes[1].err == ""
+    assert "is not finite" in error and "optimizer.lr" in error and "--resume" not in error
+    root = tmp_path / "run" / "checkpoints"
+    for step in list_steps(root):
+        NativeCheckpoint.open(step_path(root, step)).verify()
