@@ -131,6 +131,11 @@ def _tiles(run: Run) -> str:
         ("Tokens", _value(last.tokens if last else math.nan, human), ""),
         ("Compute", _value(last.flops if last else math.nan, lambda v: human(v, "FLOPs")), ""),
         ("Wall time", _value(run.seconds or math.nan, duration), _mean_rate(run)),
+        (
+            "Goodput",
+            _value(run.goodput, lambda share: f"{share:.0%}"),
+            "of all time went into steps that were kept",
+        ),
     ]
     items = "".join(
         f'<div class="tile"><dt>{title}</dt><dd><div class="value">{value}</div>'

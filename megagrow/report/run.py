@@ -90,6 +90,18 @@ class Run:
     start: Line  # the run_start line; empty if there is none
     end: Line  # the end line if the run came to its end; else empty
     resumes: int
+    useful_seconds: float = 0.0  # in steps that were kept
+    elapsed_seconds: float = 0.0  # from the first line to the last, pauses included
+
+    @property
+    def goodput(self) -> float:
+        """Share of all time that went into steps that were kept; nan where nothing is known.
+
+        The rest is start-up, validation, saving, growing, work that a kill undid, and the time
+        in which the run was down.
+        """
+        known = self.useful_seconds > 0 and self.elapsed_seconds > 0
+        return min(self.useful_seconds / self.elapsed_seconds, 1.0) if known else math.nan
 
     @property
     def seconds(self) -> float:
@@ -118,6 +130,7 @@ def summarize(lines: Iterable[Line]) -> Run:
     start: Line = {}
     end: Line = {}
     resumes = 0
+    useful, elapsed = 0.0, 0.0
     now, tokens, flops, clock = 0, 0.0, 0.0, math.nan
     for line in lines:
         event = line["event"]
@@ -134,8 +147,10 @@ def summarize(lines: Iterable[Line]) -> Run:
         stage.layout = _section(line, "layout") or stage.layout
 
         before, clock = clock, _finite(number(line, "time"), clock)
-        if event not in ("run_start", "resume") and clock > before:
-            stage.seconds += clock - before
+        if clock > before:  # a clock that was set back counts for nothing
+            elapsed += clock - before
+            if event not in ("run_start", "resume"):
+                stage.seconds += clock - before
 
         if event == "step":
             step = Step(
@@ -149,6 +164,8 @@ def summarize(lines: Iterable[Line]) -> Run:
                 stage=now,
             )
             steps[step.step] = step
+            if step.tokens > tokens and step.tokens_per_second > 0:
+                useful += (step.tokens - tokens) / step.tokens_per_second
             stage.steps += 1
             stage.tokens += max(step.tokens - tokens, 0)
             stage.flops += max(step.flops - flops, 0)
@@ -181,6 +198,8 @@ def summarize(lines: Iterable[Line]) -> Run:
         start=start,
         end=end,
         resumes=resumes,
+        useful_seconds=useful,
+        elapsed_seconds=elapsed,
     )
 
 
