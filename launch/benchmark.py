@@ -1,4 +1,4 @@
-"""Measure megagrow: live growth, a training step, the compute that growth saves; see --help."""
+"""Measure megagrow: growth, its operators, training speed, compute saved; see --help."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ examples:
   # the compute that growth saves against a tuned from-scratch run; started again, it goes on
   python launch/benchmark.py savings --config configs/bench/cpu_savings.yaml
 
+  # every growth operator with every state policy, the same data; goes on where it was stopped
+  python launch/benchmark.py operators --data data/stdlib --work runs/operators --minutes 45
+
 Processes are started here, or by torchrun or the deepspeed launcher: then give them as --ranks.
 """
 
@@ -36,7 +39,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="growth|throughput|savings")
+    names = "growth|throughput|savings|operators"
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar=names)
     style: dict[str, Any] = {
         "epilog": EXAMPLES,
         "formatter_class": argparse.RawDescriptionHelpFormatter,
@@ -89,7 +93,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--collect", action="store_true", help="train nothing: report what is finished")
     add("--dry-run", action="store_true", help="say what would be trained, and what it costs")
     add("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
-    for kind in (growth, speed, savings):
+
+    compared = kinds.add_parser("operators", help="operators and policies side by side", **style)
+    add = compared.add_argument
+    add("--data", type=Path, default=Path("data/stdlib"), help="prepared (default %(default)s)")
+    add(
+        "--work",
+        type=Path,
+        default=Path("runs/operators"),
+        help="directory of the runs; what is finished there is kept (default %(default)s)",
+    )
+    add("--minutes", type=float, help="begin no run after so long, and show what there is")
+    for kind in (growth, speed, savings, compared):
         kind.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
         kind.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     # Overrides and options may come in any order.

@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--state-policy", metavar="P", help="what becomes of optimizer state (the first listed)")
     add("--rewarm", type=int, metavar="STEPS", help="steps of re-warming (the policy's own)")
     add("--ramp", type=int, metavar="STEPS", help="steps to let new units in (the operator's own)")
+    add("--fit-steps", type=int, metavar="N", help="steps of fitting ligo (the operator's own)")
     add("--mup", action="store_true", help="divide matrices' rates by the growth of their inputs")
     add("--dry-run", action="store_true", help="check and print sizes; write nothing")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -97,6 +98,7 @@ def grow_section(options: argparse.Namespace) -> Any:
         "state_policy": options.state_policy,
         "rewarm": options.rewarm,
         "ramp": options.ramp,
+        "fit_steps": options.fit_steps,
         "mup": options.mup,
     }
     try:

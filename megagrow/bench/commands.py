@@ -6,11 +6,13 @@ import argparse
 import os
 import tempfile
 import time
+from dataclasses import asdict
 from typing import Any
 
 from megagrow.bench import cases as wanted
 from megagrow.bench import growth as growing
 from megagrow.bench import growth_table
+from megagrow.bench import operators as comparing
 from megagrow.bench import throughput as training
 from megagrow.bench.jobs import is_first, run_job, under_launcher
 from megagrow.config import LayoutConfig, ModelConfig
@@ -85,6 +87,23 @@ def throughput(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         result["layouts"] = together
         text += "\n\n" + training.table(together)
     return result, text
+
+
+def operators(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Every operator and policy side by side; (for JSON, as Markdown)."""
+    protocol = comparing.Protocol(options.data)
+    until = None if options.minutes is None else time.time() + 60 * options.minutes
+    options.work.mkdir(parents=True, exist_ok=True)
+    complete = run_job(1, comparing.train_all, protocol, options.work, until)
+    found = comparing.results(protocol, options.work)
+    result = {
+        "benchmark": "operators",
+        "protocol": asdict(protocol) | {"data": options.data.name},
+        "complete": complete,
+        "results": found,
+    }
+    text = comparing.table(found)
+    return result, text if complete else text + "\n\nNot all is trained: run it again to go on."
 
 
 def _model(options: argparse.Namespace) -> ModelConfig:

@@ -229,7 +229,7 @@ class GrowConfig(Section):
     of steps over which the learning rate climbs back after the growth; null
     takes the policy's default.  `mup: true` divides the learning rate of matrices by the growth
     of their inputs.  `ramp` is the number of steps over which `width_random` lets its new units
-    in; null takes the operator's default.
+    in, `fit_steps` for how many `ligo` is fitted; null takes the operator's default.
     """
 
     operator: str
@@ -238,6 +238,7 @@ class GrowConfig(Section):
     state_policy: str | None = None
     rewarm: Annotated[int, Field(ge=0)] | None = None
     ramp: Positive | None = None
+    fit_steps: Positive | None = None
     mup: bool = False
 
     @model_validator(mode="before")

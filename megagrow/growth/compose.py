@@ -105,7 +105,17 @@ def composed(parts: Sequence[Operator], catalogs: Sequence[Catalog]) -> Composit
     Args:
         parts: the operators, the first one first.
         catalogs: the catalog before each of them.
+
+    Raises:
+        GrowthError: one of them is fitted on data.
     """
+    for part in parts:
+        if part.fitted:
+            raise GrowthError(
+                f"grow.operator: {part.name} is fitted on data and does not go with others",
+                found="+".join(part.name for part in parts),
+                mend="grow in two stages",
+            )
     first, *others = (part.policies for part in parts)
     return Composition(
         name="+".join(part.name for part in parts),
@@ -116,7 +126,6 @@ def composed(parts: Sequence[Operator], catalogs: Sequence[Catalog]) -> Composit
         policies=tuple(name for name in first if all(name in other for other in others)),
         sizes=tuple(key for part in parts for key in part.sizes),
         ramp=max(part.ramp for part in parts),
-        fitted=any(part.fitted for part in parts),
         parts=tuple(parts),
         catalogs=tuple(catalogs),
     )

@@ -36,12 +36,8 @@ class DepthStack(Operator):
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """One block, the whole tensor, from the layer that is copied."""
-        if not tensor.name.startswith(_LAYERS):
-            return (Block(tensor.name, unchanged(tensor, small[tensor.name])),)
-        layer, rest = layer_of(tensor.name)
-        depth = layer_count(small)
-        source = f"{_LAYERS}{layer % depth}.{rest}"
-        return (Block(source, unchanged(tensor, small[source]), new=layer >= depth),)
+        source, new = stacked(tensor, small)
+        return (Block(source, unchanged(tensor, small[source]), new=new),)
 
 
 DEPTH_STACK = DepthStack(
@@ -103,6 +99,15 @@ DEPTH_IDENTITY = DepthIdentity(
     policies=("kept", "sparkling", "reset"),
     sizes=_SIZES,
 )
+
+
+def stacked(tensor: LogicalTensor, small: Catalog) -> tuple[str, bool]:
+    """(source, whether it is a copy): whole copies of the stack, end to end."""
+    if not tensor.name.startswith(_LAYERS):
+        return tensor.name, False
+    layer, rest = layer_of(tensor.name)
+    depth = layer_count(small)
+    return f"{_LAYERS}{layer % depth}.{rest}", layer >= depth
 
 
 def _interleaved(tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:

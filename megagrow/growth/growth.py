@@ -33,6 +33,7 @@ class Growth:
         rewarm: steps of re-warming (see StatePolicy).
         mup: whether a matrix whose inputs grew k-fold learns at 1/k of the rate from now on.
         ramp: how new units come in, counted from the growth; None: they are in at once.
+        fit_steps: of fitting on data, where the operator asks for it.
     """
 
     operator: Operator
@@ -42,6 +43,7 @@ class Growth:
     rewarm: int
     mup: bool = False
     ramp: Ramp | None = None
+    fit_steps: int = 0
 
     def blocks(self, tensor: LogicalTensor) -> tuple[Block, ...]:
         """The operator's blocks of one target tensor."""
@@ -136,6 +138,7 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
         target=catalogs[-1],
         rewarm=grow.rewarm,
         ramp=grow.ramp,
+        fit_steps=grow.fit_steps,
     )
     if grow.mup and growth.policy.scale_rates:
         raise GrowthError(
@@ -153,6 +156,7 @@ def make_growth(
     target: Catalog,
     rewarm: int | None = None,
     ramp: int | None = None,
+    fit_steps: int | None = None,
 ) -> Growth:
     """Look the operator and the policy up, and check that they fit each other and the models.
 
@@ -160,7 +164,7 @@ def make_growth(
         operator: itself, or its name.
         policy: name of the state policy; None: the operator's first.
         small, target: the catalogs before and after.
-        rewarm, ramp: steps, where they are not to be the policy's and the operator's own.
+        rewarm, ramp, fit_steps: where they are not to be the policy's and the operator's own.
 
     Raises:
         GrowthError: unknown names, a policy that the operator does not support, or a target
@@ -183,10 +187,12 @@ def make_growth(
         )
     rule = find_policy(name)
     if ramp is not None and not found.ramp:
-        ramped = [operator.name for operator in OPERATORS.values() if operator.ramp]
-        raise GrowthError(
-            f"grow.ramp: the units of operator {found.name!r} are in at once",
-            mend=f"leave grow.ramp out, or set grow.operator to {' or '.join(ramped)}",
+        raise _useless(
+            "ramp", "lets its units in at once", found, [o for o in OPERATORS.values() if o.ramp]
+        )
+    if fit_steps is not None and not found.fitted:
+        raise _useless(
+            "fit_steps", "has nothing to fit", found, [o for o in OPERATORS.values() if o.fitted]
         )
     growth = Growth(
         operator=found,
@@ -195,6 +201,7 @@ def make_growth(
         target=target,
         rewarm=rule.rewarm if rewarm is None else rewarm,
         ramp=make_ramp(small, target, steps=ramp or found.ramp) if found.ramp else None,
+        fit_steps=fit_steps or found.fitted,
     )
     if isinstance(found, Composition):
         found.check_fills(target)
@@ -202,6 +209,14 @@ def make_growth(
         _check_blocks(growth, tensor)
     growth.rules_after(OptimizerRules(), step=0)  # refuses what the policy cannot express
     return growth
+
+
+def _useless(key: str, why: str, found: Operator, others: Sequence[Operator]) -> GrowthError:
+    return GrowthError(
+        f"grow.{key}: operator {found.name!r} {why}",
+        mend=f"leave grow.{key} out, or set grow.operator to "
+        + " or ".join(operator.name for operator in others),
+    )
 
 
 def grown_model(model: ModelConfig, *, operator: str, factor: int) -> ModelConfig:

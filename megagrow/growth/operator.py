@@ -66,7 +66,8 @@ class Operator:
         policies: names of the state policies that make sense; the first is the default.
         sizes: keys of the model's configuration that it can enlarge.
         ramp: over how many steps its new units come in, unless told; 0: they are in at once.
-        fitted: whether its blocks are only where a fitting on data begins.
+        fitted: for how many steps it is fitted on data, unless told; its blocks are where the
+            fitting begins.  0: there is nothing to fit.
     """
 
     name: str
@@ -77,7 +78,7 @@ class Operator:
     policies: tuple[str, ...]
     sizes: tuple[str, ...]
     ramp: int = 0
-    fitted: bool = False
+    fitted: int = 0
 
     def target(self, model: ModelConfig, factor: int) -> ModelConfig:
         """The configuration of the model that a whole factor makes: its sizes, times that."""

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from megagrow.errors import GrowthError
 from megagrow.growth.axes import HEAD_DIM, KV_GROUPS, SEQUENCE, VOCAB
 from megagrow.growth.depth import DEPTH_IDENTITY, DEPTH_INTERLEAVE, DEPTH_STACK
+from megagrow.growth.ligo import LIGO
 from megagrow.growth.operator import Operator
 from megagrow.growth.policy import POLICIES, StatePolicy
 from megagrow.growth.ramp import WIDTH_RANDOM
@@ -21,6 +22,7 @@ _ALL = (
     DEPTH_STACK,
     DEPTH_INTERLEAVE,
     DEPTH_IDENTITY,
+    LIGO,
     HEAD_DIM,
     KV_GROUPS,
     VOCAB,

@@ -82,13 +82,7 @@ def duplicates(tensor: LogicalTensor, old: LogicalTensor) -> list[_Duplicate]:
             parts.append([(same(n), {})])
             continue
         k = growth_factor(large, n, f"{tensor.name}, axis {meaning}")
-        # The residual stream is one vector that all layers share, so its copies lie end to end;
-        # heads and ffn units may be permuted layer by layer, so theirs lie beside their source.
-        maps = (
-            tiled(n, k) if meaning == "embed"
-            else _queries(n, k) if meaning == "query"
-            else repeated(n, k)
-        )  # fmt: skip
+        maps = copies_along(meaning, n, k)
         parts.append([(axis, {meaning: (c, k)}) for c, axis in enumerate(maps)])
     blocks = []
     for choice in product(*parts):
@@ -99,9 +93,14 @@ def duplicates(tensor: LogicalTensor, old: LogicalTensor) -> list[_Duplicate]:
     return blocks
 
 
-def _queries(n: int, k: int) -> list[AxisMap]:
-    """Copies inside a key/value group, the old ones last: beside the group's key and value."""
-    return tiled(n, k)[::-1]
+def copies_along(meaning: str, n: int, k: int) -> list[AxisMap]:
+    """Where the k copies of n units lie, the old ones first in the list."""
+    # The residual stream is one vector that all layers share, so its copies lie end to end;
+    # heads and ffn units may be permuted layer by layer, so theirs lie beside their source.
+    if meaning == "embed":
+        return tiled(n, k)
+    # Inside a key/value group the old ones come last: beside the group's key and value.
+    return tiled(n, k)[::-1] if meaning == "query" else repeated(n, k)
 
 
 def _projections(name: str, n: int, large: int) -> list[tuple[AxisMap, dict[str, tuple[int, int]]]]:
@@ -110,7 +109,7 @@ def _projections(name: str, n: int, large: int) -> list[tuple[AxisMap, dict[str,
         return [(same(n), {})]
     queries, k = n - 2, growth_factor(large - 2, n - 2, f"{name}, queries of a group")
     shared = AxisMap(k * queries, 1, queries, 1, 2)
-    copies = [(axis, {"query": (c, k)}) for c, axis in enumerate(_queries(queries, k))]
+    copies = [(axis, {"query": (c, k)}) for c, axis in enumerate(copies_along("query", queries, k))]
     return [*copies, (shared, {})]
 
 

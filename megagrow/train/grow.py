@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from megagrow.config import Config
+from megagrow.data.sampler import SampleIndex
 from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
 from megagrow.engine.loss_scale import LossScale
+from megagrow.growth.growth import Growth
+from megagrow.growth.ligo import Fitted
+from megagrow.layout import Layout
 from megagrow.schedule.cost import received
+from megagrow.state.catalog import MASTER, Slot
+from megagrow.state.memory import MemoryState
+from megagrow.state.placement import Placement
 from megagrow.state.statemap import FreshStart, Identity, StateMap
-from megagrow.state.transfer import TransferReport, transfer_between_ranks
+from megagrow.state.transfer import Reader, TransferReport, Writer, transfer_between_ranks
+from megagrow.train.fit import fit_growth
 from megagrow.train.plan import Stage
 from megagrow.train.state import RunState
 
@@ -28,6 +38,7 @@ class GrowthReport:
         bytes_between_ranks_least: what must: every value that a rank needs and does not hold,
             once.
         peak_staging_bytes: the largest staging memory of any rank.
+        fit_flops: of fitting the growth's maps, by one rank (each does the same).
     """
 
     seconds: float
@@ -35,6 +46,7 @@ class GrowthReport:
     bytes_between_ranks: int
     bytes_between_ranks_least: int
     peak_staging_bytes: int
+    fit_flops: int
 
 
 def start_engine(
@@ -69,50 +81,112 @@ def fill_fresh(engine: Engine, *, config: Config, comm: Comm) -> None:
 
 
 def grow(
-    engine: Engine, *, config: Config, stage: Stage, state: RunState, comm: Comm
-) -> tuple[Engine, GrowthReport]:
-    """Carry the state of a running engine into the next growth stage's.
-
-    Args:
-        engine: of the stage before; it is closed.
-        stage: the next stage; without a growth only the layout changes.
-        state: the run's state after the growth.
-    """
-    return rebuild(engine, stage.growth, config=config, stage=stage, state=state, comm=comm)
-
-
-def rebuild(
     engine: Engine,
-    growth: StateMap | None,
     *,
+    growth: Growth | None,
     config: Config,
     stage: Stage,
     state: RunState,
     comm: Comm,
+    samples: SampleIndex,
 ) -> tuple[Engine, GrowthReport]:
-    """Take an engine down, and up again as `stage` and `state` say; None changes no tensor."""
+    """Carry the state of a running engine into another.
+
+    Args:
+        engine: it is closed.
+        growth: what is done to the state; None changes no tensor.
+        stage, state: the growth stage and the run's state that the other engine is for.
+        samples: of the run, for growths that are fitted on data.
+    """
     begin = time.perf_counter()
     scale = engine.loss_scale
     engine.close()
+    old: _Holder = engine
+    state_map: StateMap = growth or Identity(engine.placement.catalog)
+    flops = 0
+    if growth is not None and growth.fit_steps:
+        old, flops = _fitted(engine, growth, config, stage, state, comm, samples)
+        state_map = Fitted(growth.target)
     grown = start_engine(config=config, stage=stage, state=state, comm=comm, loss_scale=scale)
-    state_map = growth or Identity(grown.placement.catalog)
-    report = _transfer(state_map, engine, grown, config=config, comm=comm)
+    report = _transfer(state_map, old, grown, config=config, comm=comm)
     grown.publish()
     seconds = max(comm.gather_floats(time.perf_counter() - begin))
-    needed = received(
-        state_map, engine.placement, grown.placement, slots=grown.slots, rank=comm.rank
-    )
+    needed = received(state_map, old.placement, grown.placement, slots=grown.slots, rank=comm.rank)
     return grown, GrowthReport(
         seconds=seconds,
         bytes_moved=comm.sum_ints(report.bytes_written),
         bytes_between_ranks=comm.sum_ints(report.bytes_crossed),
         bytes_between_ranks_least=comm.sum_ints(needed.least),
         peak_staging_bytes=int(max(comm.gather_floats(report.peak_staging_bytes))),
+        fit_flops=flops,
     )
 
 
+class _Memory(Reader, Writer, Protocol):
+    """Boxes that can be read and written."""
+
+
+class _Holder(Protocol):
+    """Where a state lies: in an engine, or as whole tensors on every rank."""
+
+    @property
+    def state(self) -> _Memory:
+        """The boxes of this rank."""
+        ...
+
+    @property
+    def placement(self) -> Placement:
+        """Which those are."""
+        ...
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """What it keeps of each parameter."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Whole:
+    state: MemoryState
+    placement: Placement
+    slots: Sequence[Slot] = (MASTER,)
+
+
+def _fitted(
+    engine: Engine,
+    growth: Growth,
+    config: Config,
+    stage: Stage,
+    state: RunState,
+    comm: Comm,
+    samples: SampleIndex,
+) -> tuple[_Whole, int]:
+    """The fitted parameters of the large model, and the FLOPs that they took on one process."""
+    small = MemoryState.empty(growth.small, (MASTER,))
+    everywhere = _Whole(small, Placement(growth.small, Layout(data=comm.world)))
+    identity = Identity(growth.small)
+    _transfer(identity, engine, everywhere, config=config, comm=comm)
+    for key, values in small.tensors.items():
+        small.tensors[key] = values.to(comm.device)
+    large, fit = fit_growth(
+        growth,
+        model=stage.model,
+        small=small,
+        samples=samples,
+        first=state.consumed_samples,
+        batch=config.batch,
+    )
+    # Under ZeRO 1 each value has one rank to come from, should processors round differently.
+    return _Whole(large, Placement(growth.target, Layout(data=comm.world, zero=1))), fit.flops
+
+
 def _transfer(
-    state_map: StateMap, old: Engine, new: Engine, *, config: Config, comm: Comm
+    state_map: StateMap,
+    old: _Holder,
+    new: _Holder,
+    *,
+    config: Config,
+    comm: Comm,
 ) -> TransferReport:
     return transfer_between_ranks(
         state_map=state_map,

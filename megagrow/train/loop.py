@@ -25,11 +25,12 @@ from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import SampleIndex, rank_slice, validation_samples
 from megagrow.engine.comm import Comm
 from megagrow.errors import CheckpointError, TrainingError
+from megagrow.growth.growth import Growth
 from megagrow.report import write_report
 from megagrow.report.log import write_atomically
 from megagrow.train import checkpoints
 from megagrow.train.agree import on_all, on_first
-from megagrow.train.grow import fill_fresh, grow, rebuild, start_engine
+from megagrow.train.grow import GrowthReport, fill_fresh, grow, start_engine
 from megagrow.train.metrics import MetricsLog
 from megagrow.train.plan import RunPlan, Stage
 from megagrow.train.progress import Progress
@@ -302,16 +303,26 @@ class Trainer:
         if progress < 1.0:
             self.engine.set_progress(progress)
             return
+        self._begin("taking the masks away", slow=True)
         self.state = replace(self.state, ramp=None)
-        self.engine, _ = rebuild(
+        self._move_into(self.stage, None)
+        self.progress.say(f"step {self.state.step}: all units of the growth are in")
+
+    def _move_into(self, stage: Stage, growth: Growth | None) -> GrowthReport:
+        """Take the engine down and another up, for a stage and the state as it is now."""
+        self.engine, report = grow(
             self.engine,
-            None,
+            growth=growth,
             config=self.config,
-            stage=self.stage,
+            stage=stage,
             state=self.state,
             comm=self.comm,
+            samples=self.samples,
         )
-        self.progress.say(f"step {self.state.step}: all units of the growth are in")
+        self.comm.limit_collectives(self.config.watch.slow)
+        # Every process fits the whole of it; what one does is what had to be done.
+        self.state = replace(self.state, flops=self.state.flops + report.fit_flops)
+        return report
 
     def _now_and_then(self, stop: int) -> None:
         """Validation and checkpoints that fall on this step."""
@@ -329,10 +340,7 @@ class Trainer:
         self._begin(f"growing into stage {stage.index}", slow=True)
         before, small = self._validation_loss(), self.engine.placement.catalog.parameters
         old_stage, self.state = self.stage, self.state.after_growth(stage.growth)
-        self.engine, report = grow(
-            self.engine, config=self.config, stage=stage, state=self.state, comm=self.comm
-        )
-        self.comm.limit_collectives(self.config.watch.slow)
+        report = self._move_into(stage, stage.growth)
         self._enter_stage()
         after, large = self._validation_loss(), self.engine.placement.catalog.parameters
         if stage.growth is None or stage.grow is None:

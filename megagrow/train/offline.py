@@ -8,7 +8,7 @@ run goes on from it with a configuration whose next stage has this `grow` sectio
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,13 +19,22 @@ from megagrow.checkpoint.directory import step_of
 from megagrow.checkpoint.summary import find
 from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
 from megagrow.config.load import parse_config
+from megagrow.data.dataset import open_dataset
+from megagrow.data.sampler import SampleIndex
 from megagrow.errors import CheckpointError, ConfigError, GrowthError
 from megagrow.growth.growth import Growth, plan_growth
+from megagrow.growth.ligo import Fitted
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
 from megagrow.state.boxes import Box, split_box, whole
-from megagrow.state.catalog import LogicalTensor, Slot
+from megagrow.state.catalog import MASTER, LogicalTensor, Slot
+from megagrow.state.memory import MemoryState
+from megagrow.state.placement import Placement
+from megagrow.state.plan import Locator
+from megagrow.state.statemap import StateMap
 from megagrow.state.through import Through
+from megagrow.state.transfer import Reader
+from megagrow.train.fit import fit_growth
 from megagrow.train.state import RunState
 
 PIECE_BYTES = 64 << 20
@@ -103,7 +112,8 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
 def write_offline(plan: OfflineGrowth, root: Path, *, piece_bytes: int = PIECE_BYTES) -> Path:
     """Write the grown checkpoint, in one file; returns its directory.
 
-    Memory: one piece of `piece_bytes` at a time and constant buffers, whatever the model.
+    Memory: one piece of `piece_bytes` at a time and constant buffers, whatever the model; but a
+    growth that is fitted on data needs both models whole, and the data of the run.
 
     Args:
         root: the directory that will hold ``step_<step>``; such a name itself does as well.
@@ -114,26 +124,54 @@ def write_offline(plan: OfflineGrowth, root: Path, *, piece_bytes: int = PIECE_B
     """
     if step_of(root) == plan.checkpoint.step:
         root = root.parent
+    reader, state = _reader(plan)
     meta = CheckpointMeta(
         catalog=plan.growth.target,
         slots=plan.checkpoint.slots,
         layout=Layout(),
         config=plan.config.model_dump(mode="json", by_alias=True),
         fingerprints=plan.checkpoint.fingerprints,
-        run_state=plan.state.to_json(),
+        run_state=state.to_json(),
     )
-    pieces = _pieces(plan, piece_bytes)
+    pieces = _pieces(plan, reader, piece_bytes)
     return save(root, step=plan.checkpoint.step, pieces=pieces, meta=meta, group=SoloGroup())
 
 
-def _pieces(plan: OfflineGrowth, piece_bytes: int) -> Iterator[Piece]:
-    reader = Through(
-        plan.growth,
-        plan.checkpoint,
-        plan.checkpoint,
-        seed=plan.config.run.seed,
-        staging_bytes=_STAGING_BYTES,
+def _reader(plan: OfflineGrowth) -> tuple[Through, RunState]:
+    """What reads the grown state, and the run's state, with what a fitting has cost."""
+    state_map: StateMap = plan.growth
+    old: Reader = plan.checkpoint
+    locator: Locator = plan.checkpoint
+    state = plan.state
+    if plan.growth.fit_steps:
+        old, flops = _fitted(plan)
+        state_map, locator = Fitted(plan.growth.target), Placement(plan.growth.target, Layout())
+        state = replace(state, flops=state.flops + flops)
+    seed = plan.config.run.seed
+    return Through(state_map, old, locator, seed=seed, staging_bytes=_STAGING_BYTES), state
+
+
+def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, int]:
+    """The fitted parameters, and the FLOPs that they took."""
+    data = open_dataset(plan.config.data.path, plan.config.data.tokenizer)
+    small = MemoryState(
+        {
+            (t.name, MASTER.name): plan.checkpoint.read(t.name, MASTER.name, whole(t.shape)).float()
+            for t in plan.growth.small
+        }
     )
+    large, fit = fit_growth(
+        plan.growth,
+        model=plan.model,
+        small=small,
+        samples=SampleIndex(data.train, plan.model.sequence, plan.config.run.seed),
+        first=plan.state.consumed_samples,
+        batch=plan.config.batch,
+    )
+    return large, fit.flops
+
+
+def _pieces(plan: OfflineGrowth, reader: Through, piece_bytes: int) -> Iterator[Piece]:
     for tensor in plan.growth.target:
         for slot in plan.checkpoint.slots:
             dtype = plan.dtype(tensor, slot)

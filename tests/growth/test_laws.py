@@ -81,7 +81,7 @@ def test_every_operator_says_what_it_keeps():
     # One that keeps neither needs a test of its own, as those two have above.
     assert {o.keeps for o in OPERATORS.values()} <= set(KEEPS)
     changing = [o.name for o in OPERATORS.values() if o.keeps == "nothing"]
-    assert changing == ["depth_stack", "depth_interleave"]
+    assert changing == ["depth_stack", "depth_interleave", "ligo"]  # ligo: test_ligo.py
 
 
 # --- law 3: gradients ---------------------------------------------------------------------

@@ -81,7 +81,9 @@ def test_pieces_are_those_of_a_growth_in_memory(small, tmp_path, operator, monke
         return read(self, tensor, slot, box, dtype=dtype)
 
     monkeypatch.setattr(offline.Through, "read", counted)
-    plan = plan_offline(small[0], GrowConfig(operator=operator, factor=2))
+    steps = 2 if OPERATORS[operator].fitted else None
+    section = GrowConfig(operator=operator, factor=2, fit_steps=steps)
+    plan = plan_offline(small[0], section)
     pieces = NativeCheckpoint.open(write_offline(plan, tmp_path / "pieces", piece_bytes=256))
     assert max(asked) <= 256 and sum(asked) == plan.bytes
     at_once = NativeCheckpoint.open(write_offline(plan, tmp_path / "whole"))

@@ -1,0 +1,292 @@
+"""Every growth operator with every state policy, side by side: the same small model, the same data.
+
+For each seed a small model is trained; from its one checkpoint every case goes on: grown by an
+operator under a policy, or not at all, for the same number of tokens.  Beside them stand models
+of the grown sizes that were trained from scratch on all the tokens.  All of them are ordinary
+runs of `Trainer`, each with a directory of its own, and what is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megagrow.checkpoint import step_path
+from megagrow.config import Config
+from megagrow.data.dataset import open_dataset
+from megagrow.engine.comm import Comm
+from megagrow.growth.registry import OPERATORS
+from megagrow.report.log import read_metrics
+from megagrow.report.run import Run, summarize
+from megagrow.train.checkpoints import DIRECTORY
+from megagrow.train.loop import Trainer
+from megagrow.train.plan import plan_run, with_vocabulary
+
+Result = dict[str, Any]
+SCRATCH, SMALL = "from scratch", "not grown"
+
+# 1.2 million parameters with a vocabulary of 4096; twice the width and four times the depth
+# are about as many, 3.9 and 3.5 million.
+_MODEL: dict[str, Any] = {
+    "family": "llama", "layers": 5, "hidden": 112, "heads": 7, "ffn": 304, "sequence": 64,
+    "tie_embeddings": True,
+}  # fmt: skip
+_WIDE = {key: 2 * int(_MODEL[key]) for key in ("hidden", "heads", "ffn")}
+_DEEP = {"layers": 4 * int(_MODEL["layers"])}
+_GROWN = {"width": _WIDE, "depth": _DEEP}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all cases share.
+
+    Attributes:
+        data: the prepared dataset.
+        seeds: each of data order and initial values.
+        small_steps: steps of the small model before the growth.
+        grown_steps: steps after it.
+        batch: samples in a step.
+        lr: the learning rate, the same for all sizes, constant after the warm-up.
+        rewarm, ramp, fit_steps: steps of re-warming, of letting new units in, and of fitting maps,
+            where a case has them.
+    """
+
+    data: Path
+    seeds: tuple[int, ...] = (1, 2, 3)
+    small_steps: int = 400
+    grown_steps: int = 60
+    batch: int = 8
+    lr: float = 2e-3
+    rewarm: int = 15
+    ramp: int = 30
+    fit_steps: int = 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run beside the others; `operator` is also `SCRATCH` or `SMALL`, `axis` what grows."""
+
+    axis: str
+    operator: str
+    policy: str = ""
+
+    @property
+    def name(self) -> str:
+        """As in the table."""
+        return f"{self.operator} {self.axis if self.operator == SCRATCH else self.policy}".strip()
+
+    @property
+    def directory(self) -> str:
+        """Of its run, below that of its seed."""
+        return self.name.replace(" ", "-")
+
+    @property
+    def first(self) -> bool:
+        """Whether it is a control, or an operator under its own default policy."""
+        operator = OPERATORS.get(self.operator)
+        return operator is None or self.policy == operator.policies[0]
+
+
+def cases() -> list[Case]:
+    """The controls, then every operator of width or depth with each of its policies."""
+    found = [Case("width", SMALL), Case("width", SCRATCH), Case("depth", SCRATCH)]
+    for operator in OPERATORS.values():
+        for axis, sizes in _GROWN.items():
+            if set(sizes) <= set(operator.sizes):
+                found += [Case(axis, operator.name, policy) for policy in operator.policies]
+                break
+    return found
+
+
+def train_all(comm: Comm, protocol: Protocol, work: Path, until: float | None) -> bool:
+    """Train what is not finished yet, seed by seed; whether all of it is now.
+
+    In each seed operators' first policies come first and runs from scratch last, so that time
+    that runs out leaves what can be compared.
+
+    Args:
+        comm: a job of one process.
+        work: the runs' directory.
+        until: time (seconds since 1970) after which no further run begins.
+    """
+    for seed in protocol.seeds:
+        base = work / f"seed-{seed}" / "small"
+        if not _train(comm, _config(protocol, seed, None, base), until=until):
+            return False
+        start = step_path(base / DIRECTORY, protocol.small_steps)
+        for case in sorted(cases(), key=lambda case: (case.operator == SCRATCH, not case.first)):
+            config = _config(protocol, seed, case, work / f"seed-{seed}" / case.directory)
+            resume = None if case.operator == SCRATCH else start
+            if not _train(comm, config, until=until, start=resume):
+                return False
+    return True
+
+
+def _config(protocol: Protocol, seed: int, case: Case | None, run_dir: Path) -> Config:
+    """A run; without a case the small model's first part."""
+    total = protocol.small_steps + protocol.grown_steps
+    stages: list[dict[str, Any]] = [{"until": {"steps": protocol.small_steps}}]
+    model = dict(_MODEL)
+    if case is not None and case.operator in OPERATORS:
+        operator = OPERATORS[case.operator]
+        grow = {
+            "operator": case.operator,
+            "state_policy": case.policy,
+            "target": _GROWN[case.axis],
+            "rewarm": protocol.rewarm,
+            "ramp": protocol.ramp if operator.ramp else None,
+            "fit_steps": protocol.fit_steps if operator.fitted else None,
+        }
+        stages.append({"grow": grow, "until": {"steps": total}})
+    elif case is not None:
+        stages = [{"until": {"steps": total}}]
+    if case is not None and case.operator == SCRATCH:
+        model |= _GROWN[case.axis]
+    return Config.model_validate(
+        {
+            "run": {"dir": str(run_dir), "seed": seed},
+            "model": model,
+            "layout": {"zero": 0},
+            "data": {"path": str(protocol.data)},
+            "optimizer": {"lr": protocol.lr},
+            "schedule": {"name": "constant", "warmup": 40},
+            "batch": {"global": protocol.batch, "micro": protocol.batch},
+            "stages": stages,
+            "train": {
+                "validate_every": protocol.grown_steps // 4,
+                "validation_samples": 32,
+                "log_every": 1000,
+                "tensorboard": False,
+            },
+            "checkpoint": {"every": 10**9, "keep": 1},
+        }
+    )
+
+
+def _train(comm: Comm, config: Config, *, until: float | None, start: Path | None = None) -> bool:
+    """One run, unless it is finished or it is too late; whether it is finished now.
+
+    The checkpoints of a run that starts at another's are removed at its end: they are many.
+    """
+    run_dir = Path(config.run.dir)
+    if finished(run_dir):
+        return True
+    if until is not None and time.time() > until:
+        return False
+    # What was interrupted begins again: a run is short.
+    shutil.rmtree(run_dir, ignore_errors=True)
+    run_dir.mkdir(parents=True)
+    data = open_dataset(config.data.path, None)
+    config = with_vocabulary(config, data.vocab_size)
+    plan = plan_run(config, world=comm.world, vocabulary=data.vocab_size)
+    with _spoken_into(run_dir / "log.txt"):
+        resume = "auto" if start is None else str(start)
+        trainer = Trainer(config=config, plan=plan, data=data, comm=comm, resume=resume)
+        trainer.run()
+        trainer.engine.close()
+    if run_dir.name != "small":
+        shutil.rmtree(run_dir / DIRECTORY)
+    return True
+
+
+@contextlib.contextmanager
+def _spoken_into(path: Path) -> Iterator[None]:
+    with (
+        open(path, "a", encoding="utf-8") as stream,
+        contextlib.redirect_stdout(stream),
+        contextlib.redirect_stderr(stream),
+    ):
+        yield
+
+
+def finished(run_dir: Path) -> bool:
+    """Whether a run has come to its end."""
+    log = run_dir / "metrics.jsonl"
+    return log.is_file() and bool(_read(run_dir).end)
+
+
+def _read(run_dir: Path) -> Run:
+    return summarize(read_metrics(run_dir / "metrics.jsonl"))
+
+
+# --- results ------------------------------------------------------------------------------
+
+
+def results(protocol: Protocol, work: Path) -> list[Result]:
+    """What is finished, case by case: validation losses by seed and step."""
+    found = []
+    for case in cases():
+        runs = {
+            seed: _read(work / f"seed-{seed}" / case.directory)
+            for seed in protocol.seeds
+            if finished(work / f"seed-{seed}" / case.directory)
+        }
+        if runs:
+            found.append(_result(protocol, case, runs))
+    return found
+
+
+def _result(protocol: Protocol, case: Case, runs: Mapping[int, Run]) -> Result:
+    operator = OPERATORS.get(case.operator)
+    last = next(iter(runs.values()))
+    jumps = [run.growths[0].jump for run in runs.values() if run.growths]
+    final = [run.final_validation for run in runs.values()]
+    return {
+        "name": case.name,
+        "axis": case.axis,
+        "operator": case.operator,
+        "policy": case.policy,
+        "keeps": operator.keeps if operator else "",
+        "parameters": last.stages[-1].parameters,
+        "jump": statistics.fmean(jumps) if jumps else None,
+        "final": statistics.fmean(final),
+        "spread": statistics.stdev(final) if len(final) > 1 else None,
+        "flops": last.validations[-1].flops,
+        "seeds": {
+            str(seed): [
+                {"step": v.step, "tokens": v.tokens, "loss": v.loss}
+                for v in run.validations
+                if v.step >= protocol.small_steps or case.operator == SCRATCH
+            ]
+            for seed, run in runs.items()
+        },
+    }
+
+
+def against(one: Result, other: Result) -> tuple[float, float] | None:
+    """Mean difference of the final losses over the seeds that both have, and its standard error."""
+    common = [seed for seed in one["seeds"] if seed in other["seeds"]]
+    gaps = [one["seeds"][s][-1]["loss"] - other["seeds"][s][-1]["loss"] for s in common]
+    if not gaps:
+        return None
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+    return statistics.fmean(gaps), error
+
+
+def table(found: Sequence[Result]) -> str:
+    """Cases by their final loss, width and depth apart, in Markdown."""
+    small = next((one for one in found if one["operator"] == SMALL), None)
+    lines = [
+        "| case | parameters | loss jumps by | final loss | against the small model going on "
+        "| seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for axis in _GROWN:
+        group = [one for one in found if one["axis"] == axis]
+        for one in sorted(group, key=lambda one: one["final"]):
+            gap = against(one, small) if small and one is not small else None
+            lines.append(
+                f"| {one['name']} | {one['parameters']:,.0f} | "
+                f"{'' if one['jump'] is None else format(one['jump'], '+.3f')} | "
+                f"{one['final']:.4f} | "
+                f"{'' if gap is None else f'{gap[0]:+.4f} ± {gap[1]:.4f}'} | "
+                f"{len(one['seeds'])} |"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,137 @@
+"""Fit the learned maps of a growth (`ligo`) on training samples: live, or of a checkpoint.
+
+Every process holds the whole small and the whole large model while it fits, and all do the same
+work; so it is for models that fit into one, in whatever layout the run is before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from megagrow.config import BatchConfig, ModelConfig
+from megagrow.data.sampler import SampleIndex
+from megagrow.growth.growth import Growth
+from megagrow.growth.ligo import Maps
+from megagrow.model.flops import train_flops_per_token
+from megagrow.model.transformer import Transformer, named_tensors
+from megagrow.state.catalog import MASTER
+from megagrow.state.memory import MemoryState
+
+Tensors = Mapping[str, torch.Tensor]
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fitting came to.
+
+    Attributes:
+        parameters: of the large model, by name.
+        losses: mean loss of every step, before its update.
+        flops: of all steps: the large model's, and those of the maps themselves.
+    """
+
+    parameters: dict[str, torch.Tensor]
+    losses: tuple[float, ...]
+    flops: int
+
+
+def fit(
+    maps: Maps,
+    model: ModelConfig,
+    parameters: Tensors,
+    batches: Iterable[Sequence[np.ndarray]],
+    *,
+    steps: int,
+    lr: float = LEARNING_RATE,
+) -> Fit:
+    """Fit maps by Adam, at a rate that falls to 0.
+
+    Args:
+        maps: as they are made; they are changed.
+        model: the large model.
+        parameters: of the small model, whole, by name.
+        batches: for every step its micro-batches, each [micro, sequence + 1] token ids.
+        steps: how many there are.
+        lr: the first learning rate.
+    """
+    device = next(iter(parameters.values())).device
+    maps.to(device)
+    module = Transformer(model).to(device)
+    names = {id(p): name for name, p in module.named_parameters()}
+    inside = {name: names[id(p)] for name, p in named_tensors(module).items()}
+    optimizer = torch.optim.Adam(maps.parameters(), lr=lr)
+    losses, tokens = [], 0
+    for number, micro_batches in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = lr * (1 - number / steps)
+        optimizer.zero_grad()
+        grown = maps(parameters)
+        # The maps are differentiated once a step, however many micro-batches it has.
+        leaves = {name: values.detach().requires_grad_() for name, values in grown.items()}
+        placed = {inside[name]: values for name, values in leaves.items()}
+        total = 0.0
+        for batch in micro_batches:
+            samples = torch.from_numpy(batch).to(device)
+            loss = functional_call(module, placed, (samples,)) / len(micro_batches)
+            loss.backward()
+            total += loss.item()
+            tokens += samples.shape[0] * (samples.shape[1] - 1)
+        torch.autograd.backward(list(grown.values()), [p.grad for p in leaves.values()])
+        optimizer.step()
+        losses.append(total)
+    with torch.no_grad():
+        result = {name: values.contiguous() for name, values in maps(parameters).items()}
+    flops = tokens * train_flops_per_token(model) + len(losses) * _map_flops(maps, parameters)
+    return Fit(result, tuple(losses), flops)
+
+
+def _map_flops(maps: Maps, parameters: Tensors) -> int:
+    """Of the maps' own products in one step, forward and backward."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        maps(parameters)
+    return 3 * counter.get_total_flops()
+
+
+def fit_growth(
+    growth: Growth,
+    *,
+    model: ModelConfig,
+    small: MemoryState,
+    samples: SampleIndex,
+    first: int,
+    batch: BatchConfig,
+) -> tuple[MemoryState, Fit]:
+    """Fit a growth's maps on the samples that come next; they are not used up by it.
+
+    Args:
+        growth: the growth.
+        model: the large model.
+        small: the small model's parameters, whole.
+        samples: of the run.
+        first: number of the first sample.
+        batch: samples in a step, and in one forward pass.
+
+    Returns:
+        The large model's parameters, and what the fitting came to.
+    """
+    torch.manual_seed(0)  # of dropout: every process must draw the same
+    parameters = {t.name: small.tensors[t.name, MASTER.name] for t in growth.small}
+
+    def batches() -> Iterator[list[np.ndarray]]:
+        for step in range(growth.fit_steps):
+            start = first + step * batch.global_
+            yield [
+                samples.batch(start + done, batch.micro)
+                for done in range(0, batch.global_, batch.micro)
+            ]
+
+    done = fit(
+        Maps(growth.small, growth.target), model, parameters, batches(), steps=growth.fit_steps
+    )
+    return MemoryState({(n, MASTER.name): values for n, values in done.parameters.items()}), done
