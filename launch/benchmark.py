@@ -1,10 +1,11 @@
-"""Measure megagrow: growth, its operators, training speed, compute saved; see --help."""
+"""Measure megagrow: growth, its operators, training speed, compute saved, conversion: see --help."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ examples:
 
   # every growth operator with every state policy, the same data; goes on where it was stopped
   python launch/benchmark.py operators --data data/stdlib --work runs/operators --minutes 45
+  # conversion of 4.2 GB of training state, against cp and DeepSpeed's ds_to_universal
+  python launch/benchmark.py convert --parameters 350e6 --directory /tmp
 
 Processes are started here, or by torchrun or the deepspeed launcher: then give them as --ranks.
 """
@@ -39,7 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    names = "growth|throughput|savings|operators"
+    names = "growth|throughput|savings|operators|convert"
     kinds = parser.add_subparsers(dest="kind", required=True, metavar=names)
     style: dict[str, Any] = {
         "epilog": EXAMPLES,
@@ -104,7 +107,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="directory of the runs; what is finished there is kept (default %(default)s)",
     )
     add("--minutes", type=float, help="begin no run after so long, and show what there is")
-    for kind in (growth, speed, savings, compared):
+
+    conversion = kinds.add_parser("convert", help="conversion of a checkpoint", **style)
+    add = conversion.add_argument
+    add("--parameters", type=float, default=350e6, help="of the model (default %(default)g)")
+    add(
+        "--directory",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="on the disk to measure; what is made there is deleted (default %(default)s)",
+    )
+    add("--rounds", type=int, default=3, help="turns of each contender (default %(default)s)")
+    for kind in (growth, speed, savings, compared, conversion):
         kind.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
         kind.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     # Overrides and options may come in any order.

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megagrow.bench import cases as wanted
+from megagrow.bench import convert as converting
 from megagrow.bench import growth as growing
 from megagrow.bench import growth_table
 from megagrow.bench import operators as comparing
@@ -104,6 +105,16 @@ def operators(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     }
     text = comparing.table(found)
     return result, text if complete else text + "\n\nNot all is trained: run it again to go on."
+
+
+def convert(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Conversion of a checkpoint; (for JSON, as text)."""
+    if under_launcher():
+        raise ConfigError(
+            "convert: the conversion is one process", mend="start it with plain python"
+        )
+    result = converting.measure(options.parameters, options.directory, options.rounds)
+    return result, converting.table(result)
 
 
 def _model(options: argparse.Namespace) -> ModelConfig:

@@ -4,7 +4,7 @@ A *source* is a checkpoint of the format, open for reading by any box of any log
 A *sink* is a checkpoint that is to be: its files as data.  Each file is a list of segments,
 most of them a box of a slot of a logical tensor, so the converter alone reads, converts element
 types, writes, sums up and commits, in bounded memory, whatever the formats are.  Files are
-independent of each other and written in any order, by several processes, perhaps on either side
+independent of each other and written in any order, by several threads, perhaps on either side
 of a kill; so a sink must be a function of its request alone.
 
 A new format is a module with a `FORMAT`, entered in `formats`.  A format whose files hold boxes
@@ -15,6 +15,7 @@ as contiguous stretches of bytes (all that we know) needs only their list to be 
 from __future__ import annotations
 
 import builtins
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,14 @@ import torch
 
 from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.layout import Layout
-from megagrow.state.boxes import Box
+from megagrow.state.boxes import Box, flat_range_boxes
 from megagrow.state.catalog import Catalog, Slot
 
 # --- the face that is read ----------------------------------------------------------------
 
 
 class Source(Protocol):
-    """A checkpoint open for reading; `NativeCheckpoint` is one.
+    """A checkpoint open for reading by any number of threads; `NativeCheckpoint` is one.
 
     What a format does not tell is empty, 0 or a layout of one rank.  `config["model"]`, where it
     is there, is a `ModelConfig` in plain data.
@@ -156,6 +157,67 @@ class FilePlan:
     def bytes(self) -> int:
         """Size of the file."""
         return sum(map(segment_bytes, self.segments))
+
+
+@dataclass(frozen=True)
+class FilePiece:
+    """A stretch of a file to be that one worker writes: the whole file, or whole chunks of it.
+
+    Attributes:
+        start: its first byte in the file, of `file_bytes` in all.
+    """
+
+    name: str
+    segments: Sequence[Segment]
+    start: int
+    bytes: int
+    file_bytes: int
+
+
+def cut(plan: FilePlan, limit: int) -> list[FilePiece]:
+    """Cut a file to be into pieces of `limit` bytes; whole where later bytes depend on earlier.
+
+    Args:
+        limit: a multiple of the chunks' size.
+    """
+    total = plan.bytes
+    whole_file = FilePiece(plan.name, plan.segments, 0, total, total)
+    if total <= limit or any(isinstance(s, (Mark, Late)) for s in plan.segments):
+        return [whole_file]
+    pieces: list[list[Segment]] = [[]]
+    position = 0
+    for segment in plan.segments:
+        done, size = 0, segment_bytes(segment)
+        while done < size:
+            if position == limit * len(pieces):
+                pieces.append([])
+            taken = min(size - done, limit * len(pieces) - position)
+            if isinstance(segment, Values) and (done or taken < size):
+                if done % segment.dtype.itemsize or taken % segment.dtype.itemsize:
+                    return [whole_file]
+                pieces[-1] += _part(segment, done, taken)
+            elif isinstance(segment, bytes):
+                pieces[-1].append(segment[done : done + taken])
+            else:
+                pieces[-1].append(Zeros(taken) if isinstance(segment, Zeros) else segment)
+            done, position = done + taken, position + taken
+    sizes = [sum(map(segment_bytes, piece)) for piece in pieces]
+    return [
+        FilePiece(plan.name, piece, limit * i, sizes[i], total) for i, piece in enumerate(pieces)
+    ]
+
+
+def _part(values: Values, first: int, count: int) -> Iterator[Values]:
+    """Bytes [first, first + count) of values, as boxes."""
+    width = values.dtype.itemsize
+    axes = values.axes or tuple(range(len(values.box.shape)))
+    shape = [values.box.shape[axis] for axis in axes]
+    for box, _ in flat_range_boxes(shape, first // width, (first + count) // width):
+        offset, length = [0] * len(axes), [0] * len(axes)
+        for place, axis in enumerate(axes):
+            offset[axis], length[axis] = box.offset[place], box.shape[place]
+        inner = Box(tuple(offset), tuple(length)).moved_by(values.box.offset)
+        yield dataclasses.replace(values, box=inner)
 
 
 @dataclass(frozen=True)

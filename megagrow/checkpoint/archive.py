@@ -209,6 +209,8 @@ class _PickleWriter:
             if value.state is not None:
                 yield from self._value(value.state)
                 yield pickle.BUILD
+        elif isinstance(value, torch.dtype):
+            yield self._name(str(value))
         elif isinstance(value, dict):
             yield pickle.EMPTY_DICT + pickle.MARK
             for key, item in value.items():

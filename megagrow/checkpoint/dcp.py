@@ -25,10 +25,16 @@ import torch
 
 from megagrow.checkpoint.adapter import FilePlan, Format, Late, Mark, Request, Segment, Values
 from megagrow.checkpoint.archive import plan_archive, whole_values
-from megagrow.checkpoint.directory import READING, RESTORE, naming, open_regular, write_new
+from megagrow.checkpoint.directory import (
+    READING,
+    RESTORE,
+    naming,
+    open_regular,
+    read_small,
+    write_new,
+)
 from megagrow.checkpoint.inert import Inert, Name, brief, read_inert
 from megagrow.checkpoint.manifest import CheckpointMeta, plain
-from megagrow.checkpoint.native import read_exactly
 from megagrow.checkpoint.native_sink import placed
 from megagrow.checkpoint.safetensors import read_json
 from megagrow.checkpoint.shards import DTYPE_NAMES
@@ -96,7 +102,7 @@ def open_source(path: Path) -> StoredSource:
         CheckpointError: damaged, incomplete, hostile, or with what is no plain tensor.
     """
     where = path / _METADATA
-    data = _read(where)
+    data = read_small(where, _METADATA_LIMIT)
     try:
         entries = dict(_entries(read_inert(data, _NAMES)))
     except ValueError as error:
@@ -168,16 +174,6 @@ def _locate(
         StoredBox(tensor.name, slot.name, chunk.box, chunk.file, start, found.dtype, found.axes),
         Record(chunk.file, start, found.bytes, found.crc32),
     )
-
-
-def _read(path: Path) -> bytes:
-    with open_regular(path) as (descriptor, size), naming(path, "cannot be read", READING):
-        if size > _METADATA_LIMIT:
-            raise CheckpointError(f"{path}: too long", found=f"{size} bytes")
-        data = bytearray(size)
-        if not read_exactly(descriptor, memoryview(data), 0):
-            raise CheckpointError(f"{path}: changed while it is read")
-        return bytes(data)
 
 
 def _entries(metadata: Any) -> Iterator[tuple[str, _Entry]]:

@@ -7,6 +7,7 @@ is asked for; what its engine does not look at is left out.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from megagrow.errors import ConfigError
 from megagrow.layout import Coordinates
 from megagrow.state.boxes import flat_range_boxes
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Slot
+from megagrow.state.placement import split_axis
 
 VERSION = "0.19.8"  # of the DeepSpeed whose files these are
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ALIGNMENT = 2  # of a group's flat buffer, times the number of data ranks
 
 
@@ -48,9 +50,9 @@ class Plan:
                 found=f"tensor {self.layout.tensor}, pipeline {self.layout.pipeline}",
                 mend="give --tensor 1 --pipeline 1",
             )
-        self.optimizer = _section(OptimizerConfig, meta.config.get("optimizer"))
-        self.precision = _section(PrecisionConfig, meta.config.get("precision"))
-        self.dtype = request.dtype or _DTYPES[self.precision.dtype]
+        self.optimizer = section(OptimizerConfig, meta.config.get("optimizer"))
+        self.precision = section(PrecisionConfig, meta.config.get("precision"))
+        self.dtype = request.dtype or DTYPES[self.precision.dtype]
         held = {slot.name for slot in meta.slots}
         moments = {slot.name for slot in ADAM_SLOTS[1:]}
         # An engine wants all of Adam's state; what the source lacks starts at zero.
@@ -172,15 +174,44 @@ class Plan:
                 "pp_degree": layout.pipeline,
                 "tp_degree": layout.tensor,
             },
+            "universal_checkpoint_info": self.merging(),
             "ds_config": {"zero_optimization": {"stage": layout.zero}},
             "ds_version": VERSION,
             names.CLIENT: {
                 "step": self.request.step,
-                "config": _plain(meta.config),
-                "run_state": _plain(meta.run_state),
-                "fingerprints": _plain(meta.fingerprints),
+                "config": plain_json(meta.config),
+                "run_state": plain_json(meta.run_state),
+                "fingerprints": plain_json(meta.fingerprints),
             },
         }
+
+    def merging(self) -> dict[str, Any]:
+        """How DeepSpeed's own converter joins the parts of tensor-parallel ranks, by patterns.
+
+        What is in no list is joined along the first axis; a list must not name what is not there.
+        """
+        lists: dict[str, set[str]] = {
+            "tp_replicated_parameter_patterns": set(),
+            "parameter_with_row_parallelism_patterns": set(),
+            "vocabulary_parameter_patterns": set(),
+        }
+        rows = 0
+        for tensor in self.catalog:
+            axis = split_axis(tensor)
+            places = {
+                re.sub(r"\d+", r"\\d+", re.escape(name)) + "$"
+                for stage in self.placement.stages(tensor)
+                for name in self.module_names(tensor, stage)[:1]
+            }
+            if axis is None:
+                lists["tp_replicated_parameter_patterns"] |= places
+            elif axis == 1:
+                lists["parameter_with_row_parallelism_patterns"] |= places
+            elif tensor.axes[axis] == "vocab":
+                lists["vocabulary_parameter_patterns"] |= places
+                rows = tensor.shape[axis]
+        patterns = {key: sorted(found) for key, found in lists.items() if found}
+        return {"universal_checkpoint_version": 0.4, "original_vocab_size": rows, **patterns}
 
     def loss_scaler(self) -> Opaque:
         """DeepSpeed's own object for the scale of the loss."""
@@ -433,7 +464,7 @@ def _fragment(numel: int, start: int) -> Opaque:
     return Opaque(f"{room}.fragment_address", state={"numel": numel, "start": start})
 
 
-def _section(kind: Any, data: Any) -> Any:
+def section(kind: Any, data: Any) -> Any:
     """A section of a run's configuration, or its defaults where there is none that is valid."""
     try:
         return kind.model_validate(data)
@@ -441,10 +472,10 @@ def _section(kind: Any, data: Any) -> Any:
         return kind()
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """What JSON holds, with dictionaries and lists as such."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain_json(item) for item in value]
     return value

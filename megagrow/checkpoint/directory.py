@@ -77,6 +77,32 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
         os.close(descriptor)
 
 
+def read_exactly(descriptor: int, data: memoryview, offset: int) -> bool:
+    """Fill `data` from a position of a file; False where the file ends before."""
+    while data:
+        count = os.preadv(descriptor, [data], offset)
+        if count == 0:
+            return False
+        data, offset = data[count:], offset + count
+    return True
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """A whole file of at most `limit` bytes (CheckpointError)."""
+    with open_regular(path) as (descriptor, size), naming(path, "cannot be read", READING):
+        if size > limit:
+            raise CheckpointError(
+                f"{path}: too long",
+                found=f"{size} bytes",
+                expected=f"at most {limit} bytes",
+                mend=RESTORE,
+            )
+        data = bytearray(size)
+        if not read_exactly(descriptor, memoryview(data), 0):
+            raise CheckpointError(f"{path}: changed while it is read", mend=RESTORE)
+        return bytes(data)
+
+
 def write_all(descriptor: int, data: memoryview) -> None:
     """Write all bytes; the system may take fewer at a time than it is given."""
     while data:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megagrow.checkpoint import dcp, deepspeed, huggingface, native_sink, universal
+from megagrow.checkpoint import dcp, deepspeed, huggingface, megatron, native_sink, universal
 from megagrow.checkpoint.adapter import Format
 from megagrow.errors import CheckpointError
 
 FORMATS: dict[str, Format] = {
-    room.FORMAT.name: room.FORMAT for room in (native_sink, huggingface, deepspeed, universal, dcp)
+    room.FORMAT.name: room.FORMAT
+    for room in (native_sink, huggingface, deepspeed, universal, megatron, dcp)
 }
 
 

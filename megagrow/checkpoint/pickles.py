@@ -15,7 +15,6 @@ import os
 import pickle
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from megagrow.checkpoint.directory import READING, RESTORE, naming, open_regular
-from megagrow.checkpoint.native import read_exactly
+from megagrow.checkpoint.crc import crc32
+from megagrow.checkpoint.directory import READING, RESTORE, naming, open_regular, read_exactly
 from megagrow.errors import CheckpointError
 
 _PICKLE_LIMIT = 1 << 28  # bytes; a pickle describes tensors, it does not hold them
@@ -43,7 +42,15 @@ STORAGES = {
     "torch.BoolStorage": torch.bool,
 }
 # Kept as a name with arguments; none of them is imported or called.
-_OPAQUE_NAMES = frozenset({"argparse.Namespace", "_codecs.encode", "types.SimpleNamespace"})
+_OPAQUE_NAMES = frozenset(
+    {
+        "argparse.Namespace",
+        "_codecs.encode",
+        "types.SimpleNamespace",
+        "signal.Signals",
+        "_io.BytesIO",
+    }
+)
 _OPAQUE_ROOMS = ("deepspeed.", "megatron.", "numpy.", "torch.optim.", "pathlib.")
 
 
@@ -184,7 +191,7 @@ def _small(path: Path, descriptor: int, records: Mapping[str, _Record], name: st
         raise _fault(path, f"record {name}", found, f"at most {_PICKLE_LIMIT} bytes")
     data = bytearray(entry.size)
     _read(path, descriptor, entry.start, memoryview(data))
-    if zlib.crc32(data) != entry.crc:
+    if crc32(data) != entry.crc:
         raise _fault(path, f"record {name} is damaged: its checksum differs")
     return bytes(data)
 

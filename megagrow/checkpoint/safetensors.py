@@ -15,8 +15,14 @@ from typing import Any
 
 import torch
 
-from megagrow.checkpoint.directory import READING, RESTORE, naming, open_regular
-from megagrow.checkpoint.native import read_exactly
+from megagrow.checkpoint.directory import (
+    READING,
+    RESTORE,
+    naming,
+    open_regular,
+    read_exactly,
+    read_small,
+)
 from megagrow.checkpoint.shards import DTYPE_NAMES, DTYPES
 from megagrow.errors import CheckpointError
 
@@ -78,11 +84,7 @@ def make_header(arrays: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> byt
 
 def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
     """A JSON file whose value is an object (raises CheckpointError)."""
-    with open_regular(path) as (descriptor, size), naming(path, "cannot be read", READING):
-        if size > limit:
-            raise _fault(path, "too long", f"{size} bytes", f"at most {limit} bytes")
-        text = _exactly(path, descriptor, 0, size)
-    return parse_json(text, where=str(path))
+    return parse_json(read_small(path, limit), where=str(path))
 
 
 def parse_json(text: bytes, *, where: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ format has checksums, a record is compared when it is touched for the first time
 from __future__ import annotations
 
 import math
-import zlib
+import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megagrow.checkpoint.directory import READING, RESTORE, naming, open_regular
+from megagrow.checkpoint.crc import crc32
+from megagrow.checkpoint.directory import READING, RESTORE, naming, open_regular, read_exactly
 from megagrow.checkpoint.manifest import CheckpointMeta
-from megagrow.checkpoint.native import read_exactly
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.state.boxes import Box, flat_offset, flat_range_boxes, tiling_fault, whole
@@ -68,13 +68,16 @@ class Record:
 
 
 class StoredSource:
-    """A `Source` made of a list of boxes; not to be used by several threads at once.
+    """A `Source` made of a list of boxes; several threads may read at once.
 
     Args:
         path: the checkpoint's directory.
         sizes: size in bytes of each file that has boxes.
         boxes: they tile every slot of every tensor of `meta.catalog`, with one element type.
         records: checksums, where the format has them.
+
+    Attributes:
+        compare_when_read: whether reads compare checksums, each once.
 
     Raises:
         CheckpointError: the boxes do not, or one reaches outside its file.
@@ -98,7 +101,8 @@ class StoredSource:
         for record in sorted(records, key=lambda r: (r.file, r.start)):
             self._records.setdefault(record.file, []).append(record)
         self._verified: set[Record] = set()
-        self._buffer = torch.empty(_BUFFER_BYTES, dtype=torch.uint8)
+        self.compare_when_read = True
+        self._local = threading.local()  # a buffer for each thread
 
     @property
     def catalog(self) -> Catalog:
@@ -171,6 +175,23 @@ class StoredSource:
             for record in self._records.get(name, ()):
                 self._verify(record)
 
+    @property
+    def bytes(self) -> int:
+        """Size of all files of values together."""
+        return sum(self.files.values())
+
+    @property
+    def checksums(self) -> int:
+        """Number of checksums that the format has of its values."""
+        return sum(map(len, self._records.values()))
+
+    @property
+    def _buffer(self) -> torch.Tensor:
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = torch.empty(_BUFFER_BYTES, dtype=torch.uint8)
+        buffer: torch.Tensor = self._local.buffer
+        return buffer
+
     def _boxes(self, tensor: str, slot: str) -> Sequence[StoredBox]:
         try:
             return self._stored[tensor, slot]
@@ -203,6 +224,13 @@ class StoredSource:
         run = math.prod(inside.shape[_tail(shape, inside) :])
         if run * width >= _RUN_BYTES or run == inside.volume:
             done = 0
+            if target.is_contiguous() and target.device.type == "cpu":
+                # Not a view: an axis of length 1 may keep an odd stride.
+                flat = target.as_strided((inside.volume,), (1,))
+                for start, length in _runs(shape, inside):
+                    self._load(stored, start, length, flat[done : done + length].view(torch.uint8))
+                    done += length
+                return
             for start, length in _runs(shape, inside):
                 for first in range(start, start + length, limit):
                     count = min(limit, start + length - first)
@@ -224,14 +252,21 @@ class StoredSource:
                     landing = met.relative_to(inside.offset)
                     target[landing.slices].copy_(block[met.relative_to(box.offset).slices])
 
-    def _load(self, stored: StoredBox, first: int, count: int) -> torch.Tensor:
-        """Elements [first, first + count) of a stored box; valid until the next call."""
+    def _load(
+        self, stored: StoredBox, first: int, count: int, room: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Elements [first, first + count) of a stored box, to `room` (bytes) if it is given.
+
+        Without, they are valid until the thread's next call.
+        """
         width = stored.dtype.itemsize
         start = stored.start + first * width
-        for record in self._touched(stored.file, start, start + count * width):
-            if record not in self._verified:
-                self._verify(record, stored)
-        room = self._buffer[: count * width]
+        if self.compare_when_read:
+            for record in self._touched(stored.file, start, start + count * width):
+                if record not in self._verified:
+                    self._verify(record, stored)
+        if room is None:
+            room = self._buffer[: count * width]
         self._read_bytes(stored.file, start, room.numpy().data, stored)
         return room.view(stored.dtype)
 
@@ -248,23 +283,27 @@ class StoredSource:
             count = min(_BUFFER_BYTES, record.start + record.bytes - start)
             data = self._buffer[:count].numpy().data
             self._read_bytes(record.file, start, data, stored)
-            crc = zlib.crc32(data, crc)
+            crc = crc32(data, crc)
         if crc != record.crc32:
-            at = stored or self._first_at(record)
             raise CheckpointError(
-                f"{self.path / record.file}: {at or 'record'}: damaged",
+                f"{self.path / record.file}: {stored or self._at(record)}: damaged",
                 found=f"{record.bytes} bytes from {record.start} on have CRC-32 {crc:08x}",
                 expected=f"CRC-32 {record.crc32:08x}",
                 mend=RESTORE,
             )
         self._verified.add(record)
 
-    def _first_at(self, record: Record) -> StoredBox | None:
-        for boxes in self._stored.values():
-            for box in boxes:
-                if box.file == record.file and 0 <= box.start - record.start < record.bytes:
-                    return box
-        return None
+    def _at(self, record: Record) -> str:
+        """What a record holds."""
+        stop = record.start + record.bytes
+        met = [
+            box
+            for boxes in self._stored.values()
+            for box in boxes
+            if box.file == record.file and box.start < stop and record.start < box.start + box.bytes
+        ]
+        more = f" and {len(met) - 1} more boxes" if len(met) > 1 else ""
+        return f"{min(met, key=lambda box: box.start) if met else 'header'}{more}"
 
     def _read_bytes(
         self, file: str, start: int, data: memoryview, stored: StoredBox | None = None

@@ -45,7 +45,7 @@ def describe(checkpoint: NativeCheckpoint, *, checksums: str) -> str:
         "tensors": f"{len(checkpoint.catalog):,} with {count:,} parameters",
         "slots": slots,
         "bytes": f"{checkpoint.bytes:,} in {len(checkpoint.files):,} files",
-        "checksums": f"{checkpoint.chunks:,} chunks, {checksums}",
+        "checksums": f"{checkpoint.checksums:,} chunks, {checksums}",
         "fingerprints": ", ".join(f"{k} {v}" for k, v in checkpoint.fingerprints.items()) or "none",
         "steps beside it": ", ".join(map(str, steps)) or "none",
     }

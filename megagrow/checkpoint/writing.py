@@ -1,15 +1,15 @@
-"""Write one planned file from a source, in bounded memory."""
+"""Write a planned file, or a piece of it, from a source, in bounded memory."""
 
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from megagrow.checkpoint.adapter import FilePlan, Late, Mark, Source, Values, Zeros
+from megagrow.checkpoint.adapter import FilePiece, Late, Mark, Source, Values, Zeros
+from megagrow.checkpoint.crc import crc32
 from megagrow.checkpoint.directory import naming, write_all
 from megagrow.checkpoint.shards import CHUNK_BYTES, checksum
 from megagrow.errors import CheckpointError
@@ -19,15 +19,17 @@ _READ_BYTES = 4 << 20  # what sources and the comparison need besides
 LEAST_BUFFER_BYTES = CHUNK_BYTES + 2 * _READ_BYTES
 
 
-def write_file(
+def write_piece(
     path: Path,
-    plan: FilePlan,
+    piece: FilePiece,
     source: Source,
     *,
     buffer_bytes: int,
     moved: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
-    """Write a new file and push it to the disk; returns the CRC-32 of each chunk.
+    """Write a piece of a file and push it to the disk; returns the CRC-32 of each chunk.
+
+    The file is made where there is none.
 
     Args:
         buffer_bytes: memory for values, at least `LEAST_BUFFER_BYTES`.
@@ -36,12 +38,14 @@ def write_file(
     Raises:
         CheckpointError: the source is damaged, or the system refused.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     with naming(path, "cannot be written"):
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
+        with naming(path, "cannot be written"):
+            os.ftruncate(descriptor, piece.file_bytes)
+            os.lseek(descriptor, piece.start, os.SEEK_SET)
         stream = _Stream(path, descriptor, source, buffer_bytes, moved)
-        for segment in plan.segments:
+        for segment in piece.segments:
             stream.put(segment)
         stream.flush()
         with naming(path, "cannot be written"):
@@ -153,7 +157,7 @@ class _Stream:
 
     def _sum_record(self) -> None:
         if self._crc is not None:
-            self._crc = zlib.crc32(self._bytes[self._summed : self._filled], self._crc)
+            self._crc = crc32(self._bytes[self._summed : self._filled], self._crc)
         self._summed = self._filled
 
     def _end_record(self) -> None:

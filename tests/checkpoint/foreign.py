@@ -2,9 +2,9 @@
 
 import torch
 
-from megagrow.checkpoint.adapter import Request
+from megagrow.checkpoint.adapter import Request, cut
 from megagrow.checkpoint.manifest import CheckpointMeta
-from megagrow.checkpoint.writing import LEAST_BUFFER_BYTES, write_file
+from megagrow.checkpoint.writing import LEAST_BUFFER_BYTES, write_piece
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
 from megagrow.state.boxes import whole
@@ -40,6 +40,15 @@ def request_for(source, layout, **options):
     return Request(meta=meta, step=source.step, dtypes=dtypes, **options)
 
 
+def write_file(path, plan, source, *, limit=1 << 40):
+    """Write a planned file, cut into pieces, the last one first; returns its checksums."""
+    sums = [
+        write_piece(path, piece, source, buffer_bytes=LEAST_BUFFER_BYTES)
+        for piece in reversed(cut(plan, limit))
+    ]
+    return [text for part in reversed(sums) for text in part]
+
+
 def write_checkpoint(format, source, directory, layout, **options):
     """Write what a format's sink plans; returns the directory."""
     sink = format.open_sink(request_for(source, layout, **options))
@@ -47,7 +56,7 @@ def write_checkpoint(format, source, directory, layout, **options):
     for plan in sink.files:
         path = directory / plan.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        sums[plan.name] = write_file(path, plan, source, buffer_bytes=LEAST_BUFFER_BYTES)
+        sums[plan.name] = write_file(path, plan, source)
         assert path.stat().st_size == plan.bytes
     sink.conclude(directory, sums)
     return directory

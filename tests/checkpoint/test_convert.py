@@ -76,7 +76,7 @@ def test_element_types_change_as_asked_and_the_rounding_is_told(tmp_path):
     assert report.rounded == {}
 
 
-def test_workers_are_processes(tmp_path):
+def test_several_workers(tmp_path):
     path, state = save_model(tmp_path)
     told = []
     target = to(
@@ -121,7 +121,7 @@ def dying(function):
     return call
 owner = {"write_all": writing, "_write": c, "_commit": c, "_sync_tree": c, "fsync": os}[point]
 setattr(owner, point, dying(getattr(owner, point)))
-c.convert(c.Job(Path(sys.argv[1]), Path(sys.argv[2]), "native", layout=Layout(data=4, zero=1)))
+c.convert(c.Job(Path(sys.argv[1]), Path(sys.argv[2]), "native", layout=Layout(data=4, zero=1)), workers=1)
 """
 
 
@@ -159,7 +159,7 @@ def interrupted(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(converting, "_write", failing)
         with pytest.raises(KeyboardInterrupt):
-            convert(job)
+            convert(job, workers=1)
     (work,) = tmp_path.glob("new.converting-*")
     return job, state, work
 

@@ -6,6 +6,7 @@ import zlib
 
 import pytest
 import torch
+from foreign import write_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import logical
@@ -15,7 +16,6 @@ from megagrow.checkpoint.adapter import FilePlan, Late, Mark, Values, Zeros
 from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.shards import CHUNK_BYTES
 from megagrow.checkpoint.stored import Record, StoredBox, StoredSource
-from megagrow.checkpoint.writing import LEAST_BUFFER_BYTES, write_file
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.state.boxes import Box, flat_range_boxes, whole
@@ -67,9 +67,12 @@ def one_room(tmp_path_factory):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    world=worlds(), small=st.sampled_from([8, 24, 4 << 20]), run=st.sampled_from([1, 16, 1 << 16])
+    world=worlds(),
+    small=st.sampled_from([8, 24, 4 << 20]),
+    run=st.sampled_from([1, 16, 1 << 16]),
+    limit=st.sampled_from([8, 40, 1 << 20]),
 )
-def test_any_box_is_read_and_written(room, world, small, run):
+def test_any_box_is_read_and_written(room, world, small, run, limit):
     shape, cuts, box, axes, wide = world
     values = torch.randn(shape, generator=torch.manual_seed(0))
     pieces = [(b, order, values[b.slices]) for b, order in cuts]
@@ -82,7 +85,7 @@ def test_any_box_is_read_and_written(room, world, small, run):
         plan = FilePlan(
             "g", [b"12345"[: 5 if axes else 4], Values("t", "master", box, dtype, axes)]
         )
-        write_file(room / "g", plan, source, buffer_bytes=LEAST_BUFFER_BYTES)
+        write_file(room / "g", plan, source, limit=limit)
     data = (room / "g").read_bytes()
     assert len(data) == plan.bytes
     found = torch.frombuffer(bytearray(data[len(plan.segments[0]) :]), dtype=dtype)
@@ -105,7 +108,7 @@ def test_segments_checksums_and_late_bytes(tmp_path, monkeypatch):
     segments = [b"head", Mark(), item, Late(4, late), b"gap", Mark(), Zeros(70), Mark(), missing,
                 Late(4, late)]  # fmt: skip
     plan = FilePlan("g", segments)
-    sums = write_file(tmp_path / "g", plan, source, buffer_bytes=LEAST_BUFFER_BYTES)
+    sums = write_file(tmp_path / "g", plan, source)
     raw = values.numpy().tobytes()
     data = (tmp_path / "g").read_bytes()
     assert data == b"head" + raw + b"lategap" + bytes(70) + bytes(160) + b"late"

@@ -1,5 +1,6 @@
 """DeepSpeed's checkpoints: read what its engine saves, write what its engine goes on from."""
 
+import argparse
 import itertools
 import shutil
 import sys
@@ -11,7 +12,7 @@ from foreign import WholeSource, differing, open_checkpoint, write_checkpoint
 from ranks import run_ranks
 from toys import random_state, toy_model, toy_models
 
-from megagrow.checkpoint import deepspeed
+from megagrow.checkpoint import deepspeed, universal
 from megagrow.checkpoint import deepspeed_names as names
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.layout import Layout
@@ -141,6 +142,20 @@ def test_zero_to_fp32_of_deepspeed_reads_it(tmp_path):
                 expected = source._state.tensors[tensor.name, "master"]
                 found = weights[name]
                 assert torch.equal(found.contiguous() if zero == 3 else found, expected), name
+
+
+@pytest.mark.parametrize("layout", [Layout(tensor=2, pipeline=2, data=2, zero=1),
+                                    Layout(tensor=2, data=3, zero=2)], ids=str)  # fmt: skip
+def test_ds_to_universal_of_deepspeed_reads_it(layout, tmp_path):
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    source = whole_source(toy_model(family="llama", tie_embeddings=False))
+    path = write_checkpoint(FORMAT, source, tmp_path / "d", layout)
+    tag = tmp_path / "u" / "global_step7_universal"
+    options = {"input_folder": str(path / "global_step7"), "output_folder": str(tag)}
+    options |= {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
+    main(argparse.Namespace(**options, strict=True, inject_missing_state=False))
+    assert differing(source, open_checkpoint(universal.FORMAT, tag)) is None
 
 
 # --- real engines -------------------------------------------------------------------------

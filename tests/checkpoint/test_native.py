@@ -115,7 +115,7 @@ def test_properties(tmp_path):
     on_disk = {p.name: p.stat().st_size for p in path.glob("*.safetensors")}
     assert checkpoint.files == on_disk
     assert checkpoint.bytes == sum(on_disk.values())
-    assert checkpoint.chunks == sum(-(-size // CHUNK) for size in on_disk.values())
+    assert checkpoint.checksums == sum(-(-size // CHUNK) for size in on_disk.values())
     checkpoint.verify()
 
 

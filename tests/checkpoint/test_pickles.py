@@ -12,13 +12,12 @@ import zipfile
 
 import pytest
 import torch
-from foreign import WholeSource
+from foreign import WholeSource, write_file
 from toys import random_state, toy_model
 
 from megagrow.checkpoint.adapter import Values, Zeros
 from megagrow.checkpoint.archive import NewTensor, number, plan_archive, size_of, whole_values
 from megagrow.checkpoint.pickles import STORAGES, Opaque, StoredTensor, read_torch_file
-from megagrow.checkpoint.writing import LEAST_BUFFER_BYTES, write_file
 from megagrow.errors import CheckpointError
 from megagrow.model.catalog import build_catalog
 from megagrow.state.boxes import whole
@@ -75,7 +74,7 @@ def test_torch_reads_what_is_planned(tmp_path):
         },
     )  # fmt: skip
     path = tmp_path / "x.pt"
-    write_file(path, plan, source, buffer_bytes=LEAST_BUFFER_BYTES)
+    write_file(path, plan, source)
     for options in ({}, {"mmap": True}):
         found = torch.load(path, weights_only=True, **options)
         assert torch.equal(found["a"], expected.view(-1)) and found["step"] == 3.0
