@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Show what a checkpoint holds, and check it."""
+"""Show what a checkpoint of any format holds, and check it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ _EXAMPLE = """\
 example:
   python launch/inspect.py runs/quickstart
   python launch/inspect.py runs/quickstart/checkpoints/step_00000400 --verify
+  python launch/inspect.py models/llama --tensors
 """
 
 
@@ -37,22 +38,28 @@ def main() -> int:
     parser.add_argument(
         "path", type=Path, metavar="PATH", help="a checkpoint, or a run directory: its newest one"
     )
+    parser.add_argument("--format", help="by default what it looks like")
+    parser.add_argument("--tensors", action="store_true", help="list names, shapes, element types")
     parser.add_argument("--verify", action="store_true", help="read all files, compare checksums")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
-    from megagrow.checkpoint import NativeCheckpoint
-    from megagrow.checkpoint.summary import describe, find
+    from megagrow.checkpoint.formats import detect
+    from megagrow.checkpoint.summary import describe, list_tensors
     from megagrow.errors import MegagrowError
 
     try:
-        checkpoint = NativeCheckpoint.open(find(arguments.path))
+        fmt, path = detect(arguments.path, arguments.format)
+        source = fmt.open_source(path)
         if arguments.verify:
-            checkpoint.verify()
+            source.verify()
     except MegagrowError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(describe(checkpoint, checksums="all correct" if arguments.verify else "not compared"))
+    checksums = "all correct" if arguments.verify else "not compared"
+    print(describe(source, format_name=fmt.name, checksums=checksums))
+    if arguments.tensors:
+        print(f"\n{list_tensors(source)}")
     return 0
 
 

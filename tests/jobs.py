@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,6 +208,7 @@ def kill_at_call(rank, counts, name=None):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.setprofile(watch)
+    threading.setprofile(watch)  # of threads to come, such as the one that saves
 
 
 def killed_launch(world, command, *, counts, name=None):

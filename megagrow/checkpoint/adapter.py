@@ -74,6 +74,14 @@ class Source(Protocol):
     def files(self) -> Mapping[str, int]:
         """Size in bytes of each file of values, by its path below `path`."""
 
+    @property
+    def bytes(self) -> int:
+        """Size of all of them together."""
+
+    @property
+    def checksums(self) -> int:
+        """Number of checksums that the format has of its values."""
+
     def dtype(self, tensor: str, slot: str) -> torch.dtype:
         """The element type of a tensor's slot (CheckpointError where it has none)."""
 
@@ -284,6 +292,7 @@ class Format:
             instance the newest), or None.  Looks at names, and at no more of a file than it must.
         open_source: open what `find` returned (CheckpointError).
         open_sink: plan a checkpoint (CheckpointError, ConfigError where the state does not fit).
+        sealed: whether its own files have checksums of all bytes, so that none need lie beside.
     """
 
     name: str
@@ -291,6 +300,7 @@ class Format:
     find: Callable[[Path], Path | None]
     open_source: Callable[[Path], Source]
     open_sink: Callable[[Request], Sink]
+    sealed: bool = False
 
 
 def model_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -37,6 +37,7 @@ from megagrow.checkpoint.directory import (
 )
 from megagrow.checkpoint.formats import get_format
 from megagrow.checkpoint.job import BUFFER_BYTES, Job, Opened, Report, Survey, open_job, survey_of
+from megagrow.checkpoint.seal import write_seal
 from megagrow.checkpoint.shards import CHUNK_BYTES, checksum
 from megagrow.checkpoint.writing import compare, write_piece
 from megagrow.errors import CheckpointError
@@ -100,6 +101,7 @@ def convert(
         sizes = {plan.name: plan.bytes for plan in opened.sink.files}
         _clear_small_files(out, sizes)
         opened.sink.conclude(out, checksums)
+        _seal(opened, out, checksums)
         _sync_tree(out, sizes)
         rounded: dict[tuple[str, str], tuple[int, float]] = {}
         if verify:
@@ -182,6 +184,18 @@ def _clear_small_files(out: Path, sizes: Mapping[str, int]) -> None:
     for path in sorted(out.rglob("*"), reverse=True):
         if path.is_file() and path.relative_to(out).as_posix() not in sizes:
             path.unlink()
+
+
+def _seal(opened: Opened, out: Path, checksums: Mapping[str, Sequence[str]]) -> None:
+    """Leave checksums where the format has no place for them."""
+    made = get_format(opened.job.target_format)
+    if made.sealed:
+        return
+    room = made.find(out)
+    assert room is not None
+    below = f"{room.relative_to(out).as_posix()}/".removeprefix("./")
+    sizes = {plan.name.removeprefix(below): plan.bytes for plan in opened.sink.files}
+    write_seal(room, sizes, {n.removeprefix(below): sums for n, sums in checksums.items()})
 
 
 def _sync_tree(out: Path, sizes: Mapping[str, int]) -> None:

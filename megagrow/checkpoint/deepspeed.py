@@ -12,22 +12,35 @@ from DeepSpeed 0.19.8.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint import deepspeed_names as names
 from megagrow.checkpoint.adapter import Format, Source
 from megagrow.checkpoint.deepspeed_files import MODEL, Tag
+from megagrow.checkpoint.deepspeed_mapping import NAME as MAPPING
+from megagrow.checkpoint.deepspeed_mapping import (
+    Local,
+    MappingFile,
+    local_of,
+    local_of_ours,
+    local_of_placement,
+    read_mapping,
+    rules_for,
+    whole_shape,
+)
 from megagrow.checkpoint.deepspeed_sink import DeepSpeedSink
 from megagrow.checkpoint.directory import RESTORE
 from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.stored import Record, StoredBox, StoredSource
+from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.growth.rules import OptimizerRules, group_keys
 from megagrow.model.catalog import build_catalog
-from megagrow.state.boxes import flat_range_boxes
-from megagrow.state.catalog import Catalog
+from megagrow.state.boxes import flat_offset, flat_range_boxes
+from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.state.placement import Placement
 
 
@@ -36,7 +49,7 @@ def open_source(path: Path) -> Source:
 
     The model is the one that the checkpoint's client state tells of (under the key
     ``megagrow``), else the one of ours that names and shapes tell of, else plain tensors under
-    their own names.
+    their own names.  A mapping file beside the files settles it: see `deepspeed_mapping`.
 
     Raises:
         CheckpointError: missing, damaged, incomplete, hostile, or cut over tensor-parallel ranks
@@ -52,41 +65,120 @@ def open_source(path: Path) -> Source:
         ) from None
 
 
+@dataclass(frozen=True)
+class _Scheme:
+    """What the parameters of a checkpoint are.
+
+    Attributes:
+        names: stored name to the tensor's.
+        local: a tensor-parallel rank's part: (stored name, tensor, rank) to `Local`.
+        last: the head's place in the layer list of a model of ours, else -1.
+    """
+
+    model: ModelConfig | None
+    catalog: Catalog
+    names: Mapping[str, str]
+    local: Callable[[str, LogicalTensor, int], Local]
+    last: int
+
+
 def _open(tag: Tag) -> Source:
-    layout, told = tag.layout, client_state(tag.head)
+    told = client_state(tag.head)
+    mapping = read_mapping(tag.path)
+    scheme = _mapped(tag, *mapping) if mapping else _recognised(tag, told["config"])
+    config = dict(told["config"])
+    if scheme.model:
+        config.setdefault("model", scheme.model.model_dump(mode="json", by_alias=True))
+    if tag.optimizer:
+        config.setdefault("optimizer", tag.optimizer)
+    steps = tag.head.get("global_steps")
+    state = told["run_state"] or {"optimizer_step": tag.optimizer_step}
+    boxes = list(_boxes(tag, scheme, state))
+    used = {box.file for box in boxes}
+    meta = CheckpointMeta(
+        scheme.catalog, tag.slots, tag.layout, config, told["fingerprints"], state
+    )
+    return StoredSource(
+        tag.path,
+        meta=meta,
+        step=told["step"] if told["step"] is not None else int(steps or tag.optimizer_step or 0),
+        sizes={name: tag.files[name].size for name in sorted(used)},
+        boxes=boxes,
+        records=[Record(name, *record) for name in used for record in tag.files[name].records],
+    )
+
+
+def _recognised(tag: Tag, config: Mapping[str, Any]) -> _Scheme:
+    """A model of ours by the configuration or by names and shapes, else plain tensors."""
+    layout = tag.layout
     last = names.last_place(name for shapes in tag.shapes for name in shapes)
     local = {
         names.logical_name(name, last) or name: shape
         for mp in reversed(range(0, tag.model_parallel, layout.tensor))
         for name, shape in tag.shapes[mp].items()
     }
-    model = names.described_model(told["config"]) or names.told_model(local, tensor=layout.tensor)
-    catalog = build_catalog(model) if model else None
-    if catalog is None or not _fits(Placement(catalog, layout), local):
-        if layout.tensor > 1:
-            raise tag.fault(
-                "a model that is not ours, cut over tensor-parallel ranks: which way, nothing tells"
-            )
-        model, last = None, -1
-        whole = {n: shape for shapes in reversed(tag.shapes) for n, shape in shapes.items()}
-        catalog = names.plain_catalog(whole, tag.decayed)
-    config = dict(told["config"])
-    if model:
-        config.setdefault("model", model.model_dump(mode="json", by_alias=True))
-    if tag.optimizer:
-        config.setdefault("optimizer", tag.optimizer)
-    steps = tag.head.get("global_steps")
-    state = told["run_state"] or {"optimizer_step": tag.optimizer_step}
-    boxes = list(_boxes(tag, catalog, last, state))
-    used = {box.file for box in boxes}
-    return StoredSource(
-        tag.path,
-        meta=CheckpointMeta(catalog, tag.slots, layout, config, told["fingerprints"], state),
-        step=told["step"] if told["step"] is not None else int(steps or tag.optimizer_step or 0),
-        sizes={name: tag.files[name].size for name in sorted(used)},
-        boxes=boxes,
-        records=[Record(name, *record) for name in used for record in tag.files[name].records],
+    model = names.described_model(config) or names.told_model(local, tensor=layout.tensor)
+    placement = Placement(build_catalog(model), layout) if model else None
+    if placement is not None and _fits(placement, local):
+        ours = placement
+        logical = {n: names.logical_name(n, last) or n for shapes in tag.shapes for n in shapes}
+        return _Scheme(
+            model, ours.catalog, logical, lambda _, t, rank: local_of_placement(ours, t, rank), last
+        )
+    if layout.tensor > 1:
+        raise CheckpointError(
+            f"{tag.path}: a model that is not ours, cut over tensor-parallel ranks: which way, "
+            "nothing tells",
+            mend=f"tell it in a file {MAPPING} beside the files: see docs/formats.md",
+        )
+    whole = {n: shape for shapes in reversed(tag.shapes) for n, shape in shapes.items()}
+    plain = Placement(names.plain_catalog(whole, tag.decayed), layout)
+    same = {name: name for name in whole}
+    return _Scheme(
+        None, plain.catalog, same, lambda _, t, rank: local_of_placement(plain, t, rank), -1
     )
+
+
+def _mapped(tag: Tag, mapping: MappingFile, where: Path) -> _Scheme:
+    """What a person tells of it."""
+    layout = tag.layout
+    stored = {n: shape for shapes in reversed(tag.shapes) for n, shape in shapes.items()}
+    rules = rules_for(mapping, list(stored), where=where, tensor=layout.tensor)
+    logical = {name: to for name, (to, _) in rules.items()}
+    if mapping.model is None:
+        whole = {
+            logical[n]: whole_shape(rules[n][1], s, tensor=layout.tensor, at=f"{where}: {n}")
+            for n, s in stored.items()
+        }
+        catalog = names.plain_catalog(whole, {logical[n]: d for n, d in tag.decayed.items()})
+        return _Scheme(
+            None,
+            catalog,
+            logical,
+            lambda n, t, rank: local_of(t, rules[n][1], stored[n], rank, layout),
+            -1,
+        )
+    placement = Placement(build_catalog(mapping.model), layout)
+    odd = {t.name for t in placement.catalog} ^ set(logical.values())
+    if odd:
+        name = sorted(odd)[0]
+        absent = name in placement.catalog
+        raise CheckpointError(
+            f"{where}: tensor {name}: "
+            + ("no parameter is mapped to it" if absent else "the model has none of that name")
+        )
+
+    def local(name: str, tensor: LogicalTensor, rank: int) -> Local:
+        found = local_of_ours(placement, tensor, stored[name], rank)
+        if found is None:
+            raise CheckpointError(
+                f"{where}: parameter {name}, mapped to {tensor.name}: shape",
+                found=list(stored[name]),
+                expected=f"{list(placement.local(tensor, rank).shape)}, in any grouping of axes",
+            )
+        return found
+
+    return _Scheme(mapping.model, placement.catalog, logical, local, -1)
 
 
 def client_state(head: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,32 +198,30 @@ def _fits(placement: Placement, local: Mapping[str, tuple[int, ...]]) -> bool:
     )
 
 
-def _boxes(tag: Tag, catalog: Catalog, last: int, state: Mapping[str, Any]) -> Iterator[StoredBox]:
-    layout = tag.layout
-    placement = Placement(catalog, layout)
+def _boxes(tag: Tag, scheme: _Scheme, state: Mapping[str, Any]) -> Iterator[StoredBox]:
     home: dict[str, int] = {}
-    for piece in tag.pieces(_group_order(tag, catalog, last, state)):
-        name = (names.logical_name(piece.name, last) if last >= 0 else None) or piece.name
-        tensor = catalog[name]
-        stage, rank = divmod(piece.mp, layout.tensor)
-        if home.setdefault(name, stage) != stage or (rank and not placement.is_split(tensor)):
+    order = _group_order(tag, scheme.catalog, scheme.last, state)
+    for piece in tag.pieces(order):
+        name = scheme.names[piece.name]
+        stage, rank = divmod(piece.mp, tag.layout.tensor)
+        local = scheme.local(piece.name, scheme.catalog[name], rank)
+        if home.setdefault(name, stage) != stage or (rank and not local.split):
             continue  # a replica
         if piece.offset + piece.stop - piece.start > piece.tensor.numel:
             raise tag.fault(f"{piece.tensor.path.name}: {name}, slot {piece.slot} is cut short")
-        local = placement.local(tensor, rank)
-        valid = local.box.relative_to(local.box.offset)
-        for box, at in flat_range_boxes(local.shape, piece.start, piece.stop):
-            kept = box.intersect(valid)
-            if kept is not None:
-                first = piece.offset + at - piece.start
-                yield StoredBox(
-                    name,
-                    piece.slot,
-                    kept.moved_by(local.box.offset),
-                    piece.tensor.path.name,
-                    piece.tensor.start + first * piece.tensor.dtype.itemsize,
-                    piece.tensor.dtype,
-                )
+        for box, _ in flat_range_boxes(local.shape, piece.start, piece.stop):
+            for block, origin in local.blocks:
+                kept = box.intersect(block)
+                if kept is not None:
+                    at = flat_offset(local.shape, kept.offset) - piece.start
+                    yield StoredBox(
+                        name,
+                        piece.slot,
+                        kept.relative_to(block.offset).moved_by(origin),
+                        piece.tensor.path.name,
+                        piece.tensor.start + (piece.offset + at) * piece.tensor.dtype.itemsize,
+                        piece.tensor.dtype,
+                    )
 
 
 def _group_order(

@@ -131,4 +131,5 @@ FORMAT = Format(
     find=_find,
     open_source=_open,
     open_sink=NativeSink,
+    sealed=True,
 )

@@ -21,6 +21,8 @@ import torch
 from megagrow.checkpoint.crc import crc32
 from megagrow.checkpoint.directory import READING, RESTORE, naming, open_regular, read_exactly
 from megagrow.checkpoint.manifest import CheckpointMeta
+from megagrow.checkpoint.seal import MEND, SealedFile, read_seal
+from megagrow.checkpoint.seal import NAME as SEAL
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.state.boxes import Box, flat_offset, flat_range_boxes, tiling_fault, whole
@@ -74,7 +76,7 @@ class StoredSource:
         path: the checkpoint's directory.
         sizes: size in bytes of each file that has boxes.
         boxes: they tile every slot of every tensor of `meta.catalog`, with one element type.
-        records: checksums, where the format has them.
+        records: checksums, where the format has them; a seal beside the files takes their place.
 
     Attributes:
         compare_when_read: whether reads compare checksums, each once.
@@ -97,6 +99,10 @@ class StoredSource:
         self.files = dict(sizes)
         self._number = {name: i for i, name in enumerate(self.files)}
         self._stored = _proved(path, meta, self.files, boxes)
+        sealed, chunk = read_seal(path)
+        if sealed:
+            records = _sealed(path, self.files, sealed, chunk)
+            self.files |= {name: file.size for name, file in sealed.items()}
         self._records: dict[str, list[Record]] = {}
         for record in sorted(records, key=lambda r: (r.file, r.start)):
             self._records.setdefault(record.file, []).append(record)
@@ -317,6 +323,24 @@ class StoredSource:
                     expected=f"{self.files[file]} bytes",
                     mend=RESTORE,
                 )
+
+
+def _sealed(
+    path: Path, sizes: Mapping[str, int], sealed: Mapping[str, SealedFile], chunk: int
+) -> Iterator[Record]:
+    """The chunks of all sealed files as records (CheckpointError where one is another file)."""
+    for name, size in sizes.items():
+        if name not in sealed or sealed[name].size != size:
+            raise CheckpointError(
+                f"{path / name}: is not the file that {SEAL} tells of",
+                found=f"{size} bytes",
+                expected=f"{sealed[name].size} bytes" if name in sealed else "no such file",
+                mend=MEND,
+            )
+    for name, file in sealed.items():
+        for number, told in enumerate(file.crc32):
+            start = number * chunk
+            yield Record(name, start, min(chunk, file.size - start), int(told, 16))
 
 
 def _proved(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megagrow.checkpoint.adapter import Source
 from megagrow.checkpoint.directory import list_steps, step_path
 from megagrow.checkpoint.manifest import NAME
 from megagrow.checkpoint.native import NativeCheckpoint
 from megagrow.errors import CheckpointError
+
+_NO_CHECKSUMS = "none: the format has none, so flipped bits in values are not found"
 
 
 def find(path: Path) -> Path:
@@ -28,26 +31,44 @@ def find(path: Path) -> Path:
     )
 
 
-def describe(checkpoint: NativeCheckpoint, *, checksums: str) -> str:
-    """A summary; `checksums` tells their state."""
-    model = checkpoint.config.get("model")
+def describe(source: Source, *, format_name: str, checksums: str) -> str:
+    """A summary.
+
+    Args:
+        format_name: as the command line knows it.
+        checksums: the state of those that the format has.
+    """
+    model = source.config.get("model")
     shape = (
         ", ".join(f"{k} {v}" for k, v in model.items()) if isinstance(model, dict) else "unknown"
     )
-    steps = list_steps(checkpoint.path.parent)
-    count, slots = checkpoint.catalog.parameters, ", ".join(s.name for s in checkpoint.slots)
+    by = f", by megagrow {source.version}" if isinstance(source, NativeCheckpoint) else ""
+    steps = list_steps(source.path.parent)
+    count, slots = source.catalog.parameters, ", ".join(s.name for s in source.slots)
+    dtypes = sorted({str(source.dtype(t.name, source.slots[0].name)) for t in source.catalog})
     rows = {
-        "checkpoint": checkpoint.path,
-        "format": f"native, by megagrow {checkpoint.version}",
-        "step": checkpoint.step,
+        "checkpoint": source.path,
+        "format": f"{format_name}{by}",
+        "step": source.step,
         "model": shape,
-        "layout": checkpoint.layout,
-        "tensors": f"{len(checkpoint.catalog):,} with {count:,} parameters",
+        "layout": source.layout,
+        "tensors": f"{len(source.catalog):,} with {count:,} parameters, {', '.join(dtypes)}",
         "slots": slots,
-        "bytes": f"{checkpoint.bytes:,} in {len(checkpoint.files):,} files",
-        "checksums": f"{checkpoint.checksums:,} chunks, {checksums}",
-        "fingerprints": ", ".join(f"{k} {v}" for k, v in checkpoint.fingerprints.items()) or "none",
+        "bytes": f"{source.bytes:,} in {len(source.files):,} files",
+        "checksums": f"{source.checksums:,}, {checksums}" if source.checksums else _NO_CHECKSUMS,
+        "fingerprints": ", ".join(f"{k} {v}" for k, v in source.fingerprints.items()) or "none",
         "steps beside it": ", ".join(map(str, steps)) or "none",
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def list_tensors(source: Source) -> str:
+    """A line for each tensor: name, shape, axes, and the element type of each slot."""
+    rows = []
+    for tensor in source.catalog:
+        kinds = [f"{slot.name} {source.dtype(tensor.name, slot.name)}" for slot in source.slots]
+        shape = " x ".join(f"{axis} {n}" for axis, n in zip(tensor.axes, tensor.shape, strict=True))
+        rows.append((tensor.name, shape or "one number", ", ".join(kinds).replace("torch.", "")))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)

@@ -300,6 +300,9 @@ class CheckpointConfig(Section):
 
     every: Positive = 500
     keep: Positive = 2
+    # Write beside the steps that follow, from a copy of each rank's state in host memory.
+    # Default: on GPUs, whose hosts have memory and cores to spare; not on CPUs.
+    asynchronous: bool | None = None
 
 
 class WatchConfig(Section):

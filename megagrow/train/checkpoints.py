@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,19 @@ def save_run(
     path = step_path(root, state.step)
     if comm.broadcast(path.exists()):
         return path
-    meta = CheckpointMeta(
+    return write_run(
+        root=root,
+        step=state.step,
+        pieces=live_pieces(engine, comm.rank),
+        meta=meta_of(engine, state, config, data),
+        keep=config.checkpoint.keep,
+        comm=comm,
+    )
+
+
+def meta_of(engine: Engine, state: RunState, config: Config, data: PreparedData) -> CheckpointMeta:
+    """What a checkpoint of the run tells besides its values."""
+    return CheckpointMeta(
         catalog=engine.placement.catalog,
         slots=engine.slots,
         layout=engine.layout,
@@ -61,22 +73,38 @@ def save_run(
         fingerprints=fingerprints(data),
         run_state=state.to_json(),
     )
-    save(root, step=state.step, pieces=_pieces(engine, comm.rank), meta=meta, group=comm)
-    on_first(comm, lambda: retire(root, config.checkpoint.keep))
+
+
+def write_run(
+    *, root: Path, step: int, pieces: Iterable[Piece], meta: CheckpointMeta, keep: int, comm: Comm
+) -> Path:
+    """Write and commit a checkpoint, then delete all but the newest `keep`.
+
+    Raises:
+        CheckpointError: on all ranks; earlier checkpoints are as they were.
+    """
+    path = save(root, step=step, pieces=_finite(pieces), meta=meta, group=comm)
+    on_first(comm, lambda: retire(root, keep))
     return path
 
 
-def _pieces(engine: Engine, rank: int) -> Iterator[Piece]:
+def live_pieces(engine: Engine, rank: int) -> Iterator[Piece]:
+    """What this rank saves: views of the live state."""
     for shard in engine.placement.written_by(rank):
         for slot in engine.slots:
             values = engine.state.read(shard.tensor, slot.name, shard.box)
-            if not _is_finite(values):
-                raise TrainingError(
-                    f"{slot.name} of {shard.tensor} is not finite: no state to go on from",
-                    mend="resume from the last checkpoint with a lower optimizer.lr, "
-                    "a longer schedule.warmup, or optimizer.grad_clip of at most 1",
-                )
             yield Piece(shard.tensor, slot.name, shard.box, values)
+
+
+def _finite(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    for piece in pieces:
+        if not _is_finite(piece.values):
+            raise TrainingError(
+                f"{piece.slot} of {piece.tensor} is not finite: no state to go on from",
+                mend="resume from the last checkpoint with a lower optimizer.lr, "
+                "a longer schedule.warmup, or optimizer.grad_clip of at most 1",
+            )
+        yield piece
 
 
 def _is_finite(values: torch.Tensor) -> bool:

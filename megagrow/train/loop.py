@@ -27,7 +27,6 @@ from megagrow.engine.comm import Comm
 from megagrow.errors import CheckpointError, TrainingError
 from megagrow.growth.growth import Growth
 from megagrow.report import write_report
-from megagrow.report.log import write_atomically
 from megagrow.train import checkpoints
 from megagrow.train.agree import on_all, on_first
 from megagrow.train.grow import GrowthReport, fill_fresh, grow, start_engine
@@ -35,6 +34,7 @@ from megagrow.train.metrics import MetricsLog
 from megagrow.train.plan import RunPlan, Stage
 from megagrow.train.progress import Progress
 from megagrow.train.recovery import RollBack, StepGuard, remember
+from megagrow.train.saving import Saver
 from megagrow.train.signals import StopRequest, signal_name
 from megagrow.train.state import RunState
 from megagrow.train.telemetry import open_mirrors
@@ -92,6 +92,7 @@ class Trainer:
         for notice in notices:
             self.progress.say(notice)
         self._start(checkpoint)
+        self.saver = Saver(root=self.root, config=config, data=data, comm=comm)
         self.metrics = on_all(comm, lambda: self._open_log(checkpoint))
 
     # --- set-up ---------------------------------------------------------------------------
@@ -193,6 +194,12 @@ class Trainer:
         Returns:
             0, or the number of the signal that asked for an end before that.
         """
+        try:
+            return self._run()
+        finally:
+            self.saver.close()
+
+    def _run(self) -> int:
         stop = self.config.train.stop_after_steps or self.plan.total_steps
         if self.state.step == 0:
             self._validate()
@@ -210,6 +217,7 @@ class Trainer:
         while True:
             while self.state.step < min(self.stage.plan.end_step, stop):
                 self._step()
+                self._settle(self.saver.poll)
                 if self._asked:
                     return
                 self._now_and_then(stop)
@@ -430,22 +438,25 @@ class Trainer:
             raise RollBack(f"validation loss after step {self.state.step} is not finite", ranks)
 
     def _save(self, *, last: bool = False) -> None:
-        """Save; a run that cannot goes on, since its last good checkpoint is still there.
+        """Save, perhaps beside the steps that follow; a second save waits for the first.
 
         Args:
             last: nothing will be trained after this one, so it must succeed.
         """
         self._begin(f"saving step {self.state.step}", slow=True)
+        self._settle(self.saver.wait)
         self.state = replace(self.state, loss_scale=self.engine.loss_scale)
+        self._settle(lambda: self.saver.save(self.engine, self.state), last=last)
+        if last:
+            self._settle(self.saver.wait, last=True)
+
+    def _settle(self, save: Callable[[], tuple[int, Path] | None], *, last: bool = False) -> None:
+        """Note what became of a save.
+
+        A run that cannot save goes on, since its last good checkpoint is still there.
+        """
         try:
-            path = checkpoints.save_run(
-                root=self.root,
-                engine=self.engine,
-                state=self.state,
-                config=self.config,
-                data=self.data,
-                comm=self.comm,
-            )
+            saved = save()
         except CheckpointError as error:
             if last:
                 raise
@@ -456,10 +467,13 @@ class Trainer:
             if self.metrics is not None:
                 self.metrics.event("save_failed", step=self.state.step, why=str(error))
             return
+        if saved is None:
+            return
+        step, path = saved
         if self.metrics is not None and path != self.last_saved:
-            self.metrics.event("checkpoint", step=self.state.step, path=str(path))
+            self.metrics.event("checkpoint", step=step, path=str(path))
         self.last_saved = path
-        lifeline.say("saved", step=self.state.step)
+        lifeline.say("saved", step=step)
 
     # --- bad steps ------------------------------------------------------------------------
 
@@ -475,6 +489,7 @@ class Trainer:
         Raises:
             TrainingError: there is none, or the run went back often enough.
         """
+        self._settle(self.saver.wait)
         path = on_first(self.comm, lambda: checkpoints.find_checkpoint(self.root, "auto"))
         if path is None or self._rollbacks >= self.config.recovery.rollback:
             self._give_up(bad)

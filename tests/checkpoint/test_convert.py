@@ -121,7 +121,8 @@ def dying(function):
     return call
 owner = {"write_all": writing, "_write": c, "_commit": c, "_sync_tree": c, "fsync": os}[point]
 setattr(owner, point, dying(getattr(owner, point)))
-c.convert(c.Job(Path(sys.argv[1]), Path(sys.argv[2]), "native", layout=Layout(data=4, zero=1)), workers=1)
+job = c.Job(Path(sys.argv[1]), Path(sys.argv[2]), "native", layout=Layout(data=4, zero=1))
+c.convert(job, workers=1)
 """
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from foreign import WholeSource, differing, open_checkpoint, write_checkpoint
 from ranks import run_ranks
 from toys import random_state, toy_model, toy_models
@@ -17,6 +18,7 @@ from megagrow.checkpoint import deepspeed_names as names
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
+from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
 
 FORMAT = deepspeed.FORMAT
@@ -216,3 +218,126 @@ def test_deepspeed_saves_what_we_read_and_goes_on_from_what_we_write(tmp_path):
         for layout, target, expected, losses in answers:
             near = 0.0 if layout == target else 1e-5
             assert losses == pytest.approx(expected, rel=near, abs=0.0), (layout, target)
+
+
+# --- models that are not ours -------------------------------------------------------------
+
+
+def foreign_ranks(root, *, tensor):
+    """A ZeRO 1 checkpoint as DeepSpeed writes it, of a model that nobody knows; its tensors."""
+    torch.manual_seed(3)
+    parts = {
+        "wte.weight": (torch.randn(10, 4), 0, 1), "h.0.ln.weight": (torch.randn(4), None, 1),
+        "h.0.glu.weight": (torch.randn(8, 4), 0, 2), "h.0.down.weight": (torch.randn(4, 6), 1, 1),
+    }  # fmt: skip
+    tag = root / "global_step3"
+    tag.mkdir(parents=True)
+    (root / "latest").write_text("global_step3")
+    for rank in range(tensor):
+        mine = {}
+        for name, (values, axis, blocks) in parts.items():
+            if axis is None:
+                mine[name] = values
+                continue
+            if name == "wte.weight":
+                values = torch.cat([values, torch.zeros(2, 4)])  # padding
+            pieces = [b.chunk(tensor, axis)[rank] for b in values.chunk(blocks, axis)]
+            mine[name] = torch.cat(pieces, axis)
+        flat = torch.cat([v.reshape(-1) for v in mine.values()])
+        flat = torch.cat([flat, torch.zeros(-len(flat) % 4)])
+        head = {
+            "module": mine, "param_shapes": [{n: v.shape for n, v in mine.items()}],
+            "buffer_names": [], "global_steps": 3, "dp_world_size": 2, "mp_world_size": tensor,
+        }  # fmt: skip
+        torch.save(head, tag / f"mp_rank_{rank:02d}_model_states.pt")
+        for data, part in enumerate(flat.chunk(2)):
+            state = {0: {"step": torch.tensor(3.0), "exp_avg": part * 2, "exp_avg_sq": part**2}}
+            saved = {
+                "zero_stage": 1, "single_partition_of_fp32_groups": [part.clone()],
+                "base_optimizer_state": {"state": state, "param_groups": [{"params": [0]}]},
+            }  # fmt: skip
+            name = f"zero_pp_rank_{data}_mp_rank_{rank:02d}_optim_states.pt"
+            torch.save({"optimizer_state_dict": saved}, tag / name)
+    return {name: values for name, (values, _, _) in parts.items()}
+
+
+MAPPING = r"""
+tensors:
+  - {match: wte\.weight, name: embedding, split: 0, length: 10}
+  - {match: 'h\.(\d+)\.glu\.weight', name: 'blocks.{1+1}.glu', split: 0, parts: 2}
+  - {match: 'h\.\d+\.down\.weight', split: 1}
+  - {match: 'h\.\d+\.ln\.weight'}
+"""
+RENAMED = {"wte.weight": "embedding", "h.0.glu.weight": "blocks.1.glu"}
+
+
+def test_a_model_that_is_not_ours_is_mapped(tmp_path):
+    tensors = foreign_ranks(tmp_path, tensor=2)
+    with pytest.raises(CheckpointError, match=r"not ours.*nothing tells(.|\n)*mapping\.yaml"):
+        open_checkpoint(FORMAT, tmp_path)
+    (tmp_path / "megagrow.mapping.yaml").write_text(MAPPING)
+    source = open_checkpoint(FORMAT, tmp_path)
+    source.verify()
+    assert source.slots == ADAM_SLOTS and source.step == 3
+    for name, values in tensors.items():
+        name = RENAMED.get(name, name)
+        box = whole(source.catalog[name].shape)
+        assert torch.equal(source.read(name, "master", box), values), name
+        assert torch.equal(source.read(name, "exp_avg", box), values * 2), name
+        assert torch.equal(source.read(name, "exp_avg_sq", box), values**2), name
+    one = tmp_path / "one"
+    tensors = foreign_ranks(one, tensor=1)  # without tensor parallelism nothing need be told
+    assert torch.equal(
+        open_checkpoint(FORMAT, one).read("h.0.ln.weight", "master", whole((4,))),
+        tensors["h.0.ln.weight"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("  - {match: 'h\\.\\d+\\.ln\\.weight'}\n", ""), r"h\.0\.ln\.weight: no rule matches"),
+        (("down", ".*"), "two rules match"),
+        (("{1+1}", "{2}"), "does not fit its pattern"),
+        (("split: 1", "split: 2"), "split 2"),
+        (("length: 10", "length: 99"), "length 99"),
+        (("parts: 2", "parts: 3"), "3 parts of"),
+        (("parts: 2", "pieces: 2"), "pieces"),
+        (("tensors:", "tensors: ["), "not valid"),
+        (("split: 1", "split: 0"), "not stored exactly once|cut short|shape"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_is_refused_by_name(change, says, tmp_path):
+    foreign_ranks(tmp_path, tensor=2)
+    (tmp_path / "megagrow.mapping.yaml").write_text(MAPPING.replace(*change))
+    if change == ("split: 1", "split: 0"):  # a whole of another shape: nothing can tell
+        source = open_checkpoint(FORMAT, tmp_path)
+        assert source.catalog["h.0.down.weight"].shape == (8, 3)
+        return
+    with pytest.raises(CheckpointError, match=says) as error:
+        open_checkpoint(FORMAT, tmp_path)
+    assert "megagrow.mapping.yaml" in str(error.value)
+
+
+def test_a_mapping_onto_a_model_of_ours(tmp_path):
+    """Another program's names of a model that is ours: only they need be told."""
+    model = toy_model(family="llama", tie_embeddings=False)
+    source = whole_source(model)
+    path = write_checkpoint(FORMAT, source, tmp_path, Layout(2, tensor=2, zero=1))
+    for file in (path / "global_step7").glob("*_model_states.pt"):
+        head = torch.load(file, weights_only=False)
+        del head["megagrow"]
+        head["param_shapes"] = [
+            {n.replace("layers.", "net."): s for n, s in g.items()} for g in head["param_shapes"]
+        ]
+        head["module"] = {n.replace("layers.", "net."): v for n, v in head["module"].items()}
+        torch.save(head, file)
+    with pytest.raises(CheckpointError, match="not ours"):
+        open_checkpoint(FORMAT, path)
+    last = model.layers + 1
+    rules = [{"match": r"net\.0\.(.+)", "name": "embedding.{1}"}]
+    rules += [{"match": rf"net\.{last}\.(.+)", "name": "{1}"}]
+    rules += [{"match": rf"net\.([1-{model.layers}])\.(.+)", "name": "layers.{1-1}.{2}"}]
+    mapping = {"model": model.model_dump(mode="json", by_alias=True), "tensors": rules}
+    (path / "global_step7" / "megagrow.mapping.yaml").write_text(yaml.safe_dump(mapping))
+    assert differing(source, open_checkpoint(FORMAT, path)) is None

@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from states import save_model, to
 from worlds import CATALOG, save_world
+
+from megagrow.checkpoint.formats import FORMATS
 
 LAUNCH = Path(__file__).parent.parent.parent / "launch"
 
@@ -31,7 +34,7 @@ def test_a_run_directory_shows_its_newest_checkpoint(run_directory):
     assert rows["step"] == "40"
     assert rows["model"] == "family gpt2, layers 2"
     assert rows["layout"] == "tensor 1 x pipeline 1 x data 2, ZeRO 1"
-    assert rows["tensors"] == f"4 with {CATALOG.parameters} parameters"
+    assert rows["tensors"] == f"4 with {CATALOG.parameters} parameters, torch.float32"
     assert rows["slots"] == "master, exp_avg, exp_avg_sq"
     files = sorted((run_directory / "checkpoints" / "step_00000040").glob("rank_*"))
     assert rows["bytes"] == f"{sum(f.stat().st_size for f in files):,} in 2 files"
@@ -50,6 +53,18 @@ def test_damage_ends_with_status_1_only_where_it_is_looked_for(run_directory):
     done = inspect(path, "--verify")
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.startswith("error: ") and "rank_00001.safetensors: tensor " in done.stderr
+
+
+@pytest.mark.parametrize("fmt", [name for name in FORMATS if name != "native"])
+def test_every_format(fmt, tmp_path):
+    path, _ = save_model(tmp_path)
+    done = inspect(to(path, tmp_path / "out", fmt), "--verify", "--tensors")
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.split("  ", 1) for line in done.stdout.splitlines() if "  " in line)
+    assert rows["format"].strip() == fmt
+    assert rows["step"].strip() == ("0" if fmt == "huggingface" else "7")
+    assert "all correct" in rows["checksums"]
+    assert "embed 8" in rows["final_norm.bias"] and "float32" in rows["final_norm.bias"]
 
 
 def test_no_checkpoint_and_help(tmp_path):

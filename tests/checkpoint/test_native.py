@@ -7,7 +7,7 @@ import torch
 from worlds import CATALOG, CHUNK, meta, random_box, random_cuts, random_values, save_outcomes
 from worlds import save_world as saved
 
-from megagrow.checkpoint import NativeCheckpoint, Piece, SoloGroup, save
+from megagrow.checkpoint import NativeCheckpoint, Piece, SoloGroup, save, stored
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.state.boxes import Box, tiling_fault, whole
@@ -136,7 +136,7 @@ def test_a_rank_without_pieces_writes_an_empty_file(tmp_path):
     assert torch.equal(checkpoint.read("up", "master", whole((13, 9))), values["up", "master"])
 
 
-def test_memory_of_save_and_read_is_one_chunk(tmp_path, monkeypatch):
+def test_memory_of_save_and_read_is_one_buffer(tmp_path, monkeypatch):
     values = random_values(0)
     [pieces] = random_cuts(values, 1, 0)
     made = []
@@ -153,7 +153,7 @@ def test_memory_of_save_and_read_is_one_chunk(tmp_path, monkeypatch):
         box = Box((row, 0), (1, 9))
         checkpoint.read("up", "master", box, out=out[box.slices])
     checkpoint.verify()
-    assert [t.numel() * t.element_size() for t in made] == [CHUNK]
+    assert [t.numel() * t.element_size() for t in made] == [stored._BUFFER_BYTES]
 
 
 def test_pieces_may_be_a_generator_and_keep_their_gradient_history(tmp_path):

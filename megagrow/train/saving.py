@@ -1,0 +1,143 @@
+"""When a run's checkpoints are written: at once, or beside the steps that follow.
+
+An asynchronous save copies this rank's state to host memory and returns; a thread then writes,
+syncs and commits as a save in the foreground does, over process groups of its own, so its
+messages never mix with those of training.  Ranks finish at different steps; while a save is
+under way they tell each other after every step, and only when all have finished do all go on
+from it, or all fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megagrow.checkpoint import Piece, step_path
+from megagrow.config import Config
+from megagrow.data.dataset import PreparedData
+from megagrow.engine.comm import Comm
+from megagrow.engine.engine import Engine
+from megagrow.state.boxes import Box
+from megagrow.train import checkpoints
+from megagrow.train.state import RunState
+
+
+class _SideComm(Comm):
+    """All ranks of the job once more, for small objects of host memory alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = torch.device("cpu")
+        self._side = dist.new_group(backend="gloo")
+
+    def gather(self, item: Any) -> list[Any] | None:
+        items = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(item, items, dst=0, group=self._side)
+        return items
+
+    def all_gather(self, item: Any) -> list[Any]:
+        items: list[Any] = [None] * self.world
+        dist.all_gather_object(items, item, group=self._side)
+        return items
+
+    def broadcast(self, item: Any) -> Any:
+        box = [item]
+        dist.broadcast_object_list(box, src=0, device=self.device, group=self._side)
+        return box[0]
+
+    def barrier(self) -> None:
+        dist.barrier(group=self._side)
+
+
+class Saver:
+    """Saves a run, one checkpoint at a time; all ranks call all methods together.
+
+    Args:
+        root: the run's directory of checkpoints.
+    """
+
+    def __init__(self, *, root: Path, config: Config, data: PreparedData, comm: Comm) -> None:
+        self._root, self._config, self._data, self._comm = root, config, data, comm
+        self._pending: tuple[int, Future[Path]] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._buffers: dict[tuple[str, str, Box], torch.Tensor] = {}
+        wanted = config.checkpoint.asynchronous
+        if comm.device.type == "cuda" if wanted is None else wanted:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._side = _SideComm()
+
+    def save(self, engine: Engine, state: RunState) -> tuple[int, Path] | None:
+        """Save; returns (step, checkpoint), or None where it is still being written.
+
+        The one before must have been awaited.
+
+        Raises:
+            MegagrowError: on all ranks; earlier checkpoints are as they were.
+        """
+        assert self._pending is None
+        if self._thread is None:
+            saved = checkpoints.save_run(
+                root=self._root,
+                engine=engine,
+                state=state,
+                config=self._config,
+                data=self._data,
+                comm=self._comm,
+            )
+            return state.step, saved
+        path = step_path(self._root, state.step)
+        if self._comm.broadcast(path.exists()):
+            return state.step, path
+        pieces = self._copies(engine)
+        meta = checkpoints.meta_of(engine, state, self._config, self._data)
+        keep, side = self._config.checkpoint.keep, self._side
+        work: Callable[[], Path] = lambda: checkpoints.write_run(  # noqa: E731
+            root=self._root, step=state.step, pieces=pieces, meta=meta, keep=keep, comm=side
+        )
+        self._pending = state.step, self._thread.submit(work)
+        return None
+
+    def poll(self) -> tuple[int, Path] | None:
+        """A save under way that all ranks have finished since the last call: (step, checkpoint).
+
+        Raises:
+            MegagrowError: on all ranks, where it failed.
+        """
+        if self._pending is None:
+            return None
+        done = self._comm.sum_ints(int(self._pending[1].done()))
+        return self.wait() if done == self._comm.world else None
+
+    def wait(self) -> tuple[int, Path] | None:
+        """As `poll`, but waits for it."""
+        if self._pending is None:
+            return None
+        (step, future), self._pending = self._pending, None
+        return step, future.result()
+
+    def close(self) -> None:
+        """Let a save under way come to its end, whatever that is; for a run that has failed."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _copies(self, engine: Engine) -> list[Piece]:
+        """This rank's state in host memory, which is kept for the next save."""
+        held, self._buffers = self._buffers, {}
+        pieces = []
+        for piece in checkpoints.live_pieces(engine, self._comm.rank):
+            values = piece.values.detach()
+            buffer = held.pop((piece.tensor, piece.slot, piece.box), None)
+            if buffer is None or buffer.dtype != values.dtype:
+                pinned = values.is_cuda
+                buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
+            buffer.copy_(values, non_blocking=True)
+            self._buffers[piece.tensor, piece.slot, piece.box] = buffer
+            pieces.append(Piece(piece.tensor, piece.slot, piece.box, buffer))
+        if self._comm.device.type == "cuda":
+            torch.cuda.synchronize(self._comm.device)
+        return pieces

@@ -1,0 +1,148 @@
+"""Asynchronous saves: the run is the same, steps overlap with writing, nothing is lost."""
+
+import errno
+import itertools
+import os
+import sys
+import threading
+
+import pytest
+import torch
+from jobs import (
+    events,
+    growths,
+    killed_launch,
+    launch,
+    log_of,
+    settings,
+    train,
+    trajectory,
+    write_config,
+)
+
+from megagrow.checkpoint import NativeCheckpoint, list_steps, step_path
+from megagrow.state.boxes import whole
+
+
+@pytest.fixture(scope="module", name="straight")
+def saved_in_the_foreground(tmp_path_factory, dataset):
+    """A run with a checkpoint a step, none of them asynchronous: (its configuration, its log)."""
+    base = tmp_path_factory.mktemp("straight")
+    mapping = settings(dataset, base / "run", checkpoint={"every": 1, "keep": 20})
+    config = write_config(base / "run.yaml", mapping)
+    return config, train(2, config)
+
+
+BESIDE = "checkpoint.asynchronous=true"
+
+
+def sound(root):
+    for step in list_steps(root):
+        NativeCheckpoint.open(step_path(root, step)).verify()
+    return list_steps(root)
+
+
+def same_run(lines, straight):
+    assert trajectory(lines) == trajectory(straight) and growths(lines) == growths(straight)
+
+
+def test_the_run_and_its_checkpoints_are_the_same(tmp_path, straight):
+    config, undisturbed = straight
+    lines = train(2, config, f"run.dir={tmp_path}", BESIDE)
+    same_run(lines, undisturbed)
+    assert sound(tmp_path / "checkpoints") == list(range(1, 11))
+    saved = [line["step"] for line in events(lines, "checkpoint")]
+    assert saved == [line["step"] for line in events(undisturbed, "checkpoint")]
+    for step in (2, 3, 4, 8, 10):
+        roots = (tmp_path, config.parent / "run")
+        mine, other = (NativeCheckpoint.open(step_path(r / "checkpoints", step)) for r in roots)
+        assert mine.run_state == other.run_state and mine.catalog == other.catalog
+        for tensor, slot in itertools.product(mine.catalog, mine.slots):
+            values = [c.read(tensor.name, slot.name, whole(tensor.shape)) for c in (mine, other)]
+            assert torch.equal(*values), (step, tensor.name, slot.name)
+
+
+def _write_only_when_told(rank, notes):
+    """Files of a save are begun only after another step has ended, or the run waits for them."""
+    from megagrow.engine.engine import Engine
+    from megagrow.train.saving import Saver
+
+    saving = sys.modules["megagrow.checkpoint.save"]  # the package has a function of that name
+    told, reasons = threading.Event(), []
+    write, step, wait = saving.write_shard, Engine.train_step, Saver.wait
+
+    def waiting(*args, **named):
+        told.clear()
+        assert told.wait(60), "the run does nothing while the save is under way"
+        with open(notes / str(rank), "a") as stream:
+            stream.write(reasons[-1])
+        return write(*args, **named)
+
+    def telling(function, reason):
+        def call(*args, **named):
+            result = function(*args, **named) if reason == "s" else None
+            reasons.append(reason)
+            told.set()
+            return result if reason == "s" else function(*args, **named)
+
+        return call
+
+    saving.write_shard = waiting
+    Engine.train_step, Saver.wait = telling(step, "s"), telling(wait, "w")
+
+
+def test_steps_go_on_while_files_are_written(tmp_path, straight):
+    config, _ = straight
+    command = ["--config", config, f"run.dir={tmp_path / 'run'}", BESIDE, "checkpoint.every=2",
+               "train.stop_after_steps=7"]  # fmt: skip
+    [outcomes] = launch(2, command, hook=(_write_only_when_told, tmp_path))
+    assert [o.status for o in outcomes] == [0, 0], outcomes[0].err
+    # Of steps 2, 3 (a growth follows), 4, 6 and 7 (the end): only the last has no step to come,
+    # and that of step 2 is awaited by the one of step 3 at the latest.
+    assert sound(tmp_path / "run" / "checkpoints") == [2, 3, 4, 6, 7]
+    for rank in range(2):
+        reasons = (tmp_path / str(rank)).read_text()
+        assert len(reasons) == 5 and reasons.endswith("w") and reasons.count("s") >= 3, reasons
+
+
+def _full_disk(rank, step):
+    import megagrow.checkpoint.shards as shards
+
+    write = shards.write_all
+
+    def refusing(descriptor, data):
+        if rank == 1 and f"step_{step:08d}" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data)
+
+    shards.write_all = refusing
+
+
+def test_a_failure_is_told_at_the_next_step_by_all(tmp_path, straight):
+    config, undisturbed = straight
+    command = ["--config", config, f"run.dir={tmp_path}", BESIDE]
+    [outcomes] = launch(2, command, hook=(_full_disk, 5))
+    assert [o.status for o in outcomes] == [1, 1]
+    error = outcomes[0].err
+    assert "step_00000005: not saved" in error and "rank 1" in error and "ENOSPC" in error
+    assert sound(tmp_path / "checkpoints") == [1, 2, 3, 4]
+    steps = [line["step"] for line in events(log_of(config, command[2]), "step")]
+    assert steps[-1] in (5, 6), "the run went on without the checkpoint"
+    same_run(train(2, config, *command[2:]), undisturbed)
+
+
+MOMENTS = [("write_shard", 1), ("_commit", 1), ("_commit", 2), ("retire", 1), ("write_run", 3),
+           ("train_step", 2), ("_copies", 2), ("wait", 2)]  # fmt: skip
+
+
+def test_killed_while_a_save_is_under_way(tmp_path, straight):
+    config, undisturbed = straight
+    command = ["--config", config, f"run.dir={tmp_path}", BESIDE]
+    newest = 0
+    for name, count in MOMENTS:
+        assert killed_launch(2, command, counts={0: count}, name=name), name
+        steps = sound(tmp_path / "checkpoints")
+        assert max([0, *steps]) >= newest, name
+        newest = max([0, *steps])
+    same_run(train(2, config, *command[2:]), undisturbed)
+    assert not list((tmp_path / "checkpoints").glob("*.tmp-*"))
