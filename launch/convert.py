@@ -80,13 +80,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="greatest file, for formats that cut by size (default 5)",
     )
-    add("--workers", type=_positive, metavar="N", help="processes; by default by size and cores")
+    add(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="threads; by default one more than cores",
+    )
     add(
         "--buffer-mib",
         type=_positive,
         default=BUFFER_BYTES >> 20,
         metavar="N",
-        help=f"memory for values in each process (default {BUFFER_BYTES >> 20})",
+        help=f"memory for values in each thread (default {BUFFER_BYTES >> 20})",
     )
     add("--dry-run", action="store_true", help="print bytes, disk and memory needed, and end")
     add("--verify", action="store_true", help="read the result back and compare every value")
@@ -122,7 +127,7 @@ def describe(about: Survey, job: Job) -> str:
         "to": f"{job.target} ({job.target_format})",
         "files": f"{about.files:,} with {about.bytes:,} bytes",
         "disk": f"{about.disk_bytes:,} bytes needed, {about.free_bytes:,} free; no temporary copy",
-        "memory": f"at most {about.memory_bytes:,} bytes of values, in {about.workers} processes",
+        "memory": f"at most {about.memory_bytes:,} bytes of values, in {about.workers} threads",
     }
     if about.left_out:
         rows["left out"] = f"{', '.join(about.left_out)}: {job.target_format} has no place for them"

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from megagrow import __version__
+from megagrow.files import write_atomically
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
@@ -66,10 +67,4 @@ def _version(package: str) -> str | None:
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result with the facts about the machine, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump({**facts(), **result}, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, (json.dumps({**facts(), **result}, indent=1) + "\n").encode())

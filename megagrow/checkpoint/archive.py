@@ -1,4 +1,4 @@
-"""Plans of files that `torch.load` reads: the other side of `pickles`.
+"""Plans of files that `torch.load` reads: the other side of `torchfile`.
 
 The pickle is written instruction by instruction (protocol 2), so that classes of DeepSpeed or
 Megatron can be named without importing either.  Records are stored as they are, their data at

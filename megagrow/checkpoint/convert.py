@@ -32,7 +32,6 @@ from megagrow.checkpoint.directory import (
     naming,
     open_regular,
     read_exactly,
-    sync_directory,
     write_all,
 )
 from megagrow.checkpoint.formats import get_format
@@ -41,6 +40,7 @@ from megagrow.checkpoint.seal import write_seal
 from megagrow.checkpoint.shards import CHUNK_BYTES, checksum
 from megagrow.checkpoint.writing import compare, write_piece
 from megagrow.errors import CheckpointError
+from megagrow.files import sync_directory
 
 __all__ = ["BUFFER_BYTES", "Job", "Report", "Survey", "convert", "survey"]
 

@@ -13,39 +13,33 @@ then have axes without a meaning, so they cannot be cut for tensor parallelism.
 from __future__ import annotations
 
 import hashlib
-import json
-import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megagrow.checkpoint.adapter import FilePlan, Format, Late, Mark, Request, Segment, Values
-from megagrow.checkpoint.archive import plan_archive, whole_values
+from megagrow.checkpoint.adapter import Format
+from megagrow.checkpoint.dcp_sink import METADATA, OURS, DcpSink, digest, stored_name
 from megagrow.checkpoint.directory import (
-    READING,
     RESTORE,
-    naming,
     open_regular,
     read_small,
-    write_new,
 )
-from megagrow.checkpoint.inert import Inert, Name, brief, read_inert
-from megagrow.checkpoint.manifest import CheckpointMeta, plain
-from megagrow.checkpoint.native_sink import placed
+from megagrow.checkpoint.manifest import CheckpointMeta
+from megagrow.checkpoint.pickles import Opaque, StoredTensor, brief, read_pickle
 from megagrow.checkpoint.safetensors import read_json
+from megagrow.checkpoint.seal import NAME as SEAL
 from megagrow.checkpoint.shards import DTYPE_NAMES
 from megagrow.checkpoint.stored import Record, StoredBox, StoredSource
-from megagrow.checkpoint.torcharchive import find_tensor
+from megagrow.checkpoint.torchfile import read_torch_file
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.state.boxes import Box
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, Catalog, Init, LogicalTensor, Slot
 
-_METADATA, _OURS = ".metadata", "megagrow.json"
 _METADATA_LIMIT = 1 << 30
 _ROOM = "torch.distributed.checkpoint."
 _NAMES = frozenset(
@@ -72,14 +66,6 @@ _MOMENT = re.compile(r"(?:optimizer\.)?state\.(.+)\.(exp_avg|exp_avg_sq)\Z", re.
 _NOT_PARAMETERS = ("optimizer.", "state.", "param_groups.", "lr_scheduler.", "train_state.")
 
 
-def stored_name(tensor: str, slot: str) -> str:
-    """The name of a slot of a tensor in the state dict."""
-    return tensor if slot == MASTER.name else f"optimizer.state.{tensor}.{slot}"
-
-
-# --- reading ------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Chunk:
     box: Box
@@ -101,14 +87,16 @@ def open_source(path: Path) -> StoredSource:
     Raises:
         CheckpointError: damaged, incomplete, hostile, or with what is no plain tensor.
     """
-    where = path / _METADATA
+    where = path / METADATA
     data = read_small(where, _METADATA_LIMIT)
     try:
-        entries = dict(_entries(read_inert(data, _NAMES)))
+        entries = dict(_entries(read_pickle(data, where=where, names=_NAMES)))
     except ValueError as error:
         raise CheckpointError(f"{where}: refused or damaged", found=error, mend=RESTORE) from None
-    if (path / _OURS).exists():
-        meta, step = _read_ours(path / _OURS, data)
+    if (path / OURS).exists():
+        meta, step = _read_ours(path / OURS, data)
+    elif (path / SEAL).exists():
+        raise CheckpointError(f"{path / OURS}: missing", mend=RESTORE)
     else:
         meta, step = _foreign(path, entries), 0
     sizes: dict[str, int] = {}
@@ -129,10 +117,10 @@ def open_source(path: Path) -> StoredSource:
             for chunk in entry.chunks:
                 wanted.setdefault(chunk.file, []).append((tensor, slot, entry, chunk))
     for file, items in wanted.items():
-        with open_regular(path / file) as (descriptor, size):
+        with open_regular(path / file) as (_, size):
             sizes[file] = size
             for tensor, slot, entry, chunk in items:
-                box, record = _locate(path, descriptor, size, tensor, slot, entry, chunk)
+                box, record = _locate(path, size, tensor, slot, entry, chunk)
                 boxes.append(box)
                 records.append(record)
     return StoredSource(
@@ -142,7 +130,6 @@ def open_source(path: Path) -> StoredSource:
 
 def _locate(
     path: Path,
-    descriptor: int,
     size: int,
     tensor: LogicalTensor,
     slot: Slot,
@@ -158,22 +145,26 @@ def _locate(
             mend=RESTORE,
         )
     try:
-        with naming(path / chunk.file, "cannot be read", READING):
-            found = find_tensor(descriptor, chunk.start, chunk.length)
-    except ValueError as error:
-        raise CheckpointError(f"{at}: damaged or refused", found=error, mend=RESTORE) from None
+        file = read_torch_file(
+            path / chunk.file, start=chunk.start, length=chunk.length, permuted=True
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{at}: damaged or refused\n{error}") from None
+    found = file.value
+    if not isinstance(found, StoredTensor):
+        raise CheckpointError(f"{at}: is no tensor", found=brief(found), mend=RESTORE)
     if found.dtype != entry.dtype or found.shape != chunk.box.shape:
         raise CheckpointError(
-            f"{at}: is not what {_METADATA} tells",
+            f"{at}: is not what {METADATA} tells",
             found=f"shape {list(found.shape)} of {found.dtype}",
             expected=f"shape {list(chunk.box.shape)} of {entry.dtype}",
             mend=RESTORE,
         )
-    start = chunk.start + found.start
-    return (
-        StoredBox(tensor.name, slot.name, chunk.box, chunk.file, start, found.dtype, found.axes),
-        Record(chunk.file, start, found.bytes, found.crc32),
+    [record] = [r for r in file.records if r[0] <= found.start < r[0] + max(1, r[1])]
+    box = StoredBox(
+        tensor.name, slot.name, chunk.box, chunk.file, found.start, found.dtype, found.axes
     )
+    return box, Record(chunk.file, *record)
 
 
 def _entries(metadata: Any) -> Iterator[tuple[str, _Entry]]:
@@ -191,13 +182,13 @@ def _entries(metadata: Any) -> Iterator[tuple[str, _Entry]]:
                 raise ValueError(f"chunk {place} comes twice"[:300])
             places[place] = _state(info, "_StorageInfo")
     for name, told in described.items():
-        if not isinstance(told, Inert) or not told.name.endswith(".TensorStorageMetadata"):
+        if not isinstance(told, Opaque) or not told.name.endswith(".TensorStorageMetadata"):
             continue
         state = _state(told, "TensorStorageMetadata")
         properties = state.get("properties")
-        kept = properties.state if isinstance(properties, Inert) else None
+        kept = properties.state if isinstance(properties, Opaque) else None
         first = kept[0] if isinstance(kept, tuple) and kept else None
-        dtype = _DTYPES.get(first.name) if isinstance(first, Name) else None
+        dtype = _DTYPES.get(first.name) if isinstance(first, Opaque) else None
         if dtype is None:
             raise ValueError(f"tensor {brief(name)}: element type {brief(first)}")
         chunks = state.get("chunks")
@@ -231,15 +222,13 @@ def _chunk(
 
 
 def _state(value: Any, kind: str) -> Mapping[str, Any]:
-    whole = isinstance(value, Inert) and value.name.startswith(_ROOM)
+    whole = isinstance(value, Opaque) and value.name.startswith(_ROOM)
     if not whole or value.name.rpartition(".")[2] != kind or not isinstance(value.state, dict):
         raise ValueError(f"{brief(value)} is no {kind}")
     return value.state
 
 
 def _size(value: Any) -> tuple[int, ...]:
-    if isinstance(value, Inert) and value.name == "torch.Size" and len(value.args) == 1:
-        value = value.args[0]
     counts = isinstance(value, (tuple, list)) and len(value) <= 16
     if not counts or not all(type(n) is int and 0 <= n < 1 << 62 for n in value):
         raise ValueError(f"{brief(value)} is no size")
@@ -271,7 +260,7 @@ def _foreign(path: Path, entries: Mapping[str, _Entry]) -> CheckpointMeta:
         if not name.startswith(_NOT_PARAMETERS)
     )
     if not tensors:
-        raise CheckpointError(f"{path / _METADATA}: has no tensor that is a parameter")
+        raise CheckpointError(f"{path / METADATA}: has no tensor that is a parameter")
     moments = {match.groups() for name in entries if (match := _MOMENT.match(name))}
     complete = all(
         (tensor.name, slot.name) in moments for tensor in tensors for slot in ADAM_SLOTS[1:]
@@ -289,14 +278,14 @@ def _foreign(path: Path, entries: Mapping[str, _Entry]) -> CheckpointMeta:
 def _read_ours(path: Path, metadata: bytes) -> tuple[CheckpointMeta, int]:
     content = read_json(path, 256 << 20)
     body = content.get("body")
-    if content.get("sha256") != _digest(body) or not isinstance(body, dict):
+    if content.get("sha256") != digest(body) or not isinstance(body, dict):
         raise CheckpointError(
             f"{path}: damaged", found="another SHA-256 than it states", mend=RESTORE
         )
     if body.get("metadata_sha256") != hashlib.sha256(metadata).hexdigest():
         raise CheckpointError(
-            f"{path.with_name(_METADATA)}: damaged, or of another checkpoint",
-            found=f"another SHA-256 than {_OURS} states",
+            f"{path.with_name(METADATA)}: damaged, or of another checkpoint",
+            found=f"another SHA-256 than {OURS} states",
             mend=RESTORE,
         )
     try:
@@ -313,100 +302,8 @@ def _read_ours(path: Path, metadata: bytes) -> tuple[CheckpointMeta, int]:
         raise CheckpointError(f"{path}: damaged: {brief(error)}", mend=RESTORE) from None
 
 
-def _digest(body: Any) -> str:
-    text = json.dumps(body, separators=(",", ":"), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-# --- writing ------------------------------------------------------------------------------
-
-
-class DcpSink:
-    """A file a rank of the layout; each box of a tensor is one chunk."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self.slots = request.meta.slots
-        placement = placed(request.meta.catalog, request)
-        self._items: list[tuple[Values, str, int, int]] = []  # values, file, start, length
-        self.files: list[FilePlan] = []
-        for rank in range(request.meta.layout.world):
-            name, segments, position, records = f"__{rank}_0.distcp", list[Segment](), 0, 0
-            for shard in placement.written_by(rank):
-                for slot in self.slots:
-                    dtype = request.dtype_of(shard.tensor, slot.name)
-                    values = Values(shard.tensor, slot.name, shard.box, dtype)
-                    archive = plan_archive("archive", whole_values(values))
-                    self._items.append((values, name, position, archive.bytes))
-                    segments += (_counting_from(records, s) for s in archive.segments)
-                    position += archive.bytes
-                    records += sum(isinstance(s, Mark) for s in archive.segments)
-            if segments:
-                self.files.append(FilePlan(name, segments))
-
-    def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> None:
-        """Write .metadata and megagrow.json."""
-        metadata = self._metadata()
-        meta = self._request.meta
-        body = {
-            "format": "megagrow torch.distributed.checkpoint",
-            "version": 1,
-            "metadata_sha256": hashlib.sha256(metadata).hexdigest(),
-            "step": self._request.step,
-            "catalog": meta.catalog.to_json(),
-            "slots": [asdict(slot) for slot in self.slots],
-            "layout": asdict(meta.layout),
-            "config": plain(meta.config, "config"),
-            "fingerprints": plain(meta.fingerprints, "fingerprints"),
-            "run_state": plain(meta.run_state, "run_state"),
-        }
-        body = json.loads(json.dumps(body))
-        text = json.dumps({"sha256": _digest(body), "body": body}, separators=(",", ":"))
-        for name, data in ((_OURS, text.encode()), (_METADATA, metadata)):
-            with naming(directory / name, "cannot be written"):
-                write_new(directory / name, data)
-
-    def _metadata(self) -> bytes:
-        # Only here: these modules take a second to import.
-        from torch.distributed.checkpoint import metadata as m
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-        described: dict[str, Any] = {}
-        stored: dict[Any, Any] = {}
-        catalog = self._request.meta.catalog
-        for values, file, start, length in self._items:
-            name = stored_name(values.tensor, values.slot)
-            if name not in described:
-                described[name] = m.TensorStorageMetadata(
-                    properties=m.TensorProperties(dtype=values.dtype),
-                    size=torch.Size(catalog[values.tensor].shape),
-                    chunks=[],
-                )
-            chunks = described[name].chunks
-            offset = torch.Size(values.box.offset)
-            chunks.append(m.ChunkStorageMetadata(offset, torch.Size(values.box.shape)))
-            index = m.MetadataIndex(name, offset, index=len(chunks) - 1)
-            stored[index] = _StorageInfo(relative_path=file, offset=start, length=length)
-        return pickle.dumps(
-            m.Metadata(
-                state_dict_metadata=described,
-                planner_data={name: (name,) for name in described},
-                storage_data=stored,
-                storage_meta=m.StorageMeta(),
-            )
-        )
-
-
-def _counting_from(first: int, segment: Segment) -> Segment:
-    """A segment of an archive whose records are not the first of their file."""
-    if not isinstance(segment, Late):
-        return segment
-    make = segment.make
-    return Late(segment.bytes, lambda checksums: make(checksums[first:]))
-
-
 def _find(path: Path) -> Path | None:
-    return path if (path / _METADATA).is_file() else None
+    return path if (path / METADATA).is_file() else None
 
 
 FORMAT = Format(

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.directory import READING, RESTORE, naming
-from megagrow.checkpoint.pickles import Opaque, StoredTensor, TorchFile, read_torch_file
+from megagrow.checkpoint.pickles import Opaque, StoredTensor
+from megagrow.checkpoint.torchfile import TorchFile, read_torch_file
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.state.catalog import MASTER, Slot

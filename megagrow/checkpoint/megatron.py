@@ -28,8 +28,9 @@ from megagrow.checkpoint.deepspeed import client_state
 from megagrow.checkpoint.directory import READING, RESTORE, naming
 from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.megatron_sink import FILE, LATEST, MegatronSink
-from megagrow.checkpoint.pickles import Opaque, StoredTensor, TorchFile, read_torch_file
+from megagrow.checkpoint.pickles import Opaque, StoredTensor
 from megagrow.checkpoint.stored import Record, StoredBox, StoredSource
+from megagrow.checkpoint.torchfile import TorchFile, read_torch_file
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog

@@ -17,7 +17,7 @@ from megagrow.checkpoint import deepspeed_names
 from megagrow.checkpoint import megatron_names as names
 from megagrow.checkpoint.adapter import FilePlan, Request, Segment, Values, Zeros
 from megagrow.checkpoint.archive import NewTensor, number, plan_archive
-from megagrow.checkpoint.deepspeed_sink import DTYPES, plain_json, section
+from megagrow.checkpoint.deepspeed_plan import DTYPES, plain_json, section
 from megagrow.checkpoint.directory import naming, write_new
 from megagrow.checkpoint.native_sink import placed
 from megagrow.checkpoint.pickles import Opaque

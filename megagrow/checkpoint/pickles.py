@@ -1,33 +1,26 @@
-"""Files of `torch.save`, read without running what they say, and written as a stream.
+"""Pickles read as data: nothing that they name is imported, called or given attributes.
 
-Such a file is a zip archive with its records stored as they are: one pickle, and one record
-for each tensor storage.  A pickle is a program.  The reader here knows only the instructions
-that build plain values; a name in the pickle is never imported: a few names stand for tensors
-and containers, some more are kept as `Opaque` values, and any other is refused by name.
-Of a tensor's values only the place in the file is told: whoever wants them makes range reads.
+A pickle is a program for a small machine.  The reader here knows only the instructions that
+build plain values; a name in the pickle is never imported: a few names stand for tensors and
+containers, some more are kept as `Opaque` values, and any other is refused by name.  Of a
+tensor's values only the place in the file is told: see `torchfile`.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
-import struct
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from megagrow.checkpoint.crc import crc32
 from megagrow.checkpoint.directory import READING, RESTORE, naming, open_regular, read_exactly
 from megagrow.errors import CheckpointError
-
-_PICKLE_LIMIT = 1 << 28  # bytes; a pickle describes tensors, it does not hold them
-_RECORD_LIMIT = 1 << 20  # number of records in one file
 
 STORAGES = {
     "torch.DoubleStorage": torch.float64,
@@ -68,6 +61,9 @@ class Opaque:
     args: tuple[Any, ...] | None = None
     state: Any = None
 
+    # A key of a dictionary in some pickles, though its state may be a dictionary.
+    __hash__ = object.__hash__
+
     def attribute(self, name: str, default: Any = None) -> Any:
         """One of its attributes."""
         return self.state.get(name, default) if isinstance(self.state, dict) else default
@@ -75,16 +71,18 @@ class Opaque:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor in a file, row-major from its first byte on.
+    """A tensor in a file, without holes from its first byte on.
 
     Attributes:
         start: its first byte in the file.
+        axes: the order of its axes in memory, or None for row-major.
     """
 
     path: Path
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    axes: tuple[int, ...] | None = None
 
     @property
     def numel(self) -> int:
@@ -96,114 +94,46 @@ class StoredTensor:
         if self.numel != 1:
             raise ValueError(f"{self.path}: a tensor of shape {list(self.shape)} is no number")
         data = bytearray(self.dtype.itemsize)
-        with open_regular(self.path) as (descriptor, _):
-            _read(self.path, descriptor, self.start, memoryview(data))
+        with open_regular(self.path) as (file, _), naming(self.path, "cannot be read", READING):
+            if not read_exactly(file, memoryview(data), self.start):
+                raise CheckpointError(f"{self.path}: truncated", mend=RESTORE)
         return float(torch.frombuffer(data, dtype=self.dtype).item())
 
 
 @dataclass(frozen=True)
-class TorchFile:
-    """What a file of `torch.save` holds.
+class Stretch:
+    """A stretch of a file that holds a storage's values."""
 
-    Attributes:
-        path: the file.
-        size: in bytes.
-        value: what was saved: plain values, with `StoredTensor` and `Opaque` among them.
-        records: of each storage (first byte, bytes, CRC-32).
-    """
-
-    path: Path
-    size: int
-    value: Any
-    records: tuple[tuple[int, int, int], ...]
-
-
-def read_torch_file(path: Path) -> TorchFile:
-    """Read all but the values of tensors.
-
-    Raises:
-        CheckpointError: missing, damaged, not of `torch.save`, or with anything in its pickle
-            that is not plain data.
-    """
-    with open_regular(path) as (descriptor, size):
-        records = _list_records(path, descriptor, size)
-        if "byteorder" in records:
-            order = _small(path, descriptor, records, "byteorder")
-            if order != b"little":
-                raise _fault(path, "values are not little-endian", order[:20])
-        data = _small(path, descriptor, records, "data.pkl")
-    value = _Machine(path, records, data).run()
-    stored = tuple(
-        (r.start, r.size, r.crc) for name, r in records.items() if name.startswith("data/")
-    )
-    return TorchFile(path, size, value, stored)
-
-
-@dataclass(frozen=True)
-class _Record:
     start: int
     size: int
     crc: int
 
 
-def _list_records(path: Path, descriptor: int, size: int) -> dict[str, _Record]:
-    """The records of the archive by their names below its root."""
-    try:
-        with open(os.dup(descriptor), "rb") as file, zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
-        raise CheckpointError(
-            f"{path}: not a file of torch.save, or damaged",
-            found=str(error),
-            expected="a zip archive",
-            mend=f"if a torch before 1.6 wrote it, save it again with a newer one; {RESTORE}",
-        ) from None
-    if not 0 < len(entries) <= _RECORD_LIMIT:
-        raise _fault(path, "number of records", len(entries), f"1 to {_RECORD_LIMIT}")
-    root = entries[0].filename.partition("/")[0]
-    records: dict[str, _Record] = {}
-    for entry in entries:
-        top, _, name = entry.filename.partition("/")
-        if top != root or not name or name in records:
-            found = repr(entry.filename[:200])
-            raise _fault(path, "a record's name", found, f"{root[:200]}/... , each once")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise _fault(path, f"record {name[:200]} is compressed or encrypted")
-        records[name] = _locate(path, descriptor, size, entry)
-    return records
+def read_pickle(
+    data: bytes,
+    *,
+    where: Path,
+    storages: Mapping[str, Stretch] | None = None,
+    names: Collection[str] | None = None,
+    permuted: bool = False,
+) -> Any:
+    """What a pickle describes: plain values, with `StoredTensor` and `Opaque` among them.
+
+    Args:
+        where: the file, for errors and for tensors.
+        storages: of tensors, by the name of their record.
+        names: the only names that may appear; by default those that checkpoints have.
+        permuted: whether tensors may lie in another order of axes than row-major.
+
+    Raises:
+        CheckpointError: damaged, or with anything in it that is not plain data.
+    """
+    return _Machine(where, storages or {}, data, names, permuted).run()
 
 
-def _locate(path: Path, descriptor: int, size: int, entry: zipfile.ZipInfo) -> _Record:
-    head = bytearray(30)
-    _read(path, descriptor, entry.header_offset, memoryview(head))
-    signature, name, extra = struct.unpack("<4s22xHH", head)
-    start = entry.header_offset + 30 + name + extra
-    whole = entry.compress_size == entry.file_size and start + entry.file_size <= size
-    if signature != b"PK\3\4" or not whole:
-        raise _fault(path, f"record {entry.filename[:200]} is damaged or cut short")
-    return _Record(start, entry.file_size, entry.CRC)
-
-
-def _small(path: Path, descriptor: int, records: Mapping[str, _Record], name: str) -> bytes:
-    entry = records.get(name)
-    if entry is None or entry.size > _PICKLE_LIMIT:
-        found = "no such record" if entry is None else f"{entry.size} bytes"
-        raise _fault(path, f"record {name}", found, f"at most {_PICKLE_LIMIT} bytes")
-    data = bytearray(entry.size)
-    _read(path, descriptor, entry.start, memoryview(data))
-    if crc32(data) != entry.crc:
-        raise _fault(path, f"record {name} is damaged: its checksum differs")
-    return bytes(data)
-
-
-def _read(path: Path, descriptor: int, start: int, data: memoryview) -> None:
-    with naming(path, "cannot be read", READING):
-        if not read_exactly(descriptor, data, start):
-            raise _fault(path, "truncated", expected=f"{start + len(data)} bytes or more")
-
-
-def _fault(path: Path, what: str, found: object = None, expected: object = None) -> CheckpointError:
-    return CheckpointError(f"{path}: {what}", found=found, expected=expected, mend=RESTORE)
+def brief(value: Any) -> str:
+    """What a value is, in a few words; a deep one, or one that holds itself, does no harm."""
+    return reprlib.repr(value)[:200]
 
 
 # --- the pickle machine -------------------------------------------------------------------
@@ -241,9 +171,16 @@ class _Machine(_PYTHONS):
         for code in (getattr(pickle, name)[0] for name in _INSTRUCTIONS.split())
     }
 
-    def __init__(self, path: Path, records: Mapping[str, _Record], data: bytes) -> None:
+    def __init__(
+        self,
+        path: Path,
+        records: Mapping[str, Stretch],
+        data: bytes,
+        names: Collection[str] | None,
+        permuted: bool,
+    ) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._path, self._records = path, records
+        self._path, self._records, self._names, self._permuted = path, records, names, permuted
 
     def run(self) -> Any:
         """The value (raises CheckpointError)."""
@@ -258,7 +195,9 @@ class _Machine(_PYTHONS):
             ) from None
         except Exception as error:
             found = f"{type(error).__name__}: {error}"[:500]
-            raise _fault(self._path, "its pickle is damaged", found) from None
+            raise CheckpointError(
+                f"{self._path}: its pickle is damaged", found=found, mend=RESTORE
+            ) from None
 
     def find_class(self, module: str, name: str) -> Any:
         """A name as a name; refused where it is not one that a checkpoint has."""
@@ -268,7 +207,11 @@ class _Machine(_PYTHONS):
         if isinstance(dtype, torch.dtype):
             return Opaque(full)
         known = full in _CALLS or full in STORAGES or full in _OPAQUE_NAMES
-        if full.isprintable() and (known or full.startswith(_OPAQUE_ROOMS)):
+        if self._names is not None:
+            known = full in self._names
+        elif full.isprintable() and full.startswith(_OPAQUE_ROOMS):
+            known = True
+        if known:
             return _Global(full)
         raise _RefusedError(f"it names {full!r}")
 
@@ -291,7 +234,10 @@ class _Machine(_PYTHONS):
         if not isinstance(target, _Global) or not isinstance(args, tuple):
             raise _RefusedError(f"it calls {target!r:.100}")
         call = _CALLS.get(target.name)
-        self.stack[-1] = call(args) if call else Opaque(target.name, args)
+        value = call(args) if call else Opaque(target.name, args)
+        if isinstance(value, StoredTensor) and value.axes is not None and not self._permuted:
+            raise _RefusedError(f"a tensor of shape {list(value.shape)} that is not row-major")
+        self.stack[-1] = value
 
     def _new_object(self) -> None:
         args = self.stack.pop()
@@ -328,19 +274,25 @@ def _tensor(args: tuple[Any, ...]) -> StoredTensor:
     good = isinstance(storage, _Storage) and len(shape) == len(strides) <= 64
     if not good or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
         raise _RefusedError(f"a tensor of {numbers!r:.100}")
-    if any(stride != step for stride, step in _strides(shape, strides)):
-        raise _RefusedError(f"a tensor of shape {list(shape)} that is not row-major")
+    axes = _axes(tuple(shape), tuple(strides)) if 0 not in shape else None
     if offset + math.prod(shape) > storage.numel:
         raise _RefusedError(f"a tensor of shape {list(shape)} reaches outside its storage")
     start = storage.start + offset * storage.dtype.itemsize
-    return StoredTensor(storage.path, start, storage.dtype, tuple(shape))
+    return StoredTensor(storage.path, start, storage.dtype, tuple(shape), axes)
 
 
-def _strides(shape: Sequence[int], strides: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Each stride that matters, with what it is in a row-major tensor."""
-    for axis, (length, stride) in enumerate(zip(shape, strides, strict=True)):
-        if length > 1 and 0 not in shape:
-            yield stride, math.prod(shape[axis + 1 :])
+def _axes(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The permutation in whose row-major order a dense tensor lies; None for the axes' own."""
+    # The stride of an axis of length 1 tells nothing.
+    long = [axis for axis, n in enumerate(shape) if n != 1]
+    turned = sorted(long, key=lambda axis: -strides[axis])
+    step = 1
+    for axis in reversed(turned):
+        if strides[axis] != step:
+            raise _RefusedError(f"strides {list(strides)} of shape {list(shape)} leave holes")
+        step *= shape[axis]
+    short = [axis for axis, n in enumerate(shape) if n == 1]
+    return None if turned == long else (*short, *turned)
 
 
 def _parameter(args: tuple[Any, ...]) -> StoredTensor:

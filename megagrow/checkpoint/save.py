@@ -23,7 +23,6 @@ from megagrow.checkpoint.directory import (
     naming,
     step_path,
     sweep,
-    sync_directory,
     temporary_path,
     write_new,
 )
@@ -40,6 +39,7 @@ from megagrow.checkpoint.shards import (
     write_shard,
 )
 from megagrow.errors import CheckpointError
+from megagrow.files import sync_directory
 
 _log = logging.getLogger(__name__)
 

@@ -28,11 +28,12 @@ from megagrow.checkpoint.adapter import FilePlan, Format, Request, Source, Value
 from megagrow.checkpoint.archive import number, plan_archive, whole_values
 from megagrow.checkpoint.deepspeed import client_state
 from megagrow.checkpoint.deepspeed_files import MODEL, MOMENTS
-from megagrow.checkpoint.deepspeed_sink import VERSION, Plan
+from megagrow.checkpoint.deepspeed_plan import VERSION, Plan
 from megagrow.checkpoint.directory import READING, RESTORE, naming, write_new
 from megagrow.checkpoint.manifest import CheckpointMeta
-from megagrow.checkpoint.pickles import StoredTensor, TorchFile, read_torch_file
+from megagrow.checkpoint.pickles import StoredTensor
 from megagrow.checkpoint.stored import Record, StoredBox, StoredSource
+from megagrow.checkpoint.torchfile import TorchFile, read_torch_file
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog

@@ -29,8 +29,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megagrow.data.files import sync_directory, temporary_name
 from megagrow.errors import DataError
+from megagrow.files import sync_directory, temporary_name
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

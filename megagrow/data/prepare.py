@@ -32,12 +32,13 @@ from tqdm import tqdm
 
 from megagrow.data import dataset
 from megagrow.data.corpus import Corpus, open_corpus, read_documents
-from megagrow.data.files import sha256_file, sync_directory, write_atomic
+from megagrow.data.files import sha256_file
 from megagrow.data.indexed import IndexedDataset, IndexedWriter, dtype_for, idx_path
 from megagrow.data.sampler import mixed
 from megagrow.data.shards import Encoder, encode_all
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megagrow.errors import DataError
+from megagrow.files import sync_directory, write_atomically
 
 DTYPES = ("auto", "uint16", "int32")
 _AGAIN = "run the same command again: finished shards are kept"
@@ -279,7 +280,7 @@ def _build(request: Request, corpus: Corpus, *, plan: Path, made: dict[str, Any]
         "unreadable_examples": unreadable[:20],
         "empty_documents": sum(report.empty for report in reports),
     }
-    write_atomic(final / dataset.MANIFEST, dataset.manifest_bytes(content, {**made, **counts}))
+    write_atomically(final / dataset.MANIFEST, dataset.manifest_bytes(content, {**made, **counts}))
     return final
 
 
@@ -287,12 +288,12 @@ def _tokenizer(request: Request, corpus: Corpus, plan: Path) -> Tokenizer:
     """The given tokenizer, copied, or one trained on a sample of the corpus."""
     if request.tokenizer:
         path = plan / f"tokenizer{request.tokenizer.suffix}"
-        write_atomic(path, request.tokenizer.read_bytes())
+        write_atomically(path, request.tokenizer.read_bytes())
         return load_tokenizer(path)
     path = plan / "tokenizer.model"
     if not path.exists():
         texts = _sample(request, corpus)
-        write_atomic(path, train_sentencepiece(texts, vocab_size=request.vocab_size))
+        write_atomically(path, train_sentencepiece(texts, vocab_size=request.vocab_size))
     return load_tokenizer(path)
 
 

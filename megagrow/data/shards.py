@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 
 from megagrow.data.corpus import Piece, read_documents
-from megagrow.data.files import write_atomic
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer
 from megagrow.errors import DataError
+from megagrow.files import write_atomically
 
 Shard = tuple[Piece, ...]
 
@@ -79,7 +79,7 @@ class Encoder:
                         writer.add_document([*self._opened.encode(text), self._opened.eod])
                         documents += 1
         report = Report(documents, empty, unreadable)
-        write_atomic(self._report_path(number), json.dumps(asdict(report)).encode())
+        write_atomically(self._report_path(number), json.dumps(asdict(report)).encode())
         return report
 
     def _report_path(self, number: int) -> Path:

@@ -62,28 +62,6 @@ def read_lines(path: Path) -> list[tuple[bytes, Line]]:
     return lines
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Put `content` at `path`: afterwards the old file is there or the new one, never a part.
-
-    Raises:
-        OSError: nothing at `path` has changed.
-    """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 def _parse(raw: bytes) -> Line:
     value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
     if not isinstance(value, dict) or not isinstance(value.get("event"), str):

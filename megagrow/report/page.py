@@ -11,8 +11,9 @@ from typing import Any
 
 from megagrow import __version__
 from megagrow.errors import DataError
+from megagrow.files import write_atomically
 from megagrow.report.curves import loss_charts, side_charts
-from megagrow.report.log import read_metrics, write_atomically
+from megagrow.report.log import read_metrics
 from megagrow.report.run import Growth, Run, Stage, summarize
 from megagrow.report.style import STYLE
 from megagrow.report.units import binary_bytes, duration, human, number_text, signed, whole

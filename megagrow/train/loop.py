@@ -8,7 +8,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
@@ -25,6 +25,7 @@ from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import SampleIndex, rank_slice, validation_samples
 from megagrow.engine.comm import Comm
 from megagrow.errors import CheckpointError, TrainingError
+from megagrow.files import write_atomically
 from megagrow.growth.growth import Growth
 from megagrow.report import write_report
 from megagrow.train import checkpoints

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.errors import TrainingError
-from megagrow.report.log import encode_line, read_lines, read_metrics, write_atomically
+from megagrow.files import write_atomically
+from megagrow.report.log import encode_line, read_lines, read_metrics
 from megagrow.train.telemetry import Mirror
 
 __all__ = ["MetricsLog", "read_metrics"]

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from toys import toy_model
 from worlds import random_box
 
 from megagrow.checkpoint.dcp import stored_name
-from megagrow.checkpoint.inert import read_inert
+from megagrow.checkpoint.pickles import read_pickle
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 
@@ -138,6 +139,7 @@ def test_flips_and_truncations_are_refused_or_change_nothing(sound, tmp_path):
 
 def test_a_flip_in_the_values_names_file_tensor_and_box(sound, tmp_path):
     copy = shutil.copytree(sound, tmp_path / "copy")
+    (copy / "megagrow.checksums.json").unlink()  # what remains is finer: one of each chunk
     file = copy / "__1_0.distcp"
     data = bytearray(file.read_bytes())
     metadata = pickle.loads((copy / ".metadata").read_bytes())
@@ -324,7 +326,8 @@ def test_random_pickles_end_in_a_value_or_a_refusal():
     for _ in range(3000):
         data = b"".join(rng.choice(known) for _ in range(rng.randrange(1, 12)))
         try:
-            read_inert(b"\x80\x02" + data + b".", frozenset({"torch.Size"}))
-        except ValueError:
+            text = b"\x80\x02" + data + b"."
+            read_pickle(text, where=Path("p"), names=frozenset({"torch.Size"}))
+        except CheckpointError:
             refused += 1
     assert refused > 2000

@@ -59,6 +59,17 @@ def test_what_is_written_is_read_again_in_every_layout(name, model, tmp_path):
         assert back.run_state == source.run_state and back.fingerprints == source.fingerprints
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_from_layout_to_layout(family, tmp_path):
+    """Twelve pairs, end to end: what is read in one layout is written in the next, and so on."""
+    source = first = whole_source(toy_model(family=family, tie_embeddings=family == "llama"))
+    for number, layout in enumerate([*LAYOUTS, LAYOUTS[0]]):
+        path = write_checkpoint(FORMAT, source, tmp_path / str(number), layout)
+        source = open_checkpoint(FORMAT, path)
+        assert source.layout == layout
+        assert differing(first, source) is None, layout
+
+
 def test_sixteen_bit_runs_keep_fp32_masters(tmp_path):
     for dtype, zero in itertools.product(("bf16", "fp16"), (0, 1, 3)):
         source = whole_source(toy_model(), config={"precision": {"dtype": dtype}})

@@ -17,7 +17,8 @@ from toys import random_state, toy_model
 
 from megagrow.checkpoint.adapter import Values, Zeros
 from megagrow.checkpoint.archive import NewTensor, number, plan_archive, size_of, whole_values
-from megagrow.checkpoint.pickles import STORAGES, Opaque, StoredTensor, read_torch_file
+from megagrow.checkpoint.pickles import STORAGES, Opaque, StoredTensor
+from megagrow.checkpoint.torchfile import read_torch_file
 from megagrow.errors import CheckpointError
 from megagrow.model.catalog import build_catalog
 from megagrow.state.boxes import whole

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from toys import random_state, toy_model, toy_models
 
 from megagrow.checkpoint import deepspeed, universal
-from megagrow.checkpoint.pickles import read_torch_file
+from megagrow.checkpoint.torchfile import read_torch_file
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog

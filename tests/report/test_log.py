@@ -4,7 +4,8 @@ import math
 import pytest
 
 from megagrow.errors import DataError
-from megagrow.report.log import encode_line, read_metrics, write_atomically
+from megagrow.files import write_atomically
+from megagrow.report.log import encode_line, read_metrics
 
 
 def test_numbers_that_are_not_finite_come_back_and_the_file_is_strict_json(tmp_path):

@@ -68,27 +68,37 @@ def _write_only_when_told(rank, notes):
     from megagrow.train.saving import Saver
 
     saving = sys.modules["megagrow.checkpoint.save"]  # the package has a function of that name
-    told, reasons = threading.Event(), []
-    write, step, wait = saving.write_shard, Engine.train_step, Saver.wait
+    news, seen = threading.Condition(), {"steps": 0, "at": 0, "awaited": False}
+    write, step, save, wait = saving.write_shard, Engine.train_step, Saver.save, Saver.wait
 
-    def waiting(*args, **named):
-        told.clear()
-        assert told.wait(60), "the run does nothing while the save is under way"
-        with open(notes / str(rank), "a") as stream:
-            stream.write(reasons[-1])
+    def tell(**changes):
+        with news:
+            seen.update(changes)
+            news.notify_all()
+
+    def writing(*args, **named):
+        with news:
+            overtaken = lambda: seen["steps"] > seen["at"]  # noqa: E731
+            assert news.wait_for(lambda: overtaken() or seen["awaited"], 100), "nothing happens"
+            with open(notes / str(rank), "a") as stream:
+                stream.write("s" if overtaken() else "w")
         return write(*args, **named)
 
-    def telling(function, reason):
-        def call(*args, **named):
-            result = function(*args, **named) if reason == "s" else None
-            reasons.append(reason)
-            told.set()
-            return result if reason == "s" else function(*args, **named)
+    def stepping(*args, **named):
+        result = step(*args, **named)
+        tell(steps=seen["steps"] + 1)
+        return result
 
-        return call
+    def submitting(*args):
+        tell(at=seen["steps"], awaited=False)
+        return save(*args)
 
-    saving.write_shard = waiting
-    Engine.train_step, Saver.wait = telling(step, "s"), telling(wait, "w")
+    def awaiting(*args):
+        tell(awaited=True)
+        return wait(*args)
+
+    saving.write_shard, Engine.train_step = writing, stepping
+    Saver.save, Saver.wait = submitting, awaiting
 
 
 def test_steps_go_on_while_files_are_written(tmp_path, straight):
@@ -97,12 +107,11 @@ def test_steps_go_on_while_files_are_written(tmp_path, straight):
                "train.stop_after_steps=7"]  # fmt: skip
     [outcomes] = launch(2, command, hook=(_write_only_when_told, tmp_path))
     assert [o.status for o in outcomes] == [0, 0], outcomes[0].err
-    # Of steps 2, 3 (a growth follows), 4, 6 and 7 (the end): only the last has no step to come,
-    # and that of step 2 is awaited by the one of step 3 at the latest.
+    # Of steps 2, 3 (a growth follows), 4, 6 and 7 (the end): only the last has no step to come.
     assert sound(tmp_path / "run" / "checkpoints") == [2, 3, 4, 6, 7]
     for rank in range(2):
         reasons = (tmp_path / str(rank)).read_text()
-        assert len(reasons) == 5 and reasons.endswith("w") and reasons.count("s") >= 3, reasons
+        assert reasons == "ssssw", reasons
 
 
 def _full_disk(rank, step):

@@ -1,0 +1,252 @@
+"""What the sinks of DeepSpeed's formats have in common: names, groups, numbers of the optimizer."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megagrow.checkpoint import deepspeed_names as names
+from megagrow.checkpoint.adapter import Request, Segment, Values, Zeros
+from megagrow.checkpoint.archive import size_of
+from megagrow.checkpoint.native_sink import placed
+from megagrow.checkpoint.pickles import Opaque
+from megagrow.config.schema import OptimizerConfig, PrecisionConfig
+from megagrow.errors import ConfigError
+from megagrow.state.boxes import flat_range_boxes
+from megagrow.state.catalog import ADAM_SLOTS, LogicalTensor, Slot
+from megagrow.state.placement import split_axis
+
+VERSION = "0.19.8"  # of the DeepSpeed whose files these are
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Plan:
+    """What the sinks of DeepSpeed's formats have in common: names, groups, what to call things.
+
+    Raises:
+        ConfigError: the state cannot be laid out as asked for.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request, meta = request, request.meta
+        self.layout, self.catalog = meta.layout, meta.catalog
+        self.placement = placed(meta.catalog, request)
+        self.model = names.described_model(meta.config, meta.catalog)
+        if self.model is None and self.layout.tensor * self.layout.pipeline > 1:
+            raise ConfigError(
+                "DeepSpeed's files of a model that is not ours cannot be cut",
+                found=f"tensor {self.layout.tensor}, pipeline {self.layout.pipeline}",
+                mend="give --tensor 1 --pipeline 1",
+            )
+        self.optimizer = section(OptimizerConfig, meta.config.get("optimizer"))
+        self.precision = section(PrecisionConfig, meta.config.get("precision"))
+        self.dtype = request.dtype or DTYPES[self.precision.dtype]
+        held = {slot.name for slot in meta.slots}
+        moments = {slot.name for slot in ADAM_SLOTS[1:]}
+        # An engine wants all of Adam's state; what the source lacks starts at zero.
+        self.slots: tuple[Slot, ...] = ADAM_SLOTS
+        self.fresh = not moments & held
+        self.optimizer_step = 0 if self.fresh else self._told_step()
+        keys = {key for p in range(self.layout.pipeline) for key, _ in self.placement.groups(p)}
+        self.group_keys: list[Hashable] = sorted(keys)  # type: ignore[type-var]
+
+    def _told_step(self) -> int:
+        told = self.request.meta.run_state.get("optimizer_step")
+        return told if isinstance(told, int) else self.request.step
+
+    @property
+    def last(self) -> int:
+        """The head's place in the layer list."""
+        return self.model.layers + 1 if self.model else -1
+
+    def module_names(self, tensor: LogicalTensor, stage: int) -> list[str]:
+        """What the module of a pipeline stage calls a tensor; a tied one has two names."""
+        if self.model is None:
+            return [tensor.name]
+        cuts, pipelined = self.placement.cuts, self.layout.pipeline > 1
+        return [
+            names.module_name(tensor.name, place, self.last, pipelined=pipelined)
+            for place in tensor.places
+            if cuts[stage] <= place < cuts[stage + 1]
+        ]
+
+    def groups(self, stage: int) -> list[list[LogicalTensor]]:
+        """The optimizer's groups on a stage; empty where other stages alone have members."""
+        here = dict(self.placement.groups(stage))
+        return [here.get(key, []) for key in self.group_keys]
+
+    def local_shape(self, tensor: LogicalTensor) -> tuple[int, ...]:
+        """The shape of a rank's part of a tensor, padding included."""
+        return self.placement.local(tensor, 0).shape
+
+    def numel(self, tensor: LogicalTensor) -> int:
+        """Its number of elements."""
+        return math.prod(self.local_shape(tensor))
+
+    def values(
+        self,
+        tensor: LogicalTensor,
+        slot: Slot,
+        rank: int,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Iterator[Segment]:
+        """Elements [start, stop) of a tensor-parallel rank's part; padding is zeros."""
+        local = self.placement.local(tensor, rank)
+        valid = local.box.relative_to(local.box.offset)
+        stop = local.numel if stop is None else stop
+        for box, _ in flat_range_boxes(local.shape, start, stop):
+            kept = box.intersect(valid)
+            if kept is not None:
+                where = kept.moved_by(local.box.offset)
+                yield Values(tensor.name, slot.name, where, dtype)
+            missing = box.volume - (kept.volume if kept else 0)
+            if missing:
+                yield Zeros(missing * dtype.itemsize)
+
+    def hyperparameters(self, index: int, params: Sequence[int]) -> dict[str, Any]:
+        """A parameter group as torch's AdamW saves it."""
+        key = self.group_keys[index]
+        no_decay, lr, decay, eps = key if isinstance(key, tuple) else (False, 1.0, 1.0, 1.0)
+        ours = self.optimizer
+        return {
+            "lr_factor": lr,
+            "weight_decay": 0.0 if no_decay else ours.weight_decay * decay,
+            "eps": ours.eps * eps,
+            "lr": ours.lr * lr,
+            "betas": tuple(ours.betas),
+            "amsgrad": False,
+            "maximize": False,
+            "foreach": None,
+            "capturable": False,
+            "differentiable": False,
+            "fused": True,
+            "decoupled_weight_decay": True,
+            "params": list(params),
+        }
+
+    def common(
+        self, groups: Sequence[Sequence[LogicalTensor]] | None, stage: int
+    ) -> dict[str, Any]:
+        """What every model_states file has besides parameters and optimizer state."""
+        meta, layout = self.request.meta, self.layout
+        shapes = [
+            {self.module_names(t, stage)[0]: size_of(self.local_shape(t)) for t in group}
+            for group in groups or ()
+        ]
+        shared = {
+            other: first
+            for group in groups or ()
+            for tensor in group
+            for first, *others in [self.module_names(tensor, stage)]
+            for other in others
+        }
+        told = self.request.meta.run_state.get("consumed_samples")
+        return {
+            "buffer_names": [],
+            "param_shapes": None if groups is None else shapes,
+            "frozen_param_shapes": None,
+            "shared_params": shared,
+            "frozen_param_fragments": None,
+            "lr_scheduler": None,
+            "data_sampler": None,
+            "random_ltd": None,
+            "skipped_steps": 0,
+            "global_steps": self.request.step,
+            "global_samples": told if isinstance(told, int) else 0,
+            "dp_world_size": layout.data,
+            "mp_world_size": layout.tensor * layout.pipeline,
+            "checkpoint_parallel_dimensions": {
+                "pp_degree": layout.pipeline,
+                "tp_degree": layout.tensor,
+            },
+            "universal_checkpoint_info": self.merging(),
+            "ds_config": {"zero_optimization": {"stage": layout.zero}},
+            "ds_version": VERSION,
+            names.CLIENT: {
+                "step": self.request.step,
+                "config": plain_json(meta.config),
+                "run_state": plain_json(meta.run_state),
+                "fingerprints": plain_json(meta.fingerprints),
+            },
+        }
+
+    def merging(self) -> dict[str, Any]:
+        """How DeepSpeed's own converter joins the parts of tensor-parallel ranks, by patterns.
+
+        What is in no list is joined along the first axis; a list must not name what is not there.
+        """
+        lists: dict[str, set[str]] = {
+            "tp_replicated_parameter_patterns": set(),
+            "parameter_with_row_parallelism_patterns": set(),
+            "vocabulary_parameter_patterns": set(),
+        }
+        rows = 0
+        for tensor in self.catalog:
+            axis = split_axis(tensor)
+            places = {
+                re.sub(r"\d+", r"\\d+", re.escape(name)) + "$"
+                for stage in self.placement.stages(tensor)
+                for name in self.module_names(tensor, stage)[:1]
+            }
+            if axis is None:
+                lists["tp_replicated_parameter_patterns"] |= places
+            elif axis == 1:
+                lists["parameter_with_row_parallelism_patterns"] |= places
+            elif tensor.axes[axis] == "vocab":
+                lists["vocabulary_parameter_patterns"] |= places
+                rows = tensor.shape[axis]
+        patterns = {key: sorted(found) for key, found in lists.items() if found}
+        return {"universal_checkpoint_version": 0.4, "original_vocab_size": rows, **patterns}
+
+    def loss_scaler(self) -> Opaque:
+        """DeepSpeed's own object for the scale of the loss."""
+        room = "deepspeed.runtime.fp16.loss_scaler"
+        if self.dtype != torch.float16:
+            return Opaque(f"{room}.LossScaler", state={"cur_scale": 1.0, "dynamic": False})
+        scale = self.loss_scale()
+        state = {
+            "cur_scale": scale["cur_scale"],
+            "dynamic": True,
+            "cur_iter": int(scale["cur_iter"]),
+            "last_overflow_iter": int(scale["last_overflow_iter"]),
+            "scale_factor": 2.0,
+            "scale_window": self.precision.window,
+            "min_scale": 1,
+            "delayed_shift": 2,
+            "cur_hysteresis": int(scale["cur_hysteresis"]),
+            "consecutive_hysteresis": False,
+            "raise_error_at_min_scale": True,
+            "dtype": None,
+        }
+        return Opaque(f"{room}.DynamicLossScaler", state=state)
+
+    def loss_scale(self) -> dict[str, float]:
+        """The numbers of fp16's dynamic loss scaling, the run's own where it has any."""
+        start = 2.0**self.precision.initial_scale_power
+        first = {"cur_scale": start, "cur_iter": 0, "last_overflow_iter": -1, "cur_hysteresis": 2}
+        told = self.request.meta.run_state.get("loss_scale")
+        return first | (dict(told) if isinstance(told, Mapping) else {})
+
+
+def section(kind: Any, data: Any) -> Any:
+    """A section of a run's configuration, or its defaults where there is none that is valid."""
+    try:
+        return kind.model_validate(data)
+    except ValueError:
+        return kind()
+
+
+def plain_json(value: Any) -> Any:
+    """What JSON holds, with dictionaries and lists as such."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(item) for item in value]
+    return value
