@@ -1,4 +1,4 @@
-"""Measure megagrow: growth, its operators, training speed, compute saved, conversion: see --help."""
+"""Measure megagrow: growth, operators, training speed, compute saved, conversion; see --help."""
 
 from __future__ import annotations
 

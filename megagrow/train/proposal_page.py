@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from megagrow.errors import DataError
+from megagrow.files import write_atomically
 from megagrow.report.axis import axis
 from megagrow.report.chart import COLOURS, Marker, Series, chart, standalone
-from megagrow.report.log import write_atomically
 from megagrow.report.page import document, sheet
 from megagrow.report.style import STYLE
 from megagrow.report.units import human

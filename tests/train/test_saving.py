@@ -127,17 +127,28 @@ def _full_disk(rank, step):
     shards.write_all = refusing
 
 
-def test_a_failure_is_told_at_the_next_step_by_all(tmp_path, straight):
+def test_a_failure_is_told_at_the_next_step(tmp_path, straight):
+    """As in the foreground: a warning, and the run goes on to the next save."""
     config, undisturbed = straight
     command = ["--config", config, f"run.dir={tmp_path}", BESIDE]
     [outcomes] = launch(2, command, hook=(_full_disk, 5))
+    assert [o.status for o in outcomes] == [0, 0], outcomes[0].err
+    lines = log_of(config, command[2])
+    [failure] = events(lines, "save_failed")
+    assert failure["step"] in (5, 6)
+    for words in ("step_00000005: not saved", "rank 1", "ENOSPC"):
+        assert words in failure["why"]
+    assert sound(tmp_path / "checkpoints") == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+    same_run(lines, undisturbed)
+
+
+def test_the_last_save_must_succeed(tmp_path, straight):
+    config, _ = straight
+    command = ["--config", config, f"run.dir={tmp_path}", BESIDE, "train.stop_after_steps=2"]
+    [outcomes] = launch(2, command, hook=(_full_disk, 2))
     assert [o.status for o in outcomes] == [1, 1]
-    error = outcomes[0].err
-    assert "step_00000005: not saved" in error and "rank 1" in error and "ENOSPC" in error
-    assert sound(tmp_path / "checkpoints") == [1, 2, 3, 4]
-    steps = [line["step"] for line in events(log_of(config, command[2]), "step")]
-    assert steps[-1] in (5, 6), "the run went on without the checkpoint"
-    same_run(train(2, config, *command[2:]), undisturbed)
+    assert "step_00000002: not saved" in outcomes[0].err and "ENOSPC" in outcomes[0].err
+    assert sound(tmp_path / "checkpoints") == [1]
 
 
 MOMENTS = [("write_shard", 1), ("_commit", 1), ("_commit", 2), ("retire", 1), ("write_run", 3),

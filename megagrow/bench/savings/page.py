@@ -12,9 +12,9 @@ from megagrow.bench.savings.config import SCRATCH, SMALL
 from megagrow.bench.savings.results import read_log
 from megagrow.config.yamltext import write_yaml
 from megagrow.errors import DataError
+from megagrow.files import write_atomically
 from megagrow.report.axis import axis
 from megagrow.report.chart import COLOURS, Marker, Series, chart, standalone
-from megagrow.report.log import write_atomically
 from megagrow.report.page import document, sheet
 from megagrow.report.style import STYLE
 from megagrow.report.units import duration, human
