@@ -27,6 +27,9 @@ examples:
   # every growth operator with every state policy, the same data; goes on where it was stopped
   python launch/benchmark.py operators --data data/stdlib --work runs/operators --minutes 45
 
+  # how far grown runs depart from the small run, for the exact policy and the others
+  python launch/benchmark.py dynamics --svg benchmarks/dynamics.svg
+
 Processes are started here, or by torchrun or the deepspeed launcher: then give them as --ranks.
 """
 
@@ -39,7 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    names = "growth|throughput|savings|operators"
+    names = "growth|throughput|savings|operators|dynamics"
     kinds = parser.add_subparsers(dest="kind", required=True, metavar=names)
     style: dict[str, Any] = {
         "epilog": EXAMPLES,
@@ -104,7 +107,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="directory of the runs; what is finished there is kept (default %(default)s)",
     )
     add("--minutes", type=float, help="begin no run after so long, and show what there is")
-    for kind in (growth, speed, savings, compared):
+    departing = kinds.add_parser("dynamics", help="grown runs beside the small run", **style)
+    add = departing.add_argument
+    add("--factor", type=int, default=2, help="of the growth (default %(default)s)")
+    add("--before", type=int, default=30, help="steps up to the growth (default %(default)s)")
+    add("--steps", type=int, default=30, help="steps after it (default %(default)s)")
+    for kind in (compared, departing):
+        kind.add_argument(
+            "--svg", type=Path, metavar="FILE", help="draw there (operators: FILE_*.svg)"
+        )
+    for kind in (growth, speed, savings, compared, departing):
         kind.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
         kind.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     # Overrides and options may come in any order.

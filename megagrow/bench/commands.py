@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megagrow.bench import cases as wanted
+from megagrow.bench import dynamics as departing
 from megagrow.bench import growth as growing
 from megagrow.bench import growth_table
 from megagrow.bench import operators as comparing
@@ -20,6 +21,7 @@ from megagrow.config.load import load_settings, parse_config
 from megagrow.data.dataset import open_dataset
 from megagrow.engine.comm import start
 from megagrow.errors import ConfigError
+from megagrow.report.log import write_atomically
 
 
 def growth(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -102,8 +104,30 @@ def operators(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "complete": complete,
         "results": found,
     }
+    if options.svg is not None:
+        for name, drawn in comparing.figures(found).items():
+            path = options.svg.with_name(f"{options.svg.stem}_{name}.svg")
+            write_atomically(path, drawn.encode())
     text = comparing.table(found)
     return result, text if complete else text + "\n\nNot all is trained: run it again to go on."
+
+
+def dynamics(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Grown runs beside the small run; (for JSON, as Markdown)."""
+    measured = {"factor": options.factor, "before": options.before, "steps": options.steps}
+    found = [
+        one for family in ("gpt2", "llama") for one in departing.measure(family=family, **measured)
+    ]
+    if options.svg is not None:
+        text = departing.figure(found, operator="width_diag", family="gpt2")
+        write_atomically(options.svg, text.encode())
+    result = {
+        "benchmark": "dynamics",
+        **measured,
+        "greatest_departure": departing.summary(found),
+        "results": found,
+    }
+    return result, departing.table(found)
 
 
 def _model(options: argparse.Namespace) -> ModelConfig:
