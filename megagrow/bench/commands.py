@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from megagrow.bench import cases as wanted
@@ -20,7 +21,7 @@ from megagrow.config import LayoutConfig, ModelConfig
 from megagrow.config.load import load_settings, parse_config
 from megagrow.data.dataset import open_dataset
 from megagrow.engine.comm import start
-from megagrow.errors import ConfigError
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.report.log import write_atomically
 
 
@@ -173,3 +174,23 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     result = {**campaign.result(), "complete": complete}
     page.write(campaign, result)
     return result, page.table(result)
+
+
+def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Random kills of a small run; (for JSON, as text).
+
+    Raises:
+        CheckpointError: a run did not end as the undisturbed one.
+    """
+    from megagrow.bench import faults as killing
+
+    with tempfile.TemporaryDirectory(prefix="megagrow-faults-") as scratch:
+        campaign = killing.Campaign(
+            options.config, Path(scratch) / "faults", world=options.ranks, seed=options.seed
+        )
+        campaign.run(kills=options.kills, minutes=options.minutes)
+    result = campaign.result()
+    text = killing.table(result)
+    if campaign.faults:
+        raise CheckpointError("kills left their mark", found=text, expected="no faults")
+    return result, text
