@@ -17,7 +17,7 @@ examples:
       --output plans/mine
 
   # step time, MFU, memory, and what each growth moves, for a run on 512 nodes
-  python launch/plan.py --config configs/mt530b_4096.yaml --machine configs/machines/h100.yaml \\
+  python launch/plan.py --config configs/scale/mt530b_4096.yaml --machine configs/machines/h100.yaml \\
       machine.nodes=512
 """
 
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> str:
     operators = [name.strip() for name in options.operators.split(",") if name.strip()]
     fit = None
     if options.fit:
-        points = run_points(options.fit, unit="tokens", embeddings=True)
+        points = run_points(options.fit, unit="tokens")
         fit = fit_law(points, unit="tokens", floor=not options.no_floor)
     law = fit.law if fit is not None else find_law(options.law)
     target = config.model_copy(update={"stages": config.stages[:1]})
