@@ -164,14 +164,13 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     campaign = saving.Campaign(config, world=world, vocab=vocab)
     if options.dry_run:
         return {}, page.plan_text(campaign) if is_first() else ""
-    complete = False
     until = None if options.minutes is None else time.time() + 60 * options.minutes
     if not options.collect:
         workers = options.workers or os.cpu_count() or 1
-        complete = saving.train(campaign, comm=comm, workers=workers, until=until)
+        saving.train(campaign, comm=comm, workers=workers, until=until)
     if not is_first():
         return {}, ""
-    result = {**campaign.result(), "complete": complete}
+    result = {**campaign.result(), "complete": campaign.complete()}
     page.write(campaign, result)
     return result, page.table(result)
 
