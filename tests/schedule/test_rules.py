@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megagrow.schedule.rules import Seen, Sizes, Watch, marginal, next_stage, slope
+from megagrow.schedule.rules import Seen, Sizes, Validated, marginal, next_stage, slope
 from megagrow.schedule.scaling import ScalingLaw, when_to_grow
 
 LAW = ScalingLaw("toy", 1.5, 1e7, 0.3, 1e6, 0.5, "tokens", True)
@@ -12,7 +12,7 @@ SMALL, LARGE = 1e6, 4e6
 
 
 def watched(loss_at, tokens):
-    return Watch(tuple(Seen(i, int(t), int(6 * SMALL * t), loss_at(t)) for i, t in
+    return Seen(tuple(Validated(i, int(t), int(6 * SMALL * t), loss_at(t)) for i, t in
                        enumerate(tokens)))  # fmt: skip
 
 
@@ -20,23 +20,23 @@ def test_slope_of_a_power_law():
     def power(tokens):
         return 20.0 * tokens**-0.07
 
-    watch = watched(power, [10**k for k in range(3, 9)])
-    flat = slope(watch, threshold=-0.071, points=5)
-    steep = slope(watch, threshold=-0.069, points=5)
+    seen = watched(power, [10**k for k in range(3, 9)])
+    flat = slope(seen, threshold=-0.071, points=5)
+    steep = slope(seen, threshold=-0.069, points=5)
     assert flat.inputs["slope"] == pytest.approx(-0.07)
     assert flat.end and not steep.end
-    assert slope(watch, threshold=-0.1, points=7) is None  # too few
+    assert slope(seen, threshold=-0.1, points=7) is None  # too few
 
 
 def first_end(law, sizes):
     """The tokens at which the marginal rule first ends the stage."""
-    watch = Watch()
+    seen = Seen()
     for i in range(1, 100):
         tokens = i * 4e4
-        watch = watch.after(Seen(i, int(tokens), int(tokens), law.loss(SMALL, tokens)))
-        decision = marginal(watch, law, sizes, points=6)
+        seen = seen.after(Validated(i, int(tokens), int(tokens), law.loss(SMALL, tokens)))
+        decision = marginal(seen, law, sizes, points=6)
         if decision is not None:
-            watch = decision.watch
+            seen = decision.seen
             if decision.end:
                 return tokens, decision
     raise AssertionError("never")
@@ -58,22 +58,24 @@ def test_a_grown_model_counts_from_where_its_curve_had_the_loss():
     """The second stage continues the larger curve: its credit is the tokens it has saved."""
     sizes = Sizes(int(SMALL), int(LARGE), 6 * SMALL, 6 * LARGE)
     tokens, decision = first_end(LAW, sizes)
-    watch = next_stage(decision.watch, LAW, small=int(SMALL), large=int(LARGE))
-    assert watch.seen == () and watch.curve.capacity == pytest.approx(LAW.capacity(LARGE), rel=1e-2)
+    seen = next_stage(decision.seen, LAW, small=int(SMALL), large=int(LARGE))
+    assert seen.validations == () and seen.curve.capacity == pytest.approx(
+        LAW.capacity(LARGE), rel=1e-2
+    )
     begun = LAW.duration(LARGE, LAW.loss(SMALL, tokens))
     bigger = Sizes(int(LARGE), int(4 * LARGE), 6 * LARGE, 24 * LARGE)
     for i in range(8):
         at = i * 1e6
-        watch = watch.after(
-            Seen(i, int(tokens + at), int(tokens + at), LAW.loss(LARGE, begun + at))
+        seen = seen.after(
+            Validated(i, int(tokens + at), int(tokens + at), LAW.loss(LARGE, begun + at))
         )
-        decision = marginal(watch, LAW, bigger, points=6)
-        watch = watch if decision is None else decision.watch
-    assert watch.credit == pytest.approx(begun, rel=0.05)
+        decision = marginal(seen, LAW, bigger, points=6)
+        seen = seen if decision is None else decision.seen
+    assert seen.credit == pytest.approx(begun, rel=0.05)
     assert decision.inputs["s_power"] == pytest.approx(LAW.s_power, rel=0.1)
 
 
 def test_a_watch_survives_json():
     _, decision = first_end(LAW, Sizes(int(SMALL), int(LARGE), 6 * SMALL, 6 * LARGE))
-    for watch in (Watch(), decision.watch):
-        assert Watch.from_json(json.loads(json.dumps(watch.to_json()))) == watch
+    for seen in (Seen(), decision.seen):
+        assert Seen.from_json(json.loads(json.dumps(seen.to_json()))) == seen
