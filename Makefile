@@ -28,12 +28,13 @@ INSIDE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PIP    := $(INSIDE) $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 CODE   := megagrow launch tests setup.py
 
-.PHONY: help setup quickstart check test test-slow clean
+.PHONY: help setup quickstart check test test-slow faults clean
 
 help:
 	@echo 'make quickstart  install, prepare data, train a small model that grows; about 10 minutes'
 	@echo 'make test        install, check the code, run the tests'
 	@echo 'make test-slow   the tests that take minutes each'
+	@echo 'make faults      kill a run 200 times at random moments; about 20 minutes'
 	@echo 'make check       lint, formatting and types only'
 	@echo 'make setup       make $(VENV) and install into it'
 	@echo 'make clean       remove caches and build products; $(VENV), data/ and runs/ stay'
@@ -100,6 +101,9 @@ test: check
 
 test-slow: setup
 	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -m slow tests
+
+faults: setup
+	$(INSIDE) $(VENV)/bin/python launch/benchmark.py faults --kills 200 --json benchmarks/faults.json
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,8 +27,15 @@ examples:
 
   # every growth operator with every state policy, the same data; goes on where it was stopped
   python launch/benchmark.py operators --data data/stdlib --work runs/operators --minutes 45
+
   # conversion of 4.2 GB of training state, against cp and DeepSpeed's ds_to_universal
   python launch/benchmark.py convert --parameters 350e6 --directory /tmp
+
+  # how far grown runs depart from the small run, for the exact policy and the others
+  python launch/benchmark.py dynamics --svg benchmarks/dynamics.svg
+
+  # SIGKILLs at random moments; the run must come to the same end
+  python launch/benchmark.py faults --kills 200
 
 Processes are started here, or by torchrun or the deepspeed launcher: then give them as --ranks.
 """
@@ -42,7 +49,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    names = "growth|throughput|savings|operators|convert"
+    names = "growth|throughput|savings|operators|dynamics|faults|convert"
     kinds = parser.add_subparsers(dest="kind", required=True, metavar=names)
     style: dict[str, Any] = {
         "epilog": EXAMPLES,
@@ -118,7 +125,29 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="on the disk to measure; what is made there is deleted (default %(default)s)",
     )
     add("--rounds", type=int, default=3, help="turns of each contender (default %(default)s)")
-    for kind in (growth, speed, savings, compared, conversion):
+    departing = kinds.add_parser("dynamics", help="grown runs beside the small run", **style)
+    add = departing.add_argument
+    add("--factor", type=int, default=2, help="of the growth (default %(default)s)")
+    add("--before", type=int, default=30, help="steps up to the growth (default %(default)s)")
+    add("--steps", type=int, default=30, help="steps after it (default %(default)s)")
+    for kind in (compared, departing):
+        kind.add_argument(
+            "--svg", type=Path, metavar="FILE", help="draw there (operators: FILE_*.svg)"
+        )
+    faults = kinds.add_parser("faults", help="random kills, and that nothing is lost", **style)
+    add = faults.add_argument
+    home = Path(__file__).resolve().parents[1]
+    add(
+        "--config",
+        type=Path,
+        default=home / "configs" / "bench" / "faults.yaml",
+        help="the run that is killed",
+    )
+    add("--kills", type=int, default=200, help="in all (default %(default)s)")
+    add("--minutes", type=float, default=20.0, help="at most (default %(default)g)")
+    add("--ranks", type=int, default=2, help="processes of a job (default %(default)s)")
+    add("--seed", type=int, default=1, help="of what is drawn (default %(default)s)")
+    for kind in (growth, speed, savings, compared, departing, faults, conversion):
         kind.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
         kind.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     # Overrides and options may come in any order.

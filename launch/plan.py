@@ -10,15 +10,15 @@ from pathlib import Path
 EXAMPLES = """\
 examples:
   # the best schedule for a model and 10 billion tokens, by Chinchilla's law, two growth stages
-  python launch/plan.py --config configs/gpt2_large.yaml --tokens 1e10 --law epoch --stages 2
+  python launch/plan.py --config configs/paper/large.yaml --tokens 1e10 --law epoch --stages 2
 
   # the same from a law fitted to your own runs, with its interval; writes config, page and picture
   python launch/plan.py --config my.yaml --flops 1e18 --fit runs/a runs/b runs/c runs/d \\
       --output plans/mine
 
   # step time, MFU, memory, and what each growth moves, for a run on 512 nodes
-  python launch/plan.py --config configs/mt530b_4096.yaml --machine configs/machines/h100.yaml \\
-      machine.nodes=512
+  python launch/plan.py --config configs/scale/mt530b_4096.yaml \\
+      --machine configs/machines/h100.yaml machine.nodes=512
 """
 
 
@@ -41,6 +41,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     laws = parser.add_mutually_exclusive_group()
     laws.add_argument("--law", default="chinchilla", help="kaplan, chinchilla (default) or epoch")
     laws.add_argument("--fit", nargs="+", metavar="RUN_DIR", help="fit the law to these runs")
+    add("--bootstrap", type=int, default=200, help="resampled fits (default %(default)s)")
     add("--no-floor", action="store_true", help="fit without the constant E")
     add("--stages", type=int, default=3, help="growth stages at most (default %(default)s)")
     add(
@@ -105,8 +106,10 @@ def run(options: argparse.Namespace) -> str:
     operators = [name.strip() for name in options.operators.split(",") if name.strip()]
     fit = None
     if options.fit:
-        points = run_points(options.fit, unit="tokens", embeddings=True)
-        fit = fit_law(points, unit="tokens", floor=not options.no_floor)
+        points = run_points(options.fit, unit="tokens")
+        fit = fit_law(
+            points, unit="tokens", floor=not options.no_floor, bootstrap=options.bootstrap
+        )
     law = fit.law if fit is not None else find_law(options.law)
     target = config.model_copy(update={"stages": config.stages[:1]})
     found = propose(

@@ -97,7 +97,12 @@ def run(options: argparse.Namespace) -> int:
 
     prepare_network()
     try:
-        with StopRequest().listening() as stop, watching(comm.start(), config) as (ranks, watch):
+        try:
+            ranks = comm.start(config.watch.slow)
+        except RuntimeError as error:  # which torch.distributed's own errors are
+            cause = f"not all ranks came within watch.slow = {config.watch.slow:g} s"
+            raise LostContactError(error, cause, told=False) from error
+        with StopRequest().listening() as stop, watching(ranks, config) as watch:
             try:
                 trainer = Trainer(
                     config=config,

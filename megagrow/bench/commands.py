@@ -7,10 +7,12 @@ import os
 import tempfile
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from megagrow.bench import cases as wanted
 from megagrow.bench import convert as converting
+from megagrow.bench import dynamics as departing
 from megagrow.bench import growth as growing
 from megagrow.bench import growth_table
 from megagrow.bench import operators as comparing
@@ -20,7 +22,8 @@ from megagrow.config import LayoutConfig, ModelConfig
 from megagrow.config.load import load_settings, parse_config
 from megagrow.data.dataset import open_dataset
 from megagrow.engine.comm import start
-from megagrow.errors import ConfigError
+from megagrow.errors import CheckpointError, ConfigError
+from megagrow.files import write_atomically
 
 
 def growth(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -103,6 +106,10 @@ def operators(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "complete": complete,
         "results": found,
     }
+    if options.svg is not None:
+        for name, drawn in comparing.figures(found).items():
+            path = options.svg.with_name(f"{options.svg.stem}_{name}.svg")
+            write_atomically(path, drawn.encode())
     text = comparing.table(found)
     return result, text if complete else text + "\n\nNot all is trained: run it again to go on."
 
@@ -115,6 +122,24 @@ def convert(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         )
     result = converting.measure(options.parameters, options.directory, options.rounds)
     return result, converting.table(result)
+
+
+def dynamics(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Grown runs beside the small run; (for JSON, as Markdown)."""
+    measured = {"factor": options.factor, "before": options.before, "steps": options.steps}
+    found = [
+        one for family in ("gpt2", "llama") for one in departing.measure(family=family, **measured)
+    ]
+    if options.svg is not None:
+        text = departing.figure(found, operator="width_diag", family="gpt2")
+        write_atomically(options.svg, text.encode())
+    result = {
+        "benchmark": "dynamics",
+        **measured,
+        "greatest_departure": departing.summary(found),
+        "results": found,
+    }
+    return result, departing.table(found)
 
 
 def _model(options: argparse.Namespace) -> ModelConfig:
@@ -150,13 +175,32 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     campaign = saving.Campaign(config, world=world, vocab=vocab)
     if options.dry_run:
         return {}, page.plan_text(campaign) if is_first() else ""
-    complete = False
     until = None if options.minutes is None else time.time() + 60 * options.minutes
     if not options.collect:
         workers = options.workers or os.cpu_count() or 1
-        complete = saving.train(campaign, comm=comm, workers=workers, until=until)
+        saving.train(campaign, comm=comm, workers=workers, until=until)
     if not is_first():
         return {}, ""
-    result = {**campaign.result(), "complete": complete}
+    result = {**campaign.result(), "complete": campaign.complete()}
     page.write(campaign, result)
     return result, page.table(result)
+
+
+def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Random kills of a small run; (for JSON, as text).
+
+    Raises:
+        CheckpointError: a run did not end as the undisturbed one.
+    """
+    from megagrow.bench import faults as killing
+
+    with tempfile.TemporaryDirectory(prefix="megagrow-faults-") as scratch:
+        campaign = killing.Campaign(
+            options.config, Path(scratch) / "faults", world=options.ranks, seed=options.seed
+        )
+        campaign.run(kills=options.kills, minutes=options.minutes)
+    result = campaign.result()
+    text = killing.table(result)
+    if campaign.faults:
+        raise CheckpointError("kills left their mark", found=text, expected="no faults")
+    return result, text

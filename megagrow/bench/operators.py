@@ -23,8 +23,11 @@ from megagrow.config import Config
 from megagrow.data.dataset import open_dataset
 from megagrow.engine.comm import Comm
 from megagrow.growth.registry import OPERATORS
+from megagrow.report.axis import axis
+from megagrow.report.chart import COLOURS, Series, chart, standalone
 from megagrow.report.log import read_metrics
 from megagrow.report.run import Run, summarize
+from megagrow.report.style import STYLE
 from megagrow.train.checkpoints import DIRECTORY
 from megagrow.train.loop import Trainer
 from megagrow.train.plan import plan_run, with_vocabulary
@@ -53,7 +56,8 @@ class Protocol:
         small_steps: steps of the small model before the growth.
         grown_steps: steps after it.
         batch: samples in a step.
-        lr: the learning rate, the same for all sizes, constant after the warm-up.
+        lr: the learning rate, the same for all sizes, constant after a warm-up over a tenth of
+            the small steps.
         rewarm, ramp, fit_steps: steps of re-warming, of letting new units in, and of fitting maps,
             where a case has them.
     """
@@ -98,9 +102,9 @@ def cases() -> list[Case]:
     """The controls, then every operator of width or depth with each of its policies."""
     found = [Case("width", SMALL), Case("width", SCRATCH), Case("depth", SCRATCH)]
     for operator in OPERATORS.values():
-        for axis, sizes in _GROWN.items():
+        for grown, sizes in _GROWN.items():
             if set(sizes) <= set(operator.sizes):
-                found += [Case(axis, operator.name, policy) for policy in operator.policies]
+                found += [Case(grown, operator.name, policy) for policy in operator.policies]
                 break
     return found
 
@@ -156,7 +160,7 @@ def _config(protocol: Protocol, seed: int, case: Case | None, run_dir: Path) -> 
             "layout": {"zero": 0},
             "data": {"path": str(protocol.data)},
             "optimizer": {"lr": protocol.lr},
-            "schedule": {"name": "constant", "warmup": 40},
+            "schedule": {"name": "constant", "warmup": protocol.small_steps // 10},
             "batch": {"global": protocol.batch, "micro": protocol.batch},
             "stages": stages,
             "train": {
@@ -229,11 +233,11 @@ def results(protocol: Protocol, work: Path) -> list[Result]:
             if finished(work / f"seed-{seed}" / case.directory)
         }
         if runs:
-            found.append(_result(protocol, case, runs))
+            found.append(_result(case, runs))
     return found
 
 
-def _result(protocol: Protocol, case: Case, runs: Mapping[int, Run]) -> Result:
+def _result(case: Case, runs: Mapping[int, Run]) -> Result:
     operator = OPERATORS.get(case.operator)
     last = next(iter(runs.values()))
     jumps = [run.growths[0].jump for run in runs.values() if run.growths]
@@ -249,15 +253,14 @@ def _result(protocol: Protocol, case: Case, runs: Mapping[int, Run]) -> Result:
         "final": statistics.fmean(final),
         "spread": statistics.stdev(final) if len(final) > 1 else None,
         "flops": last.validations[-1].flops,
-        "seeds": {
-            str(seed): [
-                {"step": v.step, "tokens": v.tokens, "loss": v.loss}
-                for v in run.validations
-                if v.step >= protocol.small_steps or case.operator == SCRATCH
-            ]
-            for seed, run in runs.items()
-        },
+        "seeds": {str(seed): _curve(run) for seed, run in runs.items()},
     }
+
+
+def _curve(run: Run) -> list[Result]:
+    """Validation losses, the first right after the growth where there is one."""
+    grown = [{"step": g.step, "tokens": g.tokens, "loss": g.loss_after} for g in run.growths]
+    return grown + [{"step": v.step, "tokens": v.tokens, "loss": v.loss} for v in run.validations]
 
 
 def against(one: Result, other: Result) -> tuple[float, float] | None:
@@ -278,8 +281,8 @@ def table(found: Sequence[Result]) -> str:
         "| seeds |",
         "|---|---|---|---|---|---|",
     ]
-    for axis in _GROWN:
-        group = [one for one in found if one["axis"] == axis]
+    for grown in _GROWN:
+        group = [one for one in found if one["axis"] == grown]
         for one in sorted(group, key=lambda one: one["final"]):
             gap = against(one, small) if small and one is not small else None
             lines.append(
@@ -290,3 +293,41 @@ def table(found: Sequence[Result]) -> str:
                 f"{len(one['seeds'])} |"
             )
     return "\n".join(lines)
+
+
+def figures(found: Sequence[Result]) -> dict[str, str]:
+    """SVG files by name: each operator under its first policy, and every policy of `width`."""
+    first = [one for one in found if Case(one["axis"], one["operator"], one["policy"]).first]
+    grown = [one for one in first if one["operator"] != SCRATCH]
+    chosen = {
+        "width": ("Width growth, each operator under its own first policy",
+                  [one for one in grown if one["axis"] == "width"]),
+        "depth": ("Depth growth, each operator under its own first policy",
+                  [one for one in grown if one["axis"] == "depth" or one["operator"] == SMALL]),
+        "policies": ("The width operator under every state policy",
+                     [one for one in found if one["operator"] in ("width", SMALL)]),
+    }  # fmt: skip
+    return {name: _figure(title, group) for name, (title, group) in chosen.items() if group}
+
+
+def _figure(title: str, group: Sequence[Result]) -> str:
+    series = [
+        Series(one["name"], _mean_curve(one), colour, marked=True)
+        for one, colour in zip(group, COLOURS, strict=False)
+    ]
+    points = [point for one in series for point in one.points]
+    drawn = chart(
+        title=title,
+        note="validation loss, nats per token, mean over seeds",
+        x=axis([x for x, _ in points], prefixes=True),
+        y=axis([y for _, y in points], snap=True),
+        x_label="tokens since the start of the small model",
+        series=series,
+    )
+    return standalone(drawn, style=STYLE)
+
+
+def _mean_curve(one: Result) -> list[tuple[float, float]]:
+    by_seed = list(one["seeds"].values())
+    points = zip(*by_seed, strict=True)
+    return [(at[0]["tokens"], statistics.fmean(p["loss"] for p in at)) for at in points]

@@ -190,21 +190,50 @@ class BatchConfig(Section):
         return self
 
 
+_RULES = ("slope", "marginal", "planned")
+
+
 class UntilConfig(Section):
-    """The end of a growth stage, counted from the start of the run; exactly one key."""
+    """The end of a growth stage: a bound, or a rule, or a rule with a bound as its latest end.
+
+    Bounds (`steps`, `tokens`, `flops`) count from the start of the run.  Rules watch the run:
+    `slope` ends the stage when d log L / d log C of the validation loss rises above it;
+    `marginal` when the larger model is foretold to gain more loss a FLOP; `planned` takes the
+    planner's moment, worked out before the run starts.
+    """
 
     steps: Positive | None = None
     tokens: Annotated[float, Field(gt=0)] | None = None
     flops: Annotated[float, Field(gt=0)] | None = None
+    slope: Annotated[float, Field(lt=0)] | None = None
+    marginal: Literal[True] | None = None
+    planned: Literal[True] | None = None
 
     @model_validator(mode="after")
-    def _exactly_one(self) -> UntilConfig:
-        given = [key for key in ("steps", "tokens", "flops") if getattr(self, key) is not None]
-        if len(given) != 1:
+    def _one_of_each(self) -> UntilConfig:
+        bounds, rules = self._given("steps", "tokens", "flops"), self._given(*_RULES)
+        if len(bounds) > 1 or len(rules) > 1 or not bounds + rules:
             raise ValueError(
-                f"give exactly one of steps, tokens, flops; found {' and '.join(given) or 'none'}"
+                "give exactly one of steps, tokens, flops, or a rule (slope, marginal, planned) "
+                "alone or with one of them as the latest end; "
+                f"found {' and '.join(bounds + rules) or 'none'}"
             )
+        if rules == ["planned"] and bounds not in ([], ["tokens"]):
+            raise ValueError(f"planned counts in tokens; its latest end cannot be in {bounds[0]}")
         return self
+
+    def _given(self, *keys: str) -> list[str]:
+        return [key for key in keys if getattr(self, key) is not None]
+
+    @property
+    def rule(self) -> str | None:
+        """The name of its rule, if it has one."""
+        return next(iter(self._given(*_RULES)), None)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it names steps, tokens or FLOPs."""
+        return bool(self._given("steps", "tokens", "flops"))
 
 
 class GrowTarget(Section):
@@ -227,7 +256,9 @@ class GrowConfig(Section):
     growth.  How far is told by `factor` (for each of them; 2 by default) or by `target`.
     `state_policy: null` takes the operator's default.  `rewarm` is the number
     of steps over which the learning rate climbs back after the growth; null
-    takes the policy's default.  `mup: true` divides the learning rate of matrices by the growth
+    takes the policy's default.  `restart` sets the learning-rate schedule back: the position S of
+    the growth becomes S / restart (Shen et al., arXiv 2203.06211); `paper` is theirs for the
+    operator, null goes on.  `mup: true` divides the learning rate of matrices by the growth
     of their inputs.  `ramp` is the number of steps over which `width_random` lets its new units
     in, `fit_steps` for how many `ligo` is fitted; null takes the operator's default.
     """
@@ -239,6 +270,7 @@ class GrowConfig(Section):
     rewarm: Annotated[int, Field(ge=0)] | None = None
     ramp: Positive | None = None
     fit_steps: Positive | None = None
+    restart: Annotated[float, Field(ge=1.0)] | Literal["paper"] | None = None
     mup: bool = False
 
     @model_validator(mode="before")
@@ -266,11 +298,17 @@ class GrowConfig(Section):
 
 
 class StageConfig(Section):
-    """A growth stage: an optional growth at its start, an optional new layout, its end."""
+    """A growth stage: its end, and what is new at its start.
+
+    A growth, a layout, a batch, a sequence length of the samples (at most the model's): what is
+    not named stays.  Stages without a growth make a warm-up of batch or sequence length.
+    """
 
     until: UntilConfig
     grow: GrowConfig | None = None
     layout: LayoutConfig | None = None
+    batch: BatchConfig | None = None
+    sequence: Positive | None = None
 
 
 class WandbConfig(Section):
@@ -321,10 +359,29 @@ class RecoveryConfig(Section):
     spike: Annotated[float, Field(gt=1.0)] | None = None
 
 
+class LawConfig(Section):
+    """Constants of L(N, S) = floor + (n_scale / N)^n_power + (s_scale / S)^s_power."""
+
+    floor: Annotated[float, Field(ge=0)]
+    n_scale: Annotated[float, Field(gt=0)]
+    n_power: Annotated[float, Field(gt=0)]
+    s_scale: Annotated[float, Field(gt=0)]
+    s_power: Annotated[float, Field(gt=0)]
+    unit: Literal["steps", "tokens"] = "tokens"
+    embeddings: bool = True  # whether N counts them
+
+
 class GrowthConfig(Section):
-    """Settings of the transfer that carries a growth."""
+    """Settings of growths: the transfer that carries one, and the rules that end a stage.
+
+    `law` is what `planned` and `marginal` foretell by: a published law's name or constants, as
+    launch/plan.py --fit prints them.  `points` is how many validations in a row `slope` is taken
+    over, and the fewest that `marginal` fits.
+    """
 
     staging_mib: Annotated[float, Field(gt=0)] = 64.0  # per rank, all buffers together
+    law: Literal["kaplan", "chinchilla", "epoch"] | LawConfig = "chinchilla"
+    points: Annotated[int, Field(ge=2)] = 5
 
 
 class Config(Section):
@@ -345,6 +402,16 @@ class Config(Section):
     watch: WatchConfig = WatchConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     deepspeed: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _the_last_stage_is_bounded(self) -> Config:
+        until, last = self.stages[-1].until, len(self.stages) - 1
+        if not until.bounded or until.rule not in (None, "slope"):
+            raise ValueError(
+                f"stages[{last}].until.{until.rule}: no growth follows the last stage; say where "
+                "the run ends, for instance until: {tokens: 1e9}, alone or with a slope"
+            )
+        return self
 
     @model_validator(mode="after")
     def _first_stage_does_not_grow(self) -> Config:

@@ -131,8 +131,12 @@ class Comm:
             raise wanted(text if kind is wanted else f"rank {rank} failed: {kind.__name__}: {text}")
 
 
-def start() -> Comm:
-    """Join the job that a launcher started, or be a job of one process."""
+def start(seconds: float = 600.0) -> Comm:
+    """Join the job that a launcher started, or be a job of one process.
+
+    Args:
+        seconds: how long the other ranks may take to come, and each collective after that.
+    """
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
@@ -148,7 +152,12 @@ def start() -> Comm:
         if _on_gpu():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if _on_gpu() else "gloo"
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            backend,
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=seconds),
+        )
     _settle_imports()
     return Comm()
 

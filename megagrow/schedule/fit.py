@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -211,3 +212,58 @@ def _law(x: Floats, unit: Unit, embeddings: bool) -> ScalingLaw:
     return ScalingLaw(
         "fitted", floor, math.exp(a / a_n), a_n, math.exp(b / a_s), a_s, unit, embeddings
     )
+
+
+class Curve(NamedTuple):
+    """One model's L(S) above a known floor: capacity + (s_scale / S)^s_power."""
+
+    capacity: float
+    s_scale: float
+    s_power: float
+
+    def loss(self, s: float, *, floor: float) -> float:
+        """The loss after S."""
+        return float(floor + self.capacity + (self.s_scale / s) ** self.s_power)
+
+    def gain(self, rest: float) -> float:
+        """-dL/dS where the loss is `rest` above the model's limit; 0 at the limit."""
+        if rest <= 0:
+            return 0.0
+        return float(self.s_power * rest ** (1 + 1 / self.s_power) / self.s_scale)
+
+
+def fit_curve(s: Sequence[float], loss: Sequence[float], *, floor: float) -> Curve:
+    """Fit one model's curve above a floor: Huber on log L, from several starts.
+
+    Args:
+        s: tokens or steps, above 0, rising.
+        loss: as many losses.
+        floor: E, below all of them; a loss that is not makes the floor 0.
+    """
+    across = np.log(np.asarray(s, np.float64))
+    level = np.asarray(loss, np.float64)
+    floor = floor if floor < level.min() else 0.0
+    log_loss = np.log(level)
+
+    def residuals(x: Floats) -> Floats:
+        predicted: Floats = np.log(floor + np.exp(x[0]) + np.exp(x[1] - np.exp(x[2]) * across))
+        return predicted - log_loss
+
+    best: tuple[float, Floats] | None = None
+    above = math.log(level.min() - floor)
+    for share, power in ((0.2, 0.3), (0.6, 0.3), (0.2, 0.8), (0.6, 0.8)):
+        begin = math.log1p(-share) + above + power * across[-1]
+        result = optimize.least_squares(
+            residuals,
+            [math.log(share) + above, begin, math.log(power)],
+            loss="huber",
+            f_scale=HUBER,
+            bounds=([-30.0, -200.0, math.log(0.02)], [10.0, 200.0, math.log(3.0)]),
+            max_nfev=300,
+        )
+        if best is None or result.cost < best[0]:
+            best = float(result.cost), result.x
+    assert best is not None
+    a, b, log_power = (float(value) for value in best[1])
+    power = math.exp(log_power)
+    return Curve(math.exp(a), math.exp(b / power), power)

@@ -14,6 +14,10 @@ steps, D decay steps and floor f (all rates are times the peak):
 Decays reach the floor at T, after the last update, so that with f = 0 no update is wasted
 on a rate of 0 (as no warm-up step has one).  Beyond T the rate stays.
 
+A growth at step g with a restart (Shen et al., arXiv 2203.06211, set the step of the schedule back
+at a growth) makes the updates from g on take the rates of an earlier position: g + i stands at
+p + i, p < g.  T is then where the last update stands, so that a decay still ends with the run.
+
 A growth at step g with a re-warm of r steps multiplies the rates of the updates
 g ... g + r - 1 by 1/r, 2/r ... 1; where re-warms overlap the smaller factor holds.
 
@@ -26,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from megagrow.config.schema import Config
@@ -42,6 +46,13 @@ class Rewarm(NamedTuple):
     steps: int
 
 
+class Restart(NamedTuple):
+    """From update `step` on, the schedule goes on as from its position `to`."""
+
+    step: int
+    to: int
+
+
 @dataclass(frozen=True)
 class LearningRate:
     """A schedule; see the module for its formulas.
@@ -54,6 +65,7 @@ class LearningRate:
         decay: D / T, the fraction of all steps that wsd decays (D is rounded to a step).
         floor: f, the final rate as a fraction of the peak (0 to 1).
         rewarms: one for each growth that asks for it.
+        restarts: the same, in the order of their steps.
 
     Raises:
         ConfigError: warm-up and decay do not fit into the run.
@@ -66,9 +78,10 @@ class LearningRate:
     decay: float = 0.1
     floor: float = 0.0
     rewarms: tuple[Rewarm, ...] = ()
+    restarts: tuple[Restart, ...] = ()
 
     def __post_init__(self) -> None:
-        room = self.total_steps - self.decay_steps
+        room = self.length - self.decay_steps
         if self.warmup > room:
             decays = f" and decays over the last {self.decay_steps}" if self.decay_steps else ""
             raise ConfigError(
@@ -82,11 +95,21 @@ class LearningRate:
     @property
     def decay_steps(self) -> int:
         """D: how many of the last steps decay under wsd; 0 for the other kinds."""
-        return round(self.decay * self.total_steps) if self.kind == "wsd" else 0
+        return round(self.decay * self.length) if self.kind == "wsd" else 0
+
+    def position(self, step: int) -> int:
+        """Where the update number `step` stands in the schedule, restarts taken in."""
+        last = max((restart for restart in self.restarts if restart.step <= step), default=None)
+        return step if last is None else last.to + step - last.step
+
+    @property
+    def length(self) -> int:
+        """T: the schedule's length, which restarts make shorter than the run."""
+        return self.position(self.total_steps)
 
     def at(self, step: int) -> float:
         """The rate of the update number `step`, counted from 0."""
-        return self.peak * self._shape(step) * self._rewarm(step)
+        return self.peak * self._shape(self.position(step)) * self._rewarm(step)
 
     def _shape(self, step: int) -> float:
         """The schedule without growths, as a fraction of the peak."""
@@ -94,11 +117,11 @@ class LearningRate:
             return (step + 1) / self.warmup
         if self.kind == "constant":
             return 1.0
-        start = self.total_steps - self.decay_steps if self.kind == "wsd" else self.warmup
-        length = self.total_steps - start
+        start = self.length - self.decay_steps if self.kind == "wsd" else self.warmup
+        length = self.length - start
         if step < start or length == 0:
             return 1.0
-        left = max(0, self.total_steps - step) / length  # 1 at the start of the decay, 0 at T
+        left = max(0, self.length - step) / length  # 1 at the start of the decay, 0 at T
         if self.kind == "cosine":
             left = (1.0 - math.cos(math.pi * left)) / 2
         return left + self.floor * (1.0 - left)
@@ -110,7 +133,11 @@ class LearningRate:
 
 
 def learning_rate(
-    config: Config, *, total_steps: int, rewarms: Sequence[tuple[int, int]] = ()
+    config: Config,
+    *,
+    total_steps: int,
+    rewarms: Sequence[tuple[int, int]] = (),
+    restarts: Sequence[tuple[int, float]] = (),
 ) -> LearningRate:
     """The schedule that `config` asks for.
 
@@ -119,12 +146,13 @@ def learning_rate(
         total_steps: the end of the last growth stage (see `resolve_stages`).
         rewarms: (step of the growth, steps to re-warm over) for each growth, with the
             state policy's default already filled in.
+        restarts: (step of the growth, what its position is divided by), in order.
 
     Raises:
         ConfigError: warm-up and decay do not fit into the run.
     """
     schedule = config.schedule
-    return LearningRate(
+    rate = LearningRate(
         peak=config.optimizer.lr,
         total_steps=total_steps,
         warmup=schedule.warmup,
@@ -133,3 +161,7 @@ def learning_rate(
         floor=schedule.floor,
         rewarms=tuple(Rewarm(*rewarm) for rewarm in rewarms),
     )
+    for step, ratio in restarts:
+        to = max(round(rate.position(step) / ratio), schedule.warmup)
+        rate = replace(rate, restarts=(*rate.restarts, Restart(step, min(to, step))))
+    return rate

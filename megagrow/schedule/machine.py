@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated
 
 from pydantic import Field
@@ -103,14 +104,14 @@ def step_time(
     tokens = config.batch.global_ * model.sequence
     flops = train_flops_per_token(model) * tokens
     by_place = forward_flops_by_place(model)
-    stages = [sum(by_place[a:b]) for a, b in zip(placement.cuts, placement.cuts[1:], strict=False)]
+    stages = [sum(by_place[a:b]) for a, b in pairwise(placement.cuts)]
     uneven = max(stages) * len(stages) / sum(stages)
     again = 4 / 3 if model.activation_checkpointing == "full" else 1.0
     ideal = flops / (layout.world * machine.flops)
     compute = ideal * again * uneven / machine.efficiency
     stream = config.batch.micro * model.sequence * model.hidden * width
-    blocks = max(b - a for a, b in zip(placement.cuts, placement.cuts[1:], strict=False))
-    blocks = min(blocks, model.layers)
+    # Of the layer list the first entry is the embedding and the last the head.
+    blocks = max(min(b, model.layers + 1) - max(a, 1) for a, b in pairwise(placement.cuts))
     tensor = _ring(layout.tensor) * 4 * 2 * stream * blocks * micro_batches
     pipeline = 2 * stream * micro_batches if layout.pipeline > 1 else 0
     passes = 3 if layout.zero == 3 else 2

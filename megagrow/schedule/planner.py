@@ -97,6 +97,21 @@ class Curves:
         return self.law.loss(size.n, tokens / self._tokens)
 
 
+def size_of(model: ModelConfig, law: ScalingLaw, *, depth: int = 1, width: int = 1) -> Size:
+    """A model as a law sees it."""
+    n = parameters_for(law, model)
+    return Size(model, depth, width, n, train_flops_per_token(model))
+
+
+def parameters_for(law: ScalingLaw, model: ModelConfig) -> int:
+    """N as the law counts it: with embeddings, or without."""
+    n = build_catalog(model).parameters
+    if not law.embeddings:
+        n -= model.vocabulary * model.hidden * (1 if model.tie_embeddings else 2)
+        n -= model.sequence * model.hidden if model.family == "gpt2" else 0
+    return n
+
+
 def sizes_towards(target: ModelConfig, law: ScalingLaw, *, operators: Sequence[str]) -> list[Size]:
     """The target and the smaller models that depth and width growth lead to it from.
 
@@ -123,11 +138,7 @@ def sizes_towards(target: ModelConfig, law: ScalingLaw, *, operators: Sequence[s
                     "ffn": target.ffn // width,
                 }
             )
-            n = build_catalog(model).parameters
-            if not law.embeddings:
-                n -= model.vocabulary * model.hidden * (1 if model.tie_embeddings else 2)
-                n -= model.sequence * model.hidden if model.family == "gpt2" else 0
-            found.append(Size(model, depth, width, n, train_flops_per_token(model)))
+            found.append(size_of(model, law, depth=depth, width=width))
     return sorted(found, key=lambda size: size.n)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megagrow.config.schema import Config, LayoutConfig, ModelConfig, UntilConfig
+from megagrow.config.schema import BatchConfig, Config, LayoutConfig, ModelConfig, UntilConfig
 from megagrow.errors import ConfigError
 
 
@@ -27,6 +27,13 @@ class StagePlan:
     end_flops: int
     model: ModelConfig
     layout: LayoutConfig
+    batch: BatchConfig
+    sequence: int
+
+    @property
+    def seen(self) -> ModelConfig:
+        """The model at the sequence length of the stage's samples, which arithmetic is about."""
+        return self.model.model_copy(update={"sequence": self.sequence})
 
     @property
     def steps(self) -> int:
@@ -50,20 +57,24 @@ def resolve_stages(
     models: Sequence[ModelConfig],
     layouts: Sequence[LayoutConfig],
     flops_per_token: Callable[[ModelConfig], int],
+    ends: Sequence[int] = (),
 ) -> tuple[StagePlan, ...]:
     """The stages of `config` in steps, tokens and FLOPs.
 
     A stage ends after the first step that reaches its bound (`until`), so it may pass a
-    bound in tokens or FLOPs by less than one step.
+    bound in tokens or FLOPs by less than one step.  What a stage that ends by a rule alone gets
+    is its latest end: stages of that kind in a row share the way to the next bound evenly.
 
     Args:
-        config: its `stages` and `batch.global` are used.
+        config: its `stages` and `batch` are used.
         models: the model of each stage, growths applied.
         layouts: the layout of each stage.
         flops_per_token: FLOPs of training a model on one token (forward and backward).
+        ends: steps at which the first stages did end, where a rule has ended them.
 
     Raises:
-        ConfigError: a stage would be empty, its bound being reached before it starts.
+        ConfigError: a stage would be empty, its bound being reached before it starts; or its
+            samples are longer than the model's sequence.
     """
     if not len(models) == len(layouts) == len(config.stages):
         raise ValueError(
@@ -72,12 +83,17 @@ def resolve_stages(
         )
     plans: list[StagePlan] = []
     steps = tokens = flops = 0
+    bounds = _bounds(config)
+    batch, sequence = config.batch, None
     for index, (stage, model, layout) in enumerate(
         zip(config.stages, models, layouts, strict=True)
     ):
-        tokens_a_step = config.batch.global_ * model.sequence
-        flops_a_step = tokens_a_step * flops_per_token(model)
-        unit, bound = _bound(stage.until)
+        batch, sequence = stage.batch or batch, stage.sequence or sequence
+        length = _sample_length(model, sequence, index=index)
+        tokens_a_step = batch.global_ * length
+        seen = model.model_copy(update={"sequence": length})
+        flops_a_step = tokens_a_step * flops_per_token(seen)
+        unit, bound = ("steps", Fraction(ends[index])) if index < len(ends) else bounds[index]
         done, a_step = {
             "steps": (steps, 1),
             "tokens": (tokens, tokens_a_step),
@@ -103,6 +119,8 @@ def resolve_stages(
             end_flops=flops + count * flops_a_step,
             model=model,
             layout=layout,
+            batch=batch,
+            sequence=length,
         )
         plans.append(plan)
         steps, tokens, flops = plan.end_step, plan.end_tokens, plan.end_flops
@@ -121,13 +139,41 @@ def stage_of(plans: Sequence[StagePlan], step: int) -> StagePlan:
     raise ValueError(f"step {step} is not among the run's steps 0 to {plans[-1].end_step - 1}")
 
 
+def _sample_length(model: ModelConfig, wanted: int | None, *, index: int) -> int:
+    if wanted is None:
+        return model.sequence
+    if wanted > model.sequence:
+        raise ConfigError(
+            f"stages[{index}].sequence: samples longer than the model's sequence",
+            found=wanted,
+            expected=f"at most {model.sequence}",
+            mend="shorten it, or grow the model's sequence (operator: sequence)",
+        )
+    return wanted
+
+
+def _bounds(config: Config) -> list[tuple[str, Fraction]]:
+    """The unit and the bound of each stage; of one that a rule alone ends, its latest end."""
+    found: list[tuple[str, Fraction]] = []
+    waiting = 0
+    for stage in config.stages:
+        if not stage.until.bounded:
+            waiting += 1
+            continue
+        unit, bound = _bound(stage.until)
+        found += [(unit, bound * i / (waiting + 1)) for i in range(1, waiting + 1)]
+        found.append((unit, bound))
+        waiting = 0
+    return found
+
+
 def _bound(until: UntilConfig) -> tuple[str, Fraction]:
     """The unit and the bound of a stage, the float taken at its exact value."""
     for unit in ("steps", "tokens", "flops"):
         value = getattr(until, unit)
         if value is not None:
             return unit, Fraction(value)
-    raise AssertionError("UntilConfig holds exactly one bound")
+    raise AssertionError("a stage without a bound")
 
 
 def _shown(value: Fraction | int) -> str:

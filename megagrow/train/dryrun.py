@@ -82,6 +82,18 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
         f"{human(steps.end_flops - steps.start_flops, 'FLOP')})",
         *_memory_lines(config, plan, index),
     ]
+    if steps.sequence != model.sequence or steps.batch != config.batch:
+        lines.append(
+            f"  batch       {steps.batch.global_} samples of {steps.sequence} tokens, "
+            f"micro-batch {steps.batch.micro}"
+        )
+    rule = config.stages[index].until.rule
+    if rule is not None:
+        known = [end for end in plan.planned if end.index == index]
+        lines.append(
+            f"  ends by     {rule}"
+            + (f" (loss {known[0].loss:.4f} by the law)" if known else "; the steps are its latest")
+        )
     if stage.growth is not None and stage.grow is not None:
         lines.insert(
             1,
@@ -121,13 +133,14 @@ class Peak:
 def training_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
     """Memory in training, by pipeline stage."""
     stage, placement = plan.stages[index], plan.placement(index)
+    config = stage.settings(config)
     peaks = []
     for pipe in range(stage.layout.pipeline):
         numel = sum(map(sum, local_sizes(placement, pipe)))
         settings = deepspeed_config(config, stage.layout, parameters=numel)
         memory = rank_memory(
             config,
-            stage.model,
+            stage.seen,
             placement,
             pipe=pipe,
             bucket=settings["zero_optimization"]["reduce_bucket_size"],

@@ -59,7 +59,7 @@ def start_engine(
 ) -> Engine:
     """The engine of a growth stage, its state not yet written."""
     engine = Engine(
-        config=config,
+        config=stage.settings(config),
         model=stage.model,
         spread=stage.plan.layout,
         placement=stage.placement(state.rules),
@@ -174,7 +174,7 @@ def _fitted(
         small=small,
         samples=samples,
         first=state.consumed_samples,
-        batch=config.batch,
+        batch=stage.plan.batch,
     )
     # Under ZeRO 1 each value has one rank to come from, should processors round differently.
     return _Whole(large, Placement(growth.target, Layout(data=comm.world, zero=1))), fit.flops

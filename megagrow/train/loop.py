@@ -28,15 +28,17 @@ from megagrow.errors import CheckpointError, TrainingError
 from megagrow.files import write_atomically
 from megagrow.growth.growth import Growth
 from megagrow.report import write_report
+from megagrow.schedule.rules import Validated
 from megagrow.train import checkpoints
 from megagrow.train.agree import on_all, on_first
 from megagrow.train.grow import GrowthReport, fill_fresh, grow, start_engine
 from megagrow.train.metrics import MetricsLog
-from megagrow.train.plan import RunPlan, Stage
+from megagrow.train.plan import RunPlan, Stage, plan_run
 from megagrow.train.progress import Progress
 from megagrow.train.recovery import RollBack, StepGuard, remember
 from megagrow.train.saving import Saver
 from megagrow.train.signals import StopRequest, signal_name
+from megagrow.train.stage_rules import carry, decide
 from megagrow.train.state import RunState
 from megagrow.train.telemetry import open_mirrors
 from megagrow.train.watch import Watch, unwatched
@@ -117,6 +119,7 @@ class Trainer:
         """The engine of `state`, with its tensors."""
         self._begin(f"starting at step {self.state.step}", slow=True)
         self._first_step = self.state.step
+        self._plan_from(self.state.ends)
         self._enter_stage()
         self.engine = start_engine(
             config=self.config,
@@ -173,6 +176,8 @@ class Trainer:
             "device": str(self.comm.device),
         }
         log.event("run_start" if checkpoint is None else "resume", **facts)
+        for end in self.plan.planned if checkpoint is None else ():
+            log.event("stage_rule", step=0, rule="planned", **asdict(end))
         return log
 
     def _begin(self, what: str, *, slow: bool = False) -> None:
@@ -181,10 +186,13 @@ class Trainer:
     def _enter_stage(self) -> None:
         """Everything that follows from the current stage's model."""
         self.stage: Stage = self.plan.stages[self.state.growth_stage]
-        sequence = self.stage.model.sequence
-        self.samples = SampleIndex(self.data.train, sequence, self.config.run.seed)
+        plan = self.stage.plan
+        self.samples = SampleIndex(self.data.train, plan.sequence, self.config.run.seed)
+        # Always at the model's full length, so that losses compare from stage to stage.
         self.validation = validation_samples(
-            self.data.validation, sequence=sequence, count=self.config.train.validation_samples
+            self.data.validation,
+            sequence=plan.model.sequence,
+            count=self.config.train.validation_samples,
         )
 
     # --- the run --------------------------------------------------------------------------
@@ -201,12 +209,11 @@ class Trainer:
             self.saver.close()
 
     def _run(self) -> int:
-        stop = self.config.train.stop_after_steps or self.plan.total_steps
         if self.state.step == 0:
             self._validate()
         while True:
             try:
-                self._train(stop)
+                self._train()
                 break
             except RollBack as bad:
                 self._roll_back(bad)
@@ -214,15 +221,16 @@ class Trainer:
         self._finish(stopped=self.state.step < self.plan.total_steps)
         return self._asked
 
-    def _train(self, stop: int) -> None:
+    def _train(self) -> None:
         while True:
-            while self.state.step < min(self.stage.plan.end_step, stop):
+            # A rule may end the stage, and with it move the end of the run.
+            while self.state.step < min(self.stage.plan.end_step, self._stop):
                 self._step()
                 self._settle(self.saver.poll)
                 if self._asked:
                     return
-                self._now_and_then(stop)
-            if self.state.step >= stop or self.stage.index + 1 == len(self.plan.stages):
+                self._now_and_then()
+            if self.state.step >= self._stop or self.stage.index + 1 == len(self.plan.stages):
                 return
             self._next_stage()
 
@@ -249,7 +257,7 @@ class Trainer:
         )
         plan = self.stage.plan
         self.state = self.state.after_step(
-            samples=self.config.batch.global_,
+            samples=plan.batch.global_,
             tokens=plan.tokens_per_step,
             flops=plan.flops_per_step,
             applied=result.applied,
@@ -333,14 +341,54 @@ class Trainer:
         self.state = replace(self.state, flops=self.state.flops + report.fit_flops)
         return report
 
-    def _now_and_then(self, stop: int) -> None:
-        """Validation and checkpoints that fall on this step."""
+    @property
+    def _stop(self) -> int:
+        """The step after which this job ends."""
+        return self.config.train.stop_after_steps or self.plan.total_steps
+
+    def _now_and_then(self) -> None:
+        """Validation, the stage's rule, and checkpoints that fall on this step."""
         step = self.state.step
-        ends = step == self.stage.plan.end_step or step == stop
+        ends = step == self.stage.plan.end_step or step == self._stop
         if step % self.config.train.validate_every == 0 or ends:
-            self._validate()
+            self._ask_rule(self._validate())
         if step % self.config.checkpoint.every == 0 and not ends:
             self._save()
+
+    def _ask_rule(self, loss: float) -> None:
+        """Show the stage's rule a validation, and end the stage here if it says so."""
+        stage, state = self.stage, self.state
+        rule = self.config.stages[stage.index].until.rule
+        if rule not in ("slope", "marginal") or state.ramp is not None:
+            return
+        start = stage.plan.start_step
+        settled = start + stage.growth.rewarm if stage.growth else self.config.schedule.warmup
+        if state.step <= max(start, settled):
+            return
+        seen = state.seen.after(Validated(state.step, state.tokens, state.flops, loss))
+        self.state = replace(state, seen=seen)
+        decision = on_first(
+            self.comm,
+            lambda: decide(seen, config=self.config, plan=self.plan, index=stage.index),
+        )
+        if decision is None:
+            return
+        self.state = replace(self.state, seen=decision.seen)
+        end = decision.end and state.step < stage.plan.end_step
+        if self.metrics is not None:
+            facts = {"end": end, **decision.inputs}
+            self.metrics.event("stage_rule", step=state.step, rule=rule, **facts)
+        if end:
+            self.progress.say(f"step {state.step}: {rule} ends stage {stage.index}")
+            self.state = replace(self.state, ends=(*state.ends, state.step))
+            self._plan_from(self.state.ends)
+            self.stage = self.plan.stages[stage.index]
+
+    def _plan_from(self, ends: tuple[int, ...]) -> None:
+        """The plan again, after what really ended the stages so far."""
+        self.plan = plan_run(
+            self.config, world=self.comm.world, vocabulary=self.data.vocab_size, ends=ends
+        )
 
     def _next_stage(self) -> None:
         # Saved before a growth, so that one that is interrupted can be done again.
@@ -348,7 +396,11 @@ class Trainer:
         stage = self.plan.stages[self.stage.index + 1]
         self._begin(f"growing into stage {stage.index}", slow=True)
         before, small = self._validation_loss(), self.engine.placement.catalog.parameters
-        old_stage, self.state = self.stage, self.state.after_growth(stage.growth)
+        old_stage, seen = self.stage, self.state.seen
+        self.state = self.state.after_growth(stage.growth)
+        self.state = replace(
+            self.state, seen=carry(seen, config=self.config, plan=self.plan, index=stage.index)
+        )
         report = self._move_into(stage, stage.growth)
         self._enter_stage()
         after, large = self._validation_loss(), self.engine.placement.catalog.parameters
@@ -391,7 +443,7 @@ class Trainer:
     # --- its parts ------------------------------------------------------------------------
 
     def _batches(self) -> Iterator[np.ndarray]:
-        micro = self.config.batch.micro
+        micro = self.stage.plan.batch.micro
         starts = rank_slice(
             self.state.consumed_samples,
             micro=micro,
@@ -419,10 +471,10 @@ class Trainer:
 
     def _validation_loss(self) -> float:
         """Mean loss over the fixed validation samples, shared out over the data ranks."""
-        total, count = self.engine.evaluate(self.validation, micro=self.config.batch.micro)
+        total, count = self.engine.evaluate(self.validation, micro=self.stage.plan.batch.micro)
         return sum(self.comm.gather_floats(total)) / sum(self.comm.gather_floats(count))
 
-    def _validate(self) -> None:
+    def _validate(self) -> float:
         self._begin(f"validation after step {self.state.step}", slow=True)
         loss = self._validation_loss()
         if self.metrics is not None:
@@ -437,6 +489,7 @@ class Trainer:
         if not math.isfinite(loss):
             ranks = [f"{loss} on all ranks"]
             raise RollBack(f"validation loss after step {self.state.step} is not finite", ranks)
+        return loss
 
     def _save(self, *, last: bool = False) -> None:
         """Save, perhaps beside the steps that follow; a second save waits for the first.
@@ -495,7 +548,7 @@ class Trainer:
         if path is None or self._rollbacks >= self.config.recovery.rollback:
             self._give_up(bad)
         self._rollbacks += 1
-        step, beyond = self.state.step, self.state.consumed_samples + self.config.batch.global_
+        step, beyond = self.state.step, self.state.consumed_samples + self.stage.plan.batch.global_
         self.progress.say(
             f"warning: {bad.why}; the run goes back to {path} and passes over the samples up to "
             f"{beyond:,} (recovery.rollback: {self._rollbacks} of {self.config.recovery.rollback})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megagrow.config import Config, GrowConfig, LayoutConfig, ModelConfig
@@ -16,6 +17,7 @@ from megagrow.model.flops import forward_flops_by_place, train_flops_per_token
 from megagrow.model.parallel import require_tensor_parallel
 from megagrow.schedule import LearningRate, StagePlan, learning_rate, resolve_stages
 from megagrow.schedule.batch import accumulation
+from megagrow.schedule.planned import PlannedEnd, planned_ends, restart_ratio, with_planned_ends
 from megagrow.state.catalog import ADAM_SLOTS, OPTIMIZER_SLOTS, Slot
 from megagrow.state.placement import Placement
 
@@ -39,6 +41,15 @@ class Stage:
         """The model of the stage."""
         return self.plan.model
 
+    @property
+    def seen(self) -> ModelConfig:
+        """The model at the sequence length of the stage's samples."""
+        return self.plan.seen
+
+    def settings(self, config: Config) -> Config:
+        """The run's configuration with the batch of the stage."""
+        return config.model_copy(update={"batch": self.plan.batch})
+
     def placement(self, rules: OptimizerRules) -> Placement:
         """Who holds what in this stage, under the rules that growths have left."""
         catalog = build_catalog(self.model)
@@ -53,11 +64,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All stages of a run and its learning rate."""
+    """All stages of a run and its learning rate.
+
+    Attributes:
+        stages: the growth stages.
+        learning_rate: over all of them.
+        planned: of stages that end where the planner says, what it says.
+    """
 
     stages: tuple[Stage, ...]
     learning_rate: LearningRate
     slots: tuple[Slot, ...] = ADAM_SLOTS
+    planned: tuple[PlannedEnd, ...] = ()
 
     @property
     def total_steps(self) -> int:
@@ -81,13 +99,16 @@ class RunPlan:
         return self.stages[index].placement(self.rules_at(index))
 
 
-def plan_run(config: Config, *, world: int, vocabulary: int | None) -> RunPlan:
+def plan_run(
+    config: Config, *, world: int, vocabulary: int | None, ends: Sequence[int] = ()
+) -> RunPlan:
     """Resolve a run for a number of processes.
 
     Args:
         config: the run.
         world: number of processes.
         vocabulary: of the tokenizer, where it is known; `model.vocab` overrides it.
+        ends: steps at which the first stages did end, in a run that is under way.
 
     Raises:
         ConfigError: stages, layouts or batch do not fit together, the vocabulary of the
@@ -98,24 +119,33 @@ def plan_run(config: Config, *, world: int, vocabulary: int | None) -> RunPlan:
     models, growths = _models(config)
     layouts = _layouts(config, world)
     layout_configs = [_layout_config(config, i) for i in range(len(config.stages))]
+    planned = planned_ends(config, models)
     plans = resolve_stages(
-        config, models=models, layouts=layout_configs, flops_per_token=train_flops_per_token
+        with_planned_ends(config, planned),
+        models=models,
+        layouts=layout_configs,
+        flops_per_token=train_flops_per_token,
+        ends=ends,
     )
     stages = []
     rewarms = []
+    restarts = []
     for i, stage in enumerate(config.stages):
         growth = growths[i]
         if growth is not None and growth.policy.new_block_peak is None and growth.rewarm:
             rewarms.append((plans[i].start_step, growth.rewarm))
         if growth is not None and growth.ramp is not None:
             _require_time(growth.ramp, plans[i])
+        if growth is not None and stage.grow is not None and stage.grow.restart is not None:
+            restarts.append((plans[i].start_step, restart_ratio(stage.grow)))
         stages.append(Stage(plans[i], _as_run(config, layouts[i]), growth, stage.grow))
-        accumulation(config.batch, layouts[i])
-        _require_fit(models[i], layouts[i], layout_configs[i], key=_layout_key(config, i))
+        of_stage = stages[i].settings(config)
+        accumulation(of_stage.batch, layouts[i])
+        _require_fit(plans[i].seen, layouts[i], layout_configs[i], key=_layout_key(config, i))
         # Refused now, not when the stage begins.
-        deepspeed_config(config, layouts[i], parameters=build_catalog(models[i]).parameters)
-    rate = learning_rate(config, total_steps=plans[-1].end_step, rewarms=rewarms)
-    return RunPlan(tuple(stages), rate, OPTIMIZER_SLOTS[config.optimizer.name])
+        deepspeed_config(of_stage, layouts[i], parameters=build_catalog(models[i]).parameters)
+    rate = learning_rate(config, total_steps=plans[-1].end_step, rewarms=rewarms, restarts=restarts)
+    return RunPlan(tuple(stages), rate, OPTIMIZER_SLOTS[config.optimizer.name], planned)
 
 
 def with_vocabulary(config: Config, vocabulary: int | None) -> Config:

@@ -44,11 +44,12 @@ class PlacedStage:
 def place_stage(config: Config, plan: RunPlan, index: int, machine: MachineConfig) -> PlacedStage:
     """What a stage of a run needs of every device, and how long its step takes."""
     stage, placement = plan.stages[index], plan.placement(index)
+    config = stage.settings(config)
     pipes = range(stage.layout.pipeline)
     held = max(sum(map(sum, local_sizes(placement, pipe))) for pipe in pipes)
     memory = max(peak.total for peak in training_peaks(config, plan, index))
     return PlacedStage(
-        stage.layout, memory, step_time(config, stage.model, placement, machine, held=held)
+        stage.layout, memory, step_time(config, stage.seen, placement, machine, held=held)
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megagrow.config import Config, ModelConfig
+from megagrow.config import Config
 from megagrow.errors import ConfigError
 from megagrow.report.log import read_metrics
 from megagrow.report.run import number, summarize
@@ -153,9 +153,7 @@ def _recount(schedule: Schedule, law: ScalingLaw) -> Schedule:
     )
 
 
-def run_points(
-    directories: Sequence[str | Path], *, unit: Unit, embeddings: bool
-) -> list[RunPoints]:
+def run_points(directories: Sequence[str | Path], *, unit: Unit) -> list[RunPoints]:
     """What runs tell about L(N, S): their training losses at the peak learning rate.
 
     Only the first growth stage of a run counts: a grown model did not start from scratch.
@@ -170,10 +168,6 @@ def run_points(
         peak = max((step.lr for step in steps), default=0.0)
         steady = [step for step in steps if step.lr >= _PEAK * peak]
         n = number(run.start, "parameters")
-        if not embeddings and run.start.get("model"):
-            model = ModelConfig.model_validate(run.start["model"])
-            n -= model.vocabulary * model.hidden * (1 if model.tie_embeddings else 2)
-            n -= model.sequence * model.hidden if model.family == "gpt2" else 0
         s = [step.step if unit == "steps" else step.tokens for step in steady]
         found.append(binned(n, s, [step.loss for step in steady]))
     return [points for points in found if len(points.s)]

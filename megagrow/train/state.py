@@ -10,6 +10,7 @@ from megagrow.errors import GrowthError
 from megagrow.growth.growth import Growth
 from megagrow.growth.ramp import Ramp
 from megagrow.growth.rules import OptimizerRules
+from megagrow.schedule.rules import Seen
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class RunState:
         ramp: how the last growth's new units come in, while they do.
         loss_scale: state of fp16's dynamic loss scaling, else empty.
         recent: the last good losses, where the run looks for spikes (`recovery.spike`).
+        ends: steps at which growth stages ended: those before this one, and this one as soon as
+            its rule has said so.
+        seen: what the rule that ends this stage has seen.
 
     Random numbers need no state: those of a step follow from the seed, the step and the rank.
     """
@@ -40,6 +44,8 @@ class RunState:
     ramp: Ramp | None = None
     loss_scale: dict[str, float] = field(default_factory=dict)
     recent: tuple[float, ...] = ()
+    ends: tuple[int, ...] = ()
+    seen: Seen = field(default_factory=Seen)
 
     def after_step(
         self, *, samples: int, tokens: int, flops: int, applied: bool = True
@@ -60,22 +66,23 @@ class RunState:
         Raises:
             GrowthError: the units of an earlier growth are still coming in.
         """
-        stage = self.growth_stage + 1
         if growth is not None and self.ramp is not None:
             raise GrowthError(
                 f"step {self.step}: the units of the growth before are not all in yet",
                 found=f"a mask of {self.ramp.progress(self.step):.3f}",
                 mend=f"train to step {self.ramp.born + self.ramp.steps} before the next growth",
             )
+        # A rule that ended the stage has entered its end already.
+        ended = len(self.ends) > self.growth_stage
+        ends = self.ends if ended else (*self.ends, self.step)
+        following = replace(self, growth_stage=self.growth_stage + 1, ends=ends, seen=Seen())
         if growth is None:
-            return replace(self, growth_stage=stage)
+            return following
         count = 0 if growth.policy.restart_steps else self.optimizer_step
         rules = growth.rules_after(self.rules, step=count)
         ramp = None if growth.ramp is None else replace(growth.ramp, born=self.step)
         # A growth may raise the loss, which then is no spike.
-        return replace(
-            self, growth_stage=stage, optimizer_step=count, rules=rules, ramp=ramp, recent=()
-        )
+        return replace(following, optimizer_step=count, rules=rules, ramp=ramp, recent=())
 
     def to_json(self) -> dict[str, Any]:
         """A form that JSON holds; `from_json` is its inverse."""
@@ -86,6 +93,8 @@ class RunState:
             "ramp": None if self.ramp is None else self.ramp.to_json(),
             "loss_scale": self.loss_scale,
             "recent": list(self.recent),
+            "ends": list(self.ends),
+            "seen": self.seen.to_json(),
         }
 
     @staticmethod
@@ -97,7 +106,18 @@ class RunState:
         found = data.get("ramp")  # runs of before there were ramps have no such key
         ramp = None if found is None else Ramp.from_json(found)
         recent = tuple(float(loss) for loss in data.get("recent", ()))
-        return RunState(**numbers, rules=rules, ramp=ramp, loss_scale=scale, recent=recent)
+        # Runs of before rules could end a stage have neither key: their plan tells the ends.
+        ends = tuple(int(step) for step in data.get("ends", ()))
+        seen = Seen.from_json(data["seen"]) if "seen" in data else Seen()
+        return RunState(
+            **numbers,
+            rules=rules,
+            ramp=ramp,
+            loss_scale=scale,
+            recent=recent,
+            ends=ends,
+            seen=seen,
+        )
 
 
 _NUMBERS = ("step", "consumed_samples", "tokens", "flops", "growth_stage", "optimizer_step")

@@ -310,13 +310,13 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def watching(comm: Comm, config: Config) -> Iterator[tuple[Comm, Watch]]:
-    """The watch of this rank of a job, while it lasts; yields the job as well."""
+def watching(comm: Comm, config: Config) -> Iterator[Watch]:
+    """The watch of this rank of a job, while it lasts."""
     watch = _watch(comm, config, comm.store() if comm.world > 1 else None)
     comm.limit_collectives(config.watch.slow)
     with watch, _stacks_on_request(watch.log):
         watch.note(f"rank {comm.rank} of {comm.world} on {socket.gethostname()}, pid {os.getpid()}")
-        yield comm, watch
+        yield watch
 
 
 def unwatched(comm: Comm, config: Config) -> Watch:

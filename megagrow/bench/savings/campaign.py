@@ -12,6 +12,7 @@ from megagrow.bench.savings.results import (
     COSTS,
     Point,
     Saving,
+    finished,
     interval,
     read_points,
     saving,
@@ -81,6 +82,14 @@ class Campaign:
         one = self.member(name, seed=seed, lr=lr)
         return one, tuple(self.branches(one))
 
+    def complete(self) -> bool:
+        """Whether everything is trained."""
+        lr = self.best_lr()
+        tasks = self.sweep()
+        if lr is not None:
+            tasks += self.first_seed(lr) + self.rest(lr)
+        return lr is not None and all(finished(one, b) for one, own in tasks for b in own)
+
     # --- what came of it ------------------------------------------------------------------
 
     def sweep_losses(self) -> dict[float, float]:
@@ -99,15 +108,13 @@ class Campaign:
         return min(losses, key=lambda lr: losses[lr]) if losses else None
 
     def ranking(self, lr: float) -> list[str]:
-        """Variants that have finished something, the largest saving first."""
-        seed = self.config.seeds[0]
-        scratch = self.points(self.member(SCRATCH, seed=seed, lr=lr))
-        found = {}
+        """Variants that have finished something: those that came furthest, the best first."""
+        seed, found = self.config.seeds[0], {}
         for name in self.config.variants:
-            one = saving(scratch, self.points(self.member(name, seed=seed, lr=lr)), "flops")
-            if one is not None:
-                found[name] = one.value
-        return sorted(found, key=lambda name: -found[name])
+            points = self.points(self.member(name, seed=seed, lr=lr))
+            if points:
+                found[name] = (-points[-1].budget, points[-1].loss)
+        return sorted(found, key=lambda name: found[name])
 
     def result(self) -> Result:
         """Everything that is known, as plain data."""
@@ -208,6 +215,8 @@ def train(campaign: Campaign, *, comm: Comm | None, workers: int, until: float |
     if not runs.run_all(campaign.sweep(), comm=comm, workers=workers, until=until):
         return False
     lr = campaign.best_lr()
+    if comm is not None:
+        lr = comm.broadcast(lr)  # other ranks may look before rank 0 has written all
     assert lr is not None  # the sweep is finished
     first = runs.run_all(campaign.first_seed(lr), comm=comm, workers=workers, until=until)
     return first and runs.run_all(campaign.rest(lr), comm=comm, workers=workers, until=until)

@@ -1,0 +1,140 @@
+"""Evaluate a checkpoint: perplexity, last-word accuracy, bits per byte, tasks; see --help."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """\
+examples:
+  # word-level perplexity by the WikiText protocol (the file as published: wiki.test.tokens)
+  python launch/evaluate.py runs/quickstart --wikitext wikitext-103/wiki.test.tokens
+
+  # LAMBADA's last words (one passage a line, plain or JSON), and bits per byte of any text
+  python launch/evaluate.py exports/gpt2 --tokenizer exports/gpt2/tokenizer.json \\
+      --lambada lambada_test.jsonl --text README.md --stride 512 --json scores.json
+
+  # tasks of EleutherAI's lm-evaluation-harness, on an export for transformers
+  python launch/evaluate.py runs/quickstart --tasks hellaswag,piqa --tokenizer exports/gpt2
+"""
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Evaluate a checkpoint of any format.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run: its newest one")
+    add("--from-format", metavar="F", help="of the checkpoint; default: what it looks like")
+    add("--wikitext", type=Path, metavar="FILE", help="word perplexity; its marks are undone")
+    add("--lambada", type=Path, metavar="FILE", help="accuracy on last words")
+    add("--text", type=Path, nargs="+", metavar="FILE", help="bits per byte of any text")
+    add("--tasks", help="of lm-evaluation-harness, joined by commas")
+    add("--tokenizer", type=Path, metavar="PATH", help="default: beside the checkpoint, its run's")
+    add("--stride", type=int, metavar="N", help="new tokens a window (default: all of it)")
+    add("--batch", type=int, default=8, help="windows at a time (default %(default)s)")
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--json", type=Path, metavar="FILE", help="write the scores there")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Do what the command line asks for, and say it; returns the scores."""
+    import torch
+
+    from megagrow.checkpoint.load import load_model
+    from megagrow.errors import ConfigError
+    from megagrow.files import write_atomically
+    from megagrow.train import evaluation, harness
+
+    if not (options.wikitext or options.lambada or options.text or options.tasks):
+        raise ConfigError(
+            "nothing to evaluate on", mend="give --wikitext, --lambada, --text or --tasks"
+        )
+    for name in ("stride", "batch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}: must be above 0", found=value)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, shape, at = load_model(options.checkpoint, name=options.from_format, device=device)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{at}: {shape.family}, {count:,} parameters, on {device}")
+    scores: dict[str, Any] = {"checkpoint": str(at), "parameters": count}
+    tokenizer_file = harness.find_tokenizer(at, options.tokenizer)
+    if options.wikitext or options.lambada or options.text:
+        tokenizer = harness.open_tokenizer(tokenizer_file, vocabulary=shape.vocabulary)
+        scorer = evaluation.Scorer(model, shape.sequence, device, options.batch)
+        stride = options.stride or shape.sequence
+        files = [(path, False) for path in options.text or ()]
+        files = [(options.wikitext, True)] * (options.wikitext is not None) + files
+        for path, wikitext in files:
+            found = evaluation.score_text(
+                scorer,
+                tokenizer,
+                evaluation.read_text(path),
+                stride=stride,
+                detokenize=wikitext,
+            )
+            print(
+                f"{path}: word perplexity {found.word_perplexity:.4f}, token perplexity "
+                f"{found.token_perplexity:.4f}, {found.bits_per_byte:.4f} bits per byte "
+                f"({found.words:,} words, {found.tokens:,} tokens, {found.bytes:,} bytes)"
+            )
+            scores.setdefault("texts", {})[str(path)] = {
+                "word_perplexity": found.word_perplexity,
+                "token_perplexity": found.token_perplexity,
+                "bits_per_byte": found.bits_per_byte,
+                **vars(found),
+            }
+        if options.lambada:
+            words = evaluation.score_lambada(
+                scorer, tokenizer, evaluation.read_lambada(options.lambada)
+            )
+            print(
+                f"{options.lambada}: last-word accuracy {words.accuracy:.2%} "
+                f"({words.right:,} of {words.passages:,}), perplexity {words.perplexity:.4f}"
+            )
+            scores["lambada"] = {"accuracy": words.accuracy, **vars(words)}
+    if options.tasks:
+        del model
+        with tempfile.TemporaryDirectory() as scratch:
+            scores["tasks"] = harness.evaluate(
+                at,
+                tasks=[name.strip() for name in options.tasks.split(",") if name.strip()],
+                tokenizer=tokenizer_file,
+                scratch=Path(scratch),
+                source_format=options.from_format,
+                device=str(device),
+                batch=options.batch,
+            )
+        for task, metrics in scores["tasks"].items():
+            print(f"{task}: {metrics}")
+    if options.json is not None:
+        write_atomically(options.json, json.dumps(scores, indent=1, default=str).encode() + b"\n")
+    return scores
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and evaluate; returns the exit status."""
+    from megagrow.errors import MegagrowError
+
+    options = parse(arguments)
+    try:
+        run(options)
+    except MegagrowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

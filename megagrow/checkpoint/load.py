@@ -1,0 +1,54 @@
+"""A checkpoint of any format as a plain model on one device, for evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megagrow.checkpoint.formats import detect
+from megagrow.checkpoint.manifest import CheckpointMeta
+from megagrow.checkpoint.shape import model_of
+from megagrow.config import ModelConfig
+from megagrow.errors import CheckpointError
+from megagrow.model.transformer import Transformer, named_tensors
+from megagrow.state.boxes import whole
+
+
+def load_model(
+    path: Path, *, name: str | None = None, device: torch.device | None = None
+) -> tuple[Transformer, ModelConfig, Path]:
+    """Read the parameters of a checkpoint into a fp32 model, tensor by tensor.
+
+    Args:
+        path: a checkpoint, or a run directory: its newest one.
+        name: the format; by default the one that it looks like.
+        device: where the model goes; the CPU by default.
+
+    Returns:
+        The model, its shape, and the checkpoint that the path meant.
+
+    Raises:
+        CheckpointError: it is none, is damaged, or does not tell its model.
+    """
+    kind, at = detect(path, name)
+    source = kind.open_source(at)
+    meta = CheckpointMeta(
+        catalog=source.catalog,
+        slots=source.slots,
+        layout=source.layout,
+        config=source.config,
+        fingerprints=source.fingerprints,
+        run_state=source.run_state,
+    )
+    shape = model_of(meta)
+    parameter = next((slot.name for slot in source.slots if slot.kind == "parameter"), None)
+    if parameter is None:
+        raise CheckpointError(f"{at}: holds no parameters")
+    shape = shape.model_copy(update={"dropout": 0.0, "activation_checkpointing": "none"})
+    model = Transformer(shape)
+    with torch.no_grad():
+        for tensor, values in named_tensors(model).items():
+            box = whole(source.catalog[tensor].shape)
+            values.copy_(source.read(tensor, parameter, box).to(torch.float32))
+    return model.to(device or torch.device("cpu")).eval(), shape, at

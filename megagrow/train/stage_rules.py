@@ -1,0 +1,32 @@
+"""The rules that end a growth stage, asked for a run: slope and marginal."""
+
+from __future__ import annotations
+
+from megagrow.config import Config
+from megagrow.schedule.planned import run_law
+from megagrow.schedule.planner import size_of
+from megagrow.schedule.rules import Decision, Seen, Sizes, marginal, next_stage, slope
+from megagrow.train.plan import RunPlan
+
+
+def decide(seen: Seen, *, config: Config, plan: RunPlan, index: int) -> Decision | None:
+    """What the rule of a stage says after its last validation; None while it knows too little."""
+    until, points = config.stages[index].until, config.growth.points
+    if until.slope is not None:
+        return slope(seen, threshold=until.slope, points=points)
+    return marginal(seen, run_law(config), _sizes(config, plan, index), points=points)
+
+
+def carry(seen: Seen, *, config: Config, plan: RunPlan, index: int) -> Seen:
+    """What the rule of a stage knows at the growth into it."""
+    if config.stages[index].until.marginal is None:
+        return Seen()
+    sizes = _sizes(config, plan, index - 1)
+    return next_stage(seen, run_law(config), small=sizes.small, large=sizes.large)
+
+
+def _sizes(config: Config, plan: RunPlan, index: int) -> Sizes:
+    """A stage's model and the next one's."""
+    law = run_law(config)
+    small, large = (size_of(plan.stages[i].seen, law) for i in (index, index + 1))
+    return Sizes(small.n, large.n, small.flops_per_token, large.flops_per_token)

@@ -1,0 +1,61 @@
+"""Every configuration that comes with megagrow passes its dry run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from jobs import main
+
+from megagrow.bench.savings.config import SavingsConfig, check
+from megagrow.config.load import load_settings
+from megagrow.schedule.machine import MachineConfig
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+# Processes, memory of each, and what else a dry run needs where no data has been prepared.
+RUNS = {
+    "quickstart.yaml": (2, "16GB", ["model.vocab=4096"]),
+    "h200_gpt2.yaml": (1, "141GB", ["model.vocab=4096"]),
+    "paper/base.yaml": (8, "80GB", []),
+    "paper/base_half_depth.yaml": (8, "80GB", []),
+    "paper/base_half_width.yaml": (8, "80GB", []),
+    "paper/large.yaml": (8, "80GB", []),
+    "paper/large_half_depth.yaml": (8, "80GB", []),
+    "paper/large_half_width.yaml": (8, "80GB", []),
+    "llama/1b.yaml": (8, "80GB", []),
+    "llama/7b.yaml": (64, "80GB", []),
+    "llama/70b.yaml": (512, "80GB", []),
+    "scale/gpt175b_1024.yaml": (1024, "80GB", []),
+    "scale/mt530b_4096.yaml": (4096, "80GB", []),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_dry_run(name):
+    world, memory, more = RUNS[name]
+    # The data of these runs is the user's: none is there.
+    outcome = main(
+        ["--config", CONFIGS / name, "--dry-run", "--world", world, "--memory", memory,
+         "data.path=nowhere", *more]
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    stages = len(yaml.safe_load((CONFIGS / name).read_text())["stages"])
+    assert f"stage {stages - 1}: " in outcome.out and "fits into" in outcome.out
+
+
+def test_none_is_forgotten():
+    others = {"machines", "bench", "cluster"}
+    found = {p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml")}
+    runs = {str(path) for path in found if path.parts[0] not in others}
+    assert runs == set(RUNS)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("machines/*.yaml")), ids=lambda p: p.name)
+def test_machines(path):
+    assert load_settings(MachineConfig, path).world > 0
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("bench/*savings*.yaml")), ids=lambda p: p.name)
+def test_savings_benchmarks(path):
+    config = load_settings(SavingsConfig, path)
+    members = check(config, world=1, vocab=1024)
+    assert {"scratch", *config.variants} <= set(members)

@@ -1,0 +1,169 @@
+"""Growth stages that end by a rule, stages with a batch or a sequence length of their own."""
+
+import math
+
+import pytest
+from jobs import events, growths, launch, log_of, settings, train, trajectory, write_config
+
+from megagrow.config.load import parse_config
+from megagrow.errors import ConfigError
+from megagrow.schedule.planned import planned_ends
+from megagrow.train.plan import plan_run
+
+WIDTH = {"operator": "width", "factor": 2, "rewarm": 1}
+EVERY = {"train": {"validate_every": 1, "validation_samples": 10, "tensorboard": False}}
+
+
+def rule_run(dataset, run_dir, until, **changes):
+    """Two stages, the first ended by a rule, twenty steps in all."""
+    stages = [{"until": until}, {"grow": WIDTH, "until": {"steps": 20}}]
+    return settings(dataset, run_dir, stages=stages, **EVERY, **changes)
+
+
+def in_parts(config, run_dir, *, stops):
+    """The run stopped at some steps and resumed, in one job; its log."""
+    command = ["--config", config, f"run.dir={run_dir}"]
+    outcomes = launch(1, *[[*command, f"train.stop_after_steps={stop}"] for stop in stops], command)
+    assert all(o.status == 0 for [o] in outcomes), outcomes[-1][0].err
+    return log_of(config, command[-1])
+
+
+@pytest.mark.parametrize("until", [{"slope": -0.1, "steps": 16}, {"marginal": True, "steps": 16}])
+def test_a_rule_ends_a_stage_and_a_resumed_run_decides_alike(tmp_path, dataset, until):
+    # A law without a floor, as the toy's loss goes far below any published one.
+    law = {"floor": 0.0, "n_scale": 1e9, "n_power": 0.1, "s_scale": 1e5, "s_power": 0.5}
+    mapping = rule_run(
+        dataset, tmp_path / "run", until, growth={"law": law, "points": 4}, optimizer={"lr": 0.05}
+    )
+    config = write_config(tmp_path / "run.yaml", mapping)
+    whole = train(1, config)
+    decisions = events(whole, "stage_rule")
+    assert decisions and all(line["rule"] == next(iter(until)) for line in decisions)
+    ended = [line for line in decisions if line["end"]]
+    assert len(ended) == 1 and not any(line["end"] for line in decisions[:-1])
+    [growth] = events(whole, "growth")
+    assert growth["step"] == ended[0]["step"] < 16  # before its latest end
+    assert events(whole, "step")[-1]["step"] == 20
+    names = {"slope": {"slope", "threshold"}, "marginal": {"gain_per_flop", "capacity_after"}}
+    assert names[next(iter(until))] <= set(ended[0])
+
+    at = ended[0]["step"]
+    resumed = in_parts(config, tmp_path / "parts", stops=(at - 1, at, at + 3))
+    assert trajectory(resumed) == trajectory(whole)
+    assert growths(resumed) == growths(whole)
+    decided = [{k: v for k, v in line.items() if k != "time"} for line in decisions]
+    again = events(resumed, "stage_rule")
+    assert [{k: v for k, v in line.items() if k != "time"} for line in again] == decided
+
+
+def test_a_rule_that_never_fires_leaves_the_latest_end(tmp_path, dataset):
+    mapping = rule_run(dataset, tmp_path / "run", {"slope": -1e-9, "steps": 7})
+    lines = train(1, write_config(tmp_path / "run.yaml", mapping))
+    assert [line["step"] for line in events(lines, "growth")] == [7]
+
+
+def test_stages_by_rules_alone_share_the_way_to_the_next_bound(dataset, tmp_path):
+    mapping = settings(dataset, tmp_path, stages=[
+        {"until": {"slope": -0.05}},
+        {"until": {"slope": -0.05}, "grow": WIDTH},
+        {"until": {"steps": 30}, "grow": WIDTH},
+    ])  # fmt: skip
+    plan = plan_run(parse_config(mapping), world=1, vocabulary=320)
+    assert [stage.plan.end_step for stage in plan.stages] == [10, 20, 30]
+    after = plan_run(parse_config(mapping), world=1, vocabulary=320, ends=(4,))
+    assert [stage.plan.end_step for stage in after.stages] == [4, 20, 30]
+
+
+def test_planned_is_where_the_small_model_gains_no_more_than_the_large(tmp_path):
+    law = {"floor": 0.5, "n_scale": 1e5, "n_power": 0.3, "s_scale": 1e6, "s_power": 0.4}
+    model = {"layers": 2, "hidden": 32, "heads": 2, "ffn": 128, "sequence": 16, "vocab": 64}
+    run = parse_config({
+        "model": model, "data": {"path": "none"}, "batch": {"global": 4, "micro": 4},
+        "schedule": {"warmup": 1}, "growth": {"law": law},
+        "stages": [{"until": {"planned": True}}, {"grow": WIDTH, "until": {"tokens": 1e9}}],
+    })  # fmt: skip
+    plan = plan_run(run, world=1, vocabulary=None)
+    [end] = plan.planned
+    small, large = plan.stages[0].model, plan.stages[1].model
+    assert plan.stages[0].plan.end_tokens == pytest.approx(end.tokens, abs=4 * 16)
+    [again] = planned_ends(run, [small, large])
+    assert again == end
+
+    from megagrow.schedule.planned import run_law
+    from megagrow.schedule.planner import Curves, size_of
+
+    constants = run_law(run)
+    curves = Curves(constants, batch_tokens=64)
+
+    def gain(model):
+        size = size_of(model, constants)
+        step = 1e-5
+        return step / (curves.flops(size, end.loss - step) - curves.flops(size, end.loss))
+
+    assert gain(small) == pytest.approx(gain(large), rel=1e-3)
+    assert curves.tokens(size_of(small, constants), end.loss) == pytest.approx(end.tokens)
+
+
+def test_planned_after_another_kind_of_end_is_refused(dataset, tmp_path):
+    mapping = settings(dataset, tmp_path, stages=[
+        {"until": {"steps": 3}}, {"grow": WIDTH, "until": {"planned": True}},
+        {"grow": WIDTH, "until": {"steps": 9}},
+    ])  # fmt: skip
+    with pytest.raises(ConfigError, match=r"stages\[0\].until: the planner"):
+        plan_run(parse_config(mapping), world=1, vocabulary=320)
+
+
+def test_the_last_stage_needs_a_bound(dataset, tmp_path):
+    mapping = settings(dataset, tmp_path, stages=[{"until": {"slope": -0.05}}])
+    with pytest.raises(ConfigError, match=r"stages\[0\].until.slope: no growth follows"):
+        parse_config(mapping)
+
+
+def test_batch_and_sequence_of_a_stage(tmp_path, dataset):
+    """A warm-up of both, through a growth, on one rank and on two with ZeRO 1: the same curve."""
+    mapping = settings(dataset, tmp_path / "run", schedule={"warmup": 2, "name": "constant"},
+        model={"dropout": 0.0},
+        stages=[
+            {"until": {"steps": 3}, "batch": {"global": 2, "micro": 1}, "sequence": 4},
+            {"until": {"steps": 5}, "batch": {"global": 4, "micro": 2}},
+            {"until": {"steps": 8}, "grow": WIDTH, "batch": {"global": 8, "micro": 2},
+             "sequence": 8},
+        ])  # fmt: skip
+    config = write_config(tmp_path / "run.yaml", mapping)
+    lines = train(1, config)
+    tokens = [line["tokens"] for line in events(lines, "step")]
+    assert tokens == [8, 16, 24, 40, 56, 120, 184, 248]
+    per_token = [
+        (b["flops"] - a["flops"]) / (b["tokens"] - a["tokens"])
+        for a, b in zip([{"flops": 0, "tokens": 0}, *events(lines, "step")],
+                        events(lines, "step"), strict=False)
+    ]  # fmt: skip
+    assert per_token[0] == per_token[4] < per_token[5]
+    two = train(2, config, f"run.dir={tmp_path / 'two'}")
+    for mine, other in zip(events(two, "step"), events(lines, "step"), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert [line["val_loss"] for line in events(log_of(config), "validation")]
+    resumed = in_parts(config, tmp_path / "parts", stops=(2, 4, 6))
+    assert trajectory(resumed) == trajectory(lines)
+
+
+def test_samples_longer_than_the_model_are_refused(dataset, tmp_path):
+    mapping = settings(dataset, tmp_path, stages=[{"until": {"steps": 3}, "sequence": 9}])
+    with pytest.raises(ConfigError, match=r"stages\[0\].sequence: samples longer"):
+        plan_run(parse_config(mapping), world=1, vocabulary=320)
+
+
+def test_a_growth_sets_the_schedule_back(dataset, tmp_path):
+    grow = {**WIDTH, "restart": 2.0}
+    mapping = settings(dataset, tmp_path, schedule={"name": "linear", "warmup": 2},
+        stages=[{"until": {"steps": 10}}, {"grow": grow, "until": {"steps": 20}}])  # fmt: skip
+    rate = plan_run(parse_config(mapping), world=1, vocabulary=320).learning_rate
+    # The growth at 10 goes on as from 5, so the schedule is 15 long and still ends at the floor.
+    assert rate.length == 15 and rate.position(12) == 7
+    assert rate.at(10) == pytest.approx(0.01 * 10 / 13)
+    assert rate.at(19) == pytest.approx(0.01 / 13)
+    paper = {**grow, "restart": "paper"}
+    mapping["stages"][1]["grow"] = paper
+    rate = plan_run(parse_config(mapping), world=1, vocabulary=320).learning_rate
+    assert rate.position(10) == round(10 / 1.776)
+    assert math.isclose(rate.at(19), 0.01 / (rate.length - 2))
