@@ -200,7 +200,7 @@ def make_growth(
         small=small,
         target=target,
         rewarm=rule.rewarm if rewarm is None else rewarm,
-        ramp=make_ramp(small, target, steps=ramp or found.ramp) if found.ramp else None,
+        ramp=make_ramp(_before_ramp(found, small), target, steps=ramp or found.ramp),
         fit_steps=fit_steps or found.fitted,
     )
     if isinstance(found, Composition):
@@ -209,6 +209,14 @@ def make_growth(
         _check_blocks(growth, tensor)
     growth.rules_after(OptimizerRules(), step=0)  # refuses what the policy cannot express
     return growth
+
+
+def _before_ramp(operator: Operator, small: Catalog) -> Catalog:
+    """The model whose units are the old ones, should new ones come in by and by."""
+    if isinstance(operator, Composition):
+        ramped = [i for i, part in enumerate(operator.parts) if part.ramp]
+        return operator.catalogs[ramped[0]] if ramped else small
+    return small
 
 
 def _useless(key: str, why: str, found: Operator, others: Sequence[Operator]) -> GrowthError:

@@ -55,9 +55,9 @@ class Ramp:
 
 
 def make_ramp(small: Catalog, target: Catalog, *, steps: int) -> Ramp | None:
-    """The ramp of a growth at step 0; None where no axis grows."""
+    """The ramp of a growth at step 0; None where it has no steps, or no axis grows."""
     old, new = _units(small), _units(target)
-    return None if old == new else Ramp(old, 0, steps)
+    return None if steps == 0 or old == new else Ramp(old, 0, steps)
 
 
 def _units(catalog: Catalog) -> dict[str, int]:

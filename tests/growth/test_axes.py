@@ -146,6 +146,26 @@ def test_every_part_of_an_identity_layer_comes_alive(family):
         assert parameter.grad.abs().max() > 1e-6, name
 
 
+@pytest.mark.parametrize(("family", "dead"), [("llama", True), ("gpt2", False)])
+def test_identity_layers_by_zero_norm_gains_have_a_dead_mlp(family, dead):
+    """As the paper has them: without biases nothing in the MLP gets a gradient, ever."""
+    model = toy_model(family=family)
+    state = random_state(build_catalog(model), seed=1)
+    large, _, new = grow(model, state, operator="depth_stack")
+    module = build(large, new)
+    copy = module.layers[3]
+    with torch.no_grad():
+        for part in (copy.attention, copy.mlp):
+            part.norm.weight.zero_()
+            for parameter in part.parameters():
+                if parameter.dim() == 1:
+                    parameter.zero_()
+    samples = torch.from_numpy(token_batches(model, samples=4, seed=3)[0])
+    module(samples).backward()
+    gradient = max(float(p.grad.abs().max()) for p in copy.mlp.parameters())
+    assert gradient == 0.0 if dead else gradient > 1e-6
+
+
 def test_a_model_keeps_the_width_of_its_heads():
     model = toy_model()
     assert resized(model, {"hidden": 16}).head_dim == model.head_dim

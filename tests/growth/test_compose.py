@@ -70,6 +70,8 @@ COMPOSITIONS = [
     ("sequence", "depth_stack"),
     ("kv_groups", "width"),
     ("width", "depth_stack", "sequence"),
+    ("depth_stack", "width_random"),
+    ("width", "width_random"),
 ]
 
 
@@ -124,6 +126,9 @@ def test_only_all_parts_together_keep_the_loss():
     ("section", "said"),
     [
         ({"operator": "vocab+width"}, "name vocab last"),
+        ({"operator": "width_random+depth_stack"}, "name width_random last"),
+        ({"operator": "depth_identity+width_random"}, "partly fresh and partly 0"),
+        ({"operator": "width_random", "target": {"ffn": 9}}, "cannot shrink"),
         ({"operator": "width_noise+width"}, "name the operator that adds noise last"),
         ({"operator": "width+depth_stack", "state_policy": "exact"}, "does not support 'exact'"),
         ({"operator": "width+nothing"}, "no such growth operator"),
@@ -141,6 +146,13 @@ def test_what_cannot_be_composed_or_reached_is_refused(section, said):
 
 
 TARGETS = [
+    ("width", {"hidden": 32, "heads": 6, "ffn": 48}),
+    ("width_random", {"hidden": 11, "heads": 5, "ffn": 17}),
+    ("width_random", {"hidden": 32, "ffn": 13}),
+    ("width_random", {"heads": 4, "kv_heads": 2}),
+    ("sequence+width_random", {"sequence": 9, "heads": 3}),
+    ("kv_groups", {"heads": 8, "kv_heads": 2}),
+    ("vocab+sequence", {"vocab": 14, "sequence": 24}),
     ("width", {"hidden": 16}),
     ("width", {"ffn": 36}),
     ("width", {"heads": 6}),
@@ -159,11 +171,14 @@ TARGETS = [
 def test_given_targets_are_reached_with_the_loss_kept(operator, target, family):
     model = toy_model(family=family)
     small = random_state(build_catalog(model), seed=1)
-    large, _, new = _grown(model, small, operator=operator, target=target)
+    large, growth, new = _grown(model, small, operator=operator, target=target)
     assert all(getattr(large, key) == n for key, n in target.items())
     tokens = torch.from_numpy(token_batches(model, samples=4, seed=2)[0])[:, :-1]
     with torch.no_grad():
-        before, after = build(model, small).logits(tokens), build(large, new).logits(tokens)
+        before, after = (
+            build(model, small).logits(tokens),
+            build(large, new, growth.ramp).logits(tokens),
+        )
     assert (after[..., : model.vocabulary] - before).abs().max() <= 1e-10
 
 
@@ -222,3 +237,16 @@ def test_noise_follows_the_seed():
     summed = one.view(24, 2, 8).sum(1)  # over the copies of the input
     torch.testing.assert_close(summed, other.view(24, 2, 8).sum(1), rtol=0, atol=1e-14)
     assert (one[::2] - one[1::2]).abs().max() > 1e-3  # a row's copy has noise of its own
+
+
+def test_a_ramp_counts_the_units_of_the_model_before_it():
+    """Of a width growth and new units behind it, only the latter come in by and by."""
+    model = toy_model()
+    small = random_state(build_catalog(model), seed=1)
+    middle, _, first = _grown(model, small, operator="width")
+    large, growth, new = _grown(model, small, operator="width+width_random")
+    assert growth.ramp.old == {"embed": 16, "kv_group": 4, "query": 1, "ffn": 24}
+    tokens = torch.from_numpy(token_batches(model, samples=4, seed=2)[0])[:, :-1]
+    with torch.no_grad():
+        expected = build(middle, first).logits(tokens)
+        assert (build(large, new, growth.ramp).logits(tokens) - expected).abs().max() <= 1e-10
