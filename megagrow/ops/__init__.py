@@ -1,1 +1,40 @@
-"""The face of the fused ops: the model and the optimizer call these, whatever serves them."""
+"""The face of the fused ops: the model and the optimizer call these, whatever serves them.
+
+Each function takes the own kernel where one serves (`library.own`), else the library that
+`ops.backend` chose (`alternatives`), else PyTorch's own op, which is what a CPU trains with.
+"""
+
+from megagrow.ops.adamw import YoungBox, adamw_, young_rates, young_table
+from megagrow.ops.face import (
+    add_layer_norm,
+    add_rms_norm,
+    bias_gelu,
+    copy_boxes_,
+    cross_entropy_backward,
+    layer_norm,
+    rms_norm,
+    rotary_,
+    softmax_stats,
+    swiglu,
+)
+from megagrow.ops.library import active, own, using
+
+__all__ = [
+    "YoungBox",
+    "active",
+    "adamw_",
+    "add_layer_norm",
+    "add_rms_norm",
+    "bias_gelu",
+    "copy_boxes_",
+    "cross_entropy_backward",
+    "layer_norm",
+    "own",
+    "rms_norm",
+    "rotary_",
+    "softmax_stats",
+    "swiglu",
+    "using",
+    "young_rates",
+    "young_table",
+]
