@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
+from megagrow import ops
 from megagrow.growth.rules import Progression, YoungBlocks
 from megagrow.state.boxes import Box
 
@@ -76,6 +77,8 @@ class BlockOptimizer(torch.optim.Optimizer):
             self.before_step()
         if self.accept is not None and not self.accept():
             return None
+        if self._step_in_one_pass():
+            return None
         if not any(p in self._young for g in self.param_groups for p in g["params"]):
             return self._step_whole(closure)
         for group in self.param_groups:
@@ -83,6 +86,10 @@ class BlockOptimizer(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._step_in_pieces(group, parameter)
         return None
+
+    def _step_in_one_pass(self) -> bool:
+        """Let a kernel do the update, young blocks included; False where none serves."""
+        return False
 
     def _step_whole(self, closure: Any) -> Any:
         """One update of parameters that have no young blocks."""
@@ -135,9 +142,54 @@ class BlockAdamW(BlockOptimizer, torch.optim.AdamW):
     def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float]) -> None:
         torch.optim.AdamW.__init__(self, groups, lr=0.0, betas=betas, fused=True)
         self._young = {}
+        self._tables: dict[torch.Tensor, torch.Tensor] = {}  # of young shards, for the kernel
+
+    def set_young(self, young: Mapping[torch.Tensor, Sequence[YoungShard]]) -> None:
+        """Say which boxes of which parameters have young blocks."""
+        super().set_young(young)
+        self._tables.clear()
 
     def _step_whole(self, closure: Any) -> Any:
         return torch.optim.AdamW.step(self, closure)
+
+    def _step_in_one_pass(self) -> bool:
+        """Let a kernel do the update, young blocks included; False where none serves.
+
+        It needs state, which `make_state` has made.
+        """
+        work = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if not work or not all(
+            self.state[p] and ops.adamw_serves(p, young=p in self._young) for _, p in work
+        ):
+            return False
+        # Counted together, so that a GPU is waited for once.
+        step = int(self.state[work[0][1]]["step"]) + 1
+        for group, p in work:
+            state, young = self.state[p], self._young.get(p)
+            table = rates = None
+            if young:
+                if p not in self._tables:
+                    self._tables[p] = ops.young_table([_young_box(s) for s in young], p.device)
+                table = self._tables[p]
+                rates = ops.young_rates(
+                    [(group["lr"] * s.blocks.lr_factor(step), step - s.blocks.born) for s in young],
+                    betas=group["betas"],
+                    device=p.device,
+                )
+            ops.adamw_(
+                p.view(-1),
+                p.grad.contiguous().view(-1),
+                *(state[name].view(-1) for name in MOMENTS),
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=step,
+                young=table,
+                rates=rates,
+            )
+            state["step"] += 1
+        return True
 
     @staticmethod
     def _update(
@@ -234,6 +286,11 @@ OPTIMIZERS: Mapping[str, type[BlockAdamW] | type[BlockLion]] = {
 
 
 Index = tuple[slice, ...]
+
+
+def _young_box(shard: YoungShard) -> ops.YoungBox:
+    old, _ = regions(shard.blocks.kept, shard.box)
+    return ops.YoungBox(shard.start, shard.box.shape, old[0] if old else None)
 
 
 def regions(kept: Sequence[Progression] | None, box: Box) -> tuple[list[Index], list[Index]]:

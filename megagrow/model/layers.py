@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megagrow import ops
 from megagrow.layout import even_split
 from megagrow.model.linear import linear
 from megagrow.model.parallel import (
@@ -36,6 +37,7 @@ class ColumnParallelLinear(nn.Module):
         out_axes: this rank's sizes of the output axes; the output has their product as width.
         in_axes: sizes of the input axes.
         bias: whether there is one.
+        gelu: whether GELU (its tanh form, which is GPT-2's own) follows.
         parallel: the ranks that hold the other parts.
 
     Shapes: [B, s, prod(in_axes)] -> [B, S, prod(out_axes)], this rank's units.
@@ -47,16 +49,23 @@ class ColumnParallelLinear(nn.Module):
         in_axes: Sequence[int],
         *,
         bias: bool,
+        gelu: bool = False,
         parallel: TensorParallel = SERIAL,
     ) -> None:
         super().__init__()
+        self._gelu = gelu
         self.weight = nn.Parameter(torch.empty(*out_axes, *in_axes))
         self.bias = nn.Parameter(torch.empty(*out_axes)) if bias else None
         self._rows, self._parallel = math.prod(out_axes), parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer."""
-        return linear(x, self.weight, self.bias, rows=self._rows, parallel=self._parallel)
+        # Here and not in whoever owns the layer: ZeRO-3 has the bias only while it runs.
+        if self._gelu and self.bias is not None and ops.own("bias_gelu", x):
+            y = linear(x, self.weight, None, rows=self._rows, parallel=self._parallel)
+            return ops.bias_gelu(y, self.bias)
+        y = linear(x, self.weight, self.bias, rows=self._rows, parallel=self._parallel)
+        return F.gelu(y, approximate="tanh") if self._gelu else y
 
 
 class RowParallelLinear(nn.Module):
@@ -159,9 +168,20 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise; same shape.  Statistics of lower precisions are taken in fp32."""
-        weight = replicated(self.weight, self._parallel)
-        bias = replicated(self.bias, self._parallel)
-        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+        return ops.layer_norm(x, *self._parameters_here(), self.eps)
+
+    def _parameters_here(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return replicated(self.weight, self._parallel), replicated(self.bias, self._parallel)
+
+
+class AddLayerNorm(LayerNorm):
+    """(LayerNorm of x + residual, x + residual), each [B, s, width]."""
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add and normalise."""
+        return ops.add_layer_norm(x, residual, *self._parameters_here(), self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -174,8 +194,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise; same shape.  The mean of lower precisions is taken in fp32."""
+        return ops.rms_norm(x, replicated(self.weight, self._parallel), self.eps)
+
+
+class AddRMSNorm(RMSNorm):
+    """(RMSNorm of x + residual, x + residual), each [B, s, width]."""
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add and normalise."""
         weight = replicated(self.weight, self._parallel)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        return ops.add_rms_norm(x, residual, weight, self.eps)
 
 
 class Dropout(nn.Module):

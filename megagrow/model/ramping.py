@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from megagrow.config import ModelConfig
-from megagrow.model.layers import LayerNorm, RMSNorm, RowParallelLinear, replicated
+from megagrow.model.layers import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm, RowParallelLinear, replicated
 from megagrow.model.parallel import SERIAL, TensorParallel
 from megagrow.model.transformer import MLP, Attention, Embedding
 
@@ -133,7 +133,25 @@ class _RampedRMSNorm(RMSNorm):
         return wide.to(x.dtype) * replicated(self.weight, self._parallel) * self.masks.embed
 
 
+class _RampedAddLayerNorm(_RampedLayerNorm):
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        z = residual + x
+        return super().forward(z), z
+
+
+class _RampedAddRMSNorm(_RampedRMSNorm):
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        z = residual + x
+        return super().forward(z), z
+
+
 _RAMPED: dict[type[nn.Module], type[nn.Module]] = {
+    AddLayerNorm: _RampedAddLayerNorm,
+    AddRMSNorm: _RampedAddRMSNorm,
     Embedding: _RampedEmbedding,
     LayerNorm: _RampedLayerNorm,
     RMSNorm: _RampedRMSNorm,

@@ -11,6 +11,15 @@ from typing import Any
 
 import torch
 
+from megagrow import ops
+
+
+def rotate_packed_(x: torch.Tensor, theta: float, *, turned: int) -> torch.Tensor:
+    """Turn the first `turned` heads of each group in place: [B, S, G, heads, D]; by own kernel."""
+    high = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = _kept_table(x.shape[1], x.shape[-1], theta, high, x.device)
+    return ops.rotary_(x, cos, sin, turned)
+
 
 def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
     """Turn every head by its position: [B, S, ..., D] -> the same shape, contiguous."""

@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megagrow import ops
 from megagrow.config import ModelConfig
 from megagrow.layout import even_split
 from megagrow.model.layers import (
+    AddLayerNorm,
+    AddRMSNorm,
     ColumnParallelLinear,
     Dropout,
     LayerNorm,
@@ -39,7 +42,7 @@ from megagrow.model.parallel import (
     require_tensor_parallel,
     scatter_to_sequence_parallel_region,
 )
-from megagrow.model.rotary import rotate
+from megagrow.model.rotary import rotate, rotate_packed_
 
 
 class Embedding(VocabParallelEmbedding):
@@ -83,16 +86,23 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend."""
         qkv = self.qkv(self.norm(x))
-        if self.recompute and self.training:
-            return self.out(checkpoint(self._core, qkv, use_reentrant=False))
-        return self.out(self._core(qkv))
-
-    def _core(self, qkv: torch.Tensor) -> torch.Tensor:
-        """[B, S, G * (Q + 2) * D] -> [B, S, G * Q * D], every head on its own."""
         qkv = qkv.view(*qkv.shape[:2], self.groups, self.queries + 2, self.head_dim)
+        theta = self.theta
+        if theta is not None and ops.own("rotary", qkv):
+            # In place, so it must not be recomputed, and cannot hurt: nothing else keeps qkv.
+            qkv, theta = rotate_packed_(qkv, theta, turned=self.queries + 1), None
+        if self.recompute and self.training:
+            return self.out(checkpoint(self._core, qkv, theta, use_reentrant=False))
+        return self.out(self._core(qkv, theta))
+
+    def _core(self, qkv: torch.Tensor, theta: float | None) -> torch.Tensor:
+        """[B, S, G, Q + 2, D] -> [B, S, G * Q * D], every head on its own.
+
+        Positions are rotary with base `theta`; None where there are none, or they are in.
+        """
         q, k, v = qkv.split((self.queries, 1, 1), dim=3)
-        if self.theta is not None:
-            q, k = rotate(q, self.theta), rotate(k, self.theta)
+        if theta is not None:
+            q, k = rotate(q, theta), rotate(k, theta)
         dropout = self.dropout if self.training else 0.0
         with random_numbers_of_this_rank(self.parallel if dropout else SERIAL, qkv.device):
             y = F.scaled_dot_product_attention(
@@ -107,25 +117,28 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Pre-norm perceptron, GELU or SwiGLU: [B, s, E] -> [B, s, E], without the residual."""
+    """Pre-norm perceptron, GELU or SwiGLU, of a sum: x and residual [B, s, E] each.
+
+    Returns [B, s, E], without the residual, and the sum x + residual.
+    """
 
     def __init__(self, model: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         ffn = model.ffn // parallel.size
         self.gated = model.family == "llama"
         up, bias = ((2, ffn) if self.gated else (ffn,)), model.biases
-        self.norm = _norm(model, parallel)
-        self.up = ColumnParallelLinear(up, (model.hidden,), bias=bias, parallel=parallel)
+        add_norm = AddLayerNorm if model.family == "gpt2" else AddRMSNorm
+        self.norm = add_norm(model.hidden, model.norm_eps, parallel=parallel)
+        self.up = ColumnParallelLinear(
+            up, (model.hidden,), bias=bias, gelu=not self.gated, parallel=parallel
+        )
         self.down = RowParallelLinear((model.hidden,), (ffn,), bias=bias, parallel=parallel)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Apply."""
-        x = self.up(self.norm(x))
-        if self.gated:
-            gate, up = x.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up)
-        # The tanh form is GPT-2's own.
-        return self.down(F.gelu(x, approximate="tanh"))
+        y, z = self.norm(x, residual)
+        y = self.up(y)
+        return self.down(ops.swiglu(y) if self.gated else y), z
 
 
 class Block(nn.Module):
@@ -148,8 +161,8 @@ class Block(nn.Module):
         return self._apply_layers(x)
 
     def _apply_layers(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.dropout(self.attention(x))
-        return x + self.dropout(self.mlp(x))
+        y, x = self.mlp(self.dropout(self.attention(x)), x)
+        return x + self.dropout(y)
 
 
 class Head(nn.Module):

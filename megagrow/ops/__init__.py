@@ -4,8 +4,9 @@ Each function takes the own kernel where one serves (`library.own`), else the li
 `ops.backend` chose (`alternatives`), else PyTorch's own op, which is what a CPU trains with.
 """
 
-from megagrow.ops.adamw import YoungBox, adamw_, young_rates, young_table
+from megagrow.ops.adamw import YoungBox, adamw_, adamw_serves, young_rates, young_table
 from megagrow.ops.face import (
+    BOX_AXES,
     add_layer_norm,
     add_rms_norm,
     bias_gelu,
@@ -20,9 +21,11 @@ from megagrow.ops.face import (
 from megagrow.ops.library import active, own, using
 
 __all__ = [
+    "BOX_AXES",
     "YoungBox",
     "active",
     "adamw_",
+    "adamw_serves",
     "add_layer_norm",
     "add_rms_norm",
     "bias_gelu",

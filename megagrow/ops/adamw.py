@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megagrow.ops.alternatives import alternative
+from megagrow.ops.library import own
+
 AXES = 4
 
 
@@ -80,6 +83,14 @@ def young_rates(
     return torch.tensor(rows, dtype=torch.float32).view(len(rows), 3).to(device)
 
 
+def adamw_serves(parameter: Tensor, *, young: bool) -> bool:
+    """Whether a kernel updates such a parameter; with young boxes only the own one can."""
+    if parameter.dtype != torch.float32:
+        return False
+    other = alternative("adamw", parameter) is not None
+    return own("adamw", parameter) or (other and not young)
+
+
 def adamw_(
     parameter: Tensor,
     gradient: Tensor,
@@ -114,6 +125,13 @@ def adamw_(
         young: from `young_table`.
         rates: from `young_rates`, for this update.
     """
+    other = alternative("adamw", parameter)
+    if other is not None and low is None and scale is None and young is None:
+        other(
+            parameter, gradient, exp_avg, exp_avg_sq, lr=lr, betas=betas, eps=eps,
+            weight_decay=weight_decay, step=step,
+        )  # fmt: skip
+        return
     torch.ops.megagrow.adamw_(
         parameter, gradient, exp_avg, exp_avg_sq, low, scale, young, rates,
         lr, *betas, eps, weight_decay, step,

@@ -73,7 +73,7 @@ def emulated_library(
     namespace: str = "megagrow_emulated",
     sources: Path = SOURCES,
     units: Sequence[Sequence[str]] = UNITS,
-    flags: Sequence[str] = ("-O1",),
+    flags: Sequence[str] | None = None,
 ) -> Path:
     """The emulator's library, from the cache, or built in some seconds.
 
@@ -81,7 +81,7 @@ def emulated_library(
         namespace: under which its ops are registered.
         sources: the kernel texts; a test may give changed ones.
         units: names of the files under cuda/, by translation unit.
-        flags: for the compiler.
+        flags: for the compiler; default: MEGAGROW_EMULATOR_FLAGS, or -O1.
 
     Raises:
         BuildError: there is no C++ compiler, or it fails.
@@ -91,6 +91,8 @@ def emulated_library(
     compiler = cxx()
     if compiler is None:
         raise BuildError("no C++ compiler on PATH")
+    if flags is None:
+        flags = os.environ.get("MEGAGROW_EMULATOR_FLAGS", "-O1").split()
     files = ",".join("+".join(unit) for unit in units)
     key = source_hash(namespace, files, *flags, torch.__version__, compiler, sources=sources)
     library = cache() / f"emulated_{key}.so"
@@ -248,7 +250,9 @@ def optional_cuda_library(environment: Mapping[str, str] = os.environ) -> str:
         reason = "this PyTorch is a build without CUDA"
     if reason is None:
         try:
-            return f"megagrow: CUDA kernels built for {', '.join(architectures())}: {cuda_library()}"
+            return (
+                f"megagrow: CUDA kernels built for {', '.join(architectures())}: {cuda_library()}"
+            )
         except BuildError as error:
             if wanted == "1":
                 raise

@@ -13,6 +13,8 @@ from megagrow.ops.alternatives import alternative
 from megagrow.ops.autograd import RotaryInPlace
 from megagrow.ops.library import own
 
+BOX_AXES = 4  # of a box that `copy_boxes_` takes, after axes that lie end to end are joined
+
 _ops = torch.ops.megagrow
 
 

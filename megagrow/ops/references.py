@@ -1,3 +1,4 @@
+# ruff: noqa: D103 - what each function does is told beside its schema, in schemas.py
 """What every op computes, in plain PyTorch: it serves where no kernel does, and in tests.
 
 Signatures are those of the schemas.  Arithmetic is in fp32, or in fp64 for fp64.

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from megagrow import ops
 from megagrow.state.boxes import Box, split_box
 from megagrow.state.catalog import LogicalTensor, Slot
 from megagrow.state.fresh import fresh, normals
@@ -25,6 +26,9 @@ from megagrow.state.statemap import Fill, StateMap
 
 _FRESH_BYTES_AN_ELEMENT = 48  # float64 temporaries of the generator, see fresh.py
 _NOISE_ELEMENTS = 1 << 18  # made at a time, where a block has noise
+_LANDINGS = 256  # local copies that are handed to a kernel together
+
+Landing = tuple[Move, torch.Tensor]  # a move, and the values it brings
 
 
 class Reader(Protocol):
@@ -121,12 +125,18 @@ def transfer_between_ranks(
     )  # fmt: skip
     incoming: dict[int, list[Move]] = defaultdict(list)
     written = 0
+    here: list[Landing] = []
     for move in plan_receives(state_map, old_placement, new_placement, **plan):  # type: ignore[arg-type]
         written += move.part.volume
         if move.holder == rank:
-            _land(move, _piece(old, move), new, seed)
+            here.append((move, _piece(old, move)))
+            # A kernel takes many; else one at a time, since a piece may be a copy of its own.
+            if len(here) == _LANDINGS or not ops.own("copy_boxes", here[0][1]):
+                _land_all(here, new, seed)
+                here = []
         else:
             incoming[move.holder].append(move)
+    _land_all(here, new, seed)
     outgoing: dict[int, list[Move]] = defaultdict(list)
     if channel.world > 1:
         for move in plan_sends(state_map, old_placement, new_placement, **plan):  # type: ignore[arg-type]
@@ -231,6 +241,19 @@ def _piece(old: Reader, move: Move) -> torch.Tensor:
     return old.read(move.copy.source, move.slot.name, move.source_box)[move.source_index()]
 
 
+def _land_all(landings: Sequence[Landing], new: Writer, seed: int) -> None:
+    """Land pieces: by one kernel for many where one serves, else one after the other."""
+    plain = [(m, p) for m, p in landings if m.copy.noise is None and ops.own("copy_boxes", p)]
+    if plain:
+        memory = [new.view(m.tensor, m.slot.name, m.target_box)[m.target_index()] for m, _ in plain]
+        same = {(p.dtype, p.device) for _, p in plain} | {(t.dtype, t.device) for t in memory}
+        if len(same) == 1 and all(t.dim() <= ops.BOX_AXES for t in memory):
+            ops.copy_boxes_(memory, [p for _, p in plain], [m.copy.coefficient for m, _ in plain])
+            landings = [(m, p) for m, p in landings if m.copy.noise is not None]
+    for move, piece in landings:
+        _land(move, piece, new, seed)
+
+
 def _land(move: Move, piece: torch.Tensor, new: Writer, seed: int) -> None:
     memory = new.view(move.tensor, move.slot.name, move.target_box)[move.target_index()]
     scale = move.copy.coefficient
@@ -268,11 +291,12 @@ def _pack(batch: Iterable[Move], old: Reader, buffer: torch.Tensor) -> torch.Ten
 def _unpack(batch: Iterable[Move], buffer: torch.Tensor, new: Writer, seed: int) -> int:
     """Land a message; returns the number of elements written."""
     position = written = 0
+    landings: list[Landing] = []
     for move in batch:
         stop = position + move.part.volume
         values = buffer[position:stop].view(move.part.shape)
-        for landing in (move, *move.twins):
-            _land(landing, values, new, seed)
-            written += values.numel()
+        landings += [(landing, values) for landing in (move, *move.twins)]
+        written += values.numel() * (1 + len(move.twins))
         position = stop
+    _land_all(landings, new, seed)
     return written

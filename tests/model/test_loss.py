@@ -5,8 +5,8 @@ from parts import this_rank
 from ranks import run_ranks
 
 from megagrow.layout import even_split
-from megagrow.model import loss
 from megagrow.model.loss import vocab_parallel_cross_entropy
+from megagrow.ops import references
 
 VOCABULARY = 5  # over 2 ranks 3 + 2, over 4 ranks 2 + 2 + 1 + 0
 CASES = {
@@ -57,7 +57,7 @@ def test_one_rank_matches_pytorch(case):
 @pytest.mark.parametrize("elements", [1, VOCABULARY, 2 * VOCABULARY + 1])
 def test_chunks_do_not_matter(monkeypatch, elements):
     logits, labels, tolerance = sample("ordinary")
-    monkeypatch.setitem(loss._CHUNK, "cpu", elements)
+    monkeypatch.setitem(references._CHUNK, "cpu", elements)
     for mine, wanted in zip(ours(logits, labels), reference(logits, labels), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=0, atol=tolerance)
 

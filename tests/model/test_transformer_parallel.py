@@ -124,7 +124,8 @@ def core(rank, *, dropout):
     attention = Attention(make("gpt2", dropout=dropout), TensorParallel(None, rank, WORLD))
     qkv = torch.randn(3, 6, 24, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(9)
-    return attention._core(qkv), torch.rand(())
+    heads = (attention.groups, attention.queries + 2, attention.head_dim)
+    return attention._core(qkv.view(3, 6, *heads), None), torch.rand(())
 
 
 def test_attention_drops_other_probabilities_on_every_rank():

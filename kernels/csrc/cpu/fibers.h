@@ -2,9 +2,10 @@
 // blocks run one after the other.  A barrier or shuffle suspends the fiber until all of the
 // block, or of the warp, have come to it; a barrier that some threads never reach is an error.
 //
-// Two schedules: fibers run in ascending order of their threads, or, with
-// MEGAGROW_EMULATOR_REVERSE=1, in descending order.  What depends on the order differs between
-// them.  Shared memory is filled with NaN patterns before every block.
+// A warp runs until all of it wait at a barrier or are done, before the next warp runs at all: no
+// real device lets them drift further apart.  Two schedules: blocks, warps and threads in ascending
+// order, or, with MEGAGROW_EMULATOR_REVERSE=1, in descending order.  What wants a barrier gives
+// another result in one of them.  Shared memory is filled with NaN patterns before every block.
 #pragma once
 #include <csetjmp>
 #include <cstdio>
@@ -120,27 +121,23 @@ inline void wait(State state) {
   suspend();
 }
 
-// Wakes whole warps at a shuffle, and the whole block at a barrier; returns whether any woke.
-inline bool wake(int n) {
-  bool woke = false;
-  int at_barrier = 0, live = 0;
-  for (int first = 0; first < n; first += 32) {
-    int last = first + 32 < n ? first + 32 : n, waiting = 0;
-    for (int t = first; t < last; ++t) {
-      waiting += fibers[t].state == State::at_shuffle;
-      at_barrier += fibers[t].state == State::at_barrier;
-      live += fibers[t].state != State::done;
+// Runs a warp as far as it goes; returns how many of its threads are done.
+inline int run_warp(int first, int last, bool reverse) {
+  for (;;) {
+    int done = 0, at_shuffle = 0;
+    for (int i = 0; i < last - first; ++i) {
+      const int t = reverse ? last - 1 - i : first + i;
+      if (fibers[t].state == State::ready) {
+        current = t;
+        thread_index = dim3(t, 0, 0);
+        resume(t);
+      }
+      done += fibers[t].state == State::done;
+      at_shuffle += fibers[t].state == State::at_shuffle;
     }
-    if (waiting == last - first) {
-      for (int t = first; t < last; ++t) fibers[t].state = State::ready;
-      woke = true;
-    }
+    if (at_shuffle < last - first) return at_shuffle ? -1 : done;
+    for (int t = first; t < last; ++t) fibers[t].state = State::ready;
   }
-  if (live == n && at_barrier == n) {
-    for (int t = 0; t < n; ++t) fibers[t].state = State::ready;
-    woke = true;
-  }
-  return woke;
 }
 
 inline void run_block(int n, bool reverse) {
@@ -149,22 +146,20 @@ inline void run_block(int n, bool reverse) {
     if (!fibers[t].alive) make_fiber(fibers[t]);
     fibers[t].state = State::ready;
   }
+  const int warps = (n + 31) / 32;
   for (;;) {
     int done = 0;
-    for (int i = 0; i < n; ++i) {
-      int t = reverse ? n - 1 - i : i;
-      if (fibers[t].state == State::ready) {
-        current = t;
-        thread_index = dim3(t, 0, 0);
-        resume(t);
-      }
-      done += fibers[t].state == State::done;
+    for (int i = 0; i < warps; ++i) {
+      const int first = 32 * (reverse ? warps - 1 - i : i);
+      const int ended = run_warp(first, first + 32 < n ? first + 32 : n, reverse);
+      done = ended < 0 || done < 0 ? -1 : done + ended;
     }
     if (done == n) return;
-    if (!wake(n)) {
+    if (done != 0) {
       fibers.clear();  // they hang in the middle of the kernel
       throw std::runtime_error("emulator: some threads never reach a barrier or shuffle");
     }
+    for (int t = 0; t < n; ++t) fibers[t].state = State::ready;
   }
 }
 

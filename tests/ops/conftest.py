@@ -1,0 +1,42 @@
+"""Where the kernels run in these tests: emulated on the CPU, or on a GPU.
+
+MEGAGROW_TEST_DEVICE=cuda runs every test of this folder on the device.
+"""
+
+import os
+
+import pytest
+import torch
+
+from megagrow.ops import build, library
+
+DEVICE = os.environ.get("MEGAGROW_TEST_DEVICE", "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """The kernels are compiled and load; once for a session, and kept between sessions."""
+    with library.using("cuda" if DEVICE == "cuda" else "emulated"):
+        pass
+
+
+@pytest.fixture(params=["ascending"] if DEVICE == "cuda" else ["ascending", "descending"])
+def kernels(request, compiled, monkeypatch):
+    """Own kernels serve, in each schedule; what they leave unwritten is NaN."""
+    monkeypatch.setenv("MEGAGROW_EMULATOR_REVERSE", str(int(request.param == "descending")))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with library.using("cuda" if DEVICE == "cuda" else "emulated") as active:
+        yield active
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fp64_kernels(kernels):
+    """As `kernels`, for tests in fp64, which the emulator alone serves."""
+    if DEVICE == "cuda":
+        pytest.skip("fp64 kernels are built for the emulator only")
+
+
+def pytest_report_header():
+    return f"kernels are tested on: {DEVICE} (C++ compiler {build.cxx()}, nvcc {build.nvcc()})"
