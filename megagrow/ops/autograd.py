@@ -76,6 +76,7 @@ class RotaryInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
+        """Turn."""
         ctx.mark_dirty(x)
         ctx.save_for_backward(cos, sin)
         ctx.turned = turned
@@ -84,6 +85,7 @@ class RotaryInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Turn back."""
         cos, sin = ctx.saved_tensors
         # A gradient may be seen by others, so it is not overwritten.
         return _ops.rotary(grad.contiguous(), cos, sin, ctx.turned, True), None, None, None

@@ -53,7 +53,7 @@ def architectures() -> list[str]:
 
 
 def gencode(architecture: str) -> str:
-    """nvcc's option for a target such as ``9.0a``."""
+    """Nvcc's option for a target such as ``9.0a``."""
     number = architecture.replace(".", "")
     return f"-gencode=arch=compute_{number},code=sm_{number}"
 

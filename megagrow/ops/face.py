@@ -113,7 +113,7 @@ def softmax_stats(logits: Tensor, labels: Tensor, start: int) -> Tensor:
 def cross_entropy_backward(
     grad: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, start: int, *, in_place: bool
 ) -> Tensor:
-    """grad * (softmax - 1 at the label), [rows, columns].
+    """Grad * (softmax - 1 at the label), [rows, columns].
 
     Args:
         grad: [rows], of the losses, in the type of `stats`.
