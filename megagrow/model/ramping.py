@@ -18,7 +18,14 @@ import torch
 from torch import nn
 
 from megagrow.config import ModelConfig
-from megagrow.model.layers import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm, RowParallelLinear, replicated
+from megagrow.model.layers import (
+    AddLayerNorm,
+    AddRMSNorm,
+    LayerNorm,
+    RMSNorm,
+    RowParallelLinear,
+    replicated,
+)
 from megagrow.model.parallel import SERIAL, TensorParallel
 from megagrow.model.transformer import MLP, Attention, Embedding
 

@@ -56,6 +56,9 @@ def test_statistics_of_norms_weigh_units_by_their_mask(family):
     variance = (c * (x - mean) ** 2).sum(-1, keepdim=True) / c.sum()
     expected = (x - mean) / (variance + norm.eps).sqrt() * norm.weight
     expected = c * (expected + (norm.bias if family == "gpt2" else 0.0))
-    torch.testing.assert_close(norm(x), expected, rtol=1e-12, atol=1e-12)
+    for a, b in ((x, 0 * x), (0.3 * x, 0.7 * x)):  # this norm adds the residual first
+        y, total = norm(a, b)
+        torch.testing.assert_close(total, x, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     # A rank of two has the units that its weights have.
     assert masks.ffn.tolist() == [1.0] * 12 + [0.25] * 12
