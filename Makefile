@@ -28,7 +28,8 @@ INSIDE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PIP    := $(INSIDE) $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 CODE   := megagrow launch tests setup.py
 
-.PHONY: help setup quickstart check test test-slow faults clean
+.PHONY: help setup quickstart check test test-slow faults clean \
+	kernels kernels-check kernels-sanitize gpu-check
 
 help:
 	@echo 'make quickstart  install, prepare data, train a small model that grows; about 10 minutes'
@@ -37,6 +38,10 @@ help:
 	@echo 'make faults      kill a run 200 times at random moments; about 20 minutes'
 	@echo 'make check       lint, formatting and types only'
 	@echo 'make setup       make $(VENV) and install into it'
+	@echo 'make kernels     compile the CUDA kernels for the GPUs of this machine (needs nvcc)'
+	@echo 'make kernels-check     compile them for sm_80, sm_90a, sm_100; registers and spills'
+	@echo 'make kernels-sanitize  their tests on the CPU under ASan and UBSan; some minutes'
+	@echo 'make gpu-check   build, tests, benchmarks on a GPU, no network needed; below 8 minutes'
 	@echo 'make clean       remove caches and build products; $(VENV), data/ and runs/ stay'
 
 setup: $(STAMP)
@@ -49,7 +54,8 @@ $(STAMP): setup.py constraints.txt
 	  echo "  mend:  install one of these and give it: make setup PYTHON=/path/to/python3.11" >&2; \
 	  exit 1; fi
 	@if ! command -v "$${CXX:-c++}" >/dev/null; then \
-	  echo "No C++ compiler ($${CXX:-c++}) on PATH; DeepSpeed compiles its communication op." >&2; \
+	  echo "No C++ compiler ($${CXX:-c++}) on PATH: DeepSpeed compiles its communication op," >&2; \
+	  echo "and the tests compile the kernels (nvcc and CUDA are optional)." >&2; \
 	  echo "  mend: install one (Debian, Ubuntu: apt install g++) or set CXX" >&2; exit 1; fi
 	@include=$$("$(PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
 	if [ ! -e "$$include/Python.h" ]; then \
@@ -104,6 +110,24 @@ test-slow: setup
 
 faults: setup
 	$(INSIDE) $(VENV)/bin/python launch/benchmark.py faults --kills 200 --json benchmarks/faults.json
+
+kernels: setup
+	@$(INSIDE) $(VENV)/bin/python -m megagrow.ops --build cuda
+
+kernels-check: setup
+	@$(INSIDE) $(VENV)/bin/python -m megagrow.ops --check
+
+# The sanitizer's library must be the first in the process, and Python leaks by design.
+kernels-sanitize: setup
+	@MEGAGROW_EMULATOR_FLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined' \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 OMP_NUM_THREADS=1 \
+	  $(INSIDE) $(VENV)/bin/python -m pytest -q tests/ops/test_kernels.py tests/ops/test_adamw.py \
+	  -k 'not opcheck and not compiler'
+
+# Not after `setup`: a GPU host may have no network, and has its own Python.
+gpu-check:
+	@kernels/gpu_check.sh
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,15 +1,45 @@
 """Packaging of megagrow; tools are configured in pyproject.toml, exact pins in constraints.txt."""
 
+import importlib.util
 import re
+import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 VERSION = re.search(
     r'^__version__ = "([^"]+)"', (HERE / "megagrow/__init__.py").read_text("utf-8"), re.MULTILINE
 )[1]
 README = HERE / "README.md"
+
+
+class BuildKernels(build_ext):
+    """Compile the CUDA kernels where nvcc and a GPU build of PyTorch are; else say why not.
+
+    Without them PyTorch's own ops serve.  MEGAGROW_CUDA=0 leaves them out, =1 insists.
+    """
+
+    def run(self):
+        spec = importlib.util.spec_from_file_location("_build", HERE / "megagrow/ops/build.py")
+        build = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(build)
+        print(build.optional_cuda_library())
+        if build.CUDA_LIBRARY.exists() and not self.inplace:
+            target = Path(self.build_lib, "megagrow/ops/lib", build.CUDA_LIBRARY.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(build.CUDA_LIBRARY, target)
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
+
+    def get_source_files(self):
+        return []
+
 
 # NVIDIA apex must never be listed here.  It is installed from its own sources; the package
 # named `apex` on the package index is an unrelated project.  Nothing in megagrow needs it.
@@ -22,6 +52,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megagrow", "megagrow.*"]),
+    package_data={"megagrow.ops": ["*.json"]},
+    ext_modules=[Extension("megagrow.ops.kernels", sources=[])],
+    cmdclass={"build_ext": BuildKernels},
     python_requires=">=3.10,<3.13",
     install_requires=[
         "torch>=2.11",

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="compile the CUDA sources for sm_80, sm_90a and sm_100 (no GPU needed); fail on spills",
+        help="compile the CUDA sources for sm_80, sm_90a, sm_100 (no GPU needed); fail on spills",
     )
     options = parser.parse_args(arguments)
     from megagrow.errors import MegagrowError

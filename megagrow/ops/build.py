@@ -91,6 +91,7 @@ def emulated_library(
     compiler = cxx()
     if compiler is None:
         raise BuildError("no C++ compiler on PATH")
+    _require(sources)
     if flags is None:
         flags = os.environ.get("MEGAGROW_EMULATOR_FLAGS", "-O1").split()
     files = ",".join("+".join(unit) for unit in units)
@@ -124,6 +125,7 @@ def cuda_library(library: Path = CUDA_LIBRARY) -> Path:
     compiler = nvcc()
     if compiler is None:
         raise BuildError("nvcc is neither in CUDA_HOME nor on PATH")
+    _require(SOURCES)
     targets = [gencode(name) for name in architectures()]
     # Of a GPU build of torch alone; without one the library links, but loads elsewhere only.
     with_cuda = (_torch_root() / "lib" / "libtorch_cuda.so").exists()
@@ -185,6 +187,11 @@ def run_compilers(commands: Sequence[Sequence[str | Path]]) -> list[str]:
 
     with ThreadPoolExecutor(jobs()) as pool:
         return list(pool.map(run, commands))
+
+
+def _require(sources: Path) -> None:
+    if not (sources / "cuda").is_dir():
+        raise BuildError(f"the kernels' sources are not in {sources} (a wheel has none)")
 
 
 def _build(  # type: ignore[no-untyped-def]

@@ -96,9 +96,9 @@ def _compile(compiler: str, architectures: Sequence[str]) -> Report:
             text.write_text(build.unit_text(unit), encoding="utf-8")
             objects.append(text.with_suffix(".o"))
             commands.append(
-                [*build.nvcc_command(compiler), *targets, "-Xptxas", "-v", "-c", text]
-                + ["-o", objects[-1]]
-            )
+                [*build.nvcc_command(compiler), *targets, "-Xptxas", "-v",
+                 "-c", text, "-o", objects[-1]]
+            )  # fmt: skip
         output = "\n".join(build.run_compilers(commands))
         library = Path(place) / "library.so"
         build.run_compilers([[compiler, "-shared", *targets, *objects, "-o", library]])
