@@ -21,7 +21,7 @@ class BuildKernels(build_ext):
     Without them PyTorch's own ops serve.  MEGAGROW_CUDA=0 leaves them out, =1 insists.
     """
 
-    def run(self):
+    def run(self):  # noqa: D102
         spec = importlib.util.spec_from_file_location("_build", HERE / "megagrow/ops/build.py")
         build = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
@@ -31,13 +31,13 @@ class BuildKernels(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(build.CUDA_LIBRARY, target)
 
-    def get_outputs(self):
+    def get_outputs(self):  # noqa: D102
         return []
 
-    def get_output_mapping(self):
+    def get_output_mapping(self):  # noqa: D102
         return {}
 
-    def get_source_files(self):
+    def get_source_files(self):  # noqa: D102
         return []
 
 

@@ -72,16 +72,19 @@ for _name, _backward, _context in (
 
 
 class RotaryInPlace(torch.autograd.Function):
-    """`rotary_`: the input is overwritten and returned; what comes back is turned back."""
+    """`rotary_`: the input is overwritten and returned; what comes back is turned back.
+
+    What is returned is a view, since autograd lets nobody but itself change what may be one.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
         """Turn."""
-        ctx.mark_dirty(x)
         ctx.save_for_backward(cos, sin)
         ctx.turned = turned
-        _ops.rotary_(x, cos, sin, turned, False)
-        return x
+        _ops.rotary_(x.detach(), cos, sin, turned, False)
+        torch.autograd.graph.increment_version(x)
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -90,7 +90,8 @@ def check(architectures: Sequence[str] = build.ARCHITECTURES) -> Report:
 def _compile(compiler: str, architectures: Sequence[str]) -> Report:
     targets = [build.gencode(name) for name in architectures]
     with tempfile.TemporaryDirectory() as place:
-        objects, commands = [], []
+        objects: list[Path] = []
+        commands: list[list[str | Path]] = []
         for number, unit in enumerate(build.UNITS):
             text = Path(place) / f"unit{number}.cu"
             text.write_text(build.unit_text(unit), encoding="utf-8")

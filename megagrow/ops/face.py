@@ -129,6 +129,8 @@ def cross_entropy_backward(
     if not (in_place and logits.is_contiguous()):
         return _ops.cross_entropy_backward(grad, logits.contiguous(), labels, stats, start)
     _ops.cross_entropy_backward_(grad, logits, labels, stats, start)
+    # So that a second backward pass is an error, and not wrong.
+    torch.autograd.graph.increment_version(logits)
     return logits
 
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -110,7 +110,6 @@ def _choose(mode: str) -> Active:
             expected=", ".join(MODES),
             mend="unset MEGAGROW_KERNELS, or set it to one of these",
         )
-    mode = cast(Mode, mode)
     if mode == "reference":
         return Active(mode, {}, frozenset(), "PyTorch's own ops: MEGAGROW_KERNELS=reference")
     if mode == "emulated":
@@ -118,9 +117,7 @@ def _choose(mode: str) -> Active:
     fault = _load_cuda()
     if fault is None:
         name = torch.cuda.get_device_name()
-        return Active(
-            mode, {"cuda": _DTYPES}, _wins_on(name), f"own CUDA kernels on {name}"
-        )  # fmt: skip
+        return Active(mode, {"cuda": _DTYPES}, _wins_on(name), f"own CUDA kernels on {name}")
     if mode == "cuda":
         raise ConfigError(
             f"MEGAGROW_KERNELS=cuda: {fault}",

@@ -1,4 +1,4 @@
-"""The emulator sees what it is for: without a barrier, or with an output left out, results are wrong.
+"""The emulator sees what it is for: a barrier or an output left out makes results wrong.
 
 Each mutant is the kernels' text with one line changed, compiled under a namespace of its own.
 """
