@@ -147,7 +147,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, default=20.0, help="at most (default %(default)g)")
     add("--ranks", type=int, default=2, help="processes of a job (default %(default)s)")
     add("--seed", type=int, default=1, help="of what is drawn (default %(default)s)")
-    for kind in (growth, speed, savings, compared, departing, faults, conversion):
+
+    fused = kinds.add_parser("kernels", help="each fused op on a GPU, against its rivals", **style)
+    step = kinds.add_parser(
+        "mfu", help="training steps in bf16 on a GPU, by kernels and without", **style
+    )
+    for kind in (fused, step):
+        kind.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="tiny, on the CPU, with emulated kernels: shows that it works, not how fast",
+        )
+    for kind in (growth, speed, savings, compared, departing, faults, conversion, fused, step):
         kind.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
         kind.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     # Overrides and options may come in any order.

@@ -10,11 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megagrow.bench import cases as wanted
 from megagrow.bench import convert as converting
 from megagrow.bench import dynamics as departing
 from megagrow.bench import growth as growing
 from megagrow.bench import growth_table
+from megagrow.bench import kernels as fused
+from megagrow.bench import mfu as utilisation
 from megagrow.bench import operators as comparing
 from megagrow.bench import throughput as training
 from megagrow.bench.jobs import is_first, run_job, under_launcher
@@ -204,3 +208,20 @@ def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if campaign.faults:
         raise CheckpointError("kills left their mark", found=text, expected="no faults")
     return result, text
+
+
+def kernels(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Every fused op on a GPU; (for JSON, as text)."""
+    result = fused.measure(dry_run=options.dry_run)
+    return result, fused.table(result)
+
+
+def mfu(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The training step with own kernels and without; (for JSON, as text)."""
+    if not options.dry_run and not torch.cuda.is_available():
+        raise ConfigError(
+            "mfu: there is no CUDA device",
+            mend="run this on a machine with a GPU, or add --dry-run",
+        )
+    result = run_job(1, utilisation.measure, options.dry_run)
+    return {"benchmark": "mfu", **result}, utilisation.table(result)

@@ -108,7 +108,9 @@ def wins(rows: list[dict[str, Any]]) -> list[str]:
     ratios: dict[str, list[float]] = {}
     for row in rows:
         if "compiled" in row["milliseconds"]:
-            faster = row["milliseconds"]["compiled"]["median"] / row["milliseconds"]["own"]["median"]
+            faster = (
+                row["milliseconds"]["compiled"]["median"] / row["milliseconds"]["own"]["median"]
+            )
             ratios.setdefault(row["op"], []).append(faster)
     return sorted(op for op, all_ in ratios.items() if min(all_) >= _WIN)
 
@@ -217,7 +219,14 @@ def _row(case: Case, device: Device, copy: float) -> dict[str, Any]:
 
 def _cases(device: Device) -> Iterator[Case]:
     """Cases one after the other, so that few tensors live at a time."""
-    for make in (_norm_cases, _activation_cases, _rotary_cases, _loss_cases, _adamw_cases, _box_cases):
+    for make in (
+        _norm_cases,
+        _activation_cases,
+        _rotary_cases,
+        _loss_cases,
+        _adamw_cases,
+        _box_cases,
+    ):
         yield from make(device)
         if device.name == "cuda":
             torch.cuda.empty_cache()
@@ -425,6 +434,7 @@ def _adamw_cases(device: Device) -> Iterator[Case]:
     others = {}
     for name, backend in alternatives.BACKENDS.items():
         if backend.installed() and "adamw" in backend.functions:
+
             def other(call: Callable[..., Any] = backend.functions["adamw"]) -> None:
                 call(p, g.float(), m, v, **settings)
                 low.copy_(p)

@@ -38,10 +38,18 @@ SHAPES: Mapping[str, tuple[dict[str, Any], int]] = {
         16,
     ),
 }  # fmt: skip
-_TINY = {"layers": 2, "hidden": 16, "heads": 2, "kv_heads": 2, "ffn": 24, "sequence": 8, "vocab": 40}
+_TINY = {
+    "layers": 2,
+    "hidden": 16,
+    "heads": 2,
+    "kv_heads": 2,
+    "ffn": 24,
+    "sequence": 8,
+    "vocab": 40,
+}
 
 
-def measure(comm: Comm, *, dry_run: bool, rounds: int = 3, steps: int = 5) -> dict[str, Any]:
+def measure(comm: Comm, dry_run: bool, rounds: int = 3, steps: int = 5) -> dict[str, Any]:
     """Time some training steps of each shape, by kernels and by PyTorch's own ops in turn."""
     kernels = "emulated" if dry_run else "cuda"
     shapes = {

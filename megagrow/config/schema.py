@@ -371,6 +371,13 @@ class LawConfig(Section):
     embeddings: bool = True  # whether N counts them
 
 
+class OpsConfig(Section):
+    """Who serves the fused ops on a GPU (MEGAGROW_KERNELS chooses among the own ones)."""
+
+    # A library that is named must be installed, and passes a numerical check before it is used.
+    backend: Literal["own", "apex", "transformer_engine", "liger"] = "own"
+
+
 class GrowthConfig(Section):
     """Settings of growths: the transfer that carries one, and the rules that end a stage.
 
@@ -399,6 +406,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     growth: GrowthConfig = GrowthConfig()
+    ops: OpsConfig = OpsConfig()
     watch: WatchConfig = WatchConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     deepspeed: dict[str, Any] = {}

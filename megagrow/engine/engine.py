@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from megagrow import ops
 from megagrow.config import Config, LayoutConfig, ModelConfig
 from megagrow.engine.clipping import GradientClipper
 from megagrow.engine.comm import Comm
@@ -92,6 +93,7 @@ class Engine:
         loss_scale: LossScale | None = None,
         comm: Comm,
     ) -> None:
+        ops.choose(config.ops.backend)
         self.model, self.placement, self.comm = model, placement, comm
         self.layout = layout = placement.layout
         self.accumulation = accumulation(config.batch, layout)

@@ -5,6 +5,7 @@ Each function takes the own kernel where one serves (`library.own`), else the li
 """
 
 from megagrow.ops.adamw import YoungBox, adamw_, adamw_serves, young_rates, young_table
+from megagrow.ops.alternatives import choose
 from megagrow.ops.face import (
     BOX_AXES,
     add_layer_norm,
@@ -29,6 +30,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "bias_gelu",
+    "choose",
     "copy_boxes_",
     "cross_entropy_backward",
     "layer_norm",

@@ -179,7 +179,11 @@ def run_compilers(commands: Sequence[Sequence[str | Path]]) -> list[str]:
 
     def run(command: Sequence[str | Path]) -> str:
         words = [str(word) for word in command]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        # What is loaded before us, such as a sanitizer, is not meant for compilers.
+        environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, env=environment
+        )  # fmt: skip
         if done.returncode:
             text = (done.stderr + done.stdout).strip()[-4000:]
             raise BuildError(f"{' '.join(words)}\nended with {done.returncode}:\n{text}")

@@ -16,7 +16,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from megagrow import __version__
+from megagrow import __version__, ops
 from megagrow.checkpoint import NativeCheckpoint
 from megagrow.cluster import lifeline
 from megagrow.config import Config
@@ -92,7 +92,7 @@ class Trainer:
             log_every=config.train.log_every,
             speaking=comm.rank == 0,
         )
-        for notice in notices:
+        for notice in (*notices, f"fused ops: {ops.active().reason}"):
             self.progress.say(notice)
         self._start(checkpoint)
         self.saver = Saver(root=self.root, config=config, data=data, comm=comm)
