@@ -19,6 +19,10 @@ examples:
   python launch/benchmark.py growth --ranks 4 --parameters 200e6 --operator width \\
       --from-layout data=4,zero=1 --to-layout tensor=2,data=2,zero=1
 
+  # each fused op on a GPU; the training step with kernels and without
+  python launch/benchmark.py kernels --json benchmarks/kernels_h200.json
+  python launch/benchmark.py mfu
+
   # tokens a second of a training step, against plain PyTorch and Hugging Face
   python launch/benchmark.py throughput
 
@@ -150,7 +154,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
     fused = kinds.add_parser("kernels", help="each fused op on a GPU, against its rivals", **style)
     step = kinds.add_parser(
-        "mfu", help="training steps in bf16 on a GPU, by kernels and without", **style
+        "mfu", help="bf16 training steps on a GPU, kernels or not", **style
     )
     for kind in (fused, step):
         kind.add_argument(

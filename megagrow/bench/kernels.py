@@ -1,4 +1,6 @@
-"""Each fused op on a GPU: its bytes against the measured copy, eager PyTorch, torch.compile, others.
+"""Each fused op on a GPU: its bytes against the measured copy, and its time against its rivals.
+
+Rivals are eager PyTorch, torch.compile, and apex, Transformer Engine and Liger where installed.
 
 Bytes are those that an op must move, whatever it does move.  Tensors are much larger than the
 second-level cache.  `dry_run` takes tiny sizes on the CPU with the emulated kernels: it shows that
@@ -7,6 +9,7 @@ every step works, and its times mean nothing.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -159,7 +162,7 @@ def _time(call: Call, device: Device) -> dict[str, float]:
             call()
             mark.record()
         torch.cuda.synchronize()
-        times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        times = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
     else:
         for _ in range(device.calls):
             begin = time.perf_counter()
