@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from megagrow import ops
 from megagrow.errors import ConfigError
@@ -92,7 +93,7 @@ def measure(*, dry_run: bool = False) -> dict[str, Any]:
         )
     device = Device("cpu", 512, 0, 1) if dry_run else Device("cuda")
     # Graphs are walked more than once, so their buffers must outlive a backward pass.
-    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    functorch_config.donated_buffer = False
     with library.using("emulated" if dry_run else "cuda"):
         copy = _copy_bandwidth(device)
         rows = [_row(case, device, copy) for case in _cases(device)]
