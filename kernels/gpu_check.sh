@@ -64,16 +64,16 @@ if [ -n "$DRY" ]; then
     tests/ops/test_training.py
   SIZE=1e5
 else
-  step build 180 "$PYTHON" -m megagrow.ops --build cuda
+  step build 150 "$PYTHON" -m megagrow.ops --build cuda
   step active 60 env MEGAGROW_KERNELS=cuda "$PYTHON" -m megagrow.ops
   # Those that test the emulator, or compile for other targets, belong to a CPU.
-  step tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_kernels.py \
+  step tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_kernels.py \
     tests/ops/test_adamw.py tests/ops/test_training.py tests/ops/test_parallel_loss.py \
     tests/ops/test_alternatives.py
   SIZE=1e9
 fi
-step kernels 180 "$PYTHON" launch/benchmark.py kernels $DRY --json "$OUT/kernels_h200.json"
-step mfu 150 "$PYTHON" launch/benchmark.py mfu $DRY --json "$OUT/mfu_h200.json"
+step kernels 200 "$PYTHON" launch/benchmark.py kernels $DRY --json "$OUT/kernels_h200.json"
+step mfu 130 "$PYTHON" launch/benchmark.py mfu $DRY --json "$OUT/mfu_h200.json"
 step growth 120 "$PYTHON" launch/benchmark.py "${GROWTH[@]}" --parameters "$SIZE" \
   --json "$OUT/growth_h200.json"
 

@@ -87,9 +87,12 @@ adamw(float* __restrict__ parameter, const G* __restrict__ gradient, float* __re
       g = load<V>(gradient, j), p = load<V>(parameter, j);
       m = load<V>(exp_avg, j), v = load<V>(exp_avg_sq, j);
     } else {
-      for (int k = 0; k < here; ++k) {
+      // Unrolled with a condition, so that the vectors stay in registers.
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
         const int64_t i = j * V + k;
-        g.v[k] = gradient[i], p.v[k] = parameter[i], m.v[k] = exp_avg[i], v.v[k] = exp_avg_sq[i];
+        if (k < here)
+          g.v[k] = gradient[i], p.v[k] = parameter[i], m.v[k] = exp_avg[i], v.v[k] = exp_avg_sq[i];
       }
     }
     int box = -1, coordinate[kAxes];
@@ -101,7 +104,7 @@ adamw(float* __restrict__ parameter, const G* __restrict__ gradient, float* __re
     }
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      if (!whole && k >= here) break;
+      if (!whole && k >= here) continue;
       Rate rate = o.rate;
       if (YOUNG) {
         const int64_t i = j * V + k;
@@ -127,10 +130,13 @@ adamw(float* __restrict__ parameter, const G* __restrict__ gradient, float* __re
       store(parameter, j, p), store(exp_avg, j, m), store(exp_avg_sq, j, v);
       if (low) store(low, j, copy);
     } else {
-      for (int k = 0; k < here; ++k) {
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
         const int64_t i = j * V + k;
-        parameter[i] = p.v[k], exp_avg[i] = m.v[k], exp_avg_sq[i] = v.v[k];
-        if (low) low[i] = copy.v[k];
+        if (k < here) {
+          parameter[i] = p.v[k], exp_avg[i] = m.v[k], exp_avg_sq[i] = v.v[k];
+          if (low) low[i] = copy.v[k];
+        }
       }
     }
   }

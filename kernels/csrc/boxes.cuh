@@ -22,7 +22,7 @@ struct Boxes {
 
 // Row blockIdx.y of the grid copies box blockIdx.y.
 template <class T, class L, int NT>
-MG_KERNEL __launch_bounds__(NT) copy_boxes(const Boxes boxes) {
+MG_KERNEL __launch_bounds__(NT) copy_boxes(MG_GRID_CONSTANT const Boxes boxes) {
   using A = acc_t<T>;
   constexpr int V = kWide<T>;
   const Box& b = boxes.box[blockIdx.y];

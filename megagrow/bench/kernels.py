@@ -262,11 +262,8 @@ def _autograd_cases(
             rivals[name] = lambda *x, call=backend.functions[op]: other(call, *x)
 
     def forward(call: Callable[..., Any]) -> Call:
-        def run() -> None:
-            with torch.no_grad():
-                call(*inputs)
-
-        return run
+        # As in training, what the backward pass needs is kept.
+        return lambda: call(*leaves)
 
     def backward(call: Callable[..., Any]) -> Call:
         made: list[Any] = []

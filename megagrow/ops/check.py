@@ -1,6 +1,6 @@
 """Compile the CUDA sources for every target, without a GPU: registers, spills, what is undefined.
 
-A kernel that spills registers to memory fails the check.
+A kernel that spills registers to memory, or keeps an array there, fails the check.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Kernel:
         name: demangled where c++filt is at hand.
         target: such as sm_90a.
         registers: of a thread.
-        spilled_bytes: of a thread, stores and loads.
+        spilled_bytes: of a thread: spills, or the stack where arrays live that an index which
+            is known only at run time keeps out of registers; the greater of the two.
     """
 
     name: str
@@ -108,7 +109,9 @@ def _compile(compiler: str, architectures: Sequence[str]) -> Report:
 
 
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
-_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_SPILLS = re.compile(
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+)
 _REGISTERS = re.compile(r"Used (\d+) registers")
 
 
@@ -120,7 +123,7 @@ def _kernels(output: str) -> list[Kernel]:
         if entry := _ENTRY.search(line):
             name, target, spilled = entry[1], entry[2], 0
         elif spills := _SPILLS.search(line):
-            spilled = int(spills[1]) + int(spills[2])
+            spilled = max(int(spills[1]), int(spills[2]) + int(spills[3]))
         elif (registers := _REGISTERS.search(line)) and name:
             found.append(Kernel(name, target, int(registers[1]), spilled))
             name = ""

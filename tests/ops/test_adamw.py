@@ -68,7 +68,8 @@ def close(got, wanted):
 def test_flat_adamw(kernels, n, dtype, offset):
     generator = torch.Generator().manual_seed(n)
     draw = torch.randn(4, n + offset, generator=generator).to(DEVICE)
-    p, g, m, v = draw[:, offset:].contiguous() if offset == 0 else [row[offset:] for row in draw]
+    # Without an offset each begins where memory does, else inside a vector.
+    p, g, m, v = [row[offset:] if offset else row.clone() for row in draw]
     v.abs_()
     g = g.to(dtype)
     low = torch.full((n,), torch.nan, dtype=torch.float16 if offset else torch.bfloat16).to(DEVICE)
@@ -96,7 +97,7 @@ def test_reference_is_the_kernel(kernels):
     settings = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY, "step": STEP}
     results = []
     for reference in (False, True):
-        tensors = list(draw.clone())
+        tensors = [row.clone() for row in draw]
         if reference:
             references.adamw_(*tensors, None, None, *table.values(), LR, *BETAS, EPS, DECAY, STEP)
         else:

@@ -13,6 +13,8 @@
 #define MG_KERNEL __global__ void
 #define MG_DEVICE __device__ __forceinline__
 #define MG_BOTH __host__ __device__ __forceinline__
+// An argument that all threads read where it lies, whatever its index.
+#define MG_GRID_CONSTANT __grid_constant__
 // Shared memory of a block: an array, uninitialised.
 #define MG_SHARED(type, name, count) __shared__ type name[count]
 #define MG_LAUNCH(kernel, grid, block, stream, ...)       \

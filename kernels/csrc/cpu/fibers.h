@@ -22,6 +22,7 @@
 #define MG_DEVICE inline
 #define MG_BOTH inline
 #define MG_EMULATED 1
+#define MG_GRID_CONSTANT
 #define MG_THREADS(device, emulated) (emulated)
 #define MG_SHARED(type, name, count)                              \
   static mg::emu::Shared<type, count> name##_memory;              \
