@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    names = "growth|throughput|savings|operators|dynamics|faults|convert"
+    names = "growth|throughput|savings|operators|dynamics|faults|convert|kernels|mfu"
     kinds = parser.add_subparsers(dest="kind", required=True, metavar=names)
     style: dict[str, Any] = {
         "epilog": EXAMPLES,
@@ -153,9 +153,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=1, help="of what is drawn (default %(default)s)")
 
     fused = kinds.add_parser("kernels", help="each fused op on a GPU, against its rivals", **style)
-    step = kinds.add_parser(
-        "mfu", help="bf16 training steps on a GPU, kernels or not", **style
-    )
+    step = kinds.add_parser("mfu", help="bf16 training steps on a GPU, kernels or not", **style)
     for kind in (fused, step):
         kind.add_argument(
             "--dry-run",

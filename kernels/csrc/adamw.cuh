@@ -28,43 +28,72 @@ struct AdamW {
   Rate rate;
 };
 
-MG_DEVICE int first_box_after(const YoungBox* young, int boxes, int64_t i) {
-  int low = 0, high = boxes;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (young[middle].start > i) high = middle; else low = middle + 1;
-  }
-  return low;
-}
+// Walks over flat positions one by one, and knows each one's rate.
+struct Cursor {
+  const YoungBox* young;
+  const Rate* rates;
+  int boxes, box;  // the last one that begins at or before the position; -1 before all
+  bool inside;     // whether the position is in it
+  int coordinate[kAxes];
 
-MG_DEVICE bool is_old(const YoungBox& box, const int* coordinate) {
-  bool old = true;
+  MG_DEVICE Cursor(const YoungBox* young, const Rate* rates, int boxes, int64_t i)
+      : young(young), rates(rates), boxes(boxes), box(-1), inside(false) {
+    int low = 0, high = boxes;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (young[middle].start > i) high = middle; else low = middle + 1;
+    }
+    box = low - 1;
 #pragma unroll
-  for (int a = 0; a < kAxes; ++a) {
-    const int from = coordinate[a] - (int)box.begin[a], step = (int)box.step[a];
-    old = old && from >= 0 && from < step * (int)box.count[a] && (step == 1 || from % step == 0);
+    for (int a = 0; a < kAxes; ++a) coordinate[a] = 0;
+    if (box >= 0 && i < young[box].start + young[box].volume) enter(i);
   }
-  return old;
-}
 
-MG_DEVICE void locate(const YoungBox& box, int64_t i, int* coordinate) {
-  uint32_t rest = (uint32_t)(i - box.start);
+  MG_DEVICE void enter(int64_t i) {
+    uint32_t rest = (uint32_t)(i - young[box].start);
+    inside = true;
 #pragma unroll
-  for (int a = kAxes - 1; a > 0; --a) {
-    const uint32_t size = (uint32_t)box.size[a], quotient = rest / size;
-    coordinate[a] = (int)(rest - quotient * size);
-    rest = quotient;
+    for (int a = kAxes - 1; a > 0; --a) {
+      const uint32_t size = (uint32_t)young[box].size[a], quotient = rest / size;
+      coordinate[a] = (int)(rest - quotient * size);
+      rest = quotient;
+    }
+    coordinate[0] = (int)rest;
   }
-  coordinate[0] = (int)rest;
-}
 
-MG_DEVICE void advance(const YoungBox& box, int* coordinate) {
+  MG_DEVICE bool is_old() const {
+    bool old = true;
 #pragma unroll
-  for (int a = kAxes - 1; a > 0; --a) {
-    if (++coordinate[a] < (int)box.size[a]) return;
-    coordinate[a] = 0;
+    for (int a = 0; a < kAxes; ++a) {
+      const int from = coordinate[a] - (int)young[box].begin[a], step = (int)young[box].step[a];
+      old = old && from >= 0 && from < step * (int)young[box].count[a] &&
+            (step == 1 || from % step == 0);
+    }
+    return old;
   }
-  ++coordinate[0];
+
+  // The rate of position i; to be asked for in steps of one.
+  MG_DEVICE Rate next(int64_t i, Rate usual) {
+    if (inside && i >= young[box].start + young[box].volume) inside = false;
+    if (!inside && box + 1 < boxes && i >= young[box + 1].start) ++box, enter(i);
+    if (!inside) return usual;
+    const Rate rate = is_old() ? usual : rates[box];
+    bool carry = true;
+#pragma unroll
+    for (int a = kAxes - 1; a >= 0; --a) {
+      coordinate[a] += carry;
+      carry = carry && a > 0 && coordinate[a] == (int)young[box].size[a];
+      if (carry) coordinate[a] = 0;
+    }
+    return rate;
+  }
+};
+
+MG_DEVICE void update(float& p, float grad, float& m, float& v, const Rate& rate, const AdamW& o) {
+  m = m + (1.0f - o.beta1) * (grad - m);
+  v = o.beta2 * v + (1.0f - o.beta2) * grad * grad;
+  p = p * (1.0f - rate.lr * o.weight_decay) -
+      rate.step_size * m / (sqrt_(v) / rate.root_correction + o.eps);
 }
 
 // G the gradient's type, L the low-precision copy's; V elements a thread at a time.
@@ -75,70 +104,31 @@ adamw(float* __restrict__ parameter, const G* __restrict__ gradient, float* __re
       const YoungBox* __restrict__ young, const Rate* __restrict__ rates, int boxes, int64_t n,
       AdamW o) {
   const float clip = scale ? *scale : 1.0f;
-  const int64_t vectors = (n + V - 1) / V;
+  const int64_t vectors = n / V;
   for (int64_t j = (int64_t)blockIdx.x * NT + threadIdx.x; j < vectors;
        j += (int64_t)gridDim.x * NT) {
-    const bool whole = (j + 1) * V <= n;
-    const int here = whole ? V : (int)(n - j * V);
-    Vec<G, V> g;
-    Vec<float, V> p, m, v;
+    const Vec<G, V> g = load<V>(gradient, j);
+    Vec<float, V> p = load<V>(parameter, j), m = load<V>(exp_avg, j), v = load<V>(exp_avg_sq, j);
     Vec<L, V> copy;
-    if (whole) {
-      g = load<V>(gradient, j), p = load<V>(parameter, j);
-      m = load<V>(exp_avg, j), v = load<V>(exp_avg_sq, j);
-    } else {
-      // Unrolled with a condition, so that the vectors stay in registers.
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        const int64_t i = j * V + k;
-        if (k < here)
-          g.v[k] = gradient[i], p.v[k] = parameter[i], m.v[k] = exp_avg[i], v.v[k] = exp_avg_sq[i];
-      }
-    }
-    int box = -1, coordinate[kAxes];
-    bool inside = false;
-    if (YOUNG) {
-      box = first_box_after(young, boxes, j * V) - 1;
-      inside = box >= 0 && j * V < young[box].start + young[box].volume;
-      if (inside) locate(young[box], j * V, coordinate);
-    }
+    Cursor cursor(young, rates, YOUNG ? boxes : 0, j * V);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      if (!whole && k >= here) continue;
-      Rate rate = o.rate;
-      if (YOUNG) {
-        const int64_t i = j * V + k;
-        if (inside && i >= young[box].start + young[box].volume) inside = false;
-        if (!inside && box + 1 < boxes && i >= young[box + 1].start) {
-          inside = true, ++box;
-          locate(young[box], i, coordinate);
-        }
-        if (inside) {
-          if (!is_old(young[box], coordinate)) rate = rates[box];
-          advance(young[box], coordinate);
-        }
-      }
-      const float grad = float(g.v[k]) * clip;
-      float x = p.v[k] * (1.0f - rate.lr * o.weight_decay);
-      m.v[k] = m.v[k] + (1.0f - o.beta1) * (grad - m.v[k]);
-      v.v[k] = o.beta2 * v.v[k] + (1.0f - o.beta2) * grad * grad;
-      x -= rate.step_size * m.v[k] / (sqrt_(v.v[k]) / rate.root_correction + o.eps);
-      p.v[k] = x;
-      copy.v[k] = L(x);
+      const Rate rate = YOUNG ? cursor.next(j * V + k, o.rate) : o.rate;
+      update(p.v[k], float(g.v[k]) * clip, m.v[k], v.v[k], rate, o);
+      copy.v[k] = L(p.v[k]);
     }
-    if (whole) {
-      store(parameter, j, p), store(exp_avg, j, m), store(exp_avg_sq, j, v);
-      if (low) store(low, j, copy);
-    } else {
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        const int64_t i = j * V + k;
-        if (k < here) {
-          parameter[i] = p.v[k], exp_avg[i] = m.v[k], exp_avg_sq[i] = v.v[k];
-          if (low) low[i] = copy.v[k];
-        }
-      }
-    }
+    store(parameter, j, p), store(exp_avg, j, m), store(exp_avg_sq, j, v);
+    if (low) store(low, j, copy);
+  }
+  // What is left of the last vector, an element a thread.
+  const int64_t i = vectors * V + threadIdx.x;
+  if (blockIdx.x == 0 && i < n) {
+    Cursor cursor(young, rates, YOUNG ? boxes : 0, i);
+    const Rate rate = YOUNG ? cursor.next(i, o.rate) : o.rate;
+    float p = parameter[i], m = exp_avg[i], v = exp_avg_sq[i];
+    update(p, float(gradient[i]) * clip, m, v, rate, o);
+    parameter[i] = p, exp_avg[i] = m, exp_avg_sq[i] = v;
+    if (low) low[i] = L(p);
   }
 }
 }  // namespace mg

@@ -109,9 +109,7 @@ def _compile(compiler: str, architectures: Sequence[str]) -> Report:
 
 
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
-_SPILLS = re.compile(
-    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-)
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 
 
