@@ -1,0 +1,33 @@
+"""A growth whose copies a kernel makes is bit for bit the one that PyTorch makes."""
+
+import pytest
+import torch
+from conftest import DEVICE
+from toys import grow, random_state, toy_model
+
+from megagrow.model.catalog import build_catalog
+from megagrow.ops import face, library
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the toy state lives on the CPU")
+@pytest.mark.parametrize(
+    ("operator", "factor"), [("width", 2), ("width", 3), ("width_noise", 2), ("depth_stack", 2)]
+)
+def test_growth_by_kernel(kernels, monkeypatch, operator, factor):
+    boxes = []
+
+    class Counted:
+        def copy_boxes_(self, targets, *rest):
+            boxes.extend(targets)
+            torch.ops.megagrow.copy_boxes_(targets, *rest)
+
+    monkeypatch.setattr(face, "_ops", Counted())
+    model = toy_model()
+    state = random_state(build_catalog(model), seed=1, dtype=torch.float32)
+    _, _, by_kernel = grow(model, state, operator=operator, factor=factor)
+    assert boxes, "no kernel was used"
+    with library.using("reference"):
+        _, _, plain = grow(model, state, operator=operator, factor=factor)
+    assert by_kernel.tensors.keys() == plain.tensors.keys()
+    for key, tensor in plain.tensors.items():
+        assert torch.equal(by_kernel.tensors[key], tensor), key
