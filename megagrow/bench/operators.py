@@ -110,27 +110,34 @@ def cases() -> list[Case]:
 
 
 def train_all(comm: Comm, protocol: Protocol, work: Path, until: float | None) -> bool:
-    """Train what is not finished yet, seed by seed; whether all of it is now.
+    """Train what is not finished yet; whether all of it is now.
 
-    In each seed operators' first policies come first and runs from scratch last, so that time
-    that runs out leaves what can be compared.
+    In waves, each over all seeds (see `_wave`), so that time that runs out leaves what can be
+    compared.
 
     Args:
         comm: a job of one process.
         work: the runs' directory.
         until: time (seconds since 1970) after which no further run begins.
     """
-    for seed in protocol.seeds:
-        base = work / f"seed-{seed}" / "small"
-        if not _train(comm, _config(protocol, seed, None, base), until=until):
-            return False
-        start = step_path(base / DIRECTORY, protocol.small_steps)
-        for case in sorted(cases(), key=lambda case: (case.operator == SCRATCH, not case.first)):
-            config = _config(protocol, seed, case, work / f"seed-{seed}" / case.directory)
-            resume = None if case.operator == SCRATCH else start
-            if not _train(comm, config, until=until, start=resume):
+    plan = [(case, seed) for seed in protocol.seeds for case in cases()]
+    for case, seed in sorted(plan, key=lambda one: _wave(one[0])):
+        base, here = (work / f"seed-{seed}" / name for name in ("small", case.directory))
+        start = None
+        if case.operator != SCRATCH:
+            start = step_path(base / DIRECTORY, protocol.small_steps)
+            if not _train(comm, _config(protocol, seed, None, base), until=until):
                 return False
+        if not _train(comm, _config(protocol, seed, case, here), until=until, start=start):
+            return False
     return True
+
+
+def _wave(case: Case) -> int:
+    """Operators under their first policies and all policies of one; the rest; the dearest."""
+    if case.operator == SCRATCH:
+        return 2
+    return 0 if case.first or case.operator == "width" else 1
 
 
 def _config(protocol: Protocol, seed: int, case: Case | None, run_dir: Path) -> Config:
