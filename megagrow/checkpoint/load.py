@@ -11,6 +11,8 @@ from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.shape import model_of
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError
+from megagrow.growth.ramp import Ramp
+from megagrow.model.ramping import ramp_in
 from megagrow.model.transformer import Transformer, named_tensors
 from megagrow.state.boxes import whole
 
@@ -19,6 +21,8 @@ def load_model(
     path: Path, *, name: str | None = None, device: torch.device | None = None
 ) -> tuple[Transformer, ModelConfig, Path]:
     """Read the parameters of a checkpoint into a fp32 model, tensor by tensor.
+
+    Where units of a growth are still coming in, they count as much as at that step of the run.
 
     Args:
         path: a checkpoint, or a run directory: its newest one.
@@ -51,4 +55,8 @@ def load_model(
         for tensor, values in named_tensors(model).items():
             box = whole(source.catalog[tensor].shape)
             values.copy_(source.read(tensor, parameter, box).to(torch.float32))
-    return model.to(device or torch.device("cpu")).eval(), shape, at
+    model.to(device or torch.device("cpu")).eval()
+    if source.run_state.get("ramp"):
+        ramp = Ramp.from_json(source.run_state["ramp"])
+        ramp_in(model, shape, ramp.old).set(ramp.progress(source.step))
+    return model, shape, at

@@ -36,6 +36,8 @@ def markdown() -> str:
 
 def _row(operator: Operator) -> tuple[str, ...]:
     keeps = {"nothing": "neither"}.get(operator.keeps, operator.keeps)
+    if operator.ramp:
+        keeps += ", under its mask"
     if "exact" in operator.policies:
         keeps += "; dynamics with exact"
     policies = ", ".join(operator.policies)

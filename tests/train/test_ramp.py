@@ -5,10 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from jobs import events, launch, log_of, main, settings, train, trajectory, write_config
 from test_resume import same_tensors
 
 from megagrow.checkpoint import NativeCheckpoint, step_path
+from megagrow.checkpoint.load import load_model
+from megagrow.data.dataset import open_dataset
+from megagrow.data.sampler import validation_samples
 
 # (tensor, pipeline, ZeRO) of four processes before and after the stop, which is inside the ramp.
 MOVES = [((2, 1, 1), (1, 2, 0)), ((1, 1, 3), (2, 2, 1)), ((1, 2, 1), (1, 1, 2))]
@@ -61,8 +65,15 @@ def test_stopped_and_resumed_inside_the_ramp_bit_for_bit(tmp_path, dataset):
     assert all(o.status == 0 for ranks in outcomes for o in ranks), outcomes
     assert trajectory(log_of(config)) == trajectory(log_of(config, straight[-1]))
     same_tensors(*(step_path(tmp_path / d / "checkpoints", 9) for d in ("chain", "straight")))
-    # What lies inside the ramp is no plain model: it can be trained on, and nothing else.
-    early = ["--from", step_path(tmp_path / "straight" / "checkpoints", 6), "--to", tmp_path / "x"]
+    inside = step_path(tmp_path / "straight" / "checkpoints", 6)
+    model, shape, _ = load_model(inside)
+    fixed = validation_samples(open_dataset(dataset).validation, sequence=shape.sequence, count=8)
+    [validated] = [x for x in events(log_of(config), "validation") if x["step"] == 6]
+    with torch.no_grad():
+        loss = model(torch.from_numpy(fixed)).item()
+    assert loss == pytest.approx(validated["val_loss"], rel=1e-5)
+    # What lies inside the ramp is no plain model: it can be trained and evaluated, no more.
+    early = ["--from", inside, "--to", tmp_path / "x"]
     for program, *more in (
         ("convert", "--to-format", "huggingface"),
         ("grow", "--operator", "depth_stack"),
