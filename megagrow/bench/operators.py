@@ -75,16 +75,25 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Case:
-    """One run beside the others; `operator` is also `SCRATCH` or `SMALL`, `axis` what grows."""
+    """One run beside the others.
+
+    Attributes:
+        axis: what grows: `width` or `depth`.
+        operator: of the growth, or `SCRATCH` or `SMALL`.
+        policy: of the growth.
+        mup: whether matrices learn at 1 / (growth of their inputs) of the rate after it.
+    """
 
     axis: str
     operator: str
     policy: str = ""
+    mup: bool = False
 
     @property
     def name(self) -> str:
         """As in the table."""
-        return f"{self.operator} {self.axis if self.operator == SCRATCH else self.policy}".strip()
+        which = self.axis if self.operator == SCRATCH else self.policy
+        return f"{self.operator} {which}{' mup' if self.mup else ''}".strip()
 
     @property
     def directory(self) -> str:
@@ -106,7 +115,7 @@ def cases() -> list[Case]:
             if set(sizes) <= set(operator.sizes):
                 found += [Case(grown, operator.name, policy) for policy in operator.policies]
                 break
-    return found
+    return found + [Case("width", "width", policy, mup=True) for policy in ("sparkling", "kept")]
 
 
 def train_all(comm: Comm, protocol: Protocol, work: Path, until: float | None) -> bool:
@@ -151,6 +160,7 @@ def _config(protocol: Protocol, seed: int, case: Case | None, run_dir: Path) -> 
             "operator": case.operator,
             "state_policy": case.policy,
             "target": _GROWN[case.axis],
+            "mup": case.mup,
             "rewarm": protocol.rewarm,
             "ramp": protocol.ramp if operator.ramp else None,
             "fit_steps": protocol.fit_steps if operator.fitted else None,
@@ -254,6 +264,7 @@ def _result(case: Case, runs: Mapping[int, Run]) -> Result:
         "axis": case.axis,
         "operator": case.operator,
         "policy": case.policy,
+        "mup": case.mup,
         "keeps": operator.keeps if operator else "",
         "parameters": last.stages[-1].parameters,
         "jump": statistics.fmean(jumps) if jumps else None,
@@ -304,15 +315,16 @@ def table(found: Sequence[Result]) -> str:
 
 def figures(found: Sequence[Result]) -> dict[str, str]:
     """SVG files by name: each operator under its first policy, and every policy of `width`."""
-    first = [one for one in found if Case(one["axis"], one["operator"], one["policy"]).first]
-    grown = [one for one in first if one["operator"] != SCRATCH]
+    first = {case.name for case in cases() if case.first and not case.mup}
+    grown = [one for one in found if one["name"] in first and one["operator"] != SCRATCH]
     chosen = {
         "width": ("Width growth, each operator under its own first policy",
                   [one for one in grown if one["axis"] == "width"]),
         "depth": ("Depth growth, each operator under its own first policy",
                   [one for one in grown if one["axis"] == "depth" or one["operator"] == SMALL]),
         "policies": ("The width operator under every state policy",
-                     [one for one in found if one["operator"] in ("width", SMALL)]),
+                     [one for one in found if one["operator"] in ("width", SMALL)
+                      and not one["mup"]]),
     }  # fmt: skip
     return {name: _figure(title, group) for name, (title, group) in chosen.items() if group}
 
