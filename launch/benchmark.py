@@ -104,6 +104,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--config", required=True, metavar="FILE", help="YAML file that describes the benchmark")
     add("--workers", type=int, metavar="N", help="runs at a time (default: one a core)")
     add("--minutes", type=float, metavar="M", help="begin no further leg after so long")
+    add("--clock", action="store_true", help="measure the models' speeds in turns, for wall times")
     add("--collect", action="store_true", help="train nothing: report what is finished")
     add("--dry-run", action="store_true", help="say what would be trained, and what it costs")
     add("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")

@@ -167,7 +167,7 @@ def _layouts(world: int) -> list[LayoutConfig]:
 def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What growth saves against a tuned from-scratch run; (for JSON, as text)."""
     from megagrow.bench.savings import campaign as saving
-    from megagrow.bench.savings import page
+    from megagrow.bench.savings import clock, page
     from megagrow.bench.savings.config import SavingsConfig, check
 
     config = load_settings(SavingsConfig, options.config, options.overrides)
@@ -183,6 +183,8 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if not options.collect:
         workers = options.workers or os.cpu_count() or 1
         saving.train(campaign, comm=comm, workers=workers, until=until)
+    if options.clock:
+        campaign.speeds = clock.take_turns(campaign, world=world, vocab=vocab)
     if not is_first():
         return {}, ""
     result = {**campaign.result(), "complete": campaign.complete()}

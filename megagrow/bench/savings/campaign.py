@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from megagrow.bench.savings import runs
 from megagrow.bench.savings.config import SCRATCH, SMALL, Branch, Member, SavingsConfig, member
 from megagrow.bench.savings.results import (
     COSTS,
+    SPEEDS,
     Point,
     Saving,
     finished,
     interval,
     read_points,
     saving,
+    stage_key,
 )
 from megagrow.engine.comm import Comm
+from megagrow.train.plan import plan_run
 
 Result = dict[str, Any]
 
@@ -33,6 +38,8 @@ class Campaign:
 
     def __init__(self, config: SavingsConfig, *, world: int, vocab: int) -> None:
         self.config, self._world, self._vocab = config, world, vocab
+        path = Path(config.dir) / SPEEDS
+        self.speeds: dict[str, float] = json.loads(path.read_bytes()) if path.is_file() else {}
 
     def member(self, name: str, *, seed: int, lr: float) -> Member:
         """A variant or control at a learning rate and a seed."""
@@ -49,7 +56,12 @@ class Campaign:
 
     def points(self, one: Member) -> list[Point]:
         """What a member has finished."""
-        return read_points(one, self.branches(one))
+        branches = self.branches(one)
+        stages = plan_run(
+            one.branch(branches[-1]), world=self._world, vocabulary=self._vocab
+        ).stages
+        speeds = [self.speeds.get(stage_key(stage)) for stage in stages]
+        return read_points(one, branches, speeds=speeds)
 
     # --- what to train --------------------------------------------------------------------
 
@@ -128,6 +140,7 @@ class Campaign:
                 "best": lr,
                 "best_at_an_edge": lr is not None and lr in _edges(self.config.sweep.lr),
             },
+            "tokens_per_second": self.speeds,
             "runs": [],
             "variants": {},
             "controls": {},

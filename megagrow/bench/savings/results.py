@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -15,10 +16,12 @@ from scipy import stats
 from megagrow.bench.savings.config import Branch, Member
 from megagrow.report.log import read_metrics
 from megagrow.report.run import Run, Step, summarize
+from megagrow.train.plan import Stage
 
 Cost = Literal["flops", "tokens", "seconds"]
 COSTS: tuple[Cost, ...] = ("flops", "tokens", "seconds")
 _CONFIDENCE = 0.95
+SPEEDS = "speeds.json"  # in the benchmark's directory: tokens/s by `stage_key`
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Point:
         budget: FLOPs it was sized to.
         flops: all growth stages, and the growths themselves at the speed of the run.
         tokens: trained on, all stages.
-        seconds: every step at the speed of its stage's fastest tenth, and the growths: what
-            others do on the machine at the time is hardly in it.
+        seconds: every step at its stage's speed, and the growths.  The speed is the one measured
+            in turns (`clock`), else that of the stage's fastest tenth of steps: what others do
+            on the machine at the time is hardly in it.
         loss: validation loss after the decay, nats a token.
         growth_seconds: of `seconds`, what the growths took.
         growth_flops: of `flops`, what the growths are charged.
@@ -94,21 +98,35 @@ def finished(member: Member, branch: Branch) -> bool:
     return run is not None and run.end.get("step") == branch.end
 
 
-def read_points(member: Member, branches: Sequence[Branch]) -> list[Point]:
-    """The finished branches of a member, in the order of their budgets."""
+def stage_key(stage: Stage) -> str:
+    """What the speed of a growth stage depends on, as text."""
+    facts = {**stage.seen.model_dump(), "batch": stage.plan.batch.global_}
+    return json.dumps(facts, sort_keys=True)
+
+
+def read_points(
+    member: Member, branches: Sequence[Branch], *, speeds: Sequence[float | None] = ()
+) -> list[Point]:
+    """The finished branches of a member, in the order of their budgets.
+
+    Args:
+        member: whose.
+        branches: all of its.
+        speeds: tokens/s of its growth stages where they were measured in turns.
+    """
     trunk = read_log(Path(member.trunk(branches[-1].start, stop=branches[-1].start).run.dir))
     points = []
     for branch in branches:
         run = read_log(branch_directory(member, branch))
         if trunk is not None and run is not None and run.end.get("step") == branch.end:
-            points.append(_point(trunk, run, branch))
+            points.append(_point(trunk, run, branch, speeds))
     return points
 
 
-def _point(trunk: Run, run: Run, branch: Branch) -> Point:
+def _point(trunk: Run, run: Run, branch: Branch, measured: Sequence[float | None]) -> Point:
     steps = [step for step in trunk.steps if step.step <= branch.start]
     steps += [step for step in run.steps if step.step > branch.start]
-    seconds, speeds = _seconds(steps)
+    seconds, speeds = _seconds(steps, measured)
     growths = [growth for growth in trunk.growths if growth.step < branch.start]
     growth_seconds = math.fsum(growth.seconds for growth in growths)
     growth_flops = math.fsum(growth.seconds * speeds[growth.stage] for growth in growths)
@@ -123,14 +141,17 @@ def _point(trunk: Run, run: Run, branch: Branch) -> Point:
     )
 
 
-def _seconds(steps: Sequence[Step]) -> tuple[float, dict[int, float]]:
-    """Time of all steps at the speed of their stage's fastest tenth; by stage, its FLOP/s."""
+def _seconds(
+    steps: Sequence[Step], measured: Sequence[float | None]
+) -> tuple[float, dict[int, float]]:
+    """Time of all steps at their stage's speed, measured or its fastest tenth; its FLOP/s."""
     total, speeds = 0.0, {}
     tokens = flops = 0.0
     for stage in sorted({step.stage for step in steps}):
         own = [step for step in steps if step.stage == stage]
         rates = sorted(step.tokens_per_second for step in own)
-        speed = rates[(9 * (len(rates) - 1)) // 10]
+        known = measured[stage] if stage < len(measured) else None
+        speed = known or rates[(9 * (len(rates) - 1)) // 10]
         taken = (own[-1].tokens - tokens) / speed
         speeds[stage] = (own[-1].flops - flops) / taken
         total += taken

@@ -1,0 +1,93 @@
+"""The speed of every model of a savings benchmark, measured in turns.
+
+On a machine that others use the runs' own clocks tell what the others did meanwhile.  Here the
+models take turns in one process, so what happens to one happens to all, and a median of turns is
+what each is charged for a step.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megagrow.bench.jobs import run_job
+from megagrow.bench.savings.campaign import Campaign
+from megagrow.bench.savings.config import SCRATCH, SMALL
+from megagrow.bench.savings.results import SPEEDS, stage_key
+from megagrow.config import Config
+from megagrow.engine.comm import Comm
+from megagrow.report.log import write_atomically
+from megagrow.train.grow import fill_fresh, start_engine
+from megagrow.train.plan import RunPlan, plan_run
+from megagrow.train.state import RunState
+
+_ROUNDS, _STEPS = 9, 4
+
+
+def take_turns(campaign: Campaign, *, world: int, vocab: int) -> dict[str, float]:
+    """Measure, and keep the result in the benchmark's directory; tokens/s by `stage_key`.
+
+    All processes of a launcher call together; without one, `world` processes are started.
+    """
+    config = campaign.config
+    names = [SCRATCH, *config.variants, *(f"{SMALL}_{name}" for name in config.variants)]
+    jobs: dict[str, tuple[Config, int]] = {}
+    for name in names:
+        one = campaign.member(name, seed=config.seeds[0], lr=config.sweep.lr[0])
+        run = one.branch(campaign.branches(one)[-1])
+        for stage in plan_run(run, world=world, vocabulary=vocab).stages:
+            jobs.setdefault(stage_key(stage), (run, stage.index))
+    speeds = run_job(world, _measure, list(jobs.values()), vocab)
+    if speeds is None:  # not the first process
+        return {}
+    found = dict(zip(jobs, speeds, strict=True))
+    Path(config.dir).mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(config.dir) / SPEEDS, json.dumps(found, indent=1).encode())
+    return found
+
+
+def _measure(comm: Comm, jobs: Sequence[tuple[Config, int]], vocab: int) -> list[float]:
+    """Tokens/s of stages of runs."""
+    steps = [_Step(comm, plan_run(config, world=comm.world, vocabulary=vocab), index, config)
+             for config, index in jobs]  # fmt: skip
+    seconds: list[list[float]] = [[] for _ in steps]
+    for number in range(-1, _ROUNDS):  # the first round warms up
+        # Nobody always comes first, or after the same one.
+        order = list(range(len(steps)))
+        shift = number % len(steps)
+        for i in order[shift:] + order[:shift]:
+            begin = time.perf_counter()
+            for _ in range(_STEPS):
+                steps[i].take()
+            taken = max(comm.gather_floats(time.perf_counter() - begin))
+            if number >= 0:
+                seconds[i].append(taken / _STEPS)
+    return [
+        step.tokens / statistics.median(times) for step, times in zip(steps, seconds, strict=True)
+    ]
+
+
+class _Step:
+    """A stage's engine on made-up samples."""
+
+    def __init__(self, comm: Comm, plan: RunPlan, index: int, config: Config) -> None:
+        stage = plan.stages[index]
+        self._engine = start_engine(config=config, stage=stage, state=RunState(), comm=comm)
+        fill_fresh(self._engine, config=config, comm=comm)
+        self.tokens = stage.plan.tokens_per_step
+        self._lr, self._batch, self._model = config.optimizer.lr, stage.plan.batch, stage.seen
+        self._random = np.random.default_rng(0)
+
+    def take(self) -> None:
+        """One step."""
+        self._engine.train_step(self._batches(), lr=self._lr, seed=0)
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        shape = (self._batch.micro, self._model.sequence + 1)
+        for _ in range(self._engine.accumulation):
+            yield self._random.integers(0, self._model.vocabulary, shape)
