@@ -187,6 +187,18 @@ def test_a_benchmark_in_miniature(data, tmp_path, capsys):
     assert "small_stack" in page and "http://" not in page.replace("http://www.w3.org", "")
     assert (tmp_path / "runs/savings.svg").read_text().startswith("<svg")
 
+    # Speeds measured in turns: every step of a stage then costs the same, in every run.
+    assert command(path, "--collect", "--clock", "--json", tmp_path / "a.json") == 0
+    timed = json.loads((tmp_path / "a.json").read_text())
+    speeds = {json.loads(key)["layers"]: speed for key, speed in
+              timed["tokens_per_second"].items()}  # fmt: skip
+    assert set(speeds) == {2, 4}
+    for run in timed["runs"]:
+        layers = {"scratch": 4, "small_stack": 2}.get(run["name"])
+        if layers:
+            last = run["points"][-1]
+            assert last["seconds"] == pytest.approx(last["tokens"] / speeds[layers])
+
     # Again: nothing is trained.  Without a branch: it alone is.
     logs = {p: p.read_bytes() for p in (tmp_path / "runs").rglob("metrics.jsonl")}
     assert command(path, "--json", tmp_path / "b.json") == 0

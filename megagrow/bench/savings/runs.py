@@ -51,8 +51,8 @@ def run_all(tasks: Sequence[Task], *, comm: Comm | None, workers: int, until: fl
     if comm is not None:
         # Rank 0's view of the disk counts, or ranks could part ways.
         return all(run_member(*task, comm=comm, until=until) for task in comm.broadcast(left))
-    if not left:
-        return True
+    if not left or (until is not None and time.time() > until):
+        return not left
     context = multiprocessing.get_context("spawn")
     count = min(workers, len(left))
     threads = max(1, (os.cpu_count() or 1) // count)
