@@ -21,7 +21,7 @@ from megagrow.bench.savings.config import SCRATCH, SMALL
 from megagrow.bench.savings.results import SPEEDS, stage_key
 from megagrow.config import Config
 from megagrow.engine.comm import Comm
-from megagrow.report.log import write_atomically
+from megagrow.files import write_atomically
 from megagrow.train.grow import fill_fresh, start_engine
 from megagrow.train.plan import RunPlan, plan_run
 from megagrow.train.state import RunState
