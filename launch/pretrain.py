@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from megagrow.cluster import lifeline
-from megagrow.cluster.rank import prepare_network, under_supervision
+from megagrow.cluster.rank import under_supervision
 from megagrow.errors import ConfigError, MegagrowError
 
 EXAMPLES = """\
@@ -95,7 +95,6 @@ def run(options: argparse.Namespace) -> int:
     from megagrow.train.signals import StopRequest
     from megagrow.train.watch import watching
 
-    prepare_network()
     try:
         try:
             ranks = comm.start(config.watch.slow)

@@ -1,12 +1,11 @@
-"""What a rank does first and last: its line to the supervisor, its own log, its network."""
+"""What a rank does first and last: its line to the supervisor, its own log."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 
-from megagrow.cluster import lifeline, network, ranklog
+from megagrow.cluster import lifeline, ranklog
 from megagrow.errors import MegagrowError
 
 _WORDS = {0: "done", lifeline.STATUS_STOPPED: "stopped"}
@@ -30,13 +29,3 @@ def under_supervision(main: Callable[[], int]) -> int:
             line.say(_WORDS.get(status, "failed"), text=f"its exit status is {status}")
         line.close()
     return status
-
-
-def prepare_network() -> None:
-    """Before this rank joins the others.
-
-    Raises:
-        MegagrowError: rank 0's port is taken, or no interface leads to the other hosts.
-    """
-    network.require_free_port(os.environ)
-    network.choose_gloo_interface(os.environ)

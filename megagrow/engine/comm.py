@@ -16,6 +16,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 
+from megagrow.cluster.network import choose_gloo_interface, require_free_port
 from megagrow.engine.groups import Groups, make_groups
 from megagrow.errors import MegagrowError
 from megagrow.layout import Layout
@@ -136,6 +137,9 @@ def start(seconds: float = 600.0) -> Comm:
 
     Args:
         seconds: how long the other ranks may take to come, and each collective after that.
+
+    Raises:
+        MegagrowError: rank 0's port is taken, or no network leads to its host.
     """
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -152,6 +156,8 @@ def start(seconds: float = 600.0) -> Comm:
         if _on_gpu():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if _on_gpu() else "gloo"
+        require_free_port(os.environ)
+        choose_gloo_interface(os.environ)
         deepspeed.init_distributed(
             backend,
             auto_mpi_discovery=False,

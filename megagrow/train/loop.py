@@ -34,6 +34,7 @@ from megagrow.train.agree import on_all, on_first
 from megagrow.train.grow import GrowthReport, fill_fresh, grow, start_engine
 from megagrow.train.metrics import MetricsLog
 from megagrow.train.plan import RunPlan, Stage, plan_run
+from megagrow.train.preflight import preflight
 from megagrow.train.progress import Progress
 from megagrow.train.recovery import RollBack, StepGuard, remember
 from megagrow.train.saving import Saver
@@ -83,6 +84,7 @@ class Trainer:
         self._asked = 0  # the signal that asked for an end
         self._guard = StepGuard(config.recovery, scaled=config.precision.dtype == "fp16")
         self._rollbacks = 0
+        preflight(config=config, plan=plan, data=data, comm=comm)
         torch.set_num_threads(_threads(config))
 
         checkpoint, notices = self._choose_checkpoint(resume)
