@@ -28,7 +28,7 @@ INSIDE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PIP    := $(INSIDE) $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 CODE   := megagrow launch tests setup.py
 
-.PHONY: help setup quickstart check test test-slow faults clean \
+.PHONY: help setup quickstart check test test-slow test-cluster cluster-tools faults clean \
 	kernels kernels-check kernels-sanitize gpu-check
 
 help:
@@ -36,6 +36,8 @@ help:
 	@echo 'make test        install, check the code, run the tests'
 	@echo 'make test-slow   the tests that take minutes each'
 	@echo 'make faults      kill a run 200 times at random moments; about 20 minutes'
+	@echo 'make test-cluster  jobs on several hosts (network namespaces): faults, cut cables'
+	@echo 'make cluster-tools installs what that needs (Debian, Ubuntu; as root)'
 	@echo 'make check       lint, formatting and types only'
 	@echo 'make setup       make $(VENV) and install into it'
 	@echo 'make kernels     compile the CUDA kernels for the GPUs of this machine (needs nvcc)'
@@ -103,7 +105,7 @@ check: setup
 	@$(VENV)/bin/mypy megagrow launch
 
 test: check
-	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -m 'not slow' tests
+	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -m 'not slow and not cluster' tests
 
 test-slow: setup
 	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -m slow tests
@@ -128,6 +130,14 @@ kernels-sanitize: setup
 # Not after `setup`: a GPU host may have no network, and has its own Python.
 gpu-check:
 	@kernels/gpu_check.sh
+
+test-cluster: setup
+	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -m cluster tests
+
+# What the tests of several hosts need besides root; without it they are skipped, and say so.
+cluster-tools:
+	apt-get update
+	apt-get install -y --no-install-recommends iproute2 openssh-server pdsh
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

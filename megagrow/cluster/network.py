@@ -31,28 +31,44 @@ def is_loopback(address: str) -> bool:
 def own_address(toward: str) -> str | None:
     """This host's address on the route to another one; None where there is no route.
 
-    Toward this host itself, it is the address that was asked for.
+    Toward this host itself it is the address that was asked for, if possible one that others
+    reach as well.
     """
+    loopback = None
     for address in addresses_of(toward):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))  # of a datagram socket: chooses the route, sends nothing
-            return str(probe.getsockname()[0])
-    return None
+            mine = str(probe.getsockname()[0])
+            if not is_loopback(mine):
+                return mine
+            loopback = loopback or mine
+    return loopback
 
 
 def interface_of(address: str) -> str | None:
     """The network interface that has an address of this host."""
     if ":" in address:
         return _interface_of_ipv6(address)
+    return next((name for name, has in _interfaces() if has == address), None)
+
+
+def only_interface() -> str | None:
+    """The one interface that leads away from this host, where there is one alone."""
+    names = [name for name, address in _interfaces() if not is_loopback(address)]
+    return names[0] if len(names) == 1 else None
+
+
+def _interfaces() -> list[tuple[str, str]]:
+    """All interfaces that have an IPv4 address, with it."""
+    found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):
                 request = struct.pack("256s", name.encode()[:15])
                 answer = fcntl.ioctl(probe, _SIOCGIFADDR, request)
-                if socket.inet_ntoa(answer[20:24]) == address:
-                    return name
-    return None
+                found.append((name, socket.inet_ntoa(answer[20:24])))
+    return found
 
 
 def _interface_of_ipv6(address: str) -> str | None:
@@ -94,8 +110,9 @@ def choose_gloo_interface(environ: MutableMapping[str, str]) -> str | None:
         return None
     master = environ["MASTER_ADDR"]
     address = own_address(master)
-    name = interface_of(address) if address else None
-    if address is None or name is None or is_loopback(address):
+    leads = address is not None and not is_loopback(address)
+    name = interface_of(address) if address is not None and leads else only_interface()
+    if name is None:
         raise MegagrowError(
             f"rank {environ.get('RANK', '0')} on {socket.gethostname()}: no network interface "
             f"leads to rank 0's host, {master}",

@@ -63,7 +63,7 @@ class NodeJob:
             nodes=self.nodes,
             node=self.node,
             ranks=self.ranks,
-            master=self.master,
+            master=order["master"],
             port=order["port"],
             environ={**self.environ, **order["environ"]},
         )
@@ -170,10 +170,14 @@ class Nodes:
     def _launch(self) -> None:
         assert self._attempt is not None
         self._waiting_since, self._mark = None, secrets.token_hex(8)
+        # As the others have reached it: its own name may resolve to loopback here.
+        seen = [peer.connection.getsockname()[0] for peer in self._agents.values()]
+        master = seen[0].removeprefix("::ffff:") if seen else self._job.master
         order = {
+            "master": master,
             "script": list(self._attempt.script),
             "port": network.free_port(),
-            "environ": self._attempt.environ(self._job.master),
+            "environ": self._attempt.environ(master),
             "mark": self._mark,
         }
         for peer in self._agents.values():

@@ -63,7 +63,10 @@ def test_gloo_is_left_alone(debian):
 
 
 def test_no_way_to_the_others(debian, monkeypatch):
-    monkeypatch.setattr(network, "own_address", lambda toward: None)
+    monkeypatch.setattr(network, "own_address", lambda toward: "127.0.1.1")
+    monkeypatch.setattr(network, "_interfaces", lambda: [("lo", "127.0.0.1"), ("a", "10.0.0.1")])
+    assert network.choose_gloo_interface(dict(ONE_OF_TWO)) == "a"
+    monkeypatch.setattr(network, "only_interface", lambda: None)
     with pytest.raises(MegagrowError, match="no network interface leads to rank 0's host"):
         network.choose_gloo_interface(dict(ONE_OF_TWO))
 

@@ -1,0 +1,50 @@
+"""launch/pretrain.py, in which ranks meet with what they are told to, each once.
+
+MEGAGROW_FAULTS is a directory for notes, then `rank:function:count:what`, separated by spaces:
+at its count-th call of a function of megagrow's of that name, the rank is killed (`kill`), or
+stands still for some seconds (`pause`), after it has left a note that this was done.
+"""
+
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent.parent
+PACKAGE = str(REPOSITORY / "megagrow")
+
+
+def arm():
+    notes, *faults = os.environ["MEGAGROW_FAULTS"].split()
+    for fault in faults:
+        rank, function, count, what = fault.split(":")
+        note = Path(notes) / fault.replace(":", "_")
+        # One at a time, in the order they are told.
+        if not note.exists():
+            if rank == os.environ["RANK"]:
+                watch_for(function, int(count), what, note)
+            return
+
+
+def watch_for(function, left, what, note):
+    def watch(frame, event, _):
+        nonlocal left
+        code = frame.f_code
+        if event == "call" and code.co_name == function and code.co_filename.startswith(PACKAGE):
+            left -= 1
+            if left == 0:
+                note.touch()
+                if what == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(4)
+
+    threading.setprofile(watch)
+    sys.setprofile(watch)
+
+
+if __name__ == "__main__":
+    arm()
+    runpy.run_path(str(REPOSITORY / "launch" / "pretrain.py"), run_name="__main__")
