@@ -165,18 +165,15 @@ def checkpoint_bytes(plan: RunPlan) -> int:
 
 
 def require_disk(config: Config, plan: RunPlan) -> None:
-    """Refuse a disk that cannot hold the checkpoints that are kept, and one being written."""
+    """Refuse a disk that cannot hold one checkpoint of the run; more than one is retention's."""
     run_dir = Path(config.run.dir)
-    one = checkpoint_bytes(plan)
-    there = sum(p.stat().st_size for p in run_dir.glob("checkpoints/*/*") if p.is_file())
-    free = shutil.disk_usage(existing(run_dir)).free
-    needed = (config.checkpoint.keep + 1) * one - there
-    if free < needed:
+    usage = shutil.disk_usage(existing(run_dir))
+    needed = checkpoint_bytes(plan)
+    if usage.free < needed and usage.total > 0:  # some network file systems state no size
         raise TrainingError(
             f"run.dir = {run_dir}: too little space on its disk",
-            found=f"{human(free, 'B')} free",
-            expected=f"{human(needed, 'B')}: {config.checkpoint.keep} checkpoints that are kept "
-            f"and one that is being written, up to {human(one, 'B')} each, less what is there",
+            found=f"{human(usage.free, 'B')} free",
+            expected=f"{human(needed, 'B')}, the size of the largest checkpoint of this run",
             mend="free space, lower checkpoint.keep, or set run.dir to a larger disk",
         )
 

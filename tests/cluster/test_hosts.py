@@ -152,7 +152,7 @@ def test_torchrun_and_ranks_that_are_killed(jobs, config, undisturbed):
     assert [status for status, _ in ended] == [0, 0], ended
     said = ended[0][1]
     for rank, host in ((3, "h1"), (1, "h0"), (2, "h1")):
-        assert f"error: rank {rank} on {host} (pid " in said
+        assert f"error: rank {rank} on {host} (pid " in said, said
     assert said.count("died without a word") == said.count("starting again") == 3
     assert trajectory(log_of(config)) == undisturbed
     assert len(list(jobs.notes.iterdir())) == 3 and jobs.hosts.ranks() == {}
