@@ -2,7 +2,8 @@
 
 MEGAGROW_FAULTS is a directory for notes, then `rank:function:count:what`, separated by spaces:
 at its count-th call of a function of megagrow's of that name, the rank is killed (`kill`), or
-stands still for some seconds (`pause`), after it has left a note that this was done.
+stands still for some seconds (`pause`), after it has left a note that this was done.  With
+`first/function` the calls count from the first call of `first` on.
 """
 
 import os
@@ -21,7 +22,7 @@ def arm():
     notes, *faults = os.environ["MEGAGROW_FAULTS"].split()
     for fault in faults:
         rank, function, count, what = fault.split(":")
-        note = Path(notes) / fault.replace(":", "_")
+        note = Path(notes) / fault.translate(str.maketrans(":/", "__"))
         # One at a time, in the order they are told.
         if not note.exists():
             if rank == os.environ["RANK"]:
@@ -30,10 +31,16 @@ def arm():
 
 
 def watch_for(function, left, what, note):
+    first, _, function = function.rpartition("/")
+
     def watch(frame, event, _):
-        nonlocal left
+        nonlocal left, first
         code = frame.f_code
-        if event == "call" and code.co_name == function and code.co_filename.startswith(PACKAGE):
+        if event != "call" or not code.co_filename.startswith(PACKAGE):
+            return
+        if code.co_name == first:
+            first = ""
+        if code.co_name == function and not first:
             left -= 1
             if left == 0:
                 note.touch()
