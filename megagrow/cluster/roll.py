@@ -22,6 +22,7 @@ class Rank:
     pid: int
     peer: Peer
     step: int | None = None
+    first_step: int | None = None
     doing: str = ""
     last_word: str | None = None
     here: bool = True
@@ -35,7 +36,7 @@ class Rank:
     def was(self) -> str:
         """What it did last, in words."""
         at = [self.doing] if self.doing else []
-        if self.step is not None:
+        if self.step is not None and "step" not in self.doing:
             at.append(f"step {self.step}")
         return ", ".join(at) or "starting"
 
@@ -153,10 +154,11 @@ class Roll:
             rank.step = message["step"]
         if event in ("beat", "saved"):
             rank.doing = str(message.get("doing", rank.doing))
-            # From its first step on; before, it may load libraries for minutes in one call.
-            if rank.step is not None:
-                rank.peer.patience = self._silence
-                self.trained = True
+            # Before its first beat it may load libraries for minutes in one call.
+            rank.peer.patience = self._silence
+            if rank.first_step is None:
+                rank.first_step = rank.step
+            self.trained = self.trained or rank.step != rank.first_step
         if event == "saved" and rank.step is not None:
             self.saved = max(self.saved, rank.step)
         if event in LAST_WORDS and rank.last_word is None:

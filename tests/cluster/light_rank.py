@@ -21,20 +21,18 @@ def main():
     add("--fault", action="append", default=[], help="RANK:STEP:KIND, once")
     add("--always", action="store_true", help="not only once")
     add("--fail-at-start", action="store_true")
-    add("--deaf", action="store_true", help="takes no signal")
     add("--resume", default="auto")
     add("--local_rank")
     options, words = parser.parse_known_args()
+    asked = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda n, _: asked.append(n))
     with open(options.dir / f"starts_{RANK}", "a") as stream:
         print(os.getpid(), options.resume, os.environ["WORLD_SIZE"], *words, file=stream)
     print(f"rank {RANK} speaks")
     if options.fail_at_start:
         lifeline.say("failed", text="layout.tensor does not divide", kind="ConfigError")
         return 1
-    asked = []
-    if not options.deaf:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda n, _: asked.append(n))
     saved = options.dir / "saved"
     step = int(saved.read_text()) if saved.exists() else 0
     while step < options.steps:
@@ -45,7 +43,9 @@ def main():
         time.sleep(0.05)
         step += 1
         if RANK == 0:
-            saved.write_text(str(step))
+            whole = options.dir / "saved.new"  # it may be killed at any moment
+            whole.write_text(str(step))
+            whole.replace(saved)
             lifeline.say("saved", step=step)
         if asked:
             (options.dir / f"stopped_{RANK}").write_text(str(asked[0]))

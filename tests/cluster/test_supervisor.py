@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
 RANK = HERE / "light_rank.py"
-QUICK = ("--backoff", "0.1", "--grace", "0.5", "--silence", "3", "--start", "60")
+QUICK = ("--backoff", "0.1", "--grace", "0.5", "--silence", "20", "--start", "60")
 
 
 @pytest.fixture
@@ -81,7 +81,9 @@ def wait_until(condition, what):
         time.sleep(0.02)
 
 
-def wait_for_training(directory, step=1):
+def wait_for_training(directory, step=1, ranks=3):
+    """Until all ranks have started and take signals, and some steps are saved."""
+    wait_until(lambda: all(starts(directory, n) for n in range(ranks)), "all ranks")
     saved = directory / "saved"
     wait_until(lambda: saved.exists() and int(saved.read_text() or 0) >= step, "training")
 
@@ -106,7 +108,9 @@ def test_all_ranks_are_done(supervise, tmp_path):
 )  # fmt: skip
 def test_one_rank_fails(supervise, tmp_path, kind, message):
     """Whatever the launcher returns (here: 0), and though the other ranks notice nothing."""
-    process = supervise("--steps", 9999, "--fault", f"1:2:{kind}", options=["--restarts", 0])
+    process = supervise(
+        "--steps", 9999, "--fault", f"1:2:{kind}", options=["--restarts", 0, "--silence", 5]
+    )
     status, _, err = finish(process)
     assert status == 1 and re.search(f"error: {message}", err), err
     assert f"see {tmp_path}/logs/attempt_0001" in err
@@ -239,7 +243,7 @@ def test_a_rank_of_another_node_dies(nodes, tmp_path):
 
 def test_the_signal_of_any_node_stops_all(nodes, tmp_path):
     processes = nodes("--steps", 9999)
-    wait_for_training(tmp_path)
+    wait_for_training(tmp_path, ranks=4)
     processes[1].send_signal(signal.SIGUSR1)
     assert [finish(process)[0] for process in processes] == [75, 75]
 
