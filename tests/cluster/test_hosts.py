@@ -248,7 +248,9 @@ def test_the_supervisor_is_killed(jobs):
 @pytest.mark.cluster
 def test_pdsh_is_killed(jobs):
     """After which `deepspeed` itself says 0 and all ranks live on."""
-    process = jobs.over_ssh("--restarts", "0", faults=["0:train_step:4:pause"])
+    process = jobs.over_ssh(
+        "--restarts", "0", faults=["0:train_step:4:pause"], overrides=["stages.2.until.steps=900"]
+    )
     jobs.wait_for_note("0:train_step:4:pause")
     [pid, *_] = jobs.hosts.processes("login", "pdsh -S")
     os.kill(pid, signal.SIGKILL)
