@@ -113,6 +113,11 @@ def emulated_library(
                 compiler, "-shared", *flags, *objects, *_torch_libraries("torch_cpu"), "-o", into
             ],
         )  # fmt: skip
+        if key != source_hash(
+            namespace, files, *flags, torch.__version__, compiler, sources=sources
+        ):  # fmt: skip
+            library.unlink()
+            raise BuildError("the sources were changed while they were compiled")
     return library
 
 

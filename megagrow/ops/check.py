@@ -82,6 +82,8 @@ def check(architectures: Sequence[str] = build.ARCHITECTURES) -> Report:
         data = json.loads(kept.read_text(encoding="utf-8"))
         return Report([Kernel(**k) for k in data["kernels"]], data["undefined"])
     report = _compile(compiler, architectures)
+    if key != build.source_hash(*architectures, version, torch.__version__):
+        raise build.BuildError("the sources were changed while they were compiled")
     temporary = kept.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(asdict(report)), encoding="utf-8")
     os.replace(temporary, kept)
