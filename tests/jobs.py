@@ -179,8 +179,9 @@ def growths(lines):
 
 
 def files_below(path):
-    """Every file below a directory with its content."""
-    return {p.relative_to(path): p.read_bytes() for p in Path(path).rglob("*") if p.is_file()}
+    """Every file below a directory with its content, but for what ranks note about themselves."""
+    files = {p.relative_to(path): p for p in Path(path).rglob("*") if p.is_file()}
+    return {name: p.read_bytes() for name, p in files.items() if name.parts[0] != "logs"}
 
 
 # --- kills --------------------------------------------------------------------------------

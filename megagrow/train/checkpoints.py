@@ -112,16 +112,18 @@ def _is_finite(values: torch.Tensor) -> bool:
     return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values))
 
 
-def find_checkpoint(root: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start.
+def candidates(root: Path, resume: str) -> list[Path]:
+    """The checkpoints to go on from, the best first; none for a fresh start.
 
     Args:
         root: the run's directory of checkpoints.
-        resume: ``auto`` (the newest if there is one), ``never``, or the path of a
-            checkpoint, of a directory of them or of a run (then its newest).
+        resume: ``auto`` (the newest if there is one), ``good`` (the newest that turns out to be
+            undamaged), ``never``, or the path of a checkpoint, of a directory of them or of a
+            run (then its newest).
 
     Returns:
-        A path below `root` wherever that is where it lies, however it was spelled.
+        Paths below `root` wherever that is where they lie, however they were spelled; more than
+        one only for ``good``.
 
     Raises:
         CheckpointError: ``never`` though there are checkpoints, no checkpoint at the path,
@@ -129,8 +131,9 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
     """
     steps = list_steps(root)
     held = f"steps {', '.join(map(str, steps))}"
-    if resume == "auto":
-        return newest(root)
+    if resume in ("auto", "good"):
+        rising = [step_path(root, step) for step in steps]
+        return rising[::-1] if resume == "good" else rising[-1:]
     if resume == "never":
         if steps:
             raise CheckpointError(
@@ -138,7 +141,7 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
                 found=held,
                 mend="go on with --resume auto, or start elsewhere with run.dir=NEW",
             )
-        return None
+        return []
     path = Path(resume)
     if not path.is_dir():
         raise CheckpointError(
@@ -153,7 +156,7 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
             found=f"{held} in {root}",
             mend="start a new run from it with run.dir=NEW, or go on with --resume auto",
         )
-    return own.get(path.resolve(), path)
+    return [own.get(path.resolve(), path)]
 
 
 def open_checkpoint(path: Path) -> NativeCheckpoint:
@@ -172,7 +175,8 @@ def open_checkpoint(path: Path) -> NativeCheckpoint:
 def _unusable(error: MegagrowError, path: Path) -> CheckpointError:
     before = [step for step in list_steps(path.parent) if step_path(path.parent, step) < path]
     mend = (
-        f"--resume {step_path(path.parent, before[-1])} goes on from the checkpoint before it"
+        f"--resume {step_path(path.parent, before[-1])} goes on from the checkpoint before it, "
+        "and --resume good from the newest that is undamaged"
         if before
         else "there is no earlier checkpoint: start again with another run.dir"
     )
@@ -287,8 +291,8 @@ def _require_slots(checkpoint: NativeCheckpoint, engine: Engine) -> None:
 
 
 __all__ = [
+    "candidates",
     "check_agreement",
-    "find_checkpoint",
     "load_run",
     "open_checkpoint",
     "save_run",

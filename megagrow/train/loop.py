@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import socket
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -18,33 +17,25 @@ import torch
 
 from megagrow import __version__, ops
 from megagrow.checkpoint import NativeCheckpoint
-from megagrow.cluster import lifeline
 from megagrow.config import Config
-from megagrow.config.load import dump_config
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import SampleIndex, rank_slice, validation_samples
 from megagrow.engine.comm import Comm
 from megagrow.errors import CheckpointError, TrainingError
-from megagrow.files import write_atomically
 from megagrow.growth.growth import Growth
-from megagrow.report import write_report
 from megagrow.schedule.rules import Validated
 from megagrow.train import checkpoints
 from megagrow.train.agree import on_all, on_first
 from megagrow.train.grow import GrowthReport, fill_fresh, grow, start_engine
-from megagrow.train.metrics import MetricsLog
+from megagrow.train.journal import Journal
 from megagrow.train.plan import RunPlan, Stage, plan_run
 from megagrow.train.preflight import preflight
-from megagrow.train.progress import Progress
 from megagrow.train.recovery import RollBack, StepGuard, remember
 from megagrow.train.saving import Saver
 from megagrow.train.signals import StopRequest, signal_name
 from megagrow.train.stage_rules import carry, decide
 from megagrow.train.state import RunState
-from megagrow.train.telemetry import open_mirrors
 from megagrow.train.watch import Watch, unwatched
-
-STRAGGLER = 1.5  # a rank busy this many times as long as the median is told of
 
 
 class Trainer:
@@ -80,42 +71,55 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.root = self.run_dir / checkpoints.DIRECTORY
         self.last_saved: Path | None = None
-        self.hosts: list[str] = comm.all_gather(socket.gethostname())
         self._asked = 0  # the signal that asked for an end
         self._guard = StepGuard(config.recovery, scaled=config.precision.dtype == "fp16")
         self._rollbacks = 0
         preflight(config=config, plan=plan, data=data, comm=comm)
         torch.set_num_threads(_threads(config))
 
-        checkpoint, notices = self._choose_checkpoint(resume)
-        self.progress = Progress(
+        self.journal = Journal(
+            config,
+            hosts=comm.all_gather(socket.gethostname()),
             total_steps=plan.total_steps,
-            first_step=self.state.step,
-            log_every=config.train.log_every,
             speaking=comm.rank == 0,
         )
-        for notice in (*notices, f"fused ops: {ops.active().reason}"):
-            self.progress.say(notice)
-        self._start(checkpoint)
+        self.journal.say(f"fused ops: {ops.active().reason}")
+        self.state = RunState()
+        resumed = self._resume(resume)
+        if not resumed:
+            self._start(None)
         self.saver = Saver(root=self.root, config=config, data=data, comm=comm)
-        self.metrics = on_all(comm, lambda: self._open_log(checkpoint))
+        self._open_journal(resumed=resumed)
 
     # --- set-up ---------------------------------------------------------------------------
 
-    def _choose_checkpoint(self, resume: str) -> tuple[NativeCheckpoint | None, list[str]]:
-        """The checkpoint to go on from, and what to tell about it; sets `state`."""
-        path = on_first(self.comm, lambda: checkpoints.find_checkpoint(self.root, resume))
-        if path is None:
-            self.state = RunState()
-            return None, []
-        found = on_all(self.comm, lambda: checkpoints.open_checkpoint(path))
+    def _resume(self, resume: str) -> bool:
+        """Go on from the first checkpoint that can be; False where there is none to try.
+
+        Raises:
+            CheckpointError: none of them can be.
+        """
+        paths = on_first(self.comm, lambda: checkpoints.candidates(self.root, resume))
+        for number, path in enumerate(paths, start=1):
+            try:
+                self._go_on_from(path)
+                return True
+            except CheckpointError as error:
+                if number == len(paths):
+                    raise
+                self.journal.say(f"warning: {error}\nThe one before it is tried (--resume good).")
+        return False
+
+    def _go_on_from(self, path: Path) -> None:
+        checkpoint = on_all(self.comm, lambda: checkpoints.open_checkpoint(path))
         self.state, changes = checkpoints.check_agreement(
-            found, config=self.config, data=self.data, plan=self.plan
+            checkpoint, config=self.config, data=self.data, plan=self.plan
         )
-        notices = [f"resuming from {path} (step {self.state.step})"]
-        notices += [f"changed since then: {line}" for line in changes]
+        self.journal.say(f"resuming from {path} (step {self.state.step})")
+        for line in changes:
+            self.journal.say(f"changed since then: {line}")
+        self._start(checkpoint)
         self.last_saved = path
-        return found, notices
 
     def _start(self, checkpoint: NativeCheckpoint | None) -> None:
         """The engine of `state`, with its tensors."""
@@ -133,7 +137,11 @@ class Trainer:
         if checkpoint is None:
             fill_fresh(self.engine, config=self.config, comm=self.comm)
         else:
-            checkpoints.load_run(checkpoint, self.engine, config=self.config, comm=self.comm)
+            try:
+                checkpoints.load_run(checkpoint, self.engine, config=self.config, comm=self.comm)
+            except CheckpointError:
+                self.engine.close()
+                raise
             self._set_newer_aside(checkpoint.path)
         self.comm.limit_collectives(self.config.watch.slow)
 
@@ -143,44 +151,24 @@ class Trainer:
             for moved in on_first(
                 self.comm, lambda: checkpoints.set_aside(self.root, self.state.step)
             ):
-                self.progress.say(f"a newer checkpoint was set aside as {moved.name}")
+                self.journal.say(f"a newer checkpoint was set aside as {moved.name}")
 
-    def _open_log(self, checkpoint: NativeCheckpoint | None) -> MetricsLog | None:
-        if self.comm.rank != 0:
-            return None
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.run_dir / "config.yaml", dump_config(self.config).encode())
-            log = MetricsLog(
-                self.run_dir,
-                mirrors=open_mirrors(
-                    self.config, first_step=0 if checkpoint is None else self.state.step + 1
-                ),
-                resume_step=None if checkpoint is None else self.state.step,
-                resume_stage=None if checkpoint is None else self.state.growth_stage,
-            )
-        except OSError as error:
-            raise TrainingError(
-                f"run.dir = {self.run_dir}: cannot be written",
-                found=f"{error.filename or self.run_dir}: {error.strerror or error}",
-                expected="a directory, or a name that is free, on a disk with space",
-                mend="set run.dir to another directory, or free space",
-            ) from error
-        facts = {
-            "step": self.state.step,
-            "version": __version__,
-            "world": self.comm.world,
-            "parameters": self.engine.placement.catalog.parameters,
-            "model": self.stage.model.model_dump(),
-            "layout": asdict(self.stage.layout),
-            "growth_stage": self.state.growth_stage,
-            "total_steps": self.plan.total_steps,
-            "device": str(self.comm.device),
-        }
-        log.event("run_start" if checkpoint is None else "resume", **facts)
-        for end in self.plan.planned if checkpoint is None else ():
-            log.event("stage_rule", step=0, rule="planned", **asdict(end))
-        return log
+    def _open_journal(self, *, resumed: bool) -> None:
+        on_all(self.comm, lambda: self.journal.open(self.state, resumed=resumed))
+        self.journal.event(
+            "resume" if resumed else "run_start",
+            step=self.state.step,
+            version=__version__,
+            world=self.comm.world,
+            parameters=self.engine.placement.catalog.parameters,
+            model=self.stage.model.model_dump(),
+            layout=asdict(self.stage.layout),
+            growth_stage=self.state.growth_stage,
+            total_steps=self.plan.total_steps,
+            device=str(self.comm.device),
+        )
+        for end in () if resumed else self.plan.planned:
+            self.journal.event("stage_rule", step=0, rule="planned", **asdict(end))
 
     def _begin(self, what: str, *, slow: bool = False) -> None:
         self.watch.begin(what, step=self.state.step, slow=slow)
@@ -220,7 +208,13 @@ class Trainer:
             except RollBack as bad:
                 self._roll_back(bad)
         self._save(last=True)
-        self._finish(stopped=self.state.step < self.plan.total_steps)
+        stopped = self.state.step < self.plan.total_steps
+        reason = "train.stop_after_steps" if stopped else "all stages done"
+        self.journal.end(
+            self.state,
+            reason=signal_name(self._asked) if self._asked else reason,
+            checkpoint=self.last_saved,
+        )
         return self._asked
 
     def _train(self) -> None:
@@ -266,52 +260,22 @@ class Trainer:
         )
         self._let_units_in()
         if fault is not None:
-            self._tell_passed_over(fault)
+            self.journal.passed_over(self.state, fault)
             return
         if self.config.recovery.spike is not None:
             self.state = replace(self.state, recent=remember(self.state.recent, loss))
         if not result.applied:
-            scale = self.engine.loss_scale.get("cur_scale")
-            self.progress.say(
-                f"step {self.state.step}: fp16 gradients overflowed, no update; "
-                f"the loss scale is {scale:g} now"
-            )
-        speed = plan.tokens_per_step / seconds
-        if self.metrics is not None:
-            self.metrics.step(
-                step=self.state.step,
-                tokens=self.state.tokens,
-                flops=self.state.flops,
-                loss=loss,
-                lr=lr,
-                grad_norm=result.grad_norm,
-                tokens_per_second=speed,
-                growth_stage=self.stage.index,
-            )
-        self.progress.step(
-            step=self.state.step,
+            self.journal.overflowed(self.state, scale=self.engine.loss_scale["cur_scale"])
+        self.journal.step(
+            self.state,
             loss=loss,
-            tokens_per_second=speed,
-            flops_per_second=plan.flops_per_step / seconds,
-            growth_stage=self.stage.index,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            seconds=seconds,
+            stage=self.stage,
         )
         if at_log_line and self.comm.world > 1:
-            self._tell_slowest(shares)
-
-    def _tell_slowest(self, shares: list[float]) -> None:
-        """Which rank waits least for the others."""
-        slowest = max(range(len(shares)), key=shares.__getitem__)
-        # Ranks that do almost nothing but wait must not make any other look slow.
-        ratio = shares[slowest] / max(statistics.median(shares), 0.05)
-        if self.metrics is not None:
-            self.metrics.pace(
-                step=self.state.step, rank=slowest, host=self.hosts[slowest], ratio=ratio
-            )
-        if ratio >= STRAGGLER:
-            self.progress.say(
-                f"step {self.state.step}: rank {slowest} on {self.hosts[slowest]} is the slowest, "
-                f"busy {ratio:.1f} times as long as the median rank"
-            )
+            self.journal.pace(self.state, shares)
 
     def _let_units_in(self) -> None:
         """Follow a growth's ramp by one step; at its end the model becomes a plain one."""
@@ -325,7 +289,7 @@ class Trainer:
         self._begin("taking the masks away", slow=True)
         self.state = replace(self.state, ramp=None)
         self._move_into(self.stage, None)
-        self.progress.say(f"step {self.state.step}: all units of the growth are in")
+        self.journal.say(f"step {self.state.step}: all units of the growth are in")
 
     def _move_into(self, stage: Stage, growth: Growth | None) -> GrowthReport:
         """Take the engine down and another up, for a stage and the state as it is now."""
@@ -377,11 +341,11 @@ class Trainer:
             return
         self.state = replace(self.state, seen=decision.seen)
         end = decision.end and state.step < stage.plan.end_step
-        if self.metrics is not None:
-            facts = {"end": end, **decision.inputs}
-            self.metrics.event("stage_rule", step=state.step, rule=rule, **facts)
+        self.journal.event(
+            "stage_rule", step=state.step, rule=rule, **{"end": end, **decision.inputs}
+        )
         if end:
-            self.progress.say(f"step {state.step}: {rule} ends stage {stage.index}")
+            self.journal.say(f"step {state.step}: {rule} ends stage {stage.index}")
             self.state = replace(self.state, ends=(*state.ends, state.step))
             self._plan_from(self.state.ends)
             self.stage = self.plan.stages[stage.index]
@@ -406,41 +370,13 @@ class Trainer:
         report = self._move_into(stage, stage.growth)
         self._enter_stage()
         after, large = self._validation_loss(), self.engine.placement.catalog.parameters
-        if stage.growth is None or stage.grow is None:
-            self.progress.say(f"stage {stage.index}: {old_stage.layout} -> {stage.layout}")
-        else:
-            self.progress.say(
-                f"stage {stage.index}: {stage.growth.operator.name} {stage.grow.extent} "
-                f"({stage.growth.policy.name}), {small:,} -> {large:,} parameters, "
-                f"loss {before:.4f} -> {after:.4f}, {report.seconds:.2f} s"
-            )
-        if self.metrics is not None:
-            self.metrics.growth(
-                step=self.state.step,
-                tokens=self.state.tokens,
-                flops=self.state.flops,
-                operator=stage.growth.operator.name if stage.growth else "layout",
-                state_policy=stage.growth.policy.name if stage.growth else "identity",
-                loss_before=before,
-                loss_after=after,
-                parameters_before=small,
-                parameters_after=large,
-                growth_stage=stage.index,
-                model=stage.model.model_dump(),
-                layout=asdict(stage.layout),
-                **asdict(report),
-            )
-
-    def _finish(self, *, stopped: bool) -> None:
-        self.progress.close()
-        if self.metrics is not None:
-            reason = "train.stop_after_steps" if stopped else "all stages done"
-            if self._asked:
-                reason = signal_name(self._asked)
-            self.metrics.event("end", step=self.state.step, reason=reason)
-            self.metrics.close()
-            report = write_report(self.run_dir)
-            self.progress.say(f"checkpoint: {self.last_saved}\nreport: {report}")
+        self.journal.growth(
+            self.state,
+            report,
+            stages=(old_stage, stage),
+            losses=(before, after),
+            parameters=(small, large),
+        )
 
     # --- its parts ------------------------------------------------------------------------
 
@@ -479,15 +415,7 @@ class Trainer:
     def _validate(self) -> float:
         self._begin(f"validation after step {self.state.step}", slow=True)
         loss = self._validation_loss()
-        if self.metrics is not None:
-            self.metrics.validation(
-                step=self.state.step,
-                tokens=self.state.tokens,
-                flops=self.state.flops,
-                val_loss=loss,
-                growth_stage=self.stage.index,
-            )
-        self.progress.say(f"step {self.state.step}: validation loss {loss:.4f}")
+        self.journal.validation(self.state, loss, stage=self.stage)
         if not math.isfinite(loss):
             ranks = [f"{loss} on all ranks"]
             raise RollBack(f"validation loss after step {self.state.step} is not finite", ranks)
@@ -516,28 +444,15 @@ class Trainer:
         except CheckpointError as error:
             if last:
                 raise
-            self.progress.say(
-                f"warning: {error}\nThe run goes on; its last good checkpoint is "
-                f"{self.last_saved or 'none'}, and the next save is tried as usual."
-            )
-            if self.metrics is not None:
-                self.metrics.event("save_failed", step=self.state.step, why=str(error))
+            self.journal.save_failed(self.state, error, last_good=self.last_saved)
             return
         if saved is None:
             return
         step, path = saved
-        if self.metrics is not None and path != self.last_saved:
-            self.metrics.event("checkpoint", step=step, path=str(path))
+        self.journal.saved(step, path, is_new=path != self.last_saved)
         self.last_saved = path
-        lifeline.say("saved", step=step)
 
     # --- bad steps ------------------------------------------------------------------------
-
-    def _tell_passed_over(self, fault: str) -> None:
-        step = self.state.step
-        if self.metrics is not None:
-            self.metrics.event("passed_over", step=step, why=fault)
-        self.progress.say(f"warning: step {step} is passed over, no update: {fault}")
 
     def _roll_back(self, bad: RollBack) -> None:
         """Go back to the newest checkpoint, and on behind the data that led here.
@@ -546,35 +461,23 @@ class Trainer:
             TrainingError: there is none, or the run went back often enough.
         """
         self._settle(self.saver.wait)
-        path = on_first(self.comm, lambda: checkpoints.find_checkpoint(self.root, "auto"))
-        if path is None or self._rollbacks >= self.config.recovery.rollback:
+        paths = on_first(self.comm, lambda: checkpoints.candidates(self.root, "auto"))
+        if not paths or self._rollbacks >= self.config.recovery.rollback:
             self._give_up(bad)
         self._rollbacks += 1
         step, beyond = self.state.step, self.state.consumed_samples + self.stage.plan.batch.global_
-        self.progress.say(
-            f"warning: {bad.why}; the run goes back to {path} and passes over the samples up to "
-            f"{beyond:,} (recovery.rollback: {self._rollbacks} of {self.config.recovery.rollback})"
-        )
-        checkpoint = on_all(self.comm, lambda: checkpoints.open_checkpoint(path))
+        self.journal.goes_back(bad, to=paths[0], beyond=beyond, count=self._rollbacks)
         self.engine.close()
-        self.state, _ = checkpoints.check_agreement(
-            checkpoint, config=self.config, data=self.data, plan=self.plan
-        )
-        self._start(checkpoint)
+        self._go_on_from(paths[0])
         self.state = replace(self.state, consumed_samples=beyond, recent=())
-        self.last_saved = path
-        if self.metrics is not None:
-            self.metrics.close()
-        self.metrics = on_all(self.comm, lambda: self._open_log(checkpoint))
-        if self.metrics is not None:
-            self.metrics.event(
-                "rollback", step=self.state.step, from_step=step, why=bad.why, ranks=bad.ranks
-            )
+        self._open_journal(resumed=True)
+        self.journal.event(
+            "rollback", step=self.state.step, from_step=step, why=bad.why, ranks=bad.ranks
+        )
 
     def _give_up(self, bad: RollBack) -> NoReturn:
         good = self.last_saved or "none was saved yet"
-        if self.metrics is not None:
-            self.metrics.event("not_finite", step=self.state.step, why=bad.why, ranks=bad.ranks)
+        self.journal.event("not_finite", step=self.state.step, why=bad.why, ranks=bad.ranks)
         recovery = self.config.recovery
         raise TrainingError(
             f"{bad.why}; the run stops, and nothing of this step is saved",

@@ -54,6 +54,13 @@ class Progress:
                 unit="step",
             )
 
+    def go_on_from(self, step: int) -> None:
+        """So many steps are done: a run is resumed, or goes back."""
+        self._mark = (step, time.monotonic())
+        if self._bar is not None:
+            self._bar.initial = self._bar.n = step
+            self._bar.refresh()
+
     def step(
         self,
         *,

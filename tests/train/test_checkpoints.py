@@ -3,11 +3,20 @@
 import shutil
 
 import pytest
-from jobs import events, files_below, launch, log_of, make_dataset, settings, train, write_config
+from jobs import (
+    events,
+    files_below,
+    launch,
+    log_of,
+    make_dataset,
+    settings,
+    train,
+    write_config,
+)
 
 from megagrow.checkpoint import NativeCheckpoint, list_steps, newest, step_path
 from megagrow.errors import CheckpointError
-from megagrow.train.checkpoints import find_checkpoint
+from megagrow.train.checkpoints import candidates
 
 
 @pytest.fixture(scope="module")
@@ -148,17 +157,36 @@ def test_a_checkpoint_is_the_runs_own_however_its_path_is_spelled(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "run" / "checkpoints"
     relative = root.relative_to(tmp_path)
-    assert find_checkpoint(root, "auto") is None and find_checkpoint(root, "never") is None
+    assert candidates(root, "auto") == [] and candidates(root, "never") == []
     for step in (2, 4):
         step_path(root, step).mkdir(parents=True)
     (tmp_path / "link").symlink_to(root)
     for spelled in (root, relative, tmp_path / "link", tmp_path / "run" / ".." / relative):
-        assert find_checkpoint(root, str(spelled / "step_00000002")) == step_path(root, 2)
-        assert find_checkpoint(relative, str(spelled / "step_00000002")) == step_path(relative, 2)
-        assert find_checkpoint(root, str(spelled)) == step_path(root, 4)
-    assert find_checkpoint(root, str(tmp_path / "run")) == step_path(root, 4)
-    assert find_checkpoint(root, "auto") == step_path(root, 4)
+        assert candidates(root, str(spelled / "step_00000002")) == [step_path(root, 2)]
+        assert candidates(relative, str(spelled / "step_00000002")) == [step_path(relative, 2)]
+        assert candidates(root, str(spelled)) == [step_path(root, 4)]
+    assert candidates(root, str(tmp_path / "run")) == [step_path(root, 4)]
+    assert candidates(root, "auto") == [step_path(root, 4)]
     aside = root / "step_00000004.set-aside-00"
     aside.mkdir()
     with pytest.raises(CheckpointError, match="not a checkpoint of this run"):
-        find_checkpoint(root, str(aside))
+        candidates(root, str(aside))
+
+
+@pytest.mark.parametrize("damage", [_cut_manifest, _flip_value])
+def test_the_newest_that_is_undamaged(used, finished, damage):
+    """Damage that shows at once, and damage that only shows while it is read."""
+    config, run_dir = used
+    root = run_dir / "checkpoints"
+    damage(step_path(root, 10))
+    [[outcome]] = launch(1, ["--config", config, f"run.dir={run_dir}", "--resume", "good"])
+    assert outcome.status == 0, outcome.err
+    assert "warning: " in outcome.err and str(step_path(root, 10)) in outcome.err
+    lines = log_of(config, f"run.dir={run_dir}")
+    assert events(lines, "resume")[0]["step"] == 8
+    assert len(list(root.glob("step_00000010.set-aside-*"))) == 1
+    for step in list_steps(root)[:-1]:
+        damage(step_path(root, step))
+    damage(step_path(root, 10))
+    [[outcome]] = launch(1, ["--config", config, f"run.dir={run_dir}", "--resume", "good"])
+    assert outcome.status == 1 and "cannot be resumed from" in outcome.err

@@ -1,0 +1,225 @@
+"""What a run tells of itself: rank 0's lines on the terminal, its log, and the log's mirrors."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megagrow.cluster import lifeline
+from megagrow.config import Config
+from megagrow.config.load import dump_config
+from megagrow.errors import TrainingError
+from megagrow.files import write_atomically
+from megagrow.report import write_report
+from megagrow.train.grow import GrowthReport
+from megagrow.train.metrics import MetricsLog
+from megagrow.train.plan import Stage
+from megagrow.train.progress import Progress
+from megagrow.train.recovery import RollBack
+from megagrow.train.state import RunState
+from megagrow.train.telemetry import open_mirrors
+
+STRAGGLER = 1.5  # a rank busy this many times as long as the median is told of
+
+
+class Journal:
+    """Of rank 0; the other ranks' is silent.
+
+    Args:
+        config: the run.
+        hosts: the host of every rank.
+        total_steps: of the whole run, as planned.
+        speaking: whether this is rank 0.
+    """
+
+    def __init__(
+        self, config: Config, *, hosts: Sequence[str], total_steps: int, speaking: bool
+    ) -> None:
+        self.config, self.hosts, self._speaking = config, hosts, speaking
+        self._directory = Path(config.run.dir)
+        self._log: MetricsLog | None = None
+        self._progress = Progress(
+            total_steps=total_steps,
+            log_every=config.train.log_every,
+            speaking=speaking,
+        )
+
+    def open(self, state: RunState, *, resumed: bool) -> None:
+        """Open the log: a new one, or at the state that a run is resumed from.
+
+        Raises:
+            TrainingError: the run directory cannot be written.
+            DataError: the log to go on with is damaged.
+        """
+        self._progress.go_on_from(state.step)
+        if not self._speaking:
+            return
+        self.close()
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._directory / "config.yaml", dump_config(self.config).encode())
+            self._log = MetricsLog(
+                self._directory,
+                mirrors=open_mirrors(self.config, first_step=state.step + 1 if resumed else 0),
+                resume_step=state.step if resumed else None,
+                resume_stage=state.growth_stage if resumed else None,
+            )
+        except OSError as error:
+            raise TrainingError(
+                f"run.dir = {self._directory}: cannot be written",
+                found=f"{error.filename or self._directory}: {error.strerror or error}",
+                expected="a directory, or a name that is free, on a disk with space",
+                mend="set run.dir to another directory, or free space",
+            ) from error
+
+    def close(self) -> None:
+        """Close the log; may be called twice."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def say(self, text: str) -> None:
+        """A line on the terminal."""
+        self._progress.say(text)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """A line in the log."""
+        if self._log is not None:
+            self._log.event(name, **fields)
+
+    def step(
+        self, state: RunState, *, loss: float, lr: float, grad_norm: float, seconds: float,
+        stage: Stage,
+    ) -> None:  # fmt: skip
+        """A step that left an update; `state` is the one after it."""
+        speed = stage.plan.tokens_per_step / seconds
+        if self._log is not None:
+            self._log.step(
+                step=state.step,
+                tokens=state.tokens,
+                flops=state.flops,
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                tokens_per_second=speed,
+                growth_stage=stage.index,
+            )
+        self._progress.step(
+            step=state.step,
+            loss=loss,
+            tokens_per_second=speed,
+            flops_per_second=stage.plan.flops_per_step / seconds,
+            growth_stage=stage.index,
+        )
+
+    def overflowed(self, state: RunState, *, scale: float) -> None:
+        """fp16 gradients overflowed, and the update was skipped."""
+        self.say(
+            f"step {state.step}: fp16 gradients overflowed, no update; "
+            f"the loss scale is {scale:g} now"
+        )
+
+    def passed_over(self, state: RunState, fault: str) -> None:
+        """A bad step left no update."""
+        self.event("passed_over", step=state.step, why=fault)
+        self.say(f"warning: step {state.step} is passed over, no update: {fault}")
+
+    def pace(self, state: RunState, busy: Sequence[float]) -> None:
+        """Which rank waits least for the others.
+
+        Args:
+            busy: per rank, the share of time in which it did not wait.
+        """
+        slowest = max(range(len(busy)), key=busy.__getitem__)
+        # Ranks that do almost nothing but wait must not make any other look slow.
+        ratio = busy[slowest] / max(statistics.median(busy), 0.05)
+        host = self.hosts[slowest]
+        if self._log is not None:
+            self._log.pace(step=state.step, rank=slowest, host=host, ratio=ratio)
+        if ratio >= STRAGGLER:
+            self.say(
+                f"step {state.step}: rank {slowest} on {host} is the slowest, busy "
+                f"{ratio:.1f} times as long as the median rank"
+            )
+
+    def validation(self, state: RunState, loss: float, *, stage: Stage) -> None:
+        """The loss of the fixed validation samples."""
+        if self._log is not None:
+            self._log.validation(
+                step=state.step,
+                tokens=state.tokens,
+                flops=state.flops,
+                val_loss=loss,
+                growth_stage=stage.index,
+            )
+        self.say(f"step {state.step}: validation loss {loss:.4f}")
+
+    def growth(
+        self,
+        state: RunState,
+        report: GrowthReport,
+        *,
+        stages: tuple[Stage, Stage],
+        losses: tuple[float, float],
+        parameters: tuple[int, int],
+    ) -> None:
+        """A growth; each pair is before and after it."""
+        old, new = stages
+        if new.growth is None or new.grow is None:
+            self.say(f"stage {new.index}: {old.layout} -> {new.layout}")
+        else:
+            self.say(
+                f"stage {new.index}: {new.growth.operator.name} {new.grow.extent} "
+                f"({new.growth.policy.name}), {parameters[0]:,} -> {parameters[1]:,} parameters, "
+                f"loss {losses[0]:.4f} -> {losses[1]:.4f}, {report.seconds:.2f} s"
+            )
+        if self._log is not None:
+            self._log.growth(
+                step=state.step,
+                tokens=state.tokens,
+                flops=state.flops,
+                operator=new.growth.operator.name if new.growth else "layout",
+                state_policy=new.growth.policy.name if new.growth else "identity",
+                loss_before=losses[0],
+                loss_after=losses[1],
+                parameters_before=parameters[0],
+                parameters_after=parameters[1],
+                growth_stage=new.index,
+                model=new.model.model_dump(),
+                layout=asdict(new.layout),
+                **asdict(report),
+            )
+
+    def saved(self, step: int, path: Path, *, is_new: bool) -> None:
+        """A checkpoint is committed."""
+        if is_new:
+            self.event("checkpoint", step=step, path=str(path))
+        lifeline.say("saved", step=step)
+
+    def save_failed(self, state: RunState, error: Exception, *, last_good: Path | None) -> None:
+        """A save failed, and the run goes on."""
+        self.event("save_failed", step=state.step, why=str(error))
+        self.say(
+            f"warning: {error}\nThe run goes on; its last good checkpoint is "
+            f"{last_good or 'none'}, and the next save is tried as usual."
+        )
+
+    def goes_back(self, bad: RollBack, *, to: Path, beyond: int, count: int) -> None:
+        """The run is about to go back to a checkpoint, for the `count`-th time."""
+        self.say(
+            f"warning: {bad.why}; the run goes back to {to} and passes over the samples up to "
+            f"{beyond:,} (recovery.rollback: {count} of {self.config.recovery.rollback})"
+        )
+
+    def end(self, state: RunState, *, reason: str, checkpoint: Path | None) -> None:
+        """The run is over."""
+        self._progress.close()
+        if self._log is None:
+            return
+        self.event("end", step=state.step, reason=reason)
+        self.close()
+        report = write_report(self._directory)
+        self.say(f"checkpoint: {checkpoint}\nreport: {report}")
