@@ -137,7 +137,7 @@ def on_node(
 
 
 def resumed(script: Sequence[str]) -> list[str]:
-    """The script's words for a start again: it goes on, wherever the first start began."""
+    """The script's words for a start again: from the newest checkpoint that is undamaged."""
     words, out = list(script), []
     while words:
         word = words.pop(0)
@@ -145,7 +145,7 @@ def resumed(script: Sequence[str]) -> list[str]:
             words.pop(0)
         elif not word.startswith("--resume="):
             out.append(word)
-    return [*out, "--resume", "auto"]
+    return [*out, "--resume", "good"]
 
 
 def ssh(host: str, words: Sequence[str]) -> list[str]:

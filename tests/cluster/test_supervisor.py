@@ -125,7 +125,7 @@ def test_restarts_until_it_is_done(supervise, tmp_path):
     assert status == 0, err
     assert (tmp_path / "saved").read_text() == "90"
     # A start again goes on, wherever the first one was told to begin.
-    assert [line.split()[1] for line in starts(tmp_path)] == ["never", "auto", "auto", "auto"]
+    assert [line.split()[1] for line in starts(tmp_path)] == ["never", "good", "good", "good"]
     assert err.count("starting again") == 3 and err.count("(number 1 of 1") == 3
 
 
