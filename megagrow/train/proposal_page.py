@@ -19,6 +19,8 @@ from megagrow.schedule.planner import PlannedStage
 from megagrow.train.proposal import Proposal
 
 _POINTS = 120
+_BEFORE = 8  # the picture begins at this part of the first stage's FLOPs
+_ABOVE = 1.1  # and ends this much above the schedule's highest loss
 
 
 def table(proposal: Proposal) -> str:
@@ -65,7 +67,7 @@ def page(proposal: Proposal, *, text: str, config: str) -> str:
     budget = stages[-1].end_flops
     first = stages[0].end_flops
     sizes = [stage.size for stage in stages]
-    flops = np.geomspace(first / 30, budget, _POINTS)
+    flops = np.geomspace(first / _BEFORE, budget, _POINTS)
     curves = proposal.curves
     series = [
         Series(
@@ -76,7 +78,13 @@ def page(proposal: Proposal, *, text: str, config: str) -> str:
         for index, size in enumerate(sizes)
     ]
     grown = _path(proposal, stages)
-    series.append(Series("grown", grown, "main", marked=False))
+    # Far above the schedule the curves say nothing that it turns on.
+    top = max(loss for _, loss in grown) * _ABOVE
+    series = [
+        Series(one.name, [point for point in one.points if point[1] <= top], one.style)
+        for one in series
+    ]
+    series.append(Series("grown", grown, COLOURS[len(series) % len(COLOURS)]))
     every = [loss for one in series for _, loss in one.points]
     figure = chart(
         title="Loss over compute",
@@ -124,7 +132,7 @@ def _path(proposal: Proposal, stages: tuple[PlannedStage, ...]) -> list[tuple[fl
     flops, loss = 0.0, None
     for stage in stages:
         begun = 0.0 if loss is None else curves.tokens(stage.size, loss)
-        low = max(flops, stages[0].end_flops / 30)
+        low = max(flops, stages[0].end_flops / _BEFORE)
         for at in np.geomspace(low, stage.end_flops, _POINTS):
             tokens = begun + (at - flops) / stage.size.flops_per_token
             points.append((float(at), curves.loss_at(stage.size, tokens)))

@@ -153,9 +153,10 @@ def write(campaign: Campaign, result: Mapping[str, Any]) -> list[Path]:
     directory = Path(campaign.config.dir)
     figures = [_decayed(result), _curves(campaign, result)]
     tables = [_runs_table(result), _savings_table(result)]
-    names = ("runs", "savings")
+    names = {"runs": "Runs", "savings": "Savings"}
     sheets = "".join(
-        sheet(name, rows[0], [[escape(cell) for cell in row] for row in rows[1:]], None, left=())
+        f"<h2>{names[name]}</h2>"
+        + sheet(name, rows[0], [[escape(cell) for cell in row] for row in rows[1:]], None, left=())
         for name, rows in zip(names, tables, strict=True)
     )
     best = max(
@@ -163,11 +164,12 @@ def write(campaign: Campaign, result: Mapping[str, Any]) -> list[Path]:
         default=None,
     )
     title = "Savings" if best is None else f"Compute saved at equal loss: {best:.1%}"
+    verdict = "; ".join(["best variant, mean over its seeds", *_words(result)])
     body = (
         '<header><p class="eyebrow">megagrow savings benchmark</p>'
-        f'<h1>{escape(title)}</h1><p class="sub">best variant, mean over its seeds</p></header>'
+        f'<h1>{escape(title)}</h1><p class="sub">{escape(verdict)}</p></header>'
         f'<div class="charts two">{"".join(figures)}</div>'
-        f"<h2>Runs and savings</h2>{sheets}"
+        f"{sheets}"
         f"<details open><summary>In words</summary><pre>{escape(table(result))}</pre></details>"
         f"<details><summary>Configuration</summary><pre>"
         f"{escape(write_yaml(result['config']))}</pre></details>"
