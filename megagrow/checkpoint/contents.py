@@ -14,7 +14,7 @@ from megagrow.checkpoint.manifest import FileRecord, Manifest, file_name, stamp
 from megagrow.checkpoint.shards import DTYPES, Part, checksum_count, lay_out
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, tiling_fault, whole
-from megagrow.state.catalog import Catalog, Init, LogicalTensor, Slot
+from megagrow.state.catalog import Catalog, Init, LogicalTensor, Slot, slots_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def prove(manifest: Manifest, *, where: str) -> Contents:
             expected=f"one of each of {manifest.world} ranks",
         )
     stored: dict[tuple[str, str], list[Stored]] = {
-        (tensor.name, slot.name): [] for tensor in catalog for slot in slots
+        (tensor.name, slot.name): [] for tensor in catalog for slot in slots_of(tensor, slots)
     }
     heads = []
     for rank, record in enumerate(manifest.files):
@@ -95,7 +95,7 @@ def _catalog(manifest: Manifest, where: str) -> Catalog:
 
 
 def _slots(manifest: Manifest, where: str) -> tuple[Slot, ...]:
-    slots = tuple(Slot(record.name, record.kind) for record in manifest.slots)
+    slots = tuple(Slot(record.name, record.kind, record.matrices) for record in manifest.slots)
     if len({slot.name for slot in slots}) != len(slots):
         raise CheckpointError(f"{where}: slots: two have the same name")
     return slots

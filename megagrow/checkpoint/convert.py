@@ -41,6 +41,7 @@ from megagrow.checkpoint.shards import CHUNK_BYTES, checksum
 from megagrow.checkpoint.writing import compare, write_piece
 from megagrow.errors import CheckpointError
 from megagrow.files import sync_directory
+from megagrow.state.catalog import slots_of
 
 __all__ = ["BUFFER_BYTES", "Job", "Report", "Survey", "convert", "survey"]
 
@@ -271,7 +272,7 @@ def _pairs(opened: Opened, new: Source) -> list[tuple[str, str]]:
     if wanted != found or set(slots) != {slot.name for slot in opened.sink.slots}:
         odd = sorted(set(wanted.items()) ^ set(found.items()))[:4]
         raise CheckpointError(f"{new.path}: not what was converted", found=odd or slots)
-    return [(name, slot) for name in found for slot in slots]
+    return [(t.name, slot.name) for t in new.catalog for slot in slots_of(t, new.slots)]
 
 
 def _compare(site: _Site, pair: tuple[str, str]) -> tuple[int, float]:

@@ -38,7 +38,7 @@ from megagrow.checkpoint.torchfile import read_torch_file
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.state.boxes import Box
-from megagrow.state.catalog import ADAM_SLOTS, MASTER, Catalog, Init, LogicalTensor, Slot
+from megagrow.state.catalog import ADAM_SLOTS, MASTER, Catalog, Init, LogicalTensor, Slot, slots_of
 
 _METADATA_LIMIT = 1 << 30
 _ROOM = "torch.distributed.checkpoint."
@@ -104,7 +104,7 @@ def open_source(path: Path) -> StoredSource:
     records: list[Record] = []
     wanted: dict[str, list[tuple[LogicalTensor, Slot, _Entry, _Chunk]]] = {}
     for tensor in meta.catalog:
-        for slot in meta.slots:
+        for slot in slots_of(tensor, meta.slots):
             entry = entries.get(stored_name(tensor.name, slot.name)) or _moment(
                 entries, tensor.name, slot.name
             )
@@ -291,7 +291,7 @@ def _read_ours(path: Path, metadata: bytes) -> tuple[CheckpointMeta, int]:
     try:
         meta = CheckpointMeta(
             catalog=Catalog.from_json(body["catalog"]),
-            slots=tuple(Slot(item["name"], item["kind"]) for item in body["slots"]),
+            slots=tuple(Slot(**item) for item in body["slots"]),
             layout=Layout(**body["layout"]),
             config=dict(body["config"]),
             fingerprints=dict(body["fingerprints"]),

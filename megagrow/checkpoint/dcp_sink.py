@@ -17,7 +17,7 @@ from megagrow.checkpoint.archive import plan_archive, whole_values
 from megagrow.checkpoint.directory import naming, write_new
 from megagrow.checkpoint.manifest import plain
 from megagrow.checkpoint.native_sink import placed
-from megagrow.state.catalog import MASTER
+from megagrow.state.catalog import MASTER, slots_of
 
 METADATA, OURS = ".metadata", "megagrow.json"
 
@@ -45,7 +45,7 @@ class DcpSink:
         for rank in range(request.meta.layout.world):
             name, segments, position, records = f"__{rank}_0.distcp", list[Segment](), 0, 0
             for shard in placement.written_by(rank):
-                for slot in self.slots:
+                for slot in slots_of(request.meta.catalog[shard.tensor], self.slots):
                     dtype = request.dtype_of(shard.tensor, slot.name)
                     values = Values(shard.tensor, slot.name, shard.box, dtype)
                     archive = plan_archive("archive", whole_values(values))
@@ -66,7 +66,7 @@ class DcpSink:
             "metadata_sha256": hashlib.sha256(metadata).hexdigest(),
             "step": self._request.step,
             "catalog": meta.catalog.to_json(),
-            "slots": [asdict(slot) for slot in self.slots],
+            "slots": [slot.to_json() for slot in self.slots],
             "layout": asdict(meta.layout),
             "config": plain(meta.config, "config"),
             "fingerprints": plain(meta.fingerprints, "fingerprints"),

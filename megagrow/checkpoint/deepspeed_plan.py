@@ -113,7 +113,7 @@ class Plan:
     def hyperparameters(self, index: int, params: Sequence[int]) -> dict[str, Any]:
         """A parameter group as torch's AdamW saves it."""
         key = self.group_keys[index]
-        no_decay, lr, decay, eps = key if isinstance(key, tuple) else (False, 1.0, 1.0, 1.0)
+        no_decay, lr, decay, eps = key[:4] if isinstance(key, tuple) else (False, 1.0, 1.0, 1.0)
         ours = self.optimizer
         return {
             "lr_factor": lr,

@@ -23,6 +23,7 @@ from megagrow.checkpoint.shards import CHUNK_BYTES
 from megagrow.checkpoint.writing import LEAST_BUFFER_BYTES
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
+from megagrow.state.catalog import slots_of
 
 BUFFER_BYTES = 64 << 20
 PIECE_BYTES = 16 * CHUNK_BYTES  # of a file, where it can be cut: what one worker writes at a time
@@ -146,7 +147,7 @@ def open_job(job: Job) -> Opened:
         dtypes={
             (tensor.name, slot.name): source.dtype(tensor.name, slot.name)
             for tensor in source.catalog
-            for slot in source.slots
+            for slot in slots_of(tensor, source.slots)
         },
         dtype=job.dtype,
         nonce=digest,
@@ -154,8 +155,20 @@ def open_job(job: Job) -> Opened:
         file_bytes=job.file_bytes,
     )
     sink = get_format(job.target_format).open_sink(request)
+    _require_whole_slots(source, sink, job)
     pieces = tuple(piece for plan in sink.files for piece in cut(plan, PIECE_BYTES))
     return Opened(job, source, sink, pieces, digest)
+
+
+def _require_whole_slots(source: Source, sink: Sink, job: Job) -> None:
+    """Of Muon's state other formats would make that of Adam, whose zeros would blow up a run."""
+    partial = {slot.name for slot in source.slots if not slot.matrices}
+    if any(slot.matrices and slot.name in partial for slot in sink.slots):
+        raise CheckpointError(
+            f"{source.path}: its matrices have Muon's momentum and no {', '.join(sorted(partial))},"
+            f" which format {job.target_format} wants of every tensor",
+            mend="convert to native, to dcp, or to huggingface (weights alone)",
+        )
 
 
 def _digest(job: Job, source: Source) -> str:

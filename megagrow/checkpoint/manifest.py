@@ -93,6 +93,7 @@ class SlotRecord(_Record):
 
     name: Name
     kind: SlotKind
+    matrices: bool = True
 
 
 class LayoutRecord(_Record):
@@ -197,7 +198,7 @@ def seal(
         "world": len(files),
         "layout": asdict(meta.layout),
         "chunk_bytes": chunk_bytes,
-        "slots": [asdict(slot) for slot in meta.slots],
+        "slots": [slot.to_json() for slot in meta.slots],
         "catalog": meta.catalog.to_json(),
         "fingerprints": plain(meta.fingerprints, "fingerprints"),
         "config": plain(meta.config, "config"),

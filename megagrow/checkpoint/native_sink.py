@@ -16,7 +16,7 @@ from megagrow.checkpoint.shards import CHUNK_BYTES, DTYPE_NAMES, DTYPES, Part, P
 from megagrow.checkpoint.summary import find
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.growth.rules import OptimizerRules, group_keys
-from megagrow.state.catalog import ADAM_SLOTS, Catalog, Slot
+from megagrow.state.catalog import ADAM_SLOTS, Catalog, Slot, slots_of
 from megagrow.state.placement import Placement, split_axis
 
 
@@ -27,8 +27,8 @@ class NativeSink:
         self._request, meta = request, request.meta
         placement = placed(meta.catalog, request)
         # The training loop reads Adam's slots; one that the source lacks starts at zero.
-        extra = (slot for slot in meta.slots if slot not in ADAM_SLOTS)
-        self.slots = (*ADAM_SLOTS, *extra)
+        held = {slot.name for slot in meta.slots}
+        self.slots = (*meta.slots, *(slot for slot in ADAM_SLOTS if slot.name not in held))
         self._parts: list[list[Part]] = []
         self._plans: list[Plan] = []
         self.files: list[FilePlan] = []
@@ -36,7 +36,7 @@ class NativeSink:
             parts = [
                 Part(shard.tensor, slot.name, shard.box, DTYPE_NAMES[dtype])
                 for shard in placement.written_by(rank)
-                for slot in self.slots
+                for slot in slots_of(meta.catalog[shard.tensor], self.slots)
                 for dtype in (request.dtype_of(shard.tensor, slot.name),)
             ]
             parts.sort(key=lambda part: -DTYPES[part.dtype].itemsize)
@@ -95,7 +95,7 @@ def placed(catalog: Catalog, request: Request) -> Placement:
                 found=f"axis {tensor.axes[axis]} of length {tensor.shape[axis]}",
                 mend=f"give --tensor a divisor of {tensor.shape[axis]}",
             )
-    placement = Placement(catalog, layout, group_keys(catalog, _rules(request)))
+    placement = Placement(catalog, layout, group_keys(catalog, _rules(request), request.meta.slots))
     try:
         placement.cuts  # noqa: B018
     except ValueError as error:

@@ -26,7 +26,7 @@ from megagrow.checkpoint.seal import NAME as SEAL
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.state.boxes import Box, flat_offset, flat_range_boxes, tiling_fault, whole
-from megagrow.state.catalog import Catalog, Slot
+from megagrow.state.catalog import Catalog, Slot, slots_of
 
 _BUFFER_BYTES = 4 << 20
 _RUN_BYTES = 64 << 10  # stretches at least this long are read one by one, others with their gaps
@@ -347,7 +347,9 @@ def _proved(
     path: Path, meta: CheckpointMeta, sizes: Mapping[str, int], boxes: Iterable[StoredBox]
 ) -> dict[tuple[str, str], list[StoredBox]]:
     stored: dict[tuple[str, str], list[StoredBox]] = {
-        (tensor.name, slot.name): [] for tensor in meta.catalog for slot in meta.slots
+        (tensor.name, slot.name): []
+        for tensor in meta.catalog
+        for slot in slots_of(tensor, meta.slots)
     }
     for item in boxes:
         at = f"{path / item.file}: {item}"

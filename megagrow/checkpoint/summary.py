@@ -9,6 +9,7 @@ from megagrow.checkpoint.directory import list_steps, step_path
 from megagrow.checkpoint.manifest import NAME
 from megagrow.checkpoint.native import NativeCheckpoint
 from megagrow.errors import CheckpointError
+from megagrow.state.catalog import slots_of
 
 _NO_CHECKSUMS = "none: the format has none, so flipped bits in values are not found"
 
@@ -67,7 +68,8 @@ def list_tensors(source: Source) -> str:
     """A line for each tensor: name, shape, axes, and the element type of each slot."""
     rows = []
     for tensor in source.catalog:
-        kinds = [f"{slot.name} {source.dtype(tensor.name, slot.name)}" for slot in source.slots]
+        held = slots_of(tensor, source.slots)
+        kinds = [f"{slot.name} {source.dtype(tensor.name, slot.name)}" for slot in held]
         shape = " x ".join(f"{axis} {n}" for axis, n in zip(tensor.axes, tensor.shape, strict=True))
         rows.append((tensor.name, shape or "one number", ", ".join(kinds).replace("torch.", "")))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]

@@ -77,7 +77,7 @@ class _Stream:
         self._bytes = self._buffer.numpy().data
         # A block is held twice where it is converted: as it is read and as it is written.
         self._block_bytes = (buffer_bytes - CHUNK_BYTES - _READ_BYTES) // 2
-        self._slots = {slot.name for slot in source.slots}
+        self._slots = {slot.name: slot for slot in source.slots}
         self._filled = self._summed = 0
         self._crc: int | None = None  # of the record under way
         self._crcs: list[int] = []
@@ -99,7 +99,8 @@ class _Stream:
                 self._put_bytes(memoryview(data))
 
     def _put_values(self, values: Values) -> None:
-        if values.slot not in self._slots:
+        slot = self._slots.get(values.slot)
+        if slot is None or not slot.of(self._source.catalog[values.tensor]):
             return self._put_zeros(values.bytes)
         stored = self._source.dtype(values.tensor, values.slot)
         if values.axes is None and stored == values.dtype and self._aligned(stored.itemsize):

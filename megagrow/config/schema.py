@@ -143,15 +143,33 @@ class OptimizerConfig(Section):
 
     Lion wants a learning rate 3 to 10 times lower than AdamW, a weight decay as much higher,
     and betas of about [0.9, 0.99]; it has no use for eps.
+
+    Muon orthogonalises the momentum of the blocks' matrices and is AdamW for all other tensors,
+    which `betas` and `eps` are then for.  Matrices want a rate of their own, about 0.02; it
+    follows the schedule of `lr`.
     """
 
-    name: Literal["adamw", "lion"] = "adamw"
+    name: Literal["adamw", "lion", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     grad_clip: Annotated[float, Field(ge=0.0)] = 1.0  # 0 turns clipping off
     offload: Literal["none", "cpu"] = "none"  # where optimizer state lives (ZeRO 1 to 3)
+    muon_lr: Annotated[float, Field(gt=0.0)] | None = None  # of Muon's matrices; default: lr
+    momentum: Beta = 0.95  # of Muon's matrices
+
+    @model_validator(mode="after")
+    def _settings_of_muon(self) -> OptimizerConfig:
+        given = {"muon_lr", "momentum"} & self.model_fields_set
+        if self.name != "muon" and any(
+            getattr(self, key) != type(self).model_fields[key].default for key in given
+        ):
+            raise ValueError(
+                f"{' and '.join(sorted(given))}: Muon's alone, but name = {self.name}; set "
+                "optimizer.name=muon, or leave it out"
+            )
+        return self
 
 
 class PrecisionConfig(Section):

@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import deepspeed
@@ -16,6 +17,7 @@ from torch import nn
 
 from megagrow import ops
 from megagrow.config import Config, LayoutConfig, ModelConfig
+from megagrow.config.schema import OptimizerConfig
 from megagrow.engine.clipping import GradientClipper
 from megagrow.engine.comm import Comm
 from megagrow.engine.drivers import Driver, PipelineDriver, PlainDriver, validation_share
@@ -23,10 +25,11 @@ from megagrow.engine.ds_config import deepspeed_config
 from megagrow.engine.fragments import publish
 from megagrow.engine.groups import Groups, ModelParallelUnit
 from megagrow.engine.loss_scale import LossScale, get_loss_scale, set_loss_scale
-from megagrow.engine.optimizer import OPTIMIZERS
+from megagrow.engine.muon import BlockMuon
+from megagrow.engine.optimizer import BlockAdamW, BlockLion, BlockOptimizer
 from megagrow.engine.pipeline import PipelinedModel
 from megagrow.engine.start import lean_start, poison
-from megagrow.engine.state import LiveState, live_state
+from megagrow.engine.state import LiveState, live_state, shared_tensors
 from megagrow.growth.ramp import Ramp
 from megagrow.growth.rules import GroupKey, OptimizerRules
 from megagrow.model.parallel import TensorParallel
@@ -103,9 +106,9 @@ class Engine:
         parallel = groups.tensor_parallel(sequence=spread.sequence_parallel)
 
         module, parameters = self._build_module(config, groups, parallel, ramp)
-        self._optimizer = OPTIMIZERS[config.optimizer.name](
+        self._optimizer = _make_optimizer(
+            config.optimizer,
             _parameter_groups(config, placement, self.coordinates.pipe, parameters, module),
-            betas=config.optimizer.betas,
         )
         self._clipper: GradientClipper | None = None
         if layout.zero == 0 and config.precision.dtype == "fp32":
@@ -125,6 +128,18 @@ class Engine:
             rules=rules,
             optimizer_step=optimizer_step,
         )
+        if isinstance(self._optimizer, BlockMuon):
+            self._optimizer.set_matrices(
+                shared_tensors(
+                    engine=self._deepspeed,
+                    parameters=parameters,
+                    placement=placement,
+                    rank=comm.rank,
+                    rules=rules,
+                ),
+                collect=partial(groups.add_shards, zero=layout.zero),
+                device=comm.device,
+            )
         set_loss_scale(self._deepspeed, loss_scale or {})
         self._accept: Accept | None = None
         self._verdict: bool | None = None
@@ -265,6 +280,13 @@ class Engine:
         return torch.from_numpy(np.ascontiguousarray(batch, dtype=np.int64)).to(self.comm.device)
 
 
+def _make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> BlockOptimizer:
+    if config.name == "muon":
+        return BlockMuon(groups, betas=config.betas, momentum=config.momentum)
+    kind = BlockAdamW if config.name == "adamw" else BlockLion
+    return kind(groups, betas=config.betas)
+
+
 def _parameter_groups(
     config: Config,
     placement: Placement,
@@ -282,8 +304,11 @@ def _parameter_groups(
     sample = next(iter(parameters.values()))
     groups = []
     for number, key in enumerate(sorted(cast(set[GroupKey], every))):
-        no_decay, lr, weight_decay, eps = key
-        members = [parameters[tensor.name] for tensor in here.get(key, ())]
+        no_decay, lr, weight_decay, eps, orthogonal = key
+        if orthogonal:
+            lr *= (config.optimizer.muon_lr or config.optimizer.lr) / config.optimizer.lr
+        names = [tensor.name for tensor in here.get(key, ())]
+        members = [parameters[name] for name in names]
         if not members:
             members = [nn.Parameter(sample.new_zeros(1))]
             module.register_parameter(f"stand_in_for_group_{number}", members[0])
@@ -293,6 +318,8 @@ def _parameter_groups(
                 "lr_factor": lr,
                 "weight_decay": 0.0 if no_decay else config.optimizer.weight_decay * weight_decay,
                 "eps": config.optimizer.eps * eps,
+                "orthogonal": orthogonal,
+                "tensors": names,
             }
         )
     return groups

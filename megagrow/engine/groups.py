@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
+import torch
 import torch.distributed as dist
 
 from megagrow.layout import Layout
@@ -32,6 +33,16 @@ class Groups:
     data: dist.ProcessGroup | None
     model: dist.ProcessGroup | None
     ends: dist.ProcessGroup | None
+
+    def add_shards(self, values: torch.Tensor, *, zero: int) -> None:
+        """Add up, in place, over the ranks that share out the state of one pipeline stage.
+
+        Groups serve layouts of all ZeRO stages, so `zero` tells it.
+        """
+        if zero > 0 and self.layout.data > 1:
+            dist.all_reduce(values, group=self.data)
+        if self.tensor is not None:
+            dist.all_reduce(values, group=self.tensor)
 
     def tensor_parallel(self, *, sequence: bool) -> TensorParallel:
         """The tensor-parallel group, as the model's layers want it."""

@@ -56,18 +56,25 @@ class BlockOptimizer(torch.optim.Optimizer):
         """Say which boxes of which parameters have young blocks."""
         self._young = {p: sorted(s, key=lambda x: x.start) for p, s in young.items() if s}
 
-    def make_state(self, parameters: Iterable[torch.Tensor], *, step: int) -> None:
+    def make_state(
+        self,
+        parameters: Iterable[torch.Tensor],
+        *,
+        step: int,
+        moments: Callable[[torch.Tensor], Iterable[str]] | None = None,
+    ) -> None:
         """Create the state that a first step would: zero moments, and the step count.
 
         Args:
             parameters: the tensors that will be stepped (DeepSpeed may hold them itself and
                 put them into the parameter groups only for the time of a step).
             step: updates that count as done.
+            moments: names of what each keeps; all that the optimizer knows, unless told.
         """
         for parameter in parameters:
             state = self.state[parameter]
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
-            for name in self.moments:
+            for name in self.moments if moments is None else moments(parameter):
                 state[name] = torch.zeros_like(parameter, requires_grad=False)
 
     @torch.no_grad()
@@ -77,6 +84,9 @@ class BlockOptimizer(torch.optim.Optimizer):
             self.before_step()
         if self.accept is not None and not self.accept():
             return None
+        return self._update_all(closure)
+
+    def _update_all(self, closure: Any) -> Any:
         if self._step_in_one_pass():
             return None
         if not any(p in self._young for g in self.param_groups for p in g["params"]):
@@ -277,12 +287,6 @@ def _lion(
     torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
     torch._foreach_add_(parameters, directions, alpha=-lr)
     torch._foreach_lerp_(exp_avgs, gradients, 1 - beta2)
-
-
-OPTIMIZERS: Mapping[str, type[BlockAdamW] | type[BlockLion]] = {
-    "adamw": BlockAdamW,
-    "lion": BlockLion,
-}
 
 
 Index = tuple[slice, ...]

@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from megagrow.engine.fragments import Fragment, find_fragments, link_optimizer_state
+from megagrow.engine.muon import SharedTensor
 from megagrow.engine.optimizer import BlockOptimizer, YoungShard
 from megagrow.growth.rules import OptimizerRules
 from megagrow.state.boxes import Box
-from megagrow.state.catalog import MASTER, Slot
+from megagrow.state.catalog import MASTER, Slot, slots_of
+from megagrow.state.matrices import matrices
 from megagrow.state.placement import Placement, Shard
 
 
@@ -96,7 +98,15 @@ def live_state(
     owners = {id(f.owner): f.owner for f in fragments.values()}
     # Those of groups that stand in for another stage's are in no fragment.
     owners |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    optimizer.make_state(owners.values(), step=optimizer_step)
+    kept: dict[int, tuple[str, ...]] = {
+        # What shares an owner is of one group, and has the same slots.
+        id(f.owner): tuple(s.name for s in slots_of(placement.catalog[name], slots[1:]))
+        for name, f in fragments.items()
+    }
+    every = tuple(slot.name for slot in slots[1:])
+    optimizer.make_state(
+        owners.values(), step=optimizer_step, moments=lambda owner: kept.get(id(owner), every)
+    )
     link_optimizer_state(engine)
     at = placement.layout.coordinates(rank)
     memory: dict[tuple[str, str], tuple[int, torch.Tensor]] = {}
@@ -107,7 +117,7 @@ def live_state(
         _check_range(name, expected, fragment, rank)
         if fragment is None:
             continue
-        for slot in slots:
+        for slot in slots_of(placement.catalog[name], slots):
             flat = fragment.owner if slot == MASTER else optimizer.state[fragment.owner][slot.name]
             piece = flat.detach().view(-1)[fragment.offset : fragment.offset + fragment.length]
             memory[name, slot.name] = (fragment.start, piece)
@@ -122,6 +132,35 @@ def live_state(
             )
     optimizer.set_young(young)
     return LiveState(placement, rank, memory)
+
+
+def shared_tensors(
+    *,
+    engine: Any,
+    parameters: Mapping[str, nn.Parameter],
+    placement: Placement,
+    rank: int,
+    rules: OptimizerRules,
+) -> dict[torch.Tensor, list[SharedTensor]]:
+    """The tensors that a parameter group of Muon's shares out, by what the optimizer steps.
+
+    In the order of the catalog, on every rank of the pipeline stage: also those that this rank
+    has no part of.
+    """
+    fragments = find_fragments(engine, parameters)
+    found: dict[torch.Tensor, list[SharedTensor]] = {}
+    for group in engine.basic_optimizer.param_groups:
+        for name in group["tensors"] if group["orthogonal"] else ():
+            tensor, fragment = placement.catalog[name], fragments.get(name)
+            owner = fragment.owner if fragment else group["params"][0]
+            shards = [] if fragment is None else [
+                (shard.box, shard.start - fragment.start + fragment.offset)
+                for shard in placement.shards_of(name, rank)
+            ]  # fmt: skip
+            found.setdefault(owner, []).append(
+                SharedTensor(tensor.shape, matrices(tensor), tuple(shards), rules.young.get(name))
+            )
+    return found
 
 
 def _check_range(

@@ -18,6 +18,7 @@ from megagrow.growth.rules import Factors, OptimizerRules, Progression, YoungBlo
 from megagrow.growth.width import reads
 from megagrow.model.catalog import build_catalog
 from megagrow.state.catalog import Catalog, LogicalTensor, Slot
+from megagrow.state.matrices import Matrix, matrices
 from megagrow.state.statemap import Copy, Fill
 
 
@@ -81,7 +82,7 @@ class Growth:
             blocks = self.blocks(tensor)
             inherited = before.factors_of(blocks[0].source) if blocks else Factors()
             if self.policy.scale_rates:
-                inherited = inherited.times(_exact_factors(tensor, blocks))
+                inherited = inherited.times(_exact_factors(tensor, self.small, blocks))
             elif self.mup and blocks:
                 inherited = inherited.times(_mup_factors(tensor, self.small[blocks[0].source]))
             if inherited != Factors():
@@ -246,7 +247,7 @@ def _check_blocks(growth: Growth, tensor: LogicalTensor) -> None:
                                   f"reaches outside {list(tensor.shape)}")  # fmt: skip
 
 
-def _exact_factors(tensor: LogicalTensor, blocks: Sequence[Block]) -> Factors:
+def _exact_factors(tensor: LogicalTensor, small: Catalog, blocks: Sequence[Block]) -> Factors:
     """AdamW moves a parameter by lr * m / (sqrt(v) + eps) + lr * wd * p.
 
     With m -> g m and v -> g^2 v the quotient stays if eps -> g eps; the block's rate r then
@@ -262,7 +263,57 @@ def _exact_factors(tensor: LogicalTensor, blocks: Sequence[Block]) -> Factors:
     rate, grad = pairs.pop()
     if grad is None:
         raise GrowthError(f"state policy 'exact': no gradient is stated for {tensor.name}")
-    return Factors(lr=abs(rate), weight_decay=1.0 / abs(rate), eps=abs(grad))
+    return Factors(
+        lr=abs(rate),
+        weight_decay=1.0 / abs(rate),
+        eps=abs(grad),
+        orthogonal=_orthogonal_factor(tensor, small[blocks[0].source], blocks, abs(rate)),
+    )
+
+
+def _orthogonal_factor(
+    tensor: LogicalTensor, old: LogicalTensor, blocks: Sequence[Block], rate: float
+) -> float | None:
+    """Muon moves a matrix M by lr * scale * NS(M / |M|), NS an odd polynomial.
+
+    Let the grown momentum be g P m Q^T, where P and Q copy every row a and every column b times:
+    P^T P = a, Q^T Q = b.  Then NS of it is P NS(m / |m|) Q^T / sqrt(a b), whatever g.  The block's
+    rate r therefore asks for lr -> r sqrt(a b) (old scale / new scale) lr.
+
+    Returns:
+        The factor; None where rows or columns are not copied equally often, or where the
+        matrices of a fused tensor need different ones.
+    """
+    if not tensor.is_matrix:
+        return 1.0
+    pairs = list(zip(matrices(tensor), matrices(old), strict=True))
+    factors = []
+    for new, before in pairs:
+        copies = _copies(new, before, blocks)
+        if copies is None:
+            return None
+        factors.append(rate * math.sqrt(copies) * (before.scale / new.scale))
+    return factors[0] if max(factors) - min(factors) <= 1e-12 * max(factors) else None
+
+
+def _copies(new: Matrix, old: Matrix, blocks: Sequence[Block]) -> int | None:
+    """How often each element of a matrix is copied; None if not all equally often, row by row."""
+    meeting = []  # by block, how it lies on each axis of the matrix
+    for block in blocks:
+        axes = []
+        for axis, part, before in zip(block.axes, new.index, old.index, strict=True):
+            low, high = axis.from_target(part.start, part.stop)
+            source = axis.source_start + low * axis.source_step
+            target = axis.target_start + low * axis.target_step
+            whole = source == before.start and high - low == before.stop - before.start
+            axes.append((target, axis.target_step, whole) if high > low else None)
+        if None not in axes:
+            meeting.append(axes)
+    if not all(axis and axis[2] for axes in meeting for axis in axes):
+        return None
+    # Every combination of the copies along each axis must be there, as P m Q^T has it.
+    copies = math.prod(len({axes[i] for axes in meeting}) for i in range(len(old.index)))
+    return copies if copies == len(meeting) else None
 
 
 def _mup_factors(tensor: LogicalTensor, old: LogicalTensor) -> Factors:

@@ -7,27 +7,40 @@ axis, so "the rest" needs no mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megagrow.state.catalog import Catalog
+from megagrow.errors import GrowthError
+from megagrow.state.catalog import ADAM_SLOTS, Catalog, Slot, slots_of
 
 Progression = tuple[int, int, int]  # start, step, count along one axis
 
 
 @dataclass(frozen=True, order=True)
 class Factors:
-    """Multiples of lr, weight decay and eps for one tensor (the `exact` policy)."""
+    """Multiples of lr, weight decay and eps for one tensor (the `exact` policy).
+
+    Attributes:
+        lr, weight_decay, eps: where the update does not depend on the gradient's scale, element
+            by element (AdamW, Lion).
+        orthogonal: of the learning rate where the update is an orthogonalised matrix (Muon);
+            weight decay is divided by it, and there is no eps.  None: no one number would do.
+    """
 
     lr: float = 1.0
     weight_decay: float = 1.0
     eps: float = 1.0
+    orthogonal: float | None = 1.0
 
     def times(self, other: Factors) -> Factors:
         """Factors of one growth upon those of an earlier one."""
+        known = self.orthogonal is not None and other.orthogonal is not None
         return Factors(
-            self.lr * other.lr, self.weight_decay * other.weight_decay, self.eps * other.eps
+            self.lr * other.lr,
+            self.weight_decay * other.weight_decay,
+            self.eps * other.eps,
+            self.orthogonal * other.orthogonal if known else None,  # type: ignore[operator]
         )
 
 
@@ -84,22 +97,51 @@ class OptimizerRules:
                 axes, int(item["born"]), float(item["peak"]), int(item["rewarm"])
             )
         factors = {
-            name: Factors(float(f["lr"]), float(f["weight_decay"]), float(f["eps"]))
+            name: Factors(
+                float(f["lr"]),
+                float(f["weight_decay"]),
+                float(f["eps"]),
+                # Not in the files of earlier versions, which knew no Muon.
+                None if f.get("orthogonal", 1.0) is None else float(f.get("orthogonal", 1.0)),
+            )
             for name, f in data["factors"].items()
         }
         return OptimizerRules(factors, young)
 
 
-GroupKey = tuple[bool, float, float, float]
+GroupKey = tuple[bool, float, float, float, bool]
 
 
-def group_keys(catalog: Catalog, rules: OptimizerRules) -> dict[str, GroupKey]:
-    """The optimizer's parameter group of every tensor: (no decay, lr, decay and eps factors).
+def group_keys(
+    catalog: Catalog, rules: OptimizerRules, slots: Sequence[Slot] = ADAM_SLOTS
+) -> dict[str, GroupKey]:
+    """The optimizer's parameter group of every tensor.
 
-    Groups are laid out in the order of their keys, those with weight decay first.
+    (no decay, lr, decay and eps factors, whether its updates are orthogonalised).  Groups are
+    laid out in the order of their keys, those with weight decay first.
+
+    Args:
+        catalog: the tensors.
+        rules: what growths left.
+        slots: what the optimizer keeps; a tensor that lacks some of it is one of Muon's.
+
+    Raises:
+        GrowthError: no one learning rate of Muon follows the rules.
     """
     keys = {}
     for tensor in catalog:
         f = rules.factors_of(tensor.name)
-        keys[tensor.name] = (not tensor.decay, f.lr, f.weight_decay, f.eps)
+        orthogonal = len(slots_of(tensor, slots)) < len(slots)
+        if not orthogonal:
+            rates = (f.lr, f.weight_decay, f.eps)
+        elif f.orthogonal is not None:
+            rates = (f.orthogonal, 1.0 / f.orthogonal, 1.0)
+        else:
+            raise GrowthError(
+                f"grow.state_policy: 'exact' does not go with optimizer.name muon here: the "
+                f"matrices of {tensor.name} would need a learning rate each",
+                mend="grow all axes of the model by one factor, or set grow.state_policy to "
+                "sparkling",
+            )
+        keys[tensor.name] = (not tensor.decay, *rates, orthogonal)
     return keys

@@ -30,7 +30,7 @@ from dataclasses import dataclass, fields, replace
 from megagrow.config import Config, ModelConfig
 from megagrow.layout import Layout
 from megagrow.schedule.cost import STATE_BYTES
-from megagrow.state.catalog import OPTIMIZER_SLOTS
+from megagrow.state.catalog import OPTIMIZER_SLOTS, Slot
 from megagrow.state.placement import FLAT_ALIGNMENT, Placement
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -99,8 +99,8 @@ def rank_memory(
     held = partition_size(layout, groups)
     largest = max(max(sizes) for sizes in groups)
     master = 0 if layout.zero == 0 and p == 4 else _MASTER * held
-    moments = STATE_BYTES * (len(OPTIMIZER_SLOTS[config.optimizer.name]) - 1)
-    optimizer = master + moments * held
+    slots = OPTIMIZER_SLOTS[config.optimizer.name]
+    optimizer = master + STATE_BYTES * slot_elements(placement, pipe, slots[1:])
     step_copy = 4 * held
     if layout.zero == 0:
         # DeepSpeed's pipeline in bf16 keeps the sum over micro-batches apart.
@@ -122,6 +122,12 @@ def rank_memory(
         optimizer = 0
         gradients -= p * held
         buckets = p * bucket + (2 * p * largest if layout.zero < 3 else 0)
+    # Muon: the largest tensor of matrices whole, a matrix of it, and the iteration's own.
+    buckets += 4 * _MASTER * max(
+        (t.volume for _, tensors in placement.groups(pipe) for t in tensors
+         if not all(slot.of(t) for slot in slots)),
+        default=0,
+    )  # fmt: skip
     return RankMemory(
         parameters=parameters,
         gradients=gradients,
@@ -156,6 +162,18 @@ def partition_size(layout: Layout, groups: Sequence[Sequence[int]]) -> int:
         return sum(-(-size // layout.data) for sizes in groups for size in sizes)
     unit = FLAT_ALIGNMENT * layout.data
     return sum(-(-sum(sizes) // unit) * FLAT_ALIGNMENT for sizes in groups)
+
+
+def slot_elements(placement: Placement, pipe: int, slots: Sequence[Slot]) -> int:
+    """Elements of some slots that ZeRO leaves one data rank of a pipeline stage."""
+    layout, total = placement.layout, 0
+    for slot in slots:
+        groups = [
+            [placement.local(tensor, 0).numel for tensor in tensors if slot.of(tensor)]
+            for _, tensors in placement.groups(pipe)
+        ]
+        total += partition_size(layout, groups)
+    return total
 
 
 def micro_batches_in_flight(pipeline: int, pipe: int, accumulation: int) -> int:

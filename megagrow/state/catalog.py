@@ -56,22 +56,47 @@ class LogicalTensor:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it holds linear maps of a block: no embedding, head, norm or bias."""
+        outside = {"vocab", "position"}
+        return len(self.axes) > 1 and "embed" in self.axes and outside.isdisjoint(self.axes)
+
 
 @dataclass(frozen=True)
 class Slot:
     """A per-parameter array that training keeps: the parameter itself or optimizer state.
 
-    `kind` decides what becomes of it under growth (the slot law).
+    Attributes:
+        name: as files and optimizers call it.
+        kind: what becomes of it under growth (the slot law).
+        matrices: whether the matrices of the blocks have it; all other tensors do.
     """
 
     name: str
     kind: SlotKind
+    matrices: bool = True
+
+    def of(self, tensor: LogicalTensor) -> bool:
+        """Whether a tensor has this slot."""
+        return self.matrices or not tensor.is_matrix
+
+    def to_json(self) -> dict[str, Any]:
+        """A form that JSON holds; what is so by default is left out."""
+        return {k: v for k, v in asdict(self).items() if (k, v) != ("matrices", True)}
 
 
 MASTER = Slot("master", "parameter")
 ADAM_SLOTS = (MASTER, Slot("exp_avg", "first_moment"), Slot("exp_avg_sq", "second_moment"))
+# Muon keeps the momentum of matrices alone, and is AdamW for the other tensors.
+MUON_SLOTS = (*ADAM_SLOTS[:2], Slot("exp_avg_sq", "second_moment", matrices=False))
 # By optimizer.name.
-OPTIMIZER_SLOTS = {"adamw": ADAM_SLOTS, "lion": ADAM_SLOTS[:2]}
+OPTIMIZER_SLOTS = {"adamw": ADAM_SLOTS, "lion": ADAM_SLOTS[:2], "muon": MUON_SLOTS}
+
+
+def slots_of(tensor: LogicalTensor, slots: Iterable[Slot]) -> tuple[Slot, ...]:
+    """Those of some slots that a tensor has, in their order."""
+    return tuple(slot for slot in slots if slot.of(tensor))
 
 
 @dataclass(frozen=True)

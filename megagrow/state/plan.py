@@ -83,6 +83,8 @@ def plan_receives(
     for shard in target.shards(rank):
         tensor = state_map.target[shard.tensor]
         for s, slot in enumerate(slots):
+            if not slot.of(tensor):
+                continue
             for c, copy in enumerate(state_map.copies(tensor, slot)):
                 needed = copy.from_target(shard.box)
                 if needed is None:
@@ -104,6 +106,8 @@ def plan_sends(
     feeds: dict[str, list[tuple[tuple[int, int, int], str, Slot, Copy]]] = {}
     for t, tensor in enumerate(state_map.target):
         for s, slot in enumerate(slots):
+            if not slot.of(tensor):
+                continue
             for c, copy in enumerate(state_map.copies(tensor, slot)):
                 feeds.setdefault(copy.source, []).append(((t, s, c), tensor.name, slot, copy))
     for shard in source.shards(rank):

@@ -18,7 +18,7 @@ import torch
 
 from megagrow import ops
 from megagrow.state.boxes import Box, split_box
-from megagrow.state.catalog import LogicalTensor, Slot
+from megagrow.state.catalog import LogicalTensor, Slot, slots_of
 from megagrow.state.fresh import fresh, normals
 from megagrow.state.placement import Placement
 from megagrow.state.plan import Holder, Locator, Move, merged, messages, plan_receives, plan_sends
@@ -218,7 +218,7 @@ def fill_uncovered(
     staged = 0
     for shard in placement.shards(rank):
         tensor = state_map.target[shard.tensor]
-        for slot in slots:
+        for slot in slots_of(tensor, slots):
             rule: Fill = state_map.fill(tensor, slot)
             if rule == "covered":
                 continue

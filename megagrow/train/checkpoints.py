@@ -26,6 +26,7 @@ from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
 from megagrow.errors import CheckpointError, MegagrowError, TrainingError
 from megagrow.model.catalog import build_catalog
+from megagrow.state.catalog import slots_of
 from megagrow.state.statemap import Identity
 from megagrow.state.transfer import transfer_from_storage
 from megagrow.train.agree import on_first
@@ -91,7 +92,7 @@ def write_run(
 def live_pieces(engine: Engine, rank: int) -> Iterator[Piece]:
     """What this rank saves: views of the live state."""
     for shard in engine.placement.written_by(rank):
-        for slot in engine.slots:
+        for slot in slots_of(engine.placement.catalog[shard.tensor], engine.slots):
             values = engine.state.read(shard.tensor, slot.name, shard.box)
             yield Piece(shard.tensor, slot.name, shard.box, values)
 
@@ -280,8 +281,16 @@ def load_run(checkpoint: NativeCheckpoint, engine: Engine, *, config: Config, co
 
 def _require_slots(checkpoint: NativeCheckpoint, engine: Engine) -> None:
     """What the optimizer keeps must be there; more is left unread."""
-    wanted, stored = ([slot.name for slot in x.slots] for x in (engine, checkpoint))
-    if not set(wanted) <= set(stored):
+    held = {slot.name: slot for slot in checkpoint.slots}
+    lacking = (
+        slot.name not in held or (slot.matrices and not held[slot.name].matrices)
+        for slot in engine.slots
+    )
+    if any(lacking):
+        stored, wanted = (
+            [slot.name + ("" if slot.matrices else " (not of matrices)") for slot in x.slots]
+            for x in (checkpoint, engine)
+        )
         raise CheckpointError(
             "optimizer.name: the checkpoint has no state of this optimizer",
             found=", ".join(stored),

@@ -19,8 +19,7 @@ from megagrow.errors import ConfigError
 from megagrow.report.units import human
 from megagrow.schedule.batch import accumulation
 from megagrow.schedule.cost import STATE_BYTES, Received, received
-from megagrow.schedule.memory import DEVICE_PARTS, local_sizes, partition_size, rank_memory
-from megagrow.state.catalog import OPTIMIZER_SLOTS
+from megagrow.schedule.memory import DEVICE_PARTS, local_sizes, rank_memory, slot_elements
 from megagrow.state.statemap import Identity, StateMap
 from megagrow.train.plan import RunPlan, plan_run
 
@@ -157,10 +156,7 @@ def growth_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
     before, after = plan.stages[index - 1].layout, plan.stages[index].layout
     placement = plan.placement(index - 1)
     old = [
-        STATE_BYTES
-        * len(OPTIMIZER_SLOTS[config.optimizer.name])
-        * partition_size(before, local_sizes(placement, pipe))
-        for pipe in range(before.pipeline)
+        STATE_BYTES * slot_elements(placement, pipe, plan.slots) for pipe in range(before.pipeline)
     ]
     staging = int(config.growth.staging_mib * 2**20)
     peaks = []

@@ -27,7 +27,7 @@ from megagrow.growth.ligo import Fitted
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
 from megagrow.state.boxes import Box, split_box, whole
-from megagrow.state.catalog import MASTER, LogicalTensor, Slot
+from megagrow.state.catalog import MASTER, LogicalTensor, Slot, slots_of
 from megagrow.state.memory import MemoryState
 from megagrow.state.placement import Placement
 from megagrow.state.plan import Locator
@@ -66,7 +66,7 @@ class OfflineGrowth:
         return sum(
             tensor.volume * self.dtype(tensor, slot).itemsize
             for tensor in self.growth.target
-            for slot in self.checkpoint.slots
+            for slot in slots_of(tensor, self.checkpoint.slots)
         )
 
     def dtype(self, tensor: LogicalTensor, slot: Slot) -> torch.dtype:
@@ -173,7 +173,7 @@ def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, int]:
 
 def _pieces(plan: OfflineGrowth, reader: Through, piece_bytes: int) -> Iterator[Piece]:
     for tensor in plan.growth.target:
-        for slot in plan.checkpoint.slots:
+        for slot in slots_of(tensor, plan.checkpoint.slots):
             dtype = plan.dtype(tensor, slot)
             for box in split_box(whole(tensor.shape), piece_bytes // dtype.itemsize):
                 values = _Deferred(reader, tensor.name, slot, box, dtype)

@@ -30,6 +30,7 @@ class Stage:
     layout: Layout
     growth: Growth | None
     grow: GrowConfig | None
+    slots: tuple[Slot, ...] = ADAM_SLOTS
 
     @property
     def index(self) -> int:
@@ -57,7 +58,7 @@ class Stage:
         return Placement(
             catalog,
             self.layout,
-            group_keys(catalog, rules),
+            group_keys(catalog, rules, self.slots),
             forward_flops_by_place(self.model) if by_flops else None,
         )
 
@@ -127,6 +128,7 @@ def plan_run(
         flops_per_token=train_flops_per_token,
         ends=ends,
     )
+    slots = OPTIMIZER_SLOTS[config.optimizer.name]
     stages = []
     rewarms = []
     restarts = []
@@ -138,14 +140,18 @@ def plan_run(
             _require_time(growth.ramp, plans[i])
         if growth is not None and stage.grow is not None and stage.grow.restart is not None:
             restarts.append((plans[i].start_step, restart_ratio(stage.grow)))
-        stages.append(Stage(plans[i], _as_run(config, layouts[i]), growth, stage.grow))
+        layout = _as_run(config, layouts[i])
+        stages.append(Stage(plans[i], layout, growth, stage.grow, slots))
         of_stage = stages[i].settings(config)
         accumulation(of_stage.batch, layouts[i])
         _require_fit(plans[i].seen, layouts[i], layout_configs[i], key=_layout_key(config, i))
         # Refused now, not when the stage begins.
         deepspeed_config(of_stage, layouts[i], parameters=build_catalog(models[i]).parameters)
     rate = learning_rate(config, total_steps=plans[-1].end_step, rewarms=rewarms, restarts=restarts)
-    return RunPlan(tuple(stages), rate, OPTIMIZER_SLOTS[config.optimizer.name], planned)
+    plan = RunPlan(tuple(stages), rate, slots, planned)
+    for i in range(len(stages)):
+        plan.placement(i)  # refuses what the optimizer cannot follow
+    return plan
 
 
 def with_vocabulary(config: Config, vocabulary: int | None) -> Config:

@@ -15,6 +15,7 @@ from megagrow.growth.growth import grown_model, make_growth
 from megagrow.growth.rules import OptimizerRules, group_keys
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
+from megagrow.state.catalog import OPTIMIZER_SLOTS, slots_of
 from megagrow.state.placement import Placement
 from megagrow.state.statemap import FreshStart, Identity
 from megagrow.state.transfer import transfer_between_ranks
@@ -57,6 +58,7 @@ class Job:
             optimizer={"grad_clip": 1.0, "eps": 1e-6} | optimizer,
         )
         self.rules, self.step, self.optimizer_step = OptimizerRules(), 0, 0
+        self.slots = OPTIMIZER_SLOTS[self.config.optimizer.name]
         self.losses, self.norms, self.reports = [], [], []
         vocab, length = self.model.vocabulary, self.model.sequence + 1
         # Each sample counts up in steps of its own, so there is something to learn.
@@ -75,7 +77,7 @@ class Job:
                 tensor=layout.tensor, pipeline=layout.pipeline, zero=layout.zero,
                 sequence_parallel=self.sequence and layout.tensor > 1,
             ),
-            placement=Placement(catalog, layout, group_keys(catalog, self.rules)),
+            placement=Placement(catalog, layout, group_keys(catalog, self.rules, self.slots)),
             rules=self.rules, optimizer_step=self.optimizer_step, comm=self.comm,
         )  # fmt: skip
 
@@ -92,7 +94,7 @@ class Job:
         """Write a random state into the engine."""
         state = random_state(self.engine.placement.catalog, seed=seed, dtype=torch.float32)
         for shard in self.engine.placement.shards(self.comm.rank):
-            for slot in self.engine.slots:
+            for slot in slots_of(self.engine.placement.catalog[shard.tensor], self.engine.slots):
                 place = self.engine.state.view(shard.tensor, slot.name, shard.box)
                 place.copy_(state.view(shard.tensor, slot.name, shard.box))
         self.engine.publish()
@@ -141,7 +143,7 @@ class Job:
     def fault(self, whole_state):
         """The first shard of this rank that is not a slice of a whole state."""
         for shard in self.engine.placement.shards(self.comm.rank):
-            for slot in self.engine.slots:
+            for slot in slots_of(self.engine.placement.catalog[shard.tensor], self.engine.slots):
                 here = self.engine.state.read(shard.tensor, slot.name, shard.box)
                 if not torch.equal(here, whole_state.view(shard.tensor, slot.name, shard.box)):
                     return f"{slot.name} of {shard.tensor} at {shard.box}"

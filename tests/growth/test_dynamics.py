@@ -4,86 +4,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from models import MODELS
-from toys import build, grow, random_state, token_batches
+from runs import Run
+from toys import grow, random_state, token_batches
 
-from megagrow.engine.optimizer import BlockAdamW, YoungShard
 from megagrow.growth.registry import OPERATORS
-from megagrow.growth.rules import Factors, OptimizerRules, group_keys
+from megagrow.growth.rules import Factors, OptimizerRules
 from megagrow.model.catalog import build_catalog
-from megagrow.model.transformer import named_tensors
 from megagrow.state.boxes import whole
-from megagrow.state.catalog import ADAM_SLOTS
-from megagrow.state.memory import MemoryState
 
-BORN, STEPS, LR, DECAY, EPS = 5, 20, 1e-2, 0.1, 1e-3
+BORN, STEPS = 5, 20
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 exact_operators = pytest.mark.parametrize(
     ("operator", "factor"),
     [(o.name, k) for o in OPERATORS.values() if "exact" in o.policies for k in (2, 3)],
 )
-
-
-class Run:
-    """Unclipped AdamW in fp64 in one process, whose state can be read."""
-
-    def __init__(self, model, state, *, rules, step):
-        self.model, self.rules, self.steps = model, rules, step
-        self.module = build(model, state)
-        self.catalog = build_catalog(model)
-        parameters = named_tensors(self.module)
-        keys = group_keys(self.catalog, rules)
-        groups = [
-            {
-                "params": [parameters[t.name] for t in self.catalog if keys[t.name] == key],
-                "lr_factor": key[1],
-                "weight_decay": 0.0 if key[0] else DECAY * key[2],
-                "eps": EPS * key[3],
-            }
-            for key in sorted(set(keys.values()))
-        ]
-        self.optimizer = BlockAdamW(groups, betas=(0.9, 0.95))
-        self.optimizer.make_state(parameters.values(), step=step)
-        for name, parameter in parameters.items():
-            for slot in ADAM_SLOTS[1:]:
-                self.optimizer.state[parameter][slot.name].copy_(state.tensors[name, slot.name])
-        self.optimizer.set_young(
-            {
-                parameters[name]: [YoungShard(0, whole(self.catalog[name].shape), young)]
-                for name, young in rules.young.items()
-            }
-        )
-
-    def losses(self, batches):
-        """One step a batch; the losses before each."""
-        found = []
-        self.optimizer.set_learning_rate(LR)
-        for batch in batches:
-            self.optimizer.zero_grad()
-            loss = self.module(torch.from_numpy(batch))
-            loss.backward()
-            self.optimizer.step()
-            found.append(loss.item())
-        self.steps += len(batches)
-        return np.array(found)
-
-    def state(self):
-        """A copy of the whole state."""
-        tensors = {}
-        for name, parameter in named_tensors(self.module).items():
-            tensors[name, "master"] = parameter.detach().clone()
-            for slot in ADAM_SLOTS[1:]:
-                tensors[name, slot.name] = self.optimizer.state[parameter][slot.name].clone()
-        return MemoryState(tensors)
-
-    def grown(self, *, operator, factor, policy):
-        """The run that goes on in the grown model, and the growth."""
-        model, growth, state = grow(
-            self.model, self.state(), operator=operator, factor=factor, policy=policy
-        )
-        rules = growth.rules_after(self.rules, step=self.steps)
-        return Run(model, state, rules=rules, step=self.steps), growth
 
 
 def _start(model):

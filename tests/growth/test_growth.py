@@ -211,7 +211,7 @@ def test_groups_put_decay_first_and_part_factors():
     catalog = build_catalog(toy_model())
     rules = OptimizerRules({"layers.0.mlp.up.weight": Factors(0.5, 2.0, 0.5)})
     keys = group_keys(catalog, rules)
-    assert keys["embedding.token"] == (False, 1.0, 1.0, 1.0)
-    assert keys["layers.0.mlp.up.weight"] == (False, 0.5, 2.0, 0.5)
-    assert keys["final_norm.weight"] == (True, 1.0, 1.0, 1.0)
+    assert keys["embedding.token"] == (False, 1.0, 1.0, 1.0, False)
+    assert keys["layers.0.mlp.up.weight"] == (False, 0.5, 2.0, 0.5, False)
+    assert keys["final_norm.weight"] == (True, 1.0, 1.0, 1.0, False)
     assert sorted(set(keys.values()))[-1][0] is True

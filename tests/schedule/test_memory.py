@@ -4,7 +4,15 @@ import pytest
 from toys import toy_model
 
 from megagrow.layout import Layout
-from megagrow.schedule.memory import activation_bytes, micro_batches_in_flight, partition_size
+from megagrow.model.catalog import build_catalog
+from megagrow.schedule.memory import (
+    activation_bytes,
+    micro_batches_in_flight,
+    partition_size,
+    slot_elements,
+)
+from megagrow.state.catalog import ADAM_SLOTS, MUON_SLOTS
+from megagrow.state.placement import Placement
 
 S, B, H, L = 32, 3, 64, 4
 ONE_BLOCK = range(1, 2)
@@ -63,3 +71,12 @@ def test_partitions_are_padded_as_deepspeed_pads_them():
     assert partition_size(Layout(data=4, zero=0), groups) == 14
     assert partition_size(Layout(data=4, zero=1), groups) == 4 + 2
     assert partition_size(Layout(data=4, zero=3), groups) == 2 + 2 + 1
+
+
+def test_muon_keeps_no_second_moment_of_matrices():
+    catalog = build_catalog(model())
+    placement = Placement(catalog, Layout())
+    matrices = L * (4 * H * H + 2 * 4 * H * H)  # attention and MLP of each block
+    adam = slot_elements(placement, 0, ADAM_SLOTS[1:])
+    assert adam == 2 * catalog.parameters
+    assert slot_elements(placement, 0, MUON_SLOTS[1:]) == adam - matrices

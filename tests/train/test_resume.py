@@ -19,7 +19,13 @@ from jobs import (
 )
 
 from megagrow.checkpoint import NativeCheckpoint, list_steps, step_path
+from megagrow.checkpoint.convert import Job, convert
+from megagrow.config import GrowConfig
+from megagrow.errors import CheckpointError
+from megagrow.layout import Layout
 from megagrow.state.boxes import whole
+from megagrow.state.catalog import slots_of
+from megagrow.train.offline import plan_offline, write_offline
 
 # Sparkling leaves young blocks, reset starts the step count again, exact leaves factors.
 POLICIES = ["sparkling", "reset", "exact"]
@@ -30,7 +36,7 @@ def same_tensors(a, b):
     a, b = NativeCheckpoint.open(a), NativeCheckpoint.open(b)
     assert a.catalog == b.catalog and a.run_state == b.run_state
     for tensor in a.catalog:
-        for slot in a.slots:
+        for slot in slots_of(tensor, a.slots):
             box = whole(tensor.shape)
             one, two = a.read(tensor.name, slot.name, box), b.read(tensor.name, slot.name, box)
             assert torch.equal(one, two), (tensor.name, slot.name)
@@ -159,3 +165,35 @@ def test_a_run_is_resumed_with_its_own_optimizer_alone(tmp_path, dataset):
     assert "no state of this optimizer" in outcomes[2][0].err
     one, two = (trajectory(log_of(config, f"run.dir={tmp_path / n}")) for n in ("one", "two"))
     assert one == two and len(one) == 10
+
+
+def test_muons_run_is_resumed_bit_for_bit(tmp_path, dataset):
+    """Stopped before, between and after its growths; slots differ from tensor to tensor."""
+    muon = {"name": "muon", "lr": 5e-3, "muon_lr": 1e-2}
+    mapping = settings(dataset, tmp_path / "chain", optimizer=muon)
+    config = write_config(tmp_path / "run.yaml", mapping)
+    straight, chain = (["--config", config, f"run.dir={tmp_path / n}"] for n in ("one", "two"))
+    stops = [[*chain, f"train.stop_after_steps={n}"] for n in (2, 5, 8)]
+    other = [*chain, "optimizer.name=adamw", "optimizer.muon_lr=null"]
+    outcomes = launch(2, straight, *stops, other, chain)
+    assert [ranks[0].status for ranks in outcomes] == [0, 0, 0, 0, 1, 0], outcomes
+    one, two = (trajectory(log_of(config, f"run.dir={tmp_path / n}")) for n in ("one", "two"))
+    assert one == two and len(one) == 10
+    assert "exp_avg_sq (not of matrices)" in outcomes[4][0].err
+    paths = [step_path(tmp_path / n / "checkpoints", 10) for n in ("one", "two")]
+    same_tensors(*paths)
+    kept = NativeCheckpoint.open(paths[0])
+    assert kept.dtype("layers.0.mlp.up.weight", "exp_avg") == torch.float32
+    with pytest.raises(CheckpointError, match=r"no tensor layers\.0\.mlp\.up\.weight with"):
+        kept.dtype("layers.0.mlp.up.weight", "exp_avg_sq")
+    convert(Job(paths[0], tmp_path / "dcp", "dcp"), verify=True)
+    convert(Job(tmp_path / "dcp", tmp_path / "back", "native", layout=Layout(data=3, zero=1)))
+    same_tensors(paths[0], tmp_path / "back")
+    with pytest.raises(CheckpointError, match=r"(?s)Muon's momentum.*exp_avg_sq.*to native"):
+        convert(Job(paths[0], tmp_path / "deepspeed", "deepspeed"))
+    grown = NativeCheckpoint.open(
+        write_offline(plan_offline(paths[0], GrowConfig(operator="width")), tmp_path / "grown")
+    )
+    grown.verify()
+    assert grown.slots == kept.slots
+    assert grown.catalog.parameters > 2 * kept.catalog.parameters

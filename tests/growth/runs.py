@@ -1,0 +1,93 @@
+"""A training run in one process, for the laws of the dynamics."""
+
+import numpy as np
+import torch
+from toys import build, grow
+
+from megagrow.engine.muon import BlockMuon, SharedTensor
+from megagrow.engine.optimizer import BlockAdamW, YoungShard
+from megagrow.growth.rules import group_keys
+from megagrow.model.catalog import build_catalog
+from megagrow.model.transformer import named_tensors
+from megagrow.state.boxes import whole
+from megagrow.state.catalog import ADAM_SLOTS, OPTIMIZER_SLOTS
+from megagrow.state.matrices import matrices
+from megagrow.state.memory import MemoryState
+
+LR, DECAY, EPS = 1e-2, 0.1, 1e-3
+
+
+class Run:
+    """Unclipped training in fp64 in one process, whose state can be read."""
+
+    def __init__(self, model, state, *, rules, step, muon=False, lr=LR):
+        self.model, self.rules, self.steps, self.muon, self.lr = model, rules, step, muon, lr
+        self.module = build(model, state)
+        self.catalog = build_catalog(model)
+        parameters = named_tensors(self.module)
+        keys = group_keys(self.catalog, rules, OPTIMIZER_SLOTS["muon" if muon else "adamw"])
+        groups = [
+            {
+                "params": [parameters[t.name] for t in self.catalog if keys[t.name] == key],
+                "lr_factor": key[1],
+                "weight_decay": 0.0 if key[0] else DECAY * key[2],
+                "eps": EPS * key[3],
+                "orthogonal": key[4],
+            }
+            for key in sorted(set(keys.values()))
+        ]
+        if muon:
+            self.optimizer = BlockMuon(groups, betas=(0.9, 0.95), momentum=0.95)
+            self.optimizer.set_matrices(
+                {parameters[t.name]: [self._matrices(t)] for t in self.catalog if t.is_matrix},
+                collect=lambda whole: None,
+            )
+        else:
+            self.optimizer = BlockAdamW(groups, betas=(0.9, 0.95))
+        self.optimizer.make_state(parameters.values(), step=step)
+        for name, parameter in parameters.items():
+            for slot in ADAM_SLOTS[1:]:
+                self.optimizer.state[parameter][slot.name].copy_(state.tensors[name, slot.name])
+        self.optimizer.set_young(
+            {
+                parameters[name]: [YoungShard(0, whole(self.catalog[name].shape), young)]
+                for name, young in rules.young.items()
+            }
+        )
+
+    def _matrices(self, tensor):
+        young = self.rules.young.get(tensor.name)
+        return SharedTensor(tensor.shape, matrices(tensor), ((whole(tensor.shape), 0),), young)
+
+    def losses(self, batches):
+        """One step a batch; the losses before each."""
+        found = []
+        self.optimizer.set_learning_rate(self.lr)
+        for batch in batches:
+            self.optimizer.zero_grad()
+            loss = self.module(torch.from_numpy(batch))
+            loss.backward()
+            self.optimizer.step()
+            found.append(loss.item())
+        self.steps += len(batches)
+        return np.array(found)
+
+    def state(self):
+        """A copy of the whole state."""
+        tensors = {}
+        for name, parameter in named_tensors(self.module).items():
+            tensors[name, "master"] = parameter.detach().clone()
+            for slot in ADAM_SLOTS[1:]:
+                tensors[name, slot.name] = self.optimizer.state[parameter][slot.name].clone()
+        return MemoryState(tensors)
+
+    def grown(self, *, operator, factor, policy):
+        """The run that goes on in the grown model, and the growth."""
+        model, growth, state = grow(
+            self.model, self.state(), operator=operator, factor=factor, policy=policy
+        )
+        rules = growth.rules_after(self.rules, step=self.steps)
+        return (
+            Run(model, state, rules=rules, step=self.steps, muon=self.muon, lr=self.lr),
+            growth,
+        )
