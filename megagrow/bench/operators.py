@@ -292,7 +292,7 @@ def against(one: Result, other: Result) -> tuple[float, float] | None:
 
 
 def table(found: Sequence[Result]) -> str:
-    """Cases by their final loss, width and depth apart, in Markdown."""
+    """Cases by their distance from the small model that goes on, in Markdown."""
     small = next((one for one in found if one["operator"] == SMALL), None)
     lines = [
         "| case | parameters | loss jumps by | final loss | against the small model going on "
@@ -300,17 +300,25 @@ def table(found: Sequence[Result]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for grown in _GROWN:
-        group = [one for one in found if one["axis"] == grown]
-        for one in sorted(group, key=lambda one: one["final"]):
-            gap = against(one, small) if small and one is not small else None
+        rows = []
+        for one in found:
+            if one["axis"] == grown:
+                gap = against(one, small) if small is not None else None
+                # Means over other seeds say little beside one another, differences do.
+                rows.append((one["final"] if gap is None else gap[0], one, gap))
+        for _, one, gap in sorted(rows, key=lambda row: row[0]):
             lines.append(
-                f"| {one['name']} | {one['parameters']:,.0f} | "
-                f"{'' if one['jump'] is None else format(one['jump'], '+.3f')} | "
-                f"{one['final']:.4f} | "
-                f"{'' if gap is None else f'{gap[0]:+.4f} ± {gap[1]:.4f}'} | "
-                f"{len(one['seeds'])} |"
+                f"| {one['name']} | {one['parameters']:,.0f} "
+                f"| {'' if one['jump'] is None else format(one['jump'], '+.3f')} "
+                f"| {one['final']:.4f} | {_difference(gap)} | {len(one['seeds'])} |"
             )
     return "\n".join(lines)
+
+
+def _difference(gap: tuple[float, float] | None) -> str:
+    if gap is None:
+        return ""
+    return f"{gap[0]:+.4f}" + ("" if math.isnan(gap[1]) else f" ± {gap[1]:.4f}")
 
 
 def figures(found: Sequence[Result]) -> dict[str, str]:
