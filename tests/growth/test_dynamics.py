@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from models import MODELS
-from runs import Run
 from toys import grow, random_state, token_batches
+from trained import Run
 
 from megagrow.growth.registry import OPERATORS
 from megagrow.growth.rules import Factors, OptimizerRules

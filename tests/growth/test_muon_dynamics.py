@@ -7,8 +7,8 @@ import pytest
 import torch
 from deepspeed.runtime.zero.muon import original_muon
 from models import MODELS
-from runs import Run
 from toys import mapped, random_state, token_batches
+from trained import Run
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
