@@ -152,6 +152,7 @@ def command(path, *more):
     return benchmark.main(["savings", "--config", str(path), "--workers", "1", *map(str, more)])
 
 
+@pytest.mark.slow
 def test_a_benchmark_in_miniature(data, tmp_path, capsys):
     path = tmp_path / "bench.yaml"
     path.write_text(yaml.safe_dump(settings(data, tmp_path / "runs")))

@@ -145,6 +145,7 @@ def test_deepspeed_over_ssh(jobs, config, undisturbed):
     assert "Traceback" not in said and jobs.hosts.ranks() == {}
 
 
+@pytest.mark.cluster
 def test_torchrun_and_ranks_that_are_killed(jobs, config, undisturbed):
     """While training, while saving, while growing; on both hosts; each is gone on from."""
     faults = ["3:train_step:3:kill", "1:put:20:kill", "2:rebuild/_piece:3:kill"]

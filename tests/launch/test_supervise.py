@@ -120,6 +120,6 @@ def test_help_has_examples(supervise, capsys):
 
 
 def test_a_start_again_goes_on():
-    assert resumed(["p.py", "--config", "c"]) == ["p.py", "--config", "c", "--resume", "auto"]
+    assert resumed(["p.py", "--config", "c"]) == ["p.py", "--config", "c", "--resume", "good"]
     for given in (["--resume", "never"], ["--resume=/a/path"], ["--resume", "auto"]):
-        assert resumed(["p.py", *given, "a=1"]) == ["p.py", "a=1", "--resume", "auto"]
+        assert resumed(["p.py", *given, "a=1"]) == ["p.py", "a=1", "--resume", "good"]

@@ -97,7 +97,9 @@ config, machine = load_config(sys.argv[1]), load_settings(MachineConfig, sys.arg
 begin = resource.getrusage(resource.RUSAGE_SELF)
 print(describe_on_machine(config, machine, rank=1777))
 end = resource.getrusage(resource.RUSAGE_SELF)
-print(end.ru_utime - begin.ru_utime, end.ru_maxrss * 1024)
+# Not ru_maxrss, which counts what the process that forked this one had.
+peak = next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1]
+print(end.ru_utime - begin.ru_utime, int(peak) * 1024)
 """
 
 
