@@ -32,7 +32,7 @@ CODE   := megagrow launch tests setup.py
 	kernels kernels-check kernels-sanitize gpu-check
 
 help:
-	@echo 'make quickstart  install, prepare data, train a small model that grows; about 10 minutes'
+	@echo 'make quickstart  install, prepare data, train a small model that grows; about 6 minutes'
 	@echo 'make test        install, check the code, run the tests'
 	@echo 'make test-slow   the tests that take minutes each'
 	@echo 'make faults      kill a run 200 times at random moments; about 20 minutes'
