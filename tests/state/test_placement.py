@@ -230,9 +230,9 @@ def test_groups_come_in_the_order_of_their_keys():
     catalog = build_catalog(toy_model())
     groups = placement_of(catalog, Layout()).groups(0)
     assert [key for key, _ in groups] == [
-        (False, 0.5, 2.0, 0.5),
-        (False, 1.0, 1.0, 1.0),
-        (True, 1.0, 1.0, 1.0),
+        (False, 0.5, 2.0, 0.5, False),
+        (False, 1.0, 1.0, 1.0, False),
+        (True, 1.0, 1.0, 1.0, False),
     ]
     order = [t.name for t in catalog]
     for key, tensors in groups:
