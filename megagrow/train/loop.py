@@ -118,6 +118,7 @@ class Trainer:
         self.journal.say(f"resuming from {path} (step {self.state.step})")
         for line in changes:
             self.journal.say(f"changed since then: {line}")
+        self._plan_from(self.state.ends)
         self._start(checkpoint)
         self.last_saved = path
 
@@ -125,7 +126,6 @@ class Trainer:
         """The engine of `state`, with its tensors."""
         self._begin(f"starting at step {self.state.step}", slow=True)
         self._first_step = self.state.step
-        self._plan_from(self.state.ends)
         self._enter_stage()
         self.engine = start_engine(
             config=self.config,

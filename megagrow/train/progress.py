@@ -24,7 +24,6 @@ class Progress:
 
     Args:
         total_steps: optimizer steps of the whole run.
-        first_step: steps done before (a resumed run); time left counts from here.
         log_every: steps between two plain lines.
         speaking: False makes a silent object: give `rank == 0`.
     """
@@ -33,7 +32,6 @@ class Progress:
         self,
         *,
         total_steps: int,
-        first_step: int = 0,
         log_every: int = 10,
         speaking: bool = True,
         stream: TextIO | None = None,
@@ -42,12 +40,11 @@ class Progress:
         self._speaking = speaking
         self._total = total_steps
         self._log_every = log_every
-        self._mark = (first_step, time.monotonic())
+        self._mark = (0, time.monotonic())
         self._bar: tqdm[Any] | None = None
         if speaking and self._stream.isatty():
             self._bar = tqdm(
                 total=total_steps,
-                initial=first_step,
                 file=self._stream,
                 bar_format=_BAR_FORMAT,
                 dynamic_ncols=True,
@@ -55,7 +52,7 @@ class Progress:
             )
 
     def go_on_from(self, step: int) -> None:
-        """So many steps are done: a run is resumed, or goes back."""
+        """So many steps are done: a run is resumed, or goes back; time left counts from here."""
         self._mark = (step, time.monotonic())
         if self._bar is not None:
             self._bar.initial = self._bar.n = step

@@ -39,7 +39,8 @@ def test_plain_lines_where_there_is_no_terminal():
 
 def test_a_bar_on_a_terminal_with_lines_that_do_not_break_it():
     stream = Terminal()
-    progress = Progress(total_steps=4, first_step=2, stream=stream)
+    progress = Progress(total_steps=4, stream=stream)
+    progress.go_on_from(2)
     assert "2/4" in stream.getvalue()
     advance(progress, 3, stage=1)
     progress.say("checkpoint saved")
@@ -54,10 +55,11 @@ def test_a_bar_on_a_terminal_with_lines_that_do_not_break_it():
 
 
 def test_the_time_left_counts_from_the_resumed_step(monkeypatch):
-    clock = iter([100.0, 110.0, 130.0])
+    clock = iter([50.0, 100.0, 110.0, 130.0])  # made, resumed, and two lines
     monkeypatch.setattr("megagrow.train.progress.time.monotonic", lambda: next(clock))
     stream = io.StringIO()
-    progress = Progress(total_steps=100, first_step=50, log_every=10, stream=stream)
+    progress = Progress(total_steps=100, log_every=10, stream=stream)
+    progress.go_on_from(50)
     advance(progress, 60)  # 1 s a step, 40 steps left
     advance(progress, 70)  # 2 s a step after a growth, 30 left
     first, second = stream.getvalue().splitlines()
