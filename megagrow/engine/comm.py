@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-import socket
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
@@ -15,8 +14,9 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
-from megagrow.cluster.network import choose_gloo_interface, require_free_port
+from megagrow.cluster.network import choose_gloo_interface, free_port, require_free_port
 from megagrow.engine.groups import Groups, make_groups
 from megagrow.errors import MegagrowError
 from megagrow.layout import Layout
@@ -143,7 +143,7 @@ def start(seconds: float = 600.0) -> Comm:
     """
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
+        os.environ.update(alone | {"MASTER_PORT": str(free_port())})
     # Moments of rarely seen tokens decay into denormal numbers, which a CPU is slow on.
     torch.set_flush_denormal(True)
     # DeepSpeed 0.19 calls collectives by names that PyTorch 2.13 warns of at every first use.
@@ -152,6 +152,9 @@ def start(seconds: float = 600.0) -> Comm:
     # minute and a lock file, and a job that is killed meanwhile leaves the lock behind: every
     # later one would wait for it for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not _on_gpu():
+        # DeepSpeed asks for fp16 instructions, which few CPUs have; PyTorch does without them.
+        get_accelerator().is_fp16_supported = lambda: True
     if not dist.is_initialized():
         if _on_gpu():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -187,9 +190,3 @@ def _settle_imports() -> None:
 
 def _on_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
