@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -24,6 +24,7 @@ from megagrow.cluster.fleet import Attempt
 from megagrow.cluster.lifeline import Lifeline, connect
 from megagrow.cluster.process import Launcher
 from megagrow.cluster.roll import STATUS_FAILED, Failure
+from megagrow.cluster.signals import taking
 from megagrow.cluster.supervisor import SIGNALS
 from megagrow.errors import MegagrowError
 
@@ -255,7 +256,7 @@ class Agent:
 
     def run(self) -> int:
         """Obey until the job is over; its exit status."""
-        with self._passing_signals_on():
+        with taking(SIGNALS, self._heard):
             try:
                 while True:
                     status = self._obey(self._next_order())
@@ -300,15 +301,6 @@ class Agent:
     def _clear(self) -> list[int]:
         launcher, self._launcher = self._launcher, None
         return launcher.end() if launcher is not None else []
-
-    @contextlib.contextmanager
-    def _passing_signals_on(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._heard) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         name = signal.SIGTERM if number == signal.SIGINT else signal.Signals(number)

@@ -6,12 +6,11 @@ were stopped by a signal and have saved, 78 where starting again would not help,
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,6 +20,7 @@ from megagrow.cluster.exchange import Exchange
 from megagrow.cluster.fleet import Attempt, Fleet
 from megagrow.cluster.lifeline import STATUS_STOPPED
 from megagrow.cluster.roll import STATUS_CONFIG, STATUS_FAILED, Failure, Roll
+from megagrow.cluster.signals import taking
 from megagrow.errors import MegagrowError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -79,7 +79,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Start, and start again, until the job is done or cannot go on; the exit status."""
-        with self._taking_signals():
+        with taking(SIGNALS, self._heard):
             status = self._attempts()
             self._fleet.finish(status)
         return status
@@ -201,15 +201,6 @@ class Supervisor:
             )
 
     # --- signals --------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _taking_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._heard) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from megagrow.cluster.signals import taking
+
 ASKING = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -27,12 +29,8 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self  # only the main thread may take signals
             return
-        before = {number: signal.signal(number, self._heard) for number in ASKING}
-        try:
+        with taking(ASKING, self._heard):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         self.signal = self.signal or number
