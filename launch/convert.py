@@ -11,7 +11,7 @@ from typing import Any
 
 from megagrow.checkpoint.convert import BUFFER_BYTES, Job, Report, Survey, convert, survey
 from megagrow.checkpoint.formats import FORMATS, detect
-from megagrow.errors import MegagrowError
+from megagrow.errors import exit_status
 from megagrow.layout import Layout
 
 _EXAMPLES = """\
@@ -211,14 +211,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn an error that the user can mend into a message and a status."""
     options = parse(arguments)
     try:
-        run(options)
-    except MegagrowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_status(lambda: run(options))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megagrow.errors import exit_status
+
 EXAMPLES = """\
 examples:
   # word-level perplexity by the WikiText protocol (the file as published: wiki.test.tokens)
@@ -125,15 +127,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and evaluate; returns the exit status."""
-    from megagrow.errors import MegagrowError
-
     options = parse(arguments)
-    try:
-        run(options)
-    except MegagrowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megagrow.errors import exit_status
+
 EXAMPLES = """\
 examples:
   # twice the width; the result is OUT/step_<step>, to go on from with pretrain.py --resume OUT
@@ -125,14 +127,7 @@ def _size(text: str) -> tuple[str, int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn an error that the user can mend into a message and a status."""
     options = parse(arguments)
-    from megagrow.errors import MegagrowError
-
-    try:
-        run(options)
-    except MegagrowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megagrow.errors import exit_status
+
 EXAMPLES = """\
 examples:
   # the best schedule for a model and 10 billion tokens, by Chinchilla's law, two growth stages
@@ -141,15 +143,8 @@ def run(options: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, plan, print; returns the exit status."""
-    from megagrow.errors import MegagrowError
-
     options = parse(arguments)
-    try:
-        print(run(options))
-    except MegagrowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: print(run(options)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ megagrow itself.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 
 class MegagrowError(Exception):
     """A fault that the user can mend.
@@ -54,3 +57,13 @@ class GrowthError(MegagrowError):
 
 class TrainingError(MegagrowError):
     """Training had to stop, for instance on a loss that is not finite."""
+
+
+def exit_status(work: Callable[[], object]) -> int:
+    """Do a command's work: 0, or 1 once an error that the user can mend has been told."""
+    try:
+        work()
+    except MegagrowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

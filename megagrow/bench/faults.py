@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megagrow.bench.jobs import rank_environment
 from megagrow.checkpoint import NativeCheckpoint, list_steps, step_path
 from megagrow.data.prepare import Request, prepare
 from megagrow.errors import CheckpointError
@@ -315,16 +316,7 @@ def _rank_main(
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(
-        DS_ACCELERATOR="cpu",
-        OMP_NUM_THREADS="1",
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_ATTEMPT="0",
+        rank_environment(rank, world, port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"
     )
     from megagrow.train.watch import Watch
 

@@ -53,6 +53,20 @@ def run_job(world: int, function: Callable[..., Any], *args: Any) -> Any:
     return results.get()
 
 
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank of a job on this host whose store the parent holds."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_ATTEMPT": "0",
+    }
+
+
 def _join(world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     from megagrow.engine.comm import start
 
@@ -72,18 +86,9 @@ def _rank_main(
 ) -> None:
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_ATTEMPT="0",
-        # DeepSpeed finds ninja there, also where the environment is not activated.
-        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-    )
+    os.environ.update(rank_environment(rank, world, port))
+    # DeepSpeed finds ninja there, also where the environment is not activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     torch.set_num_threads(threads)
     from megagrow.engine.comm import start, stop
 

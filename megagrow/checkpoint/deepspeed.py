@@ -32,7 +32,7 @@ from megagrow.checkpoint.deepspeed_mapping import (
     whole_shape,
 )
 from megagrow.checkpoint.deepspeed_sink import DeepSpeedSink
-from megagrow.checkpoint.directory import RESTORE
+from megagrow.checkpoint.directory import laid_out
 from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.stored import Record, StoredBox, StoredSource
 from megagrow.config import ModelConfig
@@ -55,14 +55,8 @@ def open_source(path: Path) -> Source:
         CheckpointError: missing, damaged, incomplete, hostile, or cut over tensor-parallel ranks
             in a way that nothing tells.
     """
-    try:
+    with laid_out(path, "DeepSpeed 0.19 lays checkpoints out"):
         return _open(Tag(find(path) or path))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{path}: not laid out as DeepSpeed 0.19 lays checkpoints out",
-            found=f"{type(error).__name__}: {error}"[:300],
-            mend=RESTORE,
-        ) from None
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,23 @@ def naming(path: Path, fault: str, mends: Mapping[int, str] = _WRITING) -> Itera
 
 
 @contextlib.contextmanager
+def laid_out(path: Path, how: str) -> Iterator[None]:
+    """While a foreign checkpoint is made sense of: what does not fit becomes a CheckpointError.
+
+    Args:
+        how: the layout that was expected, in words.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{path}: not laid out as {how}",
+            found=f"{type(error).__name__}: {error}"[:300],
+            mend=RESTORE,
+        ) from None
+
+
+@contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[tuple[int, int]]:
     """A read-only descriptor of a regular file, and its size in bytes.
 

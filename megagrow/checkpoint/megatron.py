@@ -25,7 +25,7 @@ from typing import Any
 from megagrow.checkpoint import megatron_names as names
 from megagrow.checkpoint.adapter import Format, Source
 from megagrow.checkpoint.deepspeed import client_state
-from megagrow.checkpoint.directory import READING, RESTORE, naming
+from megagrow.checkpoint.directory import READING, RESTORE, laid_out, naming
 from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.megatron_sink import FILE, LATEST, MegatronSink
 from megagrow.checkpoint.pickles import Opaque, StoredTensor
@@ -74,14 +74,8 @@ def open_source(path: Path) -> Source:
     Raises:
         CheckpointError: missing, damaged, incomplete, hostile, or of a model that is not ours.
     """
-    try:
+    with laid_out(path, "Megatron-LM lays out its checkpoints"):
         return _open(find(path) or path)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{path}: not laid out as Megatron-LM lays out its checkpoints",
-            found=f"{type(error).__name__}: {error}"[:300],
-            mend=RESTORE,
-        ) from None
 
 
 def _open(path: Path) -> Source:

@@ -29,7 +29,7 @@ from megagrow.checkpoint.archive import number, plan_archive, whole_values
 from megagrow.checkpoint.deepspeed import client_state
 from megagrow.checkpoint.deepspeed_files import MODEL, MOMENTS
 from megagrow.checkpoint.deepspeed_plan import VERSION, Plan
-from megagrow.checkpoint.directory import READING, RESTORE, naming, write_new
+from megagrow.checkpoint.directory import READING, RESTORE, laid_out, naming, write_new
 from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.pickles import StoredTensor
 from megagrow.checkpoint.stored import Record, StoredBox, StoredSource
@@ -105,14 +105,8 @@ def open_source(path: Path) -> Source:
     Raises:
         CheckpointError: missing, damaged, hostile, or laid out in another way.
     """
-    try:
+    with laid_out(path, "a universal checkpoint of DeepSpeed 0.19"):
         return _open(find(path) or path)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{path}: not laid out as a universal checkpoint of DeepSpeed 0.19",
-            found=f"{type(error).__name__}: {error}"[:300],
-            mend=RESTORE,
-        ) from None
 
 
 def _open(path: Path) -> Source:

@@ -25,6 +25,7 @@ from megagrow.growth.operator import (
     Operator,
     growth_factor,
     repeated,
+    require_no_less,
     require_same,
     resized,
     same,
@@ -151,19 +152,33 @@ KV_GROUPS = KeyValueGroups(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vocabulary(Operator):
-    """More tokens: old rows stay, new ones are fresh."""
+class MoreRows(Operator):
+    """More tokens, or longer samples: old rows stay, new ones are fresh.
+
+    Attributes:
+        axis: what the rows are.
+        grad: of the gradients of old rows, their multiple; None where it is not stated.
+    """
+
+    axis: str
+    grad: float | None
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
-        """The old rows; new tokens enter every softmax, so gradients are not stated."""
-        return (_rows_kept(tensor, small[tensor.name], "vocab", None),)
+        """The old rows."""
+        old = small[tensor.name]
+        for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
+            if meaning == self.axis:
+                require_no_less(tensor.name, meaning, n, large)
+            else:
+                require_same(tensor.name, meaning, n, large)
+        return (Block(tensor.name, tuple(same(n) for n in old.shape), grad=self.grad),)
 
     def fill(self, tensor: LogicalTensor) -> Fill:
         """New rows as at the start of a run."""
         return "fresh"
 
 
-VOCAB = Vocabulary(
+VOCAB = MoreRows(
     name="vocab",
     summary="new token rows, fresh; the logits of the old tokens stay",
     keeps="old logits",
@@ -171,23 +186,11 @@ VOCAB = Vocabulary(
     source="the usual practice",
     policies=("kept", "sparkling", "copy", "reset"),
     sizes=("vocab",),
+    axis="vocab",
+    grad=None,  # new tokens enter every softmax
 )
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sequence(Operator):
-    """Longer samples: old learned positions stay, new ones are fresh; RoPE has none to learn."""
-
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
-        """The old rows; on samples of the old length nothing changes."""
-        return (_rows_kept(tensor, small[tensor.name], "position", 1.0),)
-
-    def fill(self, tensor: LogicalTensor) -> Fill:
-        """New positions as at the start of a run."""
-        return "fresh"
-
-
-SEQUENCE = Sequence(
+SEQUENCE = MoreRows(
     name="sequence",
     summary="longer samples: old positions stay, new ones fresh (RoPE: none to make)",
     keeps="loss",
@@ -195,15 +198,6 @@ SEQUENCE = Sequence(
     source="CompoundGrow, arXiv 2010.12562 (sequence length as a growth axis)",
     policies=("kept", "sparkling", "copy", "reset"),
     sizes=("sequence",),
+    axis="position",
+    grad=1.0,  # on samples of the old length nothing changes
 )
-
-
-def _rows_kept(
-    tensor: LogicalTensor, old: LogicalTensor, growing: str, grad: float | None
-) -> Block:
-    for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
-        if meaning != growing:
-            require_same(tensor.name, meaning, n, large)
-        elif large < n:
-            raise GrowthError(f"{tensor.name}, axis {meaning}: cannot shrink from {n} to {large}")
-    return Block(tensor.name, tuple(same(n) for n in old.shape), grad=grad)

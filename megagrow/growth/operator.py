@@ -150,6 +150,12 @@ def require_same(name: str, meaning: str, small: int, large: int) -> None:
         )
 
 
+def require_no_less(name: str, meaning: str, small: int, large: int) -> None:
+    """An axis that may grow to any size; raises GrowthError if the target wants less."""
+    if large < small:
+        raise GrowthError(f"{name}, axis {meaning}: cannot shrink from {small} to {large}")
+
+
 def resized(model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
     """A model with some sizes changed; all others stay, the width of a head included.
 

@@ -15,8 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megagrow.errors import GrowthError
-from megagrow.growth.operator import Block, Operator, require_same, same
+from megagrow.growth.operator import Block, Operator, require_no_less, require_same, same
 from megagrow.growth.width import GROWING, WIDTH_SIZES
 from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.state.statemap import AxisMap, Fill
@@ -80,10 +79,7 @@ class WidthRandom(Operator):
         for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
             if meaning not in (*GROWING, "projection"):
                 require_same(tensor.name, meaning, n, large)
-            if large < n:
-                raise GrowthError(
-                    f"{tensor.name}, axis {meaning}: cannot shrink from {n} to {large}"
-                )
+            require_no_less(tensor.name, meaning, n, large)
             # Queries, and with them the key and the value behind them, are the last of their axis.
             last = meaning in ("query", "projection")
             axes.append(AxisMap(large - n, 1, 0, 1, n) if last else same(n))

@@ -68,7 +68,13 @@ class StepGuard:
         Raises:
             RollBack: its update was applied, or it is one bad step too many.
         """
-        why = self._fault or self._late_fault(losses, grad_norm)
+        # DeepSpeed passes over some steps by itself, without asking, as under ZeRO 1 and 2.
+        why = self._fault or fault(
+            loss=sum(losses),
+            grad_norm=0.0 if self._scaled else grad_norm,
+            recent=(),
+            spike=None,
+        )
         if why is None:
             self._in_a_row = 0
             return None
@@ -78,14 +84,6 @@ class StepGuard:
             raise RollBack(f"step {step}: {why}", ranks)
         self._in_a_row += 1
         return ", ".join([why, *ranks])
-
-    def _late_fault(self, losses: Sequence[float], grad_norm: float) -> str | None:
-        """What DeepSpeed passed over by itself, without asking, as it does under ZeRO 1 and 2."""
-        if not all(map(math.isfinite, losses)):
-            return "the loss is not finite"
-        if not math.isfinite(grad_norm) and not self._scaled:
-            return f"the gradient is not finite (norm {grad_norm})"
-        return None
 
 
 def fault(

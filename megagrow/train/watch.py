@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -102,7 +102,7 @@ class Watch:
         config: WatchConfig,
         store: Store | None,
         log: Path,
-        exit: object = os._exit,
+        exit: Callable[[int], object] = os._exit,
     ) -> None:
         self.rank, self.world, self.config, self.log = rank, world, config, log
         self._store, self._exit = store, exit
@@ -231,7 +231,7 @@ class Watch:
 
     def _leave(self) -> None:
         sys.stderr.flush()
-        self._exit(STALLED)  # type: ignore[operator]
+        self._exit(STALLED)
 
     def _waiting(self) -> str:
         frame = sys._current_frames().get(self._main)
