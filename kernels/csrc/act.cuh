@@ -4,8 +4,13 @@
 
 namespace mg {
 
-// A thread's elements: V of them from `column` on, in every gridDim.y-th row.
-#define MG_FOR_MY_ROWS(row, rows) for (int64_t row = blockIdx.y; row < (rows); row += gridDim.y)
+template <class T> MG_DEVICE acc_t<T> logistic(acc_t<T> x) {
+  return inverse_for<T>(acc_t<T>(1) + exp_for<T>(-x));
+}
+
+// A thread's elements: V of them in every gridDim.y-th row; two rows are under way at a time.
+#define MG_FOR_MY_ROWS(row, rows) \
+  _Pragma("unroll 2") for (int64_t row = blockIdx.y; row < (rows); row += gridDim.y)
 
 // out = silu(gate) * up, with gate and up the halves of each row [2 n].
 template <class T, int V, int NT>
@@ -20,7 +25,7 @@ swiglu_forward(const T* __restrict__ x, T* __restrict__ out, int64_t rows, int n
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       const A g = A(gate.v[k]);
-      o.v[k] = T(g / (A(1) + exp_(-g)) * A(up.v[k]));
+      o.v[k] = T(g * logistic<T>(g) * A(up.v[k]));
     }
     store(out + row * n, i, o);
   }
@@ -40,7 +45,7 @@ swiglu_backward(const T* __restrict__ grad, const T* __restrict__ x, T* __restri
     Vec<T, V> d_gate, d_up;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      const A g = A(gate.v[k]), s = A(1) / (A(1) + exp_(-g)), o = A(d.v[k]);
+      const A g = A(gate.v[k]), s = logistic<T>(g), o = A(d.v[k]);
       d_gate.v[k] = T(o * A(up.v[k]) * s * (A(1) + g * (A(1) - s)));
       d_up.v[k] = T(o * g * s);
     }
@@ -53,13 +58,17 @@ swiglu_backward(const T* __restrict__ grad, const T* __restrict__ x, T* __restri
 #define MG_GELU_ALPHA 0.79788456080286535588
 #define MG_GELU_CUBIC 0.044715
 
-template <class A> MG_DEVICE A gelu(A x) {
-  return A(0.5) * x * (A(1) + tanh_(A(MG_GELU_ALPHA) * (x + A(MG_GELU_CUBIC) * x * x * x)));
+// (1 + tanh(u)) / 2 is the logistic function of 2 u, which takes one exp.
+template <class T> MG_DEVICE acc_t<T> gelu_gate(acc_t<T> x) {
+  using A = acc_t<T>;
+  return logistic<T>(A(2 * MG_GELU_ALPHA) * (x + A(MG_GELU_CUBIC) * x * x * x));
 }
-template <class A> MG_DEVICE A gelu_slope(A x) {
-  const A t = tanh_(A(MG_GELU_ALPHA) * (x + A(MG_GELU_CUBIC) * x * x * x));
-  const A inner = A(MG_GELU_ALPHA) * (A(1) + A(3 * MG_GELU_CUBIC) * x * x);
-  return A(0.5) * (A(1) + t) + A(0.5) * x * (A(1) - t * t) * inner;
+template <class T> MG_DEVICE acc_t<T> gelu(acc_t<T> x) { return x * gelu_gate<T>(x); }
+template <class T> MG_DEVICE acc_t<T> gelu_slope(acc_t<T> x) {
+  using A = acc_t<T>;
+  const A s = gelu_gate<T>(x);
+  const A inner = A(2 * MG_GELU_ALPHA) * (A(1) + A(3 * MG_GELU_CUBIC) * x * x);
+  return s + x * s * (A(1) - s) * inner;
 }
 
 template <class T, int V, int NT>
@@ -73,7 +82,7 @@ bias_gelu_forward(const T* __restrict__ x, const T* __restrict__ bias, T* __rest
   MG_FOR_MY_ROWS(row, rows) {
     Vec<T, V> a = load<V>(x + row * n, i);
 #pragma unroll
-    for (int k = 0; k < V; ++k) a.v[k] = T(gelu(A(a.v[k]) + A(b.v[k])));
+    for (int k = 0; k < V; ++k) a.v[k] = T(gelu<T>(A(a.v[k]) + A(b.v[k])));
     store(out + row * n, i, a);
   }
 }
@@ -95,7 +104,7 @@ bias_gelu_backward(const T* __restrict__ grad, const T* __restrict__ x, const T*
     Vec<T, V> o;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      const A g = A(d.v[k]) * gelu_slope(A(a.v[k]) + A(b.v[k]));
+      const A g = A(d.v[k]) * gelu_slope<T>(A(a.v[k]) + A(b.v[k]));
       o.v[k] = T(g);
       db[k] += g;
     }

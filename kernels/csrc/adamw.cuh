@@ -32,60 +32,57 @@ struct AdamW {
 struct Cursor {
   const YoungBox* young;
   const Rate* rates;
-  int boxes, box;  // the last one that begins at or before the position; -1 before all
-  bool inside;     // whether the position is in it
-  int coordinate[kAxes];
+  int boxes, box;  // the last one that was entered; -1 before all
+  int64_t start, stop;  // of that one
+  // On the last axis: the coordinate, the axis's length, and the old block.
+  int at, size, begin, step, end;
+  bool outer;  // whether the other coordinates are in the old block
 
   MG_DEVICE Cursor(const YoungBox* young, const Rate* rates, int boxes, int64_t i)
-      : young(young), rates(rates), boxes(boxes), box(-1), inside(false) {
+      : young(young), rates(rates), boxes(boxes), start(0), stop(0) {
     int low = 0, high = boxes;
     while (low < high) {
       const int middle = (low + high) / 2;
       if (young[middle].start > i) high = middle; else low = middle + 1;
     }
-    box = low - 1;
-#pragma unroll
-    for (int a = 0; a < kAxes; ++a) coordinate[a] = 0;
-    if (box >= 0 && i < young[box].start + young[box].volume) enter(i);
+    box = low > 0 ? low - 2 : -1;  // `next` enters the last that begins here or before
   }
 
-  MG_DEVICE void enter(int64_t i) {
-    uint32_t rest = (uint32_t)(i - young[box].start);
-    inside = true;
+  // Takes a position inside the box apart.
+  MG_DEVICE void seek(int64_t i) {
+    const uint32_t position = (uint32_t)(i - start);
+    uint32_t rest = position / (uint32_t)size;
+    at = (int)(position - rest * (uint32_t)size);
+    outer = true;
 #pragma unroll
-    for (int a = kAxes - 1; a > 0; --a) {
-      const uint32_t size = (uint32_t)young[box].size[a], quotient = rest / size;
-      coordinate[a] = (int)(rest - quotient * size);
-      rest = quotient;
+    for (int a = kAxes - 2; a >= 0; --a) {
+      const uint32_t length = (uint32_t)young[box].size[a], above = a ? rest / length : 0;
+      outer = outer && is_old((int)(rest - above * length), (int)young[box].begin[a],
+                              (int)young[box].step[a], (int)young[box].count[a]);
+      rest = above;
     }
-    coordinate[0] = (int)rest;
   }
 
-  MG_DEVICE bool is_old() const {
-    bool old = true;
-#pragma unroll
-    for (int a = 0; a < kAxes; ++a) {
-      const int from = coordinate[a] - (int)young[box].begin[a], step = (int)young[box].step[a];
-      old = old && from >= 0 && from < step * (int)young[box].count[a] &&
-            (step == 1 || from % step == 0);
-    }
-    return old;
+  MG_DEVICE static bool is_old(int at, int begin, int step, int count) {
+    const int from = at - begin;
+    return from >= 0 && from < step * count && (step == 1 || from % step == 0);
   }
 
   // The rate of position i; to be asked for in steps of one.
   MG_DEVICE Rate next(int64_t i, Rate usual) {
-    if (inside && i >= young[box].start + young[box].volume) inside = false;
-    if (!inside && box + 1 < boxes && i >= young[box + 1].start) ++box, enter(i);
-    if (!inside) return usual;
-    const Rate rate = is_old() ? usual : rates[box];
-    bool carry = true;
-#pragma unroll
-    for (int a = kAxes - 1; a >= 0; --a) {
-      coordinate[a] += carry;
-      carry = carry && a > 0 && coordinate[a] == (int)young[box].size[a];
-      if (carry) coordinate[a] = 0;
+    if (i >= stop) {
+      if (box + 1 >= boxes || i < young[box + 1].start) return usual;
+      const YoungBox& b = young[++box];
+      start = b.start, stop = start + b.volume;
+      if (i >= stop) return usual;
+      begin = (int)b.begin[kAxes - 1], step = (int)b.step[kAxes - 1];
+      end = begin + step * (int)b.count[kAxes - 1];
+      at = size = (int)b.size[kAxes - 1];
     }
-    return rate;
+    if (at == size) seek(i);
+    const bool old = outer && at >= begin && at < end && (step == 1 || (at - begin) % step == 0);
+    ++at;
+    return old ? usual : rates[box];
   }
 };
 

@@ -20,43 +20,59 @@ struct Boxes {
   Box box[kBoxesALaunch];
 };
 
-// Row blockIdx.y of the grid copies box blockIdx.y.
-template <class T, class L, int NT>
-MG_KERNEL __launch_bounds__(NT) copy_boxes(MG_GRID_CONSTANT const Boxes boxes) {
+// Copies `n` vectors of V elements, several loads of a thread under way at a time.
+template <class T, class L, int V, int NT>
+MG_DEVICE void copy_vectors(const Box& b, int64_t n) {
   using A = acc_t<T>;
-  constexpr int V = kWide<T>;
-  const Box& b = boxes.box[blockIdx.y];
+  constexpr int kTogether = 4;
   const A scale = A(b.scale);
-  const int64_t n = (int64_t)b.size[0] * b.size[1] * b.size[2] * b.size[3];
-  for (int64_t i = (int64_t)blockIdx.x * NT + threadIdx.x; i < n; i += (int64_t)gridDim.x * NT) {
-    int64_t rest = i, from = 0, to = 0;
+  for (int64_t first = (int64_t)blockIdx.x * NT * kTogether; first < n;
+       first += (int64_t)gridDim.x * NT * kTogether) {
+    Vec<T, V> x[kTogether];
+    int64_t to[kTogether];
 #pragma unroll
-    for (int a = kBoxAxes - 1; a >= 0; --a) {
-      int64_t at = rest;
-      if (a > 0) {
-        // Divisions of 64 bits are slow, and seldom needed.
-        const int64_t quotient = rest >> 32 ? rest / b.size[a] : (uint32_t)rest / b.size[a];
-        at = rest - quotient * b.size[a];
-        rest = quotient;
+    for (int u = 0; u < kTogether; ++u) {
+      int64_t rest = first + u * NT + (int)threadIdx.x, from = 0;
+      to[u] = -1;
+      if (rest >= n) continue;
+      to[u] = 0;
+#pragma unroll
+      for (int a = kBoxAxes - 1; a >= 0; --a) {
+        int64_t at = rest;
+        if (a > 0) {
+          // Divisions of 64 bits are slow, and seldom needed.
+          const int64_t quotient = rest >> 32 ? rest / b.size[a] : (uint32_t)rest / b.size[a];
+          at = rest - quotient * b.size[a];
+          rest = quotient;
+        }
+        from += at * b.source_stride[a];
+        to[u] += at * b.target_stride[a];
       }
-      from += at * b.source_stride[a];
-      to += at * b.target_stride[a];
+      x[u] = load<V>((const T*)b.source, from);
     }
-    if (b.wide) {
-      Vec<T, V> x = load<V>((const T*)b.source, from);
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      if (to[u] < 0) continue;
       Vec<L, V> copy;
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        x.v[k] = T(A(x.v[k]) * scale);
-        copy.v[k] = L(x.v[k]);
+        x[u].v[k] = T(A(x[u].v[k]) * scale);
+        copy.v[k] = L(x[u].v[k]);
       }
-      store((T*)b.target, to, x);
-      if (b.low) store((L*)b.low, to, copy);
-    } else {
-      const T x = T(A(((const T*)b.source)[from]) * scale);
-      ((T*)b.target)[to] = x;
-      if (b.low) ((L*)b.low)[to] = L(x);
+      store((T*)b.target, to[u], x[u]);
+      if (b.low) store((L*)b.low, to[u], copy);
     }
   }
+}
+
+// Row blockIdx.y of the grid copies box blockIdx.y.
+template <class T, class L, int NT>
+MG_KERNEL __launch_bounds__(NT) copy_boxes(MG_GRID_CONSTANT const Boxes boxes) {
+  const Box& b = boxes.box[blockIdx.y];
+  const int64_t n = (int64_t)b.size[0] * b.size[1] * b.size[2] * b.size[3];
+  if (b.wide)
+    copy_vectors<T, L, kWide<T>, NT>(b, n);
+  else
+    copy_vectors<T, L, 1, NT>(b, n);
 }
 }  // namespace mg

@@ -27,19 +27,23 @@ softmax_stats(const T* __restrict__ logits, const int64_t* __restrict__ labels, 
   Pair<A> mine{none, A(0)};
   const int head = unaligned_head(row, n), vectors = (n - head) / V;
   for (int i = threadIdx.x; i < head; i += NT) mine = MergeSoftmax{}(mine, Pair<A>{A(row[i]), A(1)});
-  for (int i = threadIdx.x; i < vectors; i += NT) {
-    const Vec<T, V> x = load<V>(row + head, i);
+  const auto add = [&](const Vec<T, V>& x) {
     A top = mine.a;
 #pragma unroll
     for (int k = 0; k < V; ++k) top = max_(top, A(x.v[k]));
-    if (top > none) {
-      A sum = mine.b * exp_(mine.a - top);
+    if (top == none) return;
+    if (top > mine.a) mine = {top, mine.b * exp_for<T>(mine.a - top)};
 #pragma unroll
-      for (int k = 0; k < V; ++k) sum += exp_(A(x.v[k]) - top);
-      mine = {top, sum};
-    }
+    for (int k = 0; k < V; ++k) mine.b += exp_for<T>(A(x.v[k]) - top);
+  };
+  // Two loads are under way at a time.
+  int i = threadIdx.x;
+  for (; i + NT < vectors; i += 2 * NT) {
+    const Vec<T, V> x = load<V>(row + head, i), y = load<V>(row + head, i + NT);
+    add(x), add(y);
   }
-  for (int i = head + vectors * V + threadIdx.x; i < n; i += NT)
+  if (i < vectors) add(load<V>(row + head, i));
+  for (i = head + vectors * V + threadIdx.x; i < n; i += NT)
     mine = MergeSoftmax{}(mine, Pair<A>{A(row[i]), A(1)});
   mine = block_reduce<NT>(mine, MergeSoftmax{}, Pair<A>{none, A(0)}, shared);
   if (threadIdx.x == 0) {
@@ -65,16 +69,21 @@ softmax_gradient(const acc_t<T>* __restrict__ grads, const T* logits,
   const A factor = grad / stats[rows + blockIdx.x];
   const int head = unaligned_head(row, n), vectors = (n - head) / V;
   const auto value = [&](T x, int i) {
-    const A p = exp_(A(x) - top) * factor;
+    const A p = exp_for<T>(A(x) - top) * factor;
     return T(i == label ? p - grad : p);
   };
   for (int i = threadIdx.x; i < head; i += NT) to[i] = value(row[i], i);
-  for (int i = threadIdx.x; i < vectors; i += NT) {
-    Vec<T, V> x = load<V>(row + head, i);
+  const auto put = [&](Vec<T, V> x, int i) {
 #pragma unroll
     for (int k = 0; k < V; ++k) x.v[k] = value(x.v[k], head + i * V + k);
     store(to + head, i, x);
+  };
+  int i = threadIdx.x;
+  for (; i + NT < vectors; i += 2 * NT) {
+    const Vec<T, V> x = load<V>(row + head, i), y = load<V>(row + head, i + NT);
+    put(x, i), put(y, i + NT);
   }
-  for (int i = head + vectors * V + threadIdx.x; i < n; i += NT) to[i] = value(row[i], i);
+  if (i < vectors) put(load<V>(row + head, i), i);
+  for (i = head + vectors * V + threadIdx.x; i < n; i += NT) to[i] = value(row[i], i);
 }
 }  // namespace mg

@@ -49,8 +49,6 @@ template <class T> using acc_t = typename Accumulator<T>::type;
 
 MG_DEVICE float exp_(float x) { return expf(x); }
 MG_DEVICE double exp_(double x) { return exp(x); }
-MG_DEVICE float tanh_(float x) { return tanhf(x); }
-MG_DEVICE double tanh_(double x) { return tanh(x); }
 MG_DEVICE float sqrt_(float x) { return sqrtf(x); }
 MG_DEVICE double sqrt_(double x) { return sqrt(x); }
 MG_DEVICE float max_(float a, float b) { return fmaxf(a, b); }
@@ -61,6 +59,29 @@ MG_DEVICE float rsqrt_(float x) { return rsqrtf(x); }
 MG_DEVICE float rsqrt_(float x) { return 1.0f / sqrtf(x); }
 #endif
 MG_DEVICE double rsqrt_(double x) { return 1.0 / sqrt(x); }
+
+// A product that no sum swallows, so that it is the same wherever it is made.
+#if defined(__CUDACC__)
+MG_DEVICE float times(float x, float y) { return __fmul_rn(x, y); }
+#else
+MG_DEVICE float times(float x, float y) { return x * y; }
+#endif
+MG_DEVICE double times(double x, double y) { return x * y; }
+
+// exp and 1 / x for results that are rounded to T.  For 16 bits a GPU's own approximations do,
+// wrong by some 2^-21: with the exact ones arithmetic would take longer than memory does.
+template <class T> MG_DEVICE acc_t<T> exp_for(acc_t<T> x) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(T) == 2) return __expf(x);
+#endif
+  return exp_(x);
+}
+template <class T> MG_DEVICE acc_t<T> inverse_for(acc_t<T> x) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(T) == 2) return __fdividef(1.0f, x);
+#endif
+  return acc_t<T>(1) / x;
+}
 template <class A> MG_DEVICE A minus_infinity() { return A(-INFINITY); }
 
 MG_DEVICE int lane() { return threadIdx.x & 31; }

@@ -55,6 +55,17 @@ struct Place {
 #endif
 };
 
+// Blocks of a kernel that the device holds at a time.
+template <class Kernel>
+unsigned resident_blocks([[maybe_unused]] Kernel kernel, [[maybe_unused]] int threads,
+                         const Place& place) {
+  int blocks = 2;
+#if !MG_EMULATED
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0);
+#endif
+  return (unsigned)(std::max(blocks, 1) * place.processors);
+}
+
 inline void check(bool good, const char* message) {
   if (!good) throw std::runtime_error(std::string("megagrow: ") + message);
 }

@@ -76,7 +76,7 @@ sum_rows(const acc_t<T>* __restrict__ partial, T* __restrict__ out, int rows, in
 
 template <class T> void launch_sum_rows(const acc_t<T>* partial, T* out, int rows, int64_t columns,
                                         Stream stream) {
-  constexpr int NT = MG_THREADS(256, 64);
+  constexpr int NT = MG_THREADS(1024, 64);
   MG_LAUNCH((sum_rows<T, NT>), dim3((unsigned)((columns + 31) / 32)), dim3(NT), stream, partial, out,
             rows, columns);
 }

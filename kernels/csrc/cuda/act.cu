@@ -57,14 +57,24 @@ void bias_gelu_backward_as(const Tensor& grad, const Tensor& x, const Tensor& bi
   const Place place(x);
   const T *pg = data<T>(grad), *px = data<T>(x), *pb = data<T>(bias);
   T* pd = out<T>(dx);
-  const int n = (int)last(x), waves = 16;
+  const int n = (int)last(x);
   const int64_t rows = x.numel() / n;
-  const bool wide = n % kWide<T> == 0 && aligned(pg, px, pb, pd);
-  const dim3 grid = grid_of(rows, wide ? n / kWide<T> : n, place, waves);
-  const Tensor part = empty(x, {grid.y, n}, accumulator_of(x));
-  acc_t<T>* pp = out<acc_t<T>>(part);
-  MG_BY_WIDTH(wide, bias_gelu_backward, pg, px, pb, pd, pp, rows, n);
-  launch_sum_rows<T>(pp, out<T>(db), (int)grid.y, n, place.stream);
+  const auto run = [&](auto v) {
+    constexpr int V = decltype(v)::value;
+    const auto kernel = bias_gelu_backward<T, V, NT>;
+    // As many blocks as run at a time: each leaves a row of partial sums.
+    const int64_t across = (n / V + NT - 1) / NT;
+    const dim3 grid((unsigned)across,
+                    at_most(std::min<int64_t>(rows, resident_blocks(kernel, NT, place) / across), 65535));
+    const Tensor part = empty(x, {grid.y, n}, accumulator_of(x));
+    acc_t<T>* pp = out<acc_t<T>>(part);
+    MG_LAUNCH_FLAT(kernel, grid, dim3(NT), place.stream, pg, px, pb, pd, pp, rows, n);
+    launch_sum_rows<T>(pp, out<T>(db), (int)grid.y, n, place.stream);
+  };
+  if (n % kWide<T> == 0 && aligned(pg, px, pb, pd))
+    run(std::integral_constant<int, kWide<T>>{});
+  else
+    run(std::integral_constant<int, 1>{});
 }
 
 void check_halves(const Tensor& x) {

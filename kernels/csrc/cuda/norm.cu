@@ -13,7 +13,8 @@ template <class T, class F> void by_width(int n, bool wide, F f) {
     return f(integral_constant<int, V>{},                                       \
              integral_constant<int, MG_THREADS(device, emulated)>{}, integral_constant<int, ch>{});
   MG_FITS(128, 64, 1)
-  MG_FITS(256, 64, 2)
+  MG_FITS(256, 64, 1)
+  MG_FITS(512, 64, 1)
   MG_FITS(512, 64, 2)
 #undef MG_FITS
   f(integral_constant<int, 1>{}, integral_constant<int, MG_THREADS(512, 64)>{},
@@ -30,6 +31,7 @@ Sizes sizes_of(const Tensor& x, const Tensor& weight) {
   check(x.dim() > 0 && weight.dim() == 1 && weight.numel() == last(x) && last(x) > 0 &&
             last(x) <= (1 << 30),
         "a norm's weight must have the length of the last axis");
+  check(x.numel() / last(x) < (int64_t(1) << 30), "too many rows");
   check(weight.scalar_type() == x.scalar_type(), "weight and input must have one type");
   return {x.numel() / last(x), (int)last(x)};
 }
@@ -71,24 +73,31 @@ void backward_as(const Tensor& dy, const OptionalTensor& dz, const Tensor& z, co
     return;
   }
   const Place place(z);
-  const unsigned blocks = at_most(rows, MG_THREADS(2 * place.processors, 3));
-  const Tensor dw_part = empty(z, {blocks, n}, accumulator_of(z));
-  const OptionalTensor db_part =
-      CENTER ? OptionalTensor(empty(z, {blocks, n}, accumulator_of(z))) : std::nullopt;
   const T *pdy = data<T>(dy), *pdz = data<T>(dz), *pz = data<T>(z), *pw = data<T>(weight);
   const A *pm = data<A>(mean), *ps = data<A>(rstd);
   T* px = out<T>(dx);
-  A *pdw = out<A>(dw_part), *pdb = out<A>(db_part);
   const bool wide = n % kWide<T> == 0 && aligned(pdy, pdz, pz, pw, px);
   const int columns = n;
-  const int64_t count = rows;
+  const int count = (int)rows;
   by_width<T>(n, wide, [&](auto v, auto nt, auto ch) {
     constexpr int V = decltype(v)::value, NT = decltype(nt)::value, CH = decltype(ch)::value;
-    MG_LAUNCH((norm_backward<T, V, NT, CH, CENTER>), dim3(blocks), dim3(NT), place.stream, pdy, pdz,
-              pz, pw, pm, ps, px, pdw, pdb, count, columns);
+    // As many as run at a time, so that none begins when the others are done.
+    const auto kernel = [] {
+      if constexpr (CH > 0)
+        return &norm_backward<T, V, NT, CH, CENTER>;
+      else
+        return &norm_backward_long<T, NT, CENTER>;
+    }();
+    const unsigned blocks = at_most(count, resident_blocks(kernel, NT, place));
+    const Tensor dw_part = empty(z, {blocks, columns}, accumulator_of(z));
+    const OptionalTensor db_part =
+        CENTER ? OptionalTensor(empty(z, {blocks, columns}, accumulator_of(z))) : std::nullopt;
+    A *pdw = out<A>(dw_part), *pdb = out<A>(db_part);
+    MG_LAUNCH(kernel, dim3(blocks), dim3(NT), place.stream, pdy, pdz, pz, pw, pm, ps, px, pdw, pdb,
+              count, columns);
+    launch_sum_rows<T>(pdw, out<T>(dw), (int)blocks, columns, place.stream);
+    if (db) launch_sum_rows<T>(pdb, out<T>(*db), (int)blocks, columns, place.stream);
   });
-  launch_sum_rows<T>(pdw, out<T>(dw), (int)blocks, n, place.stream);
-  if (db) launch_sum_rows<T>(pdb, out<T>(*db), (int)blocks, n, place.stream);
 }
 
 Tensor empty_rows(const Tensor& x) {

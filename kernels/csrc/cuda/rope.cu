@@ -27,7 +27,7 @@ void rotate_as(const Tensor& x, const Tensor& into, const Tensor& cos, const Ten
   const int sequence = (int)x.size(1), groups = (int)x.size(2), heads = (int)x.size(3);
   const int half = (int)(last(x) / 2), count = (int)turned;
   const dim3 grid((unsigned)(x.size(0) * x.size(1)));
-  if (half % kWide<T> == 0 && aligned(px, po))
+  if (half % kWide<T> == 0 && aligned(px, po, pc, ps))
     MG_LAUNCH_FLAT((rotate<T, kWide<T>, NT>), grid, dim3(NT), place.stream, px, po, pc, ps,
                    sequence, groups, heads, count, half, back);
   else
