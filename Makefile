@@ -105,7 +105,7 @@ check: setup
 	@$(VENV)/bin/mypy megagrow launch
 
 test: check
-	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -m 'not slow and not cluster' tests
+	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -m 'not slow and not cluster and not gpu' tests
 
 test-slow: setup
 	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -m slow tests

@@ -70,10 +70,11 @@ else
   step tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_kernels.py \
     tests/ops/test_adamw.py tests/ops/test_training.py tests/ops/test_parallel_loss.py \
     tests/ops/test_alternatives.py
+  step training 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/engine/test_gpu.py
   SIZE=1e9
 fi
 step kernels 200 "$PYTHON" launch/benchmark.py kernels $DRY --json "$OUT/kernels_h200.json"
-step mfu 130 "$PYTHON" launch/benchmark.py mfu $DRY --json "$OUT/mfu_h200.json"
+step mfu 150 "$PYTHON" launch/benchmark.py mfu $DRY --json "$OUT/mfu_h200.json"
 step growth 120 "$PYTHON" launch/benchmark.py "${GROWTH[@]}" --parameters "$SIZE" \
   --json "$OUT/growth_h200.json"
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import hypothesis
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# MEGAGROW_TEST_DEVICE=cuda runs on a GPU what can be run there (kernels/gpu_check.sh).
+os.environ.setdefault("DS_ACCELERATOR", os.environ.get("MEGAGROW_TEST_DEVICE", "cpu"))
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking must not keep from forking
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # DeepSpeed finds ninja on PATH, also where pytest runs without the environment activated.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -24,8 +24,10 @@ _CONTEXT.set_forkserver_preload(
 _GRACE_SECONDS = 1.5  # for the other ranks' errors to arrive after the first
 
 
-def run_ranks(world, function, *args, timeout=240.0):
-    """Run `function(comm, *args)` on every rank of a gloo job; returns the results by rank.
+def run_ranks(world, function, *args, timeout=240.0, device="cpu"):
+    """Run `function(comm, *args)` on every rank of a job; returns the results by rank.
+
+    The job talks by gloo on the CPU, by NCCL on a GPU (`device` "cuda", one rank a GPU).
 
     The function is a module-level one; it, its arguments and its result are pickled.
     A rank that fails or hangs fails the test with its number and traceback, and ends the job.
@@ -37,7 +39,7 @@ def run_ranks(world, function, *args, timeout=240.0):
     for rank in range(world):
         mine, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(
-            target=_rank_main, args=(rank, world, store.port, theirs, work), daemon=True
+            target=_rank_main, args=(rank, world, store.port, theirs, work, device), daemon=True
         )
         process.start()
         theirs.close()
@@ -84,9 +86,9 @@ def _collect(pipes, timeout):
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank_main(rank, world, port, pipe, work):
+def _rank_main(rank, world, port, pipe, work, device):
     os.environ.update(
-        DS_ACCELERATOR="cpu",
+        DS_ACCELERATOR=device,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world),
@@ -99,7 +101,9 @@ def _rank_main(rank, world, port, pipe, work):
     leaving.start()
     try:
         import torch
+        from deepspeed.accelerator import real_accelerator
 
+        real_accelerator.ds_accelerator = None  # the fork server's choice, by its environment
         from megagrow.engine.comm import start
 
         torch.set_num_threads(1)

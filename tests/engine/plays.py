@@ -145,7 +145,9 @@ class Job:
         for shard in self.engine.placement.shards(self.comm.rank):
             for slot in slots_of(self.engine.placement.catalog[shard.tensor], self.engine.slots):
                 here = self.engine.state.read(shard.tensor, slot.name, shard.box)
-                if not torch.equal(here, whole_state.view(shard.tensor, slot.name, shard.box)):
+                if not torch.equal(
+                    here.cpu(), whole_state.view(shard.tensor, slot.name, shard.box)
+                ):
                     return f"{slot.name} of {shard.tensor} at {shard.box}"
         return None
 
