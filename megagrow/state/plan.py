@@ -14,7 +14,7 @@ from typing import Protocol
 from megagrow.state.boxes import Box, split_box
 from megagrow.state.catalog import Slot
 from megagrow.state.placement import Placement, Shard
-from megagrow.state.statemap import Copy, StateMap
+from megagrow.state.statemap import AxisMap, Copy, StateMap
 
 
 class Locator(Protocol):
@@ -82,20 +82,30 @@ def plan_receives(
     number = {tensor.name: i for i, tensor in enumerate(state_map.target)}
     for shard in target.shards(rank):
         tensor = state_map.target[shard.tensor]
+        # Slots of a tensor mostly have the same blocks, up to coefficients.
+        pieces: dict[tuple[str, tuple[AxisMap, ...]], list[tuple[int, Box]]] = {}
         for s, slot in enumerate(slots):
             if not slot.of(tensor):
                 continue
             for c, copy in enumerate(state_map.copies(tensor, slot)):
-                needed = copy.from_target(shard.box)
-                if needed is None:
-                    continue
-                found = source.sources(copy.source, copy.source_hull(needed), reader=rank)
-                for holder, box in found:
-                    fed = copy.from_source(box)
-                    part = fed.intersect(needed) if fed else None
-                    if part is not None:
-                        index = (number[tensor.name], s, c)
-                        yield Move(index, tensor.name, slot, copy, part, holder, rank)
+                block = copy.source, copy.axes
+                if block not in pieces:
+                    pieces[block] = list(_received(copy, shard.box, source, rank))
+                index = (number[tensor.name], s, c)
+                for holder, part in pieces[block]:
+                    yield Move(index, tensor.name, slot, copy, part, holder, rank)
+
+
+def _received(copy: Copy, box: Box, source: Locator, rank: int) -> Iterator[tuple[int, Box]]:
+    """The pieces of a block that land in a target box of a rank: (holder, piece)."""
+    needed = copy.from_target(box)
+    if needed is None:
+        return
+    for holder, found in source.sources(copy.source, copy.source_hull(needed), reader=rank):
+        fed = copy.from_source(found)
+        part = fed.intersect(needed) if fed else None
+        if part is not None:
+            yield holder, part
 
 
 def plan_sends(
@@ -112,11 +122,12 @@ def plan_sends(
                 feeds.setdefault(copy.source, []).append(((t, s, c), tensor.name, slot, copy))
     for shard in source.shards(rank):
         served: dict[int, bool] = {}  # whether it is this rank that a receiver gets it from
+        pieces: dict[tuple[str, tuple[AxisMap, ...]], list[tuple[int, Box]]] = {}
         for index, name, slot, copy in feeds.get(shard.tensor, ()):
-            given = copy.from_source(shard.box)
-            if given is None:
-                continue
-            for receiver, box in target.holders(name, copy.target_hull(given)):
+            block = name, copy.axes
+            if block not in pieces:
+                pieces[block] = list(_landing(copy, shard.box, name, target))
+            for receiver, part in pieces[block]:
                 if receiver not in served:
                     stage, data, tensor_rank = source.chosen(
                         shard.tensor, tensor_rank=at.tensor, reader=receiver
@@ -124,12 +135,20 @@ def plan_sends(
                     served[receiver] = (stage, tensor_rank) == (at.pipe, at.tensor) and (
                         data in (None, at.data)
                     )
-                if not served[receiver]:
-                    continue
-                landed = copy.from_target(box)
-                part = landed.intersect(given) if landed else None
-                if part is not None:
+                if served[receiver]:
                     yield Move(index, name, slot, copy, part, rank, receiver)
+
+
+def _landing(copy: Copy, box: Box, name: str, target: Placement) -> Iterator[tuple[int, Box]]:
+    """The pieces of a block that a source box feeds: (receiver, piece)."""
+    given = copy.from_source(box)
+    if given is None:
+        return
+    for receiver, found in target.holders(name, copy.target_hull(given)):
+        landed = copy.from_target(found)
+        part = landed.intersect(given) if landed else None
+        if part is not None:
+            yield receiver, part
 
 
 def merged(moves: Iterable[Move]) -> list[Move]:
