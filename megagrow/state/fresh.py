@@ -18,6 +18,7 @@ from megagrow.state.boxes import Box, flat_offset
 from megagrow.state.catalog import LogicalTensor
 
 _DRAWS_PER_COUNT = 4  # one step of Philox's counter yields four 64-bit words
+_PART = 1 << 15  # values made at a time
 
 
 def fresh(tensor: LogicalTensor, box: Box, *, seed: int) -> np.ndarray:
@@ -53,11 +54,30 @@ def _normals(seed: int, name: str, start: int, length: int) -> np.ndarray:
     """Standard normal values at flat positions [start, start + length), by Box-Muller."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     key = np.frombuffer(digest[:16], dtype=np.uint64)
-    generator = np.random.Philox(key=key)
-    generator.advance(start // _DRAWS_PER_COUNT)
-    skip = start % _DRAWS_PER_COUNT
-    words = generator.random_raw(skip + length)[skip:]
-    # One 64-bit word an element, split into two 32-bit uniforms; u is never 0.
-    u = ((words >> np.uint64(32)).astype(np.float64) + 0.5) / 2.0**32
-    v = (words & np.uint64(0xFFFFFFFF)).astype(np.float64) / 2.0**32
-    return np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v)
+    philox = np.random.Philox(key=key)
+    philox.advance(start // _DRAWS_PER_COUNT)
+    generator = np.random.Generator(philox)
+
+    def draw(count: int) -> np.ndarray:
+        """The generator's words as they come; unlike `random_raw` this lets other threads run."""
+        return generator.integers(0, 2**64 - 1, count, dtype=np.uint64, endpoint=True)
+
+    draw(start % _DRAWS_PER_COUNT)
+    values = np.empty(length)
+    # In parts that a core's cache holds, and in place: new memory costs more than arithmetic.
+    for first in range(0, length, _PART):
+        u: np.ndarray = values[first : first + _PART]
+        words = draw(len(u))
+        v = (words & np.uint64(0xFFFFFFFF)).astype(np.float64)
+        words >>= np.uint64(32)
+        np.copyto(u, words, casting="unsafe")
+        u += 0.5
+        u /= 2.0**32
+        np.log(u, out=u)
+        u *= -2.0
+        np.sqrt(u, out=u)
+        v /= 2.0**32
+        v *= 2.0 * np.pi
+        np.cos(v, out=v)
+        u *= v
+    return values

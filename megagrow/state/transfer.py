@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from megagrow import ops
@@ -214,27 +215,50 @@ def fill_uncovered(
     staging_bytes: int,
 ) -> int:
     """Give every element that no block covers its value; returns the peak of staging bytes."""
-    limit = max(1, staging_bytes // _FRESH_BYTES_AN_ELEMENT)
     staged = 0
-    for shard in placement.shards(rank):
-        tensor = state_map.target[shard.tensor]
-        for slot in slots_of(tensor, slots):
-            rule: Fill = state_map.fill(tensor, slot)
-            if rule == "covered":
-                continue
-            memory = new.view(tensor.name, slot.name, shard.box)
-            if rule == "zeros":
-                memory.zero_()
-                continue
-            for box in split_box(shard.box, limit):
-                staged = max(staged, box.volume * _FRESH_BYTES_AN_ELEMENT)
-                inside = box.relative_to(shard.box.offset)
-                memory[inside.slices].copy_(_fresh_tensor(tensor, box, seed))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for shard in placement.shards(rank):
+            tensor = state_map.target[shard.tensor]
+            for slot in slots_of(tensor, slots):
+                rule: Fill = state_map.fill(tensor, slot)
+                if rule == "covered":
+                    continue
+                memory = new.view(tensor.name, slot.name, shard.box)
+                if rule == "zeros":
+                    memory.zero_()
+                else:
+                    used = _fill_fresh(tensor, shard.box, memory, seed, pool, staging_bytes)
+                    staged = max(staged, used)
     return staged
 
 
-def _fresh_tensor(tensor: LogicalTensor, box: Box, seed: int) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(fresh(tensor, box, seed=seed)))
+def _fill_fresh(
+    tensor: LogicalTensor,
+    box: Box,
+    memory: torch.Tensor,
+    seed: int,
+    pool: ThreadPoolExecutor,
+    staging_bytes: int,
+) -> int:
+    """Make the values of a box, a piece a thread at a time; returns the peak of staging bytes."""
+    threads = torch.get_num_threads()
+    limit = max(1, staging_bytes // (threads * _FRESH_BYTES_AN_ELEMENT))
+    pieces = list(split_box(box, limit))
+    longest = sum(piece.volume for piece in pieces[:threads])
+    staging = torch.empty(longest, dtype=memory.dtype, pin_memory=memory.is_cuda)
+
+    def make(piece: Box, place: torch.Tensor) -> None:
+        place.numpy()[...] = fresh(tensor, piece, seed=seed).reshape(-1)
+
+    for first in range(0, len(pieces), threads):
+        turn = pieces[first : first + threads]
+        ends = list(accumulate(piece.volume for piece in turn))
+        places = [staging[e - p.volume : e] for p, e in zip(turn, ends, strict=True)]
+        list(pool.map(make, turn, places))
+        for piece, place in zip(turn, places, strict=True):
+            inside = piece.relative_to(box.offset)
+            memory[inside.slices].copy_(place.view(piece.shape))
+    return longest * _FRESH_BYTES_AN_ELEMENT
 
 
 def _piece(old: Reader, move: Move) -> torch.Tensor:
