@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -237,18 +238,19 @@ class Engine:
     def _grad_norm(self) -> float:
         if self._clipper is not None:
             return self._clipper.norm
-        return float(self._deepspeed.get_global_grad_norm() or 0.0)
+        norm = float(self._deepspeed.get_global_grad_norm() or 0.0)
+        return norm if norm >= 0 else math.inf  # DeepSpeed's -1: some gradient is not finite
 
     def _accepted(self) -> bool:
         """The optimizer asks, under ZeRO for every parameter group; the step has one answer."""
-        if self._accept is None:
-            return True
-        if self._verdict is None:
+        if self._verdict is None and self._accept is None:
+            self._verdict = math.isfinite(self._grad_norm())
+        elif self._verdict is None and self._accept is not None:
             loss = self._driver.loss_so_far()
             mine = [0.0, 0.0] if loss is None else [float(loss), 1.0]
             total, count = map(sum, zip(*self.comm.gather_rows(mine), strict=True))
             self._verdict = self._accept(total / count, self._grad_norm())
-        return self._verdict
+        return bool(self._verdict)
 
     def evaluate(self, samples: np.ndarray, *, micro: int) -> tuple[float, int]:
         """Sum of the losses (nats per token) over this data rank's share, and their number.

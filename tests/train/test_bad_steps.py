@@ -51,12 +51,17 @@ def masters(path):
 
 
 @pytest.mark.parametrize(
-    ("world", "layout"),
-    [(2, {"zero": zero}) for zero in range(4)] + [(2, {"zero": 1, "pipeline": 2})],
+    ("world", "layout", "dtype"),
+    [(2, {"zero": zero}, "fp32") for zero in range(4)]
+    + [(2, {"zero": 1, "pipeline": 2}, "fp32")]
+    + [(1, {"zero": zero}, "bf16") for zero in (0, 1, 3)],
     ids=lambda value: str(value),
 )
-def test_a_bad_step_leaves_no_update(tmp_path, dataset, world, layout):
-    mapping = settings(dataset, tmp_path / "run", layout=layout, checkpoint={"every": 1, "keep": 9})
+def test_a_bad_step_leaves_no_update(tmp_path, dataset, world, layout, dtype):
+    mapping = settings(
+        dataset, tmp_path / "run", layout=layout, checkpoint={"every": 1, "keep": 9},
+        precision={"dtype": dtype},
+    )  # fmt: skip
     config = write_config(tmp_path / "run.yaml", mapping)
     bad_rank = world - 1  # the last pipeline stage computes the loss
     spoil = (_spoil, bad_rank, {3}, math.nan)
