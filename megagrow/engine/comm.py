@@ -81,7 +81,7 @@ class Comm:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier()
+        dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
 
     def gather_floats(self, value: float) -> list[float]:
         """One number of every rank, on all."""
