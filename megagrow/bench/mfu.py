@@ -1,9 +1,9 @@
-"""Model FLOPs utilisation of the whole training step in bf16, with the own kernels and without."""
+"""Model FLOPs utilisation of the training step in bf16: own kernels or not, compiled or not."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,11 @@ import torch
 from megagrow.bench.throughput import _samples, _timed
 from megagrow.config import Config, ModelConfig
 from megagrow.engine.comm import Comm
+from megagrow.engine.engine import Engine
 from megagrow.model.flops import train_flops_per_token
 from megagrow.ops import library
-from megagrow.train.grow import fill_fresh, start_engine
+from megagrow.state.catalog import MASTER
+from megagrow.train.grow import start_engine
 from megagrow.train.plan import plan_run
 from megagrow.train.state import RunState
 
@@ -49,30 +51,48 @@ _TINY = {
 }
 
 
+# Name: (what serves the ops, whether blocks go through torch.compile).
+WAYS: Mapping[str, tuple[library.Mode, bool]] = {
+    "kernels": ("cuda", False),
+    "PyTorch": ("reference", False),
+    "kernels, compiled": ("cuda", True),
+}
+
+
 def measure(comm: Comm, dry_run: bool, rounds: int = 3, steps: int = 5) -> dict[str, Any]:
-    """Time some training steps of each shape, by kernels and by PyTorch's own ops in turn."""
-    kernels = "emulated" if dry_run else "cuda"
-    shapes = {
-        name: (shape | (_TINY if dry_run else {}), 2 if dry_run else batch)
-        for name, (shape, batch) in SHAPES.items()
-    }
+    """Time some training steps of each shape: kernels and PyTorch's own ops, compiled and not."""
     if dry_run:
         rounds = steps = 1
     device = torch.cuda.get_device_name() if comm.device.type == "cuda" else "cpu"
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
     results = {}
-    for name, (shape, batch) in shapes.items():
-        model = ModelConfig.model_validate(shape)
-        results[name] = _measure_shape(comm, model, batch, (kernels, "reference"), rounds, steps)
+    for name, (shape, batch) in SHAPES.items():
+        model = ModelConfig.model_validate(shape | (_TINY if dry_run else {}))
+        ways: dict[str, dict[str, Any]] = {}
+        # Compiled or not is another engine; kernels or not takes turns in one.
+        for compiled in (False,) if dry_run else (False, True):
+            modes: dict[str, library.Mode] = {
+                way: "emulated" if dry_run and mode == "cuda" else mode
+                for way, (mode, how) in WAYS.items()
+                if how == compiled
+            }
+            shaped = model.model_copy(update={"compile": compiled})
+            ways |= _measure_engine(comm, shaped, 2 if dry_run else batch, modes, rounds, steps)
         if peak is not None:
-            for way in results[name].values():
+            for way in ways.values():
                 way["mfu"] = way["flops_per_second"] / peak
+        results[name] = ways
     return {"device": device, "peak_flops": peak, "dry_run": dry_run, "models": results}
 
 
-def _measure_shape(
-    comm: Comm, model: ModelConfig, batch: int, modes: Sequence[str], rounds: int, steps: int
-) -> dict[str, Any]:
+def _measure_engine(
+    comm: Comm,
+    model: ModelConfig,
+    batch: int,
+    modes: Mapping[str, library.Mode],
+    rounds: int,
+    steps: int,
+) -> dict[str, dict[str, Any]]:
     tokens = batch * model.sequence
     samples = _samples(model, batch)
     config = Config.model_validate(
@@ -89,30 +109,56 @@ def _measure_shape(
     )
     stage = plan_run(config, world=comm.world, vocabulary=None).stages[0]
     engine = start_engine(config=config, stage=stage, state=RunState(), comm=comm)
-    fill_fresh(engine, config=config, comm=comm)
+    _fill(engine, comm)
 
     def step() -> float:
         return engine.train_step(iter((np.asarray(samples),)), lr=1e-4, seed=0).loss
 
-    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+    seconds: dict[str, list[float]] = {way: [] for way in modes}
     losses: dict[str, float] = {}
+    memory: dict[str, int] = {}
     for number in range(rounds):
-        for mode in modes if number % 2 == 0 else modes[::-1]:
-            with library.using(mode):  # type: ignore[arg-type]
+        for way in list(modes) if number % 2 == 0 else list(modes)[::-1]:
+            with library.using(modes[way]):
                 _timed(step, comm, steps=1 if number else 2)
-                seconds[mode].append(_timed(step, comm, steps=steps) / steps)
-                losses[mode] = step()
+                _forget_peak(comm)
+                seconds[way].append(_timed(step, comm, steps=steps) / steps)
+                memory[way] = _peak(comm)
+                losses[way] = step()
     engine.close()
     flops = train_flops_per_token(model) * tokens
     return {
-        "kernels" if mode != "reference" else "PyTorch": {
+        way: {
             "seconds_a_step": times,
             "tokens_per_second": tokens / statistics.median(times),
             "flops_per_second": flops / statistics.median(times),
-            "loss": losses[mode],
+            "peak_bytes": memory[way],
+            "loss": losses[way],
         }
-        for mode, times in seconds.items()
+        for way, times in seconds.items()
     }
+
+
+def _fill(engine: Engine, comm: Comm) -> None:
+    """Random parameters, made on the device: which they are is all one for the time of a step."""
+    for shard in engine.placement.shards(comm.rank):
+        memory = engine.state.view(shard.tensor, MASTER.name, shard.box)
+        init = engine.placement.catalog[shard.tensor].init
+        if init.kind == "normal":
+            memory.normal_(0.0, init.std)
+        else:
+            memory.fill_(1.0 if init.kind == "ones" else 0.0)
+    engine.publish()
+
+
+def _forget_peak(comm: Comm) -> None:
+    if comm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(comm: Comm) -> int:
+    """The most memory of the device since then; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() if comm.device.type == "cuda" else 0
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -124,7 +170,8 @@ def table(result: Mapping[str, Any]) -> str:
         for way, r in ways.items():
             share = f"{r['mfu']:>8.1%} MFU" if "mfu" in r else ""
             lines.append(
-                f"{name:<24}{way:<10}{r['tokens_per_second']:>12,.0f} tokens/s"
+                f"{name:<24}{way:<20}{r['tokens_per_second']:>12,.0f} tokens/s"
                 f"{r['flops_per_second'] / 1e12:>9.2f} TFLOP/s{share}"
+                f"{r['peak_bytes'] / 2**30:>7.1f} GiB"
             )
     return "\n".join(lines)
