@@ -65,7 +65,7 @@ class Protocol:
     data: Path
     seeds: tuple[int, ...] = (1, 2, 3)
     small_steps: int = 400
-    grown_steps: int = 60
+    grown_steps: int = 120
     batch: int = 8
     lr: float = 2e-3
     rewarm: int = 15
