@@ -2,8 +2,8 @@
 
 The work is done beside the target and shows there by one rename:
 
-    TARGET.converting-<digest>/out/     the checkpoint that is to be
-    TARGET.converting-<digest>/done/    a record of each finished piece of a file: its checksums
+    TARGET.converting-<digest>/out/         the checkpoint that is to be
+    TARGET.converting-<digest>/done.jsonl   a line for each finished piece of a file: its checksums
 
 The digest is of what is converted and how, so the same command finds the work of one that was
 killed, and goes on after comparing the checksums of what it left.  The workers are threads:
@@ -79,9 +79,9 @@ def convert(
     _refuse_existing(job.target)
     work = job.target.with_name(f"{job.target.name}.converting-{opened.digest}")
     with _working_in(work):
-        out, done = work / "out", work / "done"
+        out, done = work / "out", work / "done.jsonl"
         begin = time.perf_counter()
-        kept = _finished(opened.pieces, out, done)
+        kept = _finished(opened.pieces, out, _recorded(done))
         moved(sum(opened.pieces[i].bytes for i in kept))
         missing = about.bytes - sum(opened.pieces[i].bytes for i in kept)
         if about.free_bytes < missing:
@@ -91,10 +91,11 @@ def convert(
                 expected=f"at least {missing:,} bytes free",
                 mend="free disk space, or convert to another disk",
             )
-        site = _Site(opened, work, buffer_bytes, moved)
         sums = dict(kept)
         todo = [i for i in range(len(opened.pieces)) if i not in kept]
-        sums.update(_each(site, _write, todo, about.workers))
+        with _appending_to(done) as record:
+            site = _Site(opened, work, buffer_bytes, moved, record)
+            sums.update(_each(site, _write, todo, about.workers))
         seconds = time.perf_counter() - begin
         checksums: dict[str, list[str]] = {}
         for index, piece in enumerate(opened.pieces):
@@ -130,7 +131,6 @@ def _working_in(work: Path) -> Iterator[None]:
     """Make the directory of the work and hold it; two processes must not share it."""
     with naming(work, "cannot be made"):
         (work / "out").mkdir(parents=True, exist_ok=True)
-        (work / "done").mkdir(exist_ok=True)
         descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
@@ -147,22 +147,50 @@ def _working_in(work: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _finished(pieces: Sequence[FilePiece], out: Path, done: Path) -> dict[int, list[str]]:
-    """The pieces that are whole, with their checksums; compared, not believed."""
-    finished = {}
-    for index, piece in enumerate(pieces):
-        sums = _recorded(done / f"{index}.json")
-        if sums is not None and (out / piece.name).is_file() and _sums(out, piece) == sums:
-            finished[index] = sums
-    return finished
+@contextlib.contextmanager
+def _appending_to(path: Path) -> Iterator[Callable[[int, list[str]], None]]:
+    """Opens the record; yields what adds a piece and its checksums to it, from any thread."""
+    lock = threading.Lock()
+    with naming(path, "cannot be written"):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
+    def add(index: int, sums: list[str]) -> None:
+        # A line that a kill cut short must not spoil the next one.
+        line = f"\n{json.dumps([index, sums])}\n".encode()
+        with lock, naming(path, "cannot be written"):
+            write_all(descriptor, memoryview(line))
 
-def _recorded(path: Path) -> list[str] | None:
     try:
-        sums = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return sums if isinstance(sums, list) else None
+        yield add
+    finally:
+        os.close(descriptor)
+
+
+def _recorded(path: Path) -> dict[int, list[str]]:
+    """The pieces of which the record says that they are finished."""
+    found: dict[int, list[str]] = {}
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return found
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, TypeError):
+            index, sums = json.loads(line)
+            found[int(index)] = [str(one) for one in sums]
+    return found
+
+
+def _finished(
+    pieces: Sequence[FilePiece], out: Path, recorded: Mapping[int, list[str]]
+) -> dict[int, list[str]]:
+    """The pieces that are whole, with their checksums; compared, not believed."""
+    return {
+        index: sums
+        for index, sums in recorded.items()
+        if 0 <= index < len(pieces)
+        and (out / pieces[index].name).is_file()
+        and _sums(out, pieces[index]) == sums
+    }
 
 
 def _sums(out: Path, piece: FilePiece) -> list[str] | None:
@@ -230,6 +258,7 @@ class _Site:
     work: Path
     buffer_bytes: int
     told: Callable[[int], None]
+    finished: Callable[[int, list[str]], None]
     stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -254,13 +283,7 @@ def _write(site: _Site, index: int) -> list[str]:
     sums = write_piece(
         path, piece, site.opened.source, buffer_bytes=site.buffer_bytes, moved=site.moved
     )
-    record = site.work / "done" / f"{index}.json"
-    with naming(record, "cannot be written"):
-        descriptor = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            write_all(descriptor, memoryview(json.dumps(sums).encode()))
-        finally:
-            os.close(descriptor)
+    site.finished(index, sums)
     return sums
 
 

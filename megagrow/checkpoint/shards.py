@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 
 from megagrow.checkpoint.crc import crc32
-from megagrow.checkpoint.directory import naming, write_all
+from megagrow.checkpoint.direct import page_aligned, write_past_cache
+from megagrow.checkpoint.directory import naming
 from megagrow.state.boxes import Box, flat_range_boxes
 
 CHUNK_BYTES = 16 << 20
@@ -169,7 +170,7 @@ class _ChunkStream:
     def __init__(self, descriptor: int, chunk_bytes: int) -> None:
         self.checksums: list[str] = []
         self._descriptor = descriptor
-        self._buffer = torch.empty(chunk_bytes, dtype=torch.uint8)
+        self._buffer = page_aligned(chunk_bytes)
         self._bytes = self._buffer.numpy().data
         self._filled = 0
 
@@ -203,5 +204,5 @@ class _ChunkStream:
         if self._filled:
             data = self._bytes[: self._filled]
             self.checksums.append(checksum(data))
-            write_all(self._descriptor, data)
+            write_past_cache(self._descriptor, data)
             self._filled = 0

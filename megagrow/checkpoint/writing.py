@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 
 from megagrow.checkpoint.adapter import FilePiece, Late, Mark, Source, Values, Zeros
 from megagrow.checkpoint.crc import crc32
-from megagrow.checkpoint.directory import naming, write_all
+from megagrow.checkpoint.direct import page_aligned, write_past_cache
+from megagrow.checkpoint.directory import naming
 from megagrow.checkpoint.shards import CHUNK_BYTES, checksum
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, flat_range_boxes, split_box, whole
@@ -60,6 +62,17 @@ def blocks(box: Box, bytes_an_element: int, limit: int) -> Iterator[Box]:
     yield from split_box(box, max(1, limit // bytes_an_element))
 
 
+_rooms = threading.local()
+
+
+def _buffer_of_this_thread() -> torch.Tensor:
+    """A chunk's bytes, the same at every call: the system is slow to give out new memory."""
+    buffer: torch.Tensor | None = getattr(_rooms, "buffer", None)
+    if buffer is None or len(buffer) != CHUNK_BYTES:
+        buffer = _rooms.buffer = page_aligned(CHUNK_BYTES)
+    return buffer
+
+
 class _Stream:
     """Fills a buffer of one chunk, then sums it up and writes it."""
 
@@ -73,7 +86,7 @@ class _Stream:
     ) -> None:
         self.checksums: list[str] = []
         self._path, self._descriptor, self._source, self._moved = path, descriptor, source, moved
-        self._buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+        self._buffer = _buffer_of_this_thread()
         self._bytes = self._buffer.numpy().data
         # A block is held twice where it is converted: as it is read and as it is written.
         self._block_bytes = (buffer_bytes - CHUNK_BYTES - _READ_BYTES) // 2
@@ -173,7 +186,7 @@ class _Stream:
             data = self._bytes[: self._filled]
             self.checksums.append(checksum(data))
             with naming(self._path, "cannot be written"):
-                write_all(self._descriptor, data)
+                write_past_cache(self._descriptor, data)
             self._moved(self._filled)
             self._filled = self._summed = 0
 

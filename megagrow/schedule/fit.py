@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize
-from scipy.special import logsumexp
+import scipy
 
 from megagrow.errors import DataError
 from megagrow.schedule.scaling import ScalingLaw, Unit
@@ -165,7 +164,7 @@ def _terms(x: Floats, log_n: Floats, log_s: Floats) -> Floats:
 
 
 def _predict(x: Floats, log_n: Floats, log_s: Floats) -> Floats:
-    result: Floats = logsumexp(_terms(x, log_n, log_s), axis=0)
+    result: Floats = scipy.special.logsumexp(_terms(x, log_n, log_s), axis=0)
     return result
 
 
@@ -180,7 +179,7 @@ def _solve(logs: tuple[Floats, ...], start: Floats, *, floor: bool) -> tuple[Flo
     def jacobian(free: Floats) -> Floats:
         x = np.concatenate([fixed, free])
         terms = _terms(x, log_n, log_s)
-        shares = np.exp(terms - logsumexp(terms, axis=0))
+        shares = np.exp(terms - scipy.special.logsumexp(terms, axis=0))
         columns = np.stack(
             [
                 shares[0],
@@ -193,7 +192,7 @@ def _solve(logs: tuple[Floats, ...], start: Floats, *, floor: bool) -> tuple[Flo
         )
         return columns[:, len(fixed) :]
 
-    result = optimize.least_squares(
+    result = scipy.optimize.least_squares(
         residuals,
         start[len(fixed) :],
         jacobian,
@@ -253,7 +252,7 @@ def fit_curve(s: Sequence[float], loss: Sequence[float], *, floor: float) -> Cur
     above = math.log(level.min() - floor)
     for share, power in ((0.2, 0.3), (0.6, 0.3), (0.2, 0.8), (0.6, 0.8)):
         begin = math.log1p(-share) + above + power * across[-1]
-        result = optimize.least_squares(
+        result = scipy.optimize.least_squares(
             residuals,
             [math.log(share) + above, begin, math.log(power)],
             loss="huber",

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from scipy import optimize
+import scipy
 
 from megagrow.config import ModelConfig
 from megagrow.errors import ConfigError
@@ -159,7 +159,7 @@ def best_growth(curves: Curves, small: Size, large: Size, *, added_loss: float) 
         return curves.flops(small, loss) - curves.flops(large, loss + added_loss)
 
     # The gain rises from the left, where the small model is at its limit, to one maximum.
-    found = optimize.minimize_scalar(
+    found = scipy.optimize.minimize_scalar(
         cost, bounds=(math.log(1e-6), math.log(20.0)), method="bounded", options={"xatol": 1e-7}
     )
     if found.fun >= 0:

@@ -27,7 +27,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy import optimize
+import scipy
 
 from megagrow.errors import ConfigError
 
@@ -162,7 +162,7 @@ def when_to_grow_at_critical_batch(law: ScalingLaw, small: float, large: float) 
 
     # Near its limit the small model gains nothing; far above it the large one is the dearer.
     low = math.log(1e-9 * law.capacity(small))
-    rest = optimize.brentq(difference, low, math.log(1e3 * law.capacity(small)))
+    rest = scipy.optimize.brentq(difference, low, math.log(1e3 * law.capacity(small)))
     loss = law.limit(small) + math.exp(rest)
     ratio = law.duration(small, loss) / law.duration(large, loss)
     costs = [compute_at_critical_batch(law, n, loss) for n in (small, large)]

@@ -7,7 +7,7 @@ import torch
 from worlds import CATALOG, CHUNK, meta, random_box, random_cuts, random_values, save_outcomes
 from worlds import save_world as saved
 
-from megagrow.checkpoint import NativeCheckpoint, Piece, SoloGroup, save, stored
+from megagrow.checkpoint import NativeCheckpoint, Piece, SoloGroup, save, shards, stored
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.state.boxes import Box, tiling_fault, whole
@@ -140,8 +140,11 @@ def test_memory_of_save_and_read_is_one_buffer(tmp_path, monkeypatch):
     values = random_values(0)
     [pieces] = random_cuts(values, 1, 0)
     made = []
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(empty(*a, **k)) or made[-1])
+    for place, maker in ((torch, "empty"), (shards, "page_aligned")):
+        real = getattr(place, maker)
+        monkeypatch.setattr(
+            place, maker, lambda *a, _real=real, **k: made.append(_real(*a, **k)) or made[-1]
+        )
     for name in ("contiguous", "clone", "cpu", "to"):
         monkeypatch.setattr(torch.Tensor, name, lambda *a, _name=name, **k: pytest.fail(_name))
     path = save(tmp_path, step=1, pieces=pieces, meta=meta(), group=SoloGroup(), chunk_bytes=CHUNK)

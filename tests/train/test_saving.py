@@ -117,14 +117,14 @@ def test_steps_go_on_while_files_are_written(tmp_path, straight):
 def _full_disk(rank, step):
     import megagrow.checkpoint.shards as shards
 
-    write = shards.write_all
+    write = shards.write_past_cache
 
     def refusing(descriptor, data):
         if rank == 1 and f"step_{step:08d}" in os.readlink(f"/proc/self/fd/{descriptor}"):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(descriptor, data)
 
-    shards.write_all = refusing
+    shards.write_past_cache = refusing
 
 
 def test_a_failure_is_told_at_the_next_step(tmp_path, straight):
