@@ -148,7 +148,7 @@ def test_deepspeed_over_ssh(jobs, config, undisturbed):
 @pytest.mark.cluster
 def test_torchrun_and_ranks_that_are_killed(jobs, config, undisturbed):
     """While training, while saving, while growing; on both hosts; each is gone on from."""
-    faults = ["3:train_step:3:kill", "1:put:20:kill", "2:rebuild/_piece:3:kill"]
+    faults = ["3:train_step:3:kill", "1:put:20:kill", "2:grow/_piece:3:kill"]
     ended = [finish(process) for process in jobs.on_nodes(faults=faults)]
     assert [status for status, _ in ended] == [0, 0], ended
     said = ended[0][1]
@@ -178,7 +178,7 @@ def test_deepspeed_without_supervisor(jobs, config, undisturbed, tmp_path):
 
 @pytest.mark.cluster
 @pytest.mark.parametrize(
-    "fault", ["3:train_step:5:kill", "0:put:30:kill", "1:rebuild/_piece:3:kill"]
+    "fault", ["3:train_step:5:kill", "0:put:30:kill", "1:grow/_piece:3:kill"]
 )
 def test_ranks_that_are_killed_under_deepspeed(jobs, config, undisturbed, fault):
     status, said = finish(jobs.over_ssh(faults=[fault]))
