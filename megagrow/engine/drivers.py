@@ -42,7 +42,8 @@ class PlainDriver:
 
     def step(self, batches: Iterable[np.ndarray]) -> float:
         """One optimizer step."""
-        self._engine.train()
+        if not self._engine.module.training:  # which walks over all modules
+            self._engine.train()
         self._losses = []
         for batch in batches:
             loss = self._engine(self._to_device(batch))

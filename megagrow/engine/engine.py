@@ -33,7 +33,7 @@ from megagrow.engine.start import lean_start, poison
 from megagrow.engine.state import LiveState, live_state, shared_tensors
 from megagrow.growth.ramp import Ramp
 from megagrow.growth.rules import GroupKey, OptimizerRules
-from megagrow.model.parallel import TensorParallel
+from megagrow.model.parallel import TensorParallel, seed_random_numbers
 from megagrow.model.ramping import Masks, ramp_in
 from megagrow.model.transformer import Transformer, named_tensors
 from megagrow.schedule.batch import accumulation
@@ -228,7 +228,7 @@ class Engine:
                 the same on ranks that share a tensor-parallel group.
             accept: asked on every rank, with the same numbers, before the update is applied.
         """
-        torch.manual_seed(seed)
+        seed_random_numbers(seed, self.comm.device)
         self._accept, self._verdict = accept, None
         self._optimizer.set_learning_rate(lr)
         loss = self._driver.step(batches)
