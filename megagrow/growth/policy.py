@@ -47,6 +47,15 @@ class StatePolicy:
     restart_steps: bool = False
     rewarm: int = 0
 
+    def caveat(self, *, grad_clip: float) -> str | None:
+        """What keeps the policy from its promise, in a run that clips gradients at this norm."""
+        if self.scale_rates and grad_clip > 0:
+            return (
+                "retraces the small run only while no gradient is clipped, since the grown model's "
+                "has another norm: optimizer.grad_clip=0 makes sure"
+            )
+        return None
+
     def coefficient(self, block: Block, kind: SlotKind) -> float:
         """What a slot's old values are multiplied by in a block; 0 drops them.
 

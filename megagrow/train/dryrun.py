@@ -99,6 +99,9 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
             f"  grows by    {stage.growth.operator.name} {stage.grow.extent}, "
             f"state policy {stage.growth.policy.name}",
         )
+        caveat = stage.growth.policy.caveat(grad_clip=config.optimizer.grad_clip)
+        if caveat is not None:
+            lines.insert(2, f"              which {caveat}")
     if index > 0:
         lines += _moves_lines(config, plan, index)
     return lines

@@ -176,6 +176,9 @@ class Journal:
                 f"({new.growth.policy.name}), {parameters[0]:,} -> {parameters[1]:,} parameters, "
                 f"loss {losses[0]:.4f} -> {losses[1]:.4f}, {report.seconds:.2f} s"
             )
+            caveat = new.growth.policy.caveat(grad_clip=self.config.optimizer.grad_clip)
+            if caveat is not None:
+                self.say(f"state policy {new.growth.policy.name} {caveat}")
         if self._log is not None:
             self._log.growth(
                 step=state.step,

@@ -177,9 +177,7 @@ def test_deepspeed_without_supervisor(jobs, config, undisturbed, tmp_path):
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(
-    "fault", ["3:train_step:5:kill", "0:put:30:kill", "1:grow/_piece:3:kill"]
-)
+@pytest.mark.parametrize("fault", ["3:train_step:5:kill", "0:put:30:kill", "1:grow/_piece:3:kill"])
 def test_ranks_that_are_killed_under_deepspeed(jobs, config, undisturbed, fault):
     status, said = finish(jobs.over_ssh(faults=[fault]))
     assert status == 0, said

@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import pytest
-from jobs import events, files_below, main, settings, stages, train, write_config
+from jobs import events, files_below, launch, main, settings, stages, train, write_config
 
 from megagrow.config.load import load_config
 from megagrow.train.dryrun import bytes_moved
@@ -70,3 +70,14 @@ def test_a_number_of_processes_that_cannot_be(tmp_path, dataset, world):
     config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run"))
     outcome = main(["--config", config, "--dry-run", f"--world={world}"])
     assert outcome.status == 1 and f"--world {world}" in outcome.err
+
+
+@pytest.mark.parametrize(("clip", "told"), [(1.0, True), (0.0, False)])
+def test_what_keeps_exact_from_its_promise_is_told(tmp_path, dataset, clip, told):
+    mapping = settings(dataset, tmp_path / "run", stages=stages(policy="exact"))
+    config = write_config(tmp_path / "run.yaml", mapping)
+    command = ["--config", config, f"optimizer.grad_clip={clip}"]
+    dry = main([*command, "--dry-run"])
+    assert dry.status == 0 and ("only while no gradient is clipped" in dry.out) == told
+    [[run]] = launch(1, [*command, "stages.2.until.steps=8"])
+    assert run.status == 0 and ("exact retraces the small run only while" in run.err) == told
