@@ -74,6 +74,8 @@ setup(
     extras_require={
         "dev": [
             "hypothesis",
+            # A real reader of our Megatron checkpoints; wheels are for Linux alone.
+            "megatron-core; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "mypy",
             "prometheus-client",
             "pytest",
