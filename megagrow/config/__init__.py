@@ -1,10 +1,9 @@
 """Configuration of a run: schema, loading, dotted overrides."""
 
+from megagrow.config.growths import GrowConfig, GrowTarget, UntilConfig
 from megagrow.config.schema import (
     BatchConfig,
     Config,
-    GrowConfig,
-    GrowTarget,
     LayoutConfig,
     ModelConfig,
     OptimizerConfig,
@@ -12,7 +11,6 @@ from megagrow.config.schema import (
     RecoveryConfig,
     ScheduleConfig,
     StageConfig,
-    UntilConfig,
     WatchConfig,
 )
 

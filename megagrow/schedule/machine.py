@@ -25,7 +25,7 @@ from typing import Annotated
 from pydantic import Field
 
 from megagrow.config import Config, ModelConfig
-from megagrow.config.schema import Positive, Section
+from megagrow.config.section import Positive, Section
 from megagrow.layout import Layout
 from megagrow.model.flops import forward_flops_by_place, train_flops_per_token
 from megagrow.schedule.batch import accumulation

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megagrow.config.schema import BatchConfig, Config, LayoutConfig, ModelConfig, UntilConfig
+from megagrow.config import BatchConfig, Config, LayoutConfig, ModelConfig, UntilConfig
 from megagrow.errors import ConfigError
 
 

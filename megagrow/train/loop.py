@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +19,7 @@ from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import SampleIndex, rank_slice, validation_samples
 from megagrow.engine.comm import Comm
-from megagrow.errors import CheckpointError, TrainingError
+from megagrow.errors import CheckpointError
 from megagrow.growth.growth import Growth
 from megagrow.schedule.rules import Validated
 from megagrow.train import checkpoints
@@ -29,12 +27,12 @@ from megagrow.train.agree import on_all, on_first
 from megagrow.train.grow import GrowthReport, fill_fresh, grow, start_engine
 from megagrow.train.journal import Journal
 from megagrow.train.plan import RunPlan, Stage, plan_run
-from megagrow.train.preflight import preflight
-from megagrow.train.recovery import RollBack, StepGuard, remember
+from megagrow.train.preflight import preflight, threads_of_a_rank
+from megagrow.train.recovery import RollBack, StepGuard, no_way_back, remember
 from megagrow.train.saving import Saver
 from megagrow.train.signals import StopRequest, signal_name
 from megagrow.train.stage_rules import carry, decide
-from megagrow.train.state import RunState
+from megagrow.train.state import RunState, step_seed
 from megagrow.train.watch import Watch, unwatched
 
 
@@ -75,7 +73,7 @@ class Trainer:
         self._guard = StepGuard(config.recovery, scaled=config.precision.dtype == "fp16")
         self._rollbacks = 0
         preflight(config=config, plan=plan, data=data, comm=comm)
-        torch.set_num_threads(_threads(config))
+        torch.set_num_threads(threads_of_a_rank(config))
 
         self.journal = Journal(
             config,
@@ -235,7 +233,7 @@ class Trainer:
         lr = self.plan.learning_rate.at(self.state.step)
         self._guard.begin(self.state.recent)
         result = self.engine.train_step(
-            self._batches(), lr=lr, seed=self._step_seed(), accept=self._guard.accept
+            self._batches(), lr=lr, seed=self._seed_of_step(), accept=self._guard.accept
         )
         self._begin(f"end of step {self.state.step + 1}")
         at_log_line = (self.state.step + 1) % self.config.train.log_every == 0
@@ -398,14 +396,9 @@ class Trainer:
             self._begin(f"step {self.state.step + 1}, micro-batch {number}", slow=first)
             yield self.samples.batch(start, micro)
 
-    def _step_seed(self) -> int:
-        """Of the step's random numbers (dropout): a function of seed, step and place alone.
-
-        Ranks that share a tensor-parallel group get the same, as its layers ask for.
-        """
+    def _seed_of_step(self) -> int:
         at = self.engine.coordinates
-        text = f"{self.config.run.seed}/{self.state.step}/{at.data}/{at.pipe}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+        return step_seed(self.config.run.seed, step=self.state.step, data=at.data, pipe=at.pipe)
 
     def _validation_loss(self) -> float:
         """Mean loss over the fixed validation samples, shared out over the data ranks."""
@@ -476,26 +469,10 @@ class Trainer:
         )
 
     def _give_up(self, bad: RollBack) -> NoReturn:
-        good = self.last_saved or "none was saved yet"
         self.journal.event("not_finite", step=self.state.step, why=bad.why, ranks=bad.ranks)
-        recovery = self.config.recovery
-        raise TrainingError(
-            f"{bad.why}; the run stops, and nothing of this step is saved",
-            found=", ".join(bad.ranks) or bad.why,
-            expected=f"numbers that are finite and no spikes, after {recovery.skip} steps passed "
-            f"over (recovery.skip) and {self._rollbacks} of {recovery.rollback} returns to a "
-            "checkpoint (recovery.rollback)",
-            mend=f"resume from the last good checkpoint ({good}) with a lower optimizer.lr, "
-            "a longer schedule.warmup, or optimizer.grad_clip of at most 1",
+        raise no_way_back(
+            bad,
+            last_good=self.last_saved,
+            recovery=self.config.recovery,
+            rollbacks=self._rollbacks,
         )
-
-
-def _threads(config: Config) -> int:
-    """CPU threads of this rank."""
-    if config.train.threads is not None:
-        return config.train.threads
-    if "OMP_NUM_THREADS" in os.environ:
-        return int(os.environ["OMP_NUM_THREADS"])
-    # torchrun and the deepspeed launcher call the number of ranks on this host differently.
-    local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return max(1, (os.cpu_count() or 1) // int(local_world))

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 from megagrow.config import RecoveryConfig
+from megagrow.errors import TrainingError
 
 WINDOW = 32  # losses that a new one is compared with
 _ENOUGH = 8
@@ -110,3 +112,25 @@ def is_spike(loss: float, recent: Sequence[float], factor: float | None) -> bool
 def remember(recent: Sequence[float], loss: float) -> tuple[float, ...]:
     """The recent losses with one more, the oldest dropped."""
     return (*recent, loss)[-WINDOW:]
+
+
+def no_way_back(
+    bad: RollBack, *, last_good: Path | None, recovery: RecoveryConfig, rollbacks: int
+) -> TrainingError:
+    """What ends a run that may not go back (again).
+
+    Args:
+        bad: what was found.
+        last_good: the newest checkpoint, if there is one.
+        recovery: the limits.
+        rollbacks: how often the run went back already.
+    """
+    return TrainingError(
+        f"{bad.why}; the run stops, and nothing of this step is saved",
+        found=", ".join(bad.ranks) or bad.why,
+        expected=f"numbers that are finite and no spikes, after {recovery.skip} steps passed "
+        f"over (recovery.skip) and {rollbacks} of {recovery.rollback} returns to a "
+        "checkpoint (recovery.rollback)",
+        mend=f"resume from the last good checkpoint ({last_good or 'none was saved yet'}) with a "
+        "lower optimizer.lr, a longer schedule.warmup, or optimizer.grad_clip of at most 1",
+    )

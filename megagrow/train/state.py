@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -121,3 +122,17 @@ class RunState:
 
 
 _NUMBERS = ("step", "consumed_samples", "tokens", "flops", "growth_stage", "optimizer_step")
+
+
+def step_seed(seed: int, *, step: int, data: int, pipe: int) -> int:
+    """Seed of a step's random numbers (dropout): a function of seed, step and place alone.
+
+    Ranks that share a tensor-parallel group get the same, as its layers ask for.
+
+    Args:
+        seed: the run's.
+        step: optimizer steps done before it.
+        data, pipe: the rank's place among the data-parallel ranks and the pipeline's stages.
+    """
+    text = f"{seed}/{step}/{data}/{pipe}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from megagrow.config import Config, GrowConfig, LayoutConfig, UntilConfig
 from megagrow.config.load import parse_config
-from megagrow.config.schema import Section
+from megagrow.config.section import Section
 from megagrow.errors import ConfigError
 from megagrow.train.plan import plan_run
 

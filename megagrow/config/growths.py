@@ -1,0 +1,115 @@
+"""How a growth stage ends, and what a growth is: the sections that name operators and rules."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from megagrow.config.section import Positive, Section
+
+_RULES = ("slope", "marginal", "planned")
+
+
+class UntilConfig(Section):
+    """The end of a growth stage: a bound, or a rule, or a rule with a bound as its latest end.
+
+    Bounds (`steps`, `tokens`, `flops`) count from the start of the run.  Rules watch the run:
+    `slope` ends the stage when d log L / d log C of the validation loss rises above it;
+    `marginal` when the larger model is foretold to gain more loss a FLOP; `planned` takes the
+    planner's moment, worked out before the run starts.
+    """
+
+    steps: Positive | None = None
+    tokens: Annotated[float, Field(gt=0)] | None = None
+    flops: Annotated[float, Field(gt=0)] | None = None
+    slope: Annotated[float, Field(lt=0)] | None = None
+    marginal: Literal[True] | None = None
+    planned: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> UntilConfig:
+        bounds, rules = self._given("steps", "tokens", "flops"), self._given(*_RULES)
+        if len(bounds) > 1 or len(rules) > 1 or not bounds + rules:
+            raise ValueError(
+                "give exactly one of steps, tokens, flops, or a rule (slope, marginal, planned) "
+                "alone or with one of them as the latest end; "
+                f"found {' and '.join(bounds + rules) or 'none'}"
+            )
+        if rules == ["planned"] and bounds not in ([], ["tokens"]):
+            raise ValueError(f"planned counts in tokens; its latest end cannot be in {bounds[0]}")
+        return self
+
+    def _given(self, *keys: str) -> list[str]:
+        return [key for key in keys if getattr(self, key) is not None]
+
+    @property
+    def rule(self) -> str | None:
+        """The name of its rule, if it has one."""
+        return next(iter(self._given(*_RULES)), None)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it names steps, tokens or FLOPs."""
+        return bool(self._given("steps", "tokens", "flops"))
+
+
+class GrowTarget(Section):
+    """Sizes of the model after a growth; those that are not named stay as they are."""
+
+    layers: Positive | None = None
+    hidden: Positive | None = None
+    heads: Positive | None = None
+    kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    ffn: Positive | None = None
+    vocab: Positive | None = None
+    sequence: Positive | None = None
+
+
+class GrowConfig(Section):
+    """One growth: which operator, how far, and what becomes of the optimizer state.
+
+    `operator` is one name, or several joined by ``+`` that act one after the other in the same
+    growth.  How far is told by `factor` (for each of them; 2 by default) or by `target`.
+    `state_policy: null` takes the operator's default.  `rewarm` is the number
+    of steps over which the learning rate climbs back after the growth; null
+    takes the policy's default.  `restart` sets the learning-rate schedule back: the position S of
+    the growth becomes S / restart (Shen et al., arXiv 2203.06211); `paper` is theirs for the
+    operator, null goes on.  `mup: true` divides the learning rate of matrices by the growth
+    of their inputs.  `ramp` is the number of steps over which `width_random` lets its new units
+    in, `fit_steps` for how many `ligo` is fitted; null takes the operator's default.
+    """
+
+    operator: str
+    factor: Annotated[int, Field(ge=2)] | None = None
+    target: GrowTarget | None = None
+    state_policy: str | None = None
+    rewarm: Annotated[int, Field(ge=0)] | None = None
+    ramp: Positive | None = None
+    fit_steps: Positive | None = None
+    restart: Annotated[float, Field(ge=1.0)] | Literal["paper"] | None = None
+    mup: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _twice_unless_told(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("factor") is None and data.get("target") is None:
+            return {**data, "factor": 2}
+        return data
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> GrowConfig:
+        if self.target is not None and self.factor is not None:
+            raise ValueError("give factor or target, not both")
+        if self.target is not None and not self.target.model_dump(exclude_none=True):
+            raise ValueError("target names no size; name one, for instance target: {layers: 12}")
+        return self
+
+    @property
+    def extent(self) -> str:
+        """How far, in words: ``x2``, or ``to hidden 512, layers 12``."""
+        if self.target is None:
+            return f"x{self.factor}"
+        sizes = self.target.model_dump(exclude_none=True)
+        return "to " + ", ".join(f"{key} {n}" for key, n in sizes.items())
