@@ -15,7 +15,7 @@ import torch
 from megagrow.config import Config
 from megagrow.data.dataset import MANIFEST, open_dataset
 from megagrow.engine.ds_config import deepspeed_config
-from megagrow.errors import ConfigError
+from megagrow.errors import ConfigError, DataError
 from megagrow.report.units import human
 from megagrow.schedule.batch import accumulation
 from megagrow.schedule.cost import STATE_BYTES, Received, received
@@ -63,9 +63,16 @@ def describe(config: Config, *, world: int) -> str:
 
 def vocabulary(config: Config) -> int | None:
     """Of the dataset; None where there is none yet and the model names its own."""
-    if config.model.vocab is not None and not (Path(config.data.path) / MANIFEST).exists():
+    missing = not (Path(config.data.path) / MANIFEST).exists()
+    if missing and config.model.vocab is not None:
         return None
-    return open_dataset(config.data.path, config.data.tokenizer).vocab_size
+    try:
+        return open_dataset(config.data.path, config.data.tokenizer).vocab_size
+    except DataError as error:
+        without = (
+            "\n            or give model.vocab=N: a dry run then needs no data" if missing else ""
+        )
+        raise DataError(f"{error}{without}") from None
 
 
 def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:

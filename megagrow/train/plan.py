@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from megagrow.config import Config, GrowConfig, LayoutConfig, ModelConfig
 from megagrow.engine.ds_config import deepspeed_config
-from megagrow.errors import ConfigError
+from megagrow.errors import ConfigError, MegagrowError
 from megagrow.growth.growth import Growth, plan_growth
 from megagrow.growth.ramp import Ramp
 from megagrow.growth.rules import OptimizerRules, group_keys
@@ -184,10 +184,14 @@ def _models(config: Config) -> tuple[list[ModelConfig], list[Growth | None]]:
     model = config.model
     models: list[ModelConfig] = [model]
     growths: list[Growth | None] = [None]
-    for stage in config.stages[1:]:
+    for index, stage in enumerate(config.stages[1:], start=1):
         growth = None
         if stage.grow is not None:
-            model, growth = plan_growth(stage.grow, model)
+            try:
+                model, growth = plan_growth(stage.grow, model)
+            except MegagrowError as error:
+                dot = "." if str(error).startswith("grow.") else ": "
+                raise type(error)(f"stages[{index}]{dot}{error}") from None
         models.append(model)
         growths.append(growth)
     return models, growths

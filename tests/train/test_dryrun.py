@@ -62,7 +62,7 @@ def test_without_a_dataset_the_model_must_name_its_vocabulary(tmp_path):
     named = main(["--config", config, "--dry-run", "model.vocab=500"])
     assert named.status == 0 and "vocabulary 500" in named.out
     unnamed = main(["--config", config, "--dry-run"])
-    assert unnamed.status == 1 and str(nowhere) in unnamed.err
+    assert unnamed.status == 1 and str(nowhere) in unnamed.err and "model.vocab=N" in unnamed.err
 
 
 @pytest.mark.parametrize("world", ["0", "-2"])
