@@ -38,6 +38,15 @@ class MegagrowError(Exception):
             parts.append(f"  mend:     {mend}")
         super().__init__("\n".join(parts))
 
+    def within(self, place: str, *, setting: str) -> MegagrowError:
+        """The same error told from outside: of `place.setting...`, or else in `place`."""
+        dot = "." if str(self).startswith(f"{setting}.") else ": "
+        return type(self)(f"{place}{dot}{self}")
+
+    def or_mend(self, other: str) -> MegagrowError:
+        """The same error, which ends with a way to mend it, with one more."""
+        return type(self)(f"{self}\n            or {other}")
+
 
 class ConfigError(MegagrowError):
     """The configuration asks for something that cannot be."""

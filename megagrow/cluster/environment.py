@@ -1,8 +1,8 @@
-"""The environment that goes along to the hosts of a job.
+"""The environment of a job: what goes along to its hosts, and what a rank is told there.
 
-Neither ssh nor DeepSpeed's launcher carries it: the launcher exports what starts with PYTHON and
-a few more prefixes, and what a file (DS_ENV_FILE) says.  That file takes no comment and no blank
-line, and its values pass through a remote shell.
+Neither ssh nor DeepSpeed's launcher carries the first: the launcher exports what starts with
+PYTHON and a few more prefixes, and what a file (DS_ENV_FILE) says.  That file takes no comment and
+no blank line, and its values pass through a remote shell.
 """
 
 from __future__ import annotations
@@ -24,6 +24,22 @@ NAMES = (
 )  # fmt: skip
 # They belong to one process.
 _OWN = frozenset({"TORCHELASTIC_RUN_ID", "MEGAGROW_TOKEN"})
+
+
+def ranks_here(environ: Mapping[str, str]) -> int | None:
+    """How many ranks of the job this host has, as its launcher says; None without a launcher."""
+    # torchrun and the deepspeed launcher call it differently.
+    told = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
+    return int(told) if told else None
+
+
+def threads_of_a_rank(environ: Mapping[str, str], *, asked: int | None) -> int:
+    """CPU threads of this rank: what is asked for, what OMP says, or its share of the cores."""
+    if asked is not None:
+        return asked
+    if "OMP_NUM_THREADS" in environ:
+        return int(environ["OMP_NUM_THREADS"])
+    return max(1, (os.cpu_count() or 1) // (ranks_here(environ) or 1))
 
 
 def carried(environ: Mapping[str, str], *, also: Sequence[str] = ()) -> dict[str, str]:

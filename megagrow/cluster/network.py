@@ -10,6 +10,7 @@ import struct
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from megagrow.cluster.environment import ranks_here
 from megagrow.errors import ConfigError, MegagrowError
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
@@ -102,8 +103,8 @@ def choose_gloo_interface(environ: MutableMapping[str, str]) -> str | None:
     Raises:
         MegagrowError: no interface leads to MASTER_ADDR.
     """
-    here = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
-    if "GLOO_SOCKET_IFNAME" in environ or here is None or here == environ.get("WORLD_SIZE"):
+    here = ranks_here(environ)
+    if "GLOO_SOCKET_IFNAME" in environ or here is None or str(here) == environ.get("WORLD_SIZE"):
         return None
     found = addresses_of(socket.gethostname())
     if found and not is_loopback(found[0]) and interface_of(found[0]):

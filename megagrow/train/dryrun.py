@@ -12,6 +12,7 @@ from typing import TypeVar
 import psutil
 import torch
 
+from megagrow.cluster.environment import ranks_here
 from megagrow.config import Config
 from megagrow.data.dataset import MANIFEST, open_dataset
 from megagrow.engine.ds_config import deepspeed_config
@@ -69,10 +70,9 @@ def vocabulary(config: Config) -> int | None:
     try:
         return open_dataset(config.data.path, config.data.tokenizer).vocab_size
     except DataError as error:
-        without = (
-            "\n            or give model.vocab=N: a dry run then needs no data" if missing else ""
-        )
-        raise DataError(f"{error}{without}") from None
+        if missing:
+            raise error.or_mend("give model.vocab=N: a dry run then needs no data") from None
+        raise
 
 
 def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
@@ -259,8 +259,7 @@ def _own_memory(world: int) -> tuple[int, str, bool]:
 
 def _own_ranks(world: int) -> int:
     """How many of the ranks a CPU job has on this machine."""
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    return int(local) if local else min(world, os.cpu_count() or 1)
+    return ranks_here(os.environ) or min(world, os.cpu_count() or 1)
 
 
 def _memory_lines(config: Config, plan: RunPlan, index: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 
 from megagrow import __version__, ops
 from megagrow.checkpoint import NativeCheckpoint
+from megagrow.cluster.environment import threads_of_a_rank
 from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import SampleIndex, rank_slice, validation_samples
@@ -27,7 +29,7 @@ from megagrow.train.agree import on_all, on_first
 from megagrow.train.grow import GrowthReport, fill_fresh, grow, start_engine
 from megagrow.train.journal import Journal
 from megagrow.train.plan import RunPlan, Stage, plan_run
-from megagrow.train.preflight import preflight, threads_of_a_rank
+from megagrow.train.preflight import preflight
 from megagrow.train.recovery import RollBack, StepGuard, no_way_back, remember
 from megagrow.train.saving import Saver
 from megagrow.train.signals import StopRequest, signal_name
@@ -73,7 +75,7 @@ class Trainer:
         self._guard = StepGuard(config.recovery, scaled=config.precision.dtype == "fp16")
         self._rollbacks = 0
         preflight(config=config, plan=plan, data=data, comm=comm)
-        torch.set_num_threads(threads_of_a_rank(config))
+        torch.set_num_threads(threads_of_a_rank(os.environ, asked=config.train.threads))
 
         self.journal = Journal(
             config,

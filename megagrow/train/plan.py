@@ -190,8 +190,7 @@ def _models(config: Config) -> tuple[list[ModelConfig], list[Growth | None]]:
             try:
                 model, growth = plan_growth(stage.grow, model)
             except MegagrowError as error:
-                dot = "." if str(error).startswith("grow.") else ": "
-                raise type(error)(f"stages[{index}]{dot}{error}") from None
+                raise error.within(f"stages[{index}]", setting="grow") from None
         models.append(model)
         growths.append(growth)
     return models, growths

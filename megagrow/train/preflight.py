@@ -302,14 +302,3 @@ def _places(facts: Sequence[Facts]) -> str:
 
 def _time(clock: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(clock))
-
-
-def threads_of_a_rank(config: Config) -> int:
-    """CPU threads of this rank: what is set, or its share of the cores."""
-    if config.train.threads is not None:
-        return config.train.threads
-    if "OMP_NUM_THREADS" in os.environ:
-        return int(os.environ["OMP_NUM_THREADS"])
-    # torchrun and the deepspeed launcher call the number of ranks on this host differently.
-    local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return max(1, (os.cpu_count() or 1) // int(local_world))
