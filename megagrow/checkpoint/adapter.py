@@ -31,6 +31,22 @@ from megagrow.state.catalog import Catalog, Slot
 # --- the face that is read ----------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Something that a source holds and no reader of ours carries over.
+
+    Every name in a source is carried, derived from what is carried, or listed here; what is
+    listed is printed by every command that opens the source.
+
+    Attributes:
+        name: as the source has it: a tensor, buffer, slot, argument or setting.
+        reason: why it is left out, in words that end a sentence "left out: NAME (REASON)".
+    """
+
+    name: str
+    reason: str
+
+
 class Source(Protocol):
     """A checkpoint open for reading by any number of threads; `NativeCheckpoint` is one.
 
@@ -77,6 +93,10 @@ class Source(Protocol):
     @property
     def bytes(self) -> int:
         """Size of all of them together."""
+
+    @property
+    def left_out(self) -> Sequence[LeftOut]:
+        """What its files hold and this source does not offer."""
 
     @property
     def checksums(self) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megagrow.checkpoint.adapter import LeftOut
 from megagrow.checkpoint.crc import crc32
 from megagrow.checkpoint.directory import READING, RESTORE, naming, open_regular, read_exactly
 from megagrow.checkpoint.manifest import CheckpointMeta
@@ -77,6 +78,7 @@ class StoredSource:
         sizes: size in bytes of each file that has boxes.
         boxes: they tile every slot of every tensor of `meta.catalog`, with one element type.
         records: checksums, where the format has them; a seal beside the files takes their place.
+        left_out: what the files hold beside these boxes.
 
     Attributes:
         compare_when_read: whether reads compare checksums, each once.
@@ -94,8 +96,10 @@ class StoredSource:
         sizes: Mapping[str, int],
         boxes: Iterable[StoredBox],
         records: Iterable[Record] = (),
+        left_out: Sequence[LeftOut] = (),
     ) -> None:
         self.path, self.step, self._meta = path, step, meta
+        self.left_out = tuple(left_out)
         self.files = dict(sizes)
         self._number = {name: i for i, name in enumerate(self.files)}
         self._stored = _proved(path, meta, self.files, boxes)
