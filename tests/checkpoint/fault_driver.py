@@ -1,4 +1,4 @@
-"""Runs under the preloaded faults.c: saves step 41, once for each fault, each in a forked child.
+"""Runs under the preloaded fault shim: saves step 41, once for each fault, each in a forked child.
 
 Usage: fault_driver.py DIRECTORY WORLD; standard input has a JSON list of faults, each a
 dictionary of FAULT_* variables.  Save number i goes to DIRECTORY/i, which already has a

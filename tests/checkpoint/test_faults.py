@@ -12,6 +12,7 @@ import pytest
 import torch
 from worlds import logical, meta, random_cuts, random_values, save_outcomes, save_world
 
+from megagrow.bench.faults.shim import build
 from megagrow.checkpoint import NativeCheckpoint, list_steps, save, step_path
 from megagrow.checkpoint.group import SoloGroup
 from megagrow.errors import CheckpointError
@@ -23,13 +24,9 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory):
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("no C compiler to build the fault shim, or not Linux")
-    library = tmp_path_factory.mktemp("shim") / "faults.so"
-    command = [compiler, "-O1", "-shared", "-fPIC", "-o", library, HERE / "faults.c", "-ldl"]
-    subprocess.run(command, check=True)
-    return library
+    if sys.platform != "linux":
+        pytest.skip("the fault shim is for Linux")
+    return build(tmp_path_factory.mktemp("shim"))
 
 
 @pytest.fixture(scope="module")
