@@ -35,7 +35,7 @@ help:
 	@echo 'make quickstart  install, prepare data, train a small model that grows; about 6 minutes'
 	@echo 'make test        install, check the code, run the tests'
 	@echo 'make test-slow   the tests that take minutes each'
-	@echo 'make faults      kill a run 200 times at random moments; about 20 minutes'
+	@echo 'make faults      kills, full disks and the like in every command that writes; about 40 minutes'
 	@echo 'make test-cluster  jobs on several hosts (network namespaces): faults, cut cables'
 	@echo 'make cluster-tools installs what that needs (Debian, Ubuntu; as root)'
 	@echo 'make check       lint, formatting and types only'
@@ -111,7 +111,7 @@ test-slow: setup
 	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -m slow tests
 
 faults: setup
-	$(INSIDE) $(VENV)/bin/python launch/benchmark.py faults --kills 200 --json benchmarks/faults.json
+	$(INSIDE) $(VENV)/bin/python launch/benchmark.py faults --json benchmarks/faults.json
 
 kernels: setup
 	@$(INSIDE) $(VENV)/bin/python -m megagrow.ops --build cuda

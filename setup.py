@@ -52,7 +52,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megagrow", "megagrow.*"]),
-    package_data={"megagrow.ops": ["*.json"]},
+    package_data={"megagrow.ops": ["*.json"], "megagrow.bench.faults": ["*.c"]},
     ext_modules=[Extension("megagrow.ops.kernels", sources=[])],
     cmdclass={"build_ext": BuildKernels},
     python_requires=">=3.10,<3.13",

@@ -38,8 +38,8 @@ examples:
   # how far grown runs depart from the small run, for the exact policy and the others
   python launch/benchmark.py dynamics --svg benchmarks/dynamics.svg
 
-  # SIGKILLs at random moments; the run must come to the same end
-  python launch/benchmark.py faults --kills 200
+  # signals, full and broken disks, second jobs: every command that writes comes to the same end
+  python launch/benchmark.py faults --kills 200 --strikes 400
 
 Processes are started here, or by torchrun or the deepspeed launcher: then give them as --ranks.
 """
@@ -139,7 +139,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         kind.add_argument(
             "--svg", type=Path, metavar="FILE", help="draw there (operators: FILE_*.svg)"
         )
-    faults = kinds.add_parser("faults", help="random kills, and that nothing is lost", **style)
+    faults = kinds.add_parser(
+        "faults", help="faults of every command that writes: nothing is lost", **style
+    )
     add = faults.add_argument
     home = Path(__file__).resolve().parents[1]
     add(
@@ -148,8 +150,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=home / "configs" / "bench" / "faults.yaml",
         help="the run that is killed",
     )
-    add("--kills", type=int, default=200, help="in all (default %(default)s)")
-    add("--minutes", type=float, default=20.0, help="at most (default %(default)g)")
+    add("--kills", type=int, default=200, help="SIGKILLs of ranks (default %(default)s)")
+    add("--interrupts", type=int, default=20, help="SIGINTs of all ranks (default %(default)s)")
+    add("--stops", type=int, default=8, help="SIGSTOPs of a rank (default %(default)s)")
+    add(
+        "--strikes",
+        type=int,
+        default=400,
+        help="faults of all commands that write (default %(default)s)",
+    )
+    add("--only", default="", metavar="NAME", help="commands whose names start so")
+    add(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="a directory to make and to leave what went wrong in",
+    )
+    add("--minutes", type=float, default=20.0, help="each campaign at most (default %(default)g)")
     add("--ranks", type=int, default=2, help="processes of a job (default %(default)s)")
     add("--seed", type=int, default=1, help="of what is drawn (default %(default)s)")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import tempfile
 import time
 from dataclasses import asdict
@@ -193,22 +195,42 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Random kills of a small run; (for JSON, as text).
+    """Signals to a small run, and faults of every command that writes; (for JSON, as text).
 
     Raises:
-        CheckpointError: a run did not end as the undisturbed one.
+        CheckpointError: something did not end as it does undisturbed.
     """
-    from megagrow.bench import faults as killing
+    from megagrow.bench.faults import processes, shim, system, training
 
-    with tempfile.TemporaryDirectory(prefix="megagrow-faults-") as scratch:
-        campaign = killing.Campaign(
-            options.config, Path(scratch) / "faults", world=options.ranks, seed=options.seed
-        )
-        campaign.run(kills=options.kills, minutes=options.minutes)
-    result = campaign.result()
-    text = killing.table(result)
-    if campaign.faults:
-        raise CheckpointError("kills left their mark", found=text, expected="no faults")
+    signals = {signal.SIGKILL: options.kills, signal.SIGINT: options.interrupts,
+               signal.SIGSTOP: options.stops}  # fmt: skip
+    result: dict[str, Any] = {"benchmark": "faults"}
+    texts = []
+    with contextlib.ExitStack() as held:
+        if options.keep is None:
+            temporary = tempfile.TemporaryDirectory(prefix="megagrow-faults-")
+            scratch = Path(held.enter_context(temporary))
+        else:
+            scratch = options.keep
+            scratch.mkdir(parents=True)
+        processes.begin(shim.build(scratch))
+        if any(signals.values()):
+            runs = training.Campaign(
+                options.config, scratch / "runs", world=options.ranks, seed=options.seed
+            )
+            runs.run(signals, minutes=options.minutes)
+            result["training"] = runs.result()
+            texts.append(training.table(result["training"]))
+        if options.strikes:
+            every = system.System(
+                options.config, scratch / "commands", seed=options.seed, only=options.only
+            )
+            every.run(strikes=options.strikes, minutes=options.minutes)
+            result["commands"] = every.result()
+            texts.append(system.table(result["commands"]))
+    text = "\n\n".join(texts)
+    if any(part["faults"] for part in result.values() if isinstance(part, dict)):
+        raise CheckpointError("faults left their mark", found=text, expected="no faults")
     return result, text
 
 

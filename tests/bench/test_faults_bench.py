@@ -1,43 +1,51 @@
-"""The kill campaign: that it kills, and that it would see what a kill spoils."""
+"""The fault campaigns: that they disturb, and that they would see what a fault spoils."""
 
 import json
+import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from megagrow.bench import faults
+from megagrow.bench.faults import system, training
+from megagrow.bench.faults.commands import Command
 from megagrow.checkpoint import list_steps, step_path
 from megagrow.errors import CheckpointError
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "bench" / "faults.yaml"
+WANTED = {signal.SIGKILL: 2, signal.SIGINT: 1}
 
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):
     directory = tmp_path_factory.mktemp("faults") / "work"
-    campaign = faults.Campaign(CONFIG, directory, world=2, seed=3)
-    campaign.run(kills=3, minutes=10)
+    campaign = training.Campaign(CONFIG, directory, world=2, seed=3)
+    campaign.run(WANTED, minutes=10)
     return campaign
 
 
 def test_runs_come_to_the_same_end(campaign):
     result = campaign.result()
     assert result["faults"] == [] and result["runs"] >= 1
-    assert result["kills"] == 3 == sum(row["kills"] for row in result["by_phase"].values())
-    assert all(kill["left"] >= kill["step"] for kill in result["every_kill"])
-    assert "bit for bit" in faults.table(result)
+    given = Counter(strike["signal"] for strike in result["every_signal"])
+    assert given == {one.name: count for one, count in WANTED.items()}
+    assert result["signals"] == sum(
+        row["signals"] for phases in result["by_signal"].values() for row in phases.values()
+    )
+    assert all(strike["left"] >= strike["step"] for strike in result["every_signal"])
+    assert "bit for bit" in training.table(result)
     json.dumps(result)
 
 
 def test_what_a_kill_could_spoil_is_seen(campaign):
     """In the undisturbed run itself, which is still there."""
     path = campaign.directory / "undisturbed"
-    wanted = faults.outcome(path)
+    wanted = training.outcome(path)
     assert len(wanted["step"]) == 24 and len(wanted["growth"]) == 2
     log = path / "metrics.jsonl"
     text = log.read_text()
     log.write_text(text.replace('"step": 7,', '"step": 6,', 1))
-    assert faults.outcome(path)["step"] != wanted["step"]
+    assert training.outcome(path)["step"] != wanted["step"]
     log.write_text(text)
     newest = step_path(path / "checkpoints", list_steps(path / "checkpoints")[-1])
     shard = next(newest.glob("*.safetensors"))
@@ -45,9 +53,45 @@ def test_what_a_kill_could_spoil_is_seen(campaign):
     content[-5] ^= 1
     shard.write_bytes(content)
     with pytest.raises(CheckpointError):
-        faults.newest(path)
+        training.newest(path)
 
 
-def test_faults_are_told(campaign):
+def test_faults_are_reported(campaign):
     spoiled = {**campaign.result(), "faults": ["run_000: checkpoint 8 was lost, 6 is left"]}
-    assert "FAULTS" in faults.table(spoiled) and "checkpoint 8 was lost" in faults.table(spoiled)
+    assert "FAULTS" in training.table(spoiled)
+    assert "checkpoint 8 was lost" in training.table(spoiled)
+
+
+def files(path):
+    return {p.name: p.read_bytes() for p in path.iterdir() if p.name in ("out", "log.txt")}
+
+
+def test_what_a_command_leaves_beside_its_result_is_seen(tmp_path):
+    """A result that differs, and a file that stays beside it, are each named."""
+    every = system.System(CONFIG, tmp_path / "work", seed=1)
+    command = Command("x", "x.py", lambda path: [], files)
+    known = system._Undisturbed({"out": b"right"}, 1.0, Counter("ww"), frozenset({"out"}))
+    place = tmp_path / "attempt"
+    place.mkdir()
+    (place / "out").write_bytes(b"right")
+    every._compare("x, EIO", 1.0, command, place, known)
+    assert every.faults == []
+    (place / "out").write_bytes(b"wrong")
+    (place / "out.work").mkdir()
+    (place / ".out.tmp").touch()
+    every._compare("x, EIO", 1.0, command, place, known)
+    differ, left = every.faults
+    assert "differ from the undisturbed: ['out']" in differ
+    assert "left behind: ['.out.tmp', 'out.work']" in left
+    assert "FAULTS" in system.table(every.result())
+
+
+@pytest.mark.slow
+def test_every_command_that_writes_comes_to_the_same_end(tmp_path):
+    from megagrow.bench.faults import processes, shim
+
+    processes.begin(shim.build(tmp_path))
+    every = system.System(CONFIG, tmp_path / "work", seed=5)
+    every.run(strikes=24, minutes=20)
+    assert every.faults == []
+    assert {strike.command for strike in every.strikes} >= {"grow", "savings", "train, log"}

@@ -1,62 +1,59 @@
-"""Kills the processes of a run at random moments, again and again, and sees that nothing is lost.
+"""Signals to the processes of a run at random moments, again and again: nothing may be lost.
 
-Each attempt is a job of real processes that run `launch/pretrain.py`.  They are forked from a
-process that has imported everything, since an import takes longer than the run.  One or all of
-them get a SIGKILL in a phase that was drawn: starting, training, validating, saving or growing.
-Then the run is started again, until it comes to its end.
+Each attempt is a job of real processes that run `launch/pretrain.py`.  In a phase that was drawn
+(starting, training, validating, saving or growing) one or all of them get a SIGKILL, all of them
+a SIGINT as from a terminal, or one a SIGSTOP, after which the job must end by itself.  Then the
+run is started again, until it comes to its end.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
-import runpy
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megagrow.bench.jobs import rank_environment
+from megagrow.bench.faults import processes as started
 from megagrow.checkpoint import NativeCheckpoint, list_steps, step_path
 from megagrow.data.prepare import Request, prepare
 from megagrow.errors import CheckpointError
 from megagrow.report.log import read_metrics
 from megagrow.state.boxes import whole
 
-PRETRAIN = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
 PHASES = ("starting", "training", "validating", "saving", "growing")
 WEIGHTS = (2, 7, 2, 7, 7)  # how often each is drawn
-_FIRST_WORDS = {"starting": 0, "step": 1, "end": 1, "validation": 2, "saving": 3, "growing": 4}
 _OVER = 90.0  # seconds that a job may take to end after a kill
 _TIMELESS = {"seconds", "time", "peak_staging_bytes", "tokens_per_second", "layout"}
-
-_CONTEXT = multiprocessing.get_context("forkserver")
+# A stopped rank is noticed after watch.stall, or watch.slow: shorter than the run's own.
+_IMPATIENT = ("watch.stall=6", "watch.slow=15")
 
 
 @dataclass(frozen=True)
-class Kill:
-    """One kill, and what came of it.
+class Strike:
+    """One signal, and what came of it.
 
     Attributes:
         run: number of the run, from 0.
+        signal: its name.
         phase: what the victim was doing, of `PHASES`.
-        victims: the ranks that were killed.
+        victims: the ranks that got it.
         step: steps of the newest checkpoint before the attempt.
-        seconds: from the kill to the end of the job.
+        seconds: from the signal to the end of the job.
         left: the newest checkpoint's step afterwards.
     """
 
     run: int
+    signal: str
     phase: str
     victims: tuple[int, ...]
     step: int
@@ -64,8 +61,19 @@ class Kill:
     left: int
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A signal to be given: in the `count`-th `phase`, `delay` seconds after its begin."""
+
+    signal: signal.Signals
+    phase: int
+    count: int
+    delay: float
+    victims: tuple[int, ...]
+
+
 class Campaign:
-    """Kills over as many runs as it takes.
+    """Signals over as many runs as it takes.
 
     Args:
         config: the run's YAML file.
@@ -77,16 +85,14 @@ class Campaign:
     def __init__(self, config: Path, directory: Path, *, world: int, seed: int) -> None:
         self.config, self.directory, self.world = config, directory, world
         self.draw = random.Random(seed)
-        self.kills: list[Kill] = []
+        self.strikes: list[Strike] = []
         self.faults: list[str] = []  # whatever should not be
         self.runs_done = 0
-        # One in the stead of tests' pytest: what every rank needs before it can begin.
-        _CONTEXT.set_forkserver_preload(["megagrow.train.loop", "torch._dynamo"])
         # The phase that each rank is in, counted up at every change: 8 * count + phase.
-        self._phases = _CONTEXT.Array("l", world, lock=False)
+        self._phases = started.CONTEXT.Array("l", world, lock=False)
 
-    def run(self, *, kills: int, minutes: float) -> None:
-        """Go on until there were so many kills, or for so long."""
+    def run(self, wanted: Mapping[signal.Signals, int], *, minutes: float) -> None:
+        """Go on until so many of each signal were given, or for so long."""
         end = time.monotonic() + 60 * minutes
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
@@ -96,87 +102,90 @@ class Campaign:
                     validation_fraction=0.1)
         )  # fmt: skip
         straight = self.directory / "undisturbed"
-        if self._attempt(straight, kill=None) != [0] * self.world:
+        if self._attempt(straight, None) != [0] * self.world:
             raise CheckpointError(f"{straight}: the undisturbed run failed",
                                   mend=f"see {straight}.log")  # fmt: skip
-        wanted = outcome(straight)
-        while len(self.kills) < kills and time.monotonic() < end:
-            self._one_run(kills, end, wanted)
+        result = outcome(straight)
+        while self._left(wanted) and time.monotonic() < end:
+            self._one_run(wanted, end, result)
 
-    def _one_run(self, kills: int, end: float, wanted: dict[str, Any]) -> None:
-        """One run from its start to its end, killed on the way."""
+    def _left(self, wanted: Mapping[signal.Signals, int]) -> dict[signal.Signals, int]:
+        """How many of each signal are still to be given."""
+        given = Counter(strike.signal for strike in self.strikes)
+        return {one: n - given[one.name] for one, n in wanted.items() if n > given[one.name]}
+
+    def _one_run(
+        self, wanted: Mapping[signal.Signals, int], end: float, result: dict[str, Any]
+    ) -> None:
+        """One run from its start to its end, disturbed on the way."""
         number = self.runs_done
         path = self.directory / f"run_{number:03d}"
         statuses: list[int | None] = []
-        # A kill in an early phase makes no headway; towards the end the run is let be.
+        # A signal in an early phase makes no headway; towards the end the run is let be.
         while statuses != [0] * self.world:
-            enough = len(self.kills) >= kills or time.monotonic() > end
+            left = self._left(wanted) if time.monotonic() < end else {}
             before = newest(path)
-            drawn = None if enough else self._drawn()
-            statuses = self._attempt(path, kill=drawn)
+            drawn = self._drawn(left) if left else None
+            statuses = self._attempt(path, drawn)
             after = newest(path)
             if after < before:
                 self.faults.append(f"{path.name}: checkpoint {before} was lost, {after} is left")
             if drawn is None and statuses != [0] * self.world:
-                self.faults.append(f"{path.name}: ended with {statuses} though nobody killed it")
+                self.faults.append(f"{path.name}: ended with {statuses}, with no signal given")
                 break
         found = outcome(path)
-        for what in wanted:
-            if found.get(what) != wanted[what]:
+        for what in result:
+            if found.get(what) != result[what]:
                 self.faults.append(f"{path.name}: {what} differ from the undisturbed run's")
         self.runs_done += 1
         shutil.rmtree(path, ignore_errors=True)
 
-    def _drawn(self) -> tuple[int, int, float, tuple[int, ...]]:
-        """A phase, its how manieth time, how long after its begin, and who."""
+    def _drawn(self, left: Mapping[signal.Signals, int]) -> Drawn:
+        [given] = self.draw.choices(list(left), list(left.values()))
         [phase] = self.draw.choices(range(len(PHASES)), WEIGHTS)
         often = {1: self.draw.randint(1, 16), 2: self.draw.randint(1, 3)}
         count = often.get(phase, 1 if phase != 3 else self.draw.randint(1, 5))
         ranks = tuple(range(self.world))
-        victims = ranks if self.draw.random() < 0.25 else (self.draw.choice(ranks),)
-        return phase, count, self.draw.random() ** 2 * 0.3, victims
+        together = {signal.SIGKILL: self.draw.random() < 0.25, signal.SIGINT: True}
+        victims = ranks if together.get(given) else (self.draw.choice(ranks),)
+        return Drawn(given, phase, count, self.draw.random() ** 2 * 0.3, victims)
 
-    def _attempt(
-        self, path: Path, *, kill: tuple[int, int, float, tuple[int, ...]] | None
-    ) -> list[int | None]:
+    def _attempt(self, path: Path, drawn: Drawn | None) -> list[int | None]:
         """One job; returns the exit statuses of its processes."""
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False
-        )
         before = newest(path)
         self._phases[:] = [0] * self.world
-        overrides = [f"run.dir={path}", f"data.path={self.directory / 'data'}"]
-        arguments = ["--config", str(self.config), *overrides]
-        log = path.with_suffix(".log")
-        processes = [
-            _CONTEXT.Process(
-                target=_rank_main,
-                args=(rank, self.world, store.port, self._phases, arguments, str(log)),
-                daemon=True,
-            )
-            for rank in range(self.world)
-        ]
-        for process in processes:
-            process.start()
-        killed = None
+        arguments = [f"--config={self.config}", f"run.dir={path}",
+                     f"data.path={self.directory / 'data'}"]  # fmt: skip
+        if drawn is not None and drawn.signal is signal.SIGSTOP:
+            arguments += _IMPATIENT
+        processes = started.start(
+            "pretrain.py",
+            arguments,
+            world=self.world,
+            log=path.with_suffix(".log"),
+            phases=self._phases,
+        )
+        reached = None
         try:
-            if kill is not None:
-                killed = self._kill(processes, *kill)
+            if drawn is not None:
+                reached = self._strike(processes, drawn)
             begin = time.monotonic()
-            hung = self._wait(processes)
+            stopped = drawn is not None and drawn.signal is signal.SIGSTOP
+            spared = drawn.victims if drawn is not None and stopped else ()
+            hung = self._wait([p for rank, p in enumerate(processes) if rank not in spared])
         finally:
             for process in processes:
                 process.kill()
                 process.join()
         if hung:
-            self.faults.append(f"{path.name}: ranks {hung} did not end within {_OVER:g} s")
-        if killed is not None:
-            victims = kill[3] if kill is not None else ()
-            self.kills.append(
-                Kill(
+            self.faults.append(f"{path.name}: {hung} processes did not end within {_OVER:g} s")
+        if drawn is not None and reached is not None:
+            self.strikes.append(
+                Strike(
                     run=self.runs_done,
-                    phase=PHASES[killed],
-                    victims=victims,
+                    signal=drawn.signal.name,
+                    phase=PHASES[reached],
+                    victims=drawn.victims,
                     step=before,
                     seconds=round(time.monotonic() - begin, 2),
                     left=newest(path),
@@ -184,39 +193,32 @@ class Campaign:
             )
         return [process.exitcode for process in processes]
 
-    def _kill(
-        self,
-        processes: Sequence[BaseProcess],
-        phase: int,
-        count: int,
-        delay: float,
-        victims: tuple[int, ...],
-    ) -> int | None:
-        """Kill in a phase; returns the phase it came to, or None if the job ended before."""
-        first, seen, times = victims[0], 0, 0
+    def _strike(self, processes: Sequence[BaseProcess], drawn: Drawn) -> int | None:
+        """Signal in a phase; returns the phase it came to, or None if the job ended before."""
+        first, seen, times = drawn.victims[0], 0, 0
         while all(process.is_alive() for process in processes):
             now = self._phases[first]
             if now != seen:
                 seen = now
-                times += now % 8 == phase
-                if times >= count:
+                times += now % 8 == drawn.phase
+                if times >= drawn.count:
                     break
             time.sleep(0.0005)
         else:
             return None
-        time.sleep(delay)
+        time.sleep(drawn.delay)
         if not all(process.is_alive() for process in processes):
             return None
         reached = self._phases[first] % 8
-        for rank in victims:
+        for rank in drawn.victims:
             pid = processes[rank].pid
             assert pid is not None
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, drawn.signal)
         return int(reached)
 
     @staticmethod
-    def _wait(processes: Sequence[BaseProcess]) -> list[int]:
-        """Wait for all to end; returns the ranks that did not in time."""
+    def _wait(processes: Sequence[BaseProcess]) -> int:
+        """Wait for all to end; returns how many did not in time."""
         dead_since = None
         while any(process.is_alive() for process in processes):
             if dead_since is None and not all(process.is_alive() for process in processes):
@@ -224,30 +226,36 @@ class Campaign:
             if dead_since is not None and time.monotonic() - dead_since > _OVER:
                 break
             time.sleep(0.005)
-        return [rank for rank, process in enumerate(processes) if process.is_alive()]
+        return sum(process.is_alive() for process in processes)
 
     def result(self) -> dict[str, Any]:
         """All numbers, for JSON."""
         return {
-            "benchmark": "faults",
             "world": self.world,
-            "kills": len(self.kills),
+            "signals": len(self.strikes),
             "runs": self.runs_done,
             "faults": self.faults,
-            "by_phase": {
-                phase: _summary([kill for kill in self.kills if kill.phase == phase])
-                for phase in PHASES
+            "by_signal": {
+                name: {
+                    phase: _summary(
+                        [s for s in self.strikes if s.signal == name and s.phase == phase]
+                    )
+                    for phase in PHASES
+                }
+                for name in dict.fromkeys(strike.signal for strike in self.strikes)
             },
-            "every_kill": [asdict(kill) for kill in self.kills],
+            "every_signal": [asdict(strike) for strike in self.strikes],
         }
 
 
-def _summary(kills: Sequence[Kill]) -> dict[str, Any]:
-    victims = Counter("all ranks" if len(k.victims) > 1 else f"rank {k.victims[0]}" for k in kills)
+def _summary(strikes: Sequence[Strike]) -> dict[str, Any]:
+    victims = Counter(
+        "all ranks" if len(s.victims) > 1 else f"rank {s.victims[0]}" for s in strikes
+    )
     return {
-        "kills": len(kills),
+        "signals": len(strikes),
         "victims": dict(sorted(victims.items())),
-        "longest_seconds_to_end": max((kill.seconds for kill in kills), default=0.0),
+        "longest_seconds_to_end": max((strike.seconds for strike in strikes), default=0.0),
     }
 
 
@@ -293,12 +301,17 @@ def _bytes(values: torch.Tensor) -> bytes:
 
 def table(result: dict[str, Any]) -> str:
     """The campaign in lines of text."""
-    lines = [f"{'phase':<12}{'kills':>6}  {'longest s to end':>17}  victims"]
-    for phase, row in result["by_phase"].items():
-        who = ", ".join(f"{name}: {count}" for name, count in row["victims"].items())
-        lines.append(f"{phase:<12}{row['kills']:>6}  {row['longest_seconds_to_end']:>17.2f}  {who}")
+    head = f"{'signal':<9}{'phase':<12}{'given':>6}  {'longest s to end':>17}  victims"
+    lines = [head]
+    for name, phases in result["by_signal"].items():
+        for phase, row in phases.items():
+            who = ", ".join(f"{victim}: {count}" for victim, count in row["victims"].items())
+            lines.append(
+                f"{name:<9}{phase:<12}{row['signals']:>6}  {row['longest_seconds_to_end']:>17.2f}"
+                f"  {who}"
+            )
     lines.append(
-        f"\n{result['kills']} kills over {result['runs']} runs of {result['world']} processes; "
+        f"\n{result['signals']} signals over {result['runs']} runs of {result['world']} processes; "
         + (
             "every run came to its end with the losses, growths and tensors of the undisturbed "
             "run, bit for bit, and no checkpoint was lost"
@@ -307,27 +320,3 @@ def table(result: dict[str, Any]) -> str:
         )
     )
     return "\n".join(lines)
-
-
-def _rank_main(
-    rank: int, world: int, port: int, phases: Any, arguments: list[str], log: str
-) -> None:
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ.update(
-        rank_environment(rank, world, port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"
-    )
-    from megagrow.train.watch import Watch
-
-    begin = Watch.begin
-
-    def told(self: Watch, what: str, **more: Any) -> None:
-        phase = _FIRST_WORDS[what.split()[0]]
-        phases[rank] = (phases[rank] // 8 + 1) * 8 + phase
-        begin(self, what, **more)
-
-    Watch.begin = told  # type: ignore[method-assign]
-    status = runpy.run_path(str(PRETRAIN))["main"](arguments)
-    # Past the interpreter's own end, where gloo's threads may outlive what they use.
-    os._exit(status)

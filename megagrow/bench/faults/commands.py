@@ -1,0 +1,180 @@
+"""The commands that write, each in small, and what two runs of one must have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megagrow.bench.faults.training import outcome as trained
+from megagrow.checkpoint.formats import detect
+from megagrow.state.boxes import whole
+from megagrow.state.catalog import slots_of
+
+# Of a savings benchmark: what is measured, and so differs from run to run.
+_MEASURED = {"seconds", "tokens_per_second", "time", "command", "machine", "load_average", "dir"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that writes.
+
+    Attributes:
+        name: in tables.
+        script: of `launch/`.
+        arguments: for a run that writes below a directory.
+        outcome: what it wrote there, for comparing.
+        world: ranks of a training job; 0 for a command without a job.
+        part: only system calls on paths with this text fail.
+        faults: names of the faults that make sense for it, with how often each is drawn.
+    """
+
+    name: str
+    script: str
+    arguments: Callable[[Path], Sequence[str]]
+    outcome: Callable[[Path], Mapping[str, Any]]
+    world: int = 0
+    part: str = "out"
+    faults: Mapping[str, int] = field(default_factory=dict)
+
+
+FILES = {"SIGKILL": 10, "SIGKILL of its first process": 3, "SIGINT": 4, "ENOSPC": 6,
+         "ENOSPC that stays": 4, "EIO": 6, "read-only": 4, "two at once": 4}  # fmt: skip
+TRAINING = {"SIGKILL": 6, "ENOSPC": 6, "EIO": 6, "read-only": 3, "two at once": 3}
+SAVINGS = {"SIGKILL": 4, "SIGKILL of its first process": 1, "SIGINT": 2, "ENOSPC": 2, "EIO": 1,
+           "read-only": 1, "two at once": 1}  # fmt: skip
+
+
+def commands(base: Path, config: Path) -> list[Command]:
+    """All of them.
+
+    Args:
+        base: has `text`, `data` and the runs `source` (small) and `large`.
+        config: of the training run.
+    """
+    convert = ["--from", str(base / "large")]
+    training = [f"--config={config}", f"data.path={base / 'data'}"]
+    return [
+        *(
+            Command(
+                f"prepare, {workers} worker{'s' * (workers > 1)}",
+                "prepare_data.py",
+                lambda path, n=workers: [  # type: ignore[misc]
+                    f"--input={base / 'text'}", f"--output={path / 'out'}", "--vocab-size=512",
+                    "--glob=*.py", "--validation-fraction=0.1", f"--workers={n}",
+                ],
+                lambda path: _files(path / "out"),
+                faults=FILES,
+            )
+            for workers in (1, 2)
+        ),
+        *(
+            Command(
+                f"convert to {fmt}, {workers} worker{'s' * (workers > 1)}",
+                "convert.py",
+                lambda path, fmt=fmt, n=workers, more=more: [  # type: ignore[misc]
+                    *convert, f"--to={path / 'out'}", f"--to-format={fmt}", f"--workers={n}", *more
+                ],
+                lambda path: _checkpoint(path / "out"),
+                faults=FILES,
+            )
+            for fmt, workers, more in (
+                ("deepspeed", 1, ()),
+                ("native", 4, ("--tensor=2", "--verify")),
+            )
+        ),
+        Command(
+            "grow",
+            "grow.py",
+            lambda path: [f"--from={base / 'large'}", f"--to={path / 'out'}", "--operator=width"],
+            lambda path: _checkpoint(next((path / "out").glob("step_*"))),
+            faults=FILES,
+        ),
+        Command(
+            "train, saving beside the steps",
+            "pretrain.py",
+            lambda path: [*training, f"run.dir={path / 'out'}", "checkpoint.asynchronous=true"],
+            lambda path: trained(path / "out"),
+            world=2,
+            part="checkpoints",
+            faults=TRAINING,
+        ),
+        Command(
+            "train, log",
+            "pretrain.py",
+            lambda path: [*training, f"run.dir={path / 'out'}"],
+            lambda path: trained(path / "out"),
+            world=2,
+            part="metrics.jsonl",
+            faults={**TRAINING, "two at once": 6},
+        ),
+        Command(
+            "savings",
+            "benchmark.py",
+            lambda path: [
+                "savings", f"--config={base / 'savings.yaml'}", "--workers=1",
+                f"--json={path / 'out.json'}", f"dir={path / 'out'}",
+            ],
+            lambda path: {"result": _without(json.loads((path / "out.json").read_text()))},
+            faults=SAVINGS,
+        ),
+    ]  # fmt: skip
+
+
+def write_savings(base: Path) -> None:
+    """The configuration of the smallest savings benchmark that has a growth in it."""
+    settings = {
+        "dir": "given",
+        "target": {
+            "model": {"layers": 4, "hidden": 8, "heads": 2, "ffn": 16, "sequence": 8},
+            "layout": {"zero": 0}, "data": {"path": str(base / "data")},
+            "schedule": {"warmup": 2}, "batch": {"global": 4, "micro": 2},
+            "train": {"validate_every": 1000, "validation_samples": 8, "tensorboard": False},
+            "checkpoint": {"every": 1000},
+        },
+        "budgets": [1.0e7, 2.0e7], "decay": 0.25,
+        "sweep": {"lr": [0.001, 0.02], "budget": 1.0e7}, "seeds": [1],
+        "variants": {
+            "stack": {
+                "model": {"layers": 2},
+                "stages": [{"until": {"flops": 3.0e6}}, {"grow": {"operator": "depth_stack"}}],
+            }
+        },
+    }  # fmt: skip
+    (base / "savings.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+
+def _files(path: Path) -> dict[str, Any]:
+    return {
+        file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    """The names of all files, and every value, with whatever checksums the format has compared."""
+    fmt, found = detect(path, None)
+    source = fmt.open_source(found)
+    source.verify()
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*"))
+    values = {
+        (tensor.name, slot.name): hashlib.sha256(
+            source.read(tensor.name, slot.name, whole(tensor.shape)).contiguous().numpy().data
+        ).hexdigest()
+        for tensor in source.catalog
+        for slot in slots_of(tensor, source.slots)
+    }
+    return {"files": names, "step": source.step, "run state": source.run_state, "values": values}
+
+
+def _without(value: Any) -> Any:
+    """The value without what is measured."""
+    if isinstance(value, dict):
+        return {key: _without(item) for key, item in value.items() if key not in _MEASURED}
+    return [_without(item) for item in value] if isinstance(value, list) else value
