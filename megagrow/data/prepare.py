@@ -34,7 +34,7 @@ from megagrow.data import dataset
 from megagrow.data.corpus import Corpus, open_corpus, read_documents
 from megagrow.data.files import sha256_file
 from megagrow.data.indexed import IndexedDataset, IndexedWriter, dtype_for, idx_path
-from megagrow.data.sampler import mixed
+from megagrow.data.permutation import mixed
 from megagrow.data.shards import Encoder, encode_all
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megagrow.errors import DataError

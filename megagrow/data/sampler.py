@@ -8,71 +8,40 @@ next.  Inputs are the first ``sequence`` of them, labels the last.  An epoch has
 and the few left over are others in each.
 
 **Order.**  Sample k is window ``permutation(k mod windows)`` of epoch
-``k // windows``.  The permutation is computed, not stored: a Feistel network over
-the next power of four, walked until it falls into the range.  It needs no memory
-and no library's random numbers, so it stays the same for ever.
+``k // windows``; the permutation is computed (`megagrow.data.permutation`).
 
-**State.**  One integer, ``consumed_samples``.  Samples taken so far are
-``[0, consumed_samples)``, whatever ranks, batches or restarts took them.
+**State.**  How many samples of which length (`megagrow.data.position`).  Samples taken so far are
+``[0, count)`` of each, whatever ranks, batches or restarts took them.
 
-**Growing the sequence.**  Sample k of the new length is what this rule says for
-the new length; the run goes on at ``k = consumed_samples``.
+**Another length.**  Samples of the new length count from 0 again.  They begin with what is left of
+the epoch, cut anew, and go on with whole epochs: no token is a label twice in an epoch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from megagrow.data.indexed import IndexedDataset
+from megagrow.data.permutation import mix, permuted
+from megagrow.data.position import Stream, Stretch, layer_key
 from megagrow.errors import DataError
 
 Int64 = npt.NDArray[np.int64]
-_MASK = (1 << 64) - 1
-_ROUNDS = 8
-
-
-def mix(value: int) -> int:
-    """Scatter an unsigned 64-bit integer: the SplitMix64 finaliser (Steele et al., 2014)."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-def mixed(*values: int) -> int:
-    """One unsigned 64-bit integer that depends on all ``values`` and their order."""
-    state = 0
-    for value in values:
-        state = mix(state ^ (value & _MASK))
-    return state
-
-
-def permuted(position: int, *, size: int, key: int) -> int:
-    """Where the permutation ``key`` of ``range(size)`` sends ``position``."""
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    # The network permutes [0, 4**half); its walk from inside the range comes back
-    # into it, which makes a permutation of the range itself.
-    while True:
-        left, right = position >> half, position & mask
-        for number in range(_ROUNDS):
-            left, right = right, left ^ (mixed(key, number, right) & mask)
-        position = (left << half) | right
-        if position < size:
-            return position
 
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """Random access to the training samples of ``dataset``.
+    """Random access to the training samples of ``dataset`` that have one length.
 
     Args:
         dataset: the training split.
         sequence: tokens the model sees; a sample has one more.
         seed: of the order.
+        before: (tokens of a sample, samples) that the run took of other lengths before these.
 
     Raises:
         DataError: the dataset is smaller than one sample.
@@ -81,22 +50,62 @@ class SampleIndex:
     dataset: IndexedDataset
     sequence: int
     seed: int
+    before: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         _require_window(self.dataset, self.sequence)
 
     @property
     def windows(self) -> int:
-        """Number of samples in one epoch."""
+        """Number of samples in a whole epoch."""
         return self.dataset.total_tokens // self.sequence
 
+    @cached_property
+    def begun(self) -> Stretch:
+        """What samples of other lengths left of the epoch that they ended in."""
+        total = self.dataset.total_tokens
+        found = Stretch(0, (), total)
+        for sequence, samples in self.before:
+            found = found.after(sequence, samples, total=total)
+        return found
+
+    @cached_property
+    def _left(self) -> Stream | None:
+        """The same, token by token; None of a whole epoch."""
+        total, begun = self.dataset.total_tokens, self.begun
+        return Stream(total=total, seed=self.seed, stretch=begun) if begun.taken else None
+
+    @property
+    def recut(self) -> str | None:
+        """What a change of length does to the epoch, in words; None where it does nothing."""
+        if self._left is None:
+            return None
+        begun = self.begun
+        count = begun.tokens // self.sequence
+        return (
+            f"samples have {self.sequence:,} tokens from here on: the {begun.tokens:,} tokens that "
+            f"are left of epoch {begun.epoch} make {count:,} of them, none is seen twice and "
+            f"{begun.tokens - count * self.sequence:,} are left out; "
+            f"up to {self._left.joins:,} times a sample joins text that is not adjacent"
+        )
+
     def sample(self, k: int) -> Int64:
-        """Sample k >= 0 of the run, ``[sequence + 1]`` token ids."""
+        """Sample k >= 0 of this length, ``[sequence + 1]`` token ids."""
         if k < 0:
             raise IndexError(f"sample {k}")
-        epoch, position = divmod(k, self.windows)
-        total = self.dataset.total_tokens
-        key = mixed(self.seed, epoch)
+        total, begun = self.dataset.total_tokens, self.begun
+        first = begun.tokens // self.sequence
+        if self._left is not None and k < first:
+            key = layer_key(self.seed, epoch=begun.epoch, depth=len(begun.taken))
+            window = permuted(k, size=first, key=key)
+            labels = self._left.places(window * self.sequence, self.sequence)
+            # Inputs are the token before the first label, and all labels but the last.
+            places = mix(layer_key(self.seed, epoch=begun.epoch, depth=0)) % total + np.concatenate(
+                [labels[:1], labels + 1]
+            )
+            return self.dataset.tokens[places % total].astype(np.int64)
+        epochs, position = divmod(k - first, self.windows)
+        key = layer_key(self.seed, epoch=begun.epoch + 1 + epochs, depth=0)
         window = permuted(position, size=self.windows, key=key)
         start = (mix(key) + window * self.sequence) % total
         end = start + self.sequence + 1

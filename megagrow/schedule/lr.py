@@ -14,9 +14,18 @@ steps, D decay steps and floor f (all rates are times the peak):
 Decays reach the floor at T, after the last update, so that with f = 0 no update is wasted
 on a rate of 0 (as no warm-up step has one).  Beyond T the rate stays.
 
+The rate of an update never depends on what happens after it.  Three events change the schedule,
+each from its own step on; the updates before keep the rates of a run that knows nothing of it.
+
 A growth at step g with a restart (Shen et al., arXiv 2203.06211, set the step of the schedule back
 at a growth) makes the updates from g on take the rates of an earlier position: g + i stands at
-p + i, p < g.  T is then where the last update stands, so that a decay still ends with the run.
+p + i, p < g.  From g on T is where the last update stands, so that a decay still ends with the run.
+
+A rule that ends a stage at step s may move the end of the run (a bound in tokens or FLOPs is
+reached after another number of steps).  A schedule that is falling at s goes on from the rate that
+it has: its way to T is walked in the steps that are left, faster or slower, so that the rate does
+not jump and still ends at the floor.  One that is not (warm-up, the plateau of wsd) takes the new
+end, and wsd decays over the last D of the new T, or over all that is left if that is less.
 
 A growth at step g with a re-warm of r steps multiplies the rates of the updates
 g ... g + r - 1 by 1/r, 2/r ... 1; where re-warms overlap the smaller factor holds.
@@ -31,6 +40,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from megagrow.config.schema import Config
@@ -53,19 +63,46 @@ class Restart(NamedTuple):
     to: int
 
 
+class Moved(NamedTuple):
+    """The end of the run moved at update `step`; before, it was at `total_steps`."""
+
+    step: int
+    total_steps: int
+
+
+class _Span(NamedTuple):
+    """The updates from `start` on, until the next span: where they stand in which schedule.
+
+    Update `start` stands at `position`, and those after it `pace` further each.
+    """
+
+    start: int
+    position: float
+    pace: float
+    length: float  # T
+    decay: float  # D
+
+    def at(self, step: int) -> float:
+        """The position of an update."""
+        if self.pace == 1.0:
+            return self.position + (step - self.start)
+        return self.position + (step - self.start) * self.pace
+
+
 @dataclass(frozen=True)
 class LearningRate:
     """A schedule; see the module for its formulas.
 
     Attributes:
         peak: the highest rate.
-        total_steps: T, the steps of the whole run, all growth stages together.
+        total_steps: the steps of the whole run, all growth stages together.
         warmup: W in steps, at most T - D.
         kind: wsd, cosine, linear or constant.
         decay: D / T, the fraction of all steps that wsd decays (D is rounded to a step).
         floor: f, the final rate as a fraction of the peak (0 to 1).
         rewarms: one for each growth that asks for it.
         restarts: the same, in the order of their steps.
+        moved: where a rule moved the end of the run, in the order of their steps.
 
     Raises:
         ConfigError: warm-up and decay do not fit into the run.
@@ -79,14 +116,17 @@ class LearningRate:
     floor: float = 0.0
     rewarms: tuple[Rewarm, ...] = ()
     restarts: tuple[Restart, ...] = ()
+    moved: tuple[Moved, ...] = ()
 
     def __post_init__(self) -> None:
-        room = self.length - self.decay_steps
+        planned = self._total_at(0)
+        decay = self._decay(planned)
+        room = planned - decay
         if self.warmup > room:
-            decays = f" and decays over the last {self.decay_steps}" if self.decay_steps else ""
+            decays = f" and decays over the last {decay}" if decay else ""
             raise ConfigError(
                 f"schedule.warmup = {self.warmup} steps does not fit: "
-                f"the run has {self.total_steps} steps{decays}",
+                f"the run has {planned} steps{decays}",
                 found=self.warmup,
                 expected=f"at most {room}",
                 mend="set schedule.warmup lower, schedule.decay lower, or train longer (stages)",
@@ -95,33 +135,73 @@ class LearningRate:
     @property
     def decay_steps(self) -> int:
         """D: how many of the last steps decay under wsd; 0 for the other kinds."""
-        return round(self.decay * self.length) if self.kind == "wsd" else 0
+        return round(self._spans[-1].decay)
 
-    def position(self, step: int) -> int:
+    def position(self, step: int) -> float:
         """Where the update number `step` stands in the schedule, restarts taken in."""
-        last = max((restart for restart in self.restarts if restart.step <= step), default=None)
-        return step if last is None else last.to + step - last.step
+        return self._span(step).at(step)
 
     @property
-    def length(self) -> int:
-        """T: the schedule's length, which restarts make shorter than the run."""
-        return self.position(self.total_steps)
+    def length(self) -> float:
+        """T at the end of the run: restarts make it shorter than the run."""
+        return self._spans[-1].length
 
     def at(self, step: int) -> float:
         """The rate of the update number `step`, counted from 0."""
-        return self.peak * self._shape(self.position(step)) * self._rewarm(step)
+        span = self._span(step)
+        return self.peak * self._shape(span.at(step), span) * self._rewarm(step)
 
-    def _shape(self, step: int) -> float:
+    def _total_at(self, step: int) -> int:
+        """Where the run was to end, as far as was known at an update."""
+        later = (moved.total_steps for moved in self.moved if step < moved.step)
+        return next(later, self.total_steps)
+
+    def _decay(self, length: float) -> int:
+        return round(self.decay * length) if self.kind == "wsd" else 0
+
+    def _span(self, step: int) -> _Span:
+        return next(span for span in reversed(self._spans) if span.start <= max(step, 0))
+
+    @cached_property
+    def _spans(self) -> tuple[_Span, ...]:
+        """The schedule from one event to the next, each made of what was known before it."""
+        total = self._total_at(0)
+        spans = [_Span(0, 0, 1.0, total, self._decay(total))]
+        events: list[Moved | Restart] = [*self.moved, *self.restarts]
+        for event in sorted(events, key=lambda event: event.step):
+            before, step = spans[-1], event.step
+            total = self._total_at(step)
+            if isinstance(event, Restart):
+                length: float = event.to + total - step
+                spans.append(_Span(step, event.to, 1.0, length, self._decay(length)))
+                continue
+            position = before.at(step)
+            left = max(total - step, 1)
+            if self._falls(position, before):
+                pace = max(before.length - position, 0) / left
+                spans.append(_Span(step, position, pace, before.length, before.decay))
+            else:
+                length = position + left
+                most = max(length - max(position, self.warmup), 0)
+                spans.append(_Span(step, position, 1.0, length, min(self._decay(length), most)))
+        return tuple(spans)
+
+    def _falls(self, position: float, span: _Span) -> bool:
+        """Whether the rate at a position depends on where the schedule ends."""
+        start = span.length - span.decay if self.kind == "wsd" else self.warmup
+        return self.kind != "constant" and position > start
+
+    def _shape(self, step: float, span: _Span) -> float:
         """The schedule without growths, as a fraction of the peak."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.kind == "constant":
             return 1.0
-        start = self.length - self.decay_steps if self.kind == "wsd" else self.warmup
-        length = self.length - start
-        if step < start or length == 0:
+        start = span.length - span.decay if self.kind == "wsd" else self.warmup
+        length = span.length - start
+        if step < start or length <= 0:
             return 1.0
-        left = max(0, self.length - step) / length  # 1 at the start of the decay, 0 at T
+        left = max(0, span.length - step) / length  # 1 at the start of the decay, 0 at T
         if self.kind == "cosine":
             left = (1.0 - math.cos(math.pi * left)) / 2
         return left + self.floor * (1.0 - left)
@@ -138,6 +218,7 @@ def learning_rate(
     total_steps: int,
     rewarms: Sequence[tuple[int, int]] = (),
     restarts: Sequence[tuple[int, float]] = (),
+    moved: Sequence[tuple[int, int]] = (),
 ) -> LearningRate:
     """The schedule that `config` asks for.
 
@@ -147,6 +228,7 @@ def learning_rate(
         rewarms: (step of the growth, steps to re-warm over) for each growth, with the
             state policy's default already filled in.
         restarts: (step of the growth, what its position is divided by), in order.
+        moved: (step at which a rule moved the end of the run, where that was before), in order.
 
     Raises:
         ConfigError: warm-up and decay do not fit into the run.
@@ -160,6 +242,7 @@ def learning_rate(
         decay=schedule.decay,
         floor=schedule.floor,
         rewarms=tuple(Rewarm(*rewarm) for rewarm in rewarms),
+        moved=tuple(Moved(*move) for move in moved),
     )
     for step, ratio in restarts:
         to = max(round(rate.position(step) / ratio), schedule.warmup)

@@ -94,9 +94,25 @@ def with_planned_ends(config: Config, ends: Sequence[PlannedEnd]) -> Config:
     return config.model_copy(update={"stages": stages})
 
 
-def restart_ratio(grow: GrowConfig) -> float:
-    """What a growth divides the position in the learning-rate schedule by."""
+def restart_ratio(grow: GrowConfig, before: ModelConfig, after: ModelConfig) -> float:
+    """What a growth divides the position in the learning-rate schedule by.
+
+    Args:
+        grow: its `restart` is a number, or `paper`.
+        before, after: the models; what grows decides, not the operator's name.
+
+    Raises:
+        ConfigError: `paper`, and neither depth nor width grows.
+    """
     if isinstance(grow.restart, float):
         return grow.restart
-    deep, wide = "depth" in grow.operator, "width" in grow.operator
+    deep = after.layers > before.layers
+    wide = after.hidden > before.hidden or after.ffn > before.ffn
+    if not (deep or wide):
+        raise ConfigError(
+            "grow.restart: the paper has ratios for growths of depth and of width alone",
+            found=f"paper, with operator {grow.operator}",
+            expected="a growth of model.layers, model.hidden or model.ffn",
+            mend="give restart a number (at least 1), or leave it out",
+        )
     return _BOTH if deep and wide else _WIDTH if wide else _DEPTH

@@ -15,7 +15,8 @@ class StagePlan:
     """One growth stage: the updates `start_step` ... `end_step - 1` and what they consume.
 
     Steps, tokens and FLOPs count from the start of the run; the end of a stage is the
-    start of the next.  FLOPs are those of the model (forward and backward), not of a rank.
+    start of the next, but for the FLOPs of fitting its growth, which lie between the two.
+    FLOPs are those of the model (forward and backward), not of a rank.
     """
 
     index: int
@@ -57,6 +58,7 @@ def resolve_stages(
     models: Sequence[ModelConfig],
     layouts: Sequence[LayoutConfig],
     flops_per_token: Callable[[ModelConfig], int],
+    growth_flops: Sequence[int] = (),
     ends: Sequence[int] = (),
 ) -> tuple[StagePlan, ...]:
     """The stages of `config` in steps, tokens and FLOPs.
@@ -70,6 +72,7 @@ def resolve_stages(
         models: the model of each stage, growths applied.
         layouts: the layout of each stage.
         flops_per_token: FLOPs of training a model on one token (forward and backward).
+        growth_flops: of the growth into each stage, where it is fitted on data; none by default.
         ends: steps at which the first stages did end, where a rule has ended them.
 
     Raises:
@@ -84,12 +87,9 @@ def resolve_stages(
     plans: list[StagePlan] = []
     steps = tokens = flops = 0
     bounds = _bounds(config)
-    batch, sequence = config.batch, None
-    for index, (stage, model, layout) in enumerate(
-        zip(config.stages, models, layouts, strict=True)
-    ):
-        batch, sequence = stage.batch or batch, stage.sequence or sequence
-        length = _sample_length(model, sequence, index=index)
+    for index, (model, layout) in enumerate(zip(models, layouts, strict=True)):
+        batch, length = stage_batch(config, index), sample_length(config, model, index)
+        flops += growth_flops[index] if growth_flops else 0
         tokens_a_step = batch.global_ * length
         seen = model.model_copy(update={"sequence": length})
         flops_a_step = tokens_a_step * flops_per_token(seen)
@@ -139,9 +139,22 @@ def stage_of(plans: Sequence[StagePlan], step: int) -> StagePlan:
     raise ValueError(f"step {step} is not among the run's steps 0 to {plans[-1].end_step - 1}")
 
 
-def _sample_length(model: ModelConfig, wanted: int | None, *, index: int) -> int:
-    if wanted is None:
+def stage_batch(config: Config, index: int) -> BatchConfig:
+    """A stage's own batch, else the last one given before it."""
+    given = [stage.batch for stage in config.stages[: index + 1] if stage.batch is not None]
+    return given[-1] if given else config.batch
+
+
+def sample_length(config: Config, model: ModelConfig, index: int) -> int:
+    """Tokens of the samples of a stage, whose model is given.
+
+    Raises:
+        ConfigError: they are longer than the model's sequence.
+    """
+    given = [stage.sequence for stage in config.stages[: index + 1] if stage.sequence is not None]
+    if not given:
         return model.sequence
+    wanted = given[-1]
     if wanted > model.sequence:
         raise ConfigError(
             f"stages[{index}].sequence: samples longer than the model's sequence",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,14 @@ def check_agreement(
             mend="resume with the model and stages that the run was started with, "
             "or start a new run.dir",
         )
-    return state, _changes(checkpoint.config, config.model_dump(mode="json", by_alias=True))
+    changes = _changes(checkpoint.config, config.model_dump(mode="json", by_alias=True))
+    lengths = [stage.plan.sequence for stage in plan.stages[: state.growth_stage + 1]]
+    if state.position.measured(lengths[-1]) != state.position and len(set(lengths)) > 1:
+        changes.append(
+            f"data position: an earlier version counted {state.position.samples:,} samples of any "
+            f"length ({', '.join(map(str, lengths))}); the run goes on as it would have"
+        )
+    return replace(state, position=state.position.measured(lengths[-1])), changes
 
 
 def _shape(parameters: int, model: dict[str, Any]) -> str:

@@ -35,11 +35,13 @@ class Fit:
         parameters: of the large model, by name.
         losses: mean loss of every step, before its update.
         flops: of all steps: the large model's, and those of the maps themselves.
+        samples: that were taken.
     """
 
     parameters: dict[str, torch.Tensor]
     losses: tuple[float, ...]
     flops: int
+    samples: int
 
 
 def fit(
@@ -67,7 +69,7 @@ def fit(
     names = {id(p): name for name, p in module.named_parameters()}
     inside = {name: names[id(p)] for name, p in named_tensors(module).items()}
     optimizer = torch.optim.Adam(maps.parameters(), lr=lr)
-    losses, tokens = [], 0
+    losses, tokens, taken, sequence = [], 0, 0, model.sequence
     for number, micro_batches in enumerate(batches):
         optimizer.param_groups[0]["lr"] = lr * (1 - number / steps)
         optimizer.zero_grad()
@@ -81,14 +83,35 @@ def fit(
             loss = functional_call(module, placed, (samples,)) / len(micro_batches)
             loss.backward()
             total += loss.item()
-            tokens += samples.shape[0] * (samples.shape[1] - 1)
+            taken, sequence = taken + samples.shape[0], samples.shape[1] - 1
+            tokens += samples.shape[0] * sequence
         torch.autograd.backward(list(grown.values()), [p.grad for p in leaves.values()])
         optimizer.step()
         losses.append(total)
     with torch.no_grad():
         result = {name: values.contiguous() for name, values in maps(parameters).items()}
-    flops = tokens * train_flops_per_token(model) + len(losses) * _map_flops(maps, parameters)
-    return Fit(result, tuple(losses), flops)
+    flops = tokens * _flops_per_token(model, sequence) + len(losses) * _map_flops(maps, parameters)
+    return Fit(result, tuple(losses), flops, taken)
+
+
+def fit_flops(growth: Growth, *, model: ModelConfig, samples: int, sequence: int) -> int:
+    """What fitting a growth will take, by arithmetic.
+
+    Args:
+        growth: one that is fitted.
+        model: the large model.
+        samples: of a step.
+        sequence: tokens of a sample.
+    """
+    with torch.device("meta"):
+        maps = Maps(growth.small, growth.target)
+        parameters = {t.name: torch.empty(t.shape) for t in growth.small}
+        of_maps = _map_flops(maps, parameters)
+    return growth.fit_steps * (samples * sequence * _flops_per_token(model, sequence) + of_maps)
+
+
+def _flops_per_token(model: ModelConfig, sequence: int) -> int:
+    return train_flops_per_token(model.model_copy(update={"sequence": sequence}))
 
 
 def _map_flops(maps: Maps, parameters: Tensors) -> int:
@@ -107,7 +130,7 @@ def fit_growth(
     first: int,
     batch: BatchConfig,
 ) -> tuple[MemoryState, Fit]:
-    """Fit a growth's maps on the samples that come next; they are not used up by it.
+    """Fit a growth's maps on the samples that come next; they are used up by it.
 
     Args:
         growth: the growth.

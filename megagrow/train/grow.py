@@ -21,7 +21,7 @@ from megagrow.state.memory import MemoryState
 from megagrow.state.placement import Placement
 from megagrow.state.statemap import FreshStart, Identity, StateMap
 from megagrow.state.transfer import Reader, TransferReport, Writer, transfer_between_ranks
-from megagrow.train.fit import fit_growth
+from megagrow.train.fit import Fit, fit_growth
 from megagrow.train.plan import Stage
 from megagrow.train.state import RunState
 
@@ -39,6 +39,7 @@ class GrowthReport:
             once.
         peak_staging_bytes: the largest staging memory of any rank.
         fit_flops: of fitting the growth's maps, by one rank (each does the same).
+        fit_samples: that the fitting took; they do not come again.
     """
 
     seconds: float
@@ -47,6 +48,7 @@ class GrowthReport:
     bytes_between_ranks_least: int
     peak_staging_bytes: int
     fit_flops: int
+    fit_samples: int
 
 
 def start_engine(
@@ -103,9 +105,10 @@ def grow(
     engine.close()
     old: _Holder = engine
     state_map: StateMap = growth or Identity(engine.placement.catalog)
-    flops = 0
+    flops = fit_samples = 0
     if growth is not None and growth.fit_steps:
-        old, flops = _fitted(engine, growth, config, stage, state, comm, samples)
+        old, fit = _fitted(engine, growth, config, stage, state, comm, samples)
+        flops, fit_samples = fit.flops, fit.samples
         state_map = Fitted(growth.target)
     grown = start_engine(config=config, stage=stage, state=state, comm=comm, loss_scale=scale)
     report = _transfer(state_map, old, grown, config=config, comm=comm)
@@ -119,6 +122,7 @@ def grow(
         bytes_between_ranks_least=comm.sum_ints(needed.least),
         peak_staging_bytes=int(max(comm.gather_floats(report.peak_staging_bytes))),
         fit_flops=flops,
+        fit_samples=fit_samples,
     )
 
 
@@ -160,8 +164,8 @@ def _fitted(
     state: RunState,
     comm: Comm,
     samples: SampleIndex,
-) -> tuple[_Whole, int]:
-    """The fitted parameters of the large model, and the FLOPs that they took on one process."""
+) -> tuple[_Whole, Fit]:
+    """The fitted parameters of the large model, and what they took on one process."""
     small = MemoryState.empty(growth.small, (MASTER,))
     everywhere = _Whole(small, Placement(growth.small, Layout(data=comm.world)))
     identity = Identity(growth.small)
@@ -173,11 +177,11 @@ def _fitted(
         model=stage.model,
         small=small,
         samples=samples,
-        first=state.consumed_samples,
+        first=state.position.split(samples.sequence)[1],
         batch=stage.plan.batch,
     )
     # Under ZeRO 1 each value has one rank to come from, should processors round differently.
-    return _Whole(large, Placement(growth.target, Layout(data=comm.world, zero=1))), fit.flops
+    return _Whole(large, Placement(growth.target, Layout(data=comm.world, zero=1))), fit
 
 
 def _transfer(

@@ -176,6 +176,11 @@ class Journal:
                 f"({new.growth.policy.name}), {parameters[0]:,} -> {parameters[1]:,} parameters, "
                 f"loss {losses[0]:.4f} -> {losses[1]:.4f}, {report.seconds:.2f} s"
             )
+            if report.fit_samples:
+                self.say(
+                    f"stage {new.index}: fitted on {report.fit_samples:,} samples, which are not "
+                    f"trained on again in this epoch; {report.fit_flops:.3g} FLOPs"
+                )
             caveat = new.growth.policy.caveat(grad_clip=self.config.optimizer.grad_clip)
             if caveat is not None:
                 self.say(f"state policy {new.growth.policy.name} {caveat}")

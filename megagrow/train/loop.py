@@ -177,13 +177,21 @@ class Trainer:
         """Everything that follows from the current stage's model."""
         self.stage: Stage = self.plan.stages[self.state.growth_stage]
         plan = self.stage.plan
-        self.samples = SampleIndex(self.data.train, plan.sequence, self.config.run.seed)
+        self._open_samples()
         # Always at the model's full length, so that losses compare from stage to stage.
         self.validation = validation_samples(
             self.data.validation,
             sequence=plan.model.sequence,
             count=self.config.train.validation_samples,
         )
+
+    def _open_samples(self) -> None:
+        """Training samples of the stage's length, from where the run stands in the data."""
+        length = self.stage.plan.sequence
+        before, done = self.state.position.split(length)
+        self.samples = SampleIndex(self.data.train, length, self.config.run.seed, before)
+        if done == 0 and (recut := self.samples.recut) is not None:
+            self.journal.say(f"stage {self.stage.index}: {recut}")
 
     # --- the run --------------------------------------------------------------------------
 
@@ -254,7 +262,7 @@ class Trainer:
         plan = self.stage.plan
         self.state = self.state.after_step(
             samples=plan.batch.global_,
-            tokens=plan.tokens_per_step,
+            sequence=plan.sequence,
             flops=plan.flops_per_step,
             applied=result.applied,
         )
@@ -304,7 +312,11 @@ class Trainer:
         )
         self.comm.limit_collectives(self.config.watch.slow)
         # Every process fits the whole of it; what one does is what had to be done.
-        self.state = replace(self.state, flops=self.state.flops + report.fit_flops)
+        self.state = replace(
+            self.state,
+            flops=self.state.flops + report.fit_flops,
+            position=self.state.position.after(report.fit_samples, sequence=self.samples.sequence),
+        )
         return report
 
     @property
@@ -347,7 +359,13 @@ class Trainer:
         if end:
             self.journal.say(f"step {state.step}: {rule} ends stage {stage.index}")
             self.state = replace(self.state, ends=(*state.ends, state.step))
+            before = self.plan.total_steps
             self._plan_from(self.state.ends)
+            if self.plan.total_steps != before:
+                self.journal.say(
+                    f"the run ends at step {self.plan.total_steps:,} now, not {before:,}; the "
+                    "learning rate goes on from where it is"
+                )
             self.stage = self.plan.stages[stage.index]
 
     def _plan_from(self, ends: tuple[int, ...]) -> None:
@@ -383,7 +401,7 @@ class Trainer:
     def _batches(self) -> Iterator[np.ndarray]:
         micro = self.stage.plan.batch.micro
         starts = rank_slice(
-            self.state.consumed_samples,
+            self.state.position.split(self.samples.sequence)[1],
             micro=micro,
             accumulation=self.engine.accumulation,
             data_rank=self.engine.coordinates.data,
@@ -460,11 +478,13 @@ class Trainer:
         if not paths or self._rollbacks >= self.config.recovery.rollback:
             self._give_up(bad)
         self._rollbacks += 1
-        step, beyond = self.state.step, self.state.consumed_samples + self.stage.plan.batch.global_
-        self.journal.goes_back(bad, to=paths[0], beyond=beyond, count=self._rollbacks)
+        step, plan = self.state.step, self.stage.plan
+        beyond = self.state.position.after(plan.batch.global_, sequence=plan.sequence)
+        self.journal.goes_back(bad, to=paths[0], beyond=beyond.samples, count=self._rollbacks)
         self.engine.close()
         self._go_on_from(paths[0])
-        self.state = replace(self.state, consumed_samples=beyond, recent=())
+        self.state = replace(self.state, position=beyond, recent=())
+        self._open_samples()
         self._open_journal(resumed=True)
         self.journal.event(
             "rollback", step=self.state.step, from_step=step, why=bad.why, ranks=bad.ranks

@@ -26,6 +26,7 @@ from megagrow.growth.growth import Growth, plan_growth
 from megagrow.growth.ligo import Fitted
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
+from megagrow.schedule.stages import sample_length, stage_batch
 from megagrow.state.boxes import Box, split_box, whole
 from megagrow.state.catalog import MASTER, LogicalTensor, Slot, slots_of
 from megagrow.state.memory import MemoryState
@@ -34,7 +35,7 @@ from megagrow.state.plan import Locator
 from megagrow.state.statemap import StateMap
 from megagrow.state.through import Through
 from megagrow.state.transfer import Reader
-from megagrow.train.fit import fit_growth
+from megagrow.train.fit import Fit, fit_growth
 from megagrow.train.state import RunState
 
 PIECE_BYTES = 64 << 20
@@ -93,6 +94,8 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
             f"{checkpoint.path}: not a checkpoint of a training run", found=error
         ) from error
     small = _model_of(checkpoint, config, state)
+    length = sample_length(config, small, state.growth_stage)
+    state = replace(state, position=state.position.measured(length))
     model, growth = plan_growth(grow, small)
     if growth.target == growth.small:
         raise GrowthError(
@@ -144,15 +147,19 @@ def _reader(plan: OfflineGrowth) -> tuple[Through, RunState]:
     locator: Locator = plan.checkpoint
     state = plan.state
     if plan.growth.fit_steps:
-        old, flops = _fitted(plan)
+        old, fit, sequence = _fitted(plan)
         state_map, locator = Fitted(plan.growth.target), Placement(plan.growth.target, Layout())
-        state = replace(state, flops=state.flops + flops)
+        state = replace(
+            state,
+            flops=state.flops + fit.flops,
+            position=state.position.after(fit.samples, sequence=sequence),
+        )
     seed = plan.config.run.seed
     return Through(state_map, old, locator, seed=seed, staging_bytes=_STAGING_BYTES), state
 
 
-def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, int]:
-    """The fitted parameters, and the FLOPs that they took."""
+def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, Fit, int]:
+    """The fitted parameters, what they took, and the tokens of a sample of it, as in a live run."""
     data = open_dataset(plan.config.data.path, plan.config.data.tokenizer)
     small = MemoryState(
         {
@@ -160,15 +167,18 @@ def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, int]:
             for t in plan.growth.small
         }
     )
+    index, seed = plan.state.growth_stage, plan.config.run.seed
+    sequence = sample_length(plan.config, plan.small, index - 1)
+    before, done = plan.state.position.split(sequence)
     large, fit = fit_growth(
         plan.growth,
         model=plan.model,
         small=small,
-        samples=SampleIndex(data.train, plan.model.sequence, plan.config.run.seed),
-        first=plan.state.consumed_samples,
-        batch=plan.config.batch,
+        samples=SampleIndex(data.train, sequence, seed, before),
+        first=done,
+        batch=stage_batch(plan.config, index),
     )
-    return large, fit.flops
+    return large, fit, sequence
 
 
 def _pieces(plan: OfflineGrowth, reader: Through, piece_bytes: int) -> Iterator[Piece]:

@@ -18,8 +18,10 @@ from megagrow.model.parallel import require_tensor_parallel
 from megagrow.schedule import LearningRate, StagePlan, learning_rate, resolve_stages
 from megagrow.schedule.batch import accumulation
 from megagrow.schedule.planned import PlannedEnd, planned_ends, restart_ratio, with_planned_ends
+from megagrow.schedule.stages import sample_length, stage_batch
 from megagrow.state.catalog import ADAM_SLOTS, OPTIMIZER_SLOTS, Slot
 from megagrow.state.placement import Placement
+from megagrow.train.fit import fit_flops
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,20 @@ def plan_run(
     layouts = _layouts(config, world)
     layout_configs = [_layout_config(config, i) for i in range(len(config.stages))]
     planned = planned_ends(config, models)
-    plans = resolve_stages(
-        with_planned_ends(config, planned),
-        models=models,
-        layouts=layout_configs,
-        flops_per_token=train_flops_per_token,
-        ends=ends,
-    )
+    bounded = with_planned_ends(config, planned)
+    fitting = [_fit_flops(config, models, growths, i) for i in range(len(models))]
+
+    def resolved(ends: Sequence[int]) -> tuple[StagePlan, ...]:
+        return resolve_stages(
+            bounded,
+            models=models,
+            layouts=layout_configs,
+            flops_per_token=train_flops_per_token,
+            growth_flops=fitting,
+            ends=ends,
+        )
+
+    plans = resolved(ends)
     slots = OPTIMIZER_SLOTS[config.optimizer.name]
     stages = []
     rewarms = []
@@ -139,7 +148,11 @@ def plan_run(
         if growth is not None and growth.ramp is not None:
             _require_time(growth.ramp, plans[i])
         if growth is not None and stage.grow is not None and stage.grow.restart is not None:
-            restarts.append((plans[i].start_step, restart_ratio(stage.grow)))
+            try:
+                ratio = restart_ratio(stage.grow, models[i - 1], models[i])
+            except ConfigError as error:
+                raise error.within(f"stages[{i}]", setting="grow") from None
+            restarts.append((plans[i].start_step, ratio))
         layout = _as_run(config, layouts[i])
         stages.append(Stage(plans[i], layout, growth, stage.grow, slots))
         of_stage = stages[i].settings(config)
@@ -147,7 +160,20 @@ def plan_run(
         _require_fit(plans[i].seen, layouts[i], layout_configs[i], key=_layout_key(config, i))
         # Refused now, not when the stage begins.
         deepspeed_config(of_stage, layouts[i], parameters=build_catalog(models[i]).parameters)
-    rate = learning_rate(config, total_steps=plans[-1].end_step, rewarms=rewarms, restarts=restarts)
+    totals = [resolved(ends[:i])[-1].end_step for i in range(len(ends) + 1)]
+    rate = learning_rate(
+        config,
+        total_steps=plans[-1].end_step,
+        rewarms=rewarms,
+        restarts=restarts,
+        moved=[
+            (step, before)
+            for stage, step, before, after in zip(
+                config.stages, ends, totals, totals[1:], strict=False
+            )
+            if stage.until.rule in ("slope", "marginal") and before != after
+        ],
+    )
     plan = RunPlan(tuple(stages), rate, slots, planned)
     for i in range(len(stages)):
         plan.placement(i)  # refuses what the optimizer cannot follow
@@ -194,6 +220,21 @@ def _models(config: Config) -> tuple[list[ModelConfig], list[Growth | None]]:
         models.append(model)
         growths.append(growth)
     return models, growths
+
+
+def _fit_flops(
+    config: Config, models: list[ModelConfig], growths: list[Growth | None], index: int
+) -> int:
+    """Of fitting the growth into a stage: on samples of the stage before, in the new batch."""
+    growth = growths[index]
+    if growth is None or not growth.fit_steps:
+        return 0
+    return fit_flops(
+        growth,
+        model=models[index],
+        samples=stage_batch(config, index).global_,
+        sequence=sample_length(config, models[index - 1], index - 1),
+    )
 
 
 def _layout_config(config: Config, index: int) -> LayoutConfig:

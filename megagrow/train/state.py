@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megagrow.data.position import Position
 from megagrow.errors import GrowthError
 from megagrow.growth.growth import Growth
 from megagrow.growth.ramp import Ramp
@@ -20,7 +21,7 @@ class RunState:
 
     Attributes:
         step: optimizer steps done.
-        consumed_samples: samples taken from the data; the whole state of the sampler.
+        position: samples taken from the data; the whole state of the sampler.
         tokens, flops: consumed since the start of the run.
         growth_stage: index of the growth stage that the tensors belong to.
         optimizer_step: the optimizer's own count, which a `reset` starts again.
@@ -36,7 +37,7 @@ class RunState:
     """
 
     step: int = 0
-    consumed_samples: int = 0
+    position: Position = field(default_factory=Position)
     tokens: int = 0
     flops: int = 0
     growth_stage: int = 0
@@ -49,15 +50,22 @@ class RunState:
     seen: Seen = field(default_factory=Seen)
 
     def after_step(
-        self, *, samples: int, tokens: int, flops: int, applied: bool = True
+        self, *, samples: int, sequence: int, flops: int, applied: bool = True
     ) -> RunState:
-        """The state one step later; the optimizer's count stays where no update was applied."""
+        """The state one step later; the optimizer's count stays where no update was applied.
+
+        Args:
+            samples: that the step took.
+            sequence: tokens of each.
+            flops: of the step.
+            applied: whether it left an update.
+        """
         return replace(
             self,
             step=self.step + 1,
             optimizer_step=self.optimizer_step + applied,
-            consumed_samples=self.consumed_samples + samples,
-            tokens=self.tokens + tokens,
+            position=self.position.after(samples, sequence=sequence),
+            tokens=self.tokens + samples * sequence,
             flops=self.flops + flops,
         )
 
@@ -90,6 +98,7 @@ class RunState:
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         return {
             **numbers,
+            **self.position.to_json(),
             "rules": self.rules.to_json(),
             "ramp": None if self.ramp is None else self.ramp.to_json(),
             "loss_scale": self.loss_scale,
@@ -112,6 +121,7 @@ class RunState:
         seen = Seen.from_json(data["seen"]) if "seen" in data else Seen()
         return RunState(
             **numbers,
+            position=Position.from_json(data),
             rules=rules,
             ramp=ramp,
             loss_scale=scale,
@@ -121,7 +131,7 @@ class RunState:
         )
 
 
-_NUMBERS = ("step", "consumed_samples", "tokens", "flops", "growth_stage", "optimizer_step")
+_NUMBERS = ("step", "tokens", "flops", "growth_stage", "optimizer_step")
 
 
 def step_seed(seed: int, *, step: int, data: int, pipe: int) -> int:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
+from megagrow.data.permutation import positions
+from megagrow.data.position import Int64, Position
 from megagrow.data.sampler import SampleIndex, mix, permuted, rank_slice, validation_samples
 from megagrow.errors import DataError
 
@@ -135,3 +137,97 @@ def test_too_few_tokens(tmp_path: Path) -> None:
 def test_negative_sample(data: IndexedDataset) -> None:
     with pytest.raises(IndexError):
         SampleIndex(data, 8, seed=0).sample(-1)
+
+
+@given(size=st.integers(1, 600), key=st.integers(0, 2**64 - 1))
+def test_positions_invert_the_permutation(size: int, key: int) -> None:
+    places = np.array([permuted(position, size=size, key=key) for position in range(size)])
+    assert positions(places, size=size, key=key).tolist() == list(range(size))
+
+
+def _walk(data: IndexedDataset, lengths: list[tuple[int, int]], seed: int) -> list[Int64]:
+    """The samples of a run that takes so many of each length, one step a sample."""
+    position, found = Position(), []
+    for sequence, count in lengths:
+        for _ in range(count):
+            before, done = position.split(sequence)
+            found.append(SampleIndex(data, sequence, seed, before).sample(done))
+            position = position.after(1, sequence=sequence)
+    return found
+
+
+_LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30)), min_size=1, max_size=4)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(lengths=_LENGTHS, seed=st.integers(0, 5))
+def test_an_epoch_labels_each_token_once_whatever_the_lengths(
+    data: IndexedDataset, lengths: list[tuple[int, int]], seed: int
+) -> None:
+    """Non-multiples and changes back included; the last length goes on into the next epoch."""
+    *changes, (last, _) = lengths
+    before = Position()
+    for sequence, count in changes:
+        before = before.after(count, sequence=sequence)
+    index = SampleIndex(data, last, seed, before.split(last)[0])
+    epoch, done = index.begun.epoch, before.split(last)[1]
+    walked = _walk(data, changes, seed)
+    rest = index.begun.tokens // last
+    walked += [index.sample(k) for k in range(done, rest)]
+    labels = np.concatenate([sample[1:] for sample in walked])
+    counts = np.bincount(labels, minlength=TOKENS)
+    # Whole epochs before leave out fewer tokens than a sample has, each of them another few.
+    assert counts.max() <= epoch + 1
+    if epoch == 0 and done <= rest:
+        assert counts.sum() > TOKENS - last
+    following = [index.sample(max(done, rest) + k)[1:] for k in range(index.windows)]
+    assert np.bincount(np.concatenate(following), minlength=TOKENS).max() == 1
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(lengths=_LENGTHS, more=_LENGTHS, seed=st.integers(0, 5))
+def test_samples_do_not_depend_on_the_lengths_that_come_after(
+    data: IndexedDataset,
+    lengths: list[tuple[int, int]],
+    more: list[tuple[int, int]],
+    seed: int,
+) -> None:
+    first, longer = _walk(data, lengths, seed), _walk(data, [*lengths, *more], seed)
+    assert all(np.array_equal(a, b) for a, b in zip(first, longer, strict=False))
+    # And one length alone has the order that it always had.
+    sequence, count = lengths[0]
+    alone = SampleIndex(data, sequence, seed).batch(0, count)
+    assert all(np.array_equal(a, b) for a, b in zip(first, alone, strict=False))
+
+
+def test_a_quarter_of_an_epoch_of_short_samples_hides_no_token_from_the_long_ones(
+    data: IndexedDataset,
+) -> None:
+    short = SampleIndex(data, 8, seed=1)
+    quarter = short.windows // 4
+    long = SampleIndex(data, 32, seed=1, before=((8, quarter),))
+    seen = [short.sample(k)[1:] for k in range(quarter)]
+    seen += [long.sample(k)[1:] for k in range((TOKENS - 8 * quarter) // 32)]
+    counts = np.bincount(np.concatenate(seen), minlength=TOKENS)
+    assert counts.max() == 1 and (counts == 0).sum() == (TOKENS - 8 * quarter) % 32
+    # Text that is adjacent in the data stays so: a join is where two labels are no neighbours.
+    joins = sum(int((np.diff(labels) % TOKENS != 1).sum()) for labels in seen)
+    assert long.recut is not None and f"up to {long._left.joins}" in long.recut
+    assert 0 < joins <= long._left.joins < quarter + 1
+
+
+def test_a_position_keeps_lengths_and_reads_what_earlier_versions_wrote() -> None:
+    position = Position().after(3, sequence=8).after(2, sequence=8).after(4, sequence=16)
+    assert position.taken == ((8, 5), (16, 4)) and position.samples == 9
+    assert position.split(16) == (((8, 5),), 4) and position.split(8) == (position.taken, 0)
+    assert Position.from_json(position.to_json()) == position
+    old = Position.from_json({"consumed_samples": 320})
+    assert old.measured(64) == Position(((64, 320),)) and old.samples == 320
+    assert Position.from_json({"consumed_samples": 0}) == Position()
+    for taken in ([[8, 4]], [[8, 6], [0, 3]], [[8, 12], [8, -3]], [8]):
+        with pytest.raises((ValueError, TypeError)):
+            Position.from_json({"consumed_samples": 9, "taken": taken})

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from megagrow.config.load import parse_config
 from megagrow.errors import ConfigError
 from megagrow.schedule import LearningRate, Rewarm, learning_rate
+from megagrow.schedule.lr import Moved
 
 KINDS = ["wsd", "cosine", "linear", "constant"]
 
@@ -130,3 +131,91 @@ def test_from_a_configuration():
     )
     found = learning_rate(config, total_steps=50, rewarms=[(20, 5)])
     assert found == LearningRate(0.5, 50, 7, "linear", 0.2, 0.3, (Rewarm(20, 5),))
+
+
+def _run(kind="wsd", *, total, warmup=10, restarts=(), moved=(), decay=0.1, floor=0.0):
+    config = parse_config(
+        {
+            "model": {"layers": 1, "hidden": 4, "heads": 1, "ffn": 4, "sequence": 4},
+            "data": {"path": "d"},
+            "batch": {"global": 1, "micro": 1},
+            "stages": [{"until": {"steps": total}}],
+            "optimizer": {"lr": 1.0},
+            "schedule": {"name": kind, "warmup": warmup, "decay": decay, "floor": floor},
+        }
+    )
+    return learning_rate(config, total_steps=total, restarts=restarts, moved=moved)
+
+
+@pytest.mark.parametrize("at", [650, 800])
+def test_before_a_restart_the_rate_is_that_of_a_run_without_it(at):
+    plain, set_back = _run(total=1000), _run(total=1000, restarts=[(at, 1.776)])
+    assert [set_back.at(step) for step in range(at)] == [plain.at(step) for step in range(at)]
+    assert set_back.at(at - 1) == 1.0
+    assert set_back.position(at) == round(at / 1.776)
+    assert 0 < set_back.at(999) < 0.02  # and the decay still ends with the run
+
+
+EVENTS = st.lists(
+    st.tuples(st.integers(1, 190), st.sampled_from(["restart", "moved"]), st.floats(0.5, 2.5)),
+    max_size=4,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    warmup=st.integers(0, 60),
+    decay=st.floats(0, 0.5),
+    floor=st.floats(0, 1),
+    events=EVENTS,
+)
+def test_the_rate_up_to_any_step_does_not_depend_on_what_comes_after(
+    kind, warmup, decay, floor, events
+):
+    """Restarts and moved ends, in any order; nor does the rate jump where an end moves."""
+    ends, restarts, moved = [200], [], []
+    so_far = [(0, _run(kind, total=200, warmup=warmup, decay=decay, floor=floor))]
+    for step, what, size in sorted(events):
+        if what == "restart":
+            restarts.append((step, max(size, 1.0)))
+        else:
+            moved.append((step, ends[-1]))
+            ends.append(step + max(1, round((ends[-1] - step) * size)))
+        if step >= ends[-1]:
+            return
+        run = _run(kind, total=ends[-1], warmup=warmup, decay=decay, floor=floor,
+                   restarts=restarts, moved=moved)  # fmt: skip
+        so_far.append((step, run))
+    last = so_far[-1][1]
+    stops = [step for step, _ in so_far[1:]] + [ends[-1]]
+    for (start, run), stop in zip(so_far, stops, strict=True):
+        assert [run.at(step) for step in range(stop)] == [last.at(step) for step in range(stop)]
+        assert stop >= start
+    set_back = {step for step, _ in restarts}
+    for step, _ in moved:
+        if step in set_back or step < warmup:
+            continue
+        # What the schedule says here does not change with the end; its slope may.
+        known = [run for at, run in so_far if at < step][-1]
+        assert last.at(step) == pytest.approx(known.at(step), abs=1e-12)
+    steepest = max(last.at(step) for step in range(ends[-1]))
+    assert min(last.at(step) for step in range(ends[-1])) >= 0 and steepest <= 1.0 + 1e-12
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@pytest.mark.parametrize("total", [120, 300])
+def test_a_falling_rate_goes_on_from_where_it_is_when_a_rule_moves_the_end(kind, total):
+    run = LearningRate(1.0, total, warmup=5, kind=kind, moved=(Moved(80, 200),))
+    before = LearningRate(1.0, 200, warmup=5, kind=kind)
+    assert [run.at(step) for step in range(81)] == [before.at(step) for step in range(81)]
+    assert all(b < a for a, b in pairwise(run.at(step) for step in range(5, total + 1)))
+    assert run.at(total) == pytest.approx(0.0, abs=1e-12) and run.at(total - 1) > 0
+
+
+def test_a_plateau_takes_the_new_end_and_decays_into_it():
+    run = LearningRate(1.0, 300, warmup=5, decay=0.2, moved=(Moved(80, 200),))
+    assert run.decay_steps == 60 and run.at(239) == 1.0 and run.at(270) == pytest.approx(0.5)
+    # Less is left than the decay would take: all of it decays, from the rate that there is.
+    short = LearningRate(1.0, 90, warmup=5, decay=0.2, moved=(Moved(80, 200),))
+    assert short.at(80) == 1.0 and short.at(85) == pytest.approx(0.5)

@@ -1,12 +1,18 @@
 """A growth that is fitted on data: live in every kind of layout, and offline the same."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from jobs import events, launch, log_of, settings, train, trajectory, write_config
 
+from megagrow.checkpoint import NativeCheckpoint, newest
 from megagrow.config import GrowConfig, ModelConfig
+from megagrow.config.load import load_config
 from megagrow.model.flops import train_flops_per_token
+from megagrow.train.dryrun import vocabulary
 from megagrow.train.offline import plan_offline, write_offline
+from megagrow.train.plan import plan_run
 
 TARGET = {"hidden": 16, "heads": 4, "ffn": 32, "layers": 3}
 GROW = {"operator": "ligo", "target": TARGET, "fit_steps": 5, "rewarm": 2}
@@ -34,7 +40,7 @@ def alone(dataset, tmp_path_factory):
     return config, train(1, config)
 
 
-def test_fitting_costs_flops_and_uses_up_no_samples(alone):
+def test_fitting_costs_flops_and_samples_as_planned(alone):
     steps = events(alone[1], "step")
     [growth] = events(alone[1], "growth")
     assert [line["tokens"] for line in steps] == [64 * n for n in range(1, 7)]
@@ -42,6 +48,14 @@ def test_fitting_costs_flops_and_uses_up_no_samples(alone):
     assert steps[3]["flops"] > growth["flops"]
     model = ModelConfig(**growth["model"])
     assert growth["fit_flops"] > GROW["fit_steps"] * 64 * train_flops_per_token(model)
+    # Its samples do not come again: they count as taken.
+    assert growth["fit_samples"] == GROW["fit_steps"] * 8
+    config = load_config(alone[0])
+    state = NativeCheckpoint.open(newest(Path(config.run.dir) / "checkpoints")).run_state
+    assert state["taken"] == [[8, 6 * 8 + GROW["fit_steps"] * 8]]
+    plan = plan_run(config, world=1, vocabulary=vocabulary(config))
+    assert plan.stages[1].plan.start_flops == growth["flops"]
+    assert plan.stages[1].plan.end_flops == steps[-1]["flops"] == state["flops"]
 
 
 def test_live_in_every_kind_of_layout(alone, dataset, tmp_path):

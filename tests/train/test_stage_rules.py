@@ -7,6 +7,7 @@ from jobs import events, growths, launch, log_of, settings, train, trajectory, w
 
 from megagrow.config.load import parse_config
 from megagrow.errors import ConfigError
+from megagrow.model.flops import train_flops_per_token
 from megagrow.schedule.planned import planned_ends
 from megagrow.train.plan import plan_run
 
@@ -167,3 +168,64 @@ def test_a_growth_sets_the_schedule_back(dataset, tmp_path):
     rate = plan_run(parse_config(mapping), world=1, vocabulary=320).learning_rate
     assert rate.position(10) == round(10 / 1.776)
     assert math.isclose(rate.at(19), 0.01 / (rate.length - 2))
+
+
+@pytest.mark.parametrize(
+    ("operator", "target", "ratio"),
+    [
+        ("ligo", {"layers": 2}, 1.412),
+        ("ligo", {"hidden": 16, "heads": 4, "ffn": 32}, 1.776),
+        ("ligo", {"hidden": 16, "heads": 4, "ffn": 32, "layers": 2}, 2.455),
+        ("depth_stack+vocab", {"layers": 2, "vocab": 330}, 1.412),
+        ("head_dim", {"head_dim": 8}, None),
+        ("kv_groups", {"heads": 4}, None),
+        ("vocab", {"vocab": 330}, None),
+        ("sequence", {"sequence": 16}, None),
+    ],
+)
+def test_the_papers_ratio_follows_what_grows(dataset, tmp_path, operator, target, ratio):
+    grow = {"operator": operator, "target": target, "restart": "paper"}
+    mapping = settings(dataset, tmp_path, schedule={"warmup": 2},
+        model={"family": "llama", "layers": 1},
+        stages=[{"until": {"steps": 100}}, {"grow": grow, "until": {"steps": 200}}])  # fmt: skip
+    if ratio is None:
+        with pytest.raises(ConfigError, match=r"stages\[1\].grow.restart: the paper has ratios"):
+            plan_run(parse_config(mapping), world=1, vocabulary=320)
+        mapping["stages"][1]["grow"]["restart"] = 2.0
+        ratio = 2.0
+    rate = plan_run(parse_config(mapping), world=1, vocabulary=320).learning_rate
+    assert rate.position(100) == round(100 / ratio)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_the_rate_does_not_jump_where_a_rule_ends_a_stage_of_a_run_bounded_in_flops(
+    dataset, tmp_path, kind
+):
+    mapping = settings(dataset, tmp_path, schedule={"name": kind, "warmup": 2},
+        stages=[{"until": {"slope": -0.05}}, {"grow": WIDTH, "until": {"flops": 3e8}}],
+    )  # fmt: skip
+    config = parse_config(mapping)
+    before = plan_run(config, world=1, vocabulary=320)
+    end = before.stages[0].plan.end_step // 2
+    after = plan_run(config, world=1, vocabulary=320, ends=(end,))
+    assert after.total_steps < before.total_steps and end > 20
+    rate, planned = after.learning_rate, before.learning_rate
+    assert [rate.at(s) for s in range(end)] == [planned.at(s) for s in range(end)]
+    # WIDTH re-warms over one step, whose factor is 1.
+    assert rate.at(end) == pytest.approx(planned.at(end), rel=1e-12)
+    assert rate.at(after.total_steps - 1) > rate.at(after.total_steps) == pytest.approx(0, abs=1e-9)
+
+
+def test_fitting_counts_in_the_plans_flops(dataset, tmp_path):
+    ligo = {"operator": "ligo", "target": {"layers": 4}, "fit_steps": 3}
+    mapping = settings(dataset, tmp_path, stages=[
+        {"until": {"steps": 4}}, {"grow": ligo, "until": {"flops": 1e8}},
+    ])  # fmt: skip
+    plan = plan_run(parse_config(mapping), world=1, vocabulary=320)
+    small, large = (stage.plan for stage in plan.stages)
+    fit = large.start_flops - small.end_flops
+    assert fit > 3 * small.batch.global_ * small.sequence * train_flops_per_token(large.model)
+    assert large.end_flops - large.flops_per_step < 1e8 <= large.end_flops
+    mapping["stages"][1]["grow"] = {"operator": "depth_stack", "target": {"layers": 4}}
+    stacked = plan_run(parse_config(mapping), world=1, vocabulary=320).stages[1].plan
+    assert stacked.start_flops == small.end_flops and stacked.steps > large.steps

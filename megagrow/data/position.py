@@ -1,0 +1,184 @@
+"""Where a run stands in its data, and what is left of an epoch when samples change their length.
+
+**Position.**  How many samples were taken, of which length, in the order in which that happened:
+``((32, 1000), (128, 500))``.  Everything else follows from it, the seed and the size of the data.
+
+**A change of length.**  The samples that a run took so far are scattered over the epoch.  What they
+left is a stream of its own: the windows that are left, in the order of the data, and the few
+tokens behind the last window.  Samples of the new length are windows of that stream, in a seeded
+order of their own, until the epoch is over; the next epoch is cut from the whole data as usual.  So
+no token is a label twice in an epoch, and fewer than one sample's are left out of it, whatever the
+lengths.  The price: where the stream joins two stretches of text, a sample goes from one to the
+other as it does from one document to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megagrow.data.permutation import mixed, positions
+
+Int64 = npt.NDArray[np.int64]
+_BLOCK = 512  # windows that share a count; 64 bytes of bits
+_CHUNK = 1 << 18  # windows looked at together, a multiple of _BLOCK
+
+
+@dataclass(frozen=True)
+class Position:
+    """Samples taken so far.
+
+    Attributes:
+        taken: (tokens of a sample, samples) for each length, in order; neighbours differ.  A
+            length of 0 stands for an unknown one, see `measured`.
+    """
+
+    taken: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """All of them, whatever their lengths."""
+        return sum(count for _, count in self.taken)
+
+    def split(self, sequence: int) -> tuple[tuple[tuple[int, int], ...], int]:
+        """For samples of this length: what was taken before them, and how many of them."""
+        if self.taken and self.taken[-1][0] == sequence:
+            return self.taken[:-1], self.taken[-1][1]
+        return self.taken, 0
+
+    def after(self, samples: int, *, sequence: int) -> Position:
+        """So many samples of this length later."""
+        before, done = self.split(sequence)
+        return Position((*before, (sequence, done + samples))) if samples else self
+
+    def measured(self, sequence: int) -> Position:
+        """With the length of the samples of earlier versions, which counted them alone.
+
+        Those went on at their number in the new length's order, as `sequence` for all of them says.
+        """
+        return Position(tuple((length or sequence, count) for length, count in self.taken))
+
+    def to_json(self) -> dict[str, Any]:
+        """A form that JSON holds; `from_json` is its inverse."""
+        return {"consumed_samples": self.samples, "taken": [list(pair) for pair in self.taken]}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Position:
+        """Read what `to_json` wrote (KeyError, TypeError or ValueError on anything else)."""
+        total = int(data["consumed_samples"])
+        if "taken" not in data:
+            return Position(((0, total),) if total else ())
+        found = Position(tuple((int(length), int(count)) for length, count in data["taken"]))
+        if found.samples != total or any(min(pair) < 1 for pair in found.taken):
+            raise ValueError(f"consumed_samples {total} and taken {list(found.taken)}")
+        return found
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What a position leaves of the epoch that it is in.
+
+    Attributes:
+        epoch: its number.
+        taken: (tokens of a sample, samples) of this epoch.
+        tokens: that are left of it.
+    """
+
+    epoch: int
+    taken: tuple[tuple[int, int], ...]
+    tokens: int
+
+    def after(self, sequence: int, samples: int, *, total: int) -> Stretch:
+        """So many samples later, in data of `total` tokens."""
+        here = self.tokens // sequence
+        if samples < here:
+            if samples == 0:
+                return self
+            left = self.tokens - samples * sequence
+            return Stretch(self.epoch, (*self.taken, (sequence, samples)), left)
+        epochs, rest = divmod(samples - here, total // sequence)
+        taken = ((sequence, rest),) if rest else ()
+        return Stretch(self.epoch + 1 + epochs, taken, total - rest * sequence)
+
+
+class Stream:
+    """The tokens that samples of several lengths left of an epoch, in the order of the data.
+
+    Args:
+        total: tokens of the data.
+        seed: of the order.
+        stretch: what was taken; all of it is of one epoch.
+    """
+
+    def __init__(self, *, total: int, seed: int, stretch: Stretch) -> None:
+        self._layers: list[_Layer] = []
+        length = total
+        for depth, (sequence, taken) in enumerate(stretch.taken):
+            key = layer_key(seed, epoch=stretch.epoch, depth=depth)
+            layer = _Layer(length, sequence, taken, key)
+            self._layers.append(layer)
+            length = layer.left
+        self.length = length
+
+    @property
+    def joins(self) -> int:
+        """At most so many places where two tokens of the stream are no neighbours in the data."""
+        return sum(layer.joins for layer in self._layers)
+
+    def places(self, start: int, count: int) -> Int64:
+        """Where tokens [start, start + count) lie in the epoch, [count]."""
+        found = np.arange(start, start + count, dtype=np.int64)
+        for layer in reversed(self._layers):
+            found = layer.places(found)
+        return found
+
+
+def layer_key(seed: int, *, epoch: int, depth: int) -> int:
+    """The key of an epoch's order; `depth` counts the lengths that came before in it."""
+    return mixed(seed, epoch, depth) if depth else mixed(seed, epoch)
+
+
+class _Layer:
+    """Which windows of a stream are left: one bit each, and a count for every block of them."""
+
+    def __init__(self, length: int, sequence: int, taken: int, key: int) -> None:
+        self._sequence, self._windows = sequence, length // sequence
+        self.left = length - taken * sequence
+        self._bits = np.empty(-(-self._windows // 8), np.uint8)
+        counts = [0]
+        self.joins = 0
+        before = True
+        for start in range(0, self._windows, _CHUNK):
+            stop = min(start + _CHUNK, self._windows)
+            order = positions(np.arange(start, stop), size=self._windows, key=key)
+            free = order >= taken
+            # A stretch begins at a free window behind one that is not.
+            self.joins += int((free & ~np.concatenate([[before], free[:-1]])).sum())
+            before = bool(free[-1])
+            self._bits[start // 8 : -(-stop // 8)] = np.packbits(free)
+            sums = np.add.reduceat(free.astype(np.int64), np.arange(0, stop - start, _BLOCK))
+            counts += sums.tolist()
+        self._before = np.cumsum(counts)  # of free windows, by block
+
+    def places(self, at: Int64) -> Int64:
+        """Where tokens of what is left lie in the stream that the windows were cut from."""
+        free = int(self._before[-1])
+        number, inside = np.divmod(at, self._sequence)
+        window = np.empty_like(number)
+        for one in np.unique(number):
+            # Behind the free windows come the tokens that were in none.
+            window[number == one] = (
+                self._window(int(one)) if one < free else self._windows + int(one) - free
+            )
+        return window * self._sequence + inside
+
+    def _window(self, number: int) -> int:
+        """The free window of this number."""
+        block = int(np.searchsorted(self._before, number, side="right")) - 1
+        bits = np.unpackbits(self._bits[block * _BLOCK // 8 : (block + 1) * _BLOCK // 8])
+        inside = np.flatnonzero(bits)[number - int(self._before[block])]
+        return block * _BLOCK + int(inside)
