@@ -77,7 +77,7 @@ class GrowConfig(Section):
     takes the policy's default.  `restart` sets the learning-rate schedule back: the position S of
     the growth becomes S / restart (Shen et al., arXiv 2203.06211); `paper` is theirs for the
     operator, null goes on.  `mup: true` divides the learning rate of matrices by the growth
-    of their inputs.  `ramp` is the number of steps over which `width_random` lets its new units
+    of their inputs, and that of the final norm where it carries the output head's share.  `ramp` is the number of steps over which `width_random` lets its new units
     in, `fit_steps` for how many `ligo` is fitted; null takes the operator's default.
     """
 

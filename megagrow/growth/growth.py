@@ -84,7 +84,7 @@ class Growth:
             if self.policy.scale_rates:
                 inherited = inherited.times(_exact_factors(tensor, self.small, blocks))
             elif self.mup and blocks:
-                inherited = inherited.times(_mup_factors(tensor, self.small[blocks[0].source]))
+                inherited = inherited.times(self._mup_factors(tensor, self.small[blocks[0].source]))
             if inherited != Factors():
                 factors[tensor.name] = inherited
             peak = self.policy.new_block_peak
@@ -102,6 +102,31 @@ class Growth:
             ):
                 young[tensor.name] = before.young[blocks[0].source]
         return OptimizerRules(factors, young)
+
+    def _mup_factors(self, tensor: LogicalTensor, old: LogicalTensor) -> Factors:
+        """Yang et al., arXiv 2203.03466, table 8: under Adam hidden matrices learn at 1 / fan-in.
+
+        The head reads its inputs through the final norm.  Where that carries the head's share of
+        1 / k, as copies do, its elements move the logits as the head's would, so 1 / k is the
+        norm's rate and not the head's (its weight may be the embedding); elsewhere it is the
+        rate of a head that is not tied.  Weight decay is set against the rate, so that the decay
+        of a step stays too.
+        """
+        if tensor.name.startswith("final_norm.") and self._norm_carries:
+            inputs = frozenset(tensor.axes)
+        elif tensor.name == "output.weight" and self._norm_carries:
+            inputs = frozenset()
+        else:
+            inputs = reads(tensor)
+        sizes = zip(tensor.axes, tensor.shape, old.shape, strict=True)
+        k = math.prod(large / n for axis, large, n in sizes if axis in inputs)
+        return Factors(lr=1 / k, weight_decay=k)
+
+    @cached_property
+    def _norm_carries(self) -> bool:
+        """Whether the final norm is scaled down by what the head's inputs grow by."""
+        blocks = self._blocks["final_norm.weight"]
+        return sum(b.param * b.volume for b in blocks) < sum(b.volume for b in blocks)
 
 
 def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Growth]:
@@ -314,20 +339,6 @@ def _copies(new: Matrix, old: Matrix, blocks: Sequence[Block]) -> int | None:
     # Every combination of the copies along each axis must be there, as P m Q^T has it.
     copies = math.prod(len({axes[i] for axes in meeting}) for i in range(len(old.index)))
     return copies if copies == len(meeting) else None
-
-
-def _mup_factors(tensor: LogicalTensor, old: LogicalTensor) -> Factors:
-    """Yang et al., arXiv 2203.03466, table 8: under Adam hidden matrices learn at 1 / fan-in.
-
-    The output head's share is in the final norm, so its own rate stays.  Weight decay is set
-    against the rate, so that the decay of a step stays too.
-    """
-    if tensor.name == "output.weight":
-        return Factors()
-    inputs = reads(tensor)
-    sizes = zip(tensor.axes, tensor.shape, old.shape, strict=True)
-    k = math.prod(large / n for axis, large, n in sizes if axis in inputs)
-    return Factors(lr=1 / k, weight_decay=k)
 
 
 def _progressions(block: Block) -> tuple[tuple[int, int, int], ...]:

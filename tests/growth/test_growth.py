@@ -130,8 +130,14 @@ def test_mup_divides_the_rates_of_matrices_by_the_growth_of_their_inputs():
     assert rules.factors_of("layers.0.mlp.up.weight") == Factors(lr=0.5, weight_decay=2.0)
     assert rules.factors_of("layers.0.mlp.down.weight").lr == pytest.approx(1 / 3)
     assert rules.factors_of("layers.0.attention.out.weight").lr == 0.5
-    for name in ("embedding.token", "output.weight", "final_norm.weight", "layers.0.mlp.up.bias"):
+    # The final norm carries the head's share, and so its rate.
+    assert {rules.factors_of(f"final_norm.{kind}").lr for kind in ("weight", "bias")} == {0.5}
+    for name in ("embedding.token", "output.weight", "layers.0.mlp.up.bias"):
         assert rules.factors_of(name) == Factors()
+    fresh = section.model_copy(update={"operator": "width_random"})
+    rules = plan_growth(fresh, model)[1].rules_after(OptimizerRules(), step=0)
+    assert rules.factors_of("output.weight").lr == 0.5
+    assert rules.factors_of("final_norm.weight") == Factors()
     with pytest.raises(GrowthError, match="sets the rates itself"):
         plan_growth(section.model_copy(update={"state_policy": "exact"}), model)
 
