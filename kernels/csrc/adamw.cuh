@@ -3,14 +3,16 @@
 //
 // Boxes of the partition may hold young elements, with a rate and a step count of their own:
 // inside a box all but the old block is young, and the old block is an arithmetic progression on
-// each axis.
+// each axis.  Inside the old block there may be young elements of an earlier growth.
 #pragma once
 #include "common/vec.h"
 
 namespace mg {
 constexpr int kAxes = 4;  // of a box; fewer are padded in front with 1
 
-// A row of the table of young boxes, all int64: sorted by start, without overlap.
+// A row of the table of young boxes, all int64: sorted by start, without overlap.  Rows of one
+// start have one shape; the old block of each lies inside that of the next, and the last row that
+// an element is young in counts.
 struct YoungBox {
   int64_t start, volume;
   int64_t size[kAxes];
@@ -72,7 +74,9 @@ struct Cursor {
   MG_DEVICE Rate next(int64_t i, Rate usual) {
     if (i >= stop) {
       if (box + 1 >= boxes || i < young[box + 1].start) return usual;
-      const YoungBox& b = young[++box];
+      ++box;
+      while (box + 1 < boxes && young[box + 1].start == young[box].start) ++box;
+      const YoungBox& b = young[box];
       start = b.start, stop = start + b.volume;
       if (i >= stop) return usual;
       begin = (int)b.begin[kAxes - 1], step = (int)b.step[kAxes - 1];
@@ -82,7 +86,23 @@ struct Cursor {
     if (at == size) seek(i);
     const bool old = outer && at >= begin && at < end && (step == 1 || (at - begin) % step == 0);
     ++at;
-    return old ? usual : rates[box];
+    if (!old) return rates[box];
+    for (int b = box - 1; b >= 0 && young[b].start == start; --b)
+      if (!holds(young[b], (uint32_t)(i - start))) return rates[b];
+    return usual;
+  }
+
+  // Whether the old block of a box holds a position.
+  MG_DEVICE static bool holds(const YoungBox& b, uint32_t rest) {
+    bool old = true;
+#pragma unroll
+    for (int a = kAxes - 1; a >= 0; --a) {
+      const uint32_t length = (uint32_t)b.size[a], above = rest / length;
+      old = old && is_old((int)(rest - above * length), (int)b.begin[a], (int)b.step[a],
+                          (int)b.count[a]);
+      rest = above;
+    }
+    return old;
   }
 };
 

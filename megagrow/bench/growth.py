@@ -71,7 +71,7 @@ def measure(
     small = start_engine(config=config, stage=before, state=state, comm=comm)
     fill_fresh(small, config=config, comm=comm)
     _make_moments(small.state, small.placement, comm.rank)
-    state = state.after_growth(growth)
+    state = state.after_growth(growth, betas=config.optimizer.bias_correction)
     old_placement, new_placement = small.placement, after.placement(state.rules)
     new_bytes = _held(new_placement, comm.rank)
     clock = _Clock(comm)

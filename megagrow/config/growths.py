@@ -75,10 +75,11 @@ class GrowConfig(Section):
     `state_policy: null` takes the operator's default.  `rewarm` is the number
     of steps over which the learning rate climbs back after the growth; null
     takes the policy's default.  `restart` sets the learning-rate schedule back: the position S of
-    the growth becomes S / restart (Shen et al., arXiv 2203.06211); `paper` is theirs for the
-    operator, null goes on.  `mup: true` divides the learning rate of matrices by the growth
-    of their inputs, and that of the final norm where it carries the output head's share.  `ramp` is the number of steps over which `width_random` lets its new units
-    in, `fit_steps` for how many `ligo` is fitted; null takes the operator's default.
+    the growth becomes S / restart (Shen et al., arXiv 2203.06211); `paper` is theirs for depth,
+    width or both, whichever grows; null goes on.  `mup: true` divides the learning rate of matrices
+    by the growth of their inputs, and that of the final norm where it carries the output head's
+    share.  `ramp` is the number of steps over which `width_random` lets its new units in,
+    `fit_steps` for how many `ligo` is fitted; null takes the operator's default.
     """
 
     operator: str

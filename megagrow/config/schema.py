@@ -164,6 +164,11 @@ class OptimizerConfig(Section):
             )
         return self
 
+    @property
+    def bias_correction(self) -> tuple[float, float] | None:
+        """The betas of moments that are corrected for their age; None where there are none."""
+        return None if self.name == "lion" else self.betas
+
 
 class PrecisionConfig(Section):
     """Number format of parameters and activations; master weights and moments are fp32."""

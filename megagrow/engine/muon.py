@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from megagrow.engine.optimizer import BlockAdamW, Index, regions
+from megagrow.engine.optimizer import BlockAdamW, Index, generations
 from megagrow.growth.rules import YoungBlocks
 from megagrow.state.boxes import Box
 from megagrow.state.matrices import Matrix
@@ -130,9 +130,10 @@ class BlockMuon(BlockAdamW):
             update = whole[box.slices].to(p.device)
             rates: list[tuple[Index, float]] = [((), 1.0)]
             if tensor.young is not None:
-                old, new = regions(tensor.young.kept, box)
-                factor = tensor.young.lr_factor(step)
-                rates = [*((index, 1.0) for index in old), *((index, factor) for index in new)]
+                rates = [
+                    (index, 1.0 if young is None else young.lr_factor(step))
+                    for index, young in generations(tensor.young, box)
+                ]
             for index, factor in rates:
                 lr = group["lr"] * factor
                 p[index].mul_(1 - lr * group["weight_decay"]).sub_(update[index], alpha=lr)

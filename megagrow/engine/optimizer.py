@@ -129,16 +129,12 @@ class BlockOptimizer(torch.optim.Optimizer):
             self._update(group, [t[position : shard.start] for t in flat], steps=before, fused=True)
             position = shard.start + shard.box.volume
             boxes = [t[shard.start : position].view(shard.box.shape) for t in flat]
-            old, new = regions(shard.blocks.kept, shard.box)
-            for index in old:
-                self._update(group, [t[index] for t in boxes], steps=before)
-            factor = shard.blocks.lr_factor(before + 1)
-            for index in new:
+            for index, young in generations(shard.blocks, shard.box):
                 self._update(
                     group,
                     [t[index] for t in boxes],
-                    steps=before - shard.blocks.born,
-                    lr_factor=factor,
+                    steps=before if young is None else before - young.born,
+                    lr_factor=1.0 if young is None else young.lr_factor(before + 1),
                 )
         self._update(group, [t[position:] for t in flat], steps=before, fused=True)
         state["step"] += 1
@@ -179,10 +175,15 @@ class BlockAdamW(BlockOptimizer, torch.optim.AdamW):
             table = rates = None
             if young:
                 if p not in self._tables:
-                    self._tables[p] = ops.young_table([_young_box(s) for s in young], p.device)
+                    boxes = [box for s in young for box in _young_boxes(s)]
+                    self._tables[p] = ops.young_table(boxes, p.device)
                 table = self._tables[p]
                 rates = ops.young_rates(
-                    [(group["lr"] * s.blocks.lr_factor(step), step - s.blocks.born) for s in young],
+                    [
+                        (group["lr"] * blocks.lr_factor(step), step - blocks.born)
+                        for s in young
+                        for blocks in _innermost_first(s.blocks)
+                    ],
                     betas=group["betas"],
                     device=p.device,
                 )
@@ -292,9 +293,54 @@ def _lion(
 Index = tuple[slice, ...]
 
 
-def _young_box(shard: YoungShard) -> ops.YoungBox:
-    old, _ = regions(shard.blocks.kept, shard.box)
-    return ops.YoungBox(shard.start, shard.box.shape, old[0] if old else None)
+def _innermost_first(blocks: YoungBlocks) -> list[YoungBlocks]:
+    """The young blocks of a tensor, those of the earliest growth first."""
+    return [*(_innermost_first(blocks.inside) if blocks.inside else ()), blocks]
+
+
+def _young_boxes(shard: YoungShard) -> list[ops.YoungBox]:
+    """What the kernel's table has of a shard: a box for each growth."""
+    olds = [regions(blocks.kept, shard.box)[0] for blocks in _innermost_first(shard.blocks)]
+    return [ops.YoungBox(shard.start, shard.box.shape, old[0] if old else None) for old in olds]
+
+
+def generations(blocks: YoungBlocks, box: Box) -> list[tuple[Index, YoungBlocks | None]]:
+    """Cut a box into its parts by the growth that they are of.
+
+    Args:
+        blocks: the young blocks of the tensor.
+        box: the box, in logical coordinates.
+
+    Returns:
+        (index, blocks that it is of; None for the old part); indices count from the box's corner,
+        do not overlap and cover the box.
+    """
+    found: list[tuple[Index, YoungBlocks | None]] = []
+    view = [range(n) for n in box.shape]  # what is left for the growths before
+    level: YoungBlocks | None = blocks
+    while level is not None:
+        old, _ = regions(level.kept, box)
+        if not old:
+            return [*found, (_slices(view), level)]
+        inner = [range(n)[part] for n, part in zip(box.shape, old[0], strict=True)]
+        at = [_relative(axis, part) for axis, part in zip(view, inner, strict=True)]
+        for axis, part in enumerate(at):
+            # Old on the axes before, young on this one, anything behind: disjoint, and all of it.
+            for gap in _gaps(part, len(view[axis])):
+                found.append((_slices([*inner[:axis], view[axis][gap], *view[axis + 1 :]]), level))
+        view, level = inner, level.inside
+    return [*found, (_slices(view), None)]
+
+
+def _relative(view: range, part: range) -> slice:
+    """The elements of a part of a view as an index of the view."""
+    first = view.index(part[0])
+    step = view.index(part[1]) - first if len(part) > 1 else 1
+    return slice(first, first + (len(part) - 1) * step + 1, step)
+
+
+def _slices(axes: Iterable[range]) -> Index:
+    return tuple(slice(axis.start, axis.stop, axis.step) for axis in axes)
 
 
 def regions(kept: Sequence[Progression] | None, box: Box) -> tuple[list[Index], list[Index]]:

@@ -19,7 +19,7 @@ from megagrow.growth.width import reads
 from megagrow.model.catalog import build_catalog
 from megagrow.state.catalog import Catalog, LogicalTensor, Slot
 from megagrow.state.matrices import Matrix, matrices
-from megagrow.state.statemap import Copy, Fill
+from megagrow.state.statemap import AxisMap, Copy, Fill
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,26 @@ class Growth:
             return "covered"
         return self.operator.fill(tensor) if slot.kind == "parameter" else "zeros"
 
-    def rules_after(self, before: OptimizerRules, *, step: int) -> OptimizerRules:
+    def rules_after(
+        self,
+        before: OptimizerRules,
+        *,
+        step: int,
+        betas: tuple[float, float] | None = None,
+    ) -> OptimizerRules:
         """The optimizer's rules once the growth is done.
 
         Args:
             before: the rules in force until now.
             step: the optimizer's step count at the growth.
+            betas: of AdamW, where it is what steps.
 
-        Young blocks of an earlier growth stay young where this one copies their tensor
-        whole and steps count on; elsewhere they count as grown up.
+        Young blocks of an earlier growth keep their step count, inside the old block of this
+        one or where their tensor is copied whole.  Where they are copied in pieces, among old
+        elements, they count as grown up.
+
+        Raises:
+            GrowthError: they are copied in pieces while they are too young for that.
         """
         factors: dict[str, Factors] = {}
         young: dict[str, YoungBlocks] = {}
@@ -88,20 +99,55 @@ class Growth:
             if inherited != Factors():
                 factors[tensor.name] = inherited
             peak = self.policy.new_block_peak
+            # A step count that starts again would give earlier blocks a negative age.
+            keeps = bool(blocks) and not self.policy.restart_steps
+            earlier = before.young.get(blocks[0].source) if keeps else None
             if peak is not None and _has_new(tensor, blocks):
+                kept = _kept(self, tensor)
+                inside = earlier and self._carried(earlier, tensor, step=step, betas=betas)
                 young[tensor.name] = YoungBlocks(
-                    kept=_kept(self, tensor),
+                    kept=kept,
                     born=step,
                     peak=peak,
                     rewarm=self.rewarm,
+                    inside=None if kept is None else inside,
                 )
-            elif (
-                not self.policy.restart_steps  # it would give them a negative age
-                and _is_whole(tensor, blocks)
-                and blocks[0].source in before.young
-            ):
-                young[tensor.name] = before.young[blocks[0].source]
+            elif earlier is not None and _is_whole(tensor, blocks):
+                young[tensor.name] = earlier
+            elif earlier is not None and betas is not None and earlier.matters(step, betas=betas):
+                raise _too_young(self, tensor, earlier, step)
         return OptimizerRules(factors, young)
+
+    def _carried(
+        self,
+        young: YoungBlocks,
+        tensor: LogicalTensor,
+        *,
+        step: int,
+        betas: tuple[float, float] | None,
+    ) -> YoungBlocks | None:
+        """Where the old block takes the young blocks of an earlier growth; None: grown up.
+
+        Raises:
+            GrowthError: they are scattered there, and too young for that.
+        """
+        inside = young.inside and self._carried(young.inside, tensor, step=step, betas=betas)
+        if young.kept is None:
+            return replace(young, inside=None)
+        images = [
+            tuple(map(_image, block.axes, young.kept))
+            for block in self.blocks(tensor)
+            if not block.new
+        ]
+        try:
+            whole = [axes for axes in images if all(len(axis) for axis in axes)]
+            progressions = [tuple(map(_progression, axes)) for axes in whole]
+            kept = _product(progressions) if progressions else None
+        except ValueError:
+            if betas is not None and young.matters(step, betas=betas):
+                raise _too_young(self, tensor, young, step) from None
+            return None
+        return replace(young, kept=kept, inside=inside)
 
     def _mup_factors(self, tensor: LogicalTensor, old: LogicalTensor) -> Factors:
         """Yang et al., arXiv 2203.03466, table 8: under Adam hidden matrices learn at 1 / fan-in.
@@ -359,19 +405,56 @@ def _kept(growth: Growth, tensor: LogicalTensor) -> tuple[Progression, ...] | No
     kept = [_progressions(b) for b in growth.blocks(tensor) if not b.new]
     if not kept:
         return None
+    try:
+        return _product(kept)
+    except ValueError:
+        raise _scattered(growth, tensor) from None
+
+
+def _product(blocks: Sequence[tuple[Progression, ...]]) -> tuple[Progression, ...]:
+    """Disjoint products of progressions as one; raises ValueError where they are none."""
     joined = []
-    for parts in zip(*kept, strict=True):
+    for parts in zip(*blocks, strict=True):
         distinct = sorted(set(parts))
         start, step, _ = distinct[0]
         count = 0
         for first, each, n in distinct:
             if each != step or first != start + count * step:
-                raise _scattered(growth, tensor)
+                raise ValueError("not one progression")
             count += n
         joined.append((start, step, count))
-    if math.prod(n for *_, n in joined) != sum(math.prod(n for *_, n in axes) for axes in kept):
-        raise _scattered(growth, tensor)
+    if math.prod(n for *_, n in joined) != sum(math.prod(n for *_, n in axes) for axes in blocks):
+        raise ValueError("not a product")
     return tuple(joined)
+
+
+def _image(axis: AxisMap, progression: Progression) -> list[int]:
+    """Where a block takes the elements of a progression along an axis."""
+    first, step, count = progression
+    source = range(
+        axis.source_start, axis.source_start + axis.length * axis.source_step, axis.source_step
+    )
+    return [
+        axis.target_start + source.index(at) * axis.target_step
+        for at in range(first, first + count * step, step)
+        if at in source
+    ]
+
+
+def _progression(indices: list[int]) -> Progression:
+    step = indices[1] - indices[0] if len(indices) > 1 else 1
+    if indices != list(range(indices[0], indices[-1] + 1, step)):
+        raise ValueError("not a progression")
+    return indices[0], step, len(indices)
+
+
+def _too_young(growth: Growth, tensor: LogicalTensor, young: YoungBlocks, step: int) -> GrowthError:
+    return GrowthError(
+        f"grow.state_policy {growth.policy.name!r}: the new elements of {tensor.name} of the "
+        "growth before would be copied among old ones, but AdamW still counts their own steps",
+        found=f"a growth {step - young.born} optimizer steps after that one",
+        mend="set grow.state_policy to kept, sparkling or reset, or grow later",
+    )
 
 
 def _scattered(growth: Growth, tensor: LogicalTensor) -> GrowthError:

@@ -7,6 +7,7 @@ axis, so "the rest" needs no mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -53,12 +54,15 @@ class YoungBlocks:
         born: optimizer step at the growth; bias correction of the new blocks counts from it.
         peak: multiple of the learning rate that they climb to.
         rewarm: over how many steps.
+        inside: the new blocks of an earlier growth, inside the old block; their own step count
+            goes on.  None where all of the old block counts the optimizer's steps.
     """
 
     kept: tuple[Progression, ...] | None
     born: int
     peak: float
     rewarm: int
+    inside: YoungBlocks | None = None
 
     def lr_factor(self, step: int) -> float:
         """The multiple of the learning rate for the update that makes step `step` (from 1)."""
@@ -66,6 +70,28 @@ class YoungBlocks:
         if self.rewarm == 0:
             return self.peak
         return 1.0 + (self.peak - 1.0) * min(age / self.rewarm, 1.0)
+
+    def matters(self, step: int, *, betas: tuple[float, float]) -> bool:
+        """Whether AdamW's bias correction still makes 1 % of an update or more."""
+        age = step - self.born
+        if age <= 0:
+            return True
+        ratio = (1 - betas[0] ** age) / math.sqrt(1 - betas[1] ** age)
+        return abs(ratio - 1) >= 0.01 or (
+            self.inside is not None and self.inside.matters(step, betas=betas)
+        )
+
+    @staticmethod
+    def from_json(item: Mapping[str, Any]) -> YoungBlocks:
+        """Read what `dataclasses.asdict` made; earlier versions knew no `inside`."""
+        kept, inside = item["kept"], item.get("inside")
+        return YoungBlocks(
+            None if kept is None else tuple((int(a), int(b), int(c)) for a, b, c in kept),
+            int(item["born"]),
+            float(item["peak"]),
+            int(item["rewarm"]),
+            None if inside is None else YoungBlocks.from_json(inside),
+        )
 
 
 @dataclass(frozen=True)
@@ -89,13 +115,7 @@ class OptimizerRules:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> OptimizerRules:
         """Read what `to_json` wrote (KeyError, TypeError or ValueError on anything else)."""
-        young = {}
-        for name, item in data["young"].items():
-            kept = item["kept"]
-            axes = None if kept is None else tuple((int(a), int(b), int(c)) for a, b, c in kept)
-            young[name] = YoungBlocks(
-                axes, int(item["born"]), float(item["peak"]), int(item["rewarm"])
-            )
+        young = {name: YoungBlocks.from_json(item) for name, item in data["young"].items()}
         factors = {
             name: Factors(
                 float(f["lr"]),

@@ -38,7 +38,9 @@ def young_table(boxes: Sequence[YoungBox], device: torch.device | str = "cpu") -
     and the begin, step and count of the old block.
 
     Args:
-        boxes: sorted by their start, without overlap.
+        boxes: sorted by their start; without overlap, but that several may be of one place and
+            shape.  Those of the first have their old block inside the old block of the next, and
+            say what is young in there: the last that an element is young in counts.
         device: where the partition lies.
 
     Raises:

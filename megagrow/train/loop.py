@@ -381,7 +381,8 @@ class Trainer:
         self._begin(f"growing into stage {stage.index}", slow=True)
         before, small = self._validation_loss(), self.engine.placement.catalog.parameters
         old_stage, seen = self.stage, self.state.seen
-        self.state = self.state.after_growth(stage.growth)
+        betas = self.config.optimizer.bias_correction
+        self.state = self.state.after_growth(stage.growth, betas=betas)
         self.state = replace(
             self.state, seen=carry(seen, config=self.config, plan=self.plan, index=stage.index)
         )

@@ -107,7 +107,7 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
         growth=growth,
         small=small,
         model=model,
-        state=state.after_growth(growth),
+        state=state.after_growth(growth, betas=config.optimizer.bias_correction),
         config=_with_growth(config, state, grow),
     )
 

@@ -85,16 +85,19 @@ class RunPlan:
         """Optimizer steps of the whole run."""
         return self.stages[-1].plan.end_step
 
-    def rules_at(self, index: int) -> OptimizerRules:
+    def rules_at(self, index: int, *, betas: tuple[float, float] | None = None) -> OptimizerRules:
         """What the growths up to a stage leave to the optimizer.
 
         Young blocks count from the planned step of their growth, so this is for plans;
         a run keeps its own rules.
         """
-        rules = OptimizerRules()
+        rules, counted = OptimizerRules(), 0  # `counted`: where the optimizer's steps count from
         for stage in self.stages[1 : index + 1]:
             if stage.growth is not None:
-                rules = stage.growth.rules_after(rules, step=stage.plan.start_step)
+                step = stage.plan.start_step - counted
+                if stage.growth.policy.restart_steps:
+                    step, counted = 0, stage.plan.start_step
+                rules = stage.growth.rules_after(rules, step=step, betas=betas)
         return rules
 
     def placement(self, index: int) -> Placement:
@@ -177,6 +180,7 @@ def plan_run(
     plan = RunPlan(tuple(stages), rate, slots, planned)
     for i in range(len(stages)):
         plan.placement(i)  # refuses what the optimizer cannot follow
+    plan.rules_at(len(stages) - 1, betas=config.optimizer.bias_correction)
     return plan
 
 

@@ -69,11 +69,16 @@ class RunState:
             flops=self.flops + flops,
         )
 
-    def after_growth(self, growth: Growth | None) -> RunState:
+    def after_growth(self, growth: Growth | None, *, betas: tuple[float, float] | None) -> RunState:
         """The state at the start of the next growth stage.
 
+        Args:
+            growth: into the stage; None where it has none.
+            betas: of AdamW, where it is what steps.
+
         Raises:
-            GrowthError: the units of an earlier growth are still coming in.
+            GrowthError: the units of an earlier growth are still coming in, or too young for
+                this one's state policy.
         """
         if growth is not None and self.ramp is not None:
             raise GrowthError(
@@ -88,7 +93,7 @@ class RunState:
         if growth is None:
             return following
         count = 0 if growth.policy.restart_steps else self.optimizer_step
-        rules = growth.rules_after(self.rules, step=count)
+        rules = growth.rules_after(self.rules, step=count, betas=betas)
         ramp = None if growth.ramp is None else replace(growth.ramp, born=self.step)
         # A growth may raise the loss, which then is no spike.
         return replace(following, optimizer_step=count, rules=rules, ramp=ramp, recent=())

@@ -185,6 +185,21 @@ def test_young_blocks_stay_young_where_they_are_copied_whole():
     assert deeper.young["layers.3.mlp.up.weight"] == first.young["layers.1.mlp.up.weight"]
     wider = _growth(wide, "width", "sparkling").rules_after(first, step=9)
     assert {young.born for young in wider.young.values()} == {9}
+    # Those of the growth before keep their own step, inside the old block of the later one.
+    up = wider.young["layers.0.mlp.up.weight"]  # [ffn, embed]: 12 x 8, 24 x 16, 48 x 32
+    assert up.kept == ((0, 2, 24), (0, 1, 16))
+    assert (up.inside.kept, up.inside.born, up.inside.inside) == (((0, 4, 12), (0, 1, 8)), 3, None)
+    assert OptimizerRules.from_json(json.loads(json.dumps(wider.to_json()))) == wider
+
+
+def test_young_blocks_are_not_copied_among_old_ones_before_their_moments_are_grown_up():
+    model = toy_model()
+    first = _growth(model, "width", "kept").rules_after(OptimizerRules(), step=1000)
+    second = _growth(grown_model(model, operator="width", factor=2), "width", "copy")
+    with pytest.raises(GrowthError, match="a growth 20 optimizer steps after that one"):
+        second.rules_after(first, step=1020, betas=(0.9, 0.999))
+    assert not second.rules_after(first, step=1000 + 6000, betas=(0.9, 0.999)).young
+    assert not second.rules_after(first, step=1020).young  # an optimizer that does not correct
 
 
 def test_no_block_is_born_after_the_step_count_starts_again():

@@ -20,7 +20,8 @@ LR, DECAY, EPS = 1e-2, 0.1, 1e-3
 class Run:
     """Unclipped training in fp64 in one process, whose state can be read."""
 
-    def __init__(self, model, state, *, rules, step, muon=False, lr=LR):
+    def __init__(self, model, state, *, rules, step, muon=False, lr=LR, betas=(0.9, 0.95)):
+        self.betas = betas
         self.model, self.rules, self.steps, self.muon, self.lr = model, rules, step, muon, lr
         self.module = build(model, state)
         self.catalog = build_catalog(model)
@@ -37,13 +38,13 @@ class Run:
             for key in sorted(set(keys.values()))
         ]
         if muon:
-            self.optimizer = BlockMuon(groups, betas=(0.9, 0.95), momentum=0.95)
+            self.optimizer = BlockMuon(groups, betas=betas, momentum=0.95)
             self.optimizer.set_matrices(
                 {parameters[t.name]: [self._matrices(t)] for t in self.catalog if t.is_matrix},
                 collect=lambda whole: None,
             )
         else:
-            self.optimizer = BlockAdamW(groups, betas=(0.9, 0.95))
+            self.optimizer = BlockAdamW(groups, betas=betas)
         self.optimizer.make_state(parameters.values(), step=step)
         for name, parameter in parameters.items():
             for slot in ADAM_SLOTS[1:]:
@@ -86,8 +87,16 @@ class Run:
         model, growth, state = grow(
             self.model, self.state(), operator=operator, factor=factor, policy=policy
         )
-        rules = growth.rules_after(self.rules, step=self.steps)
+        rules = growth.rules_after(self.rules, step=self.steps, betas=self.betas)
         return (
-            Run(model, state, rules=rules, step=self.steps, muon=self.muon, lr=self.lr),
+            Run(
+                model,
+                state,
+                rules=rules,
+                step=self.steps,
+                muon=self.muon,
+                lr=self.lr,
+                betas=self.betas,
+            ),
             growth,
         )

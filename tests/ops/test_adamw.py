@@ -13,14 +13,21 @@ BETAS, EPS, DECAY, LR, STEP = (0.9, 0.95), 1e-6, 0.1, 1e-2, 4
 
 # Boxes of a partition of 1003 elements: (start, shape, old block), and their (lr, step).
 BOXES = [
+    (3, (4, 5), (slice(0, 1), slice(2, 4))),  # of an earlier growth, inside the next one's old
     (3, (4, 5), (slice(0, 2), slice(1, 4))),  # begins and ends inside vectors
     (23, (17,), (slice(2, 17, 5),)),  # beside the last one
+    (64, (2, 3, 4, 5), None),  # three growths: nothing is left of before the first
+    (64, (2, 3, 4, 5), (slice(1, 2), slice(0, 1), slice(1, 2), slice(0, 5, 2))),
     (64, (2, 3, 4, 5), (slice(0, 2), slice(0, 1), slice(1, 4, 2), slice(0, 5))),
     (400, (6, 7), None),  # all of it young
     (442, (1,), (slice(0, 1),)),  # nothing of it young
+    (960, (43,), (slice(0, 20, 3),)),
     (960, (43,), (slice(0, 20),)),  # up to the end
 ]
-RATES = [(0.02, 1), (0.03, 2), (0.005, 1), (0.01, 3), (0.5, 1), (0.02, 4)]
+RATES = [
+    (0.04, 3), (0.02, 1), (0.03, 2), (0.015, 4), (0.025, 3), (0.005, 1), (0.01, 3), (0.5, 1),
+    (0.03, 4), (0.02, 2),
+]  # fmt: skip
 
 
 def young_mask(start, shape, old, n):
@@ -36,6 +43,10 @@ def expected(p, g, m, v, boxes):
     """fp64: every kind of element stepped by an optimizer of its own."""
     n = p.numel()
     kinds = [(young_mask(*box, n), *rate) for box, rate in zip(boxes, RATES, strict=False)]
+    # The last box that an element is young in counts.
+    for number, (mask, *_) in enumerate(kinds):
+        for later, *_ in kinds[number + 1 :]:
+            mask &= ~later
     old = ~torch.stack([k[0] for k in kinds]).any(0) if kinds else torch.ones(n, dtype=torch.bool)
     result = [x.double().cpu().clone() for x in (p, m, v)]
     for mask, lr, step in [(old, LR, STEP), *kinds]:

@@ -1,0 +1,76 @@
+"""Growths close together: every element of the optimizer's state counts steps of its own."""
+
+import numpy as np
+import pytest
+import torch
+from toys import random_state, token_batches, toy_model
+from trained import DECAY, EPS, LR, Run
+
+from megagrow.growth.rules import OptimizerRules
+from megagrow.model.catalog import build_catalog
+from megagrow.model.transformer import named_tensors
+
+BETAS, STEPS = (0.9, 0.999), 4
+
+
+def _births(growth, births, step):
+    """When each element's moments began, from what the growth's blocks copy; by tensor."""
+    found = {}
+    for tensor in growth.target:
+        born = torch.full(tensor.shape, float(step), dtype=torch.float64)
+        for block in growth.blocks(tensor):
+            if not block.new:
+                at = [torch.arange(a.length) for a in block.axes]
+                there = [a.target_start + i * a.target_step
+                         for a, i in zip(block.axes, at, strict=True)]  # fmt: skip
+                here = [a.source_start + i * a.source_step
+                        for a, i in zip(block.axes, at, strict=True)]  # fmt: skip
+                old = births[block.source][torch.meshgrid(*here, indexing="ij")]
+                born[torch.meshgrid(*there, indexing="ij")] = old
+        found[tensor.name] = born
+    return found
+
+
+def _check(run, births, batch):
+    """One update of the run, against AdamW element by element with the age of each."""
+    before, step = run.state().tensors, run.steps
+    run.losses(batch)
+    gradients = {name: p.grad for name, p in named_tensors(run.module).items()}
+    for tensor in run.catalog:
+        p, m, v = (before[tensor.name, s] for s in ("master", "exp_avg", "exp_avg_sq"))
+        g, age = gradients[tensor.name], step + 1 - births[tensor.name]
+        m, v = m + (1 - BETAS[0]) * (g - m), BETAS[1] * v + (1 - BETAS[1]) * g * g
+        update = m / (1 - BETAS[0] ** age) / ((v / (1 - BETAS[1] ** age)).sqrt() + EPS)
+        p = p * (1 - LR * DECAY * tensor.decay) - LR * update
+        found = run.state().tensors[tensor.name, "master"]
+        assert (found - p).abs().max() <= 1e-10, tensor.name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "operators",
+    [
+        ("width", "width"), ("width_diag", "width", "width"), ("head_dim", "width"),
+        ("width", "head_dim"), ("width", "kv_groups", "width"), ("vocab", "width"),
+        ("width", "depth_identity"), ("depth_identity", "width"), ("width_split", "width_noise"),
+    ],
+    ids="-".join,
+)  # fmt: skip
+def test_growths_close_together_keep_the_step_count_of_every_element(family, operators):
+    model = toy_model(family=family, tie_embeddings=False, vocab=8)
+    state = random_state(build_catalog(model), seed=4)
+    for (_, slot), values in state.tensors.items():
+        if slot != "master":
+            values.zero_()
+    run = Run(model, state, rules=OptimizerRules(), step=0, betas=BETAS)
+    births = {t.name: torch.zeros(t.shape, dtype=torch.float64) for t in run.catalog}
+    for number, operator in enumerate(operators):
+        run.losses(token_batches(run.model, samples=2, seed=number, steps=STEPS))
+        if operator == "kv_groups" and family == "gpt2":
+            continue
+        run, growth = run.grown(operator=operator, factor=2, policy="kept")
+        births = _births(growth, births, run.steps)
+    ages = {int(run.steps - b) for born in births.values() for b in np.unique(born)}
+    assert len(ages) >= 2
+    for batch in token_batches(run.model, samples=2, seed=9, steps=2):
+        _check(run, births, batch[None])
