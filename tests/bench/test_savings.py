@@ -11,7 +11,9 @@ from ranks import run_ranks
 
 from megagrow.bench.savings import campaign as campaigns
 from megagrow.bench.savings.config import SavingsConfig, check, member
-from megagrow.bench.savings.results import Point, cost_at, interval, saving
+from megagrow.bench.savings.page import table
+from megagrow.bench.savings.results import Point, Saving, cost_at, interval, saving
+from megagrow.bench.savings.summary import claim, derived, summarised
 from megagrow.config.load import parse_settings
 from megagrow.errors import ConfigError
 from megagrow.train.plan import plan_run
@@ -233,3 +235,84 @@ def test_the_processes_of_a_launcher_train_together(data, tmp_path):
     assert {run["name"] for run in result["runs"]} == {"scratch", "stack", "small_stack"}
     log = log_of(None, f"run.dir={tmp_path}/runs/scratch/lr_0.02-seed_1/stable")
     assert [line["world"] for line in log if line["event"] == "run_start"] == [2]
+
+
+# --- what is said of them -----------------------------------------------------------------
+
+FALLING = {bound: Saving(1.0, grown, 10.0, bound) for bound, grown in (("", 6), (">=", 5),
+                                                                      ("<=", 12))}  # fmt: skip
+
+
+def test_the_seed_that_chose_is_in_neither_mean_nor_interval():
+    one, two, three = (Saving(1.0, grown, 10.0) for grown in (4.0, 8.0, 9.0))
+    found = summarised({1: one, 2: two, 3: three}, chosen_by=1)
+    assert found.mean == pytest.approx(0.15) and (found.seeds, found.chosen_by) == (2, 1)
+    fresh = interval([0.2, 0.1])
+    assert (found.low, found.high) == pytest.approx((fresh.low, fresh.high))
+    every = summarised({1: one, 2: two, 3: three}, chosen_by=None)
+    assert every.mean == pytest.approx(0.3) and (every.seeds, every.chosen_by) == (3, None)
+    alone = summarised({1: one}, chosen_by=1)  # nothing else ran: shown, but not fresh
+    assert (alone.mean, alone.seeds, alone.chosen_by) == (pytest.approx(0.6), 1, None)
+
+
+def test_bounds_are_never_averaged_as_values():
+    value, least, most = (FALLING[bound] for bound in ("", ">=", "<="))
+    found = summarised({1: value, 2: least, 3: least}, chosen_by=None)
+    assert (found.bound, found.low, found.high) == (">=", None, None)
+    assert found.mean == pytest.approx((0.4 + 0.5 + 0.5) / 3)
+    assert summarised({1: value, 2: most}, chosen_by=None).bound == "<="
+    both = summarised({1: value, 2: least, 3: most}, chosen_by=None)
+    assert (both.mean, both.low, both.bound) == (None, None, "<=/>=")
+    # A bound of the seed that chose does not make one of the others.
+    assert summarised({1: least, 2: value}, chosen_by=1).bound == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, []),
+        ({"best_at_an_edge": True}, ["the baseline's best learning rate is at an edge"]),
+        ({"seeds": [1]}, ["no seed but the one that chose"]),
+        ({"small": (3.9, 3.7, 3.0)}, ["the small model alone is better"]),
+        ({"bounds": True}, ["some seeds have a lower bound alone"]),
+    ],
+)
+def test_a_saving_is_claimed_only_where_nothing_speaks_against_it(change, why):
+    seeds = change.get("seeds", [1, 2, 3])
+    points = {("scratch", seed): curve(4.0, 3.8, 3.6) for seed in seeds}
+    points |= {("a", seed): curve(3.9, 3.7, 3.5) for seed in seeds}
+    points |= {("b", 1): curve(4.0, 3.8, 3.6)}
+    points["small_a", 1] = curve(*change.get("small", (4.0, 3.9, 3.8)))
+    if change.get("bounds"):
+        points["a", 2] = curve(3.5, 3.4, 3.3)  # better at its smallest budget
+        points["a", 3] = curve(4.4, 4.3, 4.2)  # worse at its largest
+    result = derived(points, variants=["a", "b"], seeds=seeds) | {
+        "config": {"variants": {"a": {}, "b": {}}, "seeds": seeds},
+        "sweep": {"best_at_an_edge": change.get("best_at_an_edge", False)},
+    }
+    found = claim(result, points)
+    assert found["variant"] == "a" and len(found["why_not"]) == len(why)
+    assert all(text.startswith(start) for text, start in zip(found["why_not"], why, strict=True))
+    assert (found["saving"] is None) == bool(why)
+
+
+@pytest.mark.parametrize("name", ["savings_cpu", "savings_cpu_deep", "savings_cpu_right_size"])
+def test_committed_results_and_the_readme_say_what_their_points_say(name):
+    result = json.loads((REPOSITORY / f"benchmarks/{name}.json").read_text())
+    points = {
+        (run["name"], run["seed"]): [Point(**one) for one in run["points"]]
+        for run in result["runs"]
+    }
+    config = result["config"]
+    again = derived(points, variants=list(config["variants"]), seeds=config["seeds"])
+    assert {key: result[key] for key in again} == again
+    assert result["claim"] == claim(result, points) and result["claim"]["saving"] is None
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    if name == "savings_cpu":
+        flops = result["variants"]["depth_stack_late"]["flops"]
+        mean, low, high = (100 * flops[key] for key in ("mean", "low", "high"))
+        assert f"| {flops['seeds']} | {mean:.1f} % (95 %: {low:.1f} to {high:.1f} %)" in readme
+    if name == "savings_cpu_deep":
+        assert result["sweep"]["best_at_an_edge"]
+        assert f"{result['sweep']['best']}, is the highest that was tried" in readme
+    assert "no saving is claimed" in table(result)

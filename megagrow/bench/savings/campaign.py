@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from megagrow.bench.savings import runs
 from megagrow.bench.savings.config import SCRATCH, SMALL, Branch, Member, SavingsConfig, member
 from megagrow.bench.savings.results import (
-    COSTS,
     SPEEDS,
     Point,
-    Saving,
     finished,
-    interval,
     read_points,
-    saving,
     stage_key,
 )
+from megagrow.bench.savings.summary import Result, claim, derived, ranking
 from megagrow.engine.comm import Comm
 from megagrow.train.plan import plan_run
-
-Result = dict[str, Any]
 
 
 class Campaign:
@@ -121,12 +115,9 @@ class Campaign:
 
     def ranking(self, lr: float) -> list[str]:
         """Variants that have finished something: those that came furthest, the best first."""
-        seed, found = self.config.seeds[0], {}
-        for name in self.config.variants:
-            points = self.points(self.member(name, seed=seed, lr=lr))
-            if points:
-                found[name] = (-points[-1].budget, points[-1].loss)
-        return sorted(found, key=lambda name: found[name])
+        seed, names = self.config.seeds[0], list(self.config.variants)
+        points = {(name, seed): self.points(self.member(name, seed=seed, lr=lr)) for name in names}
+        return ranking(points, names, seed)
 
     def result(self) -> Result:
         """Everything that is known, as plain data."""
@@ -144,7 +135,9 @@ class Campaign:
             "runs": [],
             "variants": {},
             "controls": {},
-        }
+            "claim": {"variant": None, "saving": None, "bound": "",
+                      "why_not": ["nothing to compare yet"]},
+        }  # fmt: skip
         if lr is None:
             return found
         names = [
@@ -162,58 +155,13 @@ class Campaign:
             for (name, seed), own in points.items()
             if own
         ]
-        seeds = self.config.seeds
-        for name in self.config.variants:
-            against = _savings(points, name, SCRATCH, seeds)
-            if against:
-                found["variants"][name] = against
-        for name in self.config.variants:
-            small = f"{SMALL}_{name}"
-            if not points[small, seeds[0]]:
-                continue
-            found["controls"][small] = {
-                "against_scratch": _savings(points, small, SCRATCH, seeds[:1]),
-                "growth_against_it": _savings(points, name, small, seeds[:1]),
-                "beaten_at_the_largest_budget": _beaten(
-                    points[name, seeds[0]], points[small, seeds[0]]
-                ),
-            }
+        found |= derived(points, variants=list(self.config.variants), seeds=self.config.seeds)
+        found["claim"] = claim(found, points)
         return found
 
 
 def _edges(rates: Sequence[float]) -> tuple[float, float]:
     return min(rates), max(rates)
-
-
-def _beaten(grown: Sequence[Point], small: Sequence[Point]) -> bool | None:
-    """Whether growth is better at the largest budget that both have finished."""
-    budgets = {p.budget for p in grown} & {p.budget for p in small}
-    if not budgets:
-        return None
-    at = max(budgets)
-    loss = [next(p.loss for p in points if p.budget == at) for points in (grown, small)]
-    return loss[0] < loss[1]
-
-
-def _savings(
-    points: Mapping[tuple[str, int], Sequence[Point]], name: str, other: str, seeds: Sequence[int]
-) -> Result:
-    """Savings of one against another in every cost: by seed, and over the seeds that both have."""
-    found: Result = {}
-    for cost in COSTS:
-        by_seed: dict[int, Saving] = {}
-        for seed in seeds:
-            one = saving(points[other, seed], points[name, seed], cost)
-            if one is not None:
-                by_seed[seed] = one
-        if by_seed:
-            found[cost] = {
-                **asdict(interval([one.value for one in by_seed.values()])),
-                "by_seed": {
-                    str(seed): {**asdict(one), "saving": one.value} for seed, one in by_seed.items()
-                },
-            }
-    return found
 
 
 def train(campaign: Campaign, *, comm: Comm | None, workers: int, until: float | None) -> bool:

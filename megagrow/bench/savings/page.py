@@ -54,8 +54,6 @@ def table(result: Mapping[str, Any]) -> str:
         + ", ".join(f"{rate}: {loss:.4f}" for rate, loss in sweep["loss"].items())
         + f" (validation loss at {human(sweep['budget'], 'FLOP')})",
     ]
-    if sweep["best_at_an_edge"]:
-        lines.append("the best is at an edge of the sweep: a wider one may help the baseline")
     lines += ["", *_rows(_runs_table(result)), "", *_rows(_savings_table(result))]
     lines += _words(result)
     if not result.get("complete", True):
@@ -64,8 +62,11 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _words(result: Mapping[str, Any]) -> list[str]:
-    """What the controls say."""
-    lines = []
+    """What may be claimed, and what the controls say."""
+    claim = result["claim"]
+    lines = [f"no saving is claimed: {why}" for why in claim["why_not"]]
+    if claim["saving"] is not None:
+        lines.append(f"{claim['variant']} saves {_bounded(claim['bound'], claim['saving'])}")
     for name, control in result["controls"].items():
         variant = name.removeprefix(f"{SMALL}_")
         beaten = control["beaten_at_the_largest_budget"]
@@ -101,7 +102,8 @@ def _runs_table(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _savings_table(result: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["saved at equal loss", "FLOPs", "95 %", "seeds", "tokens", "wall time", "at loss"]]
+    rows = [["saved at equal loss", "FLOPs", "95 %", "seeds", "tokens", "wall time", "at loss",
+             "FLOPs, choosing seed"]]  # fmt: skip
     entries = list(result["variants"].items())
     for name, control in result["controls"].items():
         variant = name.removeprefix(f"{SMALL}_")
@@ -112,6 +114,7 @@ def _savings_table(result: Mapping[str, Any]) -> list[list[str]]:
             continue
         flops = found["flops"]
         first = next(iter(flops["by_seed"].values()))
+        choosing = flops["by_seed"].get(str(flops["chosen_by"]))
         rows.append(
             [
                 name,
@@ -121,6 +124,7 @@ def _savings_table(result: Mapping[str, Any]) -> list[list[str]]:
                 _share(found.get("tokens")),
                 _share(found.get("seconds")),
                 f"{first['loss']:.4f}",
+                _NONE if choosing is None else _bounded(choosing["bound"], choosing["saving"]),
             ]
         )
     return rows
@@ -129,8 +133,11 @@ def _savings_table(result: Mapping[str, Any]) -> list[list[str]]:
 def _share(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return _NONE
-    bounds = {one["bound"] for one in found["by_seed"].values()} - {""}
-    return f"{'/'.join(sorted(bounds))} {found['mean']:.1%}".strip()
+    return _bounded(found["bound"], found["mean"])
+
+
+def _bounded(bound: str, value: float | None) -> str:
+    return f"{bound} {'no mean' if value is None else f'{value:.1%}'}".strip()
 
 
 def _rows(table: Sequence[Sequence[str]]) -> list[str]:
@@ -159,12 +166,11 @@ def write(campaign: Campaign, result: Mapping[str, Any]) -> list[Path]:
         + sheet(name, rows[0], [[escape(cell) for cell in row] for row in rows[1:]], None, left=())
         for name, rows in zip(names, tables, strict=True)
     )
-    best = max(
-        (found["flops"]["mean"] for found in result["variants"].values() if "flops" in found),
-        default=None,
-    )
-    title = "Savings" if best is None else f"Compute saved at equal loss: {best:.1%}"
-    verdict = "; ".join(["best variant, mean over its seeds", *_words(result)])
+    claim = result["claim"]
+    title = "Savings: none is claimed"
+    if claim["saving"] is not None:
+        title = f"Compute saved at equal loss: {_bounded(claim['bound'], claim['saving'])}"
+    verdict = "; ".join(_words(result))
     body = (
         '<header><p class="eyebrow">megagrow savings benchmark</p>'
         f'<h1>{escape(title)}</h1><p class="sub">{escape(verdict)}</p></header>'
