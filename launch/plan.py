@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,61 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+def check_numbers(options: argparse.Namespace) -> None:
+    """Refuse numbers that nothing can be planned with.
+
+    Raises:
+        ConfigError: a budget, a count or a loss that is out of range, or a rank without a machine.
+    """
+    from megagrow.errors import ConfigError
+
+    ranges = {
+        "tokens": (lambda x: x > 0, "more than 0", "--tokens 1e10"),
+        "flops": (lambda x: x > 0, "more than 0", "--flops 1e18"),
+        "stages": (lambda x: x >= 1, "at least 1", "--stages 3"),
+        "bootstrap": (lambda x: x >= 1, "at least 1", "--bootstrap 200"),
+        "growth_loss": (lambda x: x >= 0, "at least 0", "--growth-loss 0"),
+        "rank": (lambda x: x >= 0, "at least 0", "--rank 0"),
+    }
+    for name, (accepts, expected, example) in ranges.items():
+        value = getattr(options, name)
+        if value is not None and not (math.isfinite(value) and accepts(value)):
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: not a number to plan with",
+                found=value,
+                expected=f"a finite number, {expected}",
+                mend=f"for instance {example}",
+            )
+    if options.rank is not None and options.machine is None:
+        raise ConfigError(
+            "--rank counts the bytes of a growth on a machine, and none is given",
+            found=f"--rank {options.rank}",
+            mend="add --machine FILE, or leave --rank out",
+        )
+
+
+def growth_operators(names: str) -> list[str]:
+    """The operators to plan with, of a list separated by commas.
+
+    Raises:
+        ConfigError: none, more than one of a kind, or one that grows neither depth nor width.
+        GrowthError: no operator has such a name.
+    """
+    from megagrow.errors import ConfigError
+    from megagrow.growth.registry import find_operator
+
+    found = [find_operator(name.strip()).name for name in names.split(",") if name.strip()]
+    kinds = [name.split("_")[0] for name in found]
+    if not found or len(set(kinds)) < len(kinds) or not set(kinds) <= {"depth", "width"}:
+        raise ConfigError(
+            "--operators: a plan takes one depth operator, one width operator, or one of each",
+            found=names,
+            expected="for instance depth_stack,width",
+            mend="leave --operators out for depth_stack,width",
+        )
+    return found
+
+
 def run(options: argparse.Namespace) -> str:
     """Do what the command line asks for; returns what to print."""
     from megagrow.config.load import load_config, load_settings, parse_config
@@ -88,6 +144,7 @@ def run(options: argparse.Namespace) -> str:
     from megagrow.train.planning import describe_on_machine
     from megagrow.train.proposal import propose, ready_config, run_points
 
+    check_numbers(options)
     ours = [text for text in options.overrides if not text.startswith("machine.")]
     theirs = [
         text.removeprefix("machine.") for text in options.overrides if text.startswith("machine.")
@@ -105,7 +162,7 @@ def run(options: argparse.Namespace) -> str:
         assert machine is not None
         return describe_on_machine(config, machine, rank=options.rank)
 
-    operators = [name.strip() for name in options.operators.split(",") if name.strip()]
+    operators = growth_operators(options.operators)
     fit = None
     if options.fit:
         points = run_points(options.fit, unit="tokens")

@@ -47,14 +47,27 @@ class StatePolicy:
     restart_steps: bool = False
     rewarm: int = 0
 
-    def caveat(self, *, grad_clip: float) -> str | None:
-        """What keeps the policy from its promise, in a run that clips gradients at this norm."""
-        if self.scale_rates and grad_clip > 0:
-            return (
+    def caveat(self, *, grad_clip: float, dropout: float) -> str | None:
+        """What keeps the policy from its promise.
+
+        Args:
+            grad_clip: the norm that the run clips gradients at; 0 for none.
+            dropout: the model's.
+        """
+        if not self.scale_rates:
+            return None
+        reasons = []
+        if grad_clip > 0:
+            reasons.append(
                 "retraces the small run only while no gradient is clipped, since the grown model's "
                 "has another norm: optimizer.grad_clip=0 makes sure"
             )
-        return None
+        if dropout > 0:
+            reasons.append(
+                "does not retrace the small run under dropout, whose copies of a unit are dropped "
+                "each by itself: model.dropout=0 makes sure"
+            )
+        return "; and ".join(reasons) or None
 
     def coefficient(self, block: Block, kind: SlotKind) -> float:
         """What a slot's old values are multiplied by in a block; 0 drops them.

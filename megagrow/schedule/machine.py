@@ -6,7 +6,8 @@ The model, all terms added up (nothing is taken to overlap, so times are on the 
                pace of the pipeline stage that has most of them
     bubble     (p - 1) / m of that: 1F1B with m micro-batches, Narayanan et al. (arXiv 2104.04473)
     tensor     4 all-reduces of the stream for each block and micro-batch (2 forward, 2 backward),
-               a ring's 2 (t - 1) / t of the bytes each (Shoeybi et al., arXiv 1909.08053)
+               a ring's 2 (t - 1) / t of the bytes each (Shoeybi et al., arXiv 1909.08053); what
+               sequence parallelism and recomputation add is in `stream_reductions`
     pipeline   the stream, once forward and once backward, between neighbours, each micro-batch
     data       gradients reduced and parameters gathered: 2 (d - 1) / d of the parameters' bytes,
                3 with ZeRO 3 (Rajbhandari et al., arXiv 1910.02054)
@@ -88,7 +89,13 @@ class StepTime:
 
 
 def step_time(
-    config: Config, model: ModelConfig, placement: Placement, machine: MachineConfig, *, held: int
+    config: Config,
+    model: ModelConfig,
+    placement: Placement,
+    machine: MachineConfig,
+    *,
+    held: int,
+    sequence_parallel: bool = False,
 ) -> StepTime:
     """Predict a step.
 
@@ -98,6 +105,7 @@ def step_time(
         placement: of the growth stage.
         machine: as many devices as the layout has ranks.
         held: parameters of the fullest rank before ZeRO cuts them.
+        sequence_parallel: whether the stream is cut along the sequence between blocks.
     """
     layout, width = placement.layout, _BYTES[config.precision.dtype]
     micro_batches = accumulation(config.batch, layout)
@@ -112,7 +120,8 @@ def step_time(
     stream = config.batch.micro * model.sequence * model.hidden * width
     # Of the layer list the first entry is the embedding and the last the head.
     blocks = max(min(b, model.layers + 1) - max(a, 1) for a, b in pairwise(placement.cuts))
-    tensor = _ring(layout.tensor) * 4 * 2 * stream * blocks * micro_batches
+    reductions = stream_reductions(model, sequence_parallel=sequence_parallel)
+    tensor = _ring(layout.tensor) * reductions * 2 * stream * blocks * micro_batches
     pipeline = 2 * stream * micro_batches if layout.pipeline > 1 else 0
     passes = 3 if layout.zero == 3 else 2
     data = _ring(layout.data) * passes * held * width
@@ -125,6 +134,22 @@ def step_time(
         mfu=0.0,
     )
     return StepTime(**{**vars(result), "mfu": ideal / result.total})
+
+
+def stream_reductions(model: ModelConfig, *, sequence_parallel: bool) -> float:
+    """All-reduces of the stream that a block takes in a micro-batch, forward and backward.
+
+    With sequence parallelism each is a reduce-scatter and an all-gather, half of one each, and the
+    backward pass gathers the inputs of two weights again (Korthikanti et al., arXiv 2205.05198).
+    Full recomputation runs the forward pass a second time, up to the last thing that the backward
+    pass needs: without dropout that is before the block's last reduction.
+    """
+    halves = 10 if sequence_parallel else 8
+    if model.activation_checkpointing == "full":
+        halves += 4
+        if not model.dropout:
+            halves -= 1 if sequence_parallel else 2
+    return halves / 2
 
 
 def _ring(size: int) -> float:

@@ -57,7 +57,8 @@ def describe(config: Config, *, world: int) -> str:
         f"in all: {human(last.end_tokens, 'tokens')}, {human(last.end_flops, 'FLOP')}",
         f"learning rate: {rate.kind}, peak {rate.peak:g}, warm-up {rate.warmup} steps, "
         f"decay {rate.decay_steps} steps"
-        + "".join(f", re-warm {n} steps at {at}" for at, n in rate.rewarms),
+        + "".join(f", re-warm {n} steps at {at}" for at, n in rate.rewarms)
+        + "".join(f", set back to {to} at {at}" for at, to in rate.restarts),
     ]
     return "\n".join(lines)
 
@@ -106,7 +107,9 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
             f"  grows by    {stage.growth.operator.name} {stage.grow.extent}, "
             f"state policy {stage.growth.policy.name}",
         )
-        caveat = stage.growth.policy.caveat(grad_clip=config.optimizer.grad_clip)
+        caveat = stage.growth.policy.caveat(
+            grad_clip=config.optimizer.grad_clip, dropout=stage.model.dropout
+        )
         if caveat is not None:
             lines.insert(2, f"              which {caveat}")
     if index > 0:

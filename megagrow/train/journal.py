@@ -181,7 +181,9 @@ class Journal:
                     f"stage {new.index}: fitted on {report.fit_samples:,} samples, which are not "
                     f"trained on again in this epoch; {report.fit_flops:.3g} FLOPs"
                 )
-            caveat = new.growth.policy.caveat(grad_clip=self.config.optimizer.grad_clip)
+            caveat = new.growth.policy.caveat(
+                grad_clip=self.config.optimizer.grad_clip, dropout=new.model.dropout
+            )
             if caveat is not None:
                 self.say(f"state policy {new.growth.policy.name} {caveat}")
         if self._log is not None:

@@ -48,9 +48,15 @@ def place_stage(config: Config, plan: RunPlan, index: int, machine: MachineConfi
     pipes = range(stage.layout.pipeline)
     held = max(sum(map(sum, local_sizes(placement, pipe))) for pipe in pipes)
     memory = max(peak.total for peak in training_peaks(config, plan, index))
-    return PlacedStage(
-        stage.layout, memory, step_time(config, stage.seen, placement, machine, held=held)
+    step = step_time(
+        config,
+        stage.seen,
+        placement,
+        machine,
+        held=held,
+        sequence_parallel=stage.plan.layout.sequence_parallel,
     )
+    return PlacedStage(stage.layout, memory, step)
 
 
 def best_layout(config: Config, model: ModelConfig, machine: MachineConfig) -> PlacedStage | None:

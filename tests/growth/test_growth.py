@@ -4,12 +4,14 @@ import itertools
 import json
 
 import pytest
-from toys import FAMILIES, growths, toy_model
+import torch
+from toys import FAMILIES, build, grow, growths, random_state, token_batches, toy_model
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.growth import grown_model, make_growth, plan_growth
 from megagrow.growth.operator import Block
+from megagrow.growth.policy import POLICIES
 from megagrow.growth.registry import OPERATORS, find_operator, find_policy
 from megagrow.growth.rules import Factors, OptimizerRules, YoungBlocks, group_keys
 from megagrow.growth.width import Width
@@ -236,3 +238,31 @@ def test_groups_put_decay_first_and_part_factors():
     assert keys["layers.0.mlp.up.weight"] == (False, 0.5, 2.0, 0.5, False)
     assert keys["final_norm.weight"] == (True, 1.0, 1.0, 1.0, False)
     assert sorted(set(keys.values()))[-1][0] is True
+
+
+def test_exact_says_what_keeps_it_from_retracing_the_small_run():
+    """Clipping, and dropout: the copies of a unit are dropped each by itself."""
+    exact = find_policy("exact")
+    assert exact.caveat(grad_clip=0.0, dropout=0.0) is None
+    clipped = exact.caveat(grad_clip=1.0, dropout=0.0)
+    dropped = exact.caveat(grad_clip=0.0, dropout=0.1)
+    assert "optimizer.grad_clip=0" in clipped and "dropout" not in clipped
+    assert "model.dropout=0" in dropped and "clip" not in dropped
+    assert exact.caveat(grad_clip=1.0, dropout=0.1) == f"{clipped}; and {dropped}"
+    for name in POLICIES:
+        assert name == "exact" or find_policy(name).caveat(grad_clip=1.0, dropout=0.1) is None
+
+
+def test_under_dropout_exact_does_not_retrace_the_small_run():
+    """So the caveat is true, and no other random numbers are drawn in a step."""
+    model = toy_model(dropout=0.1)
+    [batch] = torch.from_numpy(token_batches(model, samples=4, seed=3))
+    state = random_state(build_catalog(model), seed=2)
+    large, _, grown = grow(model, state, operator="width", policy="exact")
+    losses = []
+    for one, values in ((model, state), (large, grown)):
+        torch.manual_seed(1)
+        losses.append(build(one, values)(batch).item())
+        with_none = build(one.model_copy(update={"dropout": 0.0}), values)
+        assert with_none(batch).item() == with_none(batch).item() != losses[-1]
+    assert abs(losses[0] - losses[1]) > 1e-4

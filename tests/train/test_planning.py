@@ -179,3 +179,38 @@ def test_what_is_wrong_is_said(tmp_path, capsys):
     assert "cannot read the run's log" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="nodez"):
         load_settings(MachineConfig, CONFIGS / "machines/h100.yaml", ["nodez=3"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        *[(["--tokens", value], "--tokens: not a number") for value in ("0", "nan", "inf")],
+        (["--tokens=-1e9"], "--tokens: not a number"),
+        *[(["--flops", value], "--flops: not a number") for value in ("0", "-1", "nan", "inf")],
+        *[(["--flops", "1e15", "--stages", value], "--stages: not") for value in ("0", "-2")],
+        (["--flops", "1e15", "--bootstrap", "0"], "--bootstrap: not a number"),
+        (["--flops", "1e15", "--growth-loss", "nan"], "--growth-loss: not a number"),
+        (["--flops", "1e15", "--growth-loss", "-1"], "--growth-loss: not a number"),
+        (["--flops", "1e15", "--rank", "0"], "--rank counts the bytes"),
+        (["--flops", "1e15", "--rank", "-1"], "--rank: not a number"),
+        (["--flops", "1e15", "--operators", ","], "--operators: a plan takes"),
+        (["--flops", "1e15", "--operators", "depth_stack,depth_interleave"], "--operators: a plan"),
+        (["--flops", "1e15", "--operators", "vocab"], "--operators: a plan takes"),
+        (["--flops", "1e15", "--operators", "depth_stak"], "no such growth operator"),
+    ],
+)
+def test_numbers_that_nothing_can_be_planned_with_are_refused(tmp_path, capsys, arguments, said):
+    config = write_config(tmp_path / "run.yaml", small_run().model_dump(mode="json", by_alias=True))
+    assert plan_command(["--config", config, *arguments]) != 0
+    error = capsys.readouterr().err
+    assert said in error and "mend:" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(("checkpointing", "times"), [("none", 4), ("selective", 4), ("full", 5)])
+def test_recomputation_reduces_the_stream_again(checkpointing, times):
+    machine = MachineConfig(nodes=1, gpus=2)
+    model = small_run().model.model_dump() | {"activation_checkpointing": checkpointing}
+    config = small_run(model=model, layout={"tensor": 2})
+    step = place_stage(config, plan_run(config, world=2, vocabulary=None), 0, machine).step
+    stream = 32 * 64 * 2
+    assert step.tensor == pytest.approx(0.5 * 2 * times * stream * 4 * 16 / machine.intra)
