@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,9 @@ import torch
 import torch.nn.functional as F
 
 from megagrow.data.tokenizer import Tokenizer
-from megagrow.errors import DataError
+from megagrow.errors import ConfigError, DataError
 from megagrow.model.transformer import Transformer
+from megagrow.train.detokenizer import wikitext_detokenized
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,21 @@ def score_text(
         detokenize: undo WikiText's tokenization first (words and bytes stay the file's).
 
     Raises:
-        DataError: the text is empty, or the tokenizer knows more ids than the model.
+        DataError: the text is empty.
+        ConfigError: the stride is longer than the model's sequence.
     """
+    if stride > scorer.sequence:
+        raise ConfigError(
+            "--stride: more new tokens than a window has",
+            found=stride,
+            expected=f"at most the model's sequence, {scorer.sequence}",
+            mend=f"--stride {scorer.sequence}, or less for more context",
+        )
     words = len(text.split())
     if words == 0:
         raise DataError("the text to evaluate on is empty", expected="at least one word")
     ids = tokenizer.encode(wikitext_detokenized(text) if detokenize else text)
-    nats = scorer.loss(ids, context=tokenizer.eod, stride=min(stride, scorer.sequence))
+    nats = scorer.loss(ids, context=tokenizer.start, stride=stride)
     return TextScore(nats, len(ids), words, len(text.encode()))
 
 
@@ -171,7 +179,7 @@ def score_lambada(scorer: Scorer, tokenizer: Tokenizer, passages: Sequence[str])
         target = ids[same:]
         if len(target) > scorer.sequence:
             raise DataError(f"passage {number}: its last word is longer than the model's sequence")
-        loss, correct = scorer.last_word([tokenizer.eod, *ids[:same]], target)
+        loss, correct = scorer.last_word([tokenizer.start, *ids[:same]], target)
         nats, right = nats + loss, right + correct
     return LastWords(len(passages), right, _exp(nats / len(passages)))
 
@@ -214,33 +222,6 @@ def read_lambada(path: Path) -> list[str]:
     if not passages:
         raise DataError(f"{path}: holds no passage", expected="one passage a line")
     return passages
-
-
-# WikiText's marks and the ordinary spelling: numbers and hyphens joined by @-@, @,@ and @.@;
-# blanks round punctuation, brackets and quotes; headings between equals signs.
-_RULES: tuple[tuple[str, str], ...] = (
-    (r" @([-,.])@ ", r"\1"),
-    (r" ([.,:;!?])(?= |\n|$)", r"\1"),
-    (r"\( (.*?) \)", r"(\1)"),
-    (r"\[ (.*?) \]", r"[\1]"),
-    (r"\{ (.*?) \}", r"{\1}"),
-    (r'" (.*?) "', r'"\1"'),
-    (r"' (.*?) '", r"'\1'"),
-    (r" '(s|t|re|ve|ll|d|m)\b", r"'\1"),
-    (r" n't\b", "n't"),
-    (r"= = = =", "===="),
-    (r"= = =", "==="),
-    (r"= =", "=="),
-    (r" \n", "\n"),
-    (r"\n ", "\n"),
-)
-
-
-def wikitext_detokenized(text: str) -> str:
-    """WikiText's tokenized text in ordinary spelling."""
-    for pattern, replacement in _RULES:
-        text = re.sub(pattern, replacement, text)
-    return text
 
 
 def _exp(nats: float) -> float:
