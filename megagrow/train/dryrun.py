@@ -16,11 +16,11 @@ from megagrow.cluster.environment import ranks_here
 from megagrow.config import Config
 from megagrow.data.dataset import MANIFEST, open_dataset
 from megagrow.engine.ds_config import deepspeed_config
+from megagrow.engine.precision import on_gpu, precisions
 from megagrow.errors import ConfigError, DataError
 from megagrow.report.units import human
-from megagrow.schedule.batch import accumulation
 from megagrow.schedule.cost import STATE_BYTES, Received, received
-from megagrow.schedule.memory import DEVICE_PARTS, local_sizes, rank_memory, slot_elements
+from megagrow.schedule.memory import BYTES, DEVICE_PARTS, local_sizes, rank_memory, slot_elements
 from megagrow.state.statemap import Identity, StateMap
 from megagrow.train.plan import RunPlan, plan_run
 
@@ -86,6 +86,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
         f"  steps       {steps.start_step} to {steps.end_step}  "
         f"({human(steps.end_tokens - steps.start_tokens, 'tokens')}, "
         f"{human(steps.end_flops - steps.start_flops, 'FLOP')})",
+        *_precision_lines(config, plan, index),
         *_memory_lines(config, plan, index),
     ]
     if steps.sequence != model.sequence or steps.batch != config.batch:
@@ -114,6 +115,16 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     return lines
 
 
+def _precision_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
+    stage = plan.stages[index]
+    settings = deepspeed_config(stage.settings(config), stage.layout, parameters=1)
+    formats = precisions(settings, muon=config.optimizer.name == "muon", gpu=on_gpu())
+    lines = [f"  precision   {formats}"]
+    if formats.caveat is not None:
+        lines.append(f"              which {formats.caveat}")
+    return lines
+
+
 # --- memory ---------------------------------------------------------------------------------
 
 
@@ -126,12 +137,14 @@ class Peak:
         when: the moment, in words.
         parts: bytes on the device, by what they are.
         host: bytes in the host's memory, with offload.
+        early: of the gradients' bytes, those that are there before the first step.
     """
 
     pipe: int
     when: str
     parts: dict[str, int]
     host: int
+    early: int = 0
 
     @property
     def total(self) -> int:
@@ -147,17 +160,20 @@ def training_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
     for pipe in range(stage.layout.pipeline):
         numel = sum(map(sum, local_sizes(placement, pipe)))
         settings = deepspeed_config(config, stage.layout, parameters=numel)
+        formats = precisions(settings, muon=config.optimizer.name == "muon", gpu=on_gpu())
         memory = rank_memory(
             config,
             stage.seen,
             placement,
             pipe=pipe,
             bucket=settings["zero_optimization"]["reduce_bucket_size"],
-            accumulation=accumulation(config.batch, stage.layout),
+            accumulation=formats.micro_batches,
+            summed=BYTES[formats.accumulation],
+            reduced=BYTES[formats.reduction],
             sequence_parallel=stage.plan.layout.sequence_parallel,
         )
         parts = {part: getattr(memory, part) for part in DEVICE_PARTS}
-        peaks.append(Peak(pipe, "in training", parts, memory.host))
+        peaks.append(Peak(pipe, "in training", parts, memory.host, memory.early))
     return peaks
 
 
@@ -178,6 +194,7 @@ def growth_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
         parts = {
             "old state": 0 if offloaded else held,
             "parameters": peak.parts["parameters"],
+            "gradients": peak.early,
             "optimizer": peak.parts["optimizer"],
             "staging": staging,
         }
@@ -250,7 +267,7 @@ def read_memory(text: str) -> int:
 
 def _own_memory(world: int) -> tuple[int, str, bool]:
     """(bytes a rank can have on this machine, in words, whether that is the host's memory)."""
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+    if on_gpu():
         return torch.cuda.get_device_properties(0).total_memory, "this machine's GPU", False
     ranks = _own_ranks(world)
     share = psutil.virtual_memory().total // ranks

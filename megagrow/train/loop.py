@@ -21,6 +21,7 @@ from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import SampleIndex, rank_slice, validation_samples
 from megagrow.engine.comm import Comm
+from megagrow.engine.precision import Precisions
 from megagrow.errors import CheckpointError
 from megagrow.growth.growth import Growth
 from megagrow.schedule.rules import Validated
@@ -134,6 +135,7 @@ class Trainer:
             comm=self.comm,
             loss_scale=self.state.loss_scale,
         )
+        self._say_precision(None)
         if checkpoint is None:
             fill_fresh(self.engine, config=self.config, comm=self.comm)
         else:
@@ -144,6 +146,14 @@ class Trainer:
                 raise
             self._set_newer_aside(checkpoint.path)
         self.comm.limit_collectives(self.config.watch.slow)
+
+    def _say_precision(self, before: Precisions | None) -> None:
+        """The number formats of the engine, where they are not those of the one before."""
+        formats = self.engine.precisions
+        if formats != before:
+            self.journal.say(f"precision: {formats}")
+            if formats.caveat is not None:
+                self.journal.say(f"warning: this {formats.caveat}")
 
     def _set_newer_aside(self, path: Path) -> None:
         """Of a run that went back; only once its new start is read and sound."""
@@ -293,6 +303,7 @@ class Trainer:
 
     def _move_into(self, stage: Stage, growth: Growth | None) -> GrowthReport:
         """Take the engine down and another up, for a stage and the state as it is now."""
+        formats = self.engine.precisions
         self.engine, report = grow(
             self.engine,
             growth=growth,
@@ -302,6 +313,7 @@ class Trainer:
             comm=self.comm,
             samples=self.samples,
         )
+        self._say_precision(formats)
         self.comm.limit_collectives(self.config.watch.slow)
         # Every process fits the whole of it; what one does is what had to be done.
         self.state = replace(self.state, flops=self.state.flops + report.fit_flops)
