@@ -64,15 +64,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     """Do what the command line asks for; returns the exit status."""
     from megagrow.config.load import load_config
-    from megagrow.data.dataset import open_dataset
-    from megagrow.train.plan import plan_run, with_vocabulary
+    from megagrow.train.ready import ready
 
     config = load_config(options.config, options.overrides)
     world = _world(options)
     if options.dry_run:
         from megagrow.train.dryrun import check_memory, describe
 
-        text = describe(config, world=world)
+        text = describe(config, world=world, resume=options.resume)
         if _is_first():
             print(text)
         fits = check_memory(config, world=world, memory=options.memory)
@@ -85,9 +84,8 @@ def run(options: argparse.Namespace) -> int:
             found=f"--memory {options.memory}",
             mend="add --dry-run, or leave --memory out",
         )
-    data = open_dataset(config.data.path, config.data.tokenizer)
-    config = with_vocabulary(config, data.vocab_size)
-    plan = plan_run(config, world=world, vocabulary=data.vocab_size)
+    found = ready(config, world=world)
+    assert found.data is not None
 
     # DeepSpeed takes seconds to import: not before everything that can be refused has been.
     from megagrow.engine import comm
@@ -104,9 +102,9 @@ def run(options: argparse.Namespace) -> int:
         with StopRequest().listening() as stop, watching(ranks, config) as watch:
             try:
                 trainer = Trainer(
-                    config=config,
-                    plan=plan,
-                    data=data,
+                    config=found.config,
+                    plan=found.plan,
+                    data=found.data,
                     comm=ranks,
                     resume=options.resume,
                     watch=watch,

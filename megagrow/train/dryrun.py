@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -14,15 +13,15 @@ import torch
 
 from megagrow.cluster.environment import ranks_here
 from megagrow.config import Config
-from megagrow.data.dataset import MANIFEST, open_dataset
 from megagrow.engine.ds_config import deepspeed_config
 from megagrow.engine.precision import on_gpu, precisions
-from megagrow.errors import ConfigError, DataError
+from megagrow.errors import ConfigError
 from megagrow.report.units import human
 from megagrow.schedule.cost import STATE_BYTES, Received, received
 from megagrow.schedule.memory import BYTES, DEVICE_PARTS, local_sizes, rank_memory, slot_elements
 from megagrow.state.statemap import Identity, StateMap
 from megagrow.train.plan import RunPlan, plan_run
+from megagrow.train.ready import data_lines, open_data, ready, start_lines
 
 _RANKS_COUNTED = 64  # beyond this many the bytes of a growth are counted for a sample of ranks
 _SAMPLE = 16
@@ -40,13 +39,14 @@ _MEND = {
 }
 
 
-def describe(config: Config, *, world: int) -> str:
+def describe(config: Config, *, world: int, resume: str = "auto") -> str:
     """The text of a dry run on `world` processes.
 
     Raises:
         MegagrowError: whatever would stop the run before its first step.
     """
-    plan = plan_run(config, world=world, vocabulary=vocabulary(config))
+    found = ready(config, world=world, data_may_come=True)
+    config, plan = found.config, found.plan
     lines = [f"{config.run.dir}: {world} processes, {plan.total_steps} steps"]
     for stage in plan.stages:
         lines += ["", *_stage_lines(config, plan, stage.index)]
@@ -55,24 +55,19 @@ def describe(config: Config, *, world: int) -> str:
     lines += [
         "",
         f"in all: {human(last.end_tokens, 'tokens')}, {human(last.end_flops, 'FLOP')}",
-        f"learning rate: {rate.kind}, peak {rate.peak:g}, warm-up {rate.warmup} steps, "
+        f"learning rate: {rate.kind}, peak {rate.peak:g}, warm-up {rate.warmup} steps"
+        f"{'' if config.schedule.warmup is not None else ' (schedule.warmup is not given)'}, "
         f"decay {rate.decay_steps} steps"
         + "".join(f", re-warm {n} steps at {at}" for at, n in rate.rewarms),
     ]
+    lines += [*data_lines(found), *start_lines(found, resume)]
     return "\n".join(lines)
 
 
 def vocabulary(config: Config) -> int | None:
     """Of the dataset; None where there is none yet and the model names its own."""
-    missing = not (Path(config.data.path) / MANIFEST).exists()
-    if missing and config.model.vocab is not None:
-        return None
-    try:
-        return open_dataset(config.data.path, config.data.tokenizer).vocab_size
-    except DataError as error:
-        if missing:
-            raise error.or_mend("give model.vocab=N: a dry run then needs no data") from None
-        raise
+    data = open_data(config, may_come=True)
+    return None if data is None else data.vocab_size
 
 
 def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:

@@ -85,6 +85,9 @@ class Trainer:
             speaking=comm.rank == 0,
         )
         self.journal.say(f"fused ops: {ops.active().reason}")
+        if config.schedule.warmup is None:
+            warmup = plan.learning_rate.warmup
+            self.journal.say(f"warm-up: {warmup} steps, since schedule.warmup is not given")
         self.state = RunState()
         resumed = self._resume(resume)
         if not resumed:
@@ -340,7 +343,7 @@ class Trainer:
         if rule not in ("slope", "marginal") or state.ramp is not None:
             return
         start = stage.plan.start_step
-        settled = start + stage.growth.rewarm if stage.growth else self.config.schedule.warmup
+        settled = start + stage.growth.rewarm if stage.growth else self.plan.learning_rate.warmup
         if state.step <= max(start, settled):
             return
         seen = state.seen.after(Validated(state.step, state.tokens, state.flops, loss))

@@ -130,3 +130,17 @@ def test_from_a_configuration():
     )
     found = learning_rate(config, total_steps=50, rewarms=[(20, 5)])
     assert found == LearningRate(0.5, 50, 7, "linear", 0.2, 0.3, (Rewarm(20, 5),))
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(5, 0), (40, 4), (1000, 100), (10**6, 100)])
+def test_without_a_given_warm_up_a_short_run_has_a_short_one(steps, warmup):
+    def rate(**schedule):
+        run = {
+            "model": {"layers": 1, "hidden": 8, "heads": 2, "ffn": 8, "sequence": 4},
+            "data": {"path": "x"}, "batch": {"global": 2, "micro": 2},
+            "stages": [{"until": {"steps": steps}}], "schedule": schedule,
+        }  # fmt: skip
+        return learning_rate(parse_config(run), total_steps=steps)
+
+    assert rate().warmup == warmup
+    assert rate(warmup=1).warmup == 1
