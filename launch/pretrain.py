@@ -9,12 +9,12 @@ import os
 import sys
 from collections.abc import Sequence
 
+from megagrow.cli import Parser
 from megagrow.cluster import lifeline
 from megagrow.cluster.rank import under_supervision
 from megagrow.errors import ConfigError, MegagrowError
 
 EXAMPLES = """\
-examples:
   # two processes on a CPU
   DS_ACCELERATOR=cpu deepspeed --hostfile none --num_gpus 2 \\
       launch/pretrain.py --config configs/quickstart.yaml
@@ -29,10 +29,8 @@ examples:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Train a language model that grows while it trains.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        description="Train a language model that grows while it trains.", examples=EXAMPLES
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="YAML file that describes the run")
