@@ -8,10 +8,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from megagrow.cli import Parser, number, sections, whole
 
 EXAMPLES = """\
-examples:
   # live growth on four processes, over the standard pairs of layouts
   python launch/benchmark.py growth --ranks 4 --parameters 200e6 --pairs standard
 
@@ -19,8 +19,10 @@ examples:
   python launch/benchmark.py growth --ranks 4 --parameters 200e6 --operator width \\
       --from-layout data=4,zero=1 --to-layout tensor=2,data=2,zero=1
 
-  # each fused op on a GPU; the training step with kernels and without
-  python launch/benchmark.py kernels --json benchmarks/kernels_h200.json
+  # each fused op on a GPU, against its rivals
+  python launch/benchmark.py kernels --json runs/kernels.json
+
+  # the training step on a GPU, with kernels and without
   python launch/benchmark.py mfu
 
   # tokens a second of a training step, against plain PyTorch and Hugging Face
@@ -36,36 +38,38 @@ examples:
   python launch/benchmark.py convert --parameters 350e6 --directory /tmp
 
   # how far grown runs depart from the small run, for the exact policy and the others
-  python launch/benchmark.py dynamics --svg benchmarks/dynamics.svg
+  python launch/benchmark.py dynamics --svg runs/dynamics.svg
 
   # signals, full and broken disks, second jobs: every command that writes comes to the same end
   python launch/benchmark.py faults --kills 200 --strikes 400
-
+"""
+_LAUNCHERS = """
 Processes are started here, or by torchrun or the deepspeed launcher: then give them as --ranks.
 """
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measure megagrow; every number is a ratio within one run.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES + _LAUNCHERS,
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     names = "growth|throughput|savings|operators|dynamics|faults|convert|kernels|mfu"
     kinds = parser.add_subparsers(dest="kind", required=True, metavar=names)
-    style: dict[str, Any] = {
-        "epilog": EXAMPLES,
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-    }
 
-    growth = kinds.add_parser("growth", help="live growth: time, bytes, memory", **style)
+    def add_kind(name: str, about: str) -> argparse.ArgumentParser:
+        examples = sections(EXAMPLES, name=name) + _LAUNCHERS
+        return kinds.add_parser(
+            name, help=about, description=f"Measure {about}.", examples=examples
+        )
+
+    growth = add_kind("growth", "live growth: time, bytes, memory")
     add = growth.add_argument
-    add("--ranks", type=int, default=4, help="processes (default %(default)s)")
+    add("--ranks", type=whole(1), default=4, help="processes (default %(default)s)")
     add(
         "--parameters",
-        type=float,
+        type=number(above=0),
         default=200e6,
         help="of the grown model, at least (default %(default)g)",
     )
@@ -74,9 +78,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--to-layout", default="tensor=2,zero=1", help="after the growth (default %(default)s)")
     add("--pairs", choices=("standard",), help="several pairs of layouts instead")
     add("--operator", default="width", help="growth operator (default %(default)s)")
-    add("--factor", type=int, default=2, help="of the growth (default %(default)s)")
+    add("--factor", type=whole(2), default=2, help="of the growth (default %(default)s)")
     add("--policy", help="state policy; default: the operator's")
-    add("--staging-mib", type=float, default=64.0, help="staging memory (default %(default)g)")
+    add(
+        "--staging-mib",
+        type=number(above=0),
+        default=64.0,
+        help="staging memory (default %(default)g)",
+    )
     add(
         "--files",
         default="auto",
@@ -84,32 +93,32 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="where to try the way through a checkpoint too; auto: the temporary directory",
     )
 
-    speed = kinds.add_parser("throughput", help="tokens a second of a training step", **style)
+    speed = add_kind("throughput", "tokens a second of a training step")
     add = speed.add_argument
     for name, value in (("layers", 6), ("hidden", 256), ("heads", 8), ("ffn", 1024),
                         ("sequence", 256), ("vocab", 4096)):  # fmt: skip
-        add(f"--{name}", type=int, default=value, help="of the model (default %(default)s)")
-    add("--batch", type=int, default=8, help="samples in a step (default %(default)s)")
-    add("--rounds", type=int, default=5, help="turns of each contender (default %(default)s)")
-    add("--steps", type=int, default=4, help="training steps in a turn (default %(default)s)")
+        add(f"--{name}", type=whole(1), default=value, help="of the model (default %(default)s)")
+    add("--batch", type=whole(1), default=8, help="samples in a step (default %(default)s)")
+    add("--rounds", type=whole(1), default=5, help="turns of each contender (default %(default)s)")
+    add("--steps", type=whole(1), default=4, help="training steps in a turn (default %(default)s)")
     add(
         "--ranks",
-        type=int,
+        type=whole(1),
         default=2,
         help="processes of the comparison of layouts; 1 leaves it out (default %(default)s)",
     )
 
-    savings = kinds.add_parser("savings", help="compute saved at equal validation loss", **style)
+    savings = add_kind("savings", "compute saved at equal validation loss")
     add = savings.add_argument
     add("--config", required=True, metavar="FILE", help="YAML file that describes the benchmark")
-    add("--workers", type=int, metavar="N", help="runs at a time (default: one a core)")
-    add("--minutes", type=float, metavar="M", help="begin no further leg after so long")
+    add("--workers", type=whole(1), metavar="N", help="runs at a time (default: one a core)")
+    add("--minutes", type=number(above=0), metavar="M", help="begin no further leg after so long")
     add("--clock", action="store_true", help="measure the models' speeds in turns, for wall times")
     add("--collect", action="store_true", help="train nothing: report what is finished")
     add("--dry-run", action="store_true", help="say what would be trained, and what it costs")
     add("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
 
-    compared = kinds.add_parser("operators", help="operators and policies side by side", **style)
+    compared = add_kind("operators", "operators and policies side by side")
     add = compared.add_argument
     add("--data", type=Path, default=Path("data/stdlib"), help="prepared (default %(default)s)")
     add(
@@ -118,30 +127,35 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=Path("runs/operators"),
         help="directory of the runs; what is finished there is kept (default %(default)s)",
     )
-    add("--minutes", type=float, help="begin no run after so long, and show what there is")
+    add(
+        "--minutes", type=number(above=0), help="begin no run after so long, and show what there is"
+    )
 
-    conversion = kinds.add_parser("convert", help="conversion of a checkpoint", **style)
+    conversion = add_kind("convert", "conversion of a checkpoint")
     add = conversion.add_argument
-    add("--parameters", type=float, default=350e6, help="of the model (default %(default)g)")
+    add(
+        "--parameters",
+        type=number(above=0),
+        default=350e6,
+        help="of the model (default %(default)g)",
+    )
     add(
         "--directory",
         type=Path,
         default=Path(tempfile.gettempdir()),
         help="on the disk to measure; what is made there is deleted (default %(default)s)",
     )
-    add("--rounds", type=int, default=3, help="turns of each contender (default %(default)s)")
-    departing = kinds.add_parser("dynamics", help="grown runs beside the small run", **style)
+    add("--rounds", type=whole(1), default=3, help="turns of each contender (default %(default)s)")
+    departing = add_kind("dynamics", "grown runs beside the small run")
     add = departing.add_argument
-    add("--factor", type=int, default=2, help="of the growth (default %(default)s)")
-    add("--before", type=int, default=30, help="steps up to the growth (default %(default)s)")
-    add("--steps", type=int, default=30, help="steps after it (default %(default)s)")
+    add("--factor", type=whole(2), default=2, help="of the growth (default %(default)s)")
+    add("--before", type=whole(1), default=30, help="steps up to the growth (default %(default)s)")
+    add("--steps", type=whole(1), default=30, help="steps after it (default %(default)s)")
     for kind in (compared, departing):
         kind.add_argument(
             "--svg", type=Path, metavar="FILE", help="draw there (operators: FILE_*.svg)"
         )
-    faults = kinds.add_parser(
-        "faults", help="faults of every command that writes: nothing is lost", **style
-    )
+    faults = add_kind("faults", "faults of every command that writes: nothing is lost")
     add = faults.add_argument
     home = Path(__file__).resolve().parents[1]
     add(
@@ -150,12 +164,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=home / "configs" / "bench" / "faults.yaml",
         help="the run that is killed",
     )
-    add("--kills", type=int, default=200, help="SIGKILLs of ranks (default %(default)s)")
-    add("--interrupts", type=int, default=20, help="SIGINTs of all ranks (default %(default)s)")
-    add("--stops", type=int, default=8, help="SIGSTOPs of a rank (default %(default)s)")
+    add("--kills", type=whole(0), default=200, help="SIGKILLs of ranks (default %(default)s)")
+    add(
+        "--interrupts", type=whole(0), default=20, help="SIGINTs of all ranks (default %(default)s)"
+    )
+    add("--stops", type=whole(0), default=8, help="SIGSTOPs of a rank (default %(default)s)")
     add(
         "--strikes",
-        type=int,
+        type=whole(0),
         default=400,
         help="faults of all commands that write (default %(default)s)",
     )
@@ -166,12 +182,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="a directory to make and to leave what went wrong in",
     )
-    add("--minutes", type=float, default=20.0, help="each campaign at most (default %(default)g)")
-    add("--ranks", type=int, default=2, help="processes of a job (default %(default)s)")
-    add("--seed", type=int, default=1, help="of what is drawn (default %(default)s)")
+    add(
+        "--minutes",
+        type=number(above=0),
+        default=20.0,
+        help="each campaign at most (default %(default)g)",
+    )
+    add("--ranks", type=whole(1), default=2, help="processes of a job (default %(default)s)")
+    add("--seed", type=whole(0), default=1, help="of what is drawn (default %(default)s)")
 
-    fused = kinds.add_parser("kernels", help="each fused op on a GPU, against its rivals", **style)
-    step = kinds.add_parser("mfu", help="bf16 training steps on a GPU, kernels or not", **style)
+    fused = add_kind("kernels", "each fused op on a GPU, against its rivals")
+    step = add_kind("mfu", "bf16 training steps on a GPU, kernels or not")
     for kind in (fused, step):
         kind.add_argument(
             "--dry-run",

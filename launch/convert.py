@@ -11,11 +11,11 @@ from typing import Any
 
 from megagrow.checkpoint.convert import BUFFER_BYTES, Job, Report, Survey, convert, survey
 from megagrow.checkpoint.formats import FORMATS, detect
+from megagrow.cli import Parser, number, whole
 from megagrow.errors import exit_status
 from megagrow.layout import Layout
 
 _EXAMPLES = """\
-examples:
   # another layout: from the run's own to tensor 2 x pipeline 2
   python launch/convert.py --from runs/quickstart --to runs/other/checkpoints/step_00000400 \\
       --to-format native --tensor 2 --pipeline 2 --verify
@@ -24,9 +24,9 @@ examples:
   python launch/convert.py --from runs/quickstart --to exports/quickstart \\
       --to-format huggingface --tokenizer data/quickstart
 
-  # weights to start a run from: runs/new.yaml then goes on with --resume imports/llama
-  python launch/convert.py --from models/llama --to imports/llama --to-format native \\
-      --config runs/new.yaml
+  # weights to start a run from: configs/quickstart.yaml then goes on with --resume imports/model
+  python launch/convert.py --from MODEL --to imports/model --to-format native \\
+      --config configs/quickstart.yaml
 """
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,11 +34,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     formats = "\n".join(f"  {name:<12} {fmt.about}" for name, fmt in FORMATS.items())
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"formats:\n{formats}\n\n{_EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(description=__doc__, examples=f"{_EXAMPLES}\nformats:\n{formats}")
     add = parser.add_argument
     add(
         "--from",
@@ -61,7 +57,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for axis in ("tensor", "pipeline", "data"):
         add(
             f"--{axis}",
-            type=_positive,
+            type=whole(1),
             metavar=axis[0].upper(),
             help=f"{axis}-parallel size of the result; without any size, the source's layout",
         )
@@ -75,20 +71,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--shard-gib",
-        type=float,
+        type=number(above=0),
         default=5.0,
         metavar="N",
         help="greatest file, for formats that cut by size (default 5)",
     )
     add(
         "--workers",
-        type=_positive,
+        type=whole(1),
         metavar="N",
         help="threads; by default one more than cores",
     )
     add(
         "--buffer-mib",
-        type=_positive,
+        type=whole(1),
         default=BUFFER_BYTES >> 20,
         metavar="N",
         help=f"memory for values in each thread (default {BUFFER_BYTES >> 20})",
@@ -198,13 +194,6 @@ def _run_to_be(path: str | None) -> tuple[Mapping[str, Any] | None, Mapping[str,
     config = load_config(path, [])
     data = open_dataset(config.data.path, config.data.tokenizer)
     return config.model_dump(mode="json", by_alias=True), fingerprints(data)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,32 +7,29 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megagrow.cli import Parser, whole
 from megagrow.errors import exit_status
 
 EXAMPLES = """\
-examples:
   # word-level perplexity by the WikiText protocol (the file as published: wiki.test.tokens)
-  python launch/evaluate.py runs/quickstart --wikitext wikitext-103/wiki.test.tokens
+  python launch/evaluate.py runs/quickstart --wikitext WIKI.test.tokens
 
   # LAMBADA's last words (one passage a line, plain or JSON), and bits per byte of any text
-  python launch/evaluate.py exports/gpt2 --tokenizer exports/gpt2/tokenizer.json \\
-      --lambada lambada_test.jsonl --text README.md --stride 512 --json scores.json
+  python launch/evaluate.py EXPORT --tokenizer EXPORT/tokenizer.json \\
+      --lambada LAMBADA.jsonl --text README.md --stride 512 --json runs/scores.json
 
   # tasks of EleutherAI's lm-evaluation-harness, on an export for transformers
-  python launch/evaluate.py runs/quickstart --tasks hellaswag,piqa --tokenizer exports/gpt2
+  python launch/evaluate.py runs/quickstart --tasks hellaswag,piqa --tokenizer data/quickstart
 """
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Evaluate a checkpoint of any format.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(description="Evaluate a checkpoint of any format.", examples=EXAMPLES)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run: its newest one")
     add("--from-format", metavar="F", help="of the checkpoint; default: what it looks like")
@@ -41,8 +38,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--text", type=Path, nargs="+", metavar="FILE", help="bits per byte of any text")
     add("--tasks", help="of lm-evaluation-harness, joined by commas")
     add("--tokenizer", type=Path, metavar="PATH", help="default: beside the checkpoint, its run's")
-    add("--stride", type=int, metavar="N", help="new tokens a window (default: all of it)")
-    add("--batch", type=int, default=8, help="windows at a time (default %(default)s)")
+    add("--stride", type=whole(1), metavar="N", help="new tokens a window (default: all of it)")
+    add("--batch", type=whole(1), default=8, help="windows at a time (default %(default)s)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--json", type=Path, metavar="FILE", help="write the scores there")
     add("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -51,7 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Do what the command line asks for, and say it; returns the scores."""
-    import torch
+    from tqdm import tqdm
 
     from megagrow.checkpoint.load import load_model
     from megagrow.errors import ConfigError
@@ -62,11 +59,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             "nothing to evaluate on", mend="give --wikitext, --lambada, --text or --tasks"
         )
-    for name in ("stride", "batch"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name}: must be above 0", found=value)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = evaluation.choose_device(options.device)
     model, shape, at = load_model(options.checkpoint, name=options.from_format, device=device)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{at}: {shape.family}, {count:,} parameters, on {device}")
@@ -74,7 +67,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer_file = harness.find_tokenizer(at, options.tokenizer)
     if options.wikitext or options.lambada or options.text:
         tokenizer = harness.open_tokenizer(tokenizer_file, vocabulary=shape.vocabulary)
-        scorer = evaluation.Scorer(model, shape.sequence, device, options.batch)
+        track = partial(tqdm, disable=not sys.stderr.isatty(), leave=False)
+        scorer = evaluation.Scorer(model, shape.sequence, device, options.batch, track)
         stride = options.stride or shape.sequence
         files = [(path, False) for path in options.text or ()]
         files = [(options.wikitext, True)] * (options.wikitext is not None) + files

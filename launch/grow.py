@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megagrow.cli import Parser
 from megagrow.errors import exit_status
 
 EXAMPLES = """\
-examples:
   # twice the width; the result is OUT/step_<step>, to go on from with pretrain.py --resume OUT
-  python launch/grow.py --from runs/small --to OUT --operator width --factor 2
+  python launch/grow.py --from runs/quickstart --to OUT --operator width --factor 2
 
   # a given model, by two operators in one growth
-  python launch/grow.py --from runs/small --to OUT --operator width+depth_stack \\
+  python launch/grow.py --from runs/quickstart --to OUT --operator width+depth_stack \\
       --target hidden=512 heads=8 ffn=2048 layers=12 --state-policy sparkling
 
   # what there is
@@ -27,10 +27,9 @@ examples:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Grow a native checkpoint into the checkpoint of a larger model.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     add = parser.add_argument
     add("--list", action="store_true", help="print the operators and state policies, and end")
@@ -88,10 +87,8 @@ def run(options: argparse.Namespace) -> None:
 
 def grow_section(options: argparse.Namespace) -> Any:
     """The `grow` section that the options stand for; raises ConfigError where they clash."""
-    from pydantic import ValidationError
-
     from megagrow.config import GrowConfig
-    from megagrow.errors import ConfigError
+    from megagrow.config.load import parse_settings
 
     given = {
         "operator": options.operator,
@@ -103,21 +100,14 @@ def grow_section(options: argparse.Namespace) -> Any:
         "fit_steps": options.fit_steps,
         "mup": options.mup,
     }
-    try:
-        return GrowConfig(**{key: value for key, value in given.items() if value is not None})
-    except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, f['loc'])) or 'options'}: {f['msg']}"
-            for f in error.errors(include_url=False)
-        )
-        raise ConfigError(f"this growth cannot be: {faults}", mend="see --help") from None
+    return parse_settings(GrowConfig, given, source="this growth cannot be")
 
 
 def _size(text: str) -> tuple[str, int]:
     from megagrow.errors import ConfigError
 
     key, _, number = text.partition("=")
-    if not number.isdigit():
+    if not (number.isascii() and number.isdigit() and len(number) < 19):
         raise ConfigError(
             f"--target {text}: not a size", expected="such as hidden=512", mend="see --help"
         )

@@ -23,7 +23,7 @@ _EXAMPLE = """\
 example:
   python launch/inspect.py runs/quickstart
   python launch/inspect.py runs/quickstart/checkpoints/step_00000400 --verify
-  python launch/inspect.py models/llama --tensors
+  python launch/inspect.py MODEL --tensors
 """
 
 

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megagrow.cli import Parser
 from megagrow.errors import exit_status
 
 EXAMPLES = """\
-examples:
   # the best schedule for a model and 10 billion tokens, by Chinchilla's law, two growth stages
   python launch/plan.py --config configs/paper/large.yaml --tokens 1e10 --law epoch --stages 2
 
   # the same from a law fitted to your own runs, with its interval; writes config, page and picture
-  python launch/plan.py --config my.yaml --flops 1e18 --fit runs/a runs/b runs/c runs/d \\
+  python launch/plan.py --config configs/paper/large.yaml --flops 1e18 --fit RUN_A RUN_B RUN_C \\
       --output plans/mine
 
   # step time, MFU, memory, and what each growth moves, for a run on 512 nodes
@@ -27,10 +27,9 @@ examples:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Plan when to grow, how much it saves, and what it costs on a machine.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="a run; its model is the target")
@@ -150,8 +149,12 @@ def run(options: argparse.Namespace) -> str:
         text.removeprefix("machine.") for text in options.overrides if text.startswith("machine.")
     ]
     config = load_config(options.config, ours)
+    machine = (
+        load_settings(MachineConfig, options.machine, theirs, option="--machine")
+        if options.machine is not None
+        else None
+    )
     config = with_vocabulary(config, vocabulary(config))
-    machine = load_settings(MachineConfig, options.machine, theirs) if options.machine else None
     searches = options.tokens is not None or options.flops is not None
     if not searches and machine is None:
         raise ConfigError(

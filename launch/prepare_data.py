@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from megagrow.cli import Parser
 from megagrow.data.formats import FORMATS
 from megagrow.data.prepare import prepare
 from megagrow.data.request import DTYPES, Request
@@ -13,7 +13,6 @@ from megagrow.data.summary import summary
 from megagrow.errors import MegagrowError
 
 EXAMPLES = """\
-examples:
   # the source files of Python's standard library, about 30 MB of text
   python launch/prepare_data.py --input stdlib --output data/stdlib --workers 2
 
@@ -21,8 +20,8 @@ examples:
   python launch/prepare_data.py --input book.txt --output data/book
 
   # JSONL with a ready tokenizer
-  python launch/prepare_data.py --input corpus.jsonl --text-key text \\
-      --tokenizer tokenizer.json --output data/corpus --workers 16
+  python launch/prepare_data.py --input CORPUS.jsonl --text-key text \\
+      --tokenizer TOKENIZER.json --output data/corpus --workers 16
 
 A run that was stopped goes on where it was when the same command is given again;
 until then its work lies in OUTPUT.work, which may be removed.
@@ -31,10 +30,9 @@ until then its work lies in OUTPUT.work, which may be removed.
 
 def parse(arguments: list[str] | None = None) -> Request:
     """The command line as a request."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Make a tokenizer and an indexed dataset (Megatron's .bin/.idx) from text.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     add = parser.add_argument
     add(

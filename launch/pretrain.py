@@ -9,12 +9,12 @@ import os
 import sys
 from collections.abc import Sequence
 
+from megagrow.cli import Parser
 from megagrow.cluster import lifeline
 from megagrow.cluster.rank import under_supervision
 from megagrow.errors import ConfigError, MegagrowError
 
 EXAMPLES = """\
-examples:
   # two processes on a CPU
   DS_ACCELERATOR=cpu deepspeed --hostfile none --num_gpus 2 \\
       launch/pretrain.py --config configs/quickstart.yaml
@@ -29,10 +29,8 @@ examples:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Train a language model that grows while it trains.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        description="Train a language model that grows while it trains.", examples=EXAMPLES
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="YAML file that describes the run")
@@ -64,15 +62,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     """Do what the command line asks for; returns the exit status."""
     from megagrow.config.load import load_config
-    from megagrow.data.dataset import open_dataset
-    from megagrow.train.plan import plan_run, with_vocabulary
+    from megagrow.train.ready import ready
 
     config = load_config(options.config, options.overrides)
     world = _world(options)
     if options.dry_run:
         from megagrow.train.dryrun import check_memory, describe
 
-        text = describe(config, world=world)
+        text = describe(config, world=world, resume=options.resume)
         if _is_first():
             print(text)
         fits = check_memory(config, world=world, memory=options.memory)
@@ -85,9 +82,8 @@ def run(options: argparse.Namespace) -> int:
             found=f"--memory {options.memory}",
             mend="add --dry-run, or leave --memory out",
         )
-    data = open_dataset(config.data.path, config.data.tokenizer)
-    config = with_vocabulary(config, data.vocab_size)
-    plan = plan_run(config, world=world, vocabulary=data.vocab_size)
+    found = ready(config, world=world)
+    assert found.data is not None
 
     # DeepSpeed takes seconds to import: not before everything that can be refused has been.
     from megagrow.engine import comm
@@ -104,9 +100,9 @@ def run(options: argparse.Namespace) -> int:
         with StopRequest().listening() as stop, watching(ranks, config) as watch:
             try:
                 trainer = Trainer(
-                    config=config,
-                    plan=plan,
-                    data=data,
+                    config=found.config,
+                    plan=found.plan,
+                    data=found.data,
                     comm=ranks,
                     resume=options.resume,
                     watch=watch,

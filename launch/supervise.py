@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megagrow.cli import Parser, number, whole
 from megagrow.cluster import launchers
 from megagrow.cluster.fleet import Fleet, Here, OverSsh
 from megagrow.cluster.nodes import Agent, NodeJob, Nodes, master_of
@@ -17,7 +18,6 @@ from megagrow.cluster.supervisor import Limits, Supervisor
 from megagrow.errors import ConfigError, MegagrowError
 
 EXAMPLES = """\
-examples:
   # this machine: two ranks on a CPU
   DS_ACCELERATOR=cpu python launch/supervise.py --ranks 2 \\
       launch/pretrain.py --config configs/quickstart.yaml
@@ -46,19 +46,18 @@ exit status:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     default = Limits()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s [options] SCRIPT [its arguments]",
         description="Start a job, watch every rank over a line of its own, end it when it "
         "fails, start it again from its last checkpoint.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     where = parser.add_argument_group("where")
     add = where.add_argument
-    add("--ranks", type=_positive, metavar="N", help="on each node; default: one a device")
+    add("--ranks", type=whole(1), metavar="N", help="on each node; default: one a device")
     add("--hostfile", type=Path, metavar="FILE", help="hosts, to be reached by ssh")
-    add("--nnodes", type=_positive, metavar="N", help="nodes, each started by a scheduler")
-    add("--node-rank", type=int, metavar="I", help="which of them this is, from 0")
+    add("--nnodes", type=whole(1), metavar="N", help="nodes, each started by a scheduler")
+    add("--node-rank", type=whole(0), metavar="I", help="which of them this is, from 0")
     add("--master", metavar="HOST:PORT", help="node 0, and a free port of it")
     add(
         "--scheduler",
@@ -68,8 +67,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--env", action="append", default=[], metavar="NAME", help="carry to the hosts as well "
         "(NAME_: all that begin so)")  # fmt: skip
     add("--address", help="of this machine, as the hosts reach it; default: found by the route")
-    add("--port", type=int, default=0, help="of this machine, for the lines; default: a free one")
-    add("--master-port", type=_positive, metavar="PORT", help="of the first host of a hostfile")
+    add(
+        "--port",
+        type=whole(0, 65535),
+        default=0,
+        help="of this machine, for the lines; default: a free one",
+    )
+    add(
+        "--master-port",
+        type=whole(1, 65535),
+        metavar="PORT",
+        help="of the first host of a hostfile",
+    )
     add("--logs", type=Path, metavar="DIR", help="of a log for each rank; default: RUN/logs")
     when = parser.add_argument_group("when (seconds)")
     for name, text in (
@@ -80,9 +89,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         ("backoff", "before the first restart; doubled for each further one"),
     ):
         value = getattr(default, name)
-        when.add_argument(f"--{name}", type=float, default=value, metavar="S",
+        when.add_argument(f"--{name}", type=number(least=0), default=value, metavar="S",
                           help=f"{text} ({value:g})")  # fmt: skip
-    when.add_argument("--restarts", type=int, default=default.restarts, metavar="N",
+    when.add_argument("--restarts", type=whole(0), default=default.restarts, metavar="N",
                       help="without a newer checkpoint in between "
                       f"({default.restarts}; 0: never)")  # fmt: skip
     parser.add_argument("script", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -188,12 +197,6 @@ def _logs_of(script: Sequence[str]) -> Path | None:
 
 def _is_override(word: str) -> bool:
     return "=" in word and not word.startswith("-")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: not a positive number")
-    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "megagrow"
 
 # A room may import its own floor and those below.
 FLOORS = [
-    {"errors", "files"},
+    {"cli", "errors", "files"},
     {"config", "layout", "cluster"},
     {"state", "growth", "schedule", "data", "model", "ops"},
     {"engine", "checkpoint", "report"},

@@ -46,8 +46,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return load_settings(Config, path, overrides)
 
 
-def load_settings(kind: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
-    """The same for any kind of configuration.
+# A file that is there, by the option that names one.
+_FOR_INSTANCE = {
+    "--config": "configs/quickstart.yaml",
+    "--machine": "configs/machines/h100.yaml",
+    "--mapping": "MAPPING.yaml",
+}
+
+
+def load_settings(
+    kind: type[S],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    option: str = "--config",
+) -> S:
+    """The same for any kind of configuration; `option` is what named the file.
 
     Raises:
         ConfigError: the file is missing, unreadable, not YAML or not a mapping; an override
@@ -56,12 +70,13 @@ def load_settings(kind: type[S], path: str | Path, overrides: Sequence[str] = ()
     """
     try:
         text = Path(path).read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no name of a file can be so
         raise ConfigError(
-            f"configuration {path} cannot be read",
-            found=error.strerror or str(error),
+            f"{option} {_shortened(path)}: cannot be read",
+            found=getattr(error, "strerror", None) or str(error),
             expected="a YAML file",
-            mend="give the path of an existing file: --config configs/quickstart.yaml",
+            mend=f"give the path of an existing file, for instance {option} "
+            f"{_FOR_INSTANCE[option]}",
         ) from error
     data = read_yaml(text, source=str(path))
     if not isinstance(data, dict):
@@ -170,6 +185,9 @@ def _suggestion(schema: type[BaseModel], key: str) -> list[str]:
     siblings = [k for k in known if k.rpartition(".")[0] == section]
     names = [k.rpartition(".")[2] for k in siblings]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    blank = re.match(r"(\w+):(\S+)$", name)
+    if blank is not None and blank[1] in names:
+        return [f"  mend:     a blank after the colon: {blank[1]}: {blank[2]}"]
     if near:
         return [f"  mend:     did you mean {key.removesuffix(name)}{near[0]}?"]
     elsewhere = [k for k in known if k.rpartition(".")[2] == name]
@@ -191,6 +209,11 @@ def _kind(value: Any) -> str:
     if isinstance(value, str):
         return "text"
     return "list" if isinstance(value, list) else "section"
+
+
+def _shortened(path: str | Path) -> str:
+    text = str(path)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _shown(value: Any) -> str:

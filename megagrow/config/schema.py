@@ -187,7 +187,7 @@ class ScheduleConfig(Section):
     """Learning rate over the run; `decay` is the fraction of steps that WSD decays."""
 
     name: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
-    warmup: Annotated[int, Field(ge=0)] = 100
+    warmup: Annotated[int, Field(ge=0)] | None = None  # steps; default: a tenth of the run, <= 100
     decay: Fraction = 0.1
     floor: Fraction = 0.0  # final learning rate as a fraction of the peak
 

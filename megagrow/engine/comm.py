@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 
 from megagrow.cluster.network import choose_gloo_interface, free_port, require_free_port
 from megagrow.engine.groups import Groups, make_groups
+from megagrow.engine.precision import on_gpu
 from megagrow.errors import MegagrowError
 from megagrow.layout import Layout
 
@@ -39,7 +40,7 @@ class Comm:
         self.world = dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self._groups: dict[tuple[int, int, int], Groups] = {}
-        self.device = torch.device("cuda", self.local_rank) if _on_gpu() else torch.device("cpu")
+        self.device = torch.device("cuda", self.local_rank) if on_gpu() else torch.device("cpu")
 
     def groups(self, layout: Layout) -> Groups:
         """The process groups of a layout; made once for each shape of the grid."""
@@ -152,13 +153,13 @@ def start(seconds: float = 600.0) -> Comm:
     # minute and a lock file, and a job that is killed meanwhile leaves the lock behind: every
     # later one would wait for it for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not _on_gpu():
+    if not on_gpu():
         # DeepSpeed asks for fp16 instructions, which few CPUs have; PyTorch does without them.
         get_accelerator().is_fp16_supported = lambda: True
     if not dist.is_initialized():
-        if _on_gpu():
+        if on_gpu():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if _on_gpu() else "gloo"
+        backend = "nccl" if on_gpu() else "gloo"
         require_free_port(os.environ)
         choose_gloo_interface(os.environ)
         deepspeed.init_distributed(
@@ -186,7 +187,3 @@ def _settle_imports() -> None:
     importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     gc.collect()
     gc.freeze()
-
-
-def _on_gpu() -> bool:
-    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"

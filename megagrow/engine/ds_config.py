@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megagrow.config import Config
+from megagrow.engine.precision import precision_settings, require_own_formats
 from megagrow.errors import ConfigError
 from megagrow.layout import Layout
 from megagrow.schedule.batch import accumulation
@@ -26,7 +27,8 @@ def deepspeed_config(
         sequence_parallel: whether activations differ between tensor-parallel ranks.
 
     Raises:
-        ConfigError: a key under `deepspeed` that megagrow sets itself, with another value.
+        ConfigError: a key under `deepspeed` that megagrow sets itself, with another value, or
+            one that would change a number format.
     """
     engine_clips = layout.zero == 0 and config.precision.dtype == "fp32"
     bucket = max(2, min(_BUCKET, parameters + parameters % 2))
@@ -50,31 +52,14 @@ def deepspeed_config(
         # DeepSpeed sends a part of the activations from each tensor-parallel rank, on the
         # assumption that all hold the same; with sequence parallelism each holds its own.
         ours["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
-    ours |= _precision(config)
+    require_own_formats(config.deepspeed)
+    ours |= precision_settings(config, layout)
     if config.optimizer.offload == "cpu":
         _require_sharded_state(layout)
         ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         # Our optimizer steps CPU tensors as well, so DeepSpeed's own CPU Adam is not needed.
         ours["zero_force_ds_cpu_optimizer"] = False
     return _merge(ours, config.deepspeed, "deepspeed")
-
-
-def _precision(config: Config) -> dict[str, Any]:
-    precision = config.precision
-    if precision.dtype == "bf16":
-        # Every parameter's gradient would be looked at by itself, in half a dozen kernels; the
-        # norm of all tells as well, and the engine takes no step on one that is not finite.
-        return {"bf16": {"enabled": True, "check_grad_overflow": False}}
-    if precision.dtype == "fp16":
-        return {
-            "fp16": {
-                "enabled": True,
-                "loss_scale": 0,
-                "initial_scale_power": precision.initial_scale_power,
-                "loss_scale_window": precision.window,
-            }
-        }
-    return {}
 
 
 def _require_sharded_state(layout: Layout) -> None:

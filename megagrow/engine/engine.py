@@ -29,6 +29,7 @@ from megagrow.engine.loss_scale import LossScale, get_loss_scale, set_loss_scale
 from megagrow.engine.muon import BlockMuon
 from megagrow.engine.optimizer import BlockAdamW, BlockLion, BlockOptimizer
 from megagrow.engine.pipeline import PipelinedModel
+from megagrow.engine.precision import Precisions, precisions
 from megagrow.engine.start import lean_start, poison
 from megagrow.engine.state import LiveState, live_state, shared_tensors
 from megagrow.growth.ramp import Ramp
@@ -107,8 +108,18 @@ class Engine:
         parallel = groups.tensor_parallel(sequence=spread.sequence_parallel)
 
         module, parameters = self._build_module(config, groups, parallel, ramp)
+        numel = sum(parameter.numel() for parameter in module.parameters())
+        settings = deepspeed_config(
+            config, layout, parameters=numel, sequence_parallel=parallel.splits_sequence
+        )
+        self.precisions = precisions(
+            settings,
+            muon=config.optimizer.name == "muon",
+            gpu=comm.device.type == "cuda",
+        )
         self._optimizer = _make_optimizer(
             config.optimizer,
+            self.precisions,
             _parameter_groups(config, placement, self.coordinates.pipe, parameters, module),
         )
         self._clipper: GradientClipper | None = None
@@ -116,7 +127,7 @@ class Engine:
             values = list(parameters.values())
             self._clipper = GradientClipper(values, groups, config.optimizer.grad_clip)
             self._optimizer.before_step = self._clipper
-        self._deepspeed = self._start_deepspeed(config, module, groups, parallel)
+        self._deepspeed = self._start_deepspeed(settings, module, groups)
         self._driver: Driver = (PipelineDriver if layout.pipeline > 1 else PlainDriver)(
             self._deepspeed, self._on_device
         )
@@ -170,11 +181,8 @@ class Engine:
                 parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         return module, parameters
 
-    def _start_deepspeed(
-        self, config: Config, module: nn.Module, groups: Groups, parallel: TensorParallel
-    ) -> Any:
+    def _start_deepspeed(self, settings: dict[str, Any], module: nn.Module, groups: Groups) -> Any:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        numel = sum(parameter.numel() for parameter in module.parameters())
         # DeepSpeed remembers the last engine's groups; a layout of data alone must not see them.
         deepspeed.utils.groups.mpu = None
         plain = self.layout.tensor == 1 or self.layout.pipeline > 1
@@ -182,12 +190,7 @@ class Engine:
             engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=self._optimizer,
-                config=deepspeed_config(
-                    config,
-                    self.layout,
-                    parameters=numel,
-                    sequence_parallel=parallel.splits_sequence,
-                ),
+                config=settings,
                 mpu=None if plain else ModelParallelUnit(groups),
                 dist_init_required=False,
             )
@@ -238,7 +241,8 @@ class Engine:
     def _grad_norm(self) -> float:
         if self._clipper is not None:
             return self._clipper.norm
-        norm = float(self._deepspeed.get_global_grad_norm() or 0.0)
+        # DeepSpeed's engine learns the norm after the update, its optimizer before it.
+        norm = float(getattr(self._deepspeed.optimizer, "_global_grad_norm", None) or 0.0)
         return norm if norm >= 0 else math.inf  # DeepSpeed's -1: some gradient is not finite
 
     def _accepted(self) -> bool:
@@ -282,9 +286,16 @@ class Engine:
         return torch.from_numpy(np.ascontiguousarray(batch, dtype=np.int64)).to(self.comm.device)
 
 
-def _make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> BlockOptimizer:
+def _make_optimizer(
+    config: OptimizerConfig, formats: Precisions, groups: list[dict[str, Any]]
+) -> BlockOptimizer:
     if config.name == "muon":
-        return BlockMuon(groups, betas=config.betas, momentum=config.momentum)
+        return BlockMuon(
+            groups,
+            betas=config.betas,
+            momentum=config.momentum,
+            iteration=_DTYPES[formats.newton_schulz or "fp32"],
+        )
     kind = BlockAdamW if config.name == "adamw" else BlockLion
     return kind(groups, betas=config.betas)
 

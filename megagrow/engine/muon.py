@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from megagrow.engine.optimizer import BlockAdamW, Index, generations
+from megagrow.engine.start import replaced
 from megagrow.growth.rules import YoungBlocks
 from megagrow.state.boxes import Box
 from megagrow.state.matrices import Matrix
@@ -62,13 +63,19 @@ class BlockMuon(BlockAdamW):
         groups: the parameter groups.
         betas: of AdamW.
         momentum: of the matrices.
+        iteration: the element type that Newton-Schulz runs in.
     """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], momentum: float
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        betas: tuple[float, float],
+        momentum: float,
+        iteration: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(groups, betas=betas)
-        self._momentum = momentum
+        self._momentum, self._iteration = momentum, iteration
         self._shared: dict[torch.Tensor, Sequence[SharedTensor]] = {}
         self._collect: Collect = lambda whole: None
         self._device: torch.device | None = None
@@ -123,7 +130,9 @@ class BlockMuon(BlockAdamW):
         self._collect(whole)
         for matrix in tensor.matrices:
             part = whole[matrix.index]
-            update = orthogonalised(part.reshape(matrix.rows, matrix.columns))
+            update = orthogonalised(
+                part.reshape(matrix.rows, matrix.columns), iteration=self._iteration
+            )
             part.copy_(update.mul_(matrix.scale).view(part.shape))
         step = int(state["step"]) + 1
         for box, (p, _, _) in pieces:
@@ -139,19 +148,23 @@ class BlockMuon(BlockAdamW):
                 p[index].mul_(1 - lr * group["weight_decay"]).sub_(update[index], alpha=lr)
 
 
-def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
+def orthogonalised(matrix: torch.Tensor, *, iteration: torch.dtype) -> torch.Tensor:
     """A matrix with its singular values near 1, in its own dtype; zeros for zeros.
 
-    DeepSpeed's iteration, on the accelerator in fp16 where it can do that, else in fp32.  It is
-    run as it is written: DeepSpeed has it compiled, and then the order in which shapes were seen
-    would decide over the last bits, so that a resumed run could depart.
+    DeepSpeed's iteration, in the element type that the run chose and not in the one that DeepSpeed
+    would.  It is run as it is written: DeepSpeed has it compiled, and then the order in which
+    shapes were seen would decide over the last bits, so that a resumed run could depart.
     """
     # Importing it sets torch.compile up, which no other optimizer needs.
-    from deepspeed.runtime.zero.muon.original_muon import zeropower_via_gram_newtonschulz
+    from deepspeed.runtime.zero.muon import original_muon
 
     # The iteration divides by |M| + 1e-7, so that the update of a small gradient would depend on
     # its length; at length 1 it cannot.
     norm = torch.linalg.vector_norm(matrix)
     unit = matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
-    with torch.compiler.set_stance("force_eager"):
-        return zeropower_via_gram_newtonschulz(unit, steps=_NS_STEPS).to(matrix.dtype)
+    with (
+        replaced(original_muon, "ns_compute_dtype", lambda method="gram": iteration),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        update = original_muon.zeropower_via_gram_newtonschulz(unit, steps=_NS_STEPS)
+    return update.to(matrix.dtype)

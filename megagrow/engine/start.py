@@ -53,7 +53,7 @@ def lean_start() -> Iterator[None]:
         if optimizer.cpu_offload:
             original(optimizer)
 
-    with contextlib.ExitStack() as replaced:
+    with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (DeepSpeedEngine, "_broadcast_model", lambda engine: None),
             (Init, "_zero_init_param", partition),
@@ -61,12 +61,13 @@ def lean_start() -> Iterator[None]:
             # It prints, and collects garbage before, twice for each parameter group.
             (bf16_optimizer, "see_memory_usage", lambda message, force=False: None),
         ):
-            replaced.enter_context(_replaced(owner, name, value))
+            stack.enter_context(replaced(owner, name, value))
         yield
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While inside, an attribute of one of DeepSpeed's modules or classes is `value`."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

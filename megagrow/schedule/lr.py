@@ -212,6 +212,11 @@ class LearningRate:
         return min(climbs, default=1.0)
 
 
+def default_warmup(total_steps: int) -> int:
+    """Steps of warm-up where the configuration names none: 100, or a tenth of a shorter run."""
+    return min(100, total_steps // 10)
+
+
 def learning_rate(
     config: Config,
     *,
@@ -234,10 +239,13 @@ def learning_rate(
         ConfigError: warm-up and decay do not fit into the run.
     """
     schedule = config.schedule
+    warmup = schedule.warmup
+    if warmup is None:
+        warmup = default_warmup(total_steps)
     rate = LearningRate(
         peak=config.optimizer.lr,
         total_steps=total_steps,
-        warmup=schedule.warmup,
+        warmup=warmup,
         kind=schedule.name,
         decay=schedule.decay,
         floor=schedule.floor,
@@ -245,6 +253,6 @@ def learning_rate(
         moved=tuple(Moved(*move) for move in moved),
     )
     for step, ratio in restarts:
-        to = max(round(rate.position(step) / ratio), schedule.warmup)
+        to = max(round(rate.position(step) / ratio), warmup)
         rate = replace(rate, restarts=(*rate.restarts, Restart(step, min(to, step))))
     return rate

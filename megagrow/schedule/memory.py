@@ -7,12 +7,15 @@ parameters of a rank before ZeRO cuts them, H those of its ZeRO partition:
                       parameters   master, moments   gradients          for a moment
   ZeRO 0, fp32        4 N          0, 8 N            4 N                bucket
   ZeRO 0, 16 bit      2 N          4 N, 8 N          2 N                bucket, 4 N in the step
-  ZeRO 1              p N          4 H, 8 H          p N, p H           bucket, or 4 H in the step
-  ZeRO 2              p N          4 H, 8 H          p H                the same
-  ZeRO 3              p (H + G)    4 H, 8 H          p H                bucket and 4 H
+  ZeRO 1              p N          4 H, 8 H          q N, q H           bucket, or 4 H in the step
+  ZeRO 1, bf16        2 N          4 H, 8 H          4 N                gradients reduced at once
+  ZeRO 2              p N          4 H, 8 H          q H                bucket, or 4 H in the step
+  ZeRO 3              p (H + G)    4 H, 8 H          q H                bucket and 4 H
 
-G is what ZeRO 3 holds gathered at most.  With offload, master, moments, an fp32 copy of the
-gradients and the partition's own lie in the host's memory.
+G is what ZeRO 3 holds gathered at most; q are the bytes in which gradients are summed over
+micro-batches, and a bucket is there in p and in the bytes of the sum over ranks where these
+differ.  ZeRO 1 in bf16 is another optimizer of DeepSpeed's if it sums in fp32.  With offload,
+master, moments, an fp32 copy of the gradients and the partition's own lie in the host's memory.
 
 Activations follow Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
 Models" (arXiv 2205.05198, section 4), which counts for a GPT layer in 16 bit s b h (10 + 24 / t)
@@ -33,8 +36,10 @@ from megagrow.schedule.cost import STATE_BYTES
 from megagrow.state.catalog import OPTIMIZER_SLOTS, Slot
 from megagrow.state.placement import FLAT_ALIGNMENT, Placement
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MASTER = 4
+# DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: elements of gradients that are reduced at once.
+_REDUCED_AT_ONCE = 500_000_000
 # DeepSpeed's stage3_max_live_parameters, which megagrow leaves alone.
 _MAX_LIVE = 10**9
 
@@ -50,6 +55,7 @@ class RankMemory:
         activations: kept for the backward pass, all micro-batches in flight.
         buckets: DeepSpeed's communication buckets, and copies it makes in the step.
         host: in the host's memory, with offload.
+        early: of the gradients, what is there from the engine's start.
     """
 
     parameters: int
@@ -58,6 +64,7 @@ class RankMemory:
     activations: int
     buckets: int
     host: int = 0
+    early: int = 0
 
     @property
     def device(self) -> int:
@@ -69,7 +76,7 @@ class RankMemory:
         return replace(self, optimizer=self.optimizer + self.host, host=0)
 
 
-DEVICE_PARTS = tuple(field.name for field in fields(RankMemory) if field.name != "host")
+DEVICE_PARTS = tuple(f.name for f in fields(RankMemory) if f.name not in ("host", "early"))
 
 
 def rank_memory(
@@ -80,6 +87,8 @@ def rank_memory(
     pipe: int,
     bucket: int,
     accumulation: int,
+    summed: int,
+    reduced: int,
     sequence_parallel: bool,
 ) -> RankMemory:
     """Memory of the fullest rank of a pipeline stage.
@@ -91,9 +100,11 @@ def rank_memory(
         pipe: the pipeline stage.
         bucket: elements of DeepSpeed's buckets.
         accumulation: micro-batches in one optimizer step.
+        summed: bytes of an element of the gradients' sum over micro-batches.
+        reduced: bytes of an element of their sum over data ranks.
         sequence_parallel: whether norms see a part of the sequence only.
     """
-    layout, p = placement.layout, _BYTES[config.precision.dtype]
+    layout, p = placement.layout, BYTES[config.precision.dtype]
     groups = local_sizes(placement, pipe)
     n = sum(sum(sizes) for sizes in groups)
     held = partition_size(layout, groups)
@@ -102,26 +113,33 @@ def rank_memory(
     slots = OPTIMIZER_SLOTS[config.optimizer.name]
     optimizer = master + STATE_BYTES * slot_elements(placement, pipe, slots[1:])
     step_copy = 4 * held
+    # A bucket of gradients, and its copy in the type that they are reduced in.
+    bucket_bytes = (p + (reduced if reduced != p else 0)) * bucket
+    bf16, early = config.precision.dtype == "bf16", 0
     if layout.zero == 0:
         # DeepSpeed's pipeline in bf16 keeps the sum over micro-batches apart.
-        twice = config.precision.dtype == "bf16" and layout.pipeline > 1
+        twice = bf16 and layout.pipeline > 1
         parameters, gradients = p * n, p * n * (2 if twice else 1)
         # DeepSpeed sums gradients over the data ranks in flat copies of a bucket's size.
-        buckets = (0 if p == 4 else step_copy) + (p * bucket if layout.data > 1 else 0)
+        buckets = (0 if p == 4 else step_copy) + (bucket_bytes if layout.data > 1 else 0)
+    elif layout.zero == 1 and bf16 and summed == 4:
+        parameters, gradients = p * n, summed * n
+        early = gradients
+        buckets = reduced * min(n, _REDUCED_AT_ONCE) if layout.data > 1 else 0
     elif layout.zero < 3:
         parameters = p * n
-        gradients = p * held + (p * n if layout.zero == 1 else 0)
-        buckets = max(p * bucket, step_copy)
+        gradients = summed * (held + (n if layout.zero == 1 else 0))
+        buckets = max(bucket_bytes, step_copy)
     else:
         parameters = p * (held + min(n, _MAX_LIVE))
-        gradients = p * held
-        buckets = p * bucket + step_copy
+        gradients = summed * held
+        buckets = bucket_bytes + step_copy
     host = 0
     if config.optimizer.offload == "cpu":
-        host = optimizer + 4 * held + p * held
+        host = optimizer + 4 * held + summed * held
         optimizer = 0
-        gradients -= p * held
-        buckets = p * bucket + (2 * p * largest if layout.zero < 3 else 0)
+        gradients -= summed * held
+        buckets = bucket_bytes + (2 * p * largest if layout.zero < 3 else 0)
     # Muon: the largest tensor of matrices whole, a matrix of it, and the iteration's own.
     buckets += 4 * _MASTER * max(
         (t.volume for _, tensors in placement.groups(pipe) for t in tensors
@@ -143,6 +161,7 @@ def rank_memory(
         ),
         buckets=buckets,
         host=host,
+        early=early,
     )
 
 

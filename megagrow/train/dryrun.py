@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -14,15 +13,15 @@ import torch
 
 from megagrow.cluster.environment import ranks_here
 from megagrow.config import Config
-from megagrow.data.dataset import MANIFEST, open_dataset
 from megagrow.engine.ds_config import deepspeed_config
-from megagrow.errors import ConfigError, DataError
+from megagrow.engine.precision import on_gpu, precisions
+from megagrow.errors import ConfigError
 from megagrow.report.units import human
-from megagrow.schedule.batch import accumulation
 from megagrow.schedule.cost import STATE_BYTES, Received, received
-from megagrow.schedule.memory import DEVICE_PARTS, local_sizes, rank_memory, slot_elements
+from megagrow.schedule.memory import BYTES, DEVICE_PARTS, local_sizes, rank_memory, slot_elements
 from megagrow.state.statemap import Identity, StateMap
 from megagrow.train.plan import RunPlan, plan_run
+from megagrow.train.ready import data_lines, open_data, ready, start_lines
 
 _RANKS_COUNTED = 64  # beyond this many the bytes of a growth are counted for a sample of ranks
 _SAMPLE = 16
@@ -40,13 +39,14 @@ _MEND = {
 }
 
 
-def describe(config: Config, *, world: int) -> str:
+def describe(config: Config, *, world: int, resume: str = "auto") -> str:
     """The text of a dry run on `world` processes.
 
     Raises:
         MegagrowError: whatever would stop the run before its first step.
     """
-    plan = plan_run(config, world=world, vocabulary=vocabulary(config))
+    found = ready(config, world=world, data_may_come=True)
+    config, plan = found.config, found.plan
     lines = [f"{config.run.dir}: {world} processes, {plan.total_steps} steps"]
     for stage in plan.stages:
         lines += ["", *_stage_lines(config, plan, stage.index)]
@@ -55,25 +55,20 @@ def describe(config: Config, *, world: int) -> str:
     lines += [
         "",
         f"in all: {human(last.end_tokens, 'tokens')}, {human(last.end_flops, 'FLOP')}",
-        f"learning rate: {rate.kind}, peak {rate.peak:g}, warm-up {rate.warmup} steps, "
+        f"learning rate: {rate.kind}, peak {rate.peak:g}, warm-up {rate.warmup} steps"
+        f"{'' if config.schedule.warmup is not None else ' (schedule.warmup is not given)'}, "
         f"decay {rate.decay_steps} steps"
         + "".join(f", re-warm {n} steps at {at}" for at, n in rate.rewarms)
         + "".join(f", set back to {to} at {at}" for at, to in rate.restarts),
     ]
+    lines += [*data_lines(found), *start_lines(found, resume)]
     return "\n".join(lines)
 
 
 def vocabulary(config: Config) -> int | None:
     """Of the dataset; None where there is none yet and the model names its own."""
-    missing = not (Path(config.data.path) / MANIFEST).exists()
-    if missing and config.model.vocab is not None:
-        return None
-    try:
-        return open_dataset(config.data.path, config.data.tokenizer).vocab_size
-    except DataError as error:
-        if missing:
-            raise error.or_mend("give model.vocab=N: a dry run then needs no data") from None
-        raise
+    data = open_data(config, may_come=True)
+    return None if data is None else data.vocab_size
 
 
 def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
@@ -87,6 +82,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
         f"  steps       {steps.start_step} to {steps.end_step}  "
         f"({human(steps.end_tokens - steps.start_tokens, 'tokens')}, "
         f"{human(steps.end_flops - steps.start_flops, 'FLOP')})",
+        *_precision_lines(config, plan, index),
         *_memory_lines(config, plan, index),
     ]
     if steps.sequence != model.sequence or steps.batch != config.batch:
@@ -117,6 +113,16 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     return lines
 
 
+def _precision_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
+    stage = plan.stages[index]
+    settings = deepspeed_config(stage.settings(config), stage.layout, parameters=1)
+    formats = precisions(settings, muon=config.optimizer.name == "muon", gpu=on_gpu())
+    lines = [f"  precision   {formats}"]
+    if formats.caveat is not None:
+        lines.append(f"              which {formats.caveat}")
+    return lines
+
+
 # --- memory ---------------------------------------------------------------------------------
 
 
@@ -129,12 +135,14 @@ class Peak:
         when: the moment, in words.
         parts: bytes on the device, by what they are.
         host: bytes in the host's memory, with offload.
+        early: of the gradients' bytes, those that are there before the first step.
     """
 
     pipe: int
     when: str
     parts: dict[str, int]
     host: int
+    early: int = 0
 
     @property
     def total(self) -> int:
@@ -150,17 +158,20 @@ def training_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
     for pipe in range(stage.layout.pipeline):
         numel = sum(map(sum, local_sizes(placement, pipe)))
         settings = deepspeed_config(config, stage.layout, parameters=numel)
+        formats = precisions(settings, muon=config.optimizer.name == "muon", gpu=on_gpu())
         memory = rank_memory(
             config,
             stage.seen,
             placement,
             pipe=pipe,
             bucket=settings["zero_optimization"]["reduce_bucket_size"],
-            accumulation=accumulation(config.batch, stage.layout),
+            accumulation=formats.micro_batches,
+            summed=BYTES[formats.accumulation],
+            reduced=BYTES[formats.reduction],
             sequence_parallel=stage.plan.layout.sequence_parallel,
         )
         parts = {part: getattr(memory, part) for part in DEVICE_PARTS}
-        peaks.append(Peak(pipe, "in training", parts, memory.host))
+        peaks.append(Peak(pipe, "in training", parts, memory.host, memory.early))
     return peaks
 
 
@@ -181,6 +192,7 @@ def growth_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
         parts = {
             "old state": 0 if offloaded else held,
             "parameters": peak.parts["parameters"],
+            "gradients": peak.early,
             "optimizer": peak.parts["optimizer"],
             "staging": staging,
         }
@@ -253,7 +265,7 @@ def read_memory(text: str) -> int:
 
 def _own_memory(world: int) -> tuple[int, str, bool]:
     """(bytes a rank can have on this machine, in words, whether that is the host's memory)."""
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+    if on_gpu():
         return torch.cuda.get_device_properties(0).total_memory, "this machine's GPU", False
     ranks = _own_ranks(world)
     share = psutil.virtual_memory().total // ranks

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,12 +42,14 @@ class Scorer:
         sequence: the longest input.
         device: the model's.
         batch: windows at a time.
+        track: passes on what it is given, and may show how far it is (such as tqdm).
     """
 
     model: Transformer
     sequence: int
     device: torch.device
     batch: int = 8
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter
 
     def loss(self, ids: Sequence[int], *, context: int, stride: int) -> float:
         """-log p of a text in nats: every id predicted, the first from `context` alone."""
@@ -58,13 +62,15 @@ class Scorer:
             begin = max(0, end - self.sequence)
             windows.setdefault((end - begin, end - done), []).append(begin)
             done = end
+        batches = [
+            (length, scored, starts[first : first + self.batch])
+            for (length, scored), starts in windows.items()
+            for first in range(0, len(starts), self.batch)
+        ]
         total = 0.0
-        for (length, scored), starts in windows.items():
-            for first in range(0, len(starts), self.batch):
-                rows = torch.stack(
-                    [tokens[at : at + length + 1] for at in starts[first : first + self.batch]]
-                )
-                total += float(self._losses(rows)[:, -scored:].double().sum())
+        for length, scored, starts in self.track(batches):
+            rows = torch.stack([tokens[at : at + length + 1] for at in starts])
+            total += float(self._losses(rows)[:, -scored:].double().sum())
         return total
 
     def last_word(self, before: Sequence[int], word: Sequence[int]) -> tuple[float, bool]:
@@ -128,6 +134,27 @@ class LastWords:
         return self.right / self.passages
 
 
+def choose_device(name: str | None) -> torch.device:
+    """The device that a name says; without one a GPU where there is one.
+
+    Raises:
+        ConfigError: the name is another, or there is no such GPU.
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if there else "cpu")
+    found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", name)
+    if found is None:
+        raise ConfigError("--device: not known", found=name, expected="cpu, cuda or cuda:N")
+    if name != "cpu" and int(found[1] or 0) >= there:
+        raise ConfigError(
+            f"--device {name}: no such GPU",
+            found=f"{there} GPUs that PyTorch can use",
+            mend="give --device cpu, or leave --device out",
+        )
+    return torch.device(name)
+
+
 def score_text(
     scorer: Scorer, tokenizer: Tokenizer, text: str, *, stride: int, detokenize: bool
 ) -> TextScore:
@@ -166,7 +193,7 @@ def score_lambada(scorer: Scorer, tokenizer: Tokenizer, passages: Sequence[str])
         DataError: a passage has fewer than two words, or a last word longer than the window.
     """
     nats, right = 0.0, 0
-    for number, passage in enumerate(passages, start=1):
+    for number, passage in enumerate(scorer.track(passages), start=1):
         before, _, word = passage.rstrip().rpartition(" ")
         if not before.strip():
             raise DataError(f"passage {number} has no word before the last", found=passage[:80])

@@ -21,6 +21,7 @@ from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import SampleIndex, rank_slice, validation_samples
 from megagrow.engine.comm import Comm
+from megagrow.engine.precision import Precisions
 from megagrow.errors import CheckpointError, DataError
 from megagrow.growth.growth import Growth
 from megagrow.schedule.rules import Validated
@@ -86,6 +87,9 @@ class Trainer:
             speaking=comm.rank == 0,
         )
         self.journal.say(f"fused ops: {ops.active().reason}")
+        if config.schedule.warmup is None:
+            warmup = plan.learning_rate.warmup
+            self.journal.say(f"warm-up: {warmup} steps, since schedule.warmup is not given")
         self.state = RunState()
         resumed = self._resume(resume)
         if not resumed:
@@ -141,6 +145,7 @@ class Trainer:
             comm=self.comm,
             loss_scale=self.state.loss_scale,
         )
+        self._say_precision(None)
         if checkpoint is None:
             fill_fresh(self.engine, config=self.config, comm=self.comm)
         else:
@@ -151,6 +156,14 @@ class Trainer:
                 raise
             self._set_newer_aside(checkpoint.path)
         self.comm.limit_collectives(self.config.watch.slow)
+
+    def _say_precision(self, before: Precisions | None) -> None:
+        """The number formats of the engine, where they are not those of the one before."""
+        formats = self.engine.precisions
+        if formats != before:
+            self.journal.say(f"precision: {formats}")
+            if formats.caveat is not None:
+                self.journal.say(f"warning: this {formats.caveat}")
 
     def _set_newer_aside(self, path: Path) -> None:
         """Of a run that went back; only once its new start is read and sound."""
@@ -314,6 +327,7 @@ class Trainer:
 
     def _move_into(self, stage: Stage, growth: Growth | None) -> GrowthReport:
         """Take the engine down and another up, for a stage and the state as it is now."""
+        formats = self.engine.precisions
         self.engine, report = grow(
             self.engine,
             growth=growth,
@@ -323,6 +337,7 @@ class Trainer:
             comm=self.comm,
             samples=self.samples,
         )
+        self._say_precision(formats)
         self.comm.limit_collectives(self.config.watch.slow)
         # Every process fits the whole of it; what one does is what had to be done.
         self.state = replace(
@@ -353,7 +368,7 @@ class Trainer:
         if rule not in ("slope", "marginal") or state.ramp is not None:
             return
         start = stage.plan.start_step
-        settled = start + stage.growth.rewarm if stage.growth else self.config.schedule.warmup
+        settled = start + stage.growth.rewarm if stage.growth else self.plan.learning_rate.warmup
         if state.step <= max(start, settled):
             return
         seen = state.seen.after(Validated(state.step, state.tokens, state.flops, loss))

@@ -5,6 +5,7 @@ Each through its own library, which is imported only where the configuration ask
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -156,6 +157,23 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+def require_libraries(config: Config) -> None:
+    """Refuse mirrors whose library is not installed, without importing any.
+
+    Raises:
+        ConfigError: names the package and the setting.
+    """
+    for wanted, key, module, package, off in (
+        (config.train.tensorboard, "train.tensorboard", "tensorboard", "tensorboard", "false"),
+        (config.train.prometheus_port, "train.prometheus_port", "prometheus_client",
+         "prometheus-client", "null"),
+        (config.train.wandb, "train.wandb", "wandb", "wandb", "null"),
+    ):  # fmt: skip
+        if wanted and importlib.util.find_spec(module) is None:
+            error = ImportError(f"No module named {module!r}")
+            raise _missing(key, package, off, error)
 
 
 def _missing(key: str, package: str, off: str, error: ImportError) -> ConfigError:

@@ -38,7 +38,7 @@ class Run:
             for key in sorted(set(keys.values()))
         ]
         if muon:
-            self.optimizer = BlockMuon(groups, betas=betas, momentum=0.95)
+            self.optimizer = BlockMuon(groups, betas=betas, momentum=0.95, iteration=torch.float64)
             self.optimizer.set_matrices(
                 {parameters[t.name]: [self._matrices(t)] for t in self.catalog if t.is_matrix},
                 collect=lambda whole: None,

@@ -219,3 +219,17 @@ def test_a_plateau_takes_the_new_end_and_decays_into_it():
     # Less is left than the decay would take: all of it decays, from the rate that there is.
     short = LearningRate(1.0, 90, warmup=5, decay=0.2, moved=(Moved(80, 200),))
     assert short.at(80) == 1.0 and short.at(85) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(5, 0), (40, 4), (1000, 100), (10**6, 100)])
+def test_without_a_given_warm_up_a_short_run_has_a_short_one(steps, warmup):
+    def rate(**schedule):
+        run = {
+            "model": {"layers": 1, "hidden": 8, "heads": 2, "ffn": 8, "sequence": 4},
+            "data": {"path": "x"}, "batch": {"global": 2, "micro": 2},
+            "stages": [{"until": {"steps": steps}}], "schedule": schedule,
+        }  # fmt: skip
+        return learning_rate(parse_config(run), total_steps=steps)
+
+    assert rate().warmup == warmup
+    assert rate(warmup=1).warmup == 1

@@ -8,6 +8,7 @@ import pytest
 from jobs import events, files_below, launch, main, settings, stages, train, write_config
 
 from megagrow.config.load import load_config
+from megagrow.data.dataset import open_dataset
 from megagrow.train.dryrun import bytes_moved
 from megagrow.train.plan import plan_run
 
@@ -81,3 +82,65 @@ def test_what_keeps_exact_from_its_promise_is_told(tmp_path, dataset, clip, told
     assert dry.status == 0 and ("only while no gradient is clipped" in dry.out) == told
     [[run]] = launch(1, [*command, "stages.2.until.steps=8"])
     assert run.status == 0 and ("exact retraces the small run only while" in run.err) == told
+
+
+# What a run of one process refuses, each with the word that must be in it.
+REFUSED = {
+    "sample longer than the data": (["model.sequence=100000"], "too few tokens for one sample"),
+    "a later sample longer": (
+        ["stages=[{until: {steps: 3}}, {grow: {operator: sequence, target: {sequence: 99999}}, "
+         "until: {steps: 9}}]"],
+        "stages[1]: ",
+    ),
+    "vocabulary too small": (["model.vocab=9"], "smaller than the tokenizer's"),
+    "no data": (["data.path=nowhere"], "not a prepared dataset"),
+    "another tokenizer": (["data.tokenizer=nowhere"], "nowhere"),
+    "a library that is missing": (["ops.backend=apex"], "ops.backend"),
+    "a file as run.dir": (["run.dir=run.yaml/x"], "is not a directory"),
+    "a name too long": ([f"run.dir={'x' * 300}"], "run.dir"),
+    "a layout that does not fit": (["layout.tensor=2"], "cannot be arranged"),
+    "a growth that cannot be": (["stages.1.grow.operator=widen"], "widen"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_refuses_what_the_run_refuses_with_the_same_words(tmp_path, dataset, monkeypatch, case):
+    overrides, says = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run"))
+    before = files_below(tmp_path)
+    run = main(["--config", config, *overrides])
+    dry = main(["--config", config, "--dry-run", *overrides])
+    assert run.status == dry.status == 1 and run.out == dry.out == ""
+    assert says in run.err
+    or_less = run.err.strip()  # a dry run may offer one way more: to do without data
+    assert dry.err.strip() == or_less or (
+        dry.err.startswith(or_less) and "model.vocab=N" in dry.err
+    )
+    assert files_below(tmp_path) == before
+
+
+def test_it_says_how_often_the_data_is_seen(tmp_path, dataset):
+    config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run"))
+    dry = main(["--config", config, "--dry-run", "train.validation_samples=9999999"])
+    tokens = open_dataset(dataset).train.total_tokens
+    whole, *parts = (float(n) for n in re.findall(r"([\d.e+-]+) (?:times|in stage)", dry.out))
+    assert whole == pytest.approx(10 * 8 * 8 / tokens, rel=6e-3)
+    assert parts == pytest.approx([n * 8 * 8 / tokens for n in (3, 4, 3)], rel=6e-3)
+    assert "of 9999999 asked for" in dry.out
+
+
+def test_it_says_from_where_the_run_would_start(tmp_path, dataset):
+    config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run"))
+    command = ["--config", config, "train.stop_after_steps=2"]
+    assert "start: from fresh weights" in main([*command, "--dry-run"]).out
+    [[run], [seed], [never]] = launch(
+        1, command, [*command, "run.seed=6"], [*command, "--resume", "never"]
+    )
+    assert run.status == 0
+    dry = main([*command, "--dry-run", "optimizer.lr=0.02"])
+    assert "start: from step 2" in dry.out and "optimizer.lr" in dry.out
+    for real, more in ((seed, ["run.seed=6"]), (never, ["--resume", "never"])):
+        refused = main([*command, "--dry-run", *more])
+        assert refused.status == real.status == 1
+        assert refused.err.startswith("error: ") and real.err.endswith(refused.err)

@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from jobs import main, write_config
 from ranks import run_ranks
 
@@ -42,7 +43,10 @@ def config(*, model=SMALL, stages=None, micro=1, batch=2, **sections):
 CASES = [
     ({"zero": 0}, "fp32", "none"),
     ({"zero": 1}, "fp32", "none"),
+    ({"zero": 1}, "bf16", "none"),
     ({"zero": 2}, "bf16", "none"),
+    ({"zero": 3}, "bf16", "none"),
+    ({"zero": 1}, "fp16", "none"),
     ({"zero": 3}, "fp32", "none"),
     ({"tensor": 2, "zero": 0}, "bf16", "none"),
     ({"pipeline": 2, "zero": 1}, "bf16", "none"),
@@ -53,12 +57,13 @@ CASES = [
 
 def _measure(comm, cases):
     """Of each engine: tensor bytes before its first step and in its second update, foretold."""
-    found = []
+    found, all_reduce = [], dist.all_reduce
     for layout, dtype, offload in cases:
         settings = config(
-            batch=4 if layout.get("pipeline") else 2,
+            # In 16 bit several micro-batches, whose sum is kept in fp32.
+            batch=4 if layout.get("pipeline") or dtype != "fp32" else 2,
             layout=layout,
-            precision={"dtype": dtype},
+            precision={"dtype": dtype, "initial_scale_power": 4},
             optimizer={"offload": offload},
         )
         plan = plan_run(settings, world=comm.world, vocabulary=None)
@@ -76,9 +81,18 @@ def _measure(comm, cases):
                 clip()
 
         engine._optimizer.before_step = watch
+
+        def reduce_and_watch(*args, stepping=stepping, before=before, offload=offload, **more):
+            # With offload the copy that is reduced is the greatest, and gone by the update.
+            if offload == "cpu":
+                stepping.append(tensor_bytes() - before)
+            return all_reduce(*args, **more)
+
+        dist.all_reduce = reduce_and_watch
         for seed in range(2):
             batches = (np.full((1, 5), seed) for _ in range(engine.accumulation))
             engine.train_step(batches, lr=1e-3, seed=seed)
+        dist.all_reduce = all_reduce
         peak = training_peaks(settings, plan, 0)[engine.coordinates.pipe]
         found.append((ready, max(stepping), peak))
         engine._optimizer.before_step = None
@@ -96,7 +110,7 @@ def test_what_is_foretold_is_what_an_engine_holds():
             state = parts["parameters"] + parts["optimizer"] + peak.host
             kept = peak.total + peak.host - parts["activations"]
             # What DeepSpeed keeps by the way is a weight or two of this small model.
-            if layout["zero"] == 3 or offload == "cpu":
+            if layout["zero"] == 3 or offload == "cpu" or (layout["zero"], dtype) == (1, "bf16"):
                 # These allocate gradients and buckets when they start.
                 assert 0.98 * state <= ready <= 1.02 * kept, what
             else:
@@ -123,7 +137,7 @@ def big(**sections):
         },
     ]
     base = {
-        "model": BIG, "batch": 2048, "stages": stages, "layout": {"tensor": 8, "zero": 1},
+        "model": BIG, "batch": 2048, "stages": stages, "layout": {"tensor": 8, "zero": 2},
         "precision": {"dtype": "bf16"},
     }  # fmt: skip
     return config(**(base | sections))
@@ -151,7 +165,7 @@ def test_a_large_model_on_1024_ranks():
 @pytest.mark.parametrize(
     ("sections", "memory", "says"),
     [
-        ({}, "40GB", ["stages[0]: does not fit", "58.9 GB", "40 GB", "--memory"]),
+        ({}, "30GB", ["stages[0]: does not fit", "37.1 GB", "30 GB", "--memory"]),
         ({"layout": {"tensor": 1, "zero": 3}}, "16GB", ["stages[0]", "activations", "batch.micro"]),
         ({"layout": {"tensor": 1, "zero": 1}}, "80GB", ["stages[0]", "gradients", "layout.zero"]),
         ({"layout": {"tensor": 8, "zero": 0}}, "80GB", ["optimizer", "layout.zero"]),

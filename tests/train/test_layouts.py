@@ -99,6 +99,8 @@ def test_low_precision_resumes_bit_for_bit_across_a_growth(tmp_path, dataset, dt
         timeout=300,
     )
     assert all(o.status == 0 for ranks in outcomes for o in ranks), outcomes
+    said = f"precision: matrix products {dtype}, gradients summed over micro-batches fp32"
+    assert said in outcomes[0][0].out + outcomes[0][0].err
     found, expected = log_of(config), log_of(config, f"run.dir={tmp_path / 'straight'}")
     assert losses(found).tolist() == losses(expected).tolist()
     assert np.isfinite(losses(found)).all() and losses(found)[-1] < losses(found)[0]

@@ -1,0 +1,175 @@
+"""What must hold before a run's first step and needs no other process: one check for all.
+
+`launch/pretrain.py` refuses by it before DeepSpeed is imported, and its dry run refuses the same
+with the same words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagrow import ops
+from megagrow.config import Config
+from megagrow.data.dataset import MANIFEST, PreparedData, open_dataset
+from megagrow.data.sampler import SampleIndex, validation_samples
+from megagrow.engine.drivers import validation_share
+from megagrow.errors import ConfigError, DataError, MegagrowError, TrainingError
+from megagrow.report.units import human
+from megagrow.train.plan import RunPlan, plan_run, with_vocabulary
+from megagrow.train.telemetry import require_libraries
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that can start.
+
+    Attributes:
+        config: with the vocabulary of the data.
+        plan: of all stages.
+        data: opened; None in a dry run before there is any.
+    """
+
+    config: Config
+    plan: RunPlan
+    data: PreparedData | None
+
+
+def ready(config: Config, *, world: int, data_may_come: bool = False) -> Ready:
+    """Check everything that needs no other process, and work out the plan.
+
+    Args:
+        config: the run.
+        world: number of processes.
+        data_may_come: whether `data.path` may still be missing, if the model names its vocabulary.
+
+    Raises:
+        MegagrowError: whatever would stop the run before its first step, or later for want of data.
+    """
+    data = open_data(config, may_come=data_may_come)
+    vocabulary = None if data is None else data.vocab_size
+    plan = plan_run(config, world=world, vocabulary=vocabulary)
+    config = with_vocabulary(config, vocabulary)
+    ops.choose(config.ops.backend)
+    require_libraries(config)
+    _require_directory(Path(config.run.dir))
+    if data is not None:
+        for index in range(len(plan.stages)):
+            _require_samples(config, plan, data, index)
+    return Ready(config, plan, data)
+
+
+def data_lines(found: Ready) -> list[str]:
+    """How much of the data a run uses, in lines for a person to read."""
+    data, plan = found.data, found.plan
+    if data is None:
+        path = found.config.data.path
+        return [f"data: {path} is not there yet, so whether it has enough tokens was not checked"]
+    tokens = data.train.total_tokens
+    stages = [
+        f"{_epochs(s.plan.end_tokens - s.plan.start_tokens, tokens)} in stage {s.index}"
+        for s in plan.stages
+    ]
+    each = f" ({', '.join(stages)})" if len(stages) > 1 else ""
+    last = plan.stages[-1].plan
+    asked = found.config.train.validation_samples
+    windows = len(validation_samples(data.validation, sequence=last.model.sequence, count=asked))
+    return [
+        f"data: {human(tokens, 'tokens')} to train on, seen "
+        f"{_epochs(last.end_tokens, tokens)} times{each}",
+        f"      {windows} validation samples of {last.model.sequence} tokens"
+        + (f", of {asked} asked for: the validation data has no more" if windows < asked else ""),
+    ]
+
+
+def start_lines(found: Ready, resume: str) -> list[str]:
+    """From where the run would start, in lines for a person to read.
+
+    Args:
+        found: the run.
+        resume: as `launch/pretrain.py` takes it.
+
+    Raises:
+        CheckpointError: from nowhere, since what it would go on from is not of this run.
+    """
+    root = Path(found.config.run.dir) / "checkpoints"
+    if resume in ("auto", "good", "never") and not root.exists():
+        return ["start: from fresh weights"]
+    # This takes DeepSpeed along, whose import takes seconds.
+    from megagrow.train import checkpoints
+
+    paths = checkpoints.candidates(root, resume)
+    if not paths:
+        return ["start: from fresh weights"]
+    checkpoint = checkpoints.open_checkpoint(paths[0])
+    if found.data is None:
+        return [f"start: from {paths[0]}; without data it was not checked"]
+    state, changes = checkpoints.check_agreement(
+        checkpoint, config=found.config, data=found.data, plan=found.plan
+    )
+    lines = [f"start: from step {state.step} ({paths[0]})"]
+    return lines + [f"       changed since then: {line}" for line in changes]
+
+
+def _epochs(tokens: int, size: int) -> str:
+    return f"{tokens / size:.3g}"
+
+
+def open_data(config: Config, *, may_come: bool) -> PreparedData | None:
+    """The run's dataset; None where it may still come and the model names its vocabulary.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    path = Path(config.data.path)
+    try:
+        missing = not path.exists() or (path.is_dir() and not (path / MANIFEST).exists())
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.path: not a path: {str(path)[:80]!r}", found=error) from error
+    if may_come and missing and config.model.vocab is not None:
+        return None
+    try:
+        return open_dataset(path, config.data.tokenizer)
+    except DataError as error:
+        if may_come and missing:
+            raise error.or_mend("give model.vocab=N: a dry run then needs no data") from None
+        raise
+
+
+def _require_directory(run_dir: Path) -> None:
+    """Refuse a run.dir that cannot become a directory."""
+    for path in (run_dir, *run_dir.absolute().parents):
+        try:
+            if path.is_dir():
+                return
+            there = path.exists() or path.is_symlink()
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                "run.dir: not a path of this file system",
+                found=f"{str(run_dir)[:80]!r}: {error}",
+                mend="set run.dir to a directory, for instance run.dir=runs/new",
+            ) from error
+        if there:
+            raise TrainingError(
+                f"run.dir = {run_dir}: {path} is not a directory",
+                expected="a directory, or nothing yet",
+                mend="set run.dir to another, for instance run.dir=runs/new",
+            )
+
+
+def _require_samples(config: Config, plan: RunPlan, data: PreparedData, index: int) -> None:
+    """Refuse data that has no sample for a stage, in training or validation."""
+    stage = plan.stages[index]
+    try:
+        SampleIndex(data.train, stage.plan.sequence, config.run.seed)
+        samples = validation_samples(
+            data.validation, sequence=stage.model.sequence, count=config.train.validation_samples
+        )
+        validation_share(
+            len(samples),
+            data_rank=0,
+            data_size=stage.layout.data,
+            equal=stage.layout.pipeline > 1,
+        )
+    except MegagrowError as error:
+        raise error.within(f"stages[{index}]", setting="sequence") from None
