@@ -20,12 +20,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megagrow.background import Pool
 from megagrow.checkpoint.adapter import FilePiece, Source
 from megagrow.checkpoint.directory import (
     READING,
@@ -310,12 +310,5 @@ def _each(
         for item in items:
             yield item, task(site, item)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(task, site, item): item for item in items}
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        except BaseException:
-            site.stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+    with Pool(workers, "convert") as pool:
+        yield from pool.each(lambda item: task(site, item), items, on_error=site.stop.set)

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+from megagrow.background import Loop
 from megagrow.data.corpus import Piece, read_documents
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer
@@ -149,15 +149,16 @@ def _start_worker(encoder: Encoder) -> None:
     _encoder = encoder
     # Ctrl-C is the parent's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    Loop("end with parent", _end_with_parent, every=0.0).start()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent() -> bool:
     # A pool's workers would outlive a parent that is killed, and wait for ever.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
+    return True
 
 
 def _work(number: int, shard: Shard) -> Report:

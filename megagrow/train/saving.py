@@ -10,13 +10,13 @@ from it, or all fail.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megagrow.background import Task
 from megagrow.checkpoint import Piece, step_path
 from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
@@ -63,13 +63,11 @@ class Saver:
 
     def __init__(self, *, root: Path, config: Config, data: PreparedData, comm: Comm) -> None:
         self._root, self._config, self._data, self._comm = root, config, data, comm
-        self._pending: tuple[int, Future[Path]] | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._pending: tuple[int, Task[Path]] | None = None
         self._buffers: dict[tuple[str, str, Box], torch.Tensor] = {}
         wanted = config.checkpoint.asynchronous
-        if comm.device.type == "cuda" if wanted is None else wanted:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            self._side = _SideComm()
+        beside = comm.device.type == "cuda" if wanted is None else wanted
+        self._side = _SideComm() if beside else None
 
     def save(self, engine: Engine, state: RunState) -> tuple[int, Path] | None:
         """Save; returns (step, checkpoint), or None where it is still being written.
@@ -80,7 +78,7 @@ class Saver:
             MegagrowError: on all ranks; earlier checkpoints are as they were.
         """
         assert self._pending is None
-        if self._thread is None:
+        if self._side is None:
             saved = checkpoints.save_run(
                 root=self._root,
                 engine=engine,
@@ -99,7 +97,7 @@ class Saver:
         work: Callable[[], Path] = lambda: checkpoints.write_run(  # noqa: E731
             root=self._root, step=state.step, pieces=pieces, meta=meta, keep=keep, comm=side
         )
-        self._pending = state.step, self._thread.submit(work)
+        self._pending = state.step, Task("checkpoint", work)
         return None
 
     def poll(self) -> tuple[int, Path] | None:
@@ -117,13 +115,13 @@ class Saver:
         """As `poll`, but waits for it."""
         if self._pending is None:
             return None
-        (step, future), self._pending = self._pending, None
-        return step, future.result()
+        (step, task), self._pending = self._pending, None
+        return step, task.result()
 
     def close(self) -> None:
-        """Let a save under way come to its end, whatever that is; for a run that has failed."""
-        if self._thread is not None:
-            self._thread.shutdown()
+        """Let a save under way come to its end; for a run that has failed, so errors are told."""
+        if self._pending is not None:
+            self._pending[1].close()
 
     def _copies(self, engine: Engine) -> list[Piece]:
         """This rank's state in host memory, which is kept for the next save."""

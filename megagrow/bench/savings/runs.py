@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -65,6 +66,12 @@ def run_all(tasks: Sequence[Task], *, comm: Comm | None, workers: int, until: fl
             for future in done:
                 complete &= future.result()
         return complete
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            "a process that trains was killed or could not start",
+            expected="memory for each of them",
+            mend="start it again with fewer --workers: finished legs are kept",
+        ) from error
     finally:
         # A failure or an interruption: what is running ends with its worker, and is resumed later.
         for process in list((pool._processes or {}).values()):
