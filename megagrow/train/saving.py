@@ -24,6 +24,8 @@ from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
 from megagrow.state.boxes import Box
 from megagrow.train import checkpoints
+from megagrow.train.agree import on_first
+from megagrow.train.holding import RunLock
 from megagrow.train.state import RunState
 
 
@@ -59,25 +61,52 @@ class Saver:
 
     Args:
         root: the run's directory of checkpoints.
+        lock: without it nothing is written, nor deleted.
+        run: the run's id (on rank 0).
     """
 
-    def __init__(self, *, root: Path, config: Config, data: PreparedData, comm: Comm) -> None:
+    def __init__(
+        self,
+        *,
+        root: Path,
+        config: Config,
+        data: PreparedData,
+        comm: Comm,
+        lock: RunLock,
+        run: str,
+    ) -> None:
         self._root, self._config, self._data, self._comm = root, config, data, comm
+        self._lock, self._run = lock, run
         self._pending: tuple[int, Task[Path]] | None = None
         self._buffers: dict[tuple[str, str, Box], torch.Tensor] = {}
         wanted = config.checkpoint.asynchronous
         beside = comm.device.type == "cuda" if wanted is None else wanted
         self._side = _SideComm() if beside else None
 
-    def save(self, engine: Engine, state: RunState) -> tuple[int, Path] | None:
+    def save(
+        self, engine: Engine, state: RunState, *, known: Path | None
+    ) -> tuple[int, Path] | None:
         """Save; returns (step, checkpoint), or None where it is still being written.
 
-        The one before must have been awaited.
+        The one before must have been awaited.  Where this very state is saved already, nothing
+        is done.
+
+        Args:
+            known: the checkpoint that this job has written last, or started from.
 
         Raises:
+            LockError: on all ranks: run.dir is no longer this job's.
             MegagrowError: on all ranks; earlier checkpoints are as they were.
         """
         assert self._pending is None
+        path = step_path(self._root, state.step)
+
+        def saved_already() -> bool:
+            self._lock.require()
+            return checkpoints.is_saved(path, state, run=self._run, known=known)
+
+        if on_first(self._comm, saved_already):
+            return state.step, path
         if self._side is None:
             saved = checkpoints.save_run(
                 root=self._root,
@@ -86,16 +115,21 @@ class Saver:
                 config=self._config,
                 data=self._data,
                 comm=self._comm,
+                lock=self._lock,
+                run=self._run,
             )
             return state.step, saved
-        path = step_path(self._root, state.step)
-        if self._comm.broadcast(path.exists()):
-            return state.step, path
         pieces = self._copies(engine)
-        meta = checkpoints.meta_of(engine, state, self._config, self._data)
-        keep, side = self._config.checkpoint.keep, self._side
+        meta = checkpoints.meta_of(engine, state, self._config, self._data, run=self._run)
+        keep, side, lock = self._config.checkpoint.keep, self._side, self._lock
         work: Callable[[], Path] = lambda: checkpoints.write_run(  # noqa: E731
-            root=self._root, step=state.step, pieces=pieces, meta=meta, keep=keep, comm=side
+            root=self._root,
+            step=state.step,
+            pieces=pieces,
+            meta=meta,
+            keep=keep,
+            comm=side,
+            lock=lock,
         )
         self._pending = state.step, Task("checkpoint", work)
         return None

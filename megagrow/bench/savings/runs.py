@@ -26,6 +26,7 @@ from megagrow.data.dataset import open_dataset
 from megagrow.engine.comm import Comm, start, stop
 from megagrow.errors import TrainingError
 from megagrow.train.checkpoints import DIRECTORY
+from megagrow.train.holding import holding_run
 from megagrow.train.loop import Trainer
 from megagrow.train.plan import plan_run, with_vocabulary
 
@@ -126,8 +127,8 @@ def _train(config: Config, *, comm: Comm, log: Path, resume: str) -> None:
     data = open_dataset(config.data.path, config.data.tokenizer)
     config = with_vocabulary(config, data.vocab_size)
     plan = plan_run(config, world=comm.world, vocabulary=data.vocab_size)
-    with _spoken_into(log if comm.rank == 0 else None):
-        trainer = Trainer(config=config, plan=plan, data=data, comm=comm, resume=resume)
+    with _spoken_into(log if comm.rank == 0 else None), holding_run(config, comm) as lock:
+        trainer = Trainer(config=config, plan=plan, data=data, comm=comm, resume=resume, lock=lock)
         trainer.run()
         trainer.engine.close()
 
