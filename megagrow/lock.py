@@ -210,6 +210,7 @@ def acquire(
     *,
     of: str,
     wait: float = 0.0,
+    elsewhere: str = "choose another directory",
     say: Callable[[str], object] = _say,
     on_lost: Callable[[], object] = lambda: None,
 ) -> Lock:
@@ -220,6 +221,7 @@ def acquire(
         of: what it locks, in words, for messages.
         wait: seconds to wait for another holder to end.  Where it may be gone, the time that it
             takes to know is waited in any case.
+        elsewhere: how to write to another place, for messages.
         say: is told of waiting, and of a lock that is taken over from a holder that is gone.
         on_lost: of the lock.
 
@@ -257,7 +259,7 @@ def acquire(
             f"{of}: cannot be written",
             found=f"{error.filename or path}: {error.strerror or error}",
             expected="a directory, or a name that is free, on a disk with space",
-            mend="choose another directory, or free space",
+            mend=f"{elsewhere}, or free space",
         ) from error
 
 

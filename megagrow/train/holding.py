@@ -59,8 +59,14 @@ def holding_run(config: Config, comm: Comm) -> Iterator[RunLock]:
 
     def take() -> bool:
         fresh = not directory.exists()
-        wanted = f"run.dir = {directory}"
-        locks.append(acquire(directory / NAME, of=wanted, wait=config.run.wait))
+        locks.append(
+            acquire(
+                directory / NAME,
+                of=f"run.dir = {directory}",
+                wait=config.run.wait,
+                elsewhere="set run.dir to another directory",
+            )
+        )
         return fresh
 
     fresh = on_all(comm, lambda: take() if comm.rank == 0 else False)
