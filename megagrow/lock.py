@@ -23,7 +23,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -179,12 +179,8 @@ def holding_output(output: Path) -> Iterator[Lock]:
         LockError: another job holds it, or took it over; or a run that trains has this directory.
     """
     whole = output.absolute()
-    for run in (whole, *list(whole.parents)[:2]):
-        with contextlib.suppress(OSError):
-            found = _look(run / NAME)
-            if not found.gone:
-                raise _held(run / NAME, found, of=f"the run {run}, which {output} belongs to")
-    lock = acquire(beside(output), of=str(output), on_lost=_interrupt)
+    runs = [place / NAME for place in (whole, *list(whole.parents)[:2])]
+    lock = acquire(beside(output), of=str(output), runs=runs, on_lost=_interrupt)
     try:
         yield lock
     except BaseException:
@@ -211,6 +207,7 @@ def acquire(
     of: str,
     wait: float = 0.0,
     elsewhere: str = "choose another directory",
+    runs: Sequence[Path] = (),
     say: Callable[[str], object] = _say,
     on_lost: Callable[[], object] = lambda: None,
 ) -> Lock:
@@ -222,6 +219,7 @@ def acquire(
         wait: seconds to wait for another holder to end.  Where it may be gone, the time that it
             takes to know is waited in any case.
         elsewhere: how to write to another place, for messages.
+        runs: locks of runs that it may lie in, which nobody may hold.
         say: is told of waiting, and of a lock that is taken over from a holder that is gone.
         on_lost: of the lock.
 
@@ -229,31 +227,16 @@ def acquire(
         LockError: another job holds it, or the file system refuses.
     """
     mine = Holder.me()
-    begun, waits = time.monotonic(), False
+    ready = path.with_name(f"{path.name}.{mine.token}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            if _create(path, mine):
-                return Lock(path, mine, on_lost)
-            try:
-                found = _look(path)
-            except FileNotFoundError:
-                continue  # it was released just now
-            if found.gone:
-                if _take_over(path, found, mine):
-                    say(f"{of}: a lock is taken over from a job that has ended ({found.gone}): "
-                        f"{found.holder or 'it left no name'}")  # fmt: skip
-                    return Lock(path, mine, on_lost)
-            else:
-                limit = wait
-                if found.age > 3 * BEAT and _elsewhere(found):
-                    limit = max(wait, SILENT + 2 * BEAT)  # by then it is known
-                if time.monotonic() - begun > limit:
-                    raise _held(path, found, of=of)
-                if not waits:
-                    say(f"{of}: another job has it ({found.holder}); waiting up to {limit:g} s")
-                waits = True
-            time.sleep(_POLL)
+        try:
+            ready.write_text(json.dumps(asdict(mine)) + "\n", encoding="utf-8")
+            _refuse_runs(runs, ready, of=of)
+            _take(path, ready, of=of, wait=wait, say=say)
+            _sweep(path, ready)
+        finally:
+            ready.unlink(missing_ok=True)
     except OSError as error:
         raise LockError(
             f"{of}: cannot be written",
@@ -261,6 +244,40 @@ def acquire(
             expected="a directory, or a name that is free, on a disk with space",
             mend=f"{elsewhere}, or free space",
         ) from error
+    return Lock(path, mine, on_lost)
+
+
+def _take(path: Path, ready: Path, *, of: str, wait: float, say: Callable[[str], object]) -> None:
+    """Bring the file that is `ready` to its place, whatever time that takes, within limits."""
+    begun, waits = time.monotonic(), False
+    while not _put(ready, path):
+        try:
+            found = _look(path, ready)
+        except FileNotFoundError:
+            continue  # it was released just now
+        if found.gone:
+            if _take_over(path, found, ready):
+                say(f"{of}: a lock is taken over from a job that has ended ({found.gone}): "
+                    f"{found.holder or 'it left no name'}")  # fmt: skip
+                return
+        else:
+            limit = wait
+            if found.age > 3 * BEAT and _elsewhere(found):
+                limit = max(wait, SILENT + 2 * BEAT)  # by then it is known
+            if time.monotonic() - begun > limit:
+                raise _held(path, found, of=of)
+            if not waits:
+                say(f"{of}: another job has it ({found.holder}); waiting up to {limit:g} s")
+            waits = True
+        time.sleep(_POLL)
+
+
+def _refuse_runs(runs: Sequence[Path], ready: Path, *, of: str) -> None:
+    for run in runs:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found = _look(run, ready)
+            if not found.gone:
+                raise _held(run, found, of=f"the run {run.parent}, which {of} belongs to")
 
 
 def _held(path: Path, found: _Found, *, of: str) -> LockError:
@@ -281,49 +298,47 @@ def _elsewhere(found: _Found) -> bool:
 # --- files --------------------------------------------------------------------------------
 
 
-def _create(path: Path, mine: Holder) -> bool:
-    """Make the lock's file with its content, unless there is one."""
-    ready = path.with_name(f"{path.name}.{mine.token}")
-    ready.write_text(json.dumps(asdict(mine)) + "\n", encoding="utf-8")
+def _put(ready: Path, path: Path) -> bool:
+    """Give a file that is ready its name as well, unless there is such a file."""
     try:
         os.link(ready, path)
         return True
     except FileExistsError:
         return False
-    except OSError:  # a file system without links
-        return _create_exclusively(path, ready.read_bytes())
-    finally:
-        ready.unlink(missing_ok=True)
+    except OSError:  # perhaps a file system without links
+        return _copy(ready, path)
 
 
-def _create_exclusively(path: Path, content: bytes) -> bool:
+def _copy(ready: Path, path: Path) -> bool:
+    content = ready.read_bytes()
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except FileExistsError:
         return False
     try:
         os.write(descriptor, content)
+        return True
+    except OSError:
+        path.unlink()
+        raise
     finally:
         os.close(descriptor)
-    return True
 
 
-def _take_over(path: Path, found: _Found, mine: Holder) -> bool:
+def _take_over(path: Path, found: _Found, ready: Path) -> bool:
     """Put this holder in the place of one that is gone; False where another was quicker."""
     stale = found.holder.token if found.holder is not None else "unknown"
     claim = path.with_name(f"{path.name}.{stale}.taken")
     # Of all that see the same dead lock, one may replace it.
-    if not _create(claim, mine):
+    if not _put(ready, claim):
         with contextlib.suppress(FileNotFoundError):
-            if _look(claim).gone:  # it died while it did so
+            if _look(claim, ready).gone:  # it died while it did so
                 claim.unlink()
         return False
     try:
-        now = _look(path)
+        now = _look(path, ready)
         if not now.gone or now.holder != found.holder:
             return False
-        ready = path.with_name(f"{path.name}.{mine.token}")
-        ready.write_text(json.dumps(asdict(mine)) + "\n", encoding="utf-8")
         os.replace(ready, path)
         return True
     except FileNotFoundError:
@@ -332,15 +347,25 @@ def _take_over(path: Path, found: _Found, mine: Holder) -> bool:
         claim.unlink(missing_ok=True)
 
 
-def _look(path: Path) -> _Found:
-    """The lock's file as it is now (FileNotFoundError where there is none)."""
+def _sweep(path: Path, ready: Path) -> None:
+    """Delete what others left that were killed while they took this lock."""
+    for left in path.parent.iterdir():
+        if left.name.startswith(f"{path.name}.") and left != ready:
+            with contextlib.suppress(FileNotFoundError):
+                if _look(left, path).gone:
+                    left.unlink()
+
+
+def _look(path: Path, probe: Path) -> _Found:
+    """A lock's file as it is now (FileNotFoundError where there is none).
+
+    Args:
+        probe: a file of this process, to read the file system's clock by.
+    """
     with open(path, "rb") as stream:  # opened: NFS then asks its server for the true times
         refreshed, holder = os.fstat(stream.fileno()).st_mtime, _parsed(stream.read(1 << 16))
-    try:
-        now = _clock(path.parent)
-    except OSError:  # it cannot be written, so that no lock there is this process's to take
-        now = time.time()
-    return _Found(holder, max(0.0, now - refreshed))
+    os.utime(probe)  # without times: the file system's own
+    return _Found(holder, max(0.0, probe.stat().st_mtime - refreshed))
 
 
 def _holder(path: Path) -> Holder | None:
@@ -354,16 +379,6 @@ def _parsed(content: bytes) -> Holder | None:
     except (ValueError, TypeError):
         return None
     return holder
-
-
-def _clock(directory: Path) -> float:
-    """What time it is, by the clock of the directory's file system."""
-    probe = directory / f".clock.{secrets.token_hex(8)}"
-    try:
-        probe.touch()
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 # --- processes ----------------------------------------------------------------------------

@@ -187,6 +187,8 @@ def test_a_job_that_died_while_it_took_over_is_no_obstacle(tmp_path):
     dead = replace(Holder.me(), pid=dead_pid(), token="c" * 16)
     write(tmp_path / NAME, dead)
     write(tmp_path / f"{NAME}.{'c' * 16}.taken", replace(dead, token="d" * 16))
+    # And one before it that never came so far.
+    write(tmp_path / f"{NAME}.{'e' * 16}", replace(dead, token="e" * 16))
     take(tmp_path / NAME).release()
     assert list(tmp_path.iterdir()) == []
 
