@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from megagrow.cli import Parser
 from megagrow.cluster import lifeline
+from megagrow.cluster.environment import require_one_task
 from megagrow.cluster.rank import under_supervision
 from megagrow.errors import ConfigError, MegagrowError
 
@@ -82,11 +83,13 @@ def run(options: argparse.Namespace) -> int:
             found=f"--memory {options.memory}",
             mend="add --dry-run, or leave --memory out",
         )
+    require_one_task(os.environ)
     found = ready(config, world=world)
     assert found.data is not None
 
     # DeepSpeed takes seconds to import: not before everything that can be refused has been.
     from megagrow.engine import comm
+    from megagrow.train.holding import holding_run
     from megagrow.train.loop import Trainer
     from megagrow.train.signals import StopRequest
     from megagrow.train.watch import watching
@@ -97,7 +100,11 @@ def run(options: argparse.Namespace) -> int:
         except RuntimeError as error:  # which torch.distributed's own errors are
             cause = f"not all ranks came within watch.slow = {config.watch.slow:g} s"
             raise LostContactError(error, cause, told=False) from error
-        with StopRequest().listening() as stop, watching(ranks, config) as watch:
+        with (
+            holding_run(config, ranks) as lock,
+            StopRequest().listening() as stop,
+            watching(ranks, config) as watch,
+        ):
             try:
                 trainer = Trainer(
                     config=found.config,
@@ -107,6 +114,7 @@ def run(options: argparse.Namespace) -> int:
                     resume=options.resume,
                     watch=watch,
                     stop=stop,
+                    lock=lock,
                 )
                 return lifeline.STATUS_STOPPED if trainer.run() else 0
             except RuntimeError as error:

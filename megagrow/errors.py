@@ -64,6 +64,10 @@ class GrowthError(MegagrowError):
     """A growth operator or state policy cannot do what it was asked."""
 
 
+class LockError(MegagrowError):
+    """A directory is another job's, or was taken from this one."""
+
+
 class TrainingError(MegagrowError):
     """Training had to stop, for instance on a loss that is not finite."""
 

@@ -30,6 +30,8 @@ from megagrow.data.dataset import open_dataset
 from megagrow.engine.comm import start
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.files import write_atomically
+from megagrow.lock import holding_output
+from megagrow.train.holding import holding_together
 
 
 def growth(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -103,8 +105,9 @@ def operators(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Every operator and policy side by side; (for JSON, as Markdown)."""
     protocol = comparing.Protocol(options.data)
     until = None if options.minutes is None else time.time() + 60 * options.minutes
-    options.work.mkdir(parents=True, exist_ok=True)
-    complete = run_job(1, comparing.train_all, protocol, options.work, until)
+    with holding_output(options.work):
+        options.work.mkdir(parents=True, exist_ok=True)
+        complete = run_job(1, comparing.train_all, protocol, options.work, until)
     found = comparing.results(protocol, options.work)
     result = {
         "benchmark": "operators",
@@ -182,16 +185,17 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.dry_run:
         return {}, page.plan_text(campaign) if is_first() else ""
     until = None if options.minutes is None else time.time() + 60 * options.minutes
-    if not options.collect:
-        workers = options.workers or os.cpu_count() or 1
-        saving.train(campaign, comm=comm, workers=workers, until=until)
-    if options.clock:
-        campaign.speeds = clock.take_turns(campaign, world=world, vocab=vocab)
-    if not is_first():
-        return {}, ""
-    result = {**campaign.result(), "complete": campaign.complete()}
-    page.write(campaign, result)
-    return result, page.table(result)
+    with holding_together(Path(config.dir), comm):
+        if not options.collect:
+            workers = options.workers or os.cpu_count() or 1
+            saving.train(campaign, comm=comm, workers=workers, until=until)
+        if options.clock:
+            campaign.speeds = clock.take_turns(campaign, world=world, vocab=vocab)
+        if not is_first():
+            return {}, ""
+        result = {**campaign.result(), "complete": campaign.complete()}
+        page.write(campaign, result)
+        return result, page.table(result)
 
 
 def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-import threading
 import time
 from pathlib import Path
 from types import TracebackType
 
 import torch
+
+from megagrow.background import Loop
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -36,20 +37,18 @@ class PeakMemory:
     """
 
     def __enter__(self) -> PeakMemory:
-        self._stop = threading.Event()
         try:
             _CLEAR.write_text("5")
             self.exact = True
         except OSError:
             self.exact = False
             self.bytes = resident_bytes()
-            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread = Loop("peak memory", self._watch, every=_SAMPLE_SECONDS)
             self._thread.start()
         return self
 
     def _watch(self) -> None:
-        while not self._stop.wait(_SAMPLE_SECONDS):
-            self.bytes = max(self.bytes, resident_bytes())
+        self.bytes = max(self.bytes, resident_bytes())
 
     def __exit__(
         self,
@@ -60,8 +59,7 @@ class PeakMemory:
         if self.exact:
             self.bytes = _status("VmHWM")
         else:
-            self._stop.set()
-            self._thread.join()
+            self._thread.stop()
             self.bytes = max(self.bytes, resident_bytes())
 
 

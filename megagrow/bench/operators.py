@@ -29,6 +29,7 @@ from megagrow.report.log import read_metrics
 from megagrow.report.run import Run, summarize
 from megagrow.report.style import STYLE
 from megagrow.train.checkpoints import DIRECTORY
+from megagrow.train.holding import holding_run
 from megagrow.train.loop import Trainer
 from megagrow.train.plan import plan_run, with_vocabulary
 
@@ -207,9 +208,9 @@ def _train(comm: Comm, config: Config, *, until: float | None, start: Path | Non
     data = open_dataset(config.data.path, None)
     config = with_vocabulary(config, data.vocab_size)
     plan = plan_run(config, world=comm.world, vocabulary=data.vocab_size)
-    with _spoken_into(run_dir / "log.txt"):
+    with _spoken_into(run_dir / "log.txt"), holding_run(config, comm) as lock:
         resume = "auto" if start is None else str(start)
-        trainer = Trainer(config=config, plan=plan, data=data, comm=comm, resume=resume)
+        trainer = Trainer(config=config, plan=plan, data=data, comm=comm, resume=resume, lock=lock)
         trainer.run()
         trainer.engine.close()
     if run_dir.name != "small":

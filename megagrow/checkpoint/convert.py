@@ -13,19 +13,18 @@ nearly all of the work (files, copies) is done outside the interpreter's lock.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megagrow.background import Pool
 from megagrow.checkpoint.adapter import FilePiece, Source
 from megagrow.checkpoint.directory import (
     READING,
@@ -41,6 +40,7 @@ from megagrow.checkpoint.shards import CHUNK_BYTES, checksum
 from megagrow.checkpoint.writing import compare, write_piece
 from megagrow.errors import CheckpointError
 from megagrow.files import sync_directory
+from megagrow.lock import holding_output
 from megagrow.state.catalog import slots_of
 
 __all__ = ["BUFFER_BYTES", "Job", "Report", "Survey", "convert", "survey"]
@@ -73,12 +73,15 @@ def convert(
 
     Raises:
         MegagrowError: as `survey`; or the system refused, or the verification failed.
+        LockError: another conversion to the same target runs, or a run trains there.
     """
     opened = open_job(job)
     about = survey_of(opened, workers, buffer_bytes)
     _refuse_existing(job.target)
     work = job.target.with_name(f"{job.target.name}.converting-{opened.digest}")
-    with _working_in(work):
+    with holding_output(job.target):
+        with naming(work, "cannot be made"):
+            (work / "out").mkdir(parents=True, exist_ok=True)
         out, done = work / "out", work / "done.jsonl"
         begin = time.perf_counter()
         kept = _finished(opened.pieces, out, _recorded(done))
@@ -124,27 +127,6 @@ def _refuse_existing(target: Path) -> None:
             f"{target}: something lies there already, and nothing is overwritten",
             mend=f"give another --to, or move it away: mv {target} {target}.old",
         )
-
-
-@contextlib.contextmanager
-def _working_in(work: Path) -> Iterator[None]:
-    """Make the directory of the work and hold it; two processes must not share it."""
-    with naming(work, "cannot be made"):
-        (work / "out").mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"{work}: the same conversion is running",
-                mend="wait for it, or end it and run this command again: it goes on",
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -310,12 +292,5 @@ def _each(
         for item in items:
             yield item, task(site, item)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(task, site, item): item for item in items}
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        except BaseException:
-            site.stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+    with Pool(workers, "convert") as pool:
+        yield from pool.each(lambda item: task(site, item), items, on_error=site.stop.set)

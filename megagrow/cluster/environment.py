@@ -33,6 +33,46 @@ def ranks_here(environ: Mapping[str, str]) -> int | None:
     return int(told) if told else None
 
 
+# How launchers of MPI's kind tell a process how many of them there are.
+_TASKS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
+    "PMI_SIZE": "MPICH's or Intel's mpiexec",
+    "MV2_COMM_WORLD_SIZE": "MVAPICH's mpirun",
+    "JSM_NAMESPACE_SIZE": "jsrun",
+    "FLUX_JOB_SIZE": "flux run",
+    "WORLD_SIZE": "a launcher",
+}
+
+
+def require_one_task(environ: Mapping[str, str]) -> None:
+    """Refuse to be a job of one process beside others that were started as its ranks.
+
+    Without RANK a process trains alone.  A launcher that starts several but sets no RANK would
+    have each of them train the whole run, in the same directory.
+
+    Raises:
+        ConfigError: there is no RANK, but one of several tasks.
+    """
+    if "RANK" in environ:
+        return
+    for name, launcher in _TASKS.items():
+        count = environ.get(name, "")
+        if count.isdecimal() and int(count) > 1:
+            slurm = name.startswith("SLURM")
+            raise ConfigError(
+                f"one of {count} tasks of {launcher}, but no RANK tells which",
+                found=f"{name}={count} in the environment, and no RANK",
+                expected="a launcher that sets RANK and WORLD_SIZE (deepspeed, torchrun, "
+                "launch/supervise.py), or one task",
+                mend="srun --ntasks-per-node 1 python launch/supervise.py --scheduler slurm "
+                "launch/pretrain.py --config FILE"
+                if slurm
+                else "start it by launch/supervise.py, deepspeed or torchrun, one on each node; "
+                f"or, if this job is meant to have one process, unset {name}",
+            )
+
+
 def threads_of_a_rank(environ: Mapping[str, str], *, asked: int | None) -> int:
     """CPU threads of this rank: what is asked for, what OMP says, or its share of the cores."""
     if asked is not None:

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import megagrow
+from megagrow.background import Pool
 from megagrow.cluster import launchers, network
 from megagrow.cluster.hostfile import Host, read_hostfile
 from megagrow.cluster.lifeline import VARIABLE as LIFELINE
@@ -233,7 +233,7 @@ class OverSsh(_OneLauncher):
             said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
             return None if done.returncode == 0 else said[-1]
 
-        with ThreadPoolExecutor(min(_AT_ONCE, len(names))) as pool:
+        with Pool(min(_AT_ONCE, len(names)), "ssh") as pool:
             return dict(zip(names, pool.map(run, names), strict=True))
 
 

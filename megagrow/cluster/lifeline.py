@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from megagrow import background
 from megagrow.errors import MegagrowError
 
 VARIABLE = "MEGAGROW_LIFELINE"  # host:port:token, in the environment of every rank
@@ -82,7 +83,7 @@ class Lifeline:
         self._closing = False
         self._ping, self._silence = _PING, _SILENCE
         self._queue(hello)
-        self._thread = threading.Thread(target=self._serve, name="lifeline", daemon=True)
+        self._thread = background.Loop("lifeline", self._serve, every=0.0)
         self._thread.start()
         # A forked child that held the line open would hide this rank's death.
         os.register_at_fork(after_in_child=self._forget)
@@ -119,7 +120,7 @@ class Lifeline:
             self._flush()
             self._closing = True
             self._wake()
-            if threading.current_thread() is not self._thread:
+            if not self._thread.is_current():
                 self._thread.join(_FLUSH_SECONDS)
 
     # --- sending --------------------------------------------------------------------------
@@ -134,7 +135,7 @@ class Lifeline:
             os.write(self._wake_write, b"x")
 
     def _flush(self) -> None:
-        if threading.current_thread() is self._thread:
+        if self._thread.is_current():
             with contextlib.suppress(OSError):
                 self._send()
             return
@@ -158,12 +159,14 @@ class Lifeline:
 
     # --- the thread -----------------------------------------------------------------------
 
-    def _serve(self) -> None:
+    def _serve(self) -> bool:
+        """The thread's one turn; True, unless `on_lost` fails and has to be called again."""
         try:
             reason = self._exchange()
         except OSError as error:
             reason = f"the line to the supervisor broke: {error.strerror or error}"
         except Exception as error:  # a defect here must not leave a rank that nobody can end
+            background.report("the lifeline", error, then="this rank loses its supervisor")
             reason = f"the lifeline failed: {type(error).__name__}: {error}"
         with contextlib.suppress(OSError):
             self._connection.close()
@@ -171,6 +174,7 @@ class Lifeline:
             self._flushed.notify_all()
         if reason is not None and self.last_word not in ("done", "stopped"):
             self.on_lost(reason)
+        return True
 
     def _exchange(self) -> str | None:
         """Talk until this end hangs up (None) or the supervisor is gone (why)."""

@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import IO
 
+from megagrow.background import Loop
 from megagrow.cluster.launchers import Command
 from megagrow.cluster.sweep import VARIABLE, sweep
 
@@ -39,9 +39,9 @@ class Launcher:
             start_new_session=True,
         )
         assert self._process.stdout is not None
-        self._pump = threading.Thread(
-            target=self._pass_on, args=(self._process.stdout,), daemon=True
-        )
+        self._output = self._process.stdout
+        # Whatever happens to a line, the next one is read: a full pipe would stop the job.
+        self._pump = Loop("launcher output", self._pass_on, every=0.0)
         self._pump.start()
 
     @property
@@ -71,16 +71,25 @@ class Launcher:
         self._pump.join(_OUTPUT_SECONDS)
         return left
 
-    def _pass_on(self, output: IO[bytes]) -> None:
-        for line in output:
-            text = self._without_prefix(line)
-            for stream in (sys.stdout.buffer, self._log):
-                with contextlib.suppress(OSError, ValueError):
-                    if stream is not None:
-                        stream.write(text)
-                        stream.flush()
+    def _pass_on(self) -> bool:
+        """One turn of the pump: a line; True after the last one."""
+        line = self._output.readline()
+        if not line:
+            if self._log is not None:
+                self._log.close()
+            return True
+        text = self._without_prefix(line)
+        self._write(sys.stdout.buffer, text)
         if self._log is not None:
-            self._log.close()
+            self._write(self._log, text)
+        return False
+
+    def _write(self, stream: IO[bytes], text: bytes) -> None:
+        try:
+            stream.write(text)
+            stream.flush()
+        except (OSError, ValueError) as error:
+            self._pump.faults.note(error, doing="passing on a line, which is lost")
 
     def _without_prefix(self, line: bytes) -> bytes:
         for prefix in self._prefixes:

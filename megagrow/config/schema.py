@@ -21,6 +21,8 @@ class RunConfig(Section):
     """Where the run lives and its one seed."""
 
     dir: str = "runs/default"
+    # Seconds to wait for another job that still has `dir`, before this one is refused.
+    wait: Annotated[float, Field(ge=0)] = 90.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
 
 
@@ -241,6 +243,8 @@ class TrainConfig(Section):
     stop_after_steps: Positive | None = None
     tensorboard: bool = True
     prometheus_port: Annotated[int, Field(gt=0, lt=65536)] | None = None  # of rank 0's host
+    # Where it listens: this host alone by default; 0.0.0.0 lets anyone read who reaches the port.
+    prometheus_address: str = "127.0.0.1"
     wandb: WandbConfig | None = None
     threads: Positive | None = None  # CPU threads a rank; default: cores / local ranks
 

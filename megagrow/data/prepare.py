@@ -16,13 +16,10 @@ run that fails for its input removes all of it: once that is mended it is other 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +41,7 @@ from megagrow.data.split import Chosen, choose
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megagrow.errors import DataError, MegagrowError
 from megagrow.files import sync_directory, write_atomically
+from megagrow.lock import holding_output
 
 # Of the way in which the same input becomes a dataset; 1 where a manifest has none.
 VERSION = 2
@@ -97,7 +95,8 @@ def _prepare(request: Request) -> Outcome:
     if not work.exists() and _is_prepared(request, made):
         return Outcome(dataset.open_dataset(output), fresh=False)
 
-    with _locked(work):
+    with holding_output(output):
+        _require_ours(work)
         old = work / "old"
         if old.exists() and not output.exists():
             # Killed between taking the old output away and putting the new one there.
@@ -107,7 +106,7 @@ def _prepare(request: Request) -> Outcome:
             return Outcome(dataset.open_dataset(output), fresh=False)
         plan = work / f"plan-{_key(made)}"
         for other in work.iterdir():
-            if other != plan and other.name != "lock":
+            if other != plan:
                 shutil.rmtree(other)
         plan.mkdir(exist_ok=True)
         try:
@@ -213,22 +212,13 @@ def _difference(found: dict[str, Any], made: dict[str, Any]) -> str:
     return "; ".join(changed)
 
 
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
+def _require_ours(work: Path) -> None:
+    """Make the directory of the work, or see that it is one of those."""
     work.mkdir(parents=True, exist_ok=True)
-    strangers = [
-        path.name for path in work.iterdir() if not path.name.startswith(("plan-", "lock", "old"))
-    ]
+    (work / "lock").unlink(missing_ok=True)  # of versions that had it there
+    strangers = [path.name for path in work.iterdir() if not path.name.startswith(("plan-", "old"))]
     if strangers:
         raise DataError(f"{work}: is not ours", found=strangers, mend="another --output")
-    with open(work / "lock", "wb") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                f"{work}: another process prepares this output now", mend="wait until it has ended"
-            ) from error
-        yield
 
 
 def _build(

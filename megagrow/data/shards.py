@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megagrow.background import Loop
 from megagrow.data.documents import Piece, read_documents
 from megagrow.data.indexed import IndexedDataset, IndexedWriter, Tokens
 from megagrow.data.markers import NONE, Markers
@@ -185,15 +185,16 @@ def _start_worker(encoder: Encoder) -> None:
     _encoder = encoder
     # Ctrl-C is the parent's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    Loop("end with parent", _end_with_parent, every=0.0).start()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent() -> bool:
     # A pool's workers would outlive a parent that is killed, and wait for ever.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
+    return True
 
 
 def _work(number: int, shard: Shard) -> Report:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from megagrow.cluster.environment import require_one_task
 from megagrow.cluster.network import choose_gloo_interface, free_port, require_free_port
 from megagrow.engine.groups import Groups, make_groups
 from megagrow.engine.precision import on_gpu
@@ -140,8 +141,10 @@ def start(seconds: float = 600.0) -> Comm:
         seconds: how long the other ranks may take to come, and each collective after that.
 
     Raises:
-        MegagrowError: rank 0's port is taken, or no network leads to its host.
+        MegagrowError: rank 0's port is taken, or no network leads to its host; or several tasks
+            were started without a RANK.
     """
+    require_one_task(os.environ)
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone | {"MASTER_PORT": str(free_port())})

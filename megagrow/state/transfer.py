@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -18,6 +17,7 @@ from typing import Protocol
 import torch
 
 from megagrow import ops
+from megagrow.background import Pool
 from megagrow.state.boxes import Box, split_box
 from megagrow.state.catalog import LogicalTensor, Slot, slots_of
 from megagrow.state.fresh import fresh, normals
@@ -216,7 +216,7 @@ def fill_uncovered(
 ) -> int:
     """Give every element that no block covers its value; returns the peak of staging bytes."""
     staged = 0
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with Pool(torch.get_num_threads(), "fresh values") as pool:
         for shard in placement.shards(rank):
             tensor = state_map.target[shard.tensor]
             for slot in slots_of(tensor, slots):
@@ -237,7 +237,7 @@ def _fill_fresh(
     box: Box,
     memory: torch.Tensor,
     seed: int,
-    pool: ThreadPoolExecutor,
+    pool: Pool,
     staging_bytes: int,
 ) -> int:
     """Make the values of a box, a piece a thread at a time; returns the peak of staging bytes."""
@@ -247,14 +247,15 @@ def _fill_fresh(
     longest = sum(piece.volume for piece in pieces[:threads])
     staging = torch.empty(longest, dtype=memory.dtype, pin_memory=memory.is_cuda)
 
-    def make(piece: Box, place: torch.Tensor) -> None:
+    def make(pair: tuple[Box, torch.Tensor]) -> None:
+        piece, place = pair
         place.numpy()[...] = fresh(tensor, piece, seed=seed).reshape(-1)
 
     for first in range(0, len(pieces), threads):
         turn = pieces[first : first + threads]
         ends = list(accumulate(piece.volume for piece in turn))
         places = [staging[e - p.volume : e] for p, e in zip(turn, ends, strict=True)]
-        list(pool.map(make, turn, places))
+        pool.map(make, zip(turn, places, strict=True))
         for piece, place in zip(turn, places, strict=True):
             inside = piece.relative_to(box.offset)
             memory[inside.slices].copy_(place.view(piece.shape))

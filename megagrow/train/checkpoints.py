@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -32,10 +33,12 @@ from megagrow.state.catalog import slots_of
 from megagrow.state.statemap import Identity
 from megagrow.state.transfer import transfer_from_storage
 from megagrow.train.agree import on_first
+from megagrow.train.holding import RunLock
 from megagrow.train.plan import RunPlan
 from megagrow.train.state import RunState
 
 DIRECTORY = "checkpoints"
+RUN = "run"  # the fingerprint that tells one run from another
 
 
 def fingerprints(data: PreparedData) -> dict[str, str]:
@@ -47,51 +50,117 @@ def fingerprints(data: PreparedData) -> dict[str, str]:
     }
 
 
+def is_saved(path: Path, state: RunState, *, run: str, known: Path | None) -> bool:
+    """Whether a checkpoint holds this state of this run; False where there is none.
+
+    Args:
+        path: where the checkpoint of the state's step is, or would be.
+        run: the run's id.
+        known: a checkpoint of this run, whatever it says: the job has written it or started
+            from it.
+
+    Raises:
+        CheckpointError: another state, or another run's, is saved there, or it is damaged.
+    """
+    if not path.exists():
+        return False
+    there = NativeCheckpoint.open(path)
+    theirs = there.fingerprints.get(RUN, run)
+    try:
+        held = RunState.from_json(there.run_state).to_json()
+    except (KeyError, TypeError, ValueError):
+        held = dict(there.run_state)
+    mine = state.to_json()
+    passed_over = {"loss_scale"}  # known to the engine alone, which takes it up a little later
+    if path == known:
+        # A run that went back to it leaves data out, but has the same tensors.
+        passed_over |= {"consumed_samples", "recent"}
+    keys = [key for key in mine if key not in passed_over]
+    differ = [key for key in keys if _plain(mine[key]) != _plain(held.get(key))]
+    if theirs != run and path != known:
+        found = f"that of run {theirs}"
+    elif differ:
+        found = ", ".join(f"{key} {held.get(key)}" for key in differ)
+    else:
+        return True
+    raise CheckpointError(
+        f"{path}: is there already, but is not the state that is to be saved",
+        found=found,
+        expected=f"run {run}" if theirs != run else ", ".join(f"{k} {mine[k]}" for k in differ),
+        mend=f"if it is no longer needed, move it away: mv {path} {path}.old",
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A value as it comes back from JSON."""
+    return json.loads(json.dumps(value))
+
+
 def save_run(
-    *, root: Path, engine: Engine, state: RunState, config: Config, data: PreparedData, comm: Comm
+    *,
+    root: Path,
+    engine: Engine,
+    state: RunState,
+    config: Config,
+    data: PreparedData,
+    comm: Comm,
+    lock: RunLock,
+    run: str,
 ) -> Path:
     """Save the run; all ranks call together.
 
-    A checkpoint of this step that is already committed is the same state, and stays.
-
     Raises:
         CheckpointError: on all ranks; earlier checkpoints are as they were.
+        LockError: on all ranks: run.dir is no longer this job's.
     """
-    path = step_path(root, state.step)
-    if comm.broadcast(path.exists()):
-        return path
     return write_run(
         root=root,
         step=state.step,
         pieces=live_pieces(engine, comm.rank),
-        meta=meta_of(engine, state, config, data),
+        meta=meta_of(engine, state, config, data, run=run),
         keep=config.checkpoint.keep,
         comm=comm,
+        lock=lock,
     )
 
 
-def meta_of(engine: Engine, state: RunState, config: Config, data: PreparedData) -> CheckpointMeta:
-    """What a checkpoint of the run tells besides its values."""
+def meta_of(
+    engine: Engine, state: RunState, config: Config, data: PreparedData, *, run: str
+) -> CheckpointMeta:
+    """What a checkpoint of the run tells besides its values; `run` is the run's id."""
     return CheckpointMeta(
         catalog=engine.placement.catalog,
         slots=engine.slots,
         layout=engine.layout,
         config=config.model_dump(mode="json", by_alias=True),
-        fingerprints=fingerprints(data),
+        fingerprints={**fingerprints(data), RUN: run},
         run_state=state.to_json(),
     )
 
 
 def write_run(
-    *, root: Path, step: int, pieces: Iterable[Piece], meta: CheckpointMeta, keep: int, comm: Comm
+    *,
+    root: Path,
+    step: int,
+    pieces: Iterable[Piece],
+    meta: CheckpointMeta,
+    keep: int,
+    comm: Comm,
+    lock: RunLock,
 ) -> Path:
     """Write and commit a checkpoint, then delete all but the newest `keep`.
 
     Raises:
         CheckpointError: on all ranks; earlier checkpoints are as they were.
+        LockError: on all ranks: run.dir is no longer this job's, and nothing is deleted.
     """
     path = save(root, step=step, pieces=_finite(pieces), meta=meta, group=comm)
-    on_first(comm, lambda: retire(root, keep))
+
+    def tidy() -> None:
+        lock.require()  # writing may have taken long
+        retire(root, keep)
+
+    on_first(comm, tidy)
     return path
 
 

@@ -15,6 +15,7 @@ from megagrow.errors import TrainingError
 from megagrow.files import write_atomically
 from megagrow.report import write_report
 from megagrow.train.grow import GrowthReport
+from megagrow.train.holding import run_id
 from megagrow.train.metrics import MetricsLog
 from megagrow.train.plan import Stage
 from megagrow.train.progress import Progress
@@ -33,6 +34,9 @@ class Journal:
         hosts: the host of every rank.
         total_steps: of the whole run, as planned.
         speaking: whether this is rank 0.
+
+    Attributes:
+        run_id: the run's random name, once `open` was called on rank 0; else "".
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Journal:
         self.config, self.hosts, self._speaking = config, hosts, speaking
         self._directory = Path(config.run.dir)
         self._log: MetricsLog | None = None
+        self.run_id = ""
         self._progress = Progress(
             total_steps=total_steps,
             log_every=config.train.log_every,
@@ -61,6 +66,8 @@ class Journal:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             write_atomically(self._directory / "config.yaml", dump_config(self.config).encode())
+            # A start that another run of this directory came before is a run of its own.
+            self.run_id = run_id(self._directory, new=not resumed)
             self._log = MetricsLog(
                 self._directory,
                 mirrors=open_mirrors(self.config, first_step=state.step + 1 if resumed else 0),

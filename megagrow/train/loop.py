@@ -29,6 +29,7 @@ from megagrow.train import checkpoints
 from megagrow.train.agree import on_all, on_first
 from megagrow.train.datacheck import DataCheck, told_by_its_rank
 from megagrow.train.grow import GrowthReport, fill_fresh, grow, start_engine
+from megagrow.train.holding import RunLock
 from megagrow.train.journal import Journal
 from megagrow.train.plan import RunPlan, Stage, plan_run
 from megagrow.train.preflight import preflight
@@ -51,6 +52,7 @@ class Trainer:
         resume: ``auto``, ``good``, ``never`` or the path of a checkpoint.
         watch: is told what the run does; by default nobody watches.
         stop: whether somebody asked for an end; by default nobody does.
+        lock: of run.dir; by default nobody else writes there.
 
     Raises:
         MegagrowError: on all ranks, for anything that the user can mend.
@@ -66,10 +68,12 @@ class Trainer:
         resume: str,
         watch: Watch | None = None,
         stop: StopRequest | None = None,
+        lock: RunLock | None = None,
     ) -> None:
         self.config, self.plan, self.data, self.comm = config, plan, data, comm
         self.watch = watch or unwatched(comm, config)
         self.stop_request = stop or StopRequest()
+        self.lock = lock or RunLock(comm)
         self.run_dir = Path(config.run.dir)
         self.root = self.run_dir / checkpoints.DIRECTORY
         self.last_saved: Path | None = None
@@ -99,8 +103,15 @@ class Trainer:
         except DataError:
             self.engine.close()
             raise
-        self.saver = Saver(root=self.root, config=config, data=data, comm=comm)
         self._open_journal(resumed=resumed)
+        self.saver = Saver(
+            root=self.root,
+            config=config,
+            data=data,
+            comm=comm,
+            lock=self.lock,
+            run=self.journal.run_id,
+        )
 
     # --- set-up ---------------------------------------------------------------------------
 
@@ -274,8 +285,11 @@ class Trainer:
         self._begin(f"end of step {self.state.step + 1}")
         at_log_line = (self.state.step + 1) % self.config.train.log_every == 0
         busy = self.watch.busy_share() if at_log_line else 0.0
-        rows = self.comm.gather_rows([result.loss, float(self.stop_request.signal), busy])
-        losses, signals, shares = map(list, zip(*rows, strict=True))
+        mine = [result.loss, float(self.stop_request.signal), busy, float(self.lock.lost())]
+        rows = self.comm.gather_rows(mine)
+        losses, signals, shares, lost = map(list, zip(*rows, strict=True))
+        if any(lost):
+            self.lock.require_on_all()
         self._asked = int(max(signals))
         seconds = time.perf_counter() - begin
         loss = sum(losses) / len(losses)
@@ -474,7 +488,8 @@ class Trainer:
         self._begin(f"saving step {self.state.step}", slow=True)
         self._settle(self.saver.wait)
         self.state = replace(self.state, loss_scale=self.engine.loss_scale)
-        self._settle(lambda: self.saver.save(self.engine, self.state), last=last)
+        known = self.last_saved
+        self._settle(lambda: self.saver.save(self.engine, self.state, known=known), last=last)
         if last:
             self._settle(self.saver.wait, last=True)
 

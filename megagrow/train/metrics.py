@@ -69,6 +69,7 @@ class MetricsLog:
         self._pending = bytearray()  # lines that a full disk did not take
         self._told = False
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._opened = os.fstat(self._file.fileno())
 
     def step(
         self,
@@ -196,6 +197,8 @@ class MetricsLog:
 
     def _empty_pending(self) -> None:
         """Write what can be; the run goes on though the disk is full, and says so once."""
+        if self._pending:
+            self._require_place()
         try:
             with self._naming_faults():
                 while self._pending:
@@ -211,6 +214,29 @@ class MetricsLog:
             self._told = True
         else:
             self._told = False
+
+    def _require_place(self) -> None:
+        """Refuse to go on with a file that nobody will find any more.
+
+        Raises:
+            TrainingError: the file was removed, or another one is in its place.
+        """
+        try:
+            there = os.path.samestat(os.stat(self.path), self._opened)
+            found = "another file in its place: a second job may write to this directory"
+        except FileNotFoundError:
+            there, found = False, "no such file: it was removed or renamed"
+        except OSError:
+            return  # the write itself will tell
+        if not there:
+            self._pending.clear()
+            raise TrainingError(
+                f"the run's log {self.path} is gone",
+                found=found,
+                expected="the file that this job has open",
+                mend="leave run.dir alone while its run trains; go on from the last checkpoint "
+                "with --resume auto",
+            )
 
     @contextlib.contextmanager
     def _naming_faults(self) -> Iterator[None]:

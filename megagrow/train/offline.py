@@ -25,6 +25,7 @@ from megagrow.errors import CheckpointError, ConfigError, GrowthError
 from megagrow.growth.growth import Growth, plan_growth
 from megagrow.growth.ligo import Fitted
 from megagrow.layout import Layout
+from megagrow.lock import holding_output
 from megagrow.model.catalog import build_catalog
 from megagrow.schedule.stages import sample_length, stage_batch
 from megagrow.state.boxes import Box, split_box, whole
@@ -124,6 +125,7 @@ def write_offline(plan: OfflineGrowth, root: Path, *, piece_bytes: int = PIECE_B
     Raises:
         CheckpointError: the source is damaged, the target exists, or the system refused;
             nothing is left at the target.
+        LockError: another job writes there.
     """
     if step_of(root) == plan.checkpoint.step:
         root = root.parent
@@ -137,7 +139,8 @@ def write_offline(plan: OfflineGrowth, root: Path, *, piece_bytes: int = PIECE_B
         run_state=state.to_json(),
     )
     pieces = _pieces(plan, reader, piece_bytes)
-    return save(root, step=plan.checkpoint.step, pieces=pieces, meta=meta, group=SoloGroup())
+    with holding_output(root):
+        return save(root, step=plan.checkpoint.step, pieces=pieces, meta=meta, group=SoloGroup())
 
 
 def _reader(plan: OfflineGrowth) -> tuple[Through, RunState]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from megagrow.errors import DataError
 from megagrow.files import write_atomically
+from megagrow.lock import holding_output
 from megagrow.report.axis import axis
 from megagrow.report.chart import COLOURS, Marker, Series, chart, standalone
 from megagrow.report.page import document, sheet
@@ -154,9 +155,10 @@ def write(directory: Path, proposal: Proposal, *, text: str, config: str) -> str
         "plan.svg": standalone(figure, style=STYLE),
     }
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_atomically(directory / name, content.encode())
+        with holding_output(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                write_atomically(directory / name, content.encode())
     except OSError as error:
         raise DataError(
             f"--output {directory}: cannot be written",

@@ -10,13 +10,13 @@ from it, or all fail.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megagrow.background import Task
 from megagrow.checkpoint import Piece, step_path
 from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
@@ -24,6 +24,8 @@ from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
 from megagrow.state.boxes import Box
 from megagrow.train import checkpoints
+from megagrow.train.agree import on_first
+from megagrow.train.holding import RunLock
 from megagrow.train.state import RunState
 
 
@@ -59,28 +61,53 @@ class Saver:
 
     Args:
         root: the run's directory of checkpoints.
+        lock: without it nothing is written, nor deleted.
+        run: the run's id (on rank 0).
     """
 
-    def __init__(self, *, root: Path, config: Config, data: PreparedData, comm: Comm) -> None:
+    def __init__(
+        self,
+        *,
+        root: Path,
+        config: Config,
+        data: PreparedData,
+        comm: Comm,
+        lock: RunLock,
+        run: str,
+    ) -> None:
         self._root, self._config, self._data, self._comm = root, config, data, comm
-        self._pending: tuple[int, Future[Path]] | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._lock, self._run = lock, run
+        self._pending: tuple[int, Task[Path]] | None = None
         self._buffers: dict[tuple[str, str, Box], torch.Tensor] = {}
         wanted = config.checkpoint.asynchronous
-        if comm.device.type == "cuda" if wanted is None else wanted:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            self._side = _SideComm()
+        beside = comm.device.type == "cuda" if wanted is None else wanted
+        self._side = _SideComm() if beside else None
 
-    def save(self, engine: Engine, state: RunState) -> tuple[int, Path] | None:
+    def save(
+        self, engine: Engine, state: RunState, *, known: Path | None
+    ) -> tuple[int, Path] | None:
         """Save; returns (step, checkpoint), or None where it is still being written.
 
-        The one before must have been awaited.
+        The one before must have been awaited.  Where this very state is saved already, nothing
+        is done.
+
+        Args:
+            known: the checkpoint that this job has written last, or started from.
 
         Raises:
+            LockError: on all ranks: run.dir is no longer this job's.
             MegagrowError: on all ranks; earlier checkpoints are as they were.
         """
         assert self._pending is None
-        if self._thread is None:
+        path = step_path(self._root, state.step)
+
+        def saved_already() -> bool:
+            self._lock.require()
+            return checkpoints.is_saved(path, state, run=self._run, known=known)
+
+        if on_first(self._comm, saved_already):
+            return state.step, path
+        if self._side is None:
             saved = checkpoints.save_run(
                 root=self._root,
                 engine=engine,
@@ -88,18 +115,23 @@ class Saver:
                 config=self._config,
                 data=self._data,
                 comm=self._comm,
+                lock=self._lock,
+                run=self._run,
             )
             return state.step, saved
-        path = step_path(self._root, state.step)
-        if self._comm.broadcast(path.exists()):
-            return state.step, path
         pieces = self._copies(engine)
-        meta = checkpoints.meta_of(engine, state, self._config, self._data)
-        keep, side = self._config.checkpoint.keep, self._side
+        meta = checkpoints.meta_of(engine, state, self._config, self._data, run=self._run)
+        keep, side, lock = self._config.checkpoint.keep, self._side, self._lock
         work: Callable[[], Path] = lambda: checkpoints.write_run(  # noqa: E731
-            root=self._root, step=state.step, pieces=pieces, meta=meta, keep=keep, comm=side
+            root=self._root,
+            step=state.step,
+            pieces=pieces,
+            meta=meta,
+            keep=keep,
+            comm=side,
+            lock=lock,
         )
-        self._pending = state.step, self._thread.submit(work)
+        self._pending = state.step, Task("checkpoint", work)
         return None
 
     def poll(self) -> tuple[int, Path] | None:
@@ -117,13 +149,13 @@ class Saver:
         """As `poll`, but waits for it."""
         if self._pending is None:
             return None
-        (step, future), self._pending = self._pending, None
-        return step, future.result()
+        (step, task), self._pending = self._pending, None
+        return step, task.result()
 
     def close(self) -> None:
-        """Let a save under way come to its end, whatever that is; for a run that has failed."""
-        if self._thread is not None:
-            self._thread.shutdown()
+        """Let a save under way come to its end; for a run that has failed, so errors are told."""
+        if self._pending is not None:
+            self._pending[1].close()
 
     def _copies(self, engine: Engine) -> list[Piece]:
         """This rank's state in host memory, which is kept for the next save."""

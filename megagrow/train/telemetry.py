@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from megagrow.config import Config
 from megagrow.errors import ConfigError
+from megagrow.train.holding import run_id
 
 
 class Mirror(Protocol):
@@ -45,7 +47,9 @@ def open_mirrors(config: Config, *, first_step: int) -> list[Mirror]:
     if wanted.tensorboard:
         mirrors.append(TensorBoard(Path(config.run.dir) / "tensorboard", first_step=first_step))
     if wanted.prometheus_port is not None:
-        mirrors.append(Prometheus(wanted.prometheus_port))
+        address = wanted.prometheus_address
+        mirrors.append(Prometheus(wanted.prometheus_port, address=address))
+        print(f"metrics: http://{address}:{wanted.prometheus_port}/metrics", file=sys.stderr)
     if wanted.wandb is not None:
         mirrors.append(WeightsAndBiases(config))
     return mirrors
@@ -77,9 +81,9 @@ class TensorBoard:
 
 
 class Prometheus:
-    """A text endpoint with the newest values, http://HOST:port/metrics."""
+    """A text endpoint with the newest values, http://ADDRESS:port/metrics."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, address: str = "127.0.0.1") -> None:
         try:
             import prometheus_client
         except ImportError as error:
@@ -89,18 +93,23 @@ class Prometheus:
         self._gauges: dict[str, Any] = {}
         try:
             self._server, self._thread = prometheus_client.start_http_server(
-                port, registry=self._registry
+                port, addr=address, registry=self._registry
             )
         except OSError as error:
             raise ConfigError(
                 f"train.prometheus_port = {port}: cannot be listened on",
-                found=error.strerror or error,
-                expected="a free port on the host of rank 0",
+                found=f"{address}: {error.strerror or error}",
+                expected="a free port, and an address (train.prometheus_address), of rank 0's host",
                 mend="set train.prometheus_port to another, or to null",
             ) from error
+        self._told = False
 
     def scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
         """Set the gauge of each value, and of the step."""
+        if not self._thread.is_alive() and not self._told:
+            self._told = True
+            print("warning: the thread that serves train.prometheus_port has ended; the run "
+                  "goes on without it", file=sys.stderr)  # fmt: skip
         for name, value in {"step": step, **values}.items():
             full = re.sub(r"\W", "_", f"megagrow_{group}_{name}")
             if full not in self._gauges:
@@ -135,15 +144,10 @@ class WeightsAndBiases:
             entity=settings.entity,
             mode=settings.mode,
             dir=str(directory),
-            id=self._identity(directory),
+            id=run_id(directory),
             resume="allow",
             config=config.model_dump(mode="json", by_alias=True),
         )
-
-    @staticmethod
-    def _identity(directory: Path) -> str:
-        """An identity that follows from where the run lives, so that a resumed run has the same."""
-        return re.sub(r"[^\w-]", "-", str(directory.resolve()).strip("/"))[-64:]
 
     def scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
         """Log the values at a step."""

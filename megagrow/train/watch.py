@@ -24,6 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol, TextIO
 
+from megagrow import background
+from megagrow.background import Loop
 from megagrow.cluster import lifeline
 from megagrow.config import Config, WatchConfig
 from megagrow.engine.comm import Comm
@@ -31,6 +33,8 @@ from megagrow.engine.comm import Comm
 LOGS = "logs"
 STALLED = 1  # exit status of a rank that the watch ends
 _SAMPLE_SECONDS = 0.05
+# What a store raises whose host is gone: torch.distributed's own errors are RuntimeErrors.
+_STORE_ERRORS = (RuntimeError, OSError)
 _number = itertools.count()  # several jobs may follow each other in one process
 # A frame in one of these files, or a line that says one of these words, waits for other ranks.
 _COLLECTIVE_FILES = ("distributed_c10d.py", "engine/comm.py")
@@ -112,9 +116,9 @@ class Watch:
         self._step = 0
         self._samples = [0, 0]  # all, and those that found the main thread waiting for others
         self._busy_from = time.monotonic()
-        self._stopping = threading.Event()
         self._main = threading.get_ident()
-        self._thread = threading.Thread(target=self._run, name="megagrow-watch", daemon=True)
+        self._next_beat = 0.0
+        self._thread = Loop("megagrow-watch", self._look, every=_SAMPLE_SECONDS)
         # Beats need not be more often than is useful, nor crowd the store of a large job.
         self._period = max(min(1.0, config.stall / 4), world / 1000)
 
@@ -125,8 +129,7 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self._thread.join(timeout=2 * self._period)
+        self._thread.stop(timeout=2 * self._period)
 
     def begin(self, what: str, *, step: int, slow: bool = False) -> None:
         """Say what begins now; it counts as progress.
@@ -157,8 +160,11 @@ class Watch:
         try:
             looks = self._two_looks()
             return blame(*looks, world=self.world)
-        except Exception as error:
+        except _STORE_ERRORS as error:
             return f"rank 0 answers no more, or its host is cut off ({_first_line(error)})"
+        except Exception as error:
+            background.report("the watch, finding the cause", error)
+            return f"the cause could not be found ({type(error).__name__}: {_first_line(error)})"
 
     def speaks_first(self) -> bool:
         """Whether this rank is the first to tell of a failure; the others need not repeat it."""
@@ -167,28 +173,33 @@ class Watch:
         try:
             mine = str(self.rank)
             return self._store.compare_set(f"{self._key}/speaker", "", mine).decode() == mine
-        except Exception:
+        except _STORE_ERRORS:
             return True  # nobody can be asked
+        except Exception as error:
+            background.report("the watch, asking who tells of the failure", error)
+            return True
 
     # --- the thread -------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        next_beat = 0.0
-        while not self._stopping.wait(_SAMPLE_SECONDS):
+    def _look(self) -> None:
+        """One turn.  No part of it may keep the last one, which ends the job, from its turn."""
+        waiting, told_to_end = "", False
+        with self._thread.faults.reported("looking at what the main thread does"):
             waiting = self._waiting()
-            self._samples[0] += 1
-            self._samples[1] += bool(waiting)
-            now = time.monotonic()
-            if now < next_beat:
-                continue
-            next_beat = now + self._period
-            idle = now - self._since
+        self._samples[0] += 1
+        self._samples[1] += bool(waiting)
+        now = time.monotonic()
+        if now < self._next_beat:
+            return
+        self._next_beat = now + self._period
+        idle = now - self._since
+        with self._thread.faults.reported("telling the others of this rank"):
             lifeline.say("beat", step=self._step, doing=self._doing)
             told_to_end = not self._beat(waiting, idle)
-            if told_to_end:
-                self._end()
-            elif idle > self._limit:
-                self._stalled(idle)
+        if told_to_end:
+            self._end()
+        elif idle > self._limit:
+            self._stalled(idle)
 
     def _beat(self, waiting: str, idle: float) -> bool:
         """Tell the others; False where one of them has found that the job stands still."""
@@ -201,10 +212,19 @@ class Watch:
         try:
             self._store.set(f"{self._key}/beat/{self.rank}", json.dumps(asdict(beat)))
             return not self._store.check([f"{self._key}/ending"])
-        except Exception:
+        except _STORE_ERRORS:
             return True  # the store's host is gone: collectives or the stall limit will tell
 
     def _stalled(self, idle: float) -> None:
+        """End this rank, having told of the stall as far as that can be done."""
+        with self._thread.faults.reported("telling of a stall"):
+            self._tell_of_stall(idle)
+        with self._thread.faults.reported("writing stacks"):
+            self._dump_stacks()
+        time.sleep(2.5 * self._period)  # for the others to write theirs
+        self._leave()
+
+    def _tell_of_stall(self, idle: float) -> None:
         cause = self.explain() if self._store is not None else "it is the only rank"
         text = (
             f"error: no progress for {idle:.0f} s\n"
@@ -216,21 +236,20 @@ class Watch:
         )
         if self.speaks_first():
             print(text, file=sys.stderr, flush=True)
-        self.note(text)
         lifeline.say("failed", text=text)
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(*_STORE_ERRORS):
             if self._store is not None:
                 self._store.set(f"{self._key}/ending", str(self.rank))
-        self._dump_stacks()
-        time.sleep(2.5 * self._period)  # for the others to write theirs
-        self._leave()
+        self.note(text)
 
     def _end(self) -> None:
-        self._dump_stacks()
+        with self._thread.faults.reported("writing stacks"):
+            self._dump_stacks()
         self._leave()
 
     def _leave(self) -> None:
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or its disk is full
+            sys.stderr.flush()
         self._exit(STALLED)
 
     def _waiting(self) -> str:
@@ -260,7 +279,8 @@ class Watch:
             faulthandler.dump_traceback(file=file, all_threads=True)
 
     def _open_log(self) -> TextIO:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        # Without parents: a run.dir that was removed must not come back as a few logs.
+        self.log.parent.mkdir(exist_ok=True)
         return open(self.log, "a", encoding="utf-8")
 
 
@@ -277,7 +297,8 @@ def waits_in(frame: FrameType) -> str:
         frame = frame.f_back  # type: ignore[assignment]
     if found:
         return found
-    line = linecache.getline(innermost.f_code.co_filename, innermost.f_lineno)
+    number = innermost.f_lineno  # None at an instruction that stands for no line
+    line = linecache.getline(innermost.f_code.co_filename, number) if number is not None else ""
     return innermost.f_code.co_name if any(word in line for word in _WAITING_WORDS) else ""
 
 
@@ -314,7 +335,11 @@ def watching(comm: Comm, config: Config) -> Iterator[Watch]:
     """The watch of this rank of a job, while it lasts."""
     watch = _watch(comm, config, comm.store() if comm.world > 1 else None)
     comm.limit_collectives(config.watch.slow)
-    with watch, _stacks_on_request(watch.log):
+    with (
+        watch,
+        _stacks_on_request(watch.log),
+        background.also_reporting_to(watch.note),
+    ):
         watch.note(f"rank {comm.rank} of {comm.world} on {socket.gethostname()}, pid {os.getpid()}")
         yield watch
 
@@ -335,7 +360,7 @@ def _stacks_on_request(log: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         # What is wrong with the directory is told where the run's own log is opened.
         with contextlib.suppress(OSError):
-            log.parent.mkdir(parents=True, exist_ok=True)
+            log.parent.mkdir(exist_ok=True)
             file = held.enter_context(open(log, "a", encoding="utf-8"))
             faulthandler.enable(file)
             held.callback(faulthandler.disable)

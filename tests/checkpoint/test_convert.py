@@ -15,8 +15,9 @@ from megagrow.checkpoint import NativeCheckpoint
 from megagrow.checkpoint import convert as converting
 from megagrow.checkpoint.convert import Job, convert, survey
 from megagrow.checkpoint.formats import FORMATS, detect
-from megagrow.errors import CheckpointError, MegagrowError
+from megagrow.errors import CheckpointError, LockError, MegagrowError
 from megagrow.layout import Layout
+from megagrow.lock import holding_output
 from megagrow.model.catalog import build_catalog
 
 LAYOUTS = [
@@ -188,12 +189,10 @@ def test_another_source_does_not_go_on_with_the_work_of_the_first(tmp_path, monk
 
 
 def test_the_same_conversion_does_not_run_twice_at_once(tmp_path, monkeypatch):
-    job, _, work = interrupted(tmp_path, monkeypatch)
-    with (
-        converting._working_in(work),
-        pytest.raises(CheckpointError, match="the same conversion is running"),
-    ):
+    job, *_ = interrupted(tmp_path, monkeypatch)
+    with holding_output(job.target), pytest.raises(LockError, match="another job is writing"):
         convert(job)
+    assert convert(job).kept  # what was done before is still there
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from megagrow.cluster.environment import (
     carried,
     remote_argument,
+    require_one_task,
     users_file,
     write_launcher_file,
 )
@@ -92,3 +93,24 @@ def test_arguments_arrive_whole():
     script = after_pdsh(" ".join(["printf '%%s\\0'", *words]))
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split("\0")[:-1] == NASTY
+
+
+@pytest.mark.parametrize(
+    ("environ", "launcher"),
+    [
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}, "srun"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "Open MPI"),
+        ({"PMI_SIZE": "8", "PMI_RANK": "3"}, "MPICH"),
+        ({"WORLD_SIZE": "2"}, "a launcher"),
+    ],
+)
+def test_one_of_several_tasks_without_a_rank_does_not_train_alone(environ, launcher):
+    with pytest.raises(ConfigError, match=f"(?s)tasks of {launcher}.*supervise.py"):
+        require_one_task(environ)
+    require_one_task({**environ, "RANK": "0"})  # a launcher of ranks within
+    require_one_task(dict.fromkeys(environ, "1"))
+
+
+def test_a_batch_script_of_several_tasks_is_one_process():
+    """As Slurm sets it outside of srun, where one process runs."""
+    require_one_task({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"})

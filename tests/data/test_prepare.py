@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -21,7 +20,8 @@ from megagrow.data.dataset import PreparedData, open_dataset, verify
 from megagrow.data.documents import read_documents
 from megagrow.data.prepare import Request, prepare
 from megagrow.data.shards import Encoder
-from megagrow.errors import DataError
+from megagrow.errors import DataError, LockError
+from megagrow.lock import holding_output
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
@@ -318,12 +318,10 @@ def test_foreign_work_directory_is_never_emptied(tmp_path: Path) -> None:
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
-    work = tmp_path / "out.work"
-    work.mkdir()
-    with open(work / "lock", "wb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another process"):
-            prepare(request(small(tmp_path), tmp_path / "out", vocab_size=290))
+    output = tmp_path / "out"
+    with holding_output(output), pytest.raises(LockError, match="another job is writing there"):
+        prepare(request(small(tmp_path), output, vocab_size=290))
+    assert not output.exists() and not (tmp_path / "out.work").exists()
 
 
 def test_input_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

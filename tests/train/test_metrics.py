@@ -1,6 +1,7 @@
 import errno
 import json
 import math
+import shutil
 
 import pytest
 from logs import log_growth, log_step
@@ -169,6 +170,27 @@ def test_a_full_disk_does_not_stop_a_run(tmp_path, capsys):
         log.close()
     assert str(log.path) in str(caught.value)
     log.close()
+
+
+@pytest.mark.parametrize("how", ["removed", "directory removed", "replaced"])
+def test_a_log_that_nobody_will_find_stops_the_run(tmp_path, how):
+    log = MetricsLog(tmp_path / "run")
+    log_step(log, 1)
+    if how == "directory removed":
+        shutil.rmtree(log.path.parent)
+    else:
+        log.path.unlink()
+    if how == "replaced":
+        other = MetricsLog(tmp_path / "run")
+        log_step(other, 7)
+        other.close()
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl is gone") as caught:
+        log_step(log, 2)
+    assert ("second job" if how == "replaced" else "removed") in str(caught.value)
+    log.close()
+    assert log.path.exists() == (how == "replaced")
+    if how == "replaced":
+        assert steps_of(log.path) == [7]
 
 
 def test_a_log_that_may_not_be_written_stops_the_run(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from logs import log_growth, log_step
 
 from megagrow.config import Config
-from megagrow.errors import ConfigError
+from megagrow.errors import ConfigError, TrainingError
+from megagrow.train.holding import run_id
 from megagrow.train.metrics import MetricsLog
 from megagrow.train.telemetry import Prometheus, TensorBoard, open_mirrors
 
@@ -79,6 +80,49 @@ def test_prometheus_tells_the_newest_values(tmp_path):
         assert line in text.splitlines()
     log.close()
     Prometheus(port).close()  # the port is free again
+
+
+def test_prometheus_listens_where_it_says_and_by_default_on_this_host_alone(tmp_path, capsys):
+    for address, told in ((None, "127.0.0.1"), ("0.0.0.0", "0.0.0.0")):
+        port = free_port()
+        more = {} if address is None else {"prometheus_address": address}
+        [mirror] = open_mirrors(config(tmp_path, prometheus_port=port, **more), first_step=0)
+        assert mirror._server.server_address == (told, port)
+        assert f"http://{told}:{port}/metrics" in capsys.readouterr().err
+        mirror.close()
+
+
+def test_a_server_of_metrics_that_has_ended_is_told_once(capsys):
+    mirror = Prometheus(free_port())
+    mirror.scalars("train", 1, {"loss": 1.0})
+    assert capsys.readouterr().err == ""
+    mirror.close()
+    for step in (2, 3):
+        mirror.scalars("train", step, {"loss": 1.0})
+    assert capsys.readouterr().err.count("goes on without it") == 1
+
+
+def test_the_id_of_a_run_is_random_and_stays_in_its_directory(tmp_path, monkeypatch):
+    """Equal paths on two machines are two runs; a directory that is moved stays the same one."""
+    calls = []
+    stand_in = types.ModuleType("wandb")
+    stand_in.init = lambda **given: calls.append(given["id"])
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    place = tmp_path / "run"
+    for then in (lambda: place.rename(tmp_path / "moved"), lambda: None):
+        place.mkdir()
+        open_mirrors(config(place, wandb={"project": "p"}), first_step=0)
+        then()
+    (tmp_path / "moved" / "below").mkdir()
+    open_mirrors(config(tmp_path / "moved", wandb={"project": "p"}), first_step=3)
+    assert calls[0] != calls[1] and calls[2] == calls[0]
+    assert run_id(place) == calls[1] and run_id(place, new=True) != calls[1]
+
+
+def test_a_damaged_id_of_a_run_is_refused(tmp_path):
+    (tmp_path / "run_id").write_text("no id/\n")
+    with pytest.raises(TrainingError, match=r"run_id: not the name of a run"):
+        run_id(tmp_path)
 
 
 def test_a_port_that_is_taken(tmp_path):

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+import types
 
 import pytest
 from jobs import launch, settings, write_config
@@ -97,6 +98,52 @@ def test_a_job_that_stands_still_ends_on_all_ranks(tmp_path, capsys):
     for rank in (0, 1):
         log = (tmp_path / f"rank_{rank}.log").read_text()
         assert f"stacks of rank {rank}" in log and "test_watch.py" in log
+
+
+def _lineless():
+    """Busy at instructions that stand for no line, as the loops of some frames of training are."""
+
+    def spin(seconds):
+        import time
+
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pass
+
+    return types.FunctionType(spin.__code__.replace(co_linetable=b""), globals())
+
+
+def _sees_a_stall(tmp_path, work):
+    """Whether a watch, after what `work` puts it through, notices that nothing happens."""
+    ended = []
+    watch = make(tmp_path, 0, None, ended, world=1)
+    watch._exit = lambda status: ended.append(status)
+    with watch:
+        watch.begin("step 3", step=2)
+        work(watch)
+        deadline = time.monotonic() + 20
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return watch._thread.is_alive() and ended[:1] == [1]
+
+
+def test_a_watch_sees_a_stall_after_frames_without_line_numbers(tmp_path, capsys):
+    assert _sees_a_stall(tmp_path, lambda watch: _lineless()(0.25))
+    assert "in the background" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["_waiting", "_beat", "explain", "note", "_dump_stacks"])
+def test_a_watch_sees_a_stall_whatever_part_of_it_fails_and_says_so(tmp_path, capsys, part):
+    def breaks(*_):
+        raise TypeError("a defect of the watch")
+
+    def work(watch):
+        setattr(watch, part, breaks)
+        watch._store = HashStore()
+
+    assert _sees_a_stall(tmp_path, work)
+    told = capsys.readouterr().err
+    assert "error in the background" in told and "TypeError: a defect of the watch" in told
 
 
 def test_progress_keeps_it_quiet(tmp_path):

@@ -58,7 +58,8 @@ def commands(base: Path, config: Path) -> list[Command]:
         config: of the training run.
     """
     convert = ["--from", str(base / "large")]
-    training = [f"--config={config}", f"data.path={base / 'data'}"]
+    # A second job is refused at once: one that waits would go on with the finished run.
+    training = [f"--config={config}", f"data.path={base / 'data'}", "run.wait=0"]
     return [
         *(
             Command(

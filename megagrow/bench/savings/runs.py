@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from megagrow.data.dataset import open_dataset
 from megagrow.engine.comm import Comm, start, stop
 from megagrow.errors import TrainingError
 from megagrow.train.checkpoints import DIRECTORY
+from megagrow.train.holding import holding_run
 from megagrow.train.loop import Trainer
 from megagrow.train.plan import plan_run, with_vocabulary
 
@@ -65,6 +67,12 @@ def run_all(tasks: Sequence[Task], *, comm: Comm | None, workers: int, until: fl
             for future in done:
                 complete &= future.result()
         return complete
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            "a process that trains was killed or could not start",
+            expected="memory for each of them",
+            mend="start it again with fewer --workers: finished legs are kept",
+        ) from error
     finally:
         # A failure or an interruption: what is running ends with its worker, and is resumed later.
         for process in list((pool._processes or {}).values()):
@@ -119,8 +127,8 @@ def _train(config: Config, *, comm: Comm, log: Path, resume: str) -> None:
     data = open_dataset(config.data.path, config.data.tokenizer)
     config = with_vocabulary(config, data.vocab_size)
     plan = plan_run(config, world=comm.world, vocabulary=data.vocab_size)
-    with _spoken_into(log if comm.rank == 0 else None):
-        trainer = Trainer(config=config, plan=plan, data=data, comm=comm, resume=resume)
+    with _spoken_into(log if comm.rank == 0 else None), holding_run(config, comm) as lock:
+        trainer = Trainer(config=config, plan=plan, data=data, comm=comm, resume=resume, lock=lock)
         trainer.run()
         trainer.engine.close()
 

@@ -1,0 +1,252 @@
+"""Threads that cannot fail unnoticed; every thread of megagrow is made here.
+
+A thread that dies of an exception leaves the program running without what the thread did for
+it: a watch that no longer watches, output that nobody passes on.  So a `Loop` reports every
+exception of its turns and goes on with the next one, and a `Task` or a `Pool` hands it to the
+thread that asks for the result.  Reports go to stderr and to wherever `also_reporting_to` says,
+such as a rank's own log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Generic, TypeVar
+
+from megagrow.errors import MegagrowError
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+_sinks: list[Callable[[str], object]] = []
+
+
+@contextlib.contextmanager
+def also_reporting_to(sink: Callable[[str], object]) -> Iterator[None]:
+    """While it lasts, reports of this process go to `sink` as well."""
+    _sinks.append(sink)
+    try:
+        yield
+    finally:
+        _sinks.remove(sink)
+
+
+def report(who: str, error: BaseException, *, then: str = "it goes on", times: int = 1) -> None:
+    """Report an exception in the background; never raises.
+
+    A defect comes with its traceback, what the system or the user did in one line.
+
+    Args:
+        who: the thread, and what it was doing.
+        then: what happens now.
+        times: how often this error has come up by now.
+    """
+    often = f" (for the {times}th time)" if times > 1 else ""
+    with contextlib.suppress(Exception):
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        if isinstance(error, (OSError, MegagrowError)):
+            trace = f"  found:    {error}"
+        text = f"error in the background: {who} failed{often}; {then}\n{trace}"
+        for sink in (_to_stderr, *_sinks):
+            # One place that cannot be written must not keep the report from the others.
+            with contextlib.suppress(Exception):
+                sink(text)
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Faults:
+    """Reports what goes wrong in one thread: each fault the 1st, the 10th, the 100th time.
+
+    Args:
+        who: the thread, in words.
+    """
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._times: Counter[tuple[str, str, int | None]] = Counter()
+
+    def note(self, error: BaseException, *, doing: str = "") -> None:
+        """Report an error, unless it has come up before and this is no round number of times."""
+        last = traceback.extract_tb(error.__traceback__)[-1:]
+        place = (last[0].filename, last[0].lineno) if last else ("", None)
+        key = (type(error).__name__, *place)
+        self._times[key] += 1
+        times = self._times[key]
+        if set(str(times)[1:]) <= {"0"} and str(times)[0] == "1":
+            report(f"{self._who}{doing and ', '}{doing}", error, times=times)
+
+    @contextlib.contextmanager
+    def reported(self, doing: str) -> Iterator[None]:
+        """Report an exception of the block, and go on behind it."""
+        try:
+            yield
+        except SystemExit:
+            raise  # the thread is told to end
+        except BaseException as error:
+            self.note(error, doing=doing)
+
+
+class Loop:
+    """A daemon thread that calls `turn` again and again, whatever becomes of a turn.
+
+    Args:
+        name: of the thread.
+        turn: returns True when nothing is left to do; anything else, or an exception (which is
+            reported), leads to the next turn.
+        every: seconds between two turns, and before the first one.
+    """
+
+    def __init__(self, name: str, turn: Callable[[], object], *, every: float) -> None:
+        self._turn, self._every = turn, every
+        self._stopping = threading.Event()
+        self._who = f"the thread {name}"
+        self.faults = Faults(self._who)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self, *, timeout: float | None = None) -> None:
+        """Let the turn under way come to its end, at most so many seconds, and begin no other."""
+        self._stopping.set()
+        if self._thread.ident is not None and not self.is_current():
+            self._thread.join(timeout)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the last turn, at most so many seconds."""
+        self._thread.join(timeout)
+
+    def is_alive(self) -> bool:
+        """Whether it has been started and has not ended."""
+        return self._thread.is_alive()
+
+    def is_current(self) -> bool:
+        """Whether the caller is this thread."""
+        return threading.current_thread() is self._thread
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._every):
+            try:
+                if self._turn() is True:
+                    return
+            except SystemExit as error:
+                report(self._who, error, then="it was told to end, and does")
+                return
+            except BaseException as error:
+                self.faults.note(error)
+                # A turn that fails at once must not take a core.
+                self._stopping.wait(max(0.0, 0.05 - self._every))
+
+
+class Task(Generic[T]):
+    """One piece of work in a daemon thread of its own, whose result or error is asked for.
+
+    Args:
+        name: of the thread.
+        work: what it does.
+    """
+
+    def __init__(self, name: str, work: Callable[[], T]) -> None:
+        self._name, self._future = name, Future[T]()
+        self._asked = False
+        self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
+        self._thread.start()
+
+    def done(self) -> bool:
+        """Whether it has ended, one way or the other."""
+        return self._future.done()
+
+    def result(self) -> T:
+        """Wait for the result; raises the error of the work."""
+        self._asked = True
+        return self._future.result()
+
+    def close(self) -> None:
+        """Wait for the end, and report an error that nobody has asked for."""
+        error = self._future.exception()
+        if error is not None and not self._asked:
+            self._asked = True
+            report(f"the thread {self._name}", error, then="nobody waited for its result")
+
+    def _run(self, work: Callable[[], T]) -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            self._future.set_exception(error)
+        else:
+            self._future.set_result(result)
+
+
+class Pool:
+    """Threads that share out pieces of work; a context manager.
+
+    The first error of a piece of work is raised where results are asked for, and ends the work.
+    Errors of other pieces are then reported, but for those that a user can mend: they follow
+    from the first, or come up again once it is mended.
+
+    Args:
+        threads: how many.
+        name: what their names begin with.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._name = name
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def each(
+        self,
+        work: Callable[[S], T],
+        items: Iterable[S],
+        *,
+        on_error: Callable[[], object] = lambda: None,
+    ) -> Iterator[tuple[S, T]]:
+        """(item, result) of each item, as they end.
+
+        Args:
+            work: done in a thread.
+            items: all of them are taken at once.
+            on_error: called after the first error, to end what is under way sooner.
+
+        Raises:
+            Exception: the first error, once all that was begun has ended.
+        """
+        waiting = {self._threads.submit(work, item): item for item in items}
+        try:
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        except BaseException as error:
+            on_error()
+            self._threads.shutdown(cancel_futures=True)
+            self._report_others(waiting, error)
+            raise
+
+    def map(self, work: Callable[[S], T], items: Iterable[S]) -> list[T]:
+        """The result of each item, in their order.
+
+        Raises:
+            Exception: as `each`.
+        """
+        pieces = list(items)
+        found = dict(self.each(lambda number: work(pieces[number]), range(len(pieces))))
+        return [found[number] for number in range(len(pieces))]
+
+    def _report_others(self, futures: Iterable[Future[T]], first: BaseException) -> None:
+        for future in futures:
+            error = None if future.cancelled() else future.exception()
+            if error is not None and error is not first and not isinstance(error, MegagrowError):
+                report(f"a thread of {self._name}", error, then="another had failed before it")
