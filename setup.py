@@ -89,6 +89,7 @@ setup(
         ],
         "telemetry": ["prometheus-client", "wandb"],
         "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and power_draw read from
+        "zstd": ["zstandard"],  # reads .zst files of text
         "hf": ["safetensors", "tokenizers", "transformers"],
     },
 )

@@ -6,13 +6,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from megagrow.data.prepare import DTYPES, Request, prepare
+from megagrow.data.formats import FORMATS
+from megagrow.data.prepare import prepare
+from megagrow.data.request import DTYPES, Request
+from megagrow.data.summary import summary
 from megagrow.errors import MegagrowError
 
 EXAMPLES = """\
 examples:
   # the source files of Python's standard library, about 30 MB of text
   python launch/prepare_data.py --input stdlib --output data/stdlib --workers 2
+
+  # one text file: one document, the end of which validates
+  python launch/prepare_data.py --input book.txt --output data/book
 
   # JSONL with a ready tokenizer
   python launch/prepare_data.py --input corpus.jsonl --text-key text \\
@@ -34,7 +40,8 @@ def parse(arguments: list[str] | None = None) -> Request:
     add(
         "--input",
         required=True,
-        help="a text file, a .jsonl file, a directory of such, or 'stdlib'",
+        help="text or JSON records, a file or a directory of such, plain or compressed (gzip, "
+        "bzip2, xz, zstd); or 'stdlib'",
     )
     add("--output", required=True, type=Path, help="directory to make")
     kind = parser.add_mutually_exclusive_group()
@@ -56,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> Request:
         "--validation-fraction",
         type=float,
         default=Request.validation_fraction,
-        help="of the documents (default %(default)s)",
+        help="of the tokens (default %(default)s)",
     )
     add("--seed", type=int, default=Request.seed, help="of split and sample (default %(default)s)")
     add("--workers", type=int, default=Request.workers, help="processes (default %(default)s)")
@@ -68,15 +75,34 @@ def parse(arguments: list[str] | None = None) -> Request:
     )
     add("--glob", default=Request.glob, help="files of a directory (default %(default)r)")
     add(
+        "--format",
+        choices=FORMATS,
+        default=Request.format,
+        help="what all files are: text as it stands, or JSON records, one a line or an array of "
+        "them; auto looks into each file, and asks where it could be either",
+    )
+    add(
         "--text-key",
-        default=Request.text_key,
-        help="key of the text in a JSONL line (default %(default)r)",
+        metavar="KEY",
+        help="of the text in a JSON record (default 'text'); given, all files must be JSON",
     )
     add(
         "--documents",
         choices=("file", "paragraph"),
         default=Request.documents,
         help="a text file is one document, or many parted by blank lines (default %(default)s)",
+    )
+    add(
+        "--eod",
+        metavar="NAME",
+        help="special token of --tokenizer that ends a document (default: what the tokenizer or "
+        "the tokenizer_config.json beside it tells)",
+    )
+    add(
+        "--bos",
+        metavar="NAME",
+        help="special token that begins a document, or 'none' (default: the one that the "
+        "tokenizer itself puts there, if it does)",
     )
     add("--overwrite", action="store_true", help="replace a dataset made otherwise")
     return Request(**vars(parser.parse_args(arguments)))
@@ -92,14 +118,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    data = outcome.data
-    print(f"{data.path}: " + ("prepared" if outcome.fresh else "already prepared"))
-    for name, split in (("train", data.content.train), ("validation", data.content.validation)):
-        print(f"  {name:<12}{split.documents:>12,} documents {split.tokens:>16,} tokens")
-    print(f"  vocabulary  {data.vocab_size:>12,} tokens, {data.content.tokenizer_file}")
-    if data.made["unreadable_files"]:
-        example = data.made["unreadable_examples"][0]
-        print(f"  left out    {data.made['unreadable_files']:>12,} not UTF-8, such as {example}")
+    print("\n".join(summary(outcome)))
     return 0
 
 

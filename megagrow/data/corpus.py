@@ -2,7 +2,7 @@
 
 A corpus is a sorted list of files, cut into pieces (a file, or a byte range of one
 that begins and ends between documents) and packed into shards of about equal size.
-Neither depends on how many workers there will be.
+Neither depends on how many workers there will be.  A compressed file is one piece.
 """
 
 from __future__ import annotations
@@ -17,26 +17,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from megagrow.data.documents import Piece
+from megagrow.data.formats import Form, form_of
 from megagrow.errors import DataError
 
 STDLIB = "stdlib"
 _SHARD_BYTES = 1 << 20
 _MAX_SHARDS = 1024
 _FOREIGN = {"site-packages", "dist-packages", "__pycache__"}
+_EXAMPLES = 20  # names that are kept of files alike
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Bytes ``[begin, end)`` of a file, and how documents lie in it.
+@dataclass
+class Group:
+    """Files of which the same is to be said: how many, and the first names, below the input."""
 
-    ``kind`` is ``file`` (all of it is one document), ``paragraph`` (documents are
-    parted by blank lines) or ``jsonl`` (one a line).
-    """
+    files: int
+    names: list[str]
 
-    path: Path
-    begin: int
-    end: int
-    kind: str
+    def add(self, name: str) -> None:
+        """One more."""
+        self.files += 1
+        if len(self.names) < _EXAMPLES:
+            self.names.append(name)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Corpus:
         fingerprint: sha256 over names, sizes and times of change.
         pieces: in the order of the documents.
         shards: the same, packed.
+        formats: what the files were taken for.
+        left_out: files and directories that were not taken, by the reason.
     """
 
     files: int
@@ -56,9 +61,19 @@ class Corpus:
     fingerprint: str
     pieces: tuple[Piece, ...]
     shards: tuple[tuple[Piece, ...], ...]
+    formats: dict[str, Group]
+    left_out: dict[str, Group]
 
 
-def open_corpus(source: str, *, glob: str, split: str, exclude: tuple[Path, ...] = ()) -> Corpus:
+def open_corpus(
+    source: str,
+    *,
+    glob: str,
+    split: str,
+    exclude: tuple[Path, ...] = (),
+    form: str = "auto",
+    text_key: str = "text",
+) -> Corpus:
     """Find the files of ``source`` and cut them into shards.
 
     Args:
@@ -67,16 +82,26 @@ def open_corpus(source: str, *, glob: str, split: str, exclude: tuple[Path, ...]
             names that begin with a dot are left out.
         split: ``file`` or ``paragraph``: how documents lie in a text file.
         exclude: directories to leave out.
+        form: ``auto``, or what all files are: ``text`` or ``jsonl``.
+        text_key: of the text in a JSON record.
 
     Raises:
-        DataError: no such source, or no file in it.
+        DataError: no such source, no file in it, or a file that cannot be read or could be
+            read in two ways.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
+    left_out: dict[str, Group] = {}
     if source == STDLIB:
-        paths = _walk(root, "*.py", exclude, _FOREIGN)
+        if form == "jsonl":
+            raise DataError(
+                f"--input {STDLIB}: is source files, not JSON",
+                mend="leave out --text-key and --format",
+            )
+        # What else lies there is not the library's text, and its sources are no records.
+        paths, form = _walk(root, "*.py", exclude, _FOREIGN, {}), "text"
     elif root.is_dir():
-        paths = _walk(root, glob, exclude, set())
-    elif root.exists():
+        paths = _walk(root, glob, exclude, set(), left_out)
+    elif os.path.lexists(root):
         paths = [root]
     else:
         raise DataError(
@@ -84,50 +109,71 @@ def open_corpus(source: str, *, glob: str, split: str, exclude: tuple[Path, ...]
             expected=f"a text file, a .jsonl file, a directory, or the word {STDLIB}",
         )
     if not paths:
-        raise DataError(f"--input {source}: no files in {root}", expected=f"files like {glob!r}")
+        raise DataError(
+            f"--input {source}: no files in {root}",
+            found="; ".join(f"{group.files} {why}" for why, group in left_out.items()) or None,
+            expected=f"files like {glob!r}",
+        )
 
     digest = hashlib.sha256()
     sizes = []
+    forms: list[Form] = []
+    formats: dict[str, Group] = {}
     for path in paths:
+        forms.append(form_of(path, wanted=form, key=text_key))
         status = path.stat()
         sizes.append(status.st_size)
         name = path.relative_to(root).as_posix() if path != root else path.name
+        formats.setdefault(str(forms[-1]), Group(0, [])).add(name)
         digest.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
     total = sum(sizes)
     target = max(_SHARD_BYTES, total // _MAX_SHARDS)
     pieces = tuple(
         piece
-        for path, size in zip(paths, sizes, strict=True)
-        for piece in _cut(path, size=size, split=split, target=target)
+        for path, size, found in zip(paths, sizes, forms, strict=True)
+        for piece in _cut(path, size=size, form=found, split=split, target=target)
     )
-    return Corpus(len(paths), total, digest.hexdigest(), pieces, tuple(_pack(pieces, target)))
+    shards = tuple(_pack(pieces, target))
+    return Corpus(len(paths), total, digest.hexdigest(), pieces, shards, formats, left_out)
 
 
-def _walk(root: Path, glob: str, exclude: tuple[Path, ...], names: set[str]) -> list[Path]:
+def _walk(
+    root: Path, glob: str, exclude: tuple[Path, ...], names: set[str], left_out: dict[str, Group]
+) -> list[Path]:
+    """The files below ``root`` in order; notes in ``left_out`` what else is there."""
     found = []
-    left_out = {path.resolve() for path in exclude}
+    own = {path.resolve() for path in exclude}
+
+    def leave_out(path: Path, why: str) -> None:
+        left_out.setdefault(why, Group(0, [])).add(path.relative_to(root).as_posix())
+
     for folder, folders, files in os.walk(root):
         here = Path(folder)
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".")
-            and name not in names
-            and (here / name).resolve() not in left_out
-        ]
-        for name in files:
+        kept = []
+        for name in sorted(folders):
+            if name.startswith("."):
+                leave_out(here / name / "", "hidden directories")
+            elif name not in names and (here / name).resolve() not in own:
+                kept.append(name)
+                if (here / name).is_symlink():
+                    leave_out(here / name, "links to directories")
+        folders[:] = kept
+        for name in sorted(files):
             path = here / name
             relative = path.relative_to(root).as_posix()
-            wanted = fnmatch.fnmatch(name, glob) or fnmatch.fnmatch(relative, glob)
-            if wanted and not name.startswith(".") and path.is_file():
+            if name.startswith("."):
+                leave_out(path, "hidden files")
+            elif not (fnmatch.fnmatch(name, glob) or fnmatch.fnmatch(relative, glob)):
+                leave_out(path, f"not like --glob {glob}")
+            else:
                 found.append(path)
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _cut(path: Path, *, size: int, split: str, target: int) -> Iterator[Piece]:
-    kind = "jsonl" if path.suffix in (".jsonl", ".ndjson") else split
-    if kind == "file":
-        yield Piece(path, 0, size, kind)
+def _cut(path: Path, *, size: int, form: Form, split: str, target: int) -> Iterator[Piece]:
+    kind = split if form.kind == "text" else form.kind
+    if kind in ("file", "json") or form.codec:
+        yield Piece(path, 0, size, kind, form.codec)
         return
     begin = 0
     with open(path, "rb") as stream:
@@ -160,85 +206,3 @@ def _pack(pieces: tuple[Piece, ...], target: int) -> Iterator[tuple[Piece, ...]]
             shard, size = [], 0
     if shard:
         yield tuple(shard)
-
-
-def read_documents(piece: Piece, *, text_key: str) -> Iterator[str | None]:
-    """The documents of ``piece``; None for a whole file that cannot be read as UTF-8 text.
-
-    Raises:
-        DataError: a line is not what its file promises; file and line are named.
-    """
-    if piece.kind == "file":
-        try:
-            # As bytes: text mode would rewrite line ends.
-            yield piece.path.read_bytes().decode("utf-8")
-        except (UnicodeDecodeError, PermissionError):
-            yield None
-    elif piece.kind == "jsonl":
-        for offset, line in _lines(piece):
-            if line.strip():
-                yield _json_text(piece.path, offset, line, text_key)
-    else:
-        paragraph: list[str] = []
-        for offset, line in _lines(piece):
-            if line.strip():
-                paragraph.append(_decode(piece.path, offset, line))
-            elif paragraph:
-                yield "".join(paragraph)
-                paragraph = []
-        if paragraph:
-            yield "".join(paragraph)
-
-
-def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
-    """Lines of a piece with the offset of each in the file."""
-    with open(piece.path, "rb") as stream:
-        stream.seek(piece.begin)
-        offset = piece.begin
-        while offset < piece.end and (line := stream.readline()):
-            yield offset, line
-            offset += len(line)
-
-
-def _decode(path: Path, offset: int, line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _bad_line(path, offset, str(error), "UTF-8 text") from error
-
-
-def _json_text(path: Path, offset: int, line: bytes, key: str) -> str:
-    expected = f"an object with a string under {key!r}"
-    try:
-        record = json.loads(_decode(path, offset, line))
-    except (ValueError, RecursionError) as error:
-        raise _bad_line(path, offset, f"not JSON: {error}", expected) from error
-    if not isinstance(record, dict):
-        raise _bad_line(path, offset, f"a JSON {type(record).__name__}", expected)
-    if key not in record:
-        found = f"an object with the keys {', '.join(map(repr, list(record)[:8])) or 'none'}"
-        raise _bad_line(path, offset, found, expected)
-    text = record[key]
-    if not isinstance(text, str):
-        raise _bad_line(path, offset, f"a {type(text).__name__} under {key!r}", expected)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        # JSON can spell half a surrogate pair, which is no character.
-        raise _bad_line(path, offset, f"{error.reason}", "whole characters") from error
-    return text
-
-
-def _bad_line(path: Path, offset: int, found: str, expected: str) -> DataError:
-    # Counted only now, so that shards need not know the lines before them.
-    with open(path, "rb") as stream:
-        number, left = 1, offset
-        while left and (chunk := stream.read(min(left, 1 << 20))):
-            number += chunk.count(b"\n")
-            left -= len(chunk)
-    return DataError(
-        f"{path}, line {number}",
-        found=found,
-        expected=expected,
-        mend="mend or remove the line; --text-key names the key of the text",
-    )

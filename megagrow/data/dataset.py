@@ -22,6 +22,7 @@ from typing import Any
 
 from megagrow.data.files import sha256_file
 from megagrow.data.indexed import IndexedDataset, bin_path, idx_path
+from megagrow.data.markers import NONE
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer
 from megagrow.errors import DataError
 
@@ -52,10 +53,18 @@ class Content:
     dtype: str
     train: Split
     validation: Split
+    bos: int | None = None  # id of the token that begins each document, if one does
+
+    def record(self) -> dict[str, Any]:
+        """A form that JSON holds; without ``bos`` where there is none, as before there was one."""
+        record = asdict(self)
+        if self.bos is None:
+            del record["bos"]
+        return record
 
     def fingerprint(self) -> str:
         """sha256 over all of it: equal for equal data, wherever and however made."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self.record(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -79,7 +88,9 @@ class PreparedData:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the data, loaded when first asked for."""
-        return load_tokenizer(self.path / self.content.tokenizer_file)
+        bos = NONE if self.content.bos is None else self.content.bos
+        path = self.path / self.content.tokenizer_file
+        return load_tokenizer(path, eod=self.content.eod, bos=bos)
 
     @property
     def vocab_size(self) -> int:
@@ -99,7 +110,7 @@ class PreparedData:
 
 def manifest_bytes(content: Content, made: dict[str, Any]) -> bytes:
     """The file ``dataset.json``."""
-    record = {"content": asdict(content), "made": made}
+    record = {"content": content.record(), "made": made}
     return (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -141,7 +152,7 @@ def _typed(kind: type[Any], values: dict[str, Any]) -> Any:
     made = kind(**values)
     for name, annotation in kind.__annotations__.items():
         value = getattr(made, name)
-        if type(value).__name__ != annotation:
+        if type(value).__name__.removesuffix("Type") not in annotation.split(" | "):
             raise TypeError(f"{name} is {value!r}, should be {annotation}")
     return made
 
@@ -169,14 +180,14 @@ def open_dataset(path: str | Path, tokenizer: str | Path | None = None) -> Prepa
         _check(
             Path(tokenizer),
             f"tokenizer and dataset {directory} disagree",
-            load_tokenizer(tokenizer).fingerprint(),
+            load_tokenizer(tokenizer, eod=content.eod).fingerprint(),
             content.tokenizer_sha256,
             f"leave out data.tokenizer, or prepare the data again with --tokenizer {tokenizer}",
         )
     splits = {}
     for name in SPLITS:
         split: Split = getattr(content, name)
-        data = splits[name] = IndexedDataset(directory / name)
+        data = splits[name] = IndexedDataset(directory / name, content.vocab_size)
         index = idx_path(data.prefix)
         _check(index, "token type", data.dtype.name, content.dtype, mend)
         _check(index, "number of documents", data.document_count, split.documents, mend)

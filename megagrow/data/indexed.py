@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -83,14 +84,19 @@ class IndexedDataset:
         lengths: int32 ``[sequences]``, in tokens.
         documents: int64 ``[document count + 1]``; document d is the sequences
             ``documents[d]`` up to but without ``documents[d + 1]``.
-        tokens: all tokens in order, ``[total tokens]``.
+        tokens: all tokens in order, ``[total tokens]``, unchecked: see :meth:`window`.
+
+    Args:
+        prefix: the path of both files without ``.bin`` and ``.idx``.
+        vocabulary: one more than the largest id, if that is known.
 
     Raises:
         DataError: a file is missing, cut off, damaged or not of this format.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, vocabulary: int | None = None) -> None:
         self.prefix = Path(prefix)
+        self.vocabulary = vocabulary
         index = idx_path(self.prefix)
         try:
             raw = _map(index, np.dtype(np.uint8))
@@ -180,6 +186,46 @@ class IndexedDataset:
             raise IndexError(f"tokens [{start}, {stop}) of {self._total} in {self.prefix}")
         return self.tokens[start:stop]
 
+    def window(self, start: int, length: int, what: str) -> npt.NDArray[np.int64]:
+        """Tokens ``[start, start + length)``, ``[length]``, the end joined to the beginning.
+
+        Args:
+            start: in ``[0, total tokens)``.
+            length: at most the total.
+            what: the tokens are, for the error.
+
+        Raises:
+            DataError: an id that the vocabulary does not have.
+        """
+        stop = start + length
+        found = self.tokens[start:stop].astype(np.int64)
+        if stop > self._total:
+            head = self.tokens[: stop - self._total].astype(np.int64)
+            found = np.concatenate([found, head])
+        return self._checked(found, what, lambda number: (start + number) % self._total)
+
+    def at(self, places: npt.NDArray[np.int64], what: str) -> npt.NDArray[np.int64]:
+        """The tokens at ``places``, of the same shape; else as :meth:`window`."""
+        found = self.tokens[places].astype(np.int64)
+        return self._checked(found, what, lambda number: int(places[number]))
+
+    def _checked(
+        self, found: npt.NDArray[np.int64], what: str, place: Callable[[int], int]
+    ) -> npt.NDArray[np.int64]:
+        if self.vocabulary is None:
+            return found
+        wrong = np.flatnonzero((found < 0) | (found >= self.vocabulary))
+        if len(wrong):
+            first = int(wrong[0])
+            raise DataError(
+                f"{bin_path(self.prefix)}: a token id that the vocabulary does not have, in {what}",
+                found=f"{found[first]} at token {place(first)}; "
+                f"{len(wrong)} such in {len(found)} tokens",
+                expected=f"0 to {self.vocabulary - 1}",
+                mend=_REMAKE,
+            )
+        return found
+
 
 class IndexedWriter:
     """Writes a ``.bin``/``.idx`` pair document by document; use it as a context manager.
@@ -223,6 +269,18 @@ class IndexedWriter:
             )
         self.add_documents(values, np.array([len(values)]))
 
+    def add_document_parts(self, parts: Iterable[Tokens]) -> int:
+        """Append one document that comes in parts, ``[any length]`` ids each; returns its length.
+
+        The ids must fit the token type.
+        """
+        length = 0
+        for part in parts:
+            self._write(part)
+            length += len(part)
+        self.add_documents(np.empty(0, self.dtype), np.array([length]))
+        return length
+
     def add_documents(self, tokens: Tokens, lengths: Tokens) -> None:
         """Append many documents laid end to end: ``[sum(lengths)]`` ids, ``[documents]`` lengths.
 
@@ -235,10 +293,13 @@ class IndexedWriter:
                 expected="below 2**31",
                 mend="split the file into several documents",
             )
+        self._write(tokens)
+        self._lengths.append(np.asarray(lengths, dtype=_LENGTH))
+
+    def _write(self, tokens: Tokens) -> None:
         content = np.ascontiguousarray(tokens, dtype=self.dtype).view(np.uint8).data
         self._stream.write(content)
         self._digest.update(content)
-        self._lengths.append(np.asarray(lengths, dtype=_LENGTH))
 
     def add_part(self, part: IndexedDataset, first: int, last: int) -> None:
         """Append sequences ``[first, last)`` of ``part``, each as one document.

@@ -5,12 +5,13 @@ All work is done in ``OUTPUT.work`` beside the output::
     lock          held by the one process that prepares this output
     plan-KEY/     KEY is the checksum of inputs and arguments
       tokenizer.*
-      shard-N.bin .idx .json    finished shards; .json comes last and makes them valid
+      shard-N.bin .idx .sums .json    finished shards; .json comes last and makes them valid
       final/      the dataset, renamed to OUTPUT when complete
     old/          the output that is being replaced
 
 A run with the same inputs and arguments goes on with the finished shards of one
-that was killed; a run with others removes them.
+that was killed or stopped, or that lacked space; a run with others removes them.  A
+run that fails for its input removes all of it: once that is mended it is other input.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,62 +32,22 @@ import numpy as np
 from tqdm import tqdm
 
 from megagrow.data import dataset
-from megagrow.data.corpus import Corpus, open_corpus, read_documents
+from megagrow.data.corpus import Corpus, open_corpus
+from megagrow.data.documents import read_documents
 from megagrow.data.files import sha256_file
-from megagrow.data.indexed import IndexedDataset, IndexedWriter, dtype_for, idx_path
+from megagrow.data.indexed import IndexedDataset, IndexedWriter, idx_path
+from megagrow.data.markers import Markers
 from megagrow.data.permutation import mixed
-from megagrow.data.shards import Encoder, encode_all
+from megagrow.data.request import Request, require_dtype
+from megagrow.data.shards import Encoder, StoppedError, encode_all
+from megagrow.data.split import Chosen, choose
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from megagrow.errors import DataError
+from megagrow.errors import DataError, MegagrowError
 from megagrow.files import sync_directory, write_atomically
 
-DTYPES = ("auto", "uint16", "int32")
+# Of the way in which the same input becomes a dataset; 1 where a manifest has none.
+VERSION = 2
 _AGAIN = "run the same command again: finished shards are kept"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to prepare; see ``launch/prepare_data.py --help``."""
-
-    input: str
-    output: Path
-    tokenizer: Path | None = None
-    vocab_size: int = 4096
-    tokenizer_sample: int = 8 << 20
-    validation_fraction: float = 0.01
-    seed: int = 1234
-    dtype: str = "auto"
-    glob: str = "*"
-    text_key: str = "text"
-    documents: str = "file"
-    workers: int = 1
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        def require(holds: bool, option: str, found: object, expected: str) -> None:
-            if not holds:
-                raise DataError(f"{option}: out of range", found=found, expected=expected)
-
-        fraction = self.validation_fraction
-        require(0 <= fraction < 1, "--validation-fraction", fraction, "0 <= fraction < 1")
-        require(self.workers >= 1, "--workers", self.workers, "at least 1")
-        require(self.vocab_size >= 1, "--vocab-size", self.vocab_size, "at least 1")
-        require(self.tokenizer_sample >= 1, "--tokenizer-sample", self.tokenizer_sample, ">= 1")
-        require(self.dtype in DTYPES, "--dtype", self.dtype, " or ".join(DTYPES))
-
-    def arguments(self) -> dict[str, Any]:
-        """What the content of the dataset depends on, besides the text."""
-        return {
-            "tokenizer_sha256": sha256_file(self.tokenizer) if self.tokenizer else None,
-            "vocab_size": None if self.tokenizer else self.vocab_size,
-            "tokenizer_sample": None if self.tokenizer else self.tokenizer_sample,
-            "validation_fraction": self.validation_fraction,
-            "seed": self.seed,
-            "dtype": self.dtype,
-            "glob": self.glob,
-            "text_key": self.text_key,
-            "documents": self.documents,
-        }
 
 
 @dataclass(frozen=True)
@@ -95,6 +56,11 @@ class Outcome:
 
     data: dataset.PreparedData
     fresh: bool
+
+    @property
+    def outdated(self) -> bool:
+        """Whether it was there from an earlier version, which split documents otherwise."""
+        return _version(self.data.made) != VERSION
 
 
 def prepare(request: Request) -> Outcome:
@@ -116,13 +82,17 @@ def prepare(request: Request) -> Outcome:
 def _prepare(request: Request) -> Outcome:
     output = request.output
     work = output.with_name(output.name + ".work")
+    markers = None
     if request.tokenizer:
-        load_tokenizer(request.tokenizer)
+        given = load_tokenizer(request.tokenizer, eod=request.eod, bos=request.bos)
+        require_dtype(request.dtype, given.vocab_size)
+        markers = given.markers
     corpus = _open_corpus(request, work)
     made = {
         "input": request.input,
         "fingerprint": corpus.fingerprint,
-        "arguments": request.arguments(),
+        "arguments": request.arguments(markers),
+        "version": VERSION,
     }
     if not work.exists() and _is_prepared(request, made):
         return Outcome(dataset.open_dataset(output), fresh=False)
@@ -140,13 +110,19 @@ def _prepare(request: Request) -> Outcome:
             if other != plan and other.name != "lock":
                 shutil.rmtree(other)
         plan.mkdir(exist_ok=True)
-        final = _build(request, corpus, plan=plan, made=made)
-        if _open_corpus(request, work).fingerprint != corpus.fingerprint:
-            raise DataError(
-                f"--input {request.input}: changed while it was being prepared",
-                mend="run again when it no longer changes",
-            )
-        dataset.open_dataset(final)
+        try:
+            final = _build(request, corpus, plan=plan, made=made, markers=markers)
+            if _open_corpus(request, work).fingerprint != corpus.fingerprint:
+                raise DataError(
+                    f"--input {request.input}: changed while it was being prepared",
+                    mend="run again when it no longer changes",
+                )
+            dataset.open_dataset(final)
+        except StoppedError:
+            raise
+        except MegagrowError:
+            shutil.rmtree(work)
+            raise
         if output.exists():
             os.rename(output, old)
         os.rename(final, output)
@@ -161,11 +137,13 @@ def _open_corpus(request: Request, work: Path) -> Corpus:
         glob=request.glob,
         split=request.documents,
         exclude=(request.output, work),
+        form=request.form,
+        text_key=request.key,
     )
 
 
 def _key(made: dict[str, Any]) -> str:
-    identity = [dataset.FORMAT_VERSION, made["fingerprint"], made["arguments"]]
+    identity = [dataset.FORMAT_VERSION, VERSION, made["fingerprint"], made["arguments"]]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -193,8 +171,8 @@ def _is_prepared(request: Request, made: dict[str, Any]) -> bool:
             dataset.verify(data)
         except DataError:
             return False
-        return _same(data.made, made)
-    found = dataset.open_dataset(output).made
+        return _same(_as_made(data), made) and _version(data.made) == VERSION
+    found = _as_made(dataset.open_dataset(output))
     if not _same(found, made):
         raise DataError(
             f"--output {output}: holds a dataset made from other text or with other arguments",
@@ -202,6 +180,21 @@ def _is_prepared(request: Request, made: dict[str, Any]) -> bool:
             mend="--overwrite, or another --output",
         )
     return True
+
+
+def _version(made: dict[str, Any]) -> int:
+    return int(made.get("version", 1))
+
+
+def _as_made(data: dataset.PreparedData) -> dict[str, Any]:
+    """How a dataset was made; what an earlier version did not record follows from its content."""
+    arguments = dict(data.made.get("arguments", {}))
+    if _version(data.made) == 1:
+        given = arguments.get("tokenizer_sha256") is not None
+        arguments.setdefault("format", "auto")
+        arguments.setdefault("eod", data.content.eod if given else None)
+        arguments.setdefault("bos", data.content.bos)
+    return {**data.made, "arguments": arguments}
 
 
 def _same(found: dict[str, Any], made: dict[str, Any]) -> bool:
@@ -238,49 +231,56 @@ def _locked(work: Path) -> Iterator[None]:
         yield
 
 
-def _build(request: Request, corpus: Corpus, *, plan: Path, made: dict[str, Any]) -> Path:
+def _build(
+    request: Request, corpus: Corpus, *, plan: Path, made: dict[str, Any], markers: Markers | None
+) -> Path:
     """Tokenizer, shards, splits and manifest; returns the finished directory."""
     tokenizer = _tokenizer(request, corpus, plan)
-    dtype = dtype_for(tokenizer.vocab_size) if request.dtype == "auto" else request.dtype
-    largest = np.iinfo(np.dtype(dtype)).max
-    if tokenizer.vocab_size - 1 > largest:
-        raise DataError(
-            f"--dtype {dtype}: too small for the vocabulary",
-            found=f"{tokenizer.vocab_size} tokens",
-            expected=f"at most {largest + 1}",
-            mend="--dtype int32",
-        )
-    encoder = Encoder(folder=plan, tokenizer=tokenizer.path, dtype=dtype, text_key=request.text_key)
+    markers = markers or tokenizer.markers
+    dtype = require_dtype(request.dtype, tokenizer.vocab_size)
+    encoder = Encoder(plan, tokenizer.path, markers, dtype, request.key)
     with tqdm(
         total=corpus.size, desc="tokens", unit="B", unit_scale=True, disable=None, leave=False
     ) as bar:
         reports = encode_all(encoder, corpus.shards, workers=request.workers, progress=bar.update)
     unreadable = [name for report in reports for name in report.unreadable]
-    parts = [encoder.prefix(number) for number in range(len(corpus.shards))]
+    if not any(report.documents for report in reports):
+        raise _nothing(request, unreadable)
 
     final = plan / "final"
     if final.exists():
         shutil.rmtree(final)
     final.mkdir()
-    splits = _split(request, parts, final=final, dtype=dtype, unreadable=unreadable)
+    chosen, splits = _split(request, encoder, len(corpus.shards), final=final)
     shutil.copyfile(tokenizer.path, final / tokenizer.path.name)
     content = dataset.Content(
         format_version=dataset.FORMAT_VERSION,
         tokenizer_file=tokenizer.path.name,
         tokenizer_sha256=tokenizer.fingerprint(),
         vocab_size=tokenizer.vocab_size,
-        eod=tokenizer.eod,
+        eod=markers.eod,
+        bos=markers.bos,
         dtype=dtype,
         **splits,
     )
-    counts = {
+    notes = {
         "files": corpus.files,
         "bytes": corpus.size,
+        "formats": {name: asdict(group) for name, group in corpus.formats.items()},
+        "left_out": {why: asdict(group) for why, group in corpus.left_out.items()},
         "unreadable_files": len(unreadable),
         "unreadable_examples": unreadable[:20],
         "empty_documents": sum(report.empty for report in reports),
+        "cut_documents": chosen.cut,
+        "copies": chosen.copies,
+        "shared_documents": chosen.shared,
+        "markers": {
+            "eod": tokenizer.name(markers.eod),
+            "bos": None if markers.bos is None else tokenizer.name(markers.bos),
+            "why": markers.why,
+        },
     }
-    write_atomically(final / dataset.MANIFEST, dataset.manifest_bytes(content, {**made, **counts}))
+    write_atomically(final / dataset.MANIFEST, dataset.manifest_bytes(content, {**made, **notes}))
     return final
 
 
@@ -289,7 +289,8 @@ def _tokenizer(request: Request, corpus: Corpus, plan: Path) -> Tokenizer:
     if request.tokenizer:
         path = plan / f"tokenizer{request.tokenizer.suffix}"
         write_atomically(path, request.tokenizer.read_bytes())
-        return load_tokenizer(path)
+        given = load_tokenizer(request.tokenizer, eod=request.eod, bos=request.bos)
+        return load_tokenizer(path, eod=given.eod)
     path = plan / "tokenizer.model"
     if not path.exists():
         texts = _sample(request, corpus)
@@ -307,7 +308,7 @@ def _sample(request: Request, corpus: Corpus) -> list[str]:
     total = 0
     for number in order:
         taken = 0
-        for text in read_documents(pieces[number], text_key=request.text_key):
+        for text in read_documents(pieces[number], text_key=request.key):
             if text is None:
                 unreadable.append(str(pieces[number].path))
                 break
@@ -324,43 +325,40 @@ def _sample(request: Request, corpus: Corpus) -> list[str]:
 
 
 def _split(
-    request: Request, parts: list[Path], *, final: Path, dtype: str, unreadable: list[str]
-) -> dict[str, dataset.Split]:
-    """Deal the documents of all parts to the two splits.
-
-    Document i is for validation if its hash, as a fraction, is below the one asked
-    for.  Of a small corpus without such a document, the one with the least hash is.
-    """
-    datasets = [IndexedDataset(part) for part in parts]
-    total = sum(len(part) for part in datasets)
-    if not total:
-        raise _nothing(request, unreadable)
-    hashes = [mixed(request.seed, 1, number) for number in range(total)]
-    limit = request.validation_fraction * 2.0**64
-    chosen = np.array([value < limit for value in hashes])
-    if request.validation_fraction > 0 and not 0 < chosen.sum() < total:
-        if total == 1:
-            raise DataError(
-                f"--input {request.input}: one document cannot be split",
-                expected="two documents at least",
-                mend="--documents paragraph (split at blank lines), or --validation-fraction 0",
-            )
-        least = hashes.index(min(hashes))
-        chosen = np.arange(total) == least
-
+    request: Request, encoder: Encoder, shards: int, *, final: Path
+) -> tuple[Chosen, dict[str, dataset.Split]]:
+    """Deal the documents of all shards to the two splits; see :mod:`megagrow.data.split`."""
+    parts = [IndexedDataset(encoder.prefix(number)) for number in range(shards)]
+    chosen = choose(
+        np.concatenate([part.lengths for part in parts]).astype(np.int64),
+        np.concatenate([encoder.sums(number) for number in range(shards)]),
+        fraction=request.validation_fraction,
+        seed=request.seed,
+    )
+    markers = encoder.markers
+    begin = [] if markers.bos is None else [np.array([markers.bos])]
     with (
-        IndexedWriter(final / "train", dtype) as train,
-        IndexedWriter(final / "validation", dtype) as validation,
+        IndexedWriter(final / "train", encoder.dtype) as train,
+        IndexedWriter(final / "validation", encoder.dtype) as validation,
     ):
         start = 0
-        for part in datasets:
-            mine = chosen[start : start + len(part)]
+        for part in parts:
+            ends = chosen.tokens[start : start + len(part)]
             start += len(part)
-            borders = [0, *(np.flatnonzero(np.diff(mine)) + 1).tolist(), len(part)]
+            cut = (ends > 0) & (ends < part.lengths)
+            # Runs of documents that go the same way; one that is cut is a run of its own.
+            changes = np.diff(ends > 0) | cut[1:] | cut[:-1]
+            borders = [0, *(np.flatnonzero(changes) + 1).tolist(), len(part)]
             for first, last in pairwise(borders):
-                if first < last:
-                    (validation if mine[first] else train).add_part(part, first, last)
-    return {
+                if first == last:
+                    continue
+                if cut[first]:
+                    tokens, at = part[first], int(part.lengths[first] - ends[first])
+                    train.add_document_parts([tokens[:at], np.array([markers.eod])])
+                    validation.add_document_parts([*begin, tokens[at:]])
+                else:
+                    (validation if ends[first] else train).add_part(part, first, last)
+    return chosen, {
         name: _describe(final / name, writer)
         for name, writer in zip(dataset.SPLITS, (train, validation), strict=True)
     }
@@ -385,3 +383,6 @@ def _nothing(request: Request, unreadable: list[str]) -> DataError:
         found=found,
         expected="UTF-8 text",
     )
+
+
+__all__ = ["Outcome", "Request", "prepare"]

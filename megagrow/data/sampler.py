@@ -21,16 +21,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from megagrow.data.indexed import IndexedDataset
-from megagrow.data.permutation import mix, permuted
+from megagrow.data.permutation import mix, mixed, permuted
 from megagrow.data.position import Stream, Stretch, layer_key
 from megagrow.errors import DataError
 
 Int64 = npt.NDArray[np.int64]
+# How validation windows are chosen; a run that goes on says so if that has changed.
+VALIDATION = "spread over the whole split"
+VALIDATION_BEFORE = "the first of the split"  # where a checkpoint does not tell
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,11 @@ class SampleIndex:
         )
 
     def sample(self, k: int) -> Int64:
-        """Sample k >= 0 of this length, ``[sequence + 1]`` token ids."""
+        """Sample k >= 0 of this length, ``[sequence + 1]`` token ids.
+
+        Raises:
+            DataError: an id in it that the vocabulary does not have.
+        """
         if k < 0:
             raise IndexError(f"sample {k}")
         total, begun = self.dataset.total_tokens, self.begun
@@ -103,17 +111,13 @@ class SampleIndex:
             places = mix(layer_key(self.seed, epoch=begun.epoch, depth=0)) % total + np.concatenate(
                 [labels[:1], labels + 1]
             )
-            return self.dataset.tokens[places % total].astype(np.int64)
+            return self.dataset.at(places % total, f"sample {k}")
         epochs, position = divmod(k - first, self.windows)
         key = layer_key(self.seed, epoch=begun.epoch + 1 + epochs, depth=0)
         window = permuted(position, size=self.windows, key=key)
         start = (mix(key) + window * self.sequence) % total
-        end = start + self.sequence + 1
-        if end <= total:
-            return self.dataset.tokens[start:end].astype(np.int64)
         # A dataset has more tokens than a window, so the end wraps once at most.
-        parts = self.dataset.tokens[start:], self.dataset.tokens[: end - total]
-        return np.concatenate(parts).astype(np.int64)
+        return self.dataset.window(start, self.sequence + 1, f"sample {k}")
 
     def batch(self, start: int, count: int) -> Int64:
         """Samples ``[start, start + count)``, ``[count, sequence + 1]`` token ids."""
@@ -140,19 +144,44 @@ def rank_slice(
     ]
 
 
-def validation_samples(dataset: IndexedDataset, *, sequence: int, count: int) -> Int64:
-    """The first ``count`` windows of a split, or all if it has fewer.
+def validation_windows(dataset: IndexedDataset, *, sequence: int, count: int) -> list[int]:
+    """Which windows of a split validate: one of each of ``count`` equal parts, or all.
 
-    Returns:
-        ``[windows, sequence + 1]`` token ids; no two have a label in common.
+    Window j covers the tokens ``j * sequence`` and the ``sequence + 1`` next.  Which window of a
+    part it is, looks random and is a function of the data's size alone: runs with other seeds
+    validate on the same.
 
     Raises:
         DataError: the split has fewer tokens than one window.
     """
     _require_window(dataset, sequence)
-    count = min(count, (dataset.total_tokens - 1) // sequence)
-    starts = np.arange(count, dtype=np.int64)[:, None] * sequence
-    return dataset.tokens[starts + np.arange(sequence + 1)].astype(np.int64)
+    windows = (dataset.total_tokens - 1) // sequence
+    if count >= windows:
+        return list(range(windows))
+    borders = [number * windows // count for number in range(count + 1)]
+    return [
+        first + mixed(windows, number) % (last - first)
+        for number, (first, last) in enumerate(pairwise(borders))
+    ]
+
+
+def validation_samples(dataset: IndexedDataset, *, sequence: int, count: int) -> Int64:
+    """``count`` windows spread over a split, or all that it has if they are fewer.
+
+    Returns:
+        ``[windows, sequence + 1]`` token ids; no two have a label in common.
+
+    Raises:
+        DataError: the split has fewer tokens than one window, or an id that the vocabulary does
+            not have.
+    """
+    windows = validation_windows(dataset, sequence=sequence, count=count)
+    return np.stack(
+        [
+            dataset.window(number * sequence, sequence + 1, f"validation window {number}")
+            for number in windows
+        ]
+    )
 
 
 def _require_window(dataset: IndexedDataset, sequence: int) -> None:

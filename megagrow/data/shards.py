@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megagrow.data.corpus import Piece, read_documents
-from megagrow.data.indexed import IndexedDataset, IndexedWriter
+import numpy as np
+
+from megagrow.data.documents import Piece, read_documents
+from megagrow.data.indexed import IndexedDataset, IndexedWriter, Tokens
+from megagrow.data.markers import NONE, Markers
+from megagrow.data.split import SUM, SUM_BYTES, Sums
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer
 from megagrow.errors import DataError
 from megagrow.files import write_atomically
 
 Shard = tuple[Piece, ...]
+_CHARACTERS = 1 << 20  # of a text that are hashed at a time
+
+
+class StoppedError(DataError):
+    """The work did not come to its end, but what is finished can be gone on with."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +54,14 @@ class Encoder:
 
     folder: Path
     tokenizer: Path
+    markers: Markers
     dtype: str
     text_key: str
 
     @cached_property
     def _opened(self) -> Tokenizer:
-        return load_tokenizer(self.tokenizer)
+        bos = NONE if self.markers.bos is None else self.markers.bos
+        return load_tokenizer(self.tokenizer, eod=self.markers.eod, bos=bos)
 
     def prefix(self, number: int) -> Path:
         """Where shard ``number`` goes."""
@@ -60,13 +72,15 @@ class Encoder:
         try:
             report = Report(**json.loads(self._report_path(number).read_bytes()))
             intact = len(IndexedDataset(self.prefix(number))) == report.documents
-            return report if intact else None
+            summed = len(self.sums(number)) == report.documents
+            return report if intact and summed else None
         except (OSError, ValueError, TypeError, DataError):
             return None
 
     def encode(self, number: int, shard: Shard) -> Report:
-        """Write the documents of ``shard``, each ended by the document end token."""
+        """Write the documents of ``shard``, each between its markers."""
         documents, empty = 0, 0
+        sums = bytearray()
         unreadable: list[str] = []
         with IndexedWriter(self.prefix(number), self.dtype) as writer:
             for piece in shard:
@@ -76,11 +90,26 @@ class Encoder:
                     elif not text:
                         empty += 1
                     else:
-                        writer.add_document([*self._opened.encode(text), self._opened.eod])
+                        writer.add_document_parts(self._marked(text))
+                        sums += _checksum(text)
                         documents += 1
         report = Report(documents, empty, unreadable)
+        write_atomically(self._sums_path(number), bytes(sums))
         write_atomically(self._report_path(number), json.dumps(asdict(report)).encode())
         return report
+
+    def sums(self, number: int) -> Sums:
+        """A checksum of the text of each document of a finished shard, ``[documents]``."""
+        return np.frombuffer(self._sums_path(number).read_bytes(), SUM)
+
+    def _marked(self, text: str) -> Iterator[Tokens]:
+        if self.markers.bos is not None:
+            yield np.array([self.markers.bos])
+        yield from self._opened.encode_parts(text)
+        yield np.array([self.markers.eod])
+
+    def _sums_path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:06d}.sums"
 
     def _report_path(self, number: int) -> Path:
         return self.folder / f"shard-{number:06d}.json"
@@ -131,7 +160,7 @@ def encode_all(
             reports[number] = future.result()
             progress(size(number))
     except BrokenProcessPool as error:
-        raise DataError(
+        raise StoppedError(
             "a worker process was killed or could not start",
             expected="memory for each worker",
             mend="run again with fewer --workers: finished shards are kept",
@@ -139,6 +168,13 @@ def encode_all(
     finally:
         executor.shutdown(cancel_futures=True)
     return [reports[number] for number in range(len(shards))]
+
+
+def _checksum(text: str) -> bytes:
+    digest = hashlib.blake2b(digest_size=SUM_BYTES)
+    for start in range(0, len(text), _CHARACTERS):
+        digest.update(text[start : start + _CHARACTERS].encode())
+    return digest.digest()
 
 
 _encoder: Encoder

@@ -13,19 +13,22 @@ included, which source code needs.  SentencePiece has three traps on that way:
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from megagrow.data.files import sha256_file
+from megagrow.data.markers import END_OF_DOCUMENT, Candidates, Markers, choose
 from megagrow.errors import DataError
 
-END_OF_DOCUMENT = "<|endoftext|>"
-# Names of the token that ends a document, in the order of preference.
-_END_NAMES = (END_OF_DOCUMENT, "<eod>", "<|end_of_text|>", "</s>", "<eos>")
+# 256 bytes, the unknown token and the end of a document; characters come on top.
+LEAST_VOCABULARY = 259
 _BLANK = "\u2581"
 _BLANK_BYTES = tuple(f"<0x{byte:02X}>" for byte in _BLANK.encode())
 # SentencePiece's memory grows with the text: cut long documents at line ends.
@@ -35,21 +38,42 @@ _TRAINER_THREADS = 4  # part of the model file: fixed, so that its checksum is
 _PROBE = "  a \n\n\tb  \u00e9\U0001f600 \x00\r\n "
 
 
+Ids = npt.NDArray[np.int32]
+
+
 class Tokenizer(Protocol):
     """What the program needs of a tokenizer.
 
     Attributes:
         path: its file.
         vocab_size: one more than the largest token id.
-        eod: id of the token that ends a document.
+        markers: the tokens around a document.
     """
 
     path: Path
     vocab_size: int
-    eod: int
+    markers: Markers
+
+    @property
+    def eod(self) -> int:
+        """Id of the token that ends a document."""
+        ...
+
+    @property
+    def start(self) -> int:
+        """Id of the token that stands before a document's text: its own, or the last end."""
+        ...
+
+    def name(self, token: int) -> str:
+        """How a token is called."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, no special tokens added."""
+        ...
+
+    def encode_parts(self, text: str) -> Iterator[Ids]:
+        """The same, as arrays of a bounded part of the text each where the ids allow it."""
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -61,10 +85,26 @@ class Tokenizer(Protocol):
         ...
 
 
-class SentencePieceTokenizer:
+class _Marked:
+    """What follows from the tokens around a document."""
+
+    markers: Markers
+
+    @property
+    def eod(self) -> int:
+        """Id of the token that ends a document."""
+        return self.markers.eod
+
+    @property
+    def start(self) -> int:
+        """Id of the token that stands before a document's text: its own, or the last end."""
+        return self.markers.eod if self.markers.bos is None else self.markers.bos
+
+
+class SentencePieceTokenizer(_Marked):
     """A SentencePiece ``.model`` file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, eod: str | int | None, bos: str | int | None) -> None:
         self.path = path
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
@@ -75,13 +115,25 @@ class SentencePieceTokenizer:
                 mend="give --tokenizer an intact .model, or none to train one",
             ) from error
         self.vocab_size: int = self._model.get_piece_size()
-        self.eod: int = self._model.eos_id()
-        if self.eod < 0:
-            known = [self._model.piece_to_id(name) for name in _END_NAMES]
-            known = [token for token in known if token != self._model.unk_id()]
-            if not known:
-                raise _no_end(path)
-            self.eod = known[0]
+        model = self._model
+        controls = (token for token in range(self.vocab_size) if model.is_control(token))
+        end = model.eos_id()
+        offers = Candidates(
+            path,
+            {model.id_to_piece(token): token for token in controls},
+            self._id,
+            (None, end if end >= 0 and model.is_control(end) else None),
+            lambda name, token: token in model.encode(name),
+        )
+        self.markers = choose(offers, eod=eod, bos=bos)
+
+    def _id(self, name: str) -> int | None:
+        token = self._model.piece_to_id(name)
+        return int(token) if self._model.id_to_piece(token) == name else None
+
+    def name(self, token: int) -> str:
+        """How a token is called."""
+        return str(self._model.id_to_piece(token))
 
     @cached_property
     def _blank_ids(self) -> list[int] | None:
@@ -98,16 +150,24 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``."""
+        return [token for part in self.encode_parts(text) for token in part.tolist()]
+
+    def encode_parts(self, text: str) -> Iterator[Ids]:
+        """The same as arrays, of about a million characters each if the model is of our kind.
+
+        Of another kind the whole text is one part: its rules may look across any border.
+        """
         blank = self._blank_ids
         if blank is None:
-            return list(self._model.encode(text))
-        ids: list[int] = []
+            yield np.array(self._model.encode(text), np.int32)
+            return
         for chunk in _chunks(text):
+            ids: list[int] = []
             for number, fragment in enumerate(chunk.split(_BLANK)):
                 if number:
                     ids += blank
                 ids += self._model.encode(fragment)
-        return ids
+            yield np.array(ids, np.int32)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ``ids``; the document end decodes to nothing."""
@@ -118,10 +178,10 @@ class SentencePieceTokenizer:
         return sha256_file(self.path)
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(_Marked):
     """A Hugging Face ``tokenizer.json``; needs the optional package ``tokenizers``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, eod: str | int | None, bos: str | int | None) -> None:
         try:
             import tokenizers
         except ImportError as error:
@@ -146,14 +206,40 @@ class HuggingFaceTokenizer:
         self._model.encode_special_tokens = True
         vocabulary: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
-        ends = [vocabulary[name] for name in _END_NAMES if name in vocabulary]
-        if not ends:
-            raise _no_end(path)
-        self.eod: int = ends[0]
+        added: dict[int, Any] = self._model.get_added_tokens_decoder()
+        offers = Candidates(
+            path,
+            {token.content: number for number, token in sorted(added.items()) if token.special},
+            vocabulary.get,
+            self._own(),
+            lambda name, token: token in self.encode(name),
+        )
+        self.markers = choose(offers, eod=eod, bos=bos)
+
+    def _own(self) -> tuple[int | None, int | None]:
+        """What the post-processor puts before and after a text; a single token each."""
+        ids, own = ([e.ids for e in self._model.encode_batch(["a"], add_special_tokens=add)]
+                    for add in (False, True))  # fmt: skip
+        plain, full = ids[0], own[0]
+        before = next((at for at in range(len(full)) if full[at : at + len(plain)] == plain), None)
+        if before is None:
+            return None, None
+        after = full[before + len(plain) :]
+        return (full[0] if before == 1 else None), (after[0] if len(after) == 1 else None)
+
+    def name(self, token: int) -> str:
+        """How a token is called."""
+        return str(self._model.id_to_token(token))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, no special tokens added."""
-        return list(self._model.encode(text, add_special_tokens=False).ids)
+        # The fast way leaves out offsets, which would take most of the memory.
+        [encoding] = self._model.encode_batch_fast([text], add_special_tokens=False)
+        return list(encoding.ids)
+
+    def encode_parts(self, text: str) -> Iterator[Ids]:
+        """The same as one array: the tokenizer's rules may look across any border."""
+        yield np.array(self.encode(text), np.int32)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ``ids``; special tokens decode to nothing."""
@@ -164,11 +250,18 @@ class HuggingFaceTokenizer:
         return sha256_file(self.path)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, *, eod: str | int | None = None, bos: str | int | None = None
+) -> Tokenizer:
     """Open a SentencePiece ``.model`` or a Hugging Face ``.json``.
 
+    Args:
+        path: the file.
+        eod, bos: the tokens around a document, by name or id, ``none`` for a ``bos`` that is
+            not there; default: see :mod:`megagrow.data.markers`.
+
     Raises:
-        DataError: missing, damaged, of neither kind, or without a document end token.
+        DataError: missing, damaged, of neither kind, or it does not tell what ends a document.
     """
     path = Path(path)
     if not path.is_file():
@@ -177,9 +270,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             mend="give the path of a SentencePiece .model or a Hugging Face tokenizer.json",
         )
     if path.suffix == ".model":
-        return SentencePieceTokenizer(path)
+        return SentencePieceTokenizer(path, eod, bos)
     if path.suffix == ".json":
-        return HuggingFaceTokenizer(path)
+        return HuggingFaceTokenizer(path, eod, bos)
     raise DataError(
         f"{path}: unknown kind of tokenizer",
         found=f"suffix {path.suffix!r}",
@@ -196,6 +289,7 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
         DataError: the vocabulary is too small for the bytes and characters, or
             too large for the texts.
     """
+    require_vocabulary(vocab_size)
     content = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -221,11 +315,20 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
         )
     except (RuntimeError, ValueError) as error:
         # It reports a vocabulary that does not fit the corpus in this way only.
+        least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
+        most = re.search(r"too high \(\d+\).*<= (\d+)", str(error))
+        if least:
+            raise _unfit(vocab_size, f"at least {least[1]}: {_BYTES}", f"--vocab-size {least[1]}"
+                         ) from error  # fmt: skip
+        if most:
+            raise _unfit(
+                vocab_size,
+                f"at most {most[1]}, which is what the text yields",
+                f"--vocab-size {most[1]}, or more text",
+            ) from error
         raise DataError(
             f"training a tokenizer of {vocab_size} tokens failed",
             found=str(error),
-            expected="a vocabulary above 258 (256 bytes and 2 special tokens) and the number of "
-            "characters, and below what the corpus yields",
             mend="another --vocab-size, more text, or a ready --tokenizer",
         ) from error
     return content.getvalue()
@@ -251,9 +354,20 @@ def _chunks(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _no_end(path: Path) -> DataError:
+_BYTES = "256 bytes, 2 special tokens and the characters of the text"
+
+
+def require_vocabulary(size: int) -> None:
+    """Refuse a vocabulary that no text can have (DataError), before any is read."""
+    if size < LEAST_VOCABULARY:
+        raise _unfit(
+            size,
+            f"at least {LEAST_VOCABULARY}: {_BYTES}",
+            "a larger one, for instance --vocab-size 4096",
+        )
+
+
+def _unfit(size: int, expected: str, mend: str) -> DataError:
     return DataError(
-        f"{path}: has no token that ends a document",
-        expected=f"one of {', '.join(_END_NAMES)}",
-        mend="add one of these special tokens to the tokenizer",
+        f"a tokenizer of {size} tokens cannot be trained", expected=expected, mend=mend
     )

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from megagrow.data import prepare as module
-from megagrow.data.corpus import STDLIB, open_corpus, read_documents
+from megagrow.data.corpus import STDLIB, open_corpus
 from megagrow.data.dataset import PreparedData, open_dataset, verify
+from megagrow.data.documents import read_documents
 from megagrow.data.prepare import Request, prepare
 from megagrow.data.shards import Encoder
 from megagrow.errors import DataError
@@ -135,11 +136,10 @@ def test_text_file_as_paragraphs_and_as_one_document(tmp_path: Path) -> None:
     assert "Paragraph 0.\r\nIt goes on.\r\n" in documents(data, "train") + documents(
         data, "validation"
     )
-    with pytest.raises(DataError, match=r"(?s)cannot be split.*--documents paragraph"):
-        prepare(request(path, tmp_path / "b", vocab_size=290))
-    data = prepare(request(path, tmp_path / "b", vocab_size=290, validation_fraction=0.0)).data
-    assert (data.train.document_count, data.validation.total_tokens) == (1, 0)
-    assert documents(data, "train") == [path.read_bytes().decode()]
+    # One document: its end is for validation.
+    data = prepare(request(path, tmp_path / "b", vocab_size=290)).data
+    [head], [tail] = documents(data, "train"), documents(data, "validation")
+    assert head + tail == path.read_bytes().decode()
 
 
 def test_given_tokenizer_and_dtype(undisturbed: PreparedData, folder: Path, tmp_path: Path) -> None:
@@ -155,7 +155,11 @@ def test_small_corpus_has_a_validation_document(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text("\n".join(lines))
     ask = request(tmp_path / "c.jsonl", tmp_path / "o", vocab_size=290, validation_fraction=1e-9)
     data = prepare(ask).data
-    assert (data.train.document_count, data.validation.document_count) == (2, 1)
+    assert (data.train.document_count, data.validation.document_count) == (3, 1)
+    # All of one document: three of equal length, a third asked for.
+    ask = request(tmp_path / "c.jsonl", tmp_path / "p", vocab_size=290, validation_fraction=1 / 3)
+    data = prepare(ask).data
+    assert data.validation.total_tokens == pytest.approx(data.train.total_tokens / 2, rel=0.02)
 
 
 # The order and the split
@@ -371,6 +375,7 @@ def test_bad_line_is_named(
         ({"validation_fraction": 1.0}, "--validation-fraction"),
         ({"validation_fraction": float("nan")}, "--validation-fraction"),
         ({"workers": 0}, "--workers"),
+        ({"validation_fraction": 0.0}, "--validation-fraction"),
         ({"vocab_size": 0}, "--vocab-size"),
         ({"tokenizer_sample": 0}, "--tokenizer-sample"),
         ({"dtype": "int8"}, "--dtype"),

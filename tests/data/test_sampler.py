@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.data.permutation import positions
 from megagrow.data.position import Int64, Position
-from megagrow.data.sampler import SampleIndex, mix, permuted, rank_slice, validation_samples
+from megagrow.data.sampler import (
+    SampleIndex,
+    mix,
+    permuted,
+    rank_slice,
+    validation_samples,
+    validation_windows,
+)
 from megagrow.errors import DataError
 
 TOKENS = 1003
@@ -119,10 +126,46 @@ def test_rank_outside_the_grid() -> None:
 
 def test_validation_samples_are_fixed_and_do_not_overlap(data: IndexedDataset) -> None:
     samples = validation_samples(data, sequence=100, count=4)
-    expected = [list(range(start, start + 101)) for start in (0, 100, 200, 300)]
+    expected = [list(range(start, start + 101)) for start in PINNED_VALIDATION]
     assert samples.tolist() == expected and samples.dtype == np.int64
     assert len(validation_samples(data, sequence=100, count=99)) == 10
     assert len(validation_samples(data, sequence=TOKENS - 1, count=1)) == 1
+
+
+PINNED_VALIDATION = (100, 200, 600, 800)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 33, 62, 63, 1000])
+def test_validation_covers_the_whole_split(data: IndexedDataset, count: int) -> None:
+    """One window of each of `count` equal parts of the split, and none twice."""
+    sequence = 16
+    windows = (TOKENS - 1) // sequence
+    chosen = validation_windows(data, sequence=sequence, count=count)
+    if count >= windows:
+        assert chosen == list(range(windows))
+    else:
+        starts = [number * windows // count for number in range(count + 1)]
+        assert all(a <= w < b for w, a, b in zip(chosen, starts, starts[1:], strict=False))
+        assert len(chosen) == count
+    assert chosen == validation_windows(data, sequence=sequence, count=count)
+
+
+def test_an_id_outside_the_vocabulary_names_file_sample_and_token(tmp_path: Path) -> None:
+    data = IndexedDataset(make(tmp_path / "train").prefix, vocabulary=TOKENS - 3)
+    index = SampleIndex(data, 100, seed=7)
+    bad = next(k for k in range(12) if _covers(index, k))
+    with pytest.raises(DataError, match=rf"(?s)train\.bin: .*in sample {bad}\n.*found: +1000 at "
+                       r"token 1000.*0 to 999.*--overwrite"):  # fmt: skip
+        index.sample(bad)
+    with pytest.raises(DataError, match="in validation window 9"):
+        validation_samples(data, sequence=100, count=10)
+    assert validation_samples(data, sequence=100, count=4).max() < TOKENS - 3
+
+
+def _covers(index: SampleIndex, k: int) -> bool:
+    """Whether sample k holds the first id that the vocabulary does not have."""
+    whole = SampleIndex(IndexedDataset(index.dataset.prefix), index.sequence, index.seed)
+    return TOKENS - 3 in whole.sample(k)
 
 
 def test_too_few_tokens(tmp_path: Path) -> None:

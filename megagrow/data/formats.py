@@ -1,0 +1,267 @@
+"""What a file of a corpus is: told by its content, and by its name only where the name is clear.
+
+**Compression** is recognised by the first bytes, whatever the file is called.
+
+**JSON or text.**  ``.jsonl`` and ``.ndjson`` hold one JSON object a line.  Any other file is
+looked into: if its first line is a JSON object, it is JSON lines; if it begins with an object of
+several lines or an array of objects, it is a series of JSON records.  If the records have a text
+under the key, they are read as such.  If they have none, the file could be a document as well, a
+``package.json`` among source files, and the caller must say which.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megagrow.errors import DataError
+
+FORMATS = ("auto", "text", "jsonl")
+BOM = b"\xef\xbb\xbf"
+WAYS = "give --format text (files are documents) or --format jsonl (JSON records)"
+_CODECS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+}
+_SUFFIXES = {".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz"}
+_CONTAINERS = {
+    b"PK\x03\x04": "a ZIP archive",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
+    b"Rar!": "a RAR archive",
+    b"\x04\x22\x4d\x18": "an LZ4 file",
+}
+_HEAD = 1 << 20
+_READ = 1 << 16
+_LONGEST_LOOK = 64 << 20  # bytes of one record that are read to tell what it is
+
+
+@dataclass(frozen=True)
+class Form:
+    """How documents lie in a file.
+
+    Attributes:
+        kind: ``text``, ``jsonl`` (an object a line) or ``json`` (objects of any layout, or an
+            array of them).
+        codec: ``gzip``, ``bzip2``, ``xz``, ``zstd``, or empty for a plain file.
+    """
+
+    kind: str
+    codec: str = ""
+
+    def __str__(self) -> str:
+        name = {"text": "text", "jsonl": "JSON lines", "json": "JSON records"}[self.kind]
+        return f"{name}, {self.codec}" if self.codec else name
+
+
+def form_of(path: Path, *, wanted: str, key: str) -> Form:
+    """Look into a file.
+
+    Args:
+        path: the file.
+        wanted: ``auto``, or what all files are: ``text`` or ``jsonl``.
+        key: of the text in a JSON record.
+
+    Raises:
+        DataError: no regular file, an archive or table we do not read, damaged compression, a
+            file that is not what ``wanted`` says, or one that could be either.
+    """
+    if _type_of(path) != "a file":
+        raise DataError(
+            f"{path}: is no regular file",
+            found=_type_of(path),
+            expected="a file: it is read twice, and by several processes",
+            mend="write its content to a file and give that, or leave it out with --glob",
+        )
+    with open(path, "rb") as stream:
+        start = stream.read(512)
+    codec = next((name for magic, name in _CODECS.items() if start.startswith(magic)), "")
+    with opened(path, codec) as content:
+        head = content.read(_HEAD)
+        _refuse_containers(path, head)
+        names = [s.lower() for s in path.suffixes if s.lower() not in _SUFFIXES]
+        if wanted == "text":
+            return Form("text", codec)
+        if wanted == "auto" and names[-1:] in ([".jsonl"], [".ndjson"]):
+            return Form("jsonl", codec)
+        kind, record = _json_kind(head, content)
+    if wanted == "jsonl":
+        if kind is None and head.strip():
+            raise DataError(
+                f"{path}: is not JSON",
+                found=repr(head[:60].decode("utf-8", "replace")),
+                expected=f"JSON records with the text under {key!r}",
+                mend="leave the file out with --glob; or, for documents of plain text, "
+                "--format text without --text-key",
+            )
+        return Form(kind or "jsonl", codec)
+    if kind is None:
+        return Form("text", codec)
+    if not isinstance(record.get(key), str):
+        keys = ", ".join(map(repr, list(record)[:8])) or "none"
+        raise DataError(
+            f"{path}: JSON, but without a text under {key!r}: it could be records with another "
+            "key, or itself a document",
+            found=f"an object with the keys {keys}",
+            expected=f"a string under {key!r}",
+            mend=f"--text-key names the key; else {WAYS}, or leave the file out with --glob",
+        )
+    return Form(kind, codec)
+
+
+@contextmanager
+def opened(path: Path, codec: str) -> Iterator[BinaryIO]:
+    """A file's content, decompressed as it is read.
+
+    Raises:
+        DataError: the compressed data is damaged or cut off, or zstd's package is missing.
+    """
+    try:
+        with _open(path, codec) as stream:
+            yield stream
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise _damaged(path, codec, error) from error
+    except OSError as error:
+        if codec != "bzip2" or error.errno is not None:
+            raise
+        raise _damaged(path, codec, error) from error
+    except Exception as error:
+        if type(error).__name__ != "ZstdError":
+            raise
+        raise _damaged(path, codec, error) from error
+
+
+def _open(path: Path, codec: str) -> BinaryIO:
+    if codec == "gzip":
+        return io.BufferedReader(gzip.open(path, "rb"))
+    if codec == "bzip2":
+        return io.BufferedReader(bz2.open(path, "rb"))
+    if codec == "xz":
+        return io.BufferedReader(lzma.open(path, "rb"))
+    if codec == "zstd":
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DataError(
+                f"{path}: the package that reads zstd is not installed",
+                found="no module 'zstandard'",
+                mend="pip install 'megagrow[zstd]', or decompress the file (zstd -d)",
+            ) from error
+        return io.BufferedReader(_Zstd(open(path, "rb"), zstandard), _HEAD)
+    return open(path, "rb")
+
+
+class _Zstd(io.RawIOBase):
+    """The content of a zstd file; the package's own reader takes one that is cut off for whole."""
+
+    def __init__(self, file: BinaryIO, zstandard: Any) -> None:
+        self._file = file
+        self._frame = lambda: zstandard.ZstdDecompressor().decompressobj()
+        self._now: Any = None  # the frame under way
+        self._left = b""  # compressed, read and not used
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            content = self._left or self._file.read(_READ)
+            self._left = b""
+            if not content:
+                if self._now is not None:
+                    raise EOFError("the last frame is not complete")
+                return 0
+            self._now = self._now or self._frame()
+            self._ready = self._now.decompress(content)
+            if self._now.eof:
+                self._left, self._now = self._now.unused_data, None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _damaged(path: Path, codec: str, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: its {codec} data is damaged or cut off",
+        found=str(error),
+        mend="get the file again, or leave it out with --glob",
+    )
+
+
+def _refuse_containers(path: Path, head: bytes) -> None:
+    what = next((name for magic, name in _CONTAINERS.items() if head.startswith(magic)), None)
+    if what is None and head[257:262] == b"ustar":
+        what = "a tar archive"
+    if what is not None:
+        raise DataError(
+            f"{path}: {what}, which is not read",
+            expected="text, JSON lines or JSON records; plain, or compressed by gzip, bzip2, xz "
+            "or zstd",
+            mend="unpack or convert it, or leave it out with --glob",
+        )
+
+
+def _json_kind(head: bytes, rest: BinaryIO) -> tuple[str | None, dict[str, Any]]:
+    """``jsonl`` or ``json`` with the first record; None for what is no JSON record."""
+    start = head.removeprefix(BOM).lstrip()
+    if not start.startswith((b"{", b"[")):
+        return None, {}
+    line, found, _ = start.partition(b"\n")
+    if not found:
+        line += rest.readline(_LONGEST_LOOK)
+    first = _parsed(line)
+    if isinstance(first, dict):
+        return "jsonl", first
+    whole = start + rest.read(_LONGEST_LOOK) if found else line + rest.read(_LONGEST_LOOK)
+    text = whole.decode("utf-8", "ignore")
+    decoder = json.JSONDecoder()
+    try:
+        if text.startswith("["):
+            inside = text[1:].lstrip()
+            # An array of records, or one without any: [], [1, 2].  `[1] A. Author` is text.
+            record, end = decoder.raw_decode(inside) if inside.startswith("{") else ({}, 0)
+            is_array = end > 0 or isinstance(_parsed(whole), list)
+            return ("json", record) if is_array else (None, {})
+        record, end = decoder.raw_decode(text)
+        follows = text[end:].lstrip()
+        return ("json", record) if not follows or follows.startswith("{") else (None, {})
+    except (ValueError, RecursionError):
+        return None, {}
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _type_of(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "a link to nothing"
+    kinds = (
+        (stat.S_ISREG, "a file"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    return next((name for holds, name in kinds if holds(mode)), "a device or another kind of file")

@@ -1,0 +1,205 @@
+"""Which tokens stand around a document: the one that ends it, and perhaps one that begins it.
+
+Such a token must never come out of text, or the text could end a document.  So only tokens that a
+tokenizer marks as special (Hugging Face) or as control symbols (SentencePiece) can be it, whatever
+they are called.  Which one it is, is taken from the first of these that tells:
+
+1. the caller (``--eod``, ``--bos``);
+2. the prepared dataset that the tokenizer lies in (``dataset.json``);
+3. ``eos_token``, ``bos_token`` and ``add_bos_token`` of the ``tokenizer_config.json`` beside it;
+4. the tokenizer itself: SentencePiece's own end, or what its post-processor puts around a text;
+5. the one special token with a name that is used for nothing else.
+
+A document begins with a token of its own only where the tokenizer itself would put one, or the
+caller asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megagrow.errors import DataError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+_END_NAMES = (
+    END_OF_DOCUMENT,
+    "<eod>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+    "<｜end▁of▁sentence｜>",  # DeepSeek's, with fullwidth bars
+)
+NONE = "none"  # for --bos: documents begin with no token
+
+
+@dataclass(frozen=True)
+class Markers:
+    """The tokens around a document.
+
+    Attributes:
+        eod: id of the token that ends it.
+        bos: id of the token that begins it, or None.
+        why: where that was found, in words.
+    """
+
+    eod: int
+    bos: int | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a tokenizer has to offer.
+
+    Attributes:
+        path: its file.
+        special: the tokens that text never becomes, by name.
+        ids: the id of any token, or None.
+        own: (begin, end) that the tokenizer puts around a text by itself, each may be None.
+        makes: whether the text of this name becomes this token, which must not be.
+    """
+
+    path: Path
+    special: Mapping[str, int]
+    ids: Callable[[str], int | None]
+    own: tuple[int | None, int | None]
+    makes: Callable[[str, int], bool]
+
+    def named(self, name: str, asked: str) -> int:
+        """The id of a token that was asked for by name.
+
+        Raises:
+            DataError: there is no such token, or text could become it.
+        """
+        found = self.special.get(name)
+        if found is not None:
+            return found
+        token = self.ids(name)
+        if token is not None and asked.startswith("eos_token") and not self.makes(name, token):
+            return token  # made special by the configuration
+        raise DataError(
+            f"{self.path}: {asked} {name!r} cannot mark the borders of documents",
+            found="an ordinary token, which text can contain" if token is not None else "no token",
+            expected=f"one of its special tokens: {_listed(self.special)}",
+            mend="--eod NAME and --bos NAME choose among them",
+        )
+
+
+def choose(
+    candidates: Candidates, *, eod: str | int | None = None, bos: str | int | None = None
+) -> Markers:
+    """The tokens around a document.
+
+    Args:
+        candidates: what the tokenizer offers.
+        eod: the name or id that the caller wants; None: as described above.
+        bos: the same of the token that begins a document; ``none`` for no such token.
+
+    Raises:
+        DataError: the tokenizer does not tell, or tells something that cannot be.
+    """
+    told = _recorded(candidates.path)
+    settings = _configuration(candidates.path)
+    end, why = _end(candidates, eod, told, settings)
+    begin = _begin(candidates, bos, told, settings)
+    return Markers(end, begin, why)
+
+
+def _end(
+    candidates: Candidates,
+    asked: str | int | None,
+    told: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> tuple[int, str]:
+    if isinstance(asked, int):
+        return asked, "as recorded"
+    if asked is not None:
+        return candidates.named(asked, "--eod"), "--eod"
+    if isinstance(told.get("eod"), int):
+        return told["eod"], "of the dataset"
+    name = _name(settings.get("eos_token"))
+    if name is not None:
+        return candidates.named(name, "eos_token of tokenizer_config.json"), (
+            "eos_token of tokenizer_config.json"
+        )
+    if candidates.own[1] in candidates.special.values():
+        return int(candidates.own[1] or 0), "the tokenizer's own"
+    known = [known for known in _END_NAMES if known in candidates.special]
+    if len(known) == 1:
+        return candidates.special[known[0]], "its only special token with such a name"
+    raise DataError(
+        f"{candidates.path}: does not tell which token ends a document",
+        found=f"special tokens {_listed(candidates.special)}",
+        expected="eos_token in a tokenizer_config.json beside it, or one special token of the "
+        f"names {', '.join(_END_NAMES)}",
+        mend="--eod NAME says which of its special tokens it is"
+        if candidates.special
+        else "add a special token to the tokenizer",
+    )
+
+
+def _begin(
+    candidates: Candidates,
+    asked: str | int | None,
+    told: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> int | None:
+    if asked == NONE:
+        return None
+    if isinstance(asked, int):
+        return asked
+    if asked is not None:
+        return candidates.named(asked, "--bos")
+    if told:
+        found = told.get("bos")
+        return found if isinstance(found, int) else None
+    adds, name = settings.get("add_bos_token"), _name(settings.get("bos_token"))
+    if adds is False:
+        return None
+    if adds is True and name is not None:
+        return candidates.named(name, "bos_token of tokenizer_config.json")
+    own = candidates.own[0]
+    return own if own in candidates.special.values() else None
+
+
+def _recorded(path: Path) -> Mapping[str, Any]:
+    """What the manifest says if this is the tokenizer of a prepared dataset."""
+    content = _json(path.parent / "dataset.json").get("content")
+    ours = isinstance(content, dict) and content.get("tokenizer_file") == path.name
+    return content if ours else {}  # type: ignore[return-value]
+
+
+def _configuration(path: Path) -> Mapping[str, Any]:
+    return _json(path.parent / "tokenizer_config.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: cannot be read, though it tells of the tokenizer beside it",
+            found=str(error),
+            mend="mend the file, or move the tokenizer away from it",
+        ) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _name(value: Any) -> str | None:
+    """A token's name, which may stand in a record of its own."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def _listed(special: Mapping[str, int]) -> str:
+    names = list(special)
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return (", ".join(names[:20]) + more) if names else "none"

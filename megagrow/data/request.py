@@ -1,0 +1,120 @@
+"""What to prepare: everything of a request that can be refused before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megagrow.data.files import sha256_file
+from megagrow.data.formats import FORMATS
+from megagrow.data.indexed import dtype_for
+from megagrow.data.markers import Markers
+from megagrow.data.tokenizer import require_vocabulary
+from megagrow.errors import DataError
+
+DTYPES = ("auto", "uint16", "int32")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to prepare; see ``launch/prepare_data.py --help``."""
+
+    input: str
+    output: Path
+    tokenizer: Path | None = None
+    vocab_size: int = 4096
+    tokenizer_sample: int = 8 << 20
+    validation_fraction: float = 0.01
+    seed: int = 1234
+    dtype: str = "auto"
+    glob: str = "*"
+    format: str = "auto"
+    text_key: str | None = None
+    documents: str = "file"
+    eod: str | None = None
+    bos: str | None = None
+    workers: int = 1
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, option: str, found: object, expected: str) -> None:
+            if not holds:
+                raise DataError(f"{option}: out of range", found=found, expected=expected)
+
+        fraction = self.validation_fraction
+        require(
+            0 < fraction < 1,
+            "--validation-fraction",
+            fraction,
+            "above 0, since every run validates, and below 1",
+        )
+        require(self.workers >= 1, "--workers", self.workers, "at least 1")
+        require(self.format in FORMATS, "--format", self.format, " or ".join(FORMATS))
+        require(self.tokenizer_sample >= 1, "--tokenizer-sample", self.tokenizer_sample, ">= 1")
+        require(self.dtype in DTYPES, "--dtype", self.dtype, " or ".join(DTYPES))
+        if self.format == "text" and self.text_key is not None:
+            raise DataError(
+                "--text-key: there is none in plain text",
+                found="--format text",
+                mend="leave out one of the two",
+            )
+        if self.tokenizer is not None:
+            return
+        require_vocabulary(self.vocab_size)
+        require_dtype(self.dtype, self.vocab_size)
+        for option, value in (("--eod", self.eod), ("--bos", self.bos)):
+            if value is not None:
+                raise DataError(
+                    f"{option}: only with --tokenizer",
+                    found=value,
+                    expected="a tokenizer that is trained here ends documents with its own token",
+                    mend=f"leave {option} out, or give a --tokenizer",
+                )
+
+    @property
+    def form(self) -> str:
+        """What all files are, or ``auto``: who names a key says that they are JSON."""
+        return "jsonl" if self.text_key is not None else self.format
+
+    @property
+    def key(self) -> str:
+        """Of the text in a JSON record."""
+        return "text" if self.text_key is None else self.text_key
+
+    def arguments(self, markers: Markers | None) -> dict[str, Any]:
+        """What the content of the dataset depends on, besides the text.
+
+        Args:
+            markers: of the tokenizer that was given, if one was.
+        """
+        return {
+            "tokenizer_sha256": sha256_file(self.tokenizer) if self.tokenizer else None,
+            "vocab_size": None if self.tokenizer else self.vocab_size,
+            "tokenizer_sample": None if self.tokenizer else self.tokenizer_sample,
+            "validation_fraction": self.validation_fraction,
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "glob": self.glob,
+            "format": self.form,
+            "text_key": self.key,
+            "documents": self.documents,
+            "eod": markers.eod if markers else None,
+            "bos": markers.bos if markers else None,
+        }
+
+
+def require_dtype(dtype: str, vocab_size: int) -> str:
+    """The token type; refuses one that is too small for the vocabulary (DataError)."""
+    chosen = dtype_for(vocab_size) if dtype == "auto" else dtype
+    largest = np.iinfo(np.dtype(chosen)).max
+    if vocab_size - 1 > largest:
+        raise DataError(
+            f"--dtype {chosen}: too small for the vocabulary",
+            found=f"{vocab_size} tokens",
+            expected=f"at most {largest + 1}",
+            mend="--dtype int32",
+        )
+    return chosen
