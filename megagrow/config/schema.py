@@ -129,6 +129,9 @@ class DataConfig(Section):
 
     path: str
     tokenizer: str | None = None  # default: the tokenizer inside `path`
+    # Rank 0 reads all of the dataset while the job starts and compares its checksums, about a
+    # second for a gigabyte; the first step waits for it.
+    verify: bool = True
 
 
 class OptimizerConfig(Section):

@@ -195,13 +195,17 @@ def open_dataset(path: str | Path, tokenizer: str | Path | None = None) -> Prepa
     return PreparedData(directory, content, made, **splits)
 
 
-def verify(data: PreparedData) -> None:
+def verify(data: PreparedData) -> int:
     """Read all files of an opened dataset and compare their checksums.
+
+    Returns:
+        How many bytes that were.
 
     Raises:
         DataError: a file differs from what ``dataset.json`` says.
     """
     mend = f"python launch/prepare_data.py --input ... --output {data.path} --overwrite"
+    size = 0
     for name in SPLITS:
         split: Split = getattr(data.content, name)
         for file, expected in (
@@ -209,6 +213,8 @@ def verify(data: PreparedData) -> None:
             (idx_path(data.path / name), split.idx_sha256),
         ):
             _check(file, "checksum", _checksum(file, mend), expected, mend)
+            size += file.stat().st_size
+    return size
 
 
 def _checksum(path: Path, mend: str) -> str:

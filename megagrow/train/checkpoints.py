@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from megagrow.checkpoint import (
 )
 from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
+from megagrow.data.sampler import VALIDATION, VALIDATION_BEFORE
 from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
 from megagrow.errors import CheckpointError, MegagrowError, TrainingError
@@ -38,8 +39,12 @@ DIRECTORY = "checkpoints"
 
 
 def fingerprints(data: PreparedData) -> dict[str, str]:
-    """What a resumed run must find again."""
-    return {"data": data.fingerprint, "tokenizer": data.content.tokenizer_sha256}
+    """What a resumed run must find again; and how it validates, of which it says so else."""
+    return {
+        "data": data.fingerprint,
+        "tokenizer": data.content.tokenizer_sha256,
+        "validation": VALIDATION,
+    }
 
 
 def save_run(
@@ -197,7 +202,9 @@ def check_agreement(
         CheckpointError: data, tokenizer, seed or model are others, or the run state is damaged.
     """
     where = str(checkpoint.path)
-    for name, wanted in fingerprints(data).items():
+    wanted_all = fingerprints(data)
+    del wanted_all["validation"]
+    for name, wanted in wanted_all.items():
         found = checkpoint.fingerprints.get(name)
         if found != wanted:
             raise CheckpointError(
@@ -241,7 +248,19 @@ def check_agreement(
             f"data position: an earlier version counted {state.position.samples:,} samples of any "
             f"length ({', '.join(map(str, lengths))}); the run goes on as it would have"
         )
+    changes += validation_changes(checkpoint.fingerprints)
     return replace(state, position=state.position.measured(lengths[-1])), changes
+
+
+def validation_changes(stored: Mapping[str, str]) -> list[str]:
+    """A line if a run's checkpoint, by its fingerprints, validated on other samples than now."""
+    before = stored.get("validation", VALIDATION_BEFORE)
+    if before == VALIDATION:
+        return []
+    return [
+        f"validation samples: {before} -> {VALIDATION}; validation losses before and after this "
+        "step are of different samples"
+    ]
 
 
 def _shape(parameters: int, model: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from megagrow.data.tokenizer import Tokenizer
-from megagrow.errors import DataError
+from megagrow.errors import ConfigError, DataError
 from megagrow.model.transformer import Transformer
 
 
@@ -141,13 +141,21 @@ def score_text(
         detokenize: undo WikiText's tokenization first (words and bytes stay the file's).
 
     Raises:
-        DataError: the text is empty, or the tokenizer knows more ids than the model.
+        DataError: the text is empty.
+        ConfigError: the stride is longer than the model's sequence.
     """
+    if stride > scorer.sequence:
+        raise ConfigError(
+            "--stride: more new tokens than a window has",
+            found=stride,
+            expected=f"at most the model's sequence, {scorer.sequence}",
+            mend=f"--stride {scorer.sequence}, or less for more context",
+        )
     words = len(text.split())
     if words == 0:
         raise DataError("the text to evaluate on is empty", expected="at least one word")
     ids = tokenizer.encode(wikitext_detokenized(text) if detokenize else text)
-    nats = scorer.loss(ids, context=tokenizer.eod, stride=min(stride, scorer.sequence))
+    nats = scorer.loss(ids, context=tokenizer.start, stride=stride)
     return TextScore(nats, len(ids), words, len(text.encode()))
 
 
@@ -171,7 +179,7 @@ def score_lambada(scorer: Scorer, tokenizer: Tokenizer, passages: Sequence[str])
         target = ids[same:]
         if len(target) > scorer.sequence:
             raise DataError(f"passage {number}: its last word is longer than the model's sequence")
-        loss, correct = scorer.last_word([tokenizer.eod, *ids[:same]], target)
+        loss, correct = scorer.last_word([tokenizer.start, *ids[:same]], target)
         nats, right = nats + loss, right + correct
     return LastWords(len(passages), right, _exp(nats / len(passages)))
 

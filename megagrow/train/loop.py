@@ -21,11 +21,12 @@ from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import SampleIndex, rank_slice, validation_samples
 from megagrow.engine.comm import Comm
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, DataError
 from megagrow.growth.growth import Growth
 from megagrow.schedule.rules import Validated
 from megagrow.train import checkpoints
 from megagrow.train.agree import on_all, on_first
+from megagrow.train.datacheck import DataCheck, told_by_its_rank
 from megagrow.train.grow import GrowthReport, fill_fresh, grow, start_engine
 from megagrow.train.journal import Journal
 from megagrow.train.plan import RunPlan, Stage, plan_run
@@ -74,6 +75,7 @@ class Trainer:
         self._asked = 0  # the signal that asked for an end
         self._guard = StepGuard(config.recovery, scaled=config.precision.dtype == "fp16")
         self._rollbacks = 0
+        check = DataCheck(config=config, data=data, comm=comm)
         preflight(config=config, plan=plan, data=data, comm=comm)
         torch.set_num_threads(threads_of_a_rank(os.environ, asked=config.train.threads))
 
@@ -88,6 +90,11 @@ class Trainer:
         resumed = self._resume(resume)
         if not resumed:
             self._start(None)
+        try:
+            self.journal.say(check.settle(lambda what: self._begin(what, slow=True)))
+        except DataError:
+            self.engine.close()
+            raise
         self.saver = Saver(root=self.root, config=config, data=data, comm=comm)
         self._open_journal(resumed=resumed)
 
@@ -184,6 +191,12 @@ class Trainer:
             sequence=plan.model.sequence,
             count=self.config.train.validation_samples,
         )
+        if len(self.validation) < self.config.train.validation_samples:
+            self.journal.say(
+                f"validation: {len(self.validation)} samples, all that the data has of "
+                f"{plan.model.sequence} tokens (train.validation_samples = "
+                f"{self.config.train.validation_samples})"
+            )
 
     def _open_samples(self) -> None:
         """Training samples of the stage's length, from where the run stands in the data."""
@@ -415,7 +428,9 @@ class Trainer:
                 self.stage.plan.start_step,
             )
             self._begin(f"step {self.state.step + 1}, micro-batch {number}", slow=first)
-            yield self.samples.batch(start, micro)
+            with told_by_its_rank(self.comm):
+                samples = self.samples.batch(start, micro)
+            yield samples
 
     def _seed_of_step(self) -> int:
         at = self.engine.coordinates

@@ -19,7 +19,7 @@ from megagrow.checkpoint.directory import step_of
 from megagrow.checkpoint.summary import find
 from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
 from megagrow.config.load import parse_config
-from megagrow.data.dataset import open_dataset
+from megagrow.data.dataset import open_dataset, verify
 from megagrow.data.sampler import SampleIndex
 from megagrow.errors import CheckpointError, ConfigError, GrowthError
 from megagrow.growth.growth import Growth, plan_growth
@@ -161,6 +161,8 @@ def _reader(plan: OfflineGrowth) -> tuple[Through, RunState]:
 def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, Fit, int]:
     """The fitted parameters, what they took, and the tokens of a sample of it, as in a live run."""
     data = open_dataset(plan.config.data.path, plan.config.data.tokenizer)
+    if plan.config.data.verify:
+        verify(data)
     small = MemoryState(
         {
             (t.name, MASTER.name): plan.checkpoint.read(t.name, MASTER.name, whole(t.shape)).float()

@@ -73,7 +73,7 @@ def test_documents_with_copies_are_trained_on_unless_there_is_nothing_else() -> 
 def test_no_text_of_the_validation_set_is_trained_on_and_all_is_told(tmp_path: Path) -> None:
     texts = [f"text {n} " * 9 for n in range(60)] + [f"text {n} " * 9 for n in range(30)] + [""] * 5
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    outcome = prepare(Request(str(tmp_path / "c.jsonl"), tmp_path / "out", vocab_size=270,
+    outcome = prepare(Request(str(tmp_path / "c.jsonl"), tmp_path / "out", vocab_size=275,
                               validation_fraction=0.1))  # fmt: skip
     data = outcome.data
     train, validation = (
