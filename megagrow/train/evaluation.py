@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from megagrow.data.tokenizer import Tokenizer
 from megagrow.errors import ConfigError, DataError
 from megagrow.model.transformer import Transformer
+from megagrow.train.detokenizer import wikitext_detokenized
 
 
 @dataclass(frozen=True)
@@ -222,33 +222,6 @@ def read_lambada(path: Path) -> list[str]:
     if not passages:
         raise DataError(f"{path}: holds no passage", expected="one passage a line")
     return passages
-
-
-# WikiText's marks and the ordinary spelling: numbers and hyphens joined by @-@, @,@ and @.@;
-# blanks round punctuation, brackets and quotes; headings between equals signs.
-_RULES: tuple[tuple[str, str], ...] = (
-    (r" @([-,.])@ ", r"\1"),
-    (r" ([.,:;!?])(?= |\n|$)", r"\1"),
-    (r"\( (.*?) \)", r"(\1)"),
-    (r"\[ (.*?) \]", r"[\1]"),
-    (r"\{ (.*?) \}", r"{\1}"),
-    (r'" (.*?) "', r'"\1"'),
-    (r"' (.*?) '", r"'\1'"),
-    (r" '(s|t|re|ve|ll|d|m)\b", r"'\1"),
-    (r" n't\b", "n't"),
-    (r"= = = =", "===="),
-    (r"= = =", "==="),
-    (r"= =", "=="),
-    (r" \n", "\n"),
-    (r"\n ", "\n"),
-)
-
-
-def wikitext_detokenized(text: str) -> str:
-    """WikiText's tokenized text in ordinary spelling."""
-    for pattern, replacement in _RULES:
-        text = re.sub(pattern, replacement, text)
-    return text
 
 
 def _exp(nats: float) -> float:

@@ -13,7 +13,8 @@ from states import save_model, to
 from toys import build, toy_model
 
 from megagrow.data.dataset import open_dataset
-from megagrow.train.evaluation import Scorer, score_lambada, wikitext_detokenized
+from megagrow.train.detokenizer import wikitext_detokenized
+from megagrow.train.evaluation import Scorer, score_lambada
 
 SEQUENCE = 8
 
@@ -140,21 +141,6 @@ def test_lambada_files(tmp_path, saved, data, capsys):
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("marked", "plain"),
-    [
-        ("the 2 @,@ 000 @-@ page book", "the 2,000-page book"),
-        ("it is , he said ; no !", "it is, he said; no!"),
-        ("( see below ) and [ this ]", "(see below) and [this]"),
-        ('he said " yes " twice', 'he said "yes" twice'),
-        ("the dog 's tail does n't", "the dog's tail doesn't"),
-        (" = = Heading = = \n", "== Heading ==\n"),
-    ],
-)
-def test_wikitext_in_ordinary_spelling(marked, plain):
-    assert wikitext_detokenized(marked).strip() == plain.strip()
-
-
 def test_what_is_wrong_is_said(tmp_path, saved, data, capsys):
     path = saved[0]
     (tmp_path / "text").write_text("ba du")
@@ -164,6 +150,10 @@ def test_what_is_wrong_is_said(tmp_path, saved, data, capsys):
         ([path, "--text", tmp_path / "none", "--tokenizer", data], "cannot be read"),
         ([tmp_path, "--text", tmp_path / "text"], "no checkpoint"),
         ([path, "--text", tmp_path / "text", "--tokenizer", data, "--stride", 0], "--stride"),
+        (
+            [path, "--text", tmp_path / "text", "--tokenizer", data, "--stride", SEQUENCE + 1],
+            f"at most the model's sequence, {SEQUENCE}",
+        ),
     ]
     for arguments, said in cases:
         capsys.readouterr()
