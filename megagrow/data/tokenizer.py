@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
+from megagrow.data.cutting import at_line_ends, between_words, splits_between_words
 from megagrow.data.files import sha256_file
 from megagrow.data.markers import END_OF_DOCUMENT, Candidates, Markers, choose
 from megagrow.errors import DataError
@@ -31,8 +32,6 @@ from megagrow.errors import DataError
 LEAST_VOCABULARY = 259
 _BLANK = "\u2581"
 _BLANK_BYTES = tuple(f"<0x{byte:02X}>" for byte in _BLANK.encode())
-# SentencePiece's memory grows with the text: cut long documents at line ends.
-_CHUNK_CHARACTERS = 1 << 20
 _MAX_LINE = 1 << 12  # characters, of at most 4 bytes
 _TRAINER_THREADS = 4  # part of the model file: fixed, so that its checksum is
 _PROBE = "  a \n\n\tb  \u00e9\U0001f600 \x00\r\n "
@@ -153,15 +152,16 @@ class SentencePieceTokenizer(_Marked):
         return [token for part in self.encode_parts(text) for token in part.tolist()]
 
     def encode_parts(self, text: str) -> Iterator[Ids]:
-        """The same as arrays, of about a million characters each if the model is of our kind.
+        """The same as arrays, of a part of the text each if the model is of our kind.
 
-        Of another kind the whole text is one part: its rules may look across any border.
+        Of another kind the whole text is one part, which takes about 30 times its size: its
+        rules may look across any border.
         """
         blank = self._blank_ids
         if blank is None:
             yield np.array(self._model.encode(text), np.int32)
             return
-        for chunk in _chunks(text):
+        for chunk in at_line_ends(text):
             ids: list[int] = []
             for number, fragment in enumerate(chunk.split(_BLANK)):
                 if number:
@@ -204,6 +204,7 @@ class HuggingFaceTokenizer(_Marked):
         self._model.no_padding()
         # Text that spells a special token stays text.
         self._model.encode_special_tokens = True
+        self._splits = splits_between_words(self._model.to_str())
         vocabulary: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         added: dict[int, Any] = self._model.get_added_tokens_decoder()
@@ -238,8 +239,12 @@ class HuggingFaceTokenizer(_Marked):
         return list(encoding.ids)
 
     def encode_parts(self, text: str) -> Iterator[Ids]:
-        """The same as one array: the tokenizer's rules may look across any border."""
-        yield np.array(self.encode(text), np.int32)
+        """The same as arrays, of a part of the text each where that is known to be the same.
+
+        Else the whole text is one part, which takes more than a hundred times its size.
+        """
+        for chunk in between_words(text) if self._splits else [text]:
+            yield np.array(self.encode(chunk), np.int32)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ``ids``; special tokens decode to nothing."""
@@ -340,18 +345,6 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
             # Longer lines would be left out.
             for start in range(0, len(line), _MAX_LINE):
                 yield line[start : start + _MAX_LINE]
-
-
-def _chunks(text: str) -> Iterator[str]:
-    """Cut ``text`` at line ends into pieces of about a million characters."""
-    start = 0
-    while len(text) - start > _CHUNK_CHARACTERS:
-        end = text.find("\n", start + _CHUNK_CHARACTERS)
-        if end < 0:
-            break
-        yield text[start : end + 1]
-        start = end + 1
-    yield text[start:]
 
 
 _BYTES = "256 bytes, 2 special tokens and the characters of the text"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.data import tokenizer as module
+from megagrow.data import cutting
 from megagrow.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer, train_sentencepiece
 from megagrow.errors import DataError
 
@@ -100,8 +100,9 @@ def test_long_text_is_cut_without_a_trace(
     trained: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trained.encode(SOURCES[0])
-    monkeypatch.setattr(module, "_CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(cutting, "_CHARACTERS", 100)
     assert trained.encode(SOURCES[0]) == whole
+    assert len(list(trained.encode_parts(SOURCES[0]))) > 300
 
 
 def test_training_is_deterministic_and_of_the_size_asked_for(trained: Tokenizer) -> None:
