@@ -202,32 +202,28 @@ class IndexedDataset:
         if stop > self._total:
             head = self.tokens[: stop - self._total].astype(np.int64)
             found = np.concatenate([found, head])
-        return self._known(found, lambda index: (start + index) % self._total, what)
+        return self._checked(found, what, lambda number: (start + number) % self._total)
 
-    def gather(self, places: npt.NDArray[np.int64], what: str) -> npt.NDArray[np.int64]:
-        """The tokens at ``places``, which are in ``[0, total tokens)``.
-
-        Raises:
-            DataError: an id that the vocabulary does not have.
-        """
+    def at(self, places: npt.NDArray[np.int64], what: str) -> npt.NDArray[np.int64]:
+        """The tokens at ``places``, of the same shape; else as :meth:`window`."""
         found = self.tokens[places].astype(np.int64)
-        return self._known(found, lambda index: int(places[index]), what)
+        return self._checked(found, what, lambda number: int(places[number]))
 
-    def _known(
-        self, found: npt.NDArray[np.int64], place: Callable[[int], int], what: str
+    def _checked(
+        self, found: npt.NDArray[np.int64], what: str, place: Callable[[int], int]
     ) -> npt.NDArray[np.int64]:
-        """The ids, once they are seen to be in the vocabulary; ``place`` says where each lies."""
-        if self.vocabulary is not None and len(found):
-            wrong = np.flatnonzero((found < 0) | (found >= self.vocabulary))
-            if len(wrong):
-                raise DataError(
-                    f"{bin_path(self.prefix)}: a token id that the vocabulary does not have, "
-                    f"in {what}",
-                    found=f"{found[wrong[0]]} at token {place(int(wrong[0]))}; "
-                    f"{len(wrong)} such in {len(found)} tokens",
-                    expected=f"0 to {self.vocabulary - 1}",
-                    mend=_REMAKE,
-                )
+        if self.vocabulary is None:
+            return found
+        wrong = np.flatnonzero((found < 0) | (found >= self.vocabulary))
+        if len(wrong):
+            first = int(wrong[0])
+            raise DataError(
+                f"{bin_path(self.prefix)}: a token id that the vocabulary does not have, in {what}",
+                found=f"{found[first]} at token {place(first)}; "
+                f"{len(wrong)} such in {len(found)} tokens",
+                expected=f"0 to {self.vocabulary - 1}",
+                mend=_REMAKE,
+            )
         return found
 
 

@@ -111,7 +111,7 @@ class SampleIndex:
             places = mix(layer_key(self.seed, epoch=begun.epoch, depth=0)) % total + np.concatenate(
                 [labels[:1], labels + 1]
             )
-            return self.dataset.gather(places % total, f"sample {k}")
+            return self.dataset.at(places % total, f"sample {k}")
         epochs, position = divmod(k - first, self.windows)
         key = layer_key(self.seed, epoch=begun.epoch + 1 + epochs, depth=0)
         window = permuted(position, size=self.windows, key=key)
