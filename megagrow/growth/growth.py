@@ -14,12 +14,13 @@ from megagrow.growth.operator import Block, Operator, resized
 from megagrow.growth.policy import StatePolicy
 from megagrow.growth.ramp import Ramp, make_ramp
 from megagrow.growth.registry import OPERATORS, find_operator, find_operators, find_policy
-from megagrow.growth.rules import Factors, OptimizerRules, Progression, YoungBlocks
+from megagrow.growth.rules import Factors, OptimizerRules, YoungBlocks
 from megagrow.growth.width import reads
+from megagrow.growth.young import carried, covers, is_whole, kept_by
 from megagrow.model.catalog import build_catalog
 from megagrow.state.catalog import Catalog, LogicalTensor, Slot
 from megagrow.state.matrices import Matrix, matrices
-from megagrow.state.statemap import AxisMap, Copy, Fill
+from megagrow.state.statemap import Copy, Fill
 
 
 @dataclass(frozen=True)
@@ -98,56 +99,52 @@ class Growth:
                 inherited = inherited.times(self._mup_factors(tensor, self.small[blocks[0].source]))
             if inherited != Factors():
                 factors[tensor.name] = inherited
-            peak = self.policy.new_block_peak
-            # A step count that starts again would give earlier blocks a negative age.
-            keeps = bool(blocks) and not self.policy.restart_steps
-            earlier = before.young.get(blocks[0].source) if keeps else None
-            if peak is not None and _has_new(tensor, blocks):
-                kept = _kept(self, tensor)
-                inside = earlier and self._carried(earlier, tensor, step=step, betas=betas)
-                young[tensor.name] = YoungBlocks(
-                    kept=kept,
-                    born=step,
-                    peak=peak,
-                    rewarm=self.rewarm,
-                    inside=None if kept is None else inside,
-                )
-            elif earlier is not None and _is_whole(tensor, blocks):
-                young[tensor.name] = earlier
-            elif earlier is not None and betas is not None and earlier.matters(step, betas=betas):
-                raise _too_young(self, tensor, earlier, step)
+            blocks_of_tensor = self._young(tensor, before, step=step, betas=betas)
+            if blocks_of_tensor is not None:
+                young[tensor.name] = blocks_of_tensor
         return OptimizerRules(factors, young)
 
-    def _carried(
+    def _young(
         self,
-        young: YoungBlocks,
         tensor: LogicalTensor,
+        before: OptimizerRules,
         *,
         step: int,
         betas: tuple[float, float] | None,
     ) -> YoungBlocks | None:
-        """Where the old block takes the young blocks of an earlier growth; None: grown up.
+        """The new blocks of a tensor, and inside its old block those of earlier growths.
 
-        Raises:
-            GrowthError: they are scattered there, and too young for that.
+        New is what starts with moments of zero: with the optimizer's step count its first updates
+        would be too long.  (`shen` leaves some of that in copied blocks, as published.)
         """
-        inside = young.inside and self._carried(young.inside, tensor, step=step, betas=betas)
-        if young.kept is None:
-            return replace(young, inside=None)
-        images = [
-            tuple(map(_image, block.axes, young.kept))
-            for block in self.blocks(tensor)
-            if not block.new
-        ]
-        try:
-            whole = [axes for axes in images if all(len(axis) for axis in axes)]
-            progressions = [tuple(map(_progression, axes)) for axes in whole]
-            kept = _product(progressions) if progressions else None
-        except ValueError:
-            if betas is not None and young.matters(step, betas=betas):
-                raise _too_young(self, tensor, young, step) from None
+        if self.policy.restart_steps:  # all counts from 0 again, and nothing may be older
             return None
-        return replace(young, kept=kept, inside=inside)
+        blocks, peak = self.blocks(tensor), self.policy.new_block_peak
+        earlier = before.young.get(blocks[0].source) if blocks else None
+        old = blocks if peak is None else [b for b in blocks if not b.new]
+        if is_whole(tensor, old):
+            return earlier
+        if earlier is not None:
+            try:
+                earlier = carried(earlier, old)
+            except ValueError:
+                if betas is not None and earlier.matters(step, betas=betas):
+                    raise _too_young(self, tensor, earlier, step) from None
+                earlier = None
+        if covers(tensor, old):
+            return earlier
+        try:
+            kept = kept_by(old)
+        except ValueError:
+            raise _scattered(self, tensor) from None
+        # Where a policy does not re-warm new blocks, they take the rate of the others.
+        return YoungBlocks(
+            kept=kept,
+            born=step,
+            peak=1.0 if peak is None else peak,
+            rewarm=0 if peak is None else self.rewarm,
+            inside=None if kept is None else earlier,
+        )
 
     def _mup_factors(self, tensor: LogicalTensor, old: LogicalTensor) -> Factors:
         """Yang et al., arXiv 2203.03466, table 8: under Adam hidden matrices learn at 1 / fan-in.
@@ -387,67 +384,6 @@ def _copies(new: Matrix, old: Matrix, blocks: Sequence[Block]) -> int | None:
     return copies if copies == len(meeting) else None
 
 
-def _progressions(block: Block) -> tuple[tuple[int, int, int], ...]:
-    return tuple((axis.target_start, axis.target_step, axis.length) for axis in block.axes)
-
-
-def _has_new(tensor: LogicalTensor, blocks: Sequence[Block]) -> bool:
-    """Whether a tensor has elements that are no old block's in its place."""
-    return any(b.new for b in blocks) or sum(b.volume for b in blocks) < tensor.volume
-
-
-def _kept(growth: Growth, tensor: LogicalTensor) -> tuple[Progression, ...] | None:
-    """The elements of the old blocks together, as one progression an axis; None if there are none.
-
-    Raises:
-        GrowthError: they are not of that form.
-    """
-    kept = [_progressions(b) for b in growth.blocks(tensor) if not b.new]
-    if not kept:
-        return None
-    try:
-        return _product(kept)
-    except ValueError:
-        raise _scattered(growth, tensor) from None
-
-
-def _product(blocks: Sequence[tuple[Progression, ...]]) -> tuple[Progression, ...]:
-    """Disjoint products of progressions as one; raises ValueError where they are none."""
-    joined = []
-    for parts in zip(*blocks, strict=True):
-        distinct = sorted(set(parts))
-        start, step, _ = distinct[0]
-        count = 0
-        for first, each, n in distinct:
-            if each != step or first != start + count * step:
-                raise ValueError("not one progression")
-            count += n
-        joined.append((start, step, count))
-    if math.prod(n for *_, n in joined) != sum(math.prod(n for *_, n in axes) for axes in blocks):
-        raise ValueError("not a product")
-    return tuple(joined)
-
-
-def _image(axis: AxisMap, progression: Progression) -> list[int]:
-    """Where a block takes the elements of a progression along an axis."""
-    first, step, count = progression
-    source = range(
-        axis.source_start, axis.source_start + axis.length * axis.source_step, axis.source_step
-    )
-    return [
-        axis.target_start + source.index(at) * axis.target_step
-        for at in range(first, first + count * step, step)
-        if at in source
-    ]
-
-
-def _progression(indices: list[int]) -> Progression:
-    step = indices[1] - indices[0] if len(indices) > 1 else 1
-    if indices != list(range(indices[0], indices[-1] + 1, step)):
-        raise ValueError("not a progression")
-    return indices[0], step, len(indices)
-
-
 def _too_young(growth: Growth, tensor: LogicalTensor, young: YoungBlocks, step: int) -> GrowthError:
     return GrowthError(
         f"grow.state_policy {growth.policy.name!r}: the new elements of {tensor.name} of the "
@@ -464,8 +400,3 @@ def _scattered(growth: Growth, tensor: LogicalTensor) -> GrowthError:
         f"{tensor.name}, so that they cannot be told from the new ones by their indices",
         mend=f"set grow.state_policy to {' or '.join(fitting) or 'reset'}",
     )
-
-
-def _is_whole(tensor: LogicalTensor, blocks: Sequence[Block]) -> bool:
-    whole = tuple((0, 1, n) for n in tensor.shape)
-    return len(blocks) == 1 and _progressions(blocks[0]) == whole

@@ -13,13 +13,13 @@ from megagrow.model.transformer import named_tensors
 BETAS, STEPS = (0.9, 0.999), 4
 
 
-def _births(growth, births, step):
+def _births(growth, births, step, *, policy):
     """When each element's moments began, from what the growth's blocks copy; by tensor."""
     found = {}
     for tensor in growth.target:
         born = torch.full(tensor.shape, float(step), dtype=torch.float64)
         for block in growth.blocks(tensor):
-            if not block.new:
+            if policy == "copy" or not block.new:
                 at = [torch.arange(a.length) for a in block.axes]
                 there = [a.target_start + i * a.target_step
                          for a, i in zip(block.axes, at, strict=True)]  # fmt: skip
@@ -48,15 +48,23 @@ def _check(run, births, batch):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize(
-    "operators",
+    ("operators", "policy"),
     [
-        ("width", "width"), ("width_diag", "width", "width"), ("head_dim", "width"),
-        ("width", "head_dim"), ("width", "kv_groups", "width"), ("vocab", "width"),
-        ("width", "depth_identity"), ("depth_identity", "width"), ("width_split", "width_noise"),
+        (("width", "width"), "kept"),
+        (("width_diag", "width", "width"), "kept"),
+        (("head_dim", "width"), "kept"),
+        (("width", "head_dim"), "kept"),
+        (("width", "kv_groups", "width"), "kept"),
+        (("vocab", "width"), "kept"),
+        (("width", "depth_identity"), "kept"),
+        (("depth_identity", "width"), "kept"),
+        (("width_split", "width_noise"), "kept"),
+        (("vocab", "vocab"), "copy"),  # what is copied from nowhere is as new
+        (("vocab", "depth_stack", "vocab"), "copy"),
     ],
-    ids="-".join,
-)  # fmt: skip
-def test_growths_close_together_keep_the_step_count_of_every_element(family, operators):
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_growths_close_together_keep_the_step_count_of_every_element(family, operators, policy):
     model = toy_model(family=family, tie_embeddings=False, vocab=8)
     state = random_state(build_catalog(model), seed=4)
     for (_, slot), values in state.tensors.items():
@@ -68,8 +76,8 @@ def test_growths_close_together_keep_the_step_count_of_every_element(family, ope
         run.losses(token_batches(run.model, samples=2, seed=number, steps=STEPS))
         if operator == "kv_groups" and family == "gpt2":
             continue
-        run, growth = run.grown(operator=operator, factor=2, policy="kept")
-        births = _births(growth, births, run.steps)
+        run, growth = run.grown(operator=operator, factor=2, policy=policy)
+        births = _births(growth, births, run.steps, policy=policy)
     ages = {int(run.steps - b) for born in births.values() for b in np.unique(born)}
     assert len(ages) >= 2
     for batch in token_batches(run.model, samples=2, seed=9, steps=2):
