@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megagrow.checkpoint.accounting import enumerated, summary
 from megagrow.checkpoint.convert import BUFFER_BYTES, Job, Report, Survey, convert, survey
 from megagrow.checkpoint.formats import FORMATS, detect
 from megagrow.errors import exit_status
@@ -129,11 +130,16 @@ def describe(about: Survey, job: Job) -> str:
         "disk": f"{about.disk_bytes:,} bytes needed, {about.free_bytes:,} free; no temporary copy",
         "memory": f"at most {about.memory_bytes:,} bytes of values, in {about.workers} threads",
     }
-    if about.left_out:
-        rows["left out"] = f"{', '.join(about.left_out)}: {job.target_format} has no place for them"
+    lines = [f"{name:<9}{value}" for name, value in rows.items()]
+    return "\n".join((*lines, *_differences(about)))
+
+
+def _differences(about: Survey) -> list[str]:
+    """What the source holds and the result will not, and the other way round."""
+    lines = [f"left out: {line}" for line in summary(about.left_out)]
     if about.made:
-        rows["zeros"] = f"{', '.join(about.made)}: the source has none"
-    return "\n".join(f"{name:<9}{value}" for name, value in rows.items())
+        lines.append(f"zeros: {enumerated(about.made)} (the source has none)")
+    return lines
 
 
 def conclusion(report: Report, job: Job) -> str:
@@ -143,13 +149,21 @@ def conclusion(report: Report, job: Job) -> str:
     lines = [f"{job.target}: {done}"]
     if report.kept:
         lines.append(f"{report.kept} files were already there from a run that was interrupted")
-    if report.verified and not report.rounded:
-        lines.append("verified: every value is the source's, bit for bit")
     for (tensor, slot), (count, greatest) in sorted(report.rounded.items()):
         lines.append(f"rounded: {tensor} {slot}: {count:,} values, by up to {greatest:.1e} of the "
                      "greatest")  # fmt: skip
-    if report.rounded:
-        lines.append("verified: every value is the source's, rounded to the new element type")
+    if report.verified:
+        how = "rounded to the new element type" if report.rounded else "bit for bit"
+        lines.append(f"verified: every value that the result holds is the source's, {how}")
+        same = [what for what, equal in report.described.items() if equal]
+        other = [what for what, equal in report.described.items() if not equal]
+        if same:
+            lines.append(f"verified: {', '.join(same)}")
+        if other:
+            lines.append(f"not the source's, or not held: {', '.join(other)}")
+        if job.tokenizer is not None:
+            lines.append("not compared: the tokenizer's files")
+        lines += _differences(report.survey)
     return "\n".join(lines)
 
 

@@ -67,7 +67,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if value is not None and value < 1:
             raise ConfigError(f"--{name}: must be above 0", found=value)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, shape, at = load_model(options.checkpoint, name=options.from_format, device=device)
+    model, shape, at = load_model(
+        options.checkpoint, name=options.from_format, device=device, say=print
+    )
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{at}: {shape.family}, {count:,} parameters, on {device}")
     scores: dict[str, Any] = {"checkpoint": str(at), "parameters": count}

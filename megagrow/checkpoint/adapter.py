@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,6 +97,10 @@ class Source(Protocol):
     @property
     def left_out(self) -> Sequence[LeftOut]:
         """What its files hold and this source does not offer."""
+
+    @property
+    def zeros(self) -> Collection[tuple[str, str]]:
+        """(tensor, slot) that its files lack though other tensors have the slot: zeros."""
 
     @property
     def checksums(self) -> int:

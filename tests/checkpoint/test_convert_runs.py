@@ -51,7 +51,7 @@ def test_a_grown_model_goes_to_transformers_and_a_new_run_starts_from_it(grown, 
     root, config = grown
     weights = tmp_path / "hf"
     said = convert("--from", root / "run", "--to", weights, "--to-format", "huggingface")
-    assert "left out exp_avg, exp_avg_sq" in said
+    assert "left out: exp_avg, exp_avg_sq" in said
     file = write_config(
         tmp_path / "new.yaml",
         config
