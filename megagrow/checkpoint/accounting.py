@@ -74,6 +74,11 @@ def enumerated(names: Sequence[str]) -> str:
     return f"{', '.join(names[:_SHOWN])} and {more:,} more"
 
 
+def names_in(text: str) -> frozenset[str]:
+    """The words of a text: a list of names that fills lines rather than pages."""
+    return frozenset(text.split())
+
+
 def made_zeros(source: Source, slots: Iterable[str]) -> tuple[str, ...]:
     """Those of some slots that a source lacks, wholly or of single tensors: they become zeros."""
     held = {slot.name for slot in source.slots}

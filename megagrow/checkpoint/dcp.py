@@ -41,6 +41,7 @@ from megagrow.state.boxes import Box
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, Catalog, Init, LogicalTensor, Slot, slots_of
 
 _METADATA_LIMIT = 1 << 30
+_INSTRUCTIONS = 1 << 26  # a chunk of a tensor takes some 30
 _ROOM = "torch.distributed.checkpoint."
 _NAMES = frozenset(
     {
@@ -90,7 +91,9 @@ def open_source(path: Path) -> StoredSource:
     where = path / METADATA
     data = read_small(where, _METADATA_LIMIT)
     try:
-        entries = dict(_entries(read_pickle(data, where=where, names=_NAMES)))
+        entries = dict(
+            _entries(read_pickle(data, where=where, names=_NAMES, instructions=_INSTRUCTIONS))
+        )
     except ValueError as error:
         raise CheckpointError(f"{where}: refused or damaged", found=error, mend=RESTORE) from None
     if (path / OURS).exists():
