@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.accounting import enumerated, summary
+from megagrow.checkpoint.adapter import ReadOptions
 from megagrow.checkpoint.convert import BUFFER_BYTES, Job, Report, Survey, convert, survey
 from megagrow.checkpoint.formats import FORMATS, detect
 from megagrow.errors import exit_status
@@ -69,6 +70,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--zero", type=int, choices=range(4), metavar="Z", help="ZeRO stage of the result")
     add("--dtype", choices=_DTYPES, help="element type; by default nothing is rounded")
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer file or directory to carry along")
+    add(
+        "--vocab-size",
+        type=_positive,
+        metavar="N",
+        help="true vocabulary, where the source tells only the padded table (megatron)",
+    )
+    add(
+        "--ignore",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="settings of the source that change nothing, or copies of which the first is right",
+    )
     add(
         "--config",
         metavar="FILE",
@@ -181,11 +195,16 @@ def _job(options: argparse.Namespace) -> Job:
         layout=_layout(options),
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         tokenizer=options.tokenizer,
+        told=_told(options),
         file_bytes=int(options.shard_gib * 2**30),
         run_state=RunState().to_json(),
         config=config,
         fingerprints=fingerprints,
     )
+
+
+def _told(options: argparse.Namespace) -> ReadOptions:
+    return ReadOptions(vocabulary=options.vocab_size, ignore=tuple(sorted(options.ignore)))
 
 
 def _layout(options: argparse.Namespace) -> Layout | None:
@@ -194,7 +213,7 @@ def _layout(options: argparse.Namespace) -> Layout | None:
     if options.zero is None and not any(sizes.values()):
         return None
     fmt, path = detect(options.source, options.from_format)
-    before = fmt.open_source(path).layout
+    before = fmt.open(path, _told(options)).layout
     if not any(sizes.values()):
         sizes = {axis: getattr(before, axis) for axis in sizes}
     zero = before.zero if options.zero is None else options.zero

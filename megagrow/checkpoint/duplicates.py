@@ -34,11 +34,23 @@ def same_values(a: StoredTensor, b: StoredTensor) -> bool:
     return True
 
 
-def read_values(tensor: StoredTensor) -> torch.Tensor:
-    """All values of a small tensor, in its shape (CheckpointError)."""
-    return torch.cat(list(_blocks(tensor)) or [torch.empty(0, dtype=tensor.dtype)]).view(
-        tensor.shape
-    )
+def require_frequencies(stored: StoredTensor, theta: float, head_dim: int, *, at: str) -> None:
+    """See that stored rotary frequencies are theta ** -(2i / head_dim), up to bf16's rounding.
+
+    Raises:
+        CheckpointError: they are others; `at` begins the message.
+    """
+    half = head_dim // 2
+    expected = theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    right_shape = stored.shape == (half,)
+    if not right_shape or not torch.allclose(
+        torch.cat(list(_blocks(stored))).double(), expected, rtol=0.01, atol=0.0
+    ):
+        raise CheckpointError(
+            f"{at}: not the rotary frequencies that the configuration describes",
+            found="other values" if right_shape else f"shape {list(stored.shape)}",
+            expected=f"base {theta}, {half} frequencies",
+        )
 
 
 def _blocks(tensor: StoredTensor) -> Iterator[torch.Tensor]:

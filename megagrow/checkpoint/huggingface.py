@@ -16,9 +16,18 @@ from pathlib import Path
 import torch
 
 from megagrow.checkpoint.accounting import account, unread_files
-from megagrow.checkpoint.adapter import FilePlan, Format, LeftOut, Request, Segment, Values
+from megagrow.checkpoint.adapter import (
+    NOTHING_TOLD,
+    FilePlan,
+    Format,
+    LeftOut,
+    ReadOptions,
+    Request,
+    Segment,
+    Values,
+)
 from megagrow.checkpoint.directory import RESTORE, naming, write_new
-from megagrow.checkpoint.duplicates import read_values, same_values
+from megagrow.checkpoint.duplicates import require_frequencies, same_values
 from megagrow.checkpoint.huggingface_config import read_model, write_config
 from megagrow.checkpoint.huggingface_names import Link, links
 from megagrow.checkpoint.manifest import CheckpointMeta
@@ -27,7 +36,7 @@ from megagrow.checkpoint.safetensors import StoredArray, make_header, read_heade
 from megagrow.checkpoint.shape import model_of
 from megagrow.checkpoint.stored import StoredBox, StoredSource
 from megagrow.config import ModelConfig
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
 from megagrow.state.catalog import MASTER
@@ -55,14 +64,19 @@ _FREQUENCIES = re.compile(r"model\.(layers\.\d{1,6}\.self_attn\.)?rotary_emb\.in
 # --- reading ------------------------------------------------------------------------------
 
 
-def open_source(path: Path) -> StoredSource:
+def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
     """Open a directory of Hugging Face.
+
+    Args:
+        told: settings of config.json to ignore.
 
     Raises:
         CheckpointError: damaged, incomplete, or of a model that megagrow cannot express.
     """
     where = path / _CONFIG
-    model, settings = read_model(read_json(where), where=str(where))
+    if told.vocabulary is not None:
+        raise ConfigError(f"{where} tells the vocabulary", mend="leave out --vocab-size")
+    model, settings = read_model(read_json(where), where=str(where), ignore=told.ignore)
     arrays, sizes = _arrays(path)
     held = set(arrays)
     if model.layers > len(arrays):
@@ -147,17 +161,7 @@ def _follows(
             )
         return True
     if model.family == "llama" and _FREQUENCIES.fullmatch(name):
-        half = model.head_dim // 2
-        expected = model.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
-        close = array.shape == (half,) and torch.allclose(
-            read_values(stored).double(), expected, rtol=0.01, atol=0.0
-        )
-        if not close:
-            raise CheckpointError(
-                f"{at}: are not the frequencies of {_CONFIG}",
-                found=f"shape {list(array.shape)}" if array.shape != (half,) else "other values",
-                expected=f"rope_theta {model.rope_theta} over {half} frequencies",
-            )
+        require_frequencies(stored, model.rope_theta, model.head_dim, at=at)
         return True
     return False
 
@@ -306,4 +310,5 @@ FORMAT = Format(
     find=_find,
     open_source=open_source,
     open_sink=HuggingFaceSink,
+    open_told=open_source,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from megagrow.errors import CheckpointError
 # Read below.
 _CARRIED: Mapping[str, frozenset[str]] = {
     "gpt2": names_in(
-        "model_type n_layer n_embd n_head n_inner n_positions vocab_size tie_word_embeddings "
-        "resid_pdrop embd_pdrop attn_pdrop layer_norm_epsilon initializer_range"
+        "model_type n_layer n_embd n_head n_inner n_positions vocab_size "
+        "tie_word_embeddings resid_pdrop embd_pdrop attn_pdrop layer_norm_epsilon "
+        "initializer_range"
     ),
     "llama": names_in(
         "model_type num_hidden_layers hidden_size num_attention_heads num_key_value_heads "
@@ -70,12 +71,13 @@ _LEFT_OUT: Mapping[str, str] = {
     ),
     **dict.fromkeys(
         names_in(
-            "max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings "
-            "do_sample num_beams num_beam_groups diversity_penalty temperature top_k top_p min_p "
-            "top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty "
-            "length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
-            "force_words_ids constraints remove_invalid_values exponential_decay_length_penalty "
-            "suppress_tokens begin_suppress_tokens num_return_sequences output_scores output_logits "
+            "max_length max_new_tokens min_length min_new_tokens early_stopping max_time "
+            "stop_strings do_sample num_beams num_beam_groups diversity_penalty temperature "
+            "top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty "
+            "encoder_repetition_penalty length_penalty no_repeat_ngram_size "
+            "encoder_no_repeat_ngram_size bad_words_ids force_words_ids constraints "
+            "remove_invalid_values exponential_decay_length_penalty suppress_tokens "
+            "begin_suppress_tokens num_return_sequences output_scores output_logits "
             "return_dict_in_generate renormalize_logits penalty_alpha cache_implementation "
             "generation_config task_specific_params"
         ),
@@ -84,13 +86,14 @@ _LEFT_OUT: Mapping[str, str] = {
     **dict.fromkeys(
         names_in(
             "architectures dtype torch_dtype transformers_version _name_or_path _commit_hash "
-            "use_cache output_attentions output_hidden_states output_past return_dict torchscript "
-            "use_bfloat16 id2label label2id num_labels problem_type finetuning_task "
+            "use_cache output_attentions output_hidden_states output_past return_dict "
+            "torchscript use_bfloat16 id2label label2id num_labels problem_type finetuning_task "
             "classifier_dropout summary_type summary_use_proj summary_activation "
-            "summary_proj_to_labels summary_first_dropout attn_implementation _attn_implementation "
-            "_attn_implementation_autoset _flash_attn_2_enabled gradient_checkpointing "
-            "chunk_size_feed_forward reorder_and_upcast_attn pretraining_tp max_sequence_length "
-            "is_llama_config unsloth_fixed unsloth_version transformers.js_config"
+            "summary_proj_to_labels summary_first_dropout attn_implementation "
+            "_attn_implementation _attn_implementation_autoset _flash_attn_2_enabled "
+            "gradient_checkpointing chunk_size_feed_forward reorder_and_upcast_attn "
+            "pretraining_tp max_sequence_length is_llama_config unsloth_fixed unsloth_version "
+            "transformers.js_config"
         ),
         _NOTHING,
     ),
@@ -99,8 +102,13 @@ _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
-def read_model(config: Mapping[str, Any], *, where: str) -> tuple[ModelConfig, tuple[LeftOut, ...]]:
+def read_model(
+    config: Mapping[str, Any], *, where: str, ignore: Collection[str] = ()
+) -> tuple[ModelConfig, tuple[LeftOut, ...]]:
     """Our description of the model of a config.json, and the settings that it has no place for.
+
+    Args:
+        ignore: settings that a person knows to change nothing.
 
     Raises:
         CheckpointError: names the setting that our model cannot express, that is damaged, or of
@@ -126,11 +134,15 @@ def read_model(config: Mapping[str, Any], *, where: str) -> tuple[ModelConfig, t
         raise CheckpointError(
             f"{where}: describes no model that megagrow can express", found=found[:500]
         ) from None
-    return model, tuple(_settings_left_out(config, family, model, where))
+    return model, tuple(_settings_left_out(config, family, model, where, ignore))
 
 
 def _settings_left_out(
-    config: Mapping[str, Any], family: str, model: ModelConfig, where: str
+    config: Mapping[str, Any],
+    family: str,
+    model: ModelConfig,
+    where: str,
+    ignore: Collection[str],
 ) -> Iterator[LeftOut]:
     for key, value in config.items():
         if key in _CARRIED[family] or key in _ONLY[family]:
@@ -138,12 +150,13 @@ def _settings_left_out(
         if family == "gpt2" and key == "n_ctx" and value == model.sequence:
             continue  # the old second name of n_positions
         reason = _LEFT_OUT.get(key, _UNSET if value is None else None)
+        if key in ignore:
+            reason = "ignored, as you asked"
         if reason is None:
             raise CheckpointError(
                 f"{where}: {key[:200]}: not a setting of a {family} model that megagrow knows",
                 found=repr(value)[:200],
-                mend="if it changes nothing of what the model computes, take it out of a copy of "
-                "config.json",
+                mend=f"if it changes nothing of what the model computes: --ignore {key[:200]}",
             )
         yield LeftOut(f"config.json: {key[:200]}", reason)
 

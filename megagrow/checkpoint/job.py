@@ -15,7 +15,16 @@ import torch
 
 import megagrow
 from megagrow.checkpoint.accounting import made_zeros
-from megagrow.checkpoint.adapter import FilePiece, LeftOut, Request, Sink, Source, cut
+from megagrow.checkpoint.adapter import (
+    NOTHING_TOLD,
+    FilePiece,
+    LeftOut,
+    ReadOptions,
+    Request,
+    Sink,
+    Source,
+    cut,
+)
 from megagrow.checkpoint.directory import READING, naming
 from megagrow.checkpoint.formats import detect, get_format
 from megagrow.checkpoint.manifest import CheckpointMeta
@@ -43,7 +52,8 @@ class Job:
         dtype: element type of all values, or None: what the format demands, else the source's.
         tokenizer: a file or a directory to carry along.
         file_bytes: greatest size of a file, for formats that cut by size.
-        run_state: for a source that tells none.
+        run_state: for a source that tells none, or a part of it.
+        told: what the source's files do not tell.
         config, fingerprints: of a run that is to start from the result, in place of the source's.
     """
 
@@ -56,6 +66,7 @@ class Job:
     tokenizer: Path | None = None
     file_bytes: int = 5 << 30
     run_state: Mapping[str, Any] = field(default_factory=dict)
+    told: ReadOptions = NOTHING_TOLD
     config: Mapping[str, Any] | None = None
     fingerprints: Mapping[str, str] | None = None
 
@@ -133,14 +144,22 @@ def open_job(job: Job) -> Opened:
         MegagrowError: the source is damaged or cannot be expressed in the target's format.
     """
     source_format, path = detect(job.source, job.source_format)
-    source = source_format.open_source(path)
+    source = source_format.open(path, job.told)
     meta = CheckpointMeta(
         catalog=source.catalog,
         slots=source.slots,
         layout=job.layout or source.layout,
         config=source.config if job.config is None else job.config,
         fingerprints=source.fingerprints if job.fingerprints is None else job.fingerprints,
-        run_state=source.run_state or job.run_state,
+        # What a foreign source tells of its run, within what a run of ours needs to go on.
+        run_state=(
+            source.run_state
+            and {
+                **({**job.run_state, "step": source.step} if job.run_state else {}),
+                **source.run_state,
+            }
+        )
+        or job.run_state,
     )
     if job.config is not None:
         told = dataclasses.replace(meta, config=source.config, run_state=source.run_state)

@@ -16,7 +16,8 @@ from megagrow.errors import CheckpointError
 
 # Read, or compared, by `megatron_names` and `megatron`.
 CARRIED = names_in(
-    "add_bias_linear attention_dropout bias_gelu_fusion consumed_train_samples encoder_num_layers "
+    "add_bias_linear add_position_embedding attention_dropout bias_gelu_fusion "
+    "consumed_train_samples encoder_num_layers "
     "ffn_hidden_size group_query_attention hidden_dropout hidden_size init_method_std iteration "
     "kv_channels layernorm_epsilon max_position_embeddings norm_epsilon normalization "
     "num_attention_heads num_layers num_query_groups padded_vocab_size "
