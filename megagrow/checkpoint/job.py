@@ -233,7 +233,7 @@ def survey_of(opened: Opened, workers: int | None, buffer_bytes: int) -> Survey:
     with naming(place, "cannot be examined"):
         status = os.statvfs(place)
     hold = [slot.name for slot in sink.slots]
-    no_place = f"{job.target_format} has no place for it"
+    no_place = f"no place in format {job.target_format}"
     return Survey(
         source_format=str(job.source_format),
         source=source.path,
