@@ -299,7 +299,10 @@ class Request:
 
 
 class Sink(Protocol):
-    """A checkpoint that is to be."""
+    """A checkpoint that is to be.
+
+    One that has no place for a setting of the model says so in an attribute `left_out`.
+    """
 
     @property
     def slots(self) -> tuple[Slot, ...]:

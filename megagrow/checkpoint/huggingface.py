@@ -214,6 +214,7 @@ class HuggingFaceSink:
     """One file of parameters, or several by size with an index; config.json; tokenizer files."""
 
     slots = (MASTER,)
+    left_out: tuple[LeftOut, ...] = ()
 
     def __init__(self, request: Request) -> None:
         if request.meta.run_state.get("ramp"):
@@ -236,6 +237,9 @@ class HuggingFaceSink:
             shards[-1].append(link)
             filled += size
             dtypes.add(dtype)
+        if model.family == "llama" and model.dropout:
+            reason = "transformers' LLaMA has no dropout"
+            self.left_out = (LeftOut(f"dropout {model.dropout}", reason),)
         self._config = write_config(model, max(dtypes, key=lambda dtype: dtype.itemsize))
         self._weight_map: dict[str, str] = {}
         self._total = 0

@@ -246,6 +246,7 @@ def survey_of(opened: Opened, workers: int | None, buffer_bytes: int) -> Survey:
         workers=workers,
         left_out=(
             *source.left_out,
+            *getattr(sink, "left_out", ()),
             *(LeftOut(slot.name, no_place) for slot in source.slots if slot.name not in hold),
         ),
         made=made_zeros(source, hold),

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from jobs import REPOSITORY
 from safetensors.torch import load_file, save_file
 from states import opened, save_model, to
+from toys import toy_model
 
 from megagrow.checkpoint.accounting import account, enumerated, summary
 from megagrow.checkpoint.adapter import LeftOut
@@ -211,6 +212,13 @@ def command(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_setting_that_the_target_has_no_place_for_is_named(tmp_path):
+    for family, count in (("llama", 1), ("gpt2", 0)):
+        path, _ = save_model(tmp_path / family, toy_model(family=family, dropout=0.1))
+        about = survey(Job(path, tmp_path / "hf", "huggingface"))
+        assert [item.name for item in about.left_out].count("dropout 0.1") == count
 
 
 def test_zeros_of_single_tensors_are_named(tmp_path):
