@@ -151,15 +151,7 @@ def open_job(job: Job) -> Opened:
         layout=job.layout or source.layout,
         config=source.config if job.config is None else job.config,
         fingerprints=source.fingerprints if job.fingerprints is None else job.fingerprints,
-        # What a foreign source tells of its run, within what a run of ours needs to go on.
-        run_state=(
-            source.run_state
-            and {
-                **({**job.run_state, "step": source.step} if job.run_state else {}),
-                **source.run_state,
-            }
-        )
-        or job.run_state,
+        run_state=_run_state(source, job),
     )
     if job.config is not None:
         told = dataclasses.replace(meta, config=source.config, run_state=source.run_state)
@@ -183,6 +175,14 @@ def open_job(job: Job) -> Opened:
     _require_whole_slots(source, sink, job)
     pieces = tuple(piece for plan in sink.files for piece in cut(plan, PIECE_BYTES))
     return Opened(job, source, sink, meta, pieces, digest)
+
+
+def _run_state(source: Source, job: Job) -> dict[str, Any]:
+    """What a source tells of its run; a foreign one tells a part of what a run needs to go on."""
+    if not source.run_state:
+        return dict(job.run_state)
+    rest = {**job.run_state, "step": source.step} if job.run_state else {}
+    return {**rest, **source.run_state}
 
 
 def _require_whole_slots(source: Source, sink: Sink, job: Job) -> None:
