@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 
 from megagrow.checkpoint.directory import READING, RESTORE, naming, open_regular, read_exactly
+from megagrow.checkpoint.pickle_bounds import HASHING, RefusedError, require_small, require_tree
 from megagrow.errors import CheckpointError
 
 STORAGES = {
@@ -50,9 +51,7 @@ _OPAQUE_NAMES = frozenset(
     }
 )
 MOST_INSTRUCTIONS = 1 << 24  # a tensor takes some 50
-_KEY_PARTS = 16
 _MOST_COPIES, _SOME_PARTS = 4, 10_000  # of the tree that a value is, for each instruction; in all
-_DEEPEST = 100
 _MOST_AXES = 64
 _LONGEST_NAME = 512
 _OPAQUE_ROOMS = ("deepspeed.", "megatron.", "numpy.", "torch.optim.", "pathlib.")
@@ -156,10 +155,6 @@ def brief(value: Any) -> str:
 # --- the pickle machine -------------------------------------------------------------------
 
 
-class _RefusedError(Exception):
-    """Why a pickle is not taken."""
-
-
 @dataclass(frozen=True)
 class _Global:
     """A name that a pickle mentions."""
@@ -197,35 +192,15 @@ def _with_keys(step: _Step, keys: Callable[[list[Any]], Sequence[Any]]) -> _Step
 
     def checked(machine: _Machine) -> None:
         for key in keys(machine.stack):
-            _require_small(key)
+            require_small(key)
         step(machine)
 
     return checked
 
 
-def _require_small(key: Any) -> None:
-    """Refuse a key whose hash is more work than a few steps: tuples are hashed part by part."""
-    waiting, parts = [key], 0
-    while waiting:
-        part = waiting.pop()
-        parts += 1
-        if isinstance(part, tuple):
-            if parts + len(waiting) + len(part) > _KEY_PARTS:
-                raise _RefusedError(f"a key of more than {_KEY_PARTS} parts")
-            waiting += part
-
-
-_HASHING: Mapping[str, Callable[[list[Any]], Sequence[Any]]] = {
-    "SETITEM": lambda stack: stack[-2:-1],
-    "SETITEMS": lambda stack: stack[::2],
-    "DICT": lambda stack: stack[::2],
-    "ADDITEMS": lambda stack: stack,
-}
-
-
 def _instruction(name: str) -> _Step:
     step: _Step = _PYTHONS.dispatch[getattr(pickle, name)[0]]
-    return _counted(_with_keys(step, _HASHING[name]) if name in _HASHING else step)
+    return _counted(_with_keys(step, HASHING[name]) if name in HASHING else step)
 
 
 class _Machine(_PYTHONS):
@@ -253,15 +228,20 @@ class _Machine(_PYTHONS):
         """Count work as so many instructions."""
         self.spent += count
         if self.spent > self.limit:
-            raise _RefusedError(f"more than {self.limit:,} instructions")
+            raise RefusedError(f"more than {self.limit:,} instructions")
 
     def run(self) -> Any:
         """The value (raises CheckpointError)."""
         try:
             value = self.load()
-            _require_tree(value, most=_MOST_COPIES * self.spent + _SOME_PARTS)
+            require_tree(
+                value,
+                most=_MOST_COPIES * self.spent + _SOME_PARTS,
+                parts_of=_parts,
+                kinds=_CONTAINERS,
+            )
             return value
-        except _RefusedError as reason:
+        except RefusedError as reason:
             raise CheckpointError(
                 f"{self._path}: its pickle is refused; nothing of it was run",
                 found=str(reason)[:500],
@@ -277,7 +257,7 @@ class _Machine(_PYTHONS):
     def find_class(self, module: str, name: str) -> Any:
         """A name as a name; refused where it is not one that a checkpoint has."""
         if len(module) + len(name) > _LONGEST_NAME:
-            raise _RefusedError(f"a name of {len(module) + len(name)} characters")
+            raise RefusedError(f"a name of {len(module) + len(name)} characters")
         full = f"{module}.{name}"
         kind = full.removeprefix("torch.")
         dtype = getattr(torch, kind, None) if kind.isidentifier() and kind != full else None
@@ -290,41 +270,41 @@ class _Machine(_PYTHONS):
             known = True
         if known:
             return _Global(full)
-        raise _RefusedError(f"it names {full!r}")
+        raise RefusedError(f"it names {full!r}")
 
     def persistent_load(self, pid: Any) -> Any:
         """A tensor storage: (record, element type)."""
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
-            raise _RefusedError(f"it refers to {brief(pid)}")
+            raise RefusedError(f"it refers to {brief(pid)}")
         _, kind, key, _, numel = pid
         dtype = STORAGES.get(kind.name) if isinstance(kind, _Global) else None
         if dtype is None or not isinstance(numel, int) or not isinstance(key, str):
-            raise _RefusedError(f"a storage of {brief(kind)}")
+            raise RefusedError(f"a storage of {brief(kind)}")
         if len(key) > _LONGEST_NAME:
-            raise _RefusedError(f"a storage with a name of {len(key)} characters")
+            raise RefusedError(f"a storage with a name of {len(key)} characters")
         record = self._records.get(f"data/{key}")
         if record is None or record.size != numel * dtype.itemsize:
-            raise _RefusedError(f"storage {brief(key)} has not {numel} elements of {dtype}")
+            raise RefusedError(f"storage {brief(key)} has not {numel} elements of {dtype}")
         return _Storage(self._path, record.start, dtype, numel)
 
     def _reduce(self) -> None:
         args = self.stack.pop()
         target = self.stack[-1]
         if not isinstance(target, _Global) or not isinstance(args, tuple):
-            raise _RefusedError(f"it calls {brief(target)}")
+            raise RefusedError(f"it calls {brief(target)}")
         # A call looks at each of its arguments' parts.
         self.charge(sum(len(one) for one in args if isinstance(one, (tuple, list))))
         call = _CALLS.get(target.name)
         value = call(args) if call else Opaque(target.name, args)
         if isinstance(value, StoredTensor) and value.axes is not None and not self._permuted:
-            raise _RefusedError(f"a tensor of shape {list(value.shape)} that is not row-major")
+            raise RefusedError(f"a tensor of shape {list(value.shape)} that is not row-major")
         self.stack[-1] = value
 
     def _new_object(self) -> None:
         args = self.stack.pop()
         target = self.stack[-1]
         if not isinstance(target, _Global) or target.name in _CALLS or args != ():
-            raise _RefusedError(f"it makes an object of {brief(target)}")
+            raise RefusedError(f"it makes an object of {brief(target)}")
         self.stack[-1] = Opaque(target.name)
 
     def _build(self) -> None:
@@ -334,7 +314,7 @@ class _Machine(_PYTHONS):
             # In place: what the pickle refers to again must be the object with its state.
             object.__setattr__(target, "state", state)
         elif not isinstance(target, dict):  # attributes of a state_dict: versions of modules
-            raise _RefusedError(f"it sets attributes of {type(target).__name__}")
+            raise RefusedError(f"it sets attributes of {type(target).__name__}")
 
     dispatch[pickle.REDUCE[0]] = _counted(_reduce)
     dispatch[pickle.NEWOBJ[0]] = _counted(_new_object)
@@ -353,34 +333,6 @@ def _parts(value: Any) -> Sequence[Any]:
     return (value.args, value.state) if isinstance(value, Opaque) else ()
 
 
-def _require_tree(value: Any, *, most: int) -> None:
-    """Refuse a value that holds itself, is deep, or would have more than `most` parts as a tree.
-
-    Whoever prints, compares or converts a value walks it as a tree.
-    """
-    known: dict[int, tuple[int, int]] = {}  # by identity: parts and depth of the tree
-    around: set[int] = set()
-    waiting = [(value, False)]
-    while waiting:
-        item, seen = waiting.pop()
-        this = id(item)
-        if seen:
-            below = [known.get(id(part), (1, 1)) for part in _parts(item)]
-            parts, depth = 1 + sum(n for n, _ in below), 1 + max((d for _, d in below), default=0)
-            if parts > most:
-                raise _RefusedError(f"references that stand for more than {most:,} values")
-            if depth > _DEEPEST:
-                raise _RefusedError(f"values nested deeper than {_DEEPEST} levels")
-            known[this] = parts, depth
-            around.discard(this)
-        elif this in around:
-            raise _RefusedError("a value that holds itself")
-        elif this not in known and (parts_here := _parts(item)):
-            around.add(this)
-            waiting.append((item, True))
-            waiting += ((part, False) for part in parts_here if isinstance(part, _CONTAINERS))
-
-
 @dataclass(frozen=True)
 class _Storage:
     path: Path
@@ -392,14 +344,14 @@ class _Storage:
 def _tensor(args: tuple[Any, ...]) -> StoredTensor:
     storage, offset, shape, strides = args[:4]
     if len(shape) > _MOST_AXES or len(strides) > _MOST_AXES:
-        raise _RefusedError(f"a tensor with {len(shape)} axes")
+        raise RefusedError(f"a tensor with {len(shape)} axes")
     numbers = (offset, *shape, *strides)
     good = isinstance(storage, _Storage) and len(shape) == len(strides)
     if not good or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-        raise _RefusedError(f"a tensor of {brief(numbers)}")
+        raise RefusedError(f"a tensor of {brief(numbers)}")
     axes = _axes(tuple(shape), tuple(strides)) if 0 not in shape else None
     if offset + math.prod(shape) > storage.numel:
-        raise _RefusedError(f"a tensor of shape {list(shape)} reaches outside its storage")
+        raise RefusedError(f"a tensor of shape {list(shape)} reaches outside its storage")
     start = storage.start + offset * storage.dtype.itemsize
     return StoredTensor(storage.path, start, storage.dtype, tuple(shape), axes)
 
@@ -412,7 +364,7 @@ def _axes(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] |
     step = 1
     for axis in reversed(turned):
         if strides[axis] != step:
-            raise _RefusedError(f"strides {list(strides)} of shape {list(shape)} leave holes")
+            raise RefusedError(f"strides {list(strides)} of shape {list(shape)} leave holes")
         step *= shape[axis]
     short = [axis for axis, n in enumerate(shape) if n == 1]
     return None if turned == long else (*short, *turned)
@@ -420,32 +372,32 @@ def _axes(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] |
 
 def _parameter(args: tuple[Any, ...]) -> StoredTensor:
     if not args or not isinstance(args[0], StoredTensor):
-        raise _RefusedError("a parameter that is no tensor")
+        raise RefusedError("a parameter that is no tensor")
     return args[0]
 
 
 def _typed(args: tuple[Any, ...]) -> StoredTensor:
     function, kind, inner = args[0], args[1], args[2]
     if function != _Global("torch._utils._rebuild_tensor_v2") or kind != _Global("torch.Tensor"):
-        raise _RefusedError(f"a tensor made by {brief(function)}")
+        raise RefusedError(f"a tensor made by {brief(function)}")
     return _tensor(inner)
 
 
 def _ordered(args: tuple[Any, ...]) -> dict[Any, Any]:
     pairs = [(key, value) for key, value in (args[0] if args else ())]
     for key, _ in pairs:
-        _require_small(key)
+        require_small(key)
     return dict(pairs)
 
 
 def _size(args: tuple[Any, ...]) -> tuple[int, ...]:
     if len(args[0]) > _MOST_AXES:
-        raise _RefusedError(f"a shape with {len(args[0])} axes")
+        raise RefusedError(f"a shape with {len(args[0])} axes")
     return tuple(int(n) for n in args[0])
 
 
 def _not_called(args: tuple[Any, ...]) -> Any:
-    raise _RefusedError("it calls torch.Tensor")
+    raise RefusedError("it calls torch.Tensor")
 
 
 _CALLS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
