@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megagrow.checkpoint.accounting import enumerated, summary
+from megagrow.checkpoint.adapter import ReadOptions
 from megagrow.checkpoint.convert import BUFFER_BYTES, Job, Report, Survey, convert, survey
 from megagrow.checkpoint.formats import FORMATS, detect
 from megagrow.cli import Parser, number, whole
@@ -64,6 +66,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--zero", type=int, choices=range(4), metavar="Z", help="ZeRO stage of the result")
     add("--dtype", choices=_DTYPES, help="element type; by default nothing is rounded")
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer file or directory to carry along")
+    add(
+        "--vocab-size",
+        type=_positive,
+        metavar="N",
+        help="true vocabulary, where the source tells only the padded table (megatron)",
+    )
+    add(
+        "--ignore",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="settings of the source that change nothing, or copies of which the first is right",
+    )
     add(
         "--config",
         metavar="FILE",
@@ -125,11 +140,16 @@ def describe(about: Survey, job: Job) -> str:
         "disk": f"{about.disk_bytes:,} bytes needed, {about.free_bytes:,} free; no temporary copy",
         "memory": f"at most {about.memory_bytes:,} bytes of values, in {about.workers} threads",
     }
-    if about.left_out:
-        rows["left out"] = f"{', '.join(about.left_out)}: {job.target_format} has no place for them"
+    lines = [f"{name:<9}{value}" for name, value in rows.items()]
+    return "\n".join((*lines, *_differences(about)))
+
+
+def _differences(about: Survey) -> list[str]:
+    """What the source holds and the result will not, and the other way round."""
+    lines = [f"left out: {line}" for line in summary(about.left_out)]
     if about.made:
-        rows["zeros"] = f"{', '.join(about.made)}: the source has none"
-    return "\n".join(f"{name:<9}{value}" for name, value in rows.items())
+        lines.append(f"zeros: {enumerated(about.made)} (the source has none)")
+    return lines
 
 
 def conclusion(report: Report, job: Job) -> str:
@@ -139,13 +159,21 @@ def conclusion(report: Report, job: Job) -> str:
     lines = [f"{job.target}: {done}"]
     if report.kept:
         lines.append(f"{report.kept} files were already there from a run that was interrupted")
-    if report.verified and not report.rounded:
-        lines.append("verified: every value is the source's, bit for bit")
     for (tensor, slot), (count, greatest) in sorted(report.rounded.items()):
         lines.append(f"rounded: {tensor} {slot}: {count:,} values, by up to {greatest:.1e} of the "
                      "greatest")  # fmt: skip
-    if report.rounded:
-        lines.append("verified: every value is the source's, rounded to the new element type")
+    if report.verified:
+        how = "rounded to the new element type" if report.rounded else "bit for bit"
+        lines.append(f"verified: every value that the result holds is the source's, {how}")
+        same = [what for what, equal in report.described.items() if equal]
+        other = [what for what, equal in report.described.items() if not equal]
+        if same:
+            lines.append(f"verified: {', '.join(same)}")
+        if other:
+            lines.append(f"not the source's, or not held: {', '.join(other)}")
+        if job.tokenizer is not None:
+            lines.append("not compared: the tokenizer's files")
+        lines += _differences(report.survey)
     return "\n".join(lines)
 
 
@@ -163,11 +191,16 @@ def _job(options: argparse.Namespace) -> Job:
         layout=_layout(options),
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         tokenizer=options.tokenizer,
+        told=_told(options),
         file_bytes=int(options.shard_gib * 2**30),
         run_state=RunState().to_json(),
         config=config,
         fingerprints=fingerprints,
     )
+
+
+def _told(options: argparse.Namespace) -> ReadOptions:
+    return ReadOptions(vocabulary=options.vocab_size, ignore=tuple(sorted(options.ignore)))
 
 
 def _layout(options: argparse.Namespace) -> Layout | None:
@@ -176,7 +209,7 @@ def _layout(options: argparse.Namespace) -> Layout | None:
     if options.zero is None and not any(sizes.values()):
         return None
     fmt, path = detect(options.source, options.from_format)
-    before = fmt.open_source(path).layout
+    before = fmt.open(path, _told(options)).layout
     if not any(sizes.values()):
         sizes = {axis: getattr(before, axis) for axis in sizes}
     zero = before.zero if options.zero is None else options.zero

@@ -59,8 +59,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             "nothing to evaluate on", mend="give --wikitext, --lambada, --text or --tasks"
         )
+    for name in ("stride", "batch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}: must be above 0", found=value)
     device = evaluation.choose_device(options.device)
-    model, shape, at = load_model(options.checkpoint, name=options.from_format, device=device)
+    model, shape, at = load_model(
+        options.checkpoint, name=options.from_format, device=device, say=print
+    )
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{at}: {shape.family}, {count:,} parameters, on {device}")
     scores: dict[str, Any] = {"checkpoint": str(at), "parameters": count}

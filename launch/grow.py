@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
 
         print(table.markdown() if options.markdown else table.text())
         return
+    from megagrow.checkpoint.accounting import summary
     from megagrow.config.yamltext import write_yaml
     from megagrow.report.units import human
     from megagrow.train.offline import plan_offline, stages_to_go_on, write_offline
@@ -74,6 +75,8 @@ def run(options: argparse.Namespace) -> None:
     plan = plan_offline(options.source, grow_section(options))
     growth, old = plan.growth, plan.checkpoint
     print(f"from        {old.path} (step {old.step})")
+    for line in summary(old.left_out):
+        print(f"left out    {line}")
     print(f"growth      {growth.operator.name}, state policy {growth.policy.name}")
     print(f"parameters  {growth.small.parameters:,} -> {growth.target.parameters:,}")
     print(f"bytes       {human(old.bytes, 'B')} -> {human(plan.bytes, 'B')}")

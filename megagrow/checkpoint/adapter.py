@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from megagrow.checkpoint.manifest import CheckpointMeta
+from megagrow.errors import ConfigError
 from megagrow.layout import Layout
 from megagrow.state.boxes import Box, flat_range_boxes
 from megagrow.state.catalog import Catalog, Slot
@@ -45,6 +46,23 @@ class LeftOut:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """What a person tells a reader that the files do not.
+
+    Attributes:
+        vocabulary: number of tokens, where the files tell only the table's rows with padding.
+        ignore: names, as an error or `left_out` has them, of settings that change nothing of
+            what the model computes, or of copies that need not be alike.
+    """
+
+    vocabulary: int | None = None
+    ignore: tuple[str, ...] = ()
+
+
+NOTHING_TOLD = ReadOptions()
 
 
 class Source(Protocol):
@@ -97,6 +115,10 @@ class Source(Protocol):
     @property
     def left_out(self) -> Sequence[LeftOut]:
         """What its files hold and this source does not offer."""
+
+    @property
+    def zeros(self) -> Collection[tuple[str, str]]:
+        """(tensor, slot) that its files lack though other tensors have the slot: zeros."""
 
     @property
     def checksums(self) -> int:
@@ -277,7 +299,10 @@ class Request:
 
 
 class Sink(Protocol):
-    """A checkpoint that is to be."""
+    """A checkpoint that is to be.
+
+    One that has no place for a setting of the model says so in an attribute `left_out`.
+    """
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -313,6 +338,7 @@ class Format:
         open_source: open what `find` returned (CheckpointError).
         open_sink: plan a checkpoint (CheckpointError, ConfigError where the state does not fit).
         sealed: whether its own files have checksums of all bytes, so that none need lie beside.
+        open_told: `open_source` for a format that takes `ReadOptions`.
     """
 
     name: str
@@ -321,6 +347,18 @@ class Format:
     open_source: Callable[[Path], Source]
     open_sink: Callable[[Request], Sink]
     sealed: bool = False
+    open_told: Callable[[Path, ReadOptions], Source] | None = None
+
+    def open(self, path: Path, options: ReadOptions) -> Source:
+        """Open what `find` returned (CheckpointError; ConfigError for options without a use)."""
+        if options == NOTHING_TOLD:
+            return self.open_source(path)
+        if self.open_told is None:
+            raise ConfigError(
+                f"format {self.name} tells everything itself",
+                mend="leave out --vocab-size and --ignore",
+            )
+        return self.open_told(path, options)
 
 
 def model_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -109,13 +109,15 @@ def convert(
         _seal(opened, out, checksums)
         _sync_tree(out, sizes)
         rounded: dict[tuple[str, str], tuple[int, float]] = {}
+        described: dict[str, bool] = {}
         if verify:
             pairs = _pairs(opened, site.result)
             found = _each(site, _compare, pairs, about.workers)
             rounded = {pair: result for pair, result in found if result[0]}
+            described = _described(opened, site.result)
         _commit(out, job.target)
         shutil.rmtree(work, ignore_errors=True)
-    return Report(about, len(kept), seconds, verify, rounded)
+    return Report(about, len(kept), seconds, verify, rounded, described)
 
 
 # --- the directory of the work ------------------------------------------------------------
@@ -278,6 +280,24 @@ def _pairs(opened: Opened, new: Source) -> list[tuple[str, str]]:
         odd = sorted(set(wanted.items()) ^ set(found.items()))[:4]
         raise CheckpointError(f"{new.path}: not what was converted", found=odd or slots)
     return [(t.name, slot.name) for t in new.catalog for slot in slots_of(t, new.slots)]
+
+
+def _described(opened: Opened, new: Source) -> dict[str, bool]:
+    """Whether the result tells the same as it was asked to, beside the values."""
+    meta = opened.meta
+    pairs = {
+        "step": (opened.source.step, new.step),
+        "configuration": (meta.config, new.config),
+        "run state": (meta.run_state, new.run_state),
+        "fingerprints": (meta.fingerprints, new.fingerprints),
+    }
+    # Formats hold text: a tuple comes back as a list.
+    return {
+        what: json.dumps(asked, sort_keys=True, default=str)
+        == json.dumps(found, sort_keys=True, default=str)
+        for what, (asked, found) in pairs.items()
+        if asked
+    }
 
 
 def _compare(site: _Site, pair: tuple[str, str]) -> tuple[int, float]:

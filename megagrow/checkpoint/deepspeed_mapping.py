@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megagrow.checkpoint.directory import read_small
 from megagrow.config import ModelConfig
-from megagrow.errors import CheckpointError
+from megagrow.config.yamltext import read_yaml
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.layout import Layout
 from megagrow.state.boxes import Box
 from megagrow.state.catalog import LogicalTensor
@@ -73,14 +73,16 @@ def read_mapping(tag: Path) -> tuple[MappingFile, Path] | None:
         return None
     where = found[0]
     try:
-        mapping = MappingFile.model_validate(yaml.safe_load(read_small(where, _LIMIT)))
+        mapping = MappingFile.model_validate(
+            read_yaml(read_small(where, _LIMIT), source=str(where))
+        )
         for rule in mapping.tensors:
             re.compile(rule.match)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{where}: {key or 'content'}: {first['msg']}") from None
-    except (yaml.YAMLError, re.error, ValueError, RecursionError) as error:
+    except (ConfigError, re.error, ValueError) as error:
         raise CheckpointError(f"{where}: not valid", found=str(error)[:300]) from None
     return mapping, where
 

@@ -1,9 +1,7 @@
 """Directories of Hugging Face: GPT-2 and LLaMA, parameters in safetensors files and config.json.
 
-Each stored array is a box of one logical tensor with its axes in another order; the tables say
-which.  GPT-2 stores weights of linear layers as [inputs, outputs] and query, key and value as
-three blocks of outputs; ours are [kv_group, query + 2, head_dim, embed].  LLaMA has them apart,
-and both sides pair rotary features half against half.
+Each stored array is a box of one logical tensor with its axes in another order; the tables in
+`huggingface_names` say which.
 """
 
 from __future__ import annotations
@@ -13,24 +11,35 @@ import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megagrow.checkpoint.adapter import FilePlan, Format, Request, Segment, Values
+from megagrow.checkpoint.accounting import account, unread_files
+from megagrow.checkpoint.adapter import (
+    NOTHING_TOLD,
+    FilePlan,
+    Format,
+    LeftOut,
+    ReadOptions,
+    Request,
+    Segment,
+    Values,
+)
 from megagrow.checkpoint.directory import RESTORE, naming, write_new
+from megagrow.checkpoint.duplicates import require_frequencies, same_values
 from megagrow.checkpoint.huggingface_config import read_model, write_config
+from megagrow.checkpoint.huggingface_names import Link, links
 from megagrow.checkpoint.manifest import CheckpointMeta
+from megagrow.checkpoint.pickles import StoredTensor
 from megagrow.checkpoint.safetensors import StoredArray, make_header, read_header, read_json
 from megagrow.checkpoint.shape import model_of
 from megagrow.checkpoint.stored import StoredBox, StoredSource
 from megagrow.config import ModelConfig
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
-from megagrow.state.boxes import Box, whole
-from megagrow.state.catalog import MASTER, Catalog
+from megagrow.state.catalog import MASTER
 
 _CONFIG, _INDEX, _ONE = "config.json", "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_FILES = (
@@ -44,136 +53,41 @@ TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: a stored array and what it is of a logical tensor.
-
-    Attributes:
-        stored, tensor: names; `{i}` is the layer.
-        axes: order of the logical axes in the array, or None for their own.
-        rows: how many of those make the array's first axis, the others its second; 0 for a vector.
-        cut: the part of the logical tensor, by its name in `_cut`.
-    """
-
-    stored: str
-    tensor: str
-    axes: tuple[int, ...] | None = None
-    rows: int = 1
-    cut: str = ""
-
-
-_GPT2 = (
-    Row("transformer.wte.weight", "embedding.token"),
-    Row("transformer.wpe.weight", "embedding.position"),
-    Row("transformer.ln_f.weight", "final_norm.weight", rows=0),
-    Row("transformer.ln_f.bias", "final_norm.bias", rows=0),
-    Row("lm_head.weight", "output.weight"),
-)
-_GPT2_BLOCK = (
-    Row("transformer.h.{i}.ln_1.weight", "layers.{i}.attention.norm.weight", rows=0),
-    Row("transformer.h.{i}.ln_1.bias", "layers.{i}.attention.norm.bias", rows=0),
-    Row("transformer.h.{i}.attn.c_attn.weight", "layers.{i}.attention.qkv.weight", (3, 1, 0, 2)),
-    Row("transformer.h.{i}.attn.c_attn.bias", "layers.{i}.attention.qkv.bias", (1, 0, 2), rows=0),
-    Row("transformer.h.{i}.attn.c_proj.weight", "layers.{i}.attention.out.weight", (1, 2, 3, 0), 3),
-    Row("transformer.h.{i}.attn.c_proj.bias", "layers.{i}.attention.out.bias", rows=0),
-    Row("transformer.h.{i}.ln_2.weight", "layers.{i}.mlp.norm.weight", rows=0),
-    Row("transformer.h.{i}.ln_2.bias", "layers.{i}.mlp.norm.bias", rows=0),
-    Row("transformer.h.{i}.mlp.c_fc.weight", "layers.{i}.mlp.up.weight", (1, 0)),
-    Row("transformer.h.{i}.mlp.c_fc.bias", "layers.{i}.mlp.up.bias", rows=0),
-    Row("transformer.h.{i}.mlp.c_proj.weight", "layers.{i}.mlp.down.weight", (1, 0)),
-    Row("transformer.h.{i}.mlp.c_proj.bias", "layers.{i}.mlp.down.bias", rows=0),
-)
-_LLAMA = (
-    Row("model.embed_tokens.weight", "embedding.token"),
-    Row("model.norm.weight", "final_norm.weight", rows=0),
-    Row("lm_head.weight", "output.weight"),
-)
-_LLAMA_BLOCK = (
-    Row("model.layers.{i}.input_layernorm.weight", "layers.{i}.attention.norm.weight", rows=0),
-    *(
-        Row(
-            f"model.layers.{{i}}.self_attn.{cut}_proj.weight",
-            "layers.{i}.attention.qkv.weight",
-            rows=3,
-            cut=cut,
-        )
-        for cut in "qkv"
-    ),
-    Row("model.layers.{i}.self_attn.o_proj.weight", "layers.{i}.attention.out.weight"),
-    Row("model.layers.{i}.post_attention_layernorm.weight", "layers.{i}.mlp.norm.weight", rows=0),
-    Row("model.layers.{i}.mlp.gate_proj.weight", "layers.{i}.mlp.up.weight", rows=2, cut="gate"),
-    Row("model.layers.{i}.mlp.up_proj.weight", "layers.{i}.mlp.up.weight", rows=2, cut="up"),
-    Row("model.layers.{i}.mlp.down_proj.weight", "layers.{i}.mlp.down.weight"),
-)
-_TABLES = {"gpt2": (_GPT2, _GPT2_BLOCK), "llama": (_LLAMA, _LLAMA_BLOCK)}
-# Buffers that old versions stored along: masks and frequencies that follow from the shape.
-_DERIVED = re.compile(r"(.*\.)?(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)\Z")
-
-
-@dataclass(frozen=True)
-class Link:
-    """A stored array: the box of a logical tensor that it is, the order of axes, its shape."""
-
-    stored: str
-    tensor: str
-    box: Box
-    axes: tuple[int, ...] | None
-    shape: tuple[int, ...]
-
-
-def links(model: ModelConfig, catalog: Catalog) -> Iterator[Link]:
-    """Every array of a model, in the order of our catalog."""
-    head, block = _TABLES[model.family]
-    rows: dict[str, list[tuple[str, Row]]] = {}
-    for row in head:
-        rows.setdefault(row.tensor, []).append((row.stored, row))
-    for i in range(model.layers):
-        for row in block:
-            rows.setdefault(row.tensor.format(i=i), []).append((row.stored.format(i=i), row))
-    for tensor in catalog:
-        for stored, row in rows[tensor.name]:
-            box = _cut(whole(tensor.shape), row.cut)
-            lengths = [box.shape[axis] for axis in row.axes or range(len(box.shape))]
-            first, second = lengths[: row.rows], lengths[row.rows :]
-            shape = (math.prod(first), math.prod(second)) if row.rows else (math.prod(second),)
-            yield Link(stored, tensor.name, box, row.axes, shape)
-
-
-def _cut(box: Box, name: str) -> Box:
-    """The part of a fused tensor: query, key and value lie on axis 1, gate and up on axis 0."""
-    if not name:
-        return box
-    axis = 1 if name in "qkv" else 0
-    last = box.shape[axis] - 1
-    start, stop = {
-        "q": (0, last - 1), "k": (last - 1, last), "v": (last, last + 1),
-        "gate": (0, 1), "up": (1, 2),
-    }[name]  # fmt: skip
-    offset, shape = list(box.offset), list(box.shape)
-    offset[axis], shape[axis] = start, stop - start
-    return Box(tuple(offset), tuple(shape))
+# Buffers that old versions stored along.
+_MASK = {
+    "gpt2": re.compile(r"(transformer\.)?h\.\d{1,6}\.attn\.(bias|masked_bias)"),
+    "llama": re.compile(r"(?!)"),
+}
+_FREQUENCIES = re.compile(r"model\.(layers\.\d{1,6}\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 # --- reading ------------------------------------------------------------------------------
 
 
-def open_source(path: Path) -> StoredSource:
+def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
     """Open a directory of Hugging Face.
+
+    Args:
+        told: settings of config.json to ignore.
 
     Raises:
         CheckpointError: damaged, incomplete, or of a model that megagrow cannot express.
     """
     where = path / _CONFIG
-    model = read_model(read_json(where), where=str(where))
+    if told.vocabulary is not None:
+        raise ConfigError(f"{where} tells the vocabulary", mend="leave out --vocab-size")
+    model, settings = read_model(read_json(where), where=str(where), ignore=told.ignore)
     arrays, sizes = _arrays(path)
+    held = set(arrays)
     if model.layers > len(arrays):
         raise CheckpointError(
             f"{where}: tells of {model.layers} layers, but there are {len(arrays)} tensors in all"
         )
     catalog = build_catalog(model)
-    boxes = []
+    boxes, carried = [], set()
     for link in links(model, catalog):
-        array = arrays.pop(_stored_name(link.stored, arrays), None)
+        name = _stored_name(link.stored, arrays)
+        array = arrays.pop(name, None)
         if array is None:
             raise CheckpointError(
                 f"{path}: tensor {link.stored} is missing",
@@ -186,14 +100,15 @@ def open_source(path: Path) -> StoredSource:
                 found=list(array.shape),
                 expected=list(link.shape),
             )
+        carried.add(name)
         boxes.append(
             StoredBox(
                 link.tensor, MASTER.name, link.box, array.file, array.start, array.dtype, link.axes
             )
         )
-    # A tied head is sometimes stored a second time.
-    spare = {"lm_head.weight"} if model.tie_embeddings else set()
-    odd = sorted(name for name in arrays if name not in spare and not _DERIVED.match(name))
+    derived = {name for name, array in arrays.items() if _follows(path, name, array, model, boxes)}
+    masks = {name for name in set(arrays) - derived if _MASK[model.family].fullmatch(name)}
+    odd = sorted(set(arrays) - derived - masks)
     if odd:
         raise CheckpointError(
             f"{path / arrays[odd[0]].file}: tensor {odd[0][:200]} is not in the model of {_CONFIG}",
@@ -207,7 +122,48 @@ def open_source(path: Path) -> StoredSource:
         fingerprints={},
         run_state={},
     )
-    return StoredSource(path, meta=meta, step=0, sizes=sizes, boxes=boxes)
+    left_out = account(
+        held,
+        carried=carried,
+        derived=derived,
+        left_out=[LeftOut(name, "a mask, which transformers does not load") for name in masks],
+    )
+    files = [
+        LeftOut(item.name, "the tokenizer's; --tokenizer carries it along")
+        if item.name in TOKENIZER_FILES
+        else item
+        for item in unread_files(path, {_CONFIG, _INDEX, *sizes})
+    ]
+    return StoredSource(
+        path, meta=meta, step=0, sizes=sizes, boxes=boxes, left_out=(*left_out, *settings, *files)
+    )
+
+
+def _follows(
+    path: Path, name: str, array: StoredArray, model: ModelConfig, boxes: Sequence[StoredBox]
+) -> bool:
+    """Whether an array follows from what is carried: a tied head, or rotary frequencies.
+
+    Raises:
+        CheckpointError: it should and does not.
+    """
+    at = f"{path / array.file}: tensor {name}"
+    stored = StoredTensor(path / array.file, array.start, array.dtype, array.shape)
+    if name == "lm_head.weight" and model.tie_embeddings:
+        [box] = [box for box in boxes if box.tensor == "embedding.token"]
+        token = StoredTensor(path / box.file, box.start, box.dtype, box.box.shape)
+        if not same_values(stored, token):
+            raise CheckpointError(
+                f"{at}: is a head of its own, but {_CONFIG} says that it is the token table",
+                found="tie_word_embeddings: true, and other values in the head",
+                mend=f"set tie_word_embeddings: false in a copy of {_CONFIG} to keep the head, or "
+                "save the model without it",
+            )
+        return True
+    if model.family == "llama" and _FREQUENCIES.fullmatch(name):
+        require_frequencies(stored, model.rope_theta, model.head_dim, at=at)
+        return True
+    return False
 
 
 def _stored_name(name: str, arrays: Mapping[str, StoredArray]) -> str:
@@ -258,6 +214,7 @@ class HuggingFaceSink:
     """One file of parameters, or several by size with an index; config.json; tokenizer files."""
 
     slots = (MASTER,)
+    left_out: tuple[LeftOut, ...] = ()
 
     def __init__(self, request: Request) -> None:
         if request.meta.run_state.get("ramp"):
@@ -280,6 +237,9 @@ class HuggingFaceSink:
             shards[-1].append(link)
             filled += size
             dtypes.add(dtype)
+        if model.family == "llama" and model.dropout:
+            reason = "transformers' LLaMA has no dropout"
+            self.left_out = (LeftOut(f"dropout {model.dropout}", reason),)
         self._config = write_config(model, max(dtypes, key=lambda dtype: dtype.itemsize))
         self._weight_map: dict[str, str] = {}
         self._total = 0
@@ -354,4 +314,5 @@ FORMAT = Format(
     find=_find,
     open_source=open_source,
     open_sink=HuggingFaceSink,
+    open_told=open_source,
 )

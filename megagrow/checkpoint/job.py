@@ -14,7 +14,17 @@ from typing import Any
 import torch
 
 import megagrow
-from megagrow.checkpoint.adapter import FilePiece, Request, Sink, Source, cut
+from megagrow.checkpoint.accounting import made_zeros
+from megagrow.checkpoint.adapter import (
+    NOTHING_TOLD,
+    FilePiece,
+    LeftOut,
+    ReadOptions,
+    Request,
+    Sink,
+    Source,
+    cut,
+)
 from megagrow.checkpoint.directory import READING, naming
 from megagrow.checkpoint.formats import detect, get_format
 from megagrow.checkpoint.manifest import CheckpointMeta
@@ -42,7 +52,8 @@ class Job:
         dtype: element type of all values, or None: what the format demands, else the source's.
         tokenizer: a file or a directory to carry along.
         file_bytes: greatest size of a file, for formats that cut by size.
-        run_state: for a source that tells none.
+        run_state: for a source that tells none, or a part of it.
+        told: what the source's files do not tell.
         config, fingerprints: of a run that is to start from the result, in place of the source's.
     """
 
@@ -55,6 +66,7 @@ class Job:
     tokenizer: Path | None = None
     file_bytes: int = 5 << 30
     run_state: Mapping[str, Any] = field(default_factory=dict)
+    told: ReadOptions = NOTHING_TOLD
     config: Mapping[str, Any] | None = None
     fingerprints: Mapping[str, str] | None = None
 
@@ -70,8 +82,8 @@ class Survey:
         free_bytes: there now.
         memory_bytes: greatest memory for values, all workers together.
         workers: threads.
-        left_out: slots of the source that the target does not hold.
-        made: slots of the target that the source does not have: zeros.
+        left_out: what the source holds and the result does not.
+        made: slots of the target that the source lacks, of some tensors or of all: zeros.
     """
 
     source_format: str
@@ -82,7 +94,7 @@ class Survey:
     free_bytes: int
     memory_bytes: int
     workers: int
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     made: tuple[str, ...]
 
 
@@ -95,6 +107,8 @@ class Report:
         seconds: of reading and writing, without the verification.
         rounded: where verified, for each (tensor, slot) whose element type changed: number of
             values that differ, and the greatest difference relative to the greatest value.
+        described: where verified, for each thing beside the values (step, configuration, ...)
+            whether the result tells the same.
     """
 
     survey: Survey
@@ -102,6 +116,7 @@ class Report:
     seconds: float
     verified: bool
     rounded: Mapping[tuple[str, str], tuple[int, float]]
+    described: Mapping[str, bool]
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,7 @@ class Opened:
     """A job with its source open and its target planned.
 
     Attributes:
+        meta: what the result is to say of itself.
         pieces: of the target's files, each of at most `PIECE_BYTES` or a whole file.
         digest: equal for two jobs exactly where one may go on with the other's work.
     """
@@ -116,6 +132,7 @@ class Opened:
     job: Job
     source: Source
     sink: Sink
+    meta: CheckpointMeta
     pieces: tuple[FilePiece, ...]
     digest: str
 
@@ -127,14 +144,14 @@ def open_job(job: Job) -> Opened:
         MegagrowError: the source is damaged or cannot be expressed in the target's format.
     """
     source_format, path = detect(job.source, job.source_format)
-    source = source_format.open_source(path)
+    source = source_format.open(path, job.told)
     meta = CheckpointMeta(
         catalog=source.catalog,
         slots=source.slots,
         layout=job.layout or source.layout,
         config=source.config if job.config is None else job.config,
         fingerprints=source.fingerprints if job.fingerprints is None else job.fingerprints,
-        run_state=source.run_state or job.run_state,
+        run_state=_run_state(source, job),
     )
     if job.config is not None:
         told = dataclasses.replace(meta, config=source.config, run_state=source.run_state)
@@ -157,7 +174,15 @@ def open_job(job: Job) -> Opened:
     sink = get_format(job.target_format).open_sink(request)
     _require_whole_slots(source, sink, job)
     pieces = tuple(piece for plan in sink.files for piece in cut(plan, PIECE_BYTES))
-    return Opened(job, source, sink, pieces, digest)
+    return Opened(job, source, sink, meta, pieces, digest)
+
+
+def _run_state(source: Source, job: Job) -> dict[str, Any]:
+    """What a source tells of its run; a foreign one tells a part of what a run needs to go on."""
+    if not source.run_state:
+        return dict(job.run_state)
+    rest = {**job.run_state, "step": source.step} if job.run_state else {}
+    return {**rest, **source.run_state}
 
 
 def _require_whole_slots(source: Source, sink: Sink, job: Job) -> None:
@@ -207,7 +232,8 @@ def survey_of(opened: Opened, workers: int | None, buffer_bytes: int) -> Survey:
         place = place.parent
     with naming(place, "cannot be examined"):
         status = os.statvfs(place)
-    have, hold = [s.name for s in source.slots], [s.name for s in sink.slots]
+    hold = [slot.name for slot in sink.slots]
+    no_place = f"no place in format {job.target_format}"
     return Survey(
         source_format=str(job.source_format),
         source=source.path,
@@ -218,6 +244,10 @@ def survey_of(opened: Opened, workers: int | None, buffer_bytes: int) -> Survey:
         free_bytes=status.f_bavail * status.f_frsize if status.f_blocks else 1 << 62,
         memory_bytes=workers * (buffer_bytes + _SOURCE_BYTES),
         workers=workers,
-        left_out=tuple(name for name in have if name not in hold),
-        made=tuple(name for name in hold if name not in have),
+        left_out=(
+            *source.left_out,
+            *getattr(sink, "left_out", ()),
+            *(LeftOut(slot.name, no_place) for slot in source.slots if slot.name not in hold),
+        ),
+        made=made_zeros(source, hold),
     )

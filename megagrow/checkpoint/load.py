@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from megagrow.checkpoint.accounting import summary
 from megagrow.checkpoint.formats import detect
 from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.shape import model_of
@@ -18,7 +20,11 @@ from megagrow.state.boxes import whole
 
 
 def load_model(
-    path: Path, *, name: str | None = None, device: torch.device | None = None
+    path: Path,
+    *,
+    name: str | None = None,
+    device: torch.device | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> tuple[Transformer, ModelConfig, Path]:
     """Read the parameters of a checkpoint into a fp32 model, tensor by tensor.
 
@@ -28,6 +34,7 @@ def load_model(
         path: a checkpoint, or a run directory: its newest one.
         name: the format; by default the one that it looks like.
         device: where the model goes; the CPU by default.
+        say: told, line by line, what the checkpoint holds and the model does not.
 
     Returns:
         The model, its shape, and the checkpoint that the path meant.
@@ -37,6 +44,8 @@ def load_model(
     """
     kind, at = detect(path, name)
     source = kind.open_source(at)
+    for line in summary(source.left_out):
+        say(f"left out: {line}")
     meta = CheckpointMeta(
         catalog=source.catalog,
         slots=source.slots,

@@ -17,96 +17,102 @@ and is left out.  For writing see `megatron_sink`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint import megatron_names as names
-from megagrow.checkpoint.adapter import Format, Source
+from megagrow.checkpoint.accounting import account, unread_files
+from megagrow.checkpoint.adapter import NOTHING_TOLD, Format, LeftOut, ReadOptions, Source
 from megagrow.checkpoint.deepspeed import client_state
-from megagrow.checkpoint.directory import READING, RESTORE, laid_out, naming
+from megagrow.checkpoint.deepspeed_names import CLIENT
+from megagrow.checkpoint.directory import RESTORE, laid_out
+from megagrow.checkpoint.duplicates import same_values
 from megagrow.checkpoint.manifest import CheckpointMeta
+from megagrow.checkpoint.megatron_files import (
+    RANK,
+    Rank,
+    arguments_of,
+    check_rank,
+    flat,
+    read_ranks,
+)
+from megagrow.checkpoint.megatron_optimizer import counts_of, has_moments, states_of
 from megagrow.checkpoint.megatron_sink import FILE, LATEST, MegatronSink
-from megagrow.checkpoint.pickles import Opaque, StoredTensor
+from megagrow.checkpoint.pickles import StoredTensor, brief
+from megagrow.checkpoint.safetensors import read_json
 from megagrow.checkpoint.stored import Record, StoredBox, StoredSource
-from megagrow.checkpoint.torchfile import TorchFile, read_torch_file
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, Catalog, LogicalTensor
 
-_RANK = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,4}))?")
 _ITERATION = re.compile(r"iter_(\d{7,9})")
-_HALF = 2  # bytes of an element that has a master elsewhere
 # Where the axes of QKV [group, projection, head width, embed] lie before version 2.0.
 _OLD_QKV = {0.0: (1, 0, 2), 1.0: (0, 2, 1)}
 
 
-@dataclass(frozen=True)
-class _Rank:
-    """One file of the grid.
-
-    Attributes:
-        parameters: by stored name, in the module's order; a tied copy among them.
-        first_layer: of its pipeline stage.
-    """
-
-    tensor: int
-    pipe: int
-    file: TorchFile
-    parameters: Mapping[str, StoredTensor]
-    first_layer: int
-
-    @property
-    def value(self) -> dict[str, Any]:
-        value: dict[str, Any] = self.file.value
-        return value
-
-    @property
-    def where(self) -> str:
-        return str(self.file.path)
-
-
-def open_source(path: Path) -> Source:
+def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> Source:
     """Open an iteration's directory, or the one above it.
 
+    Args:
+        told: the true vocabulary; names of arguments, and of copies that may differ, to ignore.
+
     Raises:
-        CheckpointError: missing, damaged, incomplete, hostile, or of a model that is not ours.
+        CheckpointError: missing, damaged, incomplete, hostile, of another of Megatron's formats,
+            or of a model that is not ours.
     """
     with laid_out(path, "Megatron-LM lays out its checkpoints"):
-        return _open(find(path) or path)
+        return _open(find(path) or path, told)
 
 
-def _open(path: Path) -> Source:
-    ranks = _read_ranks(path)
+def _open(path: Path, options: ReadOptions) -> Source:
+    _refuse_distributed(path)
+    ranks = read_ranks(path)
     first = ranks[0]
-    args = _arguments(first)
+    args = arguments_of(first)
     version = float(first.value.get("checkpoint_version", 0.0))
     if version not in (0.0, 1.0, 2.0, 3.0):
         raise CheckpointError(
             f"{first.where}: checkpoint_version", found=version, expected="0 to 3"
         )
     told = client_state(first.value)
-    model, padded = names.read_model(args, where=first.where)
+    model, padded, left_out = names.read_model(args, where=first.where, told=options)
     layout = Layout(
         tensor=1 + max(rank.tensor for rank in ranks), pipeline=1 + max(rank.pipe for rank in ranks)
     )
     for rank in ranks:
-        _check_rank(rank, first, layout, version)
+        check_rank(rank, first, layout, version)
     catalog = build_catalog(model)
-    moments = all(_moments(rank, args) for rank in ranks)
+    with_moments = [rank for rank in ranks if has_moments(rank.value, args)]
+    if with_moments and len(with_moments) < len(ranks):
+        bare = next(rank for rank in ranks if rank not in with_moments)
+        raise CheckpointError(
+            f"{bare.where}: has no optimizer state, but {with_moments[0].where} has", mend=RESTORE
+        )
+    moments = bool(with_moments)
     slots = ADAM_SLOTS if moments else (MASTER,)
+    grid = _Grid(path, catalog, layout, padded, version, options.ignore)
     boxes: list[StoredBox] = []
     for rank in ranks:
-        boxes += _boxes(rank, path, catalog, layout, padded, version, moments)
+        carried: set[str] = set()
+        states = states_of(rank.value, rank.parameters, where=rank.where) if moments else {}
+        boxes += grid.boxes(rank, states, carried)
+        left_out += _left_out(rank, carried, moments, bool(told["run_state"]))
+        folder = rank.file.path.parent
+        left_out += [
+            LeftOut(f"{folder.name}/{item.name}", item.reason)
+            for item in unread_files(folder, {FILE})
+        ]
+    left_out += [*grid.differing, *unread_files(path, {r.file.path.parent.name for r in ranks})]
     config = {**told["config"]}
     config.setdefault("model", model.model_dump(mode="json", by_alias=True))
     iteration = first.value.get("iteration")
     step = told["step"] if told["step"] is not None else _count(iteration)
     consumed = args.get("consumed_train_samples")
+    updates = max(counts_of(first.value).values(), default=step) if moments else step
     state = told["run_state"] or {
-        "optimizer_step": step,
+        "optimizer_step": updates,
         **({"consumed_samples": consumed} if isinstance(consumed, int) else {}),
     }
     files = {rank.file.path.relative_to(path).as_posix(): rank.file for rank in ranks}
@@ -117,6 +123,7 @@ def _open(path: Path) -> Source:
         sizes={name: file.size for name, file in sorted(files.items())},
         boxes=boxes,
         records=[Record(name, *record) for name, file in files.items() for record in file.records],
+        left_out=tuple(dict.fromkeys(left_out)),  # ranks hold much under the same names
     )
 
 
@@ -124,145 +131,82 @@ def _count(value: Any) -> int:
     return value if type(value) is int and value >= 0 else 0
 
 
-# --- the grid -----------------------------------------------------------------------------
-
-
-def _read_ranks(path: Path) -> list[_Rank]:
-    """All files of the grid, tensor-parallel ranks within pipeline stages."""
-    with naming(path, "cannot be read", READING):
-        listed = sorted(entry.name for entry in path.iterdir() if entry.name.startswith("mp_rank_"))
-    grid: dict[tuple[int, int], str] = {}
-    for name in listed:
-        match = _RANK.fullmatch(name)
-        if match is None:
-            raise CheckpointError(
-                f"{path / name}: a rank of a grid that is not tensor x pipeline",
-                expected="mp_rank_TT or mp_rank_TT_PPP",
-                mend="checkpoints of experts are not read",
-            )
-        grid[int(match[2] or 0), int(match[1])] = name
-    if not grid:
-        raise CheckpointError(f"{path}: has no mp_rank_* directory", mend=RESTORE)
-    pipes, tensors = (1 + max(key[i] for key in grid) for i in (0, 1))
-    missing = [(p, t) for p in range(pipes) for t in range(tensors) if (p, t) not in grid]
-    if missing or len({"_" in n.removeprefix("mp_rank_") for n in grid.values()}) > 1:
-        at = f"tensor rank {missing[0][1]}, stage {missing[0][0]}" if missing else "two kinds"
-        raise CheckpointError(
-            f"{path}: its mp_rank directories do not make up one checkpoint",
-            found=f"{at}: missing" if missing else "names with and without a stage",
-            mend=RESTORE,
-        )
-    ranks: list[_Rank] = []
-    first_layer = 0
-    for pipe in range(pipes):
-        layers = 0
-        for tensor in range(tensors):
-            file = read_torch_file(path / grid[pipe, tensor] / FILE)
-            parameters = _parameters(file)
-            ranks.append(_Rank(tensor, pipe, file, parameters, first_layer))
-            numbers = {names.local_layer(name) for name in parameters} - {None}
-            layers = max(layers, len(numbers))
-        first_layer += layers
-    return ranks
-
-
-def _parameters(file: TorchFile) -> dict[str, StoredTensor]:
-    value = file.value
-    model = value.get("model") if isinstance(value, dict) else None
-    if not isinstance(model, dict):
-        parts = isinstance(value, dict) and "model0" in value
-        raise CheckpointError(
-            f"{file.path}: has no `model`",
-            found="an interleaved pipeline, `model0`" if parts else None,
-            mend="save it without --num-layers-per-virtual-pipeline-stage" if parts else RESTORE,
-        )
-    return {
-        name: tensor
-        for name, tensor in _flat(model)
-        if isinstance(tensor, StoredTensor) and names.is_parameter(name)
-    }
-
-
-def _flat(value: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Nested dictionaries as dotted names."""
-    for key, item in value.items():
-        if isinstance(item, dict) and depth < 8:
-            yield from _flat(item, f"{prefix}{key}.", depth + 1)
-        else:
-            yield f"{prefix}{key}", item
-
-
-def _arguments(rank: _Rank) -> Mapping[str, Any]:
-    args = rank.value.get("args")
-    if not isinstance(args, Opaque) or not isinstance(args.state, dict):
-        raise CheckpointError(
-            f"{rank.where}: has no `args`, so nothing tells what the model is", mend=RESTORE
-        )
-    return args.state
-
-
-def _check_rank(rank: _Rank, first: _Rank, layout: Layout, version: float) -> None:
-    """See that a file is of the same save as the first."""
-    args, wanted = _arguments(rank), _arguments(first)
-    told = {
-        "iteration": (rank.value.get("iteration"), first.value.get("iteration")),
-        "checkpoint_version": (float(rank.value.get("checkpoint_version", 0.0)), version),
-        "tensor_model_parallel_size": (
-            args.get("tensor_model_parallel_size", layout.tensor),
-            layout.tensor,
-        ),
-        "pipeline_model_parallel_size": (
-            args.get("pipeline_model_parallel_size", layout.pipeline),
-            layout.pipeline,
-        ),
-        **{key: (args.get(key), wanted.get(key)) for key in ("hidden_size", "padded_vocab_size")},
-        "megagrow": (client_state(rank.value), client_state(first.value)),
-    }
-    for what, (found, expected) in told.items():
-        if found != expected:
-            raise CheckpointError(
-                f"{rank.where}: is of another save: {what}",
-                found=f"{found!r:.60}",
-                expected=f"{expected!r:.60}",
-                mend=RESTORE,
-            )
-
-
 # --- values -------------------------------------------------------------------------------
 
 
-def _boxes(
-    rank: _Rank,
-    path: Path,
-    catalog: Catalog,
-    layout: Layout,
-    padded: int,
-    version: float,
-    moments: bool,
-) -> Iterator[StoredBox]:
-    file = rank.file.path.relative_to(path).as_posix()
-    states = _states(rank) if moments else {}
-    for stored, value in rank.parameters.items():
-        if _is_copy(stored, catalog):
-            continue
-        name = names.logical_name(stored, rank.first_layer)
-        if name is None or name not in catalog:
-            raise CheckpointError(f"{rank.where}: {stored[:200]}: not in the model of its args")
-        tensor = catalog[name]
-        box, shape = names.local_part(tensor, layout, rank.tensor, padded)
-        held = {MASTER.name: value} | states.get(stored, {})
-        for slot, found in held.items():
-            if found.shape != shape:
-                raise CheckpointError(
-                    f"{rank.where}: {stored}, slot {slot}: shape",
-                    found=list(found.shape),
-                    expected=list(shape),
-                    mend=RESTORE,
-                )
-            if box is None or (rank.tensor and box.shape == tensor.shape):
-                continue  # padding, or a replica
-            axes = _qkv_axes(tensor, version)
-            yield StoredBox(name, slot, box, file, found.start, found.dtype, axes)
+class _Grid:
+    """Makes boxes of the files' tensors; what several files hold is compared.
+
+    Attributes:
+        differing: copies that are not alike and were to be ignored.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        catalog: Catalog,
+        layout: Layout,
+        padded: int,
+        version: float,
+        ignore: Collection[str],
+    ) -> None:
+        self._path, self._catalog, self._layout = path, catalog, layout
+        self._padded, self._version, self._ignore = padded, version, ignore
+        self._first: dict[tuple[str, str, int], StoredTensor] = {}
+        self.differing: list[LeftOut] = []
+
+    def boxes(
+        self,
+        rank: Rank,
+        states: Mapping[str, Mapping[str, tuple[str, StoredTensor]]],
+        carried: set[str],
+    ) -> Iterator[StoredBox]:
+        """The boxes of a file; names of what they are made of are added to `carried`."""
+        file = rank.file.path.relative_to(self._path).as_posix()
+        for stored, value in rank.parameters.items():
+            copy = _is_copy(stored, self._catalog)
+            name = "embedding.token" if copy else names.logical_name(stored, rank.first_layer)
+            if name is None or name not in self._catalog:
+                raise CheckpointError(f"{rank.where}: {stored[:200]}: not in the model of its args")
+            tensor = self._catalog[name]
+            box, shape = names.local_part(tensor, self._layout, rank.tensor, self._padded)
+            carried.add(f"model.{stored}")
+            held = {MASTER.name: ("", value), **states.get(stored, {})}
+            for slot, (at, found) in held.items():
+                if at:
+                    carried.add(at)
+                if found.shape != shape:
+                    raise CheckpointError(
+                        f"{rank.where}: {stored}, slot {slot}: shape",
+                        found=list(found.shape),
+                        expected=list(shape),
+                        mend=RESTORE,
+                    )
+                whole = box is not None and box.shape == tensor.shape
+                key = (name, slot, 0 if whole else rank.tensor)
+                if key in self._first:
+                    self._compare(rank, stored, slot, self._first[key], found)
+                    continue
+                self._first[key] = found
+                if box is not None:  # else all is padding
+                    axes = _qkv_axes(tensor, self._version)
+                    yield StoredBox(name, slot, box, file, found.start, found.dtype, axes)
+
+    def _compare(
+        self, rank: Rank, stored: str, slot: str, first: StoredTensor, copy: StoredTensor
+    ) -> None:
+        """A replica on another tensor-parallel rank, or the last stage's tied token table."""
+        if same_values(first, copy):
+            return
+        if stored not in self._ignore:
+            raise CheckpointError(
+                f"{rank.where}: {stored}, slot {slot}: is not the copy that it should be",
+                found=f"other values than in {first.path}",
+                expected="the same values, bit for bit",
+                mend=f"to take those of {first.path.parent.name}: --ignore {stored}",
+            )
+        name = f"{rank.file.path.parent.name}: {stored}, slot {slot}"
+        self.differing.append(LeftOut(name, "differs from the first copy; ignored, as you asked"))
 
 
 def _is_copy(stored: str, catalog: Catalog) -> bool:
@@ -280,58 +224,72 @@ def _qkv_axes(tensor: LogicalTensor, version: float) -> tuple[int, ...] | None:
     return _OLD_QKV[version] + tuple(range(3, len(tensor.shape)))
 
 
-def _optimizer(rank: _Rank) -> tuple[dict[str, Any], list[Any]]:
-    """The state of the torch optimizer, and the masters of its groups, where they are apart."""
-    saved = rank.value.get("optimizer")
-    if not isinstance(saved, dict):
-        return {}, []
-    masters = saved.get("fp32_from_fp16_params") or saved.get("fp32_from_fp16") or ()
-    inner = saved.get("optimizer", saved.get("optimizer_state_dict", saved))
-    return (inner if isinstance(inner, dict) else {}), list(masters)
+# --- what is not carried ------------------------------------------------------------------
+
+_OF_THE_RUN = {
+    "rng_state": "random states: a run of megagrow derives its own",
+    "opt_param_scheduler": "the schedule of the learning rate: a run's configuration tells it",
+    "lr_scheduler": "the schedule of the learning rate: a run's configuration tells it",
+}
+_READ = {"args", "checkpoint_version", "iteration", "model", "optimizer", CLIENT}
+_HYPERPARAMETERS = "hyperparameters of the optimizer: a run's configuration tells them"
 
 
-def _moments(rank: _Rank, args: Mapping[str, Any]) -> bool:
-    """Whether the file has Adam's moments of whole parameters."""
-    if args.get("use_distributed_optimizer"):
-        return False
-    states = _optimizer(rank)[0].get("state")
-    return bool(states) and isinstance(states, dict)
-
-
-def _states(rank: _Rank) -> dict[str, dict[str, StoredTensor]]:
-    """By stored name the optimizer's tensors: moments, and a master where there is one apart.
-
-    Parameters are numbered group by group, each in the module's order; biases and vectors are in
-    the group without weight decay.
-    """
-    optimizer, masters = _optimizer(rank)
-    states, groups = optimizer["state"], optimizer["param_groups"]
-    plain = {n for n, t in rank.parameters.items() if n.endswith("bias") or len(t.shape) == 1}
-    found: dict[str, dict[str, StoredTensor]] = {}
-    for number, group in enumerate(groups):
-        members = list(rank.parameters)
-        if len([g for g in groups if g["params"]]) > 1:
-            decays = group.get("wd_mult", group.get("weight_decay")) != 0.0
-            members = [name for name in members if (name not in plain) == decays]
-        if len(members) != len(group["params"]):
-            raise CheckpointError(
-                f"{rank.where}: optimizer: group {number} is not of these parameters",
-                found=f"{len(group['params'])} parameters",
-                expected=f"{len(members)}",
-            )
-        half = [n for n in members if rank.parameters[n].dtype.itemsize == _HALF]
-        apart = dict(zip(half, masters[number], strict=True)) if masters else {}
-        for name, index in zip(members, group["params"], strict=True):
-            state = states[index]
-            found[name] = {slot.name: state[slot.name] for slot in ADAM_SLOTS[1:]}
-            if name in apart:
-                found[name][MASTER.name] = apart[name]
-            if not all(isinstance(tensor, StoredTensor) for tensor in found[name].values()):
-                raise CheckpointError(f"{rank.where}: optimizer: state of {name} is no tensor")
-    return found
+def _left_out(rank: Rank, carried: set[str], moments: bool, told: bool) -> tuple[LeftOut, ...]:
+    """What a file holds and nothing above carries."""
+    held = [key for key in rank.value if key not in {"model", "optimizer"}]
+    left = [
+        LeftOut(key, _OF_THE_RUN.get(key, "megagrow keeps nothing of the kind"))
+        for key in held
+        if key not in _READ
+    ]
+    for stored, value in flat(rank.value["model"]):
+        name = f"model.{stored}"
+        held.append(name)
+        if name in carried:
+            continue
+        reason = "no parameter" if isinstance(value, StoredTensor) else "no tensor"
+        left.append(LeftOut(name, reason))
+    optimizer = rank.value.get("optimizer")
+    if optimizer is not None and not moments:
+        held.append("optimizer")
+        where = "distributed: its moments lie in files of their own"
+        apart = arguments_of(rank).get("use_distributed_optimizer")
+        left.append(LeftOut("optimizer", where if apart else "has no moments of Adam"))
+    elif optimizer is not None:
+        counts = counts_of(rank.value)
+        latest = max(counts.values(), default=0)
+        for stored, _ in flat(optimizer):
+            name = f"optimizer.{stored}"
+            held.append(name)
+            if name in carried or (not told and counts.get(name) == latest):
+                carried.add(name)
+            elif name in counts:
+                reason = "the run's count is carried" if told else f"{latest} is carried"
+                left.append(LeftOut(name, f"a count of updates: {reason}"))
+            else:
+                slot = ".state." in f".{stored}"
+                left.append(LeftOut(name, "a slot that Adam has not" if slot else _HYPERPARAMETERS))
+    return account(held, carried=(carried | _READ) & set(held), left_out=left)
 
 
 # --- finding ------------------------------------------------------------------------------
+
+
+_METADATA = "metadata.json"  # of the formats that Megatron calls distributed
+
+
+def _refuse_distributed(path: Path) -> None:
+    if not is_distributed(path):
+        return
+    kind = read_json(path / _METADATA).get("sharded_backend")
+    raise CheckpointError(
+        f"{path}: is in Megatron's distributed format, which is not read",
+        found=f"sharded_backend {brief(kind)} in {_METADATA}",
+        expected=f"mp_rank_*/{FILE}, Megatron's --ckpt-format torch",
+        mend="convert it with Megatron: start the training script as before with the options "
+        "--load DIR --ckpt-convert-format torch --ckpt-convert-save NEW, then read NEW/torch",
+    )
 
 
 def find(path: Path) -> Path | None:
@@ -350,8 +308,17 @@ def find(path: Path) -> Path | None:
 def _is_iteration(path: Path) -> bool:
     if not path.is_dir():
         return False
-    ranks = (entry for entry in path.iterdir() if _RANK.match(entry.name) and entry.is_dir())
+    if is_distributed(path):
+        return True  # to be refused by name
+    ranks = (entry for entry in path.iterdir() if RANK.match(entry.name) and entry.is_dir())
     return any((rank / FILE).exists() for rank in ranks)
+
+
+def is_distributed(path: Path) -> bool:
+    """Whether a directory is in one of the formats that Megatron calls distributed."""
+    return (path / _METADATA).is_file() and any(
+        (path / name).exists() for name in ("common.pt", ".metadata")
+    )
 
 
 FORMAT = Format(
@@ -360,4 +327,5 @@ FORMAT = Format(
     find=find,
     open_source=open_source,
     open_sink=MegatronSink,
+    open_told=open_source,
 )

@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megagrow.checkpoint.adapter import LeftOut, ReadOptions
+from megagrow.checkpoint.megatron_arguments import require_known
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
@@ -135,41 +137,20 @@ def local_part(
 
 # --- arguments ----------------------------------------------------------------------------
 
-# What would make another function of the same tensors, with the values that ours computes too;
-# an argument that is absent has the first.
-_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "num_experts": (None,),
-    "multi_latent_attention": (False, None),
-    "squared_relu": (False, None),
-    "apply_layernorm_1p": (False, None),
-    "apply_residual_connection_post_layernorm": (False, None),
-    "qk_layernorm": (False, None),
-    "add_qkv_bias": (False, None),
-    "rotary_percent": (1.0,),
-    "rotary_interleaved": (False, None),
-    "rotary_seq_len_interpolation_factor": (None, 1),
-    "use_rope_scaling": (False, None),
-    "virtual_pipeline_model_parallel_size": (None, 1),
-    "expert_model_parallel_size": (1, None),
-    "mtp_num_layers": (None, 0),
-}
 
+def read_model(
+    args: Mapping[str, Any], *, where: str, told: ReadOptions
+) -> tuple[ModelConfig, int, list[LeftOut]]:
+    """The model of a checkpoint's arguments, its token table's rows, and what is left out.
 
-def read_model(args: Mapping[str, Any], *, where: str) -> tuple[ModelConfig, int]:
-    """The model of a checkpoint's arguments, and the rows of its token table with padding.
-
-    The vocabulary is `vocab_size` where that is told, else all rows.
+    The rows count padding.  The vocabulary is `vocab_size`, else what a person tells, else all
+    rows.
 
     Raises:
-        CheckpointError: names the argument that our model cannot express, or that is missing.
+        CheckpointError: names the argument that our model cannot express, that is missing, or of
+            which is not known what it does.
     """
-    for key, known in _ONLY.items():
-        if args.get(key, known[0]) not in known:
-            raise CheckpointError(
-                f"{where}: args.{key}: megagrow's model has no such feature",
-                found=repr(args[key])[:200],
-                expected=repr(known[0]),
-            )
+    left_out = list(require_known(args, where=where, ignore=told.ignore))
     rope = args.get("position_embedding_type") == "rope" or args.get(
         "use_rotary_position_embeddings"
     )
@@ -192,7 +173,7 @@ def read_model(args: Mapping[str, Any], *, where: str) -> tuple[ModelConfig, int
             expected="; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in kinds.items()),
         )
     try:
-        padded, told = args["padded_vocab_size"], args.get("vocab_size")
+        padded = args["padded_vocab_size"]
         heads = args["num_attention_heads"]
         groups = args.get("num_query_groups") if args.get("group_query_attention") else heads
         model = ModelConfig.model_validate(
@@ -205,10 +186,10 @@ def read_model(args: Mapping[str, Any], *, where: str) -> tuple[ModelConfig, int
                 "head_dim": args.get("kv_channels"),
                 "ffn": args.get("ffn_hidden_size") or 4 * args["hidden_size"],
                 "sequence": args["max_position_embeddings"],
-                "vocab": told if isinstance(told, int) and 0 < told <= padded else padded,
+                "vocab": _vocabulary(args, padded, where, told),
                 "tie_embeddings": not args.get("untie_embeddings_and_output_weights", False),
                 "dropout": args.get("hidden_dropout", 0.0),
-                "norm_eps": args.get("norm_epsilon", args.get("layernorm_epsilon", 1e-5)),
+                "norm_eps": _agreed(args, "norm_epsilon", "layernorm_epsilon", default=1e-5),
                 "rope_theta": float(args.get("rotary_base") or 1e4),
                 "init_std": args.get("init_method_std", 0.02),
             }
@@ -218,7 +199,64 @@ def read_model(args: Mapping[str, Any], *, where: str) -> tuple[ModelConfig, int
         raise CheckpointError(
             f"{where}: args describe no model that megagrow can express", found=found[:500]
         ) from None
-    return model, int(padded)
+    _require_alike(args, model, where)
+    if model.vocab == padded and told.vocabulary is None and args.get("vocab_size") is None:
+        name = f"args.vocab_size, unset: all {padded} rows count as tokens"
+        left_out.append(LeftOut(name, "--vocab-size tells how many there are"))
+    elif model.vocabulary < padded:
+        name = f"rows {model.vocabulary} to {padded - 1} of the token table"
+        left_out.append(LeftOut(name, "padding of the vocabulary"))
+    attention = args.get("attention_dropout", model.dropout)
+    if attention != model.dropout:
+        reason = f"megagrow has one dropout, hidden_dropout's {model.dropout}"
+        left_out.append(LeftOut(f"args.attention_dropout {attention}", reason))
+    return model, int(padded), left_out
+
+
+def _vocabulary(args: Mapping[str, Any], padded: int, where: str, told: ReadOptions) -> int:
+    known = args.get("vocab_size")
+    known = known if isinstance(known, int) and 0 < known <= padded else None
+    wanted = told.vocabulary
+    if wanted is not None and (wanted > padded or known not in (None, wanted)):
+        raise CheckpointError(
+            f"{where}: --vocab-size {wanted} is not the vocabulary of this checkpoint",
+            found=f"args.vocab_size {known}, args.padded_vocab_size {padded}",
+            expected=f"{known}" if known else f"at most {padded}",
+        )
+    return wanted or known or padded
+
+
+def _agreed(args: Mapping[str, Any], name: str, other: str, *, default: float) -> float:
+    """An argument that has two names in Megatron's versions."""
+    told = [args[key] for key in (name, other) if args.get(key) is not None]
+    if len(set(told)) > 1:
+        raise ValueError(f"{name} is {told[0]}, {other} is {told[1]}")
+    return float(told[0]) if told else default
+
+
+def _require_alike(args: Mapping[str, Any], model: ModelConfig, where: str) -> None:
+    """What depends on the family, or on another argument."""
+    fused = args.get("bias_gelu_fusion", args.get("bias_activation_fusion", True))
+    wanted: dict[str, tuple[Any, ...]] = {"encoder_num_layers": (None, model.layers)}
+    if model.family == "gpt2":
+        wanted["add_position_embedding"] = (True,)
+        wanted["position_embedding_type"] = ("learned_absolute",)
+        if not fused:
+            raise CheckpointError(
+                f"{where}: args.bias_gelu_fusion: megagrow's GELU is the tanh form",
+                found="False, with which Megatron computes the exact form",
+                expected="True",
+            )
+    else:
+        # Older versions say it with use_rotary_position_embeddings and leave this at its default.
+        wanted["position_embedding_type"] = ("rope", "learned_absolute")
+    for key, known in wanted.items():
+        if args.get(key, known[0]) not in known:
+            raise CheckpointError(
+                f"{where}: args.{key}: megagrow's model has no such feature",
+                found=repr(args[key])[:200],
+                expected=repr(known[0]),
+            )
 
 
 def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, Any]:
@@ -240,7 +278,8 @@ def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, 
         "use_rotary_position_embeddings": llama,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
-        "rotary_base": int(model.rope_theta),
+        # Megatron's own option takes whole numbers alone, its model any.
+        "rotary_base": _whole_if_it_is(model.rope_theta),
         "normalization": "RMSNorm" if llama else "LayerNorm",
         "norm_epsilon": model.norm_eps,
         "layernorm_epsilon": model.norm_eps,
@@ -262,3 +301,7 @@ def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, 
         "use_mcore_models": True,
         "transformer_impl": "local",
     }
+
+
+def _whole_if_it_is(value: float) -> float:
+    return int(value) if value.is_integer() else value

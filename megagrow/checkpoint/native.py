@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megagrow.checkpoint import manifest as manifests
+from megagrow.checkpoint.accounting import account, unread_files
 from megagrow.checkpoint.contents import Contents, prove
 from megagrow.checkpoint.directory import (
     READING,
@@ -34,6 +35,7 @@ class NativeCheckpoint(StoredSource):
 
     def __init__(self, path: Path, contents: Contents, *, verify: bool) -> None:
         manifest = contents.manifest
+        boxes = list(_boxes(contents))
         self.version = manifest.megagrow  # the megagrow that wrote it
         super().__init__(
             path,
@@ -47,8 +49,13 @@ class NativeCheckpoint(StoredSource):
             ),
             step=manifest.step,
             sizes={record.name: record.size for record in manifest.files},
-            boxes=_boxes(contents),
+            boxes=boxes,
             records=_records(contents),
+            left_out=account(
+                (f"{name}@{slot}" for name, slot in contents.stored),
+                carried={f"{box.tensor}@{box.slot}" for box in boxes},
+            )
+            + tuple(unread_files(path, {manifests.NAME, *(file.name for file in manifest.files)})),
         )
         self.compare_when_read = verify
 

@@ -4,6 +4,11 @@ A pickle is a program for a small machine.  The reader here knows only the instr
 build plain values; a name in the pickle is never imported: a few names stand for tensors and
 containers, some more are kept as `Opaque` values, and any other is refused by name.  Of a
 tensor's values only the place in the file is told: see `torchfile`.
+
+A few bytes of a pickle can stand for a value that no machine could print, compare or hash: a
+tuple of two references to a tuple of two references, and so on.  So work is counted, never
+timed: instructions, parts of keys, and the size that the value would have were every reference
+to a part a copy of it.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import io
 import math
 import pickle
 import reprlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 
 from megagrow.checkpoint.directory import READING, RESTORE, naming, open_regular, read_exactly
+from megagrow.checkpoint.pickle_bounds import HASHING, RefusedError, require_small, require_tree
 from megagrow.errors import CheckpointError
 
 STORAGES = {
@@ -44,6 +50,10 @@ _OPAQUE_NAMES = frozenset(
         "_io.BytesIO",
     }
 )
+MOST_INSTRUCTIONS = 1 << 24  # a tensor takes some 50
+_MOST_COPIES, _SOME_PARTS = 4, 10_000  # of the tree that a value is, for each instruction; in all
+_MOST_AXES = 64
+_LONGEST_NAME = 512
 _OPAQUE_ROOMS = ("deepspeed.", "megatron.", "numpy.", "torch.optim.", "pathlib.")
 
 
@@ -63,6 +73,9 @@ class Opaque:
 
     # A key of a dictionary in some pickles, though its state may be a dictionary.
     __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"  # what it holds may be a whole checkpoint
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """One of its attributes."""
@@ -116,6 +129,7 @@ def read_pickle(
     storages: Mapping[str, Stretch] | None = None,
     names: Collection[str] | None = None,
     permuted: bool = False,
+    instructions: int = MOST_INSTRUCTIONS,
 ) -> Any:
     """What a pickle describes: plain values, with `StoredTensor` and `Opaque` among them.
 
@@ -124,11 +138,13 @@ def read_pickle(
         storages: of tensors, by the name of their record.
         names: the only names that may appear; by default those that checkpoints have.
         permuted: whether tensors may lie in another order of axes than row-major.
+        instructions: how many may be followed.
 
     Raises:
-        CheckpointError: damaged, or with anything in it that is not plain data.
+        CheckpointError: damaged, with anything in it that is not plain data, or with more work
+            in it than its length warrants.
     """
-    return _Machine(where, storages or {}, data, names, permuted).run()
+    return _Machine(where, storages or {}, data, names, permuted, instructions).run()
 
 
 def brief(value: Any) -> str:
@@ -137,10 +153,6 @@ def brief(value: Any) -> str:
 
 
 # --- the pickle machine -------------------------------------------------------------------
-
-
-class _RefusedError(Exception):
-    """Why a pickle is not taken."""
 
 
 @dataclass(frozen=True)
@@ -160,15 +172,43 @@ _INSTRUCTIONS = (
 
 
 _PYTHONS: Any = pickle._Unpickler
+_Step = Callable[[Any], None]
+
+
+def _counted(step: _Step) -> _Step:
+    """An instruction that counts itself."""
+
+    def counted(machine: _Machine) -> None:
+        machine.spent += 1  # not by `charge`: this is done for every instruction
+        if machine.spent > machine.limit:
+            machine.charge(0)
+        step(machine)
+
+    return counted
+
+
+def _with_keys(step: _Step, keys: Callable[[list[Any]], Sequence[Any]]) -> _Step:
+    """An instruction that hashes: `keys` says what, of the stack that it finds."""
+
+    def checked(machine: _Machine) -> None:
+        for key in keys(machine.stack):
+            require_small(key)
+        step(machine)
+
+    return checked
+
+
+def _instruction(name: str) -> _Step:
+    step: _Step = _PYTHONS.dispatch[getattr(pickle, name)[0]]
+    return _counted(_with_keys(step, HASHING[name]) if name in HASHING else step)
 
 
 class _Machine(_PYTHONS):
     """Python's unpickler with the instructions that could run something replaced or left out."""
 
     stack: list[Any]
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        code: _PYTHONS.dispatch[code]
-        for code in (getattr(pickle, name)[0] for name in _INSTRUCTIONS.split())
+    dispatch: ClassVar[dict[int, _Step]] = {
+        getattr(pickle, name)[0]: _instruction(name) for name in _INSTRUCTIONS.split()
     }
 
     def __init__(
@@ -178,15 +218,30 @@ class _Machine(_PYTHONS):
         data: bytes,
         names: Collection[str] | None,
         permuted: bool,
+        instructions: int,
     ) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._path, self._records, self._names, self._permuted = path, records, names, permuted
+        self.spent, self.limit = 0, instructions
+
+    def charge(self, count: int) -> None:
+        """Count work as so many instructions."""
+        self.spent += count
+        if self.spent > self.limit:
+            raise RefusedError(f"more than {self.limit:,} instructions")
 
     def run(self) -> Any:
         """The value (raises CheckpointError)."""
         try:
-            return self.load()
-        except _RefusedError as reason:
+            value = self.load()
+            require_tree(
+                value,
+                most=_MOST_COPIES * self.spent + _SOME_PARTS,
+                parts_of=_parts,
+                kinds=_CONTAINERS,
+            )
+            return value
+        except RefusedError as reason:
             raise CheckpointError(
                 f"{self._path}: its pickle is refused; nothing of it was run",
                 found=str(reason)[:500],
@@ -201,6 +256,8 @@ class _Machine(_PYTHONS):
 
     def find_class(self, module: str, name: str) -> Any:
         """A name as a name; refused where it is not one that a checkpoint has."""
+        if len(module) + len(name) > _LONGEST_NAME:
+            raise RefusedError(f"a name of {len(module) + len(name)} characters")
         full = f"{module}.{name}"
         kind = full.removeprefix("torch.")
         dtype = getattr(torch, kind, None) if kind.isidentifier() and kind != full else None
@@ -213,37 +270,41 @@ class _Machine(_PYTHONS):
             known = True
         if known:
             return _Global(full)
-        raise _RefusedError(f"it names {full!r}")
+        raise RefusedError(f"it names {full!r}")
 
     def persistent_load(self, pid: Any) -> Any:
         """A tensor storage: (record, element type)."""
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
-            raise _RefusedError(f"it refers to {pid!r:.100}")
+            raise RefusedError(f"it refers to {brief(pid)}")
         _, kind, key, _, numel = pid
         dtype = STORAGES.get(kind.name) if isinstance(kind, _Global) else None
-        if dtype is None or not isinstance(numel, int):
-            raise _RefusedError(f"a storage of {kind!r:.100}")
+        if dtype is None or not isinstance(numel, int) or not isinstance(key, str):
+            raise RefusedError(f"a storage of {brief(kind)}")
+        if len(key) > _LONGEST_NAME:
+            raise RefusedError(f"a storage with a name of {len(key)} characters")
         record = self._records.get(f"data/{key}")
         if record is None or record.size != numel * dtype.itemsize:
-            raise _RefusedError(f"storage {key!r:.40} has not {numel} elements of {dtype}")
+            raise RefusedError(f"storage {brief(key)} has not {numel} elements of {dtype}")
         return _Storage(self._path, record.start, dtype, numel)
 
     def _reduce(self) -> None:
         args = self.stack.pop()
         target = self.stack[-1]
         if not isinstance(target, _Global) or not isinstance(args, tuple):
-            raise _RefusedError(f"it calls {target!r:.100}")
+            raise RefusedError(f"it calls {brief(target)}")
+        # A call looks at each of its arguments' parts.
+        self.charge(sum(len(one) for one in args if isinstance(one, (tuple, list))))
         call = _CALLS.get(target.name)
         value = call(args) if call else Opaque(target.name, args)
         if isinstance(value, StoredTensor) and value.axes is not None and not self._permuted:
-            raise _RefusedError(f"a tensor of shape {list(value.shape)} that is not row-major")
+            raise RefusedError(f"a tensor of shape {list(value.shape)} that is not row-major")
         self.stack[-1] = value
 
     def _new_object(self) -> None:
         args = self.stack.pop()
         target = self.stack[-1]
         if not isinstance(target, _Global) or target.name in _CALLS or args != ():
-            raise _RefusedError(f"it makes an object of {target!r:.100}")
+            raise RefusedError(f"it makes an object of {brief(target)}")
         self.stack[-1] = Opaque(target.name)
 
     def _build(self) -> None:
@@ -253,11 +314,23 @@ class _Machine(_PYTHONS):
             # In place: what the pickle refers to again must be the object with its state.
             object.__setattr__(target, "state", state)
         elif not isinstance(target, dict):  # attributes of a state_dict: versions of modules
-            raise _RefusedError(f"it sets attributes of {type(target).__name__}")
+            raise RefusedError(f"it sets attributes of {type(target).__name__}")
 
-    dispatch[pickle.REDUCE[0]] = _reduce
-    dispatch[pickle.NEWOBJ[0]] = _new_object
-    dispatch[pickle.BUILD[0]] = _build
+    dispatch[pickle.REDUCE[0]] = _counted(_reduce)
+    dispatch[pickle.NEWOBJ[0]] = _counted(_new_object)
+    dispatch[pickle.BUILD[0]] = _counted(_build)
+
+
+_CONTAINERS = (dict, list, tuple, set, Opaque)
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    """What a value holds; nothing for one that is no container."""
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, (list, tuple, set)):
+        return list(value)
+    return (value.args, value.state) if isinstance(value, Opaque) else ()
 
 
 @dataclass(frozen=True)
@@ -270,13 +343,15 @@ class _Storage:
 
 def _tensor(args: tuple[Any, ...]) -> StoredTensor:
     storage, offset, shape, strides = args[:4]
+    if len(shape) > _MOST_AXES or len(strides) > _MOST_AXES:
+        raise RefusedError(f"a tensor with {len(shape)} axes")
     numbers = (offset, *shape, *strides)
-    good = isinstance(storage, _Storage) and len(shape) == len(strides) <= 64
+    good = isinstance(storage, _Storage) and len(shape) == len(strides)
     if not good or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-        raise _RefusedError(f"a tensor of {numbers!r:.100}")
+        raise RefusedError(f"a tensor of {brief(numbers)}")
     axes = _axes(tuple(shape), tuple(strides)) if 0 not in shape else None
     if offset + math.prod(shape) > storage.numel:
-        raise _RefusedError(f"a tensor of shape {list(shape)} reaches outside its storage")
+        raise RefusedError(f"a tensor of shape {list(shape)} reaches outside its storage")
     start = storage.start + offset * storage.dtype.itemsize
     return StoredTensor(storage.path, start, storage.dtype, tuple(shape), axes)
 
@@ -289,7 +364,7 @@ def _axes(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] |
     step = 1
     for axis in reversed(turned):
         if strides[axis] != step:
-            raise _RefusedError(f"strides {list(strides)} of shape {list(shape)} leave holes")
+            raise RefusedError(f"strides {list(strides)} of shape {list(shape)} leave holes")
         step *= shape[axis]
     short = [axis for axis, n in enumerate(shape) if n == 1]
     return None if turned == long else (*short, *turned)
@@ -297,27 +372,32 @@ def _axes(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] |
 
 def _parameter(args: tuple[Any, ...]) -> StoredTensor:
     if not args or not isinstance(args[0], StoredTensor):
-        raise _RefusedError("a parameter that is no tensor")
+        raise RefusedError("a parameter that is no tensor")
     return args[0]
 
 
 def _typed(args: tuple[Any, ...]) -> StoredTensor:
     function, kind, inner = args[0], args[1], args[2]
     if function != _Global("torch._utils._rebuild_tensor_v2") or kind != _Global("torch.Tensor"):
-        raise _RefusedError(f"a tensor made by {function!r:.100}")
+        raise RefusedError(f"a tensor made by {brief(function)}")
     return _tensor(inner)
 
 
 def _ordered(args: tuple[Any, ...]) -> dict[Any, Any]:
-    return dict(*args)
+    pairs = [(key, value) for key, value in (args[0] if args else ())]
+    for key, _ in pairs:
+        require_small(key)
+    return dict(pairs)
 
 
 def _size(args: tuple[Any, ...]) -> tuple[int, ...]:
+    if len(args[0]) > _MOST_AXES:
+        raise RefusedError(f"a shape with {len(args[0])} axes")
     return tuple(int(n) for n in args[0])
 
 
 def _not_called(args: tuple[Any, ...]) -> Any:
-    raise _RefusedError("it calls torch.Tensor")
+    raise RefusedError("it calls torch.Tensor")
 
 
 _CALLS: dict[str, Callable[[tuple[Any, ...]], Any]] = {

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,8 @@ class StoredSource:
         sizes: size in bytes of each file that has boxes.
         boxes: they tile every slot of every tensor of `meta.catalog`, with one element type.
         records: checksums, where the format has them; a seal beside the files takes their place.
-        left_out: what the files hold beside these boxes.
+        left_out: what the files hold beside these boxes; see `accounting.account`.
+        zeros: element type of each (tensor, slot) of which the files hold nothing: read as zeros.
 
     Attributes:
         compare_when_read: whether reads compare checksums, each once.
@@ -97,12 +99,14 @@ class StoredSource:
         boxes: Iterable[StoredBox],
         records: Iterable[Record] = (),
         left_out: Sequence[LeftOut] = (),
+        zeros: Mapping[tuple[str, str], torch.dtype] = MappingProxyType({}),
     ) -> None:
         self.path, self.step, self._meta = path, step, meta
         self.left_out = tuple(left_out)
         self.files = dict(sizes)
         self._number = {name: i for i, name in enumerate(self.files)}
-        self._stored = _proved(path, meta, self.files, boxes)
+        self.zeros = dict(zeros)
+        self._stored = _proved(path, meta, self.files, boxes, self.zeros)
         sealed, chunk = read_seal(path)
         if sealed:
             records = _sealed(path, self.files, sealed, chunk)
@@ -146,6 +150,8 @@ class StoredSource:
 
     def dtype(self, tensor: str, slot: str) -> torch.dtype:
         """The element type of a tensor's slot."""
+        if (tensor, slot) in self.zeros:
+            return self.zeros[tensor, slot]
         return self._boxes(tensor, slot)[0].dtype
 
     def sources(self, name: str, box: Box, *, reader: int) -> Iterator[tuple[int, Box]]:
@@ -169,6 +175,8 @@ class StoredSource:
             raise ValueError(
                 f"{tensor}@{slot}#{box}: out is {list(out.shape)} {out.dtype}, stored {dtype}"
             )
+        if (tensor, slot) in self.zeros:
+            return out.zero_()
         filled = 0
         with torch.no_grad():
             for stored, common in self._meeting(tensor, slot, box):
@@ -348,12 +356,17 @@ def _sealed(
 
 
 def _proved(
-    path: Path, meta: CheckpointMeta, sizes: Mapping[str, int], boxes: Iterable[StoredBox]
+    path: Path,
+    meta: CheckpointMeta,
+    sizes: Mapping[str, int],
+    boxes: Iterable[StoredBox],
+    zeros: Collection[tuple[str, str]],
 ) -> dict[tuple[str, str], list[StoredBox]]:
     stored: dict[tuple[str, str], list[StoredBox]] = {
         (tensor.name, slot.name): []
         for tensor in meta.catalog
         for slot in slots_of(tensor, meta.slots)
+        if (tensor.name, slot.name) not in zeros
     }
     for item in boxes:
         at = f"{path / item.file}: {item}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megagrow.checkpoint.accounting import enumerated, made_zeros, summary
 from megagrow.checkpoint.adapter import Source
 from megagrow.checkpoint.directory import list_steps, step_path
 from megagrow.checkpoint.manifest import NAME
@@ -60,6 +61,11 @@ def describe(source: Source, *, format_name: str, checksums: str) -> str:
         "fingerprints": ", ".join(f"{k} {v}" for k, v in source.fingerprints.items()) or "none",
         "steps beside it": ", ".join(map(str, steps)) or "none",
     }
+    if source.zeros:
+        made = made_zeros(source, [slot.name for slot in source.slots])
+        rows["zeros"] = f"{enumerated(made)} (the files hold none)"
+    lines = summary(source.left_out)
+    rows |= {f"left out{'' if i == 0 else f' {i + 1}'}": line for i, line in enumerate(lines)}
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 

@@ -4,11 +4,13 @@ The reader follows the YAML 1.2 core rules where YAML 1.1 (PyYAML's default)
 surprises: `1e-3` is a number, `1e6` is the integer a million, `yes` and `on`
 are text, `010` is ten, a date is text and `1:30` is not ninety.  Underscores
 between digits (`1_000_000`) are kept as a convenience.  Duplicate keys, keys
-that are not text, self-references and tags for other types are refused.
+that are not text, self-references, tags for other types, and documents that
+aliases make larger than any configuration are refused.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -18,6 +20,8 @@ import yaml
 from megagrow.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"
+_MOST_VALUES = 100_000  # with each alias counted as a copy of what it stands for
+_MOST_DIGITS = 40
 _MOST_NESTING = 100  # far above any real file; keeps a hostile one from exhausting the stack
 
 _INTEGER = re.compile(
@@ -58,7 +62,21 @@ class _Loader(yaml.SafeLoader):
             )
         node = super().compose_node(parent, index)
         self.nesting -= 1
+        if node is not None:
+            self._weigh(node)
         return node
+
+    def _weigh(self, node: yaml.Node) -> None:
+        """Count the values that a node stands for; an alias is the node that it names."""
+        sizes: dict[yaml.Node, int] = self.__dict__.setdefault("sizes", {})
+        if node in sizes or isinstance(node, yaml.ScalarNode):
+            return
+        parts = node.value if isinstance(node, yaml.SequenceNode) else itertools.chain(*node.value)
+        sizes[node] = 1 + sum(sizes.get(part, 1) for part in parts)
+        if sizes[node] > _MOST_VALUES:
+            raise yaml.composer.ComposerError(
+                None, None, f"stands for more than {_MOST_VALUES:,} values", node.start_mark
+            )
 
 
 class _Dumper(yaml.SafeDumper):
@@ -75,6 +93,10 @@ def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node).replace("_", "")
+    if len(text) > _MOST_DIGITS:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"a number of {len(text)} digits", node.start_mark
+        )
     if text.startswith("0x"):
         return int(text, 16)
     mantissa, _, exponent = text.lower().partition("e")

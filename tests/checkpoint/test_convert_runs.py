@@ -51,7 +51,7 @@ def test_a_grown_model_goes_to_transformers_and_a_new_run_starts_from_it(grown, 
     root, config = grown
     weights = tmp_path / "hf"
     said = convert("--from", root / "run", "--to", weights, "--to-format", "huggingface")
-    assert "left out exp_avg, exp_avg_sq" in said
+    assert "left out: exp_avg, exp_avg_sq" in said
     file = write_config(
         tmp_path / "new.yaml",
         config
@@ -64,7 +64,7 @@ def test_a_grown_model_goes_to_transformers_and_a_new_run_starts_from_it(grown, 
     said = convert(
         "--from", weights, "--to", tmp_path / "start", "--to-format", "native", "--config", file
     )
-    assert "exp_avg, exp_avg_sq: the source has none" in said
+    assert "zeros: exp_avg, exp_avg_sq (the source has none)" in said
     old, new = NativeCheckpoint.open(root / "run/checkpoints/step_00000007"), tmp_path / "start"
     assert_same(contents(new), contents(old.path), slots={"master"})
     rows = train(1, file, resume=new)

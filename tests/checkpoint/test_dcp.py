@@ -1,6 +1,8 @@
 """torch.distributed.checkpoint: torch reads ours, we read torch's, and no pickle runs code."""
 
+import hashlib
 import io
+import json
 import os
 import pickle
 import random
@@ -12,15 +14,21 @@ import torch
 import torch.distributed.checkpoint as dcp
 from states import GQA, assert_same, contents, opened, save_model, to
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from toys import toy_model
 from worlds import random_box
 
-from megagrow.checkpoint.dcp import stored_name
+from megagrow.checkpoint.convert import Job, convert, survey
+from megagrow.checkpoint.dcp_sink import digest, stored_name
 from megagrow.checkpoint.pickles import read_pickle
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
+from megagrow.train.state import RunState
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def torch_loads(path, wanted):
@@ -83,7 +91,104 @@ def test_torchs_own_is_read(tmp_path, moments):
     for pair, values in found.items():
         assert torch.equal(values, state[stored_name(*pair)]), pair
     native = to(tmp_path / "dcp", tmp_path / "native", "native", layout=Layout(data=2, zero=1))
-    assert_same(contents(native), found, slots={"master"})
+    assert_same(contents(native), found, slots={slot for _, slot in found})
+    left_out = {item.name for item in opened(tmp_path / "dcp").left_out}
+    assert left_out >= {"train_state.step", "note"}
+    assert ("optimizer.state.one.step" in left_out) == (not moments)
+
+
+def test_moments_are_carried_tensor_by_tensor_and_what_is_missing_is_named(tmp_path):
+    state = {f"t{i}": torch.randn(4, 3) for i in range(4)}
+    for name in ("t0", "t1"):
+        state |= {
+            f"optimizer.state.{name}.exp_avg": torch.randn(4, 3),
+            f"optimizer.state.{name}.exp_avg_sq": torch.rand(4, 3),
+            f"optimizer.state.{name}.step": torch.tensor(5.0),
+        }
+    state["optimizer.state.t2.exp_avg"] = torch.randn(4, 3)  # alone it would make endless updates
+    state["optimizer.state.t1.max_exp_avg_sq"] = torch.rand(4, 3)
+    state["optimizer.state.t0.exp_avg_sq"] = torch.rand(3, 4)
+    dcp.save(state, checkpoint_id=str(tmp_path / "dcp"), no_dist=True)
+    source = opened(tmp_path / "dcp")
+    assert source.run_state == {"optimizer_step": 5}
+    found = contents(tmp_path / "dcp")
+    for slot in MOMENTS:
+        assert torch.equal(found["t1", slot], state[f"optimizer.state.t1.{slot}"])
+        assert not any(found[name, slot].any() for name in ("t0", "t2", "t3"))
+    assert {item.name for item in source.left_out} == {
+        "optimizer.state.t0.exp_avg",  # its second moment has another shape
+        "optimizer.state.t0.exp_avg_sq",
+        "optimizer.state.t1.max_exp_avg_sq",
+        "optimizer.state.t2.exp_avg",
+    }
+    job = Job(tmp_path / "dcp", tmp_path / "native", "native", run_state=RunState().to_json())
+    about = survey(job)
+    assert about.made == tuple(f"{slot} of {t}" for slot in MOMENTS for t in ("t0", "t2", "t3"))
+    assert about.left_out == source.left_out
+    convert(job, verify=True)
+    assert_same(contents(tmp_path / "native"), found)
+    assert RunState.from_json(opened(tmp_path / "native").run_state).optimizer_step == 5
+
+
+def test_counts_that_differ_are_named(tmp_path):
+    state = {}
+    for name, count in {"a": 3.0, "b": 5.0}.items():
+        state |= {name: torch.ones(2), f"optimizer.state.{name}.step": torch.tensor(count)}
+        state |= {f"optimizer.state.{name}.{slot}": torch.ones(2) for slot in MOMENTS}
+    dcp.save(state, checkpoint_id=str(tmp_path), no_dist=True)
+    source = opened(tmp_path)
+    assert source.run_state == {"optimizer_step": 5}
+    assert [item.name for item in source.left_out] == ["optimizer.state.a.step"]
+
+
+@pytest.mark.parametrize("root", ["", "app."])
+def test_a_model_beside_its_optimizer_has_the_optimizers_moments(tmp_path, root):
+    """As the tutorials of torch save it: {"model": ..., "optim": ...}, alone or in a Stateful."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    parts = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
+    dcp.save({"app": parts} if root else parts, checkpoint_id=str(tmp_path), no_dist=True)
+    source, found = opened(tmp_path), contents(tmp_path)
+    assert source.run_state == {"optimizer_step": 1}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(found[f"{root}model.{name}", "master"], parameter)
+        for slot in MOMENTS:
+            wanted = optimizer.state[parameter][slot]
+            assert torch.equal(found[f"{root}model.{name}", slot], wanted)
+    assert len(found) == 6
+    assert any("param_groups" in item.name for item in source.left_out)
+
+
+def test_a_name_that_ours_does_not_tell_of_is_refused(sound, tmp_path):
+    copy = shutil.copytree(sound, tmp_path / "copy")
+    metadata = pickle.loads((copy / ".metadata").read_bytes())
+    metadata.state_dict_metadata["more"] = metadata.state_dict_metadata["embedding.token"]
+    for index, info in list(metadata.storage_data.items()):
+        if index.fqn == "embedding.token":
+            metadata.storage_data[MetadataIndex("more", index.offset, index.index)] = info
+    data = pickle.dumps(metadata)
+    (copy / ".metadata").write_bytes(data)
+    ours = json.loads((copy / "megagrow.json").read_bytes())["body"]
+    ours["metadata_sha256"] = hashlib.sha256(data).hexdigest()
+    (copy / "megagrow.json").write_text(json.dumps({"sha256": digest(ours), "body": ours}))
+    with pytest.raises(CheckpointError, match=r"tensor more: megagrow\.json knows none"):
+        opened(copy)
+
+
+def test_megatrons_distributed_format_is_named_with_the_way_to_convert_it(tmp_path):
+    """It has a .metadata as well, but its names are Megatron's own."""
+    step = tmp_path / "iter_0000100"
+    torchs_own(step)
+    (step / "common.pt").write_bytes(b"")
+    (step / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("100")
+    for path in (tmp_path, step):
+        with pytest.raises(CheckpointError) as caught:
+            opened(path)
+        for part in ("'torch_dist'", "--ckpt-convert-format torch", "--ckpt-convert-save"):
+            assert part in str(caught.value)
 
 
 def test_boxes_of_what_torch_wrote(tmp_path):

@@ -13,6 +13,7 @@ from toys import build, toy_model
 from megagrow.checkpoint import NativeCheckpoint
 from megagrow.checkpoint.convert import Job, convert
 from megagrow.checkpoint.formats import get_format
+from megagrow.checkpoint.load import load_model
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 
@@ -191,11 +192,6 @@ def test_a_model_that_ours_is_not_is_refused_by_the_settings_name(tmp_path, fami
     for key, value in REFUSED[family]:
         changed = dict(sound)
         changed[key] = value
-        if key == "tie_word_embeddings" and value:
-            # A stored head that is said to be tied is a spare copy: nothing is lost or wrong.
-            (target / "config.json").write_text(json.dumps(changed))
-            assert "output.weight" not in open_hf(target).catalog
-            continue
         (target / "config.json").write_text(json.dumps(changed))
         with pytest.raises(CheckpointError) as error:
             open_hf(target)
@@ -208,6 +204,137 @@ def test_our_models_that_theirs_are_not_are_refused(tmp_path):
     path, _ = save_model(tmp_path, toy_model(heads=4, kv_heads=2))
     with pytest.raises(CheckpointError, match="one key/value head for each head"):
         convert(Job(path, tmp_path / "hf", "huggingface"))
+
+
+# --- what is stored twice -----------------------------------------------------------------
+
+
+def with_arrays(target, **arrays):
+    """Add arrays to a directory, or replace them."""
+    file = target / "model.safetensors"
+    save_file(load_file(file) | {name.replace("__", "."): t for name, t in arrays.items()}, file)
+    (target / "megagrow.checksums.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_head_beside_tied_embeddings_passes_only_if_it_is_the_token_table(tmp_path, family):
+    path, state = save_model(tmp_path, toy_model(family=family))
+    target = to(path, tmp_path / "hf", "huggingface")
+    token = state.tensors["embedding.token", "master"]
+    with_arrays(target, lm_head__weight=token)
+    assert_same(contents(target), state.tensors, slots={"master"})
+    with_arrays(target, lm_head__weight=token.double())
+    assert_same(contents(target), state.tensors, slots={"master"})
+    other = token.clone()
+    other[-1, -1] += 1e-6
+    for wrong in (other, token.bfloat16(), token[:-1].clone()):
+        with_arrays(target, lm_head__weight=wrong)
+        with pytest.raises(CheckpointError, match="a head of its own") as caught:
+            open_hf(target)
+    assert "set tie_word_embeddings: false" in str(caught.value)
+    # The message's advice, followed:
+    with_arrays(target, lm_head__weight=other)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert torch.equal(contents(target)["output.weight", "master"], other)
+
+
+def test_stored_rotary_frequencies_pass_only_if_they_are_those_of_the_config(tmp_path):
+    model = toy_model(family="llama", heads=2, hidden=16, rope_theta=500.0)
+    path, state = save_model(tmp_path, model)
+    target = to(path, tmp_path / "hf", "huggingface")
+    half = 500.0 ** -(torch.arange(0, 8, 2) / 8)
+    name = "model__layers__0__self_attn__rotary_emb__inv_freq"
+    for right in (half, half.bfloat16()):
+        with_arrays(target, **{name: right})
+        assert_same(contents(target), state.tensors, slots={"master"})
+    for wrong in (half / 8, half[:-1].clone()):
+        with_arrays(target, **{name: wrong})
+        with pytest.raises(CheckpointError, match="not the rotary frequencies"):
+            open_hf(target)
+
+
+# --- settings -----------------------------------------------------------------------------
+
+# Another value than the default for each setting that transformers' configurations have.
+CHANGED = {
+    "activation_function": "relu", "add_cross_attention": True, "architectures": ["X"],
+    "attention_bias": True, "attention_dropout": 0.2, "attn_pdrop": 0.3, "bos_token_id": 3,
+    "chunk_size_feed_forward": 2, "dtype": "float16", "embd_pdrop": 0.3, "eos_token_id": 4,
+    "head_dim": 6, "hidden_act": "gelu", "hidden_size": 16, "id2label": {"0": "A"},
+    "initializer_range": 0.5, "intermediate_size": 20, "is_encoder_decoder": True,
+    "label2id": {"A": 0}, "layer_norm_epsilon": 0.1, "max_position_embeddings": 9,
+    "mlp_bias": True, "model_type": "opt", "n_embd": 16, "n_head": 4, "n_inner": 20, "n_layer": 3,
+    "n_positions": 9, "num_attention_heads": 1, "num_hidden_layers": 3, "num_key_value_heads": 1,
+    "output_attentions": True, "output_hidden_states": True, "pad_token_id": 5,
+    "pretraining_tp": 2, "problem_type": "regression", "reorder_and_upcast_attn": True,
+    "resid_pdrop": 0.3, "return_dict": False, "rms_norm_eps": 0.1,
+    "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+    "scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False,
+    "summary_activation": "tanh", "summary_first_dropout": 0.5, "summary_proj_to_labels": False,
+    "summary_type": "mean", "summary_use_proj": False, "tie_word_embeddings": True,
+    "transformers_version": "1.0", "use_cache": False, "vocab_size": 17, "_name_or_path": "there",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_every_setting_of_transformers_is_refused_carried_or_listed(tmp_path, family):
+    """A new setting of a new release of transformers makes this test fail: it needs a fate."""
+    model = toy_model(family=family, tie_embeddings=False)
+    theirs = their_directory(tmp_path / "hf", model)
+    sound = json.loads((tmp_path / "hf/config.json").read_text())
+    tokens = torch.randint(model.vocabulary, (3, model.sequence), generator=torch.manual_seed(1))
+    fates = {}
+    for key in theirs.config.to_dict():
+        (tmp_path / "hf/config.json").write_text(json.dumps(sound | {key: CHANGED[key]}))
+        try:
+            source = open_hf(tmp_path / "hf")
+        except CheckpointError:
+            fates[key] = "refused"
+            continue
+        listed = f"config.json: {key}" in {item.name for item in source.left_out}
+        fates[key] = "listed" if listed else "carried"
+        # Either way what is read computes what transformers computes under that setting.
+        changed = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "hf", dtype=torch.float32
+        )
+        ours, _, _ = load_model(tmp_path / "hf")
+        changed.config.return_dict = True  # how results are packed
+        with torch.no_grad():
+            found, wanted = ours.logits(tokens), changed.eval()(tokens).logits
+        assert (found - wanted).abs().max() < 1e-4, key
+    assert {"refused", "listed", "carried"} == set(fates.values())
+    wanted = {"layer_norm_epsilon": "carried", "activation_function": "refused"}
+    if family == "llama":
+        wanted = {"rms_norm_eps": "carried", "rope_parameters": "refused"}
+    assert {key: fates[key] for key in wanted} == wanted and fates["eos_token_id"] == "listed"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"rope_scaling": None}, None),
+        ({"rope_scaling": {"rope_type": "default"}}, None),
+        ({"rope_scaling": {"type": "default", "rope_theta": 10000.0}}, None),
+        ({"sliding_window": None, "temperature": 0.6}, None),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope_scaling.factor"),
+        ({"rope_theta": 5e5}, "says twice"),
+        ({"sliding_window": 4}, "sliding_window"),
+        ({"is_causal": False}, "is_causal"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+    ],
+)
+def test_a_setting_that_nobody_here_knows_is_refused_by_its_name(tmp_path, settings, says):
+    path, _ = save_model(tmp_path, toy_model(family="llama"))
+    target = to(path, tmp_path / "hf", "huggingface")
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | settings))
+    if says is None:
+        open_hf(target)
+        return
+    with pytest.raises(CheckpointError, match=says):
+        open_hf(target)
 
 
 # --- damage -------------------------------------------------------------------------------

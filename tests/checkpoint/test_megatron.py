@@ -1,6 +1,7 @@
 """Megatron-LM's classic checkpoints: round trips, files as Megatron writes them, and its model."""
 
 import argparse
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,11 @@ from foreign import WholeSource, differing, open_checkpoint, write_checkpoint
 from toys import random_state, toy_model, toy_models
 
 from megagrow.checkpoint import megatron
+from megagrow.checkpoint import megatron_names as names
+from megagrow.checkpoint.adapter import NOTHING_TOLD, LeftOut, ReadOptions
+from megagrow.checkpoint.formats import get_format
+from megagrow.checkpoint.megatron_arguments import CARRIED, FIXED
+from megagrow.checkpoint.megatron_names import write_args
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
@@ -184,6 +190,188 @@ def test_what_it_cannot_be_is_refused_by_name(tmp_path):
     shutil.rmtree(tmp_path / "x")
     megatrons_own(tmp_path / "x", toy_model(), classic, use_distributed_optimizer=True)
     assert open_checkpoint(FORMAT, tmp_path / "x").slots == (MASTER,)
+
+
+# --- what Megatron's arguments become -----------------------------------------------------
+
+
+def arguments():
+    """As our sink writes them."""
+    return write_args(toy_model(family="llama", tie_embeddings=False), Layout(), padded=128)
+
+
+def fate(key, value):
+    """Whether an argument is carried, left out or refused (then by its name)."""
+    args = arguments() | {key: value}
+    try:
+        left_out = names.read_model(args, where="file", told=NOTHING_TOLD)[2]
+    except CheckpointError as error:
+        return "refused" if key in str(error) else "refused without its name"
+    return "left out" if f"args.{key}" in {item.name for item in left_out} else "carried"
+
+
+# What changes the function that Megatron-Core's model computes of its tensors.
+CHANGES_THE_FUNCTION = {
+    "activation_func": "relu", "activation_func_clamp_value": 7.0, "add_qkv_bias": True,
+    "apply_residual_connection_post_layernorm": True, "attention_output_gate": True,
+    "experimental_attention_variant": "dsa", "expert_model_parallel_size": 2, "fp4_param": True,
+    "fp8_param": True, "gated_linear_unit": True, "glu_linear_offset": 1.0,
+    "heterogeneous_block_specs": True, "is_hybrid_model": True,
+    "layernorm_zero_centered_gamma": True, "linear_attention_freq": 4, "mrope_section": [2, 1],
+    "mtp_num_layers": 1, "multi_latent_attention": True, "no_rope_freq": 4, "num_moe_experts": 8,
+    "pipeline_model_parallel_layout": "E|t*2|L", "qk_l2_norm": True, "qk_layernorm": True,
+    "quant_recipe": "fp4", "rotary_interleaved": True, "softmax_scale": 0.5,
+    "softmax_type": "learnable", "use_kitchen": True, "use_kitchen_attention": True,
+    "use_te_activation_func": True, "virtual_pipeline_model_parallel_size": 2,
+    "window_attn_skip_freq": 2, "window_size": (8, 0),
+}  # fmt: skip
+
+
+def test_every_field_of_megatron_cores_configuration_has_a_fate():
+    """A new field of a new release makes this test fail: someone must say what it does."""
+    config = pytest.importorskip("megatron.core.transformer.transformer_config")
+    fields = {field.name: field for field in dataclasses.fields(config.TransformerConfig)}
+    without = {key for key in fields if key not in CARRIED and key not in FIXED}
+    assert {fate(key, "some other value") for key in without} == {"left out"}
+    fixed = {key for key in fields if key in FIXED}
+    assert fixed == set(CHANGES_THE_FUNCTION)
+    for key in fixed:
+        default = fields[key].default
+        if key != "activation_func":  # a function: arguments hold names instead
+            assert fate(key, default) == "carried", key
+        assert fate(key, CHANGES_THE_FUNCTION[key]) == "refused", key
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("window_size", (8, 0), "refused"),
+        ("window_size", (-1, -1), "carried"),
+        ("num_experts", 4, "refused"),
+        ("apply_layernorm_1p", True, "refused"),
+        ("position_embedding_type", "yarn", "refused"),
+        ("encoder_num_layers", 3, "refused"),
+        ("retro_add_retriever", True, "refused"),
+        ("spec", ["mine", "layer"], "refused"),
+        ("adam_beta2", 0.95, "left out"),
+        ("moe_router_topk", 8, "left out"),
+        ("a_feature_of_tomorrow", True, "refused"),
+        ("a_feature_of_tomorrow", 3, "refused"),
+        ("a_feature_of_tomorrow", False, "left out"),
+        ("a_feature_of_tomorrow", None, "left out"),
+    ],
+)
+def test_an_argument_is_carried_left_out_or_refused(key, value, wanted):
+    assert fate(key, value) == wanted
+
+
+def test_gelu_without_its_fused_kernel_is_another_function():
+    args = write_args(toy_model(), Layout(), padded=128)
+    names.read_model(args | {"bias_gelu_fusion": True}, where="file", told=NOTHING_TOLD)
+    with pytest.raises(CheckpointError, match="bias_gelu_fusion: megagrow's GELU is the tanh form"):
+        names.read_model(args | {"bias_gelu_fusion": False}, where="file", told=NOTHING_TOLD)
+
+
+def test_a_person_can_say_that_an_argument_changes_nothing():
+    args = arguments() | {"mine": 3}
+    told = ReadOptions(ignore=("mine",))
+    left_out = names.read_model(args, where="file", told=told)[2]
+    assert LeftOut("args.mine", "ignored, as you asked") in left_out
+
+
+def test_a_fractional_rotary_base_comes_back(tmp_path):
+    source = whole_source(toy_model(family="llama", rope_theta=12345.75))
+    back = open_checkpoint(FORMAT, write_checkpoint(FORMAT, source, tmp_path, Layout()))
+    assert back.config["model"]["rope_theta"] == 12345.75
+
+
+def test_the_true_vocabulary_can_be_told(tmp_path):
+    megatrons_own(tmp_path, toy_model(), classic, ours=False, vocab_size=None)
+    source = open_checkpoint(FORMAT, tmp_path)
+    assert source.catalog["embedding.token"].shape[0] == 128
+    assert any("all 128 rows count as tokens" in item.name for item in source.left_out)
+    path = FORMAT.find(tmp_path)
+    source = FORMAT.open(path, ReadOptions(vocabulary=13))
+    assert source.catalog["embedding.token"].shape[0] == 13
+    assert LeftOut("rows 13 to 127 of the token table", "padding of the vocabulary") in (
+        source.left_out
+    )
+    with pytest.raises(CheckpointError, match="at most 128"):
+        FORMAT.open(path, ReadOptions(vocabulary=129))
+    for name in ("native", "dcp"):
+        with pytest.raises(ConfigError, match="leave out --vocab-size"):
+            get_format(name).open(path, ReadOptions(vocabulary=13))
+
+
+# --- copies, and what is left out ---------------------------------------------------------
+
+
+def changed(file, change):
+    """Let a function change what a file of torch.save holds."""
+    value = torch.load(file, weights_only=False)
+    change(value)
+    torch.save(value, file)
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "stored"),
+    [
+        (Layout(tensor=2), "mp_rank_01", "decoder.layers.0.input_layernorm.weight"),
+        (Layout(tensor=2), "mp_rank_01", "decoder.layers.1.self_attention.linear_proj.bias"),
+        (Layout(pipeline=2), "mp_rank_00_001", "output_layer.weight"),
+    ],
+)
+@pytest.mark.parametrize("slot", ["master", "exp_avg"])
+def test_copies_that_are_not_alike_are_refused(tmp_path, layout, file, stored, slot):
+    source = whole_source(toy_model(), config={"precision": {"dtype": "fp32"}})
+    write_checkpoint(FORMAT, source, tmp_path, layout)
+    path = tmp_path / "iter_0000007" / file / FILE
+
+    def change(value):
+        if slot == "master":
+            value["model"][stored].view(-1)[0] += 1
+        else:
+            plain = [n for n, t in value["model"].items() if n.endswith("bias") or t.dim() == 1]
+            order = [n for n in value["model"] if n not in plain] + plain
+            value["optimizer"]["state"][order.index(stored)][slot].view(-1)[0] += 1
+
+    changed(path, change)
+    with pytest.raises(CheckpointError, match="not the copy that it should be") as caught:
+        open_checkpoint(FORMAT, tmp_path)
+    assert f"--ignore {stored}" in str(caught.value) and f"slot {slot}" in str(caught.value)
+    back = FORMAT.open(FORMAT.find(tmp_path), ReadOptions(ignore=(stored,)))
+    assert differing(source, back) is None
+    assert any(f"{stored}, slot {slot}" in item.name for item in back.left_out)
+
+
+def test_what_a_file_holds_besides_is_named(tmp_path):
+    megatrons_own(tmp_path, toy_model(), engine, ours=False)
+    rank = tmp_path / "iter_0000007/mp_rank_00"
+
+    def change(value):
+        value["opt_param_scheduler"] = {"max_lr": 1.0}
+        value["model"]["a_note"] = "text"
+        value["optimizer"]["state"][0]["max_exp_avg_sq"] = torch.ones(3)
+        value["optimizer"]["state"][1]["step"] = torch.tensor(9.0)
+
+    changed(rank / FILE, change)
+    (rank / "distrib_optim.pt").write_bytes(b"")
+    source = open_checkpoint(FORMAT, tmp_path)
+    left_out = {item.name for item in source.left_out}
+    assert left_out >= {
+        "rng_state", "opt_param_scheduler", "model.a_note", "optimizer.param_groups",
+        "optimizer.state.0.max_exp_avg_sq", "optimizer.state.0.step",
+        "model.decoder.layers.0.mlp.linear_fc1._extra_state", "mp_rank_00/distrib_optim.pt",
+    }  # fmt: skip
+    assert "optimizer.state.1.step" not in left_out
+    assert source.run_state["optimizer_step"] == 9
+
+
+def test_a_file_without_the_moments_that_others_have_is_refused(tmp_path):
+    write_checkpoint(FORMAT, whole_source(toy_model()), tmp_path, Layout(tensor=2))
+    changed(tmp_path / "iter_0000007/mp_rank_01" / FILE, lambda value: value.pop("optimizer"))
+    with pytest.raises(CheckpointError, match=r"mp_rank_01.*has no optimizer state"):
+        open_checkpoint(FORMAT, tmp_path)
 
 
 def test_the_tracker_cannot_lead_outside(tmp_path):

@@ -9,6 +9,7 @@ import random
 import struct
 import subprocess
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from toys import random_state, toy_model
 
 from megagrow.checkpoint.adapter import Values, Zeros
 from megagrow.checkpoint.archive import NewTensor, number, plan_archive, size_of, whole_values
-from megagrow.checkpoint.pickles import STORAGES, Opaque, StoredTensor
+from megagrow.checkpoint.pickles import STORAGES, Opaque, StoredTensor, read_pickle
 from megagrow.checkpoint.torchfile import read_torch_file
 from megagrow.errors import CheckpointError
 from megagrow.model.catalog import build_catalog
@@ -156,6 +157,60 @@ def test_crooked_pickles_are_refused(tmp_path):
         path = archive_of(tmp_path / "crooked.pt", text)
         refused = refusal(path)
         assert refused is not None and str(path) in refused, what
+
+
+DOUBLED = b")" + b"2\x86" * 40  # a tuple of twice a tuple of twice ...: 2**40 parts
+EXPENSIVE = {
+    "a key": (b"}" + DOUBLED + b"Ns.", "a key of more than 16 parts"),
+    "keys": (b"}(" + DOUBLED + b"Nu.", "a key of more than 16 parts"),
+    "a dictionary": (b"(" + DOUBLED + b"Nd.", "a key of more than 16 parts"),
+    "a set": (b"\x8f(" + DOUBLED + b"\x90.", "a key of more than 16 parts"),
+    "an ordered dictionary": (
+        b"ccollections\nOrderedDict\n]" + DOUBLED + b"N\x86a\x85R.", "a key of more than 16 parts",
+    ),
+    "a storage": (DOUBLED + b"Q.", "it refers to"),
+    "a storage's name": (
+        b"(X\7\0\0\0storagectorch\nFloatStorage\n" + DOUBLED + b"X\3\0\0\0cpuK\4tQ.",
+        "a storage of",
+    ),
+    "what is called": (DOUBLED + b")R.", "it calls"),
+    "a plain value": (DOUBLED + b".", "references that stand for more than"),
+    "attributes": (
+        b"cargparse\nNamespace\n)\x81}X\1\0\0\0a" + DOUBLED + b"sb.",
+        "references that stand for more than",
+    ),
+    "arguments": (
+        b")" + b"q\0cnumpy.x\ny\nh\0h\0\x86R" * 40 + b".", "references that stand for more than",
+    ),
+    "sizes": (
+        b"]q\0(" + b"K\1" * 50_000 + b"e0" + b"ctorch\nSize\nh\0\x85R0" * 9 + b"N.", "50000 axes",
+    ),
+    "depth": (b"]" * 2000 + b"a" * 1999 + b".", "nested deeper than 100 levels"),
+    "itself": (b"]2a.", "holds itself"),
+    "a long name": (b"c" + b"m" * 600 + b"\nn\n.", "a name of 601 characters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", EXPENSIVE)
+def test_a_small_pickle_cannot_stand_for_endless_work(what):
+    """Each of these made a reader hash, print, compare or walk 2**40 parts, or fall."""
+    text, says = EXPENSIVE[what]
+    with pytest.raises(CheckpointError, match=says):
+        read_pickle(b"\x80\4" + text, where=Path("hostile.pt"))
+
+
+def test_instructions_are_counted():
+    text = b"\x80\4" + b"N0" * 1000 + b"N."
+    assert read_pickle(text, where=Path("p"), instructions=2003) is None
+    with pytest.raises(CheckpointError, match="more than 2,002 instructions"):
+        read_pickle(text, where=Path("p"), instructions=2002)
+
+
+def test_a_part_that_comes_often_is_still_read():
+    betas = (0.9, 0.95)
+    groups = [{"betas": betas, "params": [i], "axes": (i, ("rows", betas))} for i in range(2000)]
+    value = {"groups": groups, ("expert", 3, ("up", "weight")): betas}
+    assert read_pickle(pickle.dumps(value, protocol=2), where=Path("p")) == value
 
 
 def test_damaged_archives_are_refused_or_read_alike(tmp_path):

@@ -58,6 +58,15 @@ def test_merge_keys_and_anchors():
     assert read_yaml(text, source="t")["more"] == {"x": 1, "y": 3}
 
 
+def ninefold(first, form):
+    """Each level is nine aliases of the one before."""
+    lines = [f"a0: &a0 {first}"]
+    for level in range(1, 40):
+        aliases = ", ".join([f"*a{level - 1}"] * 9)
+        lines.append(f"a{level}: &a{level} {form.format(aliases)}")
+    return "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -71,6 +80,10 @@ def test_merge_keys_and_anchors():
         ("a: !!binary aGk=", ["is not allowed"]),
         ("a: &x [*x]", ["recursive"]),
         ("a: " + "[" * 5000, ["nested deeper"]),
+        (ninefold("[1]", "[{}]"), ["run.yaml, line 6", "more than 100,000 values"]),
+        (ninefold("{x: 1}", "{{<<: [{}]}}"), ["run.yaml, line 6", "more than 100,000 values"]),
+        ("a: " + "9" * 50, ["line 1", "a number of 50 digits"]),
+        ("a: 0x" + "f" * 5000, ["a number of 5002 digits"]),
         ("---\na: 1\n---\nb: 2", ["another document"]),
         (b"a: \xff\xfe", ["run.yaml", "UTF-8"]),
         ("a: \x01", ["run.yaml"]),

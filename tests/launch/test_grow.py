@@ -112,6 +112,14 @@ def test_a_dry_run_writes_nothing(small, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_source_holds_besides_is_printed(small, tmp_path, capsys):
+    made = newest(small[0] / "checkpoints")
+    source = shutil.copytree(made, tmp_path / made.name)
+    (source / "note.txt").write_text("x")
+    assert _grow("--from", source, "--operator", "width", "--dry-run") == 0
+    assert "left out    note.txt (no file that this format reads)" in capsys.readouterr().out
+
+
 def test_the_list_names_every_operator(capsys):
     assert _grow("--list") == 0
     text = capsys.readouterr().out
