@@ -97,7 +97,7 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
     length = sample_length(config, small, state.growth_stage)
     state = replace(state, position=state.position.measured(length))
     model, growth = plan_growth(grow, small)
-    if growth.target == growth.small:
+    if model == small:
         raise GrowthError(
             "the growth changes nothing: the model has these sizes already",
             mend="give larger sizes with --target, or --factor",
@@ -235,13 +235,19 @@ def _with_growth(config: Config, state: RunState, grow: GrowConfig) -> Config:
     following: list[StageConfig] = config.stages[index + 1 :]
     if following and following[0].grow == grow:
         return config
-    done = config.stages[index].model_copy(update={"until": _until(max(1, state.step))})
-    grown = StageConfig(until=_until(2 * max(1, state.step)), grow=grow)
+    left = config.stages[index].until
+    done = config.stages[index].model_copy(update={"until": UntilConfig(steps=state.step)})
+    grown = StageConfig(until=_rest(left, state), grow=grow)
     return config.model_copy(update={"stages": [*config.stages[:index], done, grown]})
 
 
-def _until(steps: int) -> UntilConfig:
-    return UntilConfig(steps=steps)
+def _rest(left: UntilConfig, state: RunState) -> UntilConfig:
+    """The end of the stage that was left, where that is still to come; else twice the way here."""
+    reached = {"steps": state.step, "tokens": state.tokens, "flops": state.flops}
+    ahead = [key for key, at in reached.items() if (getattr(left, key) or 0) > at]
+    if ahead and left.rule in (None, "slope"):  # the others are about a growth that follows
+        return left
+    return UntilConfig(steps=2 * max(1, state.step))
 
 
 def stages_to_go_on(plan: OfflineGrowth) -> list[dict[str, Any]]:
