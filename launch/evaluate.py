@@ -22,7 +22,7 @@ examples:
       --lambada lambada_test.jsonl --text README.md --stride 512 --json scores.json
 
   # tasks of EleutherAI's lm-evaluation-harness, on an export for transformers
-  python launch/evaluate.py runs/quickstart --tasks hellaswag,piqa --tokenizer exports/gpt2
+  python launch/evaluate.py runs/quickstart --tasks hellaswag,piqa --num-fewshot 5 --limit 200
 """
 
 
@@ -40,7 +40,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lambada", type=Path, metavar="FILE", help="accuracy on last words")
     add("--text", type=Path, nargs="+", metavar="FILE", help="bits per byte of any text")
     add("--tasks", help="of lm-evaluation-harness, joined by commas")
-    add("--tokenizer", type=Path, metavar="PATH", help="default: beside the checkpoint, its run's")
+    add("--num-fewshot", type=int, metavar="N", help="examples before each question of a task")
+    add("--limit", type=float, metavar="N", help="samples a task (below 1: the fraction of them)")
+    add("--include-path", type=Path, metavar="DIR", help="descriptions of further tasks")
+    add("--tokenizer", type=Path, metavar="PATH", help="default: the model's own")
+    add(
+        "--allow-other-tokenizer",
+        action="store_true",
+        help="take one that is not the model's, by the SHA-256 that the checkpoint holds",
+    )
     add("--stride", type=int, metavar="N", help="new tokens a window (default: all of it)")
     add("--batch", type=int, default=8, help="windows at a time (default %(default)s)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -62,18 +70,32 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             "nothing to evaluate on", mend="give --wikitext, --lambada, --text or --tasks"
         )
-    for name in ("stride", "batch"):
+    for name, least in (("stride", 1), ("batch", 1), ("num_fewshot", 0)):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name}: must be above 0", found=value)
+        if value is not None and value < least:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: too small", found=value, expected=f"at least {least}"
+            )
+    if options.limit is not None and not options.limit > 0:
+        raise ConfigError("--limit: must be above 0", found=options.limit)
+    given = [n for n in ("num_fewshot", "limit", "include_path") if getattr(options, n) is not None]
+    if given and not options.tasks:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{names}: for --tasks alone", mend="give --tasks, or leave it out")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, shape, at = load_model(options.checkpoint, name=options.from_format, device=device)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{at}: {shape.family}, {count:,} parameters, on {device}")
     scores: dict[str, Any] = {"checkpoint": str(at), "parameters": count}
-    tokenizer_file = harness.find_tokenizer(at, options.tokenizer)
     if options.wikitext or options.lambada or options.text:
-        tokenizer = harness.open_tokenizer(tokenizer_file, vocabulary=shape.vocabulary)
+        tokenizer, said = harness.open_tokenizer(
+            at,
+            options.tokenizer,
+            vocabulary=shape.vocabulary,
+            source_format=options.from_format,
+            allow_other=options.allow_other_tokenizer,
+        )
+        print(f"tokenizer: {said}")
         scorer = evaluation.Scorer(model, shape.sequence, device, options.batch)
         stride = options.stride or shape.sequence
         files = [(path, False) for path in options.text or ()]
@@ -111,8 +133,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             scores["tasks"] = harness.evaluate(
                 at,
-                tasks=[name.strip() for name in options.tasks.split(",") if name.strip()],
-                tokenizer=tokenizer_file,
+                tasks=harness.Tasks(
+                    [name.strip() for name in options.tasks.split(",") if name.strip()],
+                    fewshot=options.num_fewshot,
+                    limit=options.limit,
+                    include=options.include_path,
+                ),
+                tokenizer=options.tokenizer,
+                allow_other=options.allow_other_tokenizer,
                 scratch=Path(scratch),
                 source_format=options.from_format,
                 device=str(device),

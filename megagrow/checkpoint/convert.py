@@ -102,7 +102,7 @@ def convert(
             checksums.setdefault(piece.name, []).extend(sums[index])
         sizes = {plan.name: plan.bytes for plan in opened.sink.files}
         _clear_small_files(out, sizes)
-        opened.sink.conclude(out, checksums)
+        notes = opened.sink.conclude(out, checksums) or ()
         _seal(opened, out, checksums)
         _sync_tree(out, sizes)
         rounded: dict[tuple[str, str], tuple[int, float]] = {}
@@ -112,7 +112,7 @@ def convert(
             rounded = {pair: result for pair, result in found if result[0]}
         _commit(out, job.target)
         shutil.rmtree(work, ignore_errors=True)
-    return Report(about, len(kept), seconds, verify, rounded)
+    return Report(about, len(kept), seconds, verify, rounded, notes=notes)
 
 
 # --- the directory of the work ------------------------------------------------------------

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,11 @@ from pathlib import Path
 import torch
 
 from megagrow.checkpoint.adapter import FilePlan, Format, Request, Segment, Values
-from megagrow.checkpoint.directory import RESTORE, naming, write_new
+from megagrow.checkpoint.directory import RESTORE, naming, read_small, write_new
 from megagrow.checkpoint.huggingface_config import read_model, write_config
+from megagrow.checkpoint.huggingface_tokenizer import carried, compare
 from megagrow.checkpoint.manifest import CheckpointMeta
+from megagrow.checkpoint.own_tokenizer import OwnTokenizer, fingerprints_beside
 from megagrow.checkpoint.safetensors import StoredArray, make_header, read_header, read_json
 from megagrow.checkpoint.shape import model_of
 from megagrow.checkpoint.stored import StoredBox, StoredSource
@@ -33,15 +34,7 @@ from megagrow.state.boxes import Box, whole
 from megagrow.state.catalog import MASTER, Catalog
 
 _CONFIG, _INDEX, _ONE = "config.json", "model.safetensors.index.json", "model.safetensors"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+_RUN = "megagrow.json"  # fingerprints of what the model was trained with
 
 
 @dataclass(frozen=True)
@@ -204,10 +197,20 @@ def open_source(path: Path) -> StoredSource:
         slots=(MASTER,),
         layout=Layout(),
         config={"model": model.model_dump(mode="json", by_alias=True)},
-        fingerprints={},
+        fingerprints={**_run_fingerprints(path), **fingerprints_beside(path)},
         run_state={},
     )
     return StoredSource(path, meta=meta, step=0, sizes=sizes, boxes=boxes)
+
+
+def _run_fingerprints(path: Path) -> dict[str, str]:
+    """What our own export has written down of the run."""
+    if not (path / _RUN).is_file():
+        return {}
+    found = read_json(path / _RUN).get("fingerprints")
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise CheckpointError(f"{path / _RUN}: damaged", mend=RESTORE)
+    return found
 
 
 def _stored_name(name: str, arrays: Mapping[str, StoredArray]) -> str:
@@ -267,7 +270,12 @@ class HuggingFaceSink:
                 mend="train to the end of the ramp (grow.ramp) and convert that checkpoint",
             )
         model = model_of(request.meta)
-        self._tokenizer = list(_tokenizer_files(request.tokenizer))
+        self._tokenizer = carried(
+            request.tokenizer, vocabulary=model.vocabulary, sequence=model.sequence
+        )
+        self._fingerprints = dict(request.meta.fingerprints)
+        if isinstance(request.tokenizer, OwnTokenizer) and request.tokenizer.sha256:
+            self._fingerprints["tokenizer"] = request.tokenizer.sha256
         shards: list[list[Link]] = [[]]
         filled = 0
         dtypes: set[torch.dtype] = set()
@@ -280,7 +288,8 @@ class HuggingFaceSink:
             shards[-1].append(link)
             filled += size
             dtypes.add(dtype)
-        self._config = write_config(model, max(dtypes, key=lambda dtype: dtype.itemsize))
+        dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+        self._config = write_config(model, dtype) | dict(self._tokenizer.ids)
         self._weight_map: dict[str, str] = {}
         self._total = 0
         self.files: list[FilePlan] = []
@@ -308,8 +317,8 @@ class HuggingFaceSink:
         segments: list[Segment] = [head, *(values[link.stored] for link in order)]
         return FilePlan(name, segments)
 
-    def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> None:
-        """Write index and configuration, copy the tokenizer."""
+    def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> Sequence[str]:
+        """Write index, configurations and the tokenizer's files; see that transformers agrees."""
         _write_json(directory / _CONFIG, self._config)
         if len(self.files) > 1:
             index = {
@@ -317,23 +326,13 @@ class HuggingFaceSink:
                 "weight_map": dict(sorted(self._weight_map.items())),
             }
             _write_json(directory / _INDEX, index)
-        for path in self._tokenizer:
-            with naming(directory / path.name, "cannot be written"):
-                shutil.copyfile(path, directory / path.name)
-
-
-def _tokenizer_files(path: Path | None) -> Iterator[Path]:
-    """The files of a tokenizer: one file, or those of a directory that are a tokenizer's."""
-    if path is None:
-        return
-    found = [path] if path.is_file() else [path / name for name in TOKENIZER_FILES]
-    found = [file for file in found if file.is_file() and file.name in TOKENIZER_FILES]
-    if not found:
-        raise CheckpointError(
-            f"{path}: no tokenizer", expected=f"one of {', '.join(TOKENIZER_FILES)}",
-            mend="give --tokenizer such a file, or a directory with some",
-        )  # fmt: skip
-    yield from found
+        if self._fingerprints:
+            _write_json(directory / _RUN, {"fingerprints": self._fingerprints})
+        for name, content in self._tokenizer.files.items():
+            with naming(directory / name, "cannot be written"):
+                write_new(directory / name, content)
+        compared = [compare(directory, self._tokenizer)] if self._tokenizer.files else []
+        return [*self._tokenizer.notes, *compared]
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:
@@ -342,7 +341,15 @@ def _write_json(path: Path, value: Mapping[str, object]) -> None:
 
 
 def _find(path: Path) -> Path | None:
-    """The directory itself, if it has a config.json beside weights of any kind."""
+    """The directory itself, if it has a config.json beside weights of any kind.
+
+    Of a model's part of Hugging Face's cache (models--NAME) its revision `main`.
+    """
+    main = path / "refs" / "main"
+    if main.is_file() and (path / "snapshots").is_dir():
+        revision = read_small(main, 1000).decode(errors="replace").strip()
+        if re.fullmatch(r"[0-9a-f]{6,64}", revision):
+            path = path / "snapshots" / revision
     weights = (_ONE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
     held = (path / _CONFIG).is_file() and any((path / name).exists() for name in weights)
     return path if held else None
@@ -354,4 +361,5 @@ FORMAT = Format(
     find=_find,
     open_source=open_source,
     open_sink=HuggingFaceSink,
+    options=frozenset({"tokenizer", "shard-gib"}),
 )

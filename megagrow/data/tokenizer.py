@@ -56,6 +56,10 @@ class Tokenizer(Protocol):
         """The text of ``ids``."""
         ...
 
+    def name(self, token: int) -> str:
+        """How a token is called."""
+        ...
+
     def fingerprint(self) -> str:
         """sha256 of the tokenizer's file."""
         ...
@@ -91,10 +95,17 @@ class SentencePieceTokenizer:
         pieces = (model.id_to_piece(token) for token in range(self.vocab_size))
         exact = (
             model.unk_id() not in ids
+            # A prefix before every text would come again where a text is cut.
+            and "".join(model.encode("a", out_type=str)) == "a"
             and model.decode(model.encode(_PROBE)) == _PROBE
             and not any("\n" in piece and piece != "\n" for piece in pieces)
         )
         return ids if exact else None
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is of the kind that is trained here: every text comes back as it was."""
+        return self._blank_ids is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``."""
@@ -112,6 +123,10 @@ class SentencePieceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of ``ids``; the document end decodes to nothing."""
         return str(self._model.decode([int(token) for token in ids]))
+
+    def name(self, token: int) -> str:
+        """How a token is called."""
+        return str(self._model.id_to_piece(token))
 
     def fingerprint(self) -> str:
         """sha256 of the model file."""
@@ -158,6 +173,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of ``ids``; special tokens decode to nothing."""
         return str(self._model.decode([int(token) for token in ids], skip_special_tokens=True))
+
+    def name(self, token: int) -> str:
+        """How a token is called."""
+        return str(self._model.id_to_token(token))
 
     def fingerprint(self) -> str:
         """sha256 of tokenizer.json."""

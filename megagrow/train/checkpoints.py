@@ -31,15 +31,11 @@ from megagrow.state.catalog import slots_of
 from megagrow.state.statemap import Identity
 from megagrow.state.transfer import transfer_from_storage
 from megagrow.train.agree import on_first
+from megagrow.train.fingerprints import fingerprints, require_run, require_same_data
 from megagrow.train.plan import RunPlan
 from megagrow.train.state import RunState
 
 DIRECTORY = "checkpoints"
-
-
-def fingerprints(data: PreparedData) -> dict[str, str]:
-    """What a resumed run must find again."""
-    return {"data": data.fingerprint, "tokenizer": data.content.tokenizer_sha256}
 
 
 def save_run(
@@ -197,15 +193,8 @@ def check_agreement(
         CheckpointError: data, tokenizer, seed or model are others, or the run state is damaged.
     """
     where = str(checkpoint.path)
-    for name, wanted in fingerprints(data).items():
-        found = checkpoint.fingerprints.get(name)
-        if found != wanted:
-            raise CheckpointError(
-                f"{where}: was trained on another {name} than data.path = {config.data.path}",
-                found=found,
-                expected=wanted,
-                mend="set data.path to the dataset of the run, or start a new run.dir",
-            )
+    require_run(checkpoint)
+    require_same_data(checkpoint, data)
     seed = checkpoint.config.get("run", {}).get("seed")
     if seed != config.run.seed:
         raise CheckpointError(
