@@ -70,12 +70,19 @@ def run(options: argparse.Namespace) -> None:
         return
     from megagrow.config.yamltext import write_yaml
     from megagrow.report.units import human
-    from megagrow.train.offline import plan_offline, stages_to_go_on, write_offline
+    from megagrow.train.offline import (
+        describe_sizes,
+        plan_offline,
+        stages_to_go_on,
+        write_offline,
+    )
 
     plan = plan_offline(options.source, grow_section(options))
     growth, old = plan.growth, plan.checkpoint
     print(f"from        {old.path} (step {old.step})")
     print(f"growth      {growth.operator.name}, state policy {growth.policy.name}")
+    for line in describe_sizes(plan):
+        print(f"sizes       {line}")
     print(f"parameters  {growth.small.parameters:,} -> {growth.target.parameters:,}")
     print(f"bytes       {human(old.bytes, 'B')} -> {human(plan.bytes, 'B')}")
     if options.dry_run:
