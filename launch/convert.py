@@ -14,7 +14,7 @@ from megagrow.checkpoint.adapter import ReadOptions
 from megagrow.checkpoint.convert import BUFFER_BYTES, Job, Report, Survey, convert, survey
 from megagrow.checkpoint.formats import FORMATS, detect
 from megagrow.cli import Parser, number, whole
-from megagrow.errors import exit_status
+from megagrow.errors import ConfigError, exit_status
 from megagrow.layout import Layout
 
 _EXAMPLES = """\
@@ -65,10 +65,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         )
     add("--zero", type=int, choices=range(4), metavar="Z", help="ZeRO stage of the result")
     add("--dtype", choices=_DTYPES, help="element type; by default nothing is rounded")
-    add("--tokenizer", type=Path, metavar="PATH", help="tokenizer file or directory to carry along")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="tokenizer file or directory to carry along, or none; by default the model's own",
+    )
+    add(
+        "--allow-other-tokenizer",
+        action="store_true",
+        help="take a tokenizer that is not the model's, by the SHA-256 that the checkpoint holds",
+    )
     add(
         "--vocab-size",
-        type=_positive,
+        type=whole(1),
         metavar="N",
         help="true vocabulary, where the source tells only the padded table (megatron)",
     )
@@ -87,7 +97,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--shard-gib",
         type=number(above=0),
-        default=5.0,
         metavar="N",
         help="greatest file, for formats that cut by size (default 5)",
     )
@@ -157,6 +166,7 @@ def conclusion(report: Report, job: Job) -> str:
     rate = report.survey.bytes / max(report.seconds, 1e-9) / 1e9
     done = f"{report.survey.bytes:,} bytes in {report.seconds:.1f} s, {rate:.2f} GB/s"
     lines = [f"{job.target}: {done}"]
+    lines += report.notes
     if report.kept:
         lines.append(f"{report.kept} files were already there from a run that was interrupted")
     for (tensor, slot), (count, greatest) in sorted(report.rounded.items()):
@@ -182,6 +192,9 @@ def _job(options: argparse.Namespace) -> Job:
 
     from megagrow.train.state import RunState
 
+    for name in ("tensor", "pipeline", "data", "zero", "tokenizer", "shard-gib"):
+        if getattr(options, name.replace("-", "_")) is not None:
+            _require_option(name, options.to_format)
     config, fingerprints = _run_to_be(options.config)
     return Job(
         source=options.source,
@@ -192,7 +205,8 @@ def _job(options: argparse.Namespace) -> Job:
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         tokenizer=options.tokenizer,
         told=_told(options),
-        file_bytes=int(options.shard_gib * 2**30),
+        allow_other_tokenizer=options.allow_other_tokenizer,
+        file_bytes=int((options.shard_gib or 5.0) * 2**30),
         run_state=RunState().to_json(),
         config=config,
         fingerprints=fingerprints,
@@ -201,6 +215,17 @@ def _job(options: argparse.Namespace) -> Job:
 
 def _told(options: argparse.Namespace) -> ReadOptions:
     return ReadOptions(vocabulary=options.vocab_size, ignore=tuple(sorted(options.ignore)))
+
+
+def _require_option(name: str, target_format: str) -> None:
+    """Refuse what would make no difference."""
+    if name not in FORMATS[target_format].options:
+        able = [fmt.name for fmt in FORMATS.values() if name in fmt.options]
+        raise ConfigError(
+            f"--{name}: format {target_format} has no such thing",
+            expected=f"one of {', '.join(able)} with it",
+            mend=f"leave --{name} out",
+        )
 
 
 def _layout(options: argparse.Namespace) -> Layout | None:
@@ -222,10 +247,12 @@ def _run_to_be(path: str | None) -> tuple[Mapping[str, Any] | None, Mapping[str,
         return None, None
     from megagrow.config.load import load_config
     from megagrow.data.dataset import open_dataset
-    from megagrow.train.checkpoints import fingerprints
+    from megagrow.train.fingerprints import fingerprints
+    from megagrow.train.plan import with_vocabulary
 
     config = load_config(path, [])
     data = open_dataset(config.data.path, config.data.tokenizer)
+    config = with_vocabulary(config, data.vocab_size)
     return config.model_dump(mode="json", by_alias=True), fingerprints(data)
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megagrow.cli import Parser, whole
+from megagrow.cli import Parser, number, whole
 from megagrow.errors import exit_status
 
 EXAMPLES = """\
@@ -23,7 +23,7 @@ EXAMPLES = """\
       --lambada LAMBADA.jsonl --text README.md --stride 512 --json runs/scores.json
 
   # tasks of EleutherAI's lm-evaluation-harness, on an export for transformers
-  python launch/evaluate.py runs/quickstart --tasks hellaswag,piqa --tokenizer data/quickstart
+  python launch/evaluate.py runs/quickstart --tasks hellaswag,piqa --num-fewshot 5 --limit 200
 """
 
 
@@ -37,7 +37,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lambada", type=Path, metavar="FILE", help="accuracy on last words")
     add("--text", type=Path, nargs="+", metavar="FILE", help="bits per byte of any text")
     add("--tasks", help="of lm-evaluation-harness, joined by commas")
-    add("--tokenizer", type=Path, metavar="PATH", help="default: beside the checkpoint, its run's")
+    add("--num-fewshot", type=whole(0), metavar="N", help="examples before each question of a task")
+    add(
+        "--limit",
+        type=number(above=0),
+        metavar="N",
+        help="samples a task (below 1: the fraction of them)",
+    )
+    add("--include-path", type=Path, metavar="DIR", help="descriptions of further tasks")
+    add("--tokenizer", type=Path, metavar="PATH", help="default: the model's own")
+    add(
+        "--allow-other-tokenizer",
+        action="store_true",
+        help="take one that is not the model's, by the SHA-256 that the checkpoint holds",
+    )
     add("--stride", type=whole(1), metavar="N", help="new tokens a window (default: all of it)")
     add("--batch", type=whole(1), default=8, help="windows at a time (default %(default)s)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -59,10 +72,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             "nothing to evaluate on", mend="give --wikitext, --lambada, --text or --tasks"
         )
-    for name in ("stride", "batch"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name}: must be above 0", found=value)
+    given = [n for n in ("num_fewshot", "limit", "include_path") if getattr(options, n) is not None]
+    if given and not options.tasks:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{names}: for --tasks alone", mend="give --tasks, or leave it out")
     device = evaluation.choose_device(options.device)
     model, shape, at = load_model(
         options.checkpoint, name=options.from_format, device=device, say=print
@@ -70,9 +83,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{at}: {shape.family}, {count:,} parameters, on {device}")
     scores: dict[str, Any] = {"checkpoint": str(at), "parameters": count}
-    tokenizer_file = harness.find_tokenizer(at, options.tokenizer)
     if options.wikitext or options.lambada or options.text:
-        tokenizer = harness.open_tokenizer(tokenizer_file, vocabulary=shape.vocabulary)
+        tokenizer, said = harness.open_tokenizer(
+            at,
+            options.tokenizer,
+            vocabulary=shape.vocabulary,
+            source_format=options.from_format,
+            allow_other=options.allow_other_tokenizer,
+        )
+        print(f"tokenizer: {said}")
         track = partial(tqdm, disable=not sys.stderr.isatty(), leave=False)
         scorer = evaluation.Scorer(model, shape.sequence, device, options.batch, track)
         stride = options.stride or shape.sequence
@@ -111,8 +130,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             scores["tasks"] = harness.evaluate(
                 at,
-                tasks=[name.strip() for name in options.tasks.split(",") if name.strip()],
-                tokenizer=tokenizer_file,
+                tasks=harness.Tasks(
+                    [name.strip() for name in options.tasks.split(",") if name.strip()],
+                    fewshot=options.num_fewshot,
+                    limit=options.limit,
+                    include=options.include_path,
+                ),
+                tokenizer=options.tokenizer,
+                allow_other=options.allow_other_tokenizer,
                 scratch=Path(scratch),
                 source_format=options.from_format,
                 device=str(device),

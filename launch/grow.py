@@ -70,7 +70,12 @@ def run(options: argparse.Namespace) -> None:
     from megagrow.checkpoint.accounting import summary
     from megagrow.config.yamltext import write_yaml
     from megagrow.report.units import human
-    from megagrow.train.offline import plan_offline, stages_to_go_on, write_offline
+    from megagrow.train.offline import (
+        describe_sizes,
+        plan_offline,
+        stages_to_go_on,
+        write_offline,
+    )
 
     plan = plan_offline(options.source, grow_section(options))
     growth, old = plan.growth, plan.checkpoint
@@ -78,6 +83,8 @@ def run(options: argparse.Namespace) -> None:
     for line in summary(old.left_out):
         print(f"left out    {line}")
     print(f"growth      {growth.operator.name}, state policy {growth.policy.name}")
+    for line in describe_sizes(plan):
+        print(f"sizes       {line}")
     print(f"parameters  {growth.small.parameters:,} -> {growth.target.parameters:,}")
     print(f"bytes       {human(old.bytes, 'B')} -> {human(plan.bytes, 'B')}")
     if options.dry_run:

@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -28,6 +28,9 @@ from megagrow.errors import ConfigError
 from megagrow.layout import Layout
 from megagrow.state.boxes import Box, flat_range_boxes
 from megagrow.state.catalog import Catalog, Slot
+
+if TYPE_CHECKING:
+    from megagrow.checkpoint.own_tokenizer import OwnTokenizer
 
 # --- the face that is read ----------------------------------------------------------------
 
@@ -281,7 +284,7 @@ class Request:
         dtypes: element type of each (tensor, slot) of the source.
         dtype: the element type asked for, or None: what the format demands, else the source's.
         nonce: 16 hexadecimal digits, for a format that marks its files with a save's identity.
-        tokenizer: a file or a directory to carry along, where the format holds one.
+        tokenizer: to carry along, where the format holds one; or why there is none.
         file_bytes: greatest size of a file, for formats that cut by size.
     """
 
@@ -290,7 +293,7 @@ class Request:
     dtypes: Mapping[tuple[str, str], torch.dtype]
     dtype: torch.dtype | None = None
     nonce: str = "0" * 16
-    tokenizer: Path | None = None
+    tokenizer: OwnTokenizer | str | None = None
     file_bytes: int = 5 << 30
 
     def dtype_of(self, tensor: str, slot: str) -> torch.dtype:
@@ -312,7 +315,9 @@ class Sink(Protocol):
     def files(self) -> Sequence[FilePlan]:
         """The files with values (and others that are large)."""
 
-    def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> None:
+    def conclude(
+        self, directory: Path, checksums: Mapping[str, Sequence[str]]
+    ) -> Sequence[str] | None:
         """Add the small files (manifest, index, configuration), once all others are written.
 
         Args:
@@ -320,6 +325,9 @@ class Sink(Protocol):
                 and files are pushed to the disk by the caller.
             checksums: by file name, the CRC-32 of each chunk of `shards.CHUNK_BYTES`, 8
                 hexadecimal digits.
+
+        Returns:
+            Lines that a person should read, if there are any.
         """
 
 
@@ -339,6 +347,7 @@ class Format:
         open_sink: plan a checkpoint (CheckpointError, ConfigError where the state does not fit).
         sealed: whether its own files have checksums of all bytes, so that none need lie beside.
         open_told: `open_source` for a format that takes `ReadOptions`.
+        options: what a conversion into it may be told, by the names of the command line.
     """
 
     name: str
@@ -347,6 +356,7 @@ class Format:
     open_source: Callable[[Path], Source]
     open_sink: Callable[[Request], Sink]
     sealed: bool = False
+    options: frozenset[str] = frozenset({"tensor", "pipeline", "data", "zero"})
     open_told: Callable[[Path, ReadOptions], Source] | None = None
 
     def open(self, path: Path, options: ReadOptions) -> Source:

@@ -105,7 +105,7 @@ def convert(
             checksums.setdefault(piece.name, []).extend(sums[index])
         sizes = {plan.name: plan.bytes for plan in opened.sink.files}
         _clear_small_files(out, sizes)
-        opened.sink.conclude(out, checksums)
+        notes = opened.sink.conclude(out, checksums) or ()
         _seal(opened, out, checksums)
         _sync_tree(out, sizes)
         rounded: dict[tuple[str, str], tuple[int, float]] = {}
@@ -117,7 +117,7 @@ def convert(
             described = _described(opened, site.result)
         _commit(out, job.target)
         shutil.rmtree(work, ignore_errors=True)
-    return Report(about, len(kept), seconds, verify, rounded, described)
+    return Report(about, len(kept), seconds, verify, rounded, described, notes)
 
 
 # --- the directory of the work ------------------------------------------------------------

@@ -82,10 +82,13 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
     """A read-only descriptor of a regular file, and its size in bytes.
 
     A link, a directory or a pipe under that name is refused: a checkpoint that someone
-    made by hand must not lead the reader elsewhere, or make it wait.
+    made by hand must not lead the reader elsewhere, or make it wait.  Links that stay in one
+    model's part of Hugging Face's cache are followed.
     """
     with naming(path, "cannot be opened", READING):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(
+            _blob(path) or path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        )
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -93,6 +96,20 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
         yield descriptor, status.st_size
     finally:
         os.close(descriptor)
+
+
+def _blob(path: Path) -> Path | None:
+    """What a file of Hugging Face's cache links to, if it lies where that cache keeps its files.
+
+    models--NAME/snapshots/<revision>/.../FILE is a link to models--NAME/blobs/<digest>.
+    """
+    if not path.is_symlink():
+        return None
+    path = path.absolute()
+    target = Path(os.path.realpath(path))
+    caches = (folder.parent for folder in path.parents if folder.name == "snapshots")
+    blobs = (Path(os.path.realpath(cache / "blobs")) for cache in caches)
+    return target if target.parent in blobs else None
 
 
 def read_exactly(descriptor: int, data: memoryview, offset: int) -> bool:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,11 +25,13 @@ from megagrow.checkpoint.adapter import (
     Segment,
     Values,
 )
-from megagrow.checkpoint.directory import RESTORE, naming, write_new
+from megagrow.checkpoint.directory import RESTORE, naming, read_small, write_new
 from megagrow.checkpoint.duplicates import require_frequencies, same_values
 from megagrow.checkpoint.huggingface_config import read_model, write_config
 from megagrow.checkpoint.huggingface_names import Link, links
+from megagrow.checkpoint.huggingface_tokenizer import carried, compare
 from megagrow.checkpoint.manifest import CheckpointMeta
+from megagrow.checkpoint.own_tokenizer import COMPANIONS, FILES, OwnTokenizer, fingerprints_beside
 from megagrow.checkpoint.pickles import StoredTensor
 from megagrow.checkpoint.safetensors import StoredArray, make_header, read_header, read_json
 from megagrow.checkpoint.shape import model_of
@@ -42,15 +43,7 @@ from megagrow.model.catalog import build_catalog
 from megagrow.state.catalog import MASTER
 
 _CONFIG, _INDEX, _ONE = "config.json", "model.safetensors.index.json", "model.safetensors"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+_RUN = "megagrow.json"  # fingerprints of what the model was trained with
 
 
 # Buffers that old versions stored along.
@@ -119,7 +112,7 @@ def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
         slots=(MASTER,),
         layout=Layout(),
         config={"model": model.model_dump(mode="json", by_alias=True)},
-        fingerprints={},
+        fingerprints={**_run_fingerprints(path), **fingerprints_beside(path)},
         run_state={},
     )
     left_out = account(
@@ -129,8 +122,8 @@ def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
         left_out=[LeftOut(name, "a mask, which transformers does not load") for name in masks],
     )
     files = [
-        LeftOut(item.name, "the tokenizer's; --tokenizer carries it along")
-        if item.name in TOKENIZER_FILES
+        LeftOut(item.name, "the tokenizer's, which formats with a place for it carry along")
+        if item.name in (*FILES, *COMPANIONS)
         else item
         for item in unread_files(path, {_CONFIG, _INDEX, *sizes})
     ]
@@ -164,6 +157,16 @@ def _follows(
         require_frequencies(stored, model.rope_theta, model.head_dim, at=at)
         return True
     return False
+
+
+def _run_fingerprints(path: Path) -> dict[str, str]:
+    """What our own export has written down of the run."""
+    if not (path / _RUN).is_file():
+        return {}
+    found = read_json(path / _RUN).get("fingerprints")
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise CheckpointError(f"{path / _RUN}: damaged", mend=RESTORE)
+    return found
 
 
 def _stored_name(name: str, arrays: Mapping[str, StoredArray]) -> str:
@@ -224,7 +227,12 @@ class HuggingFaceSink:
                 mend="train to the end of the ramp (grow.ramp) and convert that checkpoint",
             )
         model = model_of(request.meta)
-        self._tokenizer = list(_tokenizer_files(request.tokenizer))
+        self._tokenizer = carried(
+            request.tokenizer, vocabulary=model.vocabulary, sequence=model.sequence
+        )
+        self._fingerprints = dict(request.meta.fingerprints)
+        if isinstance(request.tokenizer, OwnTokenizer) and request.tokenizer.sha256:
+            self._fingerprints["tokenizer"] = request.tokenizer.sha256
         shards: list[list[Link]] = [[]]
         filled = 0
         dtypes: set[torch.dtype] = set()
@@ -240,7 +248,8 @@ class HuggingFaceSink:
         if model.family == "llama" and model.dropout:
             reason = "transformers' LLaMA has no dropout"
             self.left_out = (LeftOut(f"dropout {model.dropout}", reason),)
-        self._config = write_config(model, max(dtypes, key=lambda dtype: dtype.itemsize))
+        dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+        self._config = write_config(model, dtype) | dict(self._tokenizer.ids)
         self._weight_map: dict[str, str] = {}
         self._total = 0
         self.files: list[FilePlan] = []
@@ -268,8 +277,8 @@ class HuggingFaceSink:
         segments: list[Segment] = [head, *(values[link.stored] for link in order)]
         return FilePlan(name, segments)
 
-    def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> None:
-        """Write index and configuration, copy the tokenizer."""
+    def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> Sequence[str]:
+        """Write index, configurations and the tokenizer's files; see that transformers agrees."""
         _write_json(directory / _CONFIG, self._config)
         if len(self.files) > 1:
             index = {
@@ -277,23 +286,13 @@ class HuggingFaceSink:
                 "weight_map": dict(sorted(self._weight_map.items())),
             }
             _write_json(directory / _INDEX, index)
-        for path in self._tokenizer:
-            with naming(directory / path.name, "cannot be written"):
-                shutil.copyfile(path, directory / path.name)
-
-
-def _tokenizer_files(path: Path | None) -> Iterator[Path]:
-    """The files of a tokenizer: one file, or those of a directory that are a tokenizer's."""
-    if path is None:
-        return
-    found = [path] if path.is_file() else [path / name for name in TOKENIZER_FILES]
-    found = [file for file in found if file.is_file() and file.name in TOKENIZER_FILES]
-    if not found:
-        raise CheckpointError(
-            f"{path}: no tokenizer", expected=f"one of {', '.join(TOKENIZER_FILES)}",
-            mend="give --tokenizer such a file, or a directory with some",
-        )  # fmt: skip
-    yield from found
+        if self._fingerprints:
+            _write_json(directory / _RUN, {"fingerprints": self._fingerprints})
+        for name, content in self._tokenizer.files.items():
+            with naming(directory / name, "cannot be written"):
+                write_new(directory / name, content)
+        compared = [compare(directory, self._tokenizer)] if self._tokenizer.files else []
+        return [*self._tokenizer.notes, *compared]
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:
@@ -302,7 +301,15 @@ def _write_json(path: Path, value: Mapping[str, object]) -> None:
 
 
 def _find(path: Path) -> Path | None:
-    """The directory itself, if it has a config.json beside weights of any kind."""
+    """The directory itself, if it has a config.json beside weights of any kind.
+
+    Of a model's part of Hugging Face's cache (models--NAME) its revision `main`.
+    """
+    main = path / "refs" / "main"
+    if main.is_file() and (path / "snapshots").is_dir():
+        revision = read_small(main, 1000).decode(errors="replace").strip()
+        if re.fullmatch(r"[0-9a-f]{6,64}", revision):
+            path = path / "snapshots" / revision
     weights = (_ONE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
     held = (path / _CONFIG).is_file() and any((path / name).exists() for name in weights)
     return path if held else None
@@ -315,4 +322,5 @@ FORMAT = Format(
     open_source=open_source,
     open_sink=HuggingFaceSink,
     open_told=open_source,
+    options=frozenset({"tokenizer", "shard-gib"}),
 )

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,11 @@ from megagrow.checkpoint.adapter import (
 from megagrow.checkpoint.directory import READING, naming
 from megagrow.checkpoint.formats import detect, get_format
 from megagrow.checkpoint.manifest import CheckpointMeta
+from megagrow.checkpoint.own_tokenizer import (
+    OwnTokenizer,
+    own_tokenizer,
+    require_own_tokenizer,
+)
 from megagrow.checkpoint.shape import catalog_for
 from megagrow.checkpoint.shards import CHUNK_BYTES
 from megagrow.checkpoint.writing import LEAST_BUFFER_BYTES
@@ -50,7 +55,9 @@ class Job:
         target, target_format: what to make; nothing may be at `target`.
         layout: of the target; the source's where it is None.
         dtype: element type of all values, or None: what the format demands, else the source's.
-        tokenizer: a file or a directory to carry along.
+        tokenizer: a file or a directory to carry along, or `none`; by default the model's own,
+            if it is found.  Of a format that holds none it is not asked for.
+        allow_other_tokenizer: whether it, or that of `config`, may be another than the model's.
         file_bytes: greatest size of a file, for formats that cut by size.
         run_state: for a source that tells none, or a part of it.
         told: what the source's files do not tell.
@@ -64,6 +71,7 @@ class Job:
     layout: Layout | None = None
     dtype: torch.dtype | None = None
     tokenizer: Path | None = None
+    allow_other_tokenizer: bool = False
     file_bytes: int = 5 << 30
     run_state: Mapping[str, Any] = field(default_factory=dict)
     told: ReadOptions = NOTHING_TOLD
@@ -109,6 +117,7 @@ class Report:
             values that differ, and the greatest difference relative to the greatest value.
         described: where verified, for each thing beside the values (step, configuration, ...)
             whether the result tells the same.
+        notes: of the format, for a person to read.
     """
 
     survey: Survey
@@ -117,6 +126,7 @@ class Report:
     verified: bool
     rounded: Mapping[tuple[str, str], tuple[int, float]]
     described: Mapping[str, bool]
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -153,6 +163,13 @@ def open_job(job: Job) -> Opened:
         fingerprints=source.fingerprints if job.fingerprints is None else job.fingerprints,
         run_state=_run_state(source, job),
     )
+    target_format = get_format(job.target_format)
+    tokenizer: OwnTokenizer | str | None = None
+    if "tokenizer" in target_format.options:
+        other = job.allow_other_tokenizer
+        tokenizer = own_tokenizer(source, job.tokenizer, allow_other=other)
+    if job.fingerprints is not None and not job.allow_other_tokenizer:
+        require_own_tokenizer(source, job.fingerprints)
     if job.config is not None:
         told = dataclasses.replace(meta, config=source.config, run_state=source.run_state)
         meta = dataclasses.replace(meta, catalog=catalog_for(meta, told))
@@ -168,10 +185,10 @@ def open_job(job: Job) -> Opened:
         },
         dtype=job.dtype,
         nonce=digest,
-        tokenizer=job.tokenizer,
+        tokenizer=tokenizer,
         file_bytes=job.file_bytes,
     )
-    sink = get_format(job.target_format).open_sink(request)
+    sink = target_format.open_sink(request)
     _require_whole_slots(source, sink, job)
     pieces = tuple(piece for plan in sink.files for piece in cut(plan, PIECE_BYTES))
     return Opened(job, source, sink, meta, pieces, digest)

@@ -328,4 +328,5 @@ FORMAT = Format(
     open_source=open_source,
     open_sink=MegatronSink,
     open_told=open_source,
+    options=frozenset({"tensor", "pipeline"}),
 )

@@ -67,6 +67,7 @@ def catalog_for(run: CheckpointMeta, source: CheckpointMeta) -> Catalog:
     Raises:
         CheckpointError: the run's model has other tensors, or computes something else of them.
     """
+    _require_vocabulary(run, source)
     model = model_of(run)
     if "model" in source.config:
         before = model_of(source)
@@ -81,6 +82,20 @@ def catalog_for(run: CheckpointMeta, source: CheckpointMeta) -> Catalog:
                     mend=f"set model.{setting}: {expected} in the run's configuration",
                 )
     return build_catalog(model)
+
+
+def _require_vocabulary(run: CheckpointMeta, source: CheckpointMeta) -> None:
+    rows, wanted = _rows(source.catalog, "embedding.token"), run.config["model"].get("vocab")
+    if None in (rows, wanted) or rows == wanted or _growths(run):
+        return
+    larger = rows is not None and rows > wanted
+    raise CheckpointError(
+        "model.vocab: the run's vocabulary is not that of these weights",
+        found=f"{wanted} (of model.vocab, or of the tokenizer of data.path)",
+        expected=rows,
+        mend="prepare the data with the weights' own tokenizer: launch/prepare_data.py --tokenizer"
+        + (f"; if it is that one, set model.vocab: {rows}" if larger else ""),
+    )
 
 
 def _growths(meta: CheckpointMeta) -> list[GrowConfig]:

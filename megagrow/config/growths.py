@@ -20,7 +20,7 @@ class UntilConfig(Section):
     planner's moment, worked out before the run starts.
     """
 
-    steps: Positive | None = None
+    steps: Annotated[int, Field(ge=0)] | None = None  # 0: the next stage's growth comes first
     tokens: Annotated[float, Field(gt=0)] | None = None
     flops: Annotated[float, Field(gt=0)] | None = None
     slope: Annotated[float, Field(lt=0)] | None = None

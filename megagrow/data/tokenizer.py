@@ -142,10 +142,17 @@ class SentencePieceTokenizer(_Marked):
         pieces = (model.id_to_piece(token) for token in range(self.vocab_size))
         exact = (
             model.unk_id() not in ids
+            # A prefix before every text would come again where a text is cut.
+            and "".join(model.encode("a", out_type=str)) == "a"
             and model.decode(model.encode(_PROBE)) == _PROBE
             and not any("\n" in piece and piece != "\n" for piece in pieces)
         )
         return ids if exact else None
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is of the kind that is trained here: every text comes back as it was."""
+        return self._blank_ids is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``."""

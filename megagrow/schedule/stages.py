@@ -44,12 +44,12 @@ class StagePlan:
     @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step consumes, all ranks together."""
-        return (self.end_tokens - self.start_tokens) // self.steps
+        return self.batch.global_ * self.sequence
 
     @property
     def flops_per_step(self) -> int:
-        """FLOPs of one optimizer step, all ranks together."""
-        return (self.end_flops - self.start_flops) // self.steps
+        """FLOPs of one optimizer step, all ranks together; 0 in a stage without a step."""
+        return (self.end_flops - self.start_flops) // max(1, self.steps)
 
 
 def resolve_stages(
@@ -66,6 +66,9 @@ def resolve_stages(
     A stage ends after the first step that reaches its bound (`until`), so it may pass a
     bound in tokens or FLOPs by less than one step.  What a stage that ends by a rule alone gets
     is its latest end: stages of that kind in a row share the way to the next bound evenly.
+
+    A stage whose bound is exactly where it begins has no step: several growths at one step, or a
+    growth before the first (of weights from elsewhere, `until: {steps: 0}`).  The last has some.
 
     Args:
         config: its `stages` and `batch` are used.
@@ -100,14 +103,16 @@ def resolve_stages(
             "flops": (flops, flops_a_step),
         }[unit]
         count = -((done - bound) // a_step)  # rounded up: the first step that reaches the bound
-        if count <= 0:  # never for the first stage: its bound is above 0
+        last = index == len(config.stages) - 1
+        if count < 0 or (count == 0 and (last or (done != bound and index >= len(ends)))):
             raise ConfigError(
                 f"stages[{index}].until.{unit} = {_shown(bound)} leaves the stage no step: "
-                f"stages[{index - 1}] ends at {_shown(done)} {unit} "
-                "(bounds count from the start of the run)",
+                + (f"stages[{index - 1}] ends at {_shown(done)} {unit} " if index else "")
+                + "(bounds count from the start of the run)",
                 found=_shown(bound),
                 expected=f"more than {_shown(done)}",
-                mend=f"raise stages[{index}].until.{unit}, or end the stage before it earlier",
+                mend=f"raise stages[{index}].until.{unit}"
+                + (", or end the stage before it earlier" if index else ""),
             )
         plan = StagePlan(
             index=index,

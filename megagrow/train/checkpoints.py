@@ -33,21 +33,13 @@ from megagrow.state.catalog import slots_of
 from megagrow.state.statemap import Identity
 from megagrow.state.transfer import transfer_from_storage
 from megagrow.train.agree import on_first
+from megagrow.train.fingerprints import fingerprints, require_run, require_same_data
 from megagrow.train.holding import RunLock
 from megagrow.train.plan import RunPlan
 from megagrow.train.state import RunState
 
 DIRECTORY = "checkpoints"
 RUN = "run"  # the fingerprint that tells one run from another
-
-
-def fingerprints(data: PreparedData) -> dict[str, str]:
-    """What a resumed run must find again; and how it validates, of which it says so else."""
-    return {
-        "data": data.fingerprint,
-        "tokenizer": data.content.tokenizer_sha256,
-        "validation": VALIDATION,
-    }
 
 
 def is_saved(path: Path, state: RunState, *, run: str, known: Path | None) -> bool:
@@ -271,17 +263,8 @@ def check_agreement(
         CheckpointError: data, tokenizer, seed or model are others, or the run state is damaged.
     """
     where = str(checkpoint.path)
-    wanted_all = fingerprints(data)
-    del wanted_all["validation"]
-    for name, wanted in wanted_all.items():
-        found = checkpoint.fingerprints.get(name)
-        if found != wanted:
-            raise CheckpointError(
-                f"{where}: was trained on another {name} than data.path = {config.data.path}",
-                found=found,
-                expected=wanted,
-                mend="set data.path to the dataset of the run, or start a new run.dir",
-            )
+    require_run(checkpoint)
+    require_same_data(checkpoint, data)
     seed = checkpoint.config.get("run", {}).get("seed")
     if seed != config.run.seed:
         raise CheckpointError(

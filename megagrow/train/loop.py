@@ -417,8 +417,10 @@ class Trainer:
         )
 
     def _next_stage(self) -> None:
-        # Saved before a growth, so that one that is interrupted can be done again.
-        self._save()
+        # Saved before a growth, so that one that is interrupted can be done again.  A stage
+        # without a step has nothing to save: what led here is what this step's save holds.
+        if self.stage.plan.steps:
+            self._save()
         stage = self.plan.stages[self.stage.index + 1]
         self._begin(f"growing into stage {stage.index}", slow=True)
         before, small = self._validation_loss(), self.engine.placement.catalog.parameters

@@ -16,6 +16,7 @@ import torch
 
 from megagrow.checkpoint import CheckpointMeta, NativeCheckpoint, Piece, SoloGroup, save
 from megagrow.checkpoint.directory import step_of
+from megagrow.checkpoint.formats import detect
 from megagrow.checkpoint.summary import find
 from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
 from megagrow.config.load import parse_config
@@ -36,6 +37,7 @@ from megagrow.state.plan import Locator
 from megagrow.state.statemap import StateMap
 from megagrow.state.through import Through
 from megagrow.state.transfer import Reader
+from megagrow.train.fingerprints import require_run, require_same_data
 from megagrow.train.fit import Fit, fit_growth
 from megagrow.train.state import RunState
 
@@ -86,7 +88,8 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
         CheckpointError: there is none, it is damaged, or it is not one of a training run.
         GrowthError: the growth does not fit the model.
     """
-    checkpoint = NativeCheckpoint.open(find(source))
+    checkpoint = NativeCheckpoint.open(_native(source))
+    require_run(checkpoint)
     try:
         config = parse_config(checkpoint.config, source=f"{checkpoint.path}: its configuration")
         state = RunState.from_json(checkpoint.run_state)
@@ -98,7 +101,7 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
     length = sample_length(config, small, state.growth_stage)
     state = replace(state, position=state.position.measured(length))
     model, growth = plan_growth(grow, small)
-    if growth.target == growth.small:
+    if model == small:
         raise GrowthError(
             "the growth changes nothing: the model has these sizes already",
             mend="give larger sizes with --target, or --factor",
@@ -111,6 +114,20 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
         state=state.after_growth(growth, betas=config.optimizer.bias_correction),
         config=_with_growth(config, state, grow),
     )
+
+
+def _native(source: Path) -> Path:
+    """The native checkpoint that a path means; one of another format is refused by its name."""
+    try:
+        return find(source)
+    except CheckpointError:
+        other, at = detect(source)  # raises where there is none of any format
+        target = Path("imports") / source.resolve().name
+        raise CheckpointError(
+            f"{at}: a checkpoint of format {other.name}; a growth starts from one of a run",
+            mend=f"python launch/convert.py --from {at} --to {target} --to-format native "
+            f"--config RUN.yaml, with the configuration of the run to be, then --from {target}",
+        ) from None
 
 
 def write_offline(plan: OfflineGrowth, root: Path, *, piece_bytes: int = PIECE_BYTES) -> Path:
@@ -164,6 +181,7 @@ def _reader(plan: OfflineGrowth) -> tuple[Through, RunState]:
 def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, Fit, int]:
     """The fitted parameters, what they took, and the tokens of a sample of it, as in a live run."""
     data = open_dataset(plan.config.data.path, plan.config.data.tokenizer)
+    require_same_data(plan.checkpoint, data)
     if plan.config.data.verify:
         verify(data)
     small = MemoryState(
@@ -240,13 +258,43 @@ def _with_growth(config: Config, state: RunState, grow: GrowConfig) -> Config:
     following: list[StageConfig] = config.stages[index + 1 :]
     if following and following[0].grow == grow:
         return config
-    done = config.stages[index].model_copy(update={"until": _until(max(1, state.step))})
-    grown = StageConfig(until=_until(2 * max(1, state.step)), grow=grow)
+    left = config.stages[index].until
+    done = config.stages[index].model_copy(update={"until": UntilConfig(steps=state.step)})
+    grown = StageConfig(until=_rest(left, state), grow=grow)
     return config.model_copy(update={"stages": [*config.stages[:index], done, grown]})
 
 
-def _until(steps: int) -> UntilConfig:
-    return UntilConfig(steps=steps)
+def _rest(left: UntilConfig, state: RunState) -> UntilConfig:
+    """The end of the stage that was left, where that is still to come; else twice the way here."""
+    reached = {"steps": state.step, "tokens": state.tokens, "flops": state.flops}
+    ahead = [key for key, at in reached.items() if (getattr(left, key) or 0) > at]
+    if ahead and left.rule in (None, "slope"):  # the others are about a growth that follows
+        return left
+    return UntilConfig(steps=2 * max(1, state.step))
+
+
+def describe_sizes(plan: OfflineGrowth) -> list[str]:
+    """What the growth makes of the model's sizes, and which of the operator's it leaves."""
+    small, model, changed, left = plan.small, plan.model, [], []
+    for name in _SIZES:
+        before, after = getattr(small, name), getattr(model, name)
+        setting = name.replace("kv_groups", "kv_heads").replace("vocabulary", "vocab")
+        if before != after:
+            changed.append(f"{setting} {before} -> {after}")
+        elif setting in plan.growth.operator.sizes:
+            left.append(f"{setting} {before}")
+    lines = [", ".join(changed) + (f"; {', '.join(left)} as before" if left else "")]
+    if model.family == "gpt2" and model.heads * model.head_dim != model.hidden:
+        lines.append(
+            f"heads x head_dim is {model.heads * model.head_dim}, not hidden: Hugging Face has no "
+            "such GPT-2, so it cannot be exported"
+        )
+    return lines
+
+
+_SIZES = (
+    "layers", "hidden", "heads", "kv_groups", "head_dim", "ffn", "vocabulary", "sequence",
+)  # fmt: skip
 
 
 def stages_to_go_on(plan: OfflineGrowth) -> list[dict[str, Any]]:

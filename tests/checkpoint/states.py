@@ -24,7 +24,17 @@ def state_of(model, *, seed=0, dtype=torch.float32):
 ALONE = Layout()
 
 
-def save_model(root, model=None, *, layout=ALONE, seed=0, dtype=torch.float32, step=7):
+def save_model(
+    root,
+    model=None,
+    *,
+    layout=ALONE,
+    seed=0,
+    dtype=torch.float32,
+    step=7,
+    fingerprints=None,
+    data=None,
+):
     """Save random state of a model, cut over a layout's ranks; returns (path, state)."""
     model = model or toy_model()
     state = state_of(model, seed=seed, dtype=dtype)
@@ -33,8 +43,12 @@ def save_model(root, model=None, *, layout=ALONE, seed=0, dtype=torch.float32, s
         catalog=catalog,
         slots=ADAM_SLOTS,
         layout=layout,
-        config={"model": model.model_dump(mode="json", by_alias=True), "run": {"seed": 1}},
-        fingerprints={"data": "d0", "tokenizer": "t0"},
+        config={
+            "model": model.model_dump(mode="json", by_alias=True),
+            "run": {"seed": 1},
+            **({"data": {"path": str(data)}} if data else {}),
+        },
+        fingerprints=fingerprints or {"data": "d0", "tokenizer": "t0"},
         run_state={"step": step, "growth_stage": 0, "rules": OptimizerRules().to_json()},
     )
     placement = Placement(catalog, layout, group_keys(catalog, OptimizerRules()))

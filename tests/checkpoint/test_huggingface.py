@@ -1,6 +1,7 @@
 """Directories of Hugging Face: transformers reads ours, we read theirs, and damage is refused."""
 
 import json
+import os
 import random
 import shutil
 
@@ -130,17 +131,40 @@ def test_the_names_of_gpt2s_release_are_read(tmp_path):
     assert_same(contents(target), state.tensors, slots={"master"})
 
 
-def test_the_tokenizer_goes_along(tmp_path):
+def cache_of(directory, root):
+    """The directory as huggingface_hub keeps it: links to files that are named by their digest."""
+    model, revision = root / "models--someone--toy", "0123456789abcdef0123456789abcdef01234567"
+    snapshot, blobs = model / "snapshots" / revision, model / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(directory.iterdir())):
+        shutil.copy(file, blobs / f"{number:064x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:064x}")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(revision)
+    return model, snapshot
+
+
+def test_hugging_faces_cache_is_read(tmp_path):
+    path, state = save_model(tmp_path)
+    target = to(path, tmp_path / "hf", "huggingface", file_bytes=2000)
+    model, snapshot = cache_of(target, tmp_path)
+    for place in (model, snapshot):
+        assert_same(contents(place), state.tensors, slots={"master"})
+    assert_same(contents(to(model, tmp_path / "native", "native")), state.tensors, slots={"master"})
+
+
+def test_links_that_leave_the_cache_are_refused(tmp_path):
     path, _ = save_model(tmp_path)
-    shelf = tmp_path / "data"
-    shelf.mkdir()
-    (shelf / "tokenizer.json").write_text('{"a": 1}')
-    (shelf / "corpus.bin").write_text("x")
-    target = to(path, tmp_path / "hf", "huggingface", tokenizer=shelf)
-    assert (target / "tokenizer.json").read_text() == '{"a": 1}'
-    assert not (target / "corpus.bin").exists()
-    with pytest.raises(CheckpointError, match="no tokenizer"):
-        convert(Job(path, tmp_path / "no", "huggingface", tokenizer=tmp_path / "run"))
+    target = to(path, tmp_path / "hf", "huggingface")
+    _, snapshot = cache_of(target, tmp_path)
+    file, pipe = snapshot / "config.json", snapshot.parent.parent / "blobs" / "pipe"
+    os.mkfifo(pipe)  # opening it the plain way would wait for ever
+    for elsewhere in (target / "config.json", "/nowhere", pipe):
+        file.unlink()
+        file.symlink_to(elsewhere)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            open_hf(snapshot)
 
 
 # --- what cannot be expressed -------------------------------------------------------------

@@ -28,8 +28,10 @@ def data(tmp_path_factory):
 def saved(tmp_path_factory, data):
     """(checkpoint, model, tokenizer)."""
     model = toy_model(vocab=320, sequence=SEQUENCE)
-    path, state = save_model(tmp_path_factory.mktemp("checkpoint"), model)
-    return path, build(model, state).eval(), open_dataset(data).tokenizer
+    tokenizer = open_dataset(data).tokenizer
+    held = {"data": "d0", "tokenizer": tokenizer.fingerprint()}
+    path, state = save_model(tmp_path_factory.mktemp("checkpoint"), model, fingerprints=held)
+    return path, build(model, state).eval(), tokenizer
 
 
 def evaluate(*arguments):
@@ -146,7 +148,7 @@ def test_what_is_wrong_is_said(tmp_path, saved, data, capsys):
     (tmp_path / "text").write_text("ba du")
     cases = [
         ([path], "nothing to evaluate on"),
-        ([path, "--text", tmp_path / "text"], "does not tell its tokenizer"),
+        ([path, "--text", tmp_path / "text"], "tokenizer is not found"),
         ([path, "--text", tmp_path / "none", "--tokenizer", data], "cannot be read"),
         ([tmp_path, "--text", tmp_path / "text"], "no checkpoint"),
         ([path, "--text", tmp_path / "text", "--tokenizer", data, "--stride", 0], "--stride"),
@@ -159,9 +161,27 @@ def test_what_is_wrong_is_said(tmp_path, saved, data, capsys):
         capsys.readouterr()
         assert evaluate(*arguments) == 1
         assert said in capsys.readouterr().err
-    small, _ = save_model(tmp_path / "small", toy_model(vocab=64))
+    held = {"tokenizer": saved[2].fingerprint()}
+    small, _ = save_model(tmp_path / "small", toy_model(vocab=64), fingerprints=held)
     assert evaluate(small, "--text", tmp_path / "text", "--tokenizer", data) == 1
     assert "not the tokenizer of this model" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused_or_asked_for(tmp_path, saved, data, capsys):
+    """Of the same size, so that only its SHA-256 tells; the model's own needs no option."""
+    other = make_dataset(tmp_path / "other", seed=1)
+    (tmp_path / "text").write_text("ba du")
+    arguments = [saved[0], "--text", tmp_path / "text", "--tokenizer", other]
+    assert evaluate(*arguments) == 1
+    said = capsys.readouterr().err
+    assert "is not the tokenizer of this model" in said and saved[2].fingerprint() in said
+    assert evaluate(*arguments, "--allow-other-tokenizer") == 0
+    assert "NOT the model's own" in capsys.readouterr().out
+    held = {"data": "d0", "tokenizer": saved[2].fingerprint()}
+    model = toy_model(vocab=320, sequence=SEQUENCE)
+    path, _ = save_model(tmp_path / "run", model, fingerprints=held, data=data)
+    assert evaluate(path, "--text", tmp_path / "text") == 0
+    assert "the model's own, by its SHA-256" in capsys.readouterr().out
 
 
 def test_tasks_without_the_harness(saved, monkeypatch, capsys):
@@ -170,23 +190,82 @@ def test_tasks_without_the_harness(saved, monkeypatch, capsys):
     assert "pip install lm-eval" in capsys.readouterr().err
 
 
-def test_tasks_reach_the_harness_with_an_export(saved, data, monkeypatch, capsys):
-    """A stand-in for the harness, which is not installed here: what it is called with."""
-    transformers = pytest.importorskip("transformers")
-    calls = []
+class StandIn:
+    """What is used of the harness, which is not installed here; it scores as the harness does."""
 
-    def simple_evaluate(*, model, model_args, tasks, device, batch_size):
-        path = model_args.removeprefix("pretrained=")
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(path)
-        calls.append((model, tasks, device, batch_size, loaded.num_parameters()))
-        return {"results": {"piqa": {"acc,none": 0.5}}}
+    def __init__(self):
+        self.calls = []
+        self.tasks = types.SimpleNamespace(TaskManager=self.manager)
 
-    monkeypatch.setitem(
-        sys.modules, "lm_eval", types.SimpleNamespace(simple_evaluate=simple_evaluate)
-    )
-    status = evaluate(saved[0], "--tasks", "piqa, hellaswag", "--device", "cpu",
-                      "--tokenizer", data)  # fmt: skip
+    def manager(self, *, include_path):
+        known = [
+            "piqa",
+            "hellaswag",
+            *([f"own_{include_path.rpartition('/')[2]}"] if include_path else []),
+        ]
+        return types.SimpleNamespace(
+            all_tasks=known, match_tasks=lambda names: [n for n in names if n in known]
+        )
+
+    def simple_evaluate(self, *, model, model_args, **settings):
+        transformers = pytest.importorskip("transformers")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model_args["pretrained"]).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_args["pretrained"])
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ids = torch.tensor([[first, *tokenizer(TEXT, add_special_tokens=False)["input_ids"]]])
+        with torch.no_grad():
+            table = torch.log_softmax(loaded(ids[:, :-1]).logits[0].double(), -1)
+        nats = -float(table.gather(1, ids[0, 1:, None]).sum())
+        assert model == "hf" and settings["task_manager"].all_tasks
+        self.calls.append(settings)
+        return {"results": {"piqa": {"bits": nats / math.log(2) / len(TEXT.encode())}}}
+
+
+TEXT = "ba  du\n\u00e9"
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    pytest.importorskip("transformers")
+    stand_in = StandIn()
+    monkeypatch.setitem(sys.modules, "lm_eval", stand_in)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", stand_in.tasks)
+    return stand_in
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_harness_scores_what_we_score(tmp_path, data, harness, capsys, family):
+    """Bits per byte of one text by our own evaluation, and by transformers on the export."""
+    held = {"tokenizer": open_dataset(data).tokenizer.fingerprint()}
+    model = toy_model(family=family, vocab=320, sequence=16)
+    path, _ = save_model(tmp_path, model, fingerprints=held, data=data)
+    (tmp_path / "text").write_bytes(TEXT.encode())
+    status = evaluate(path, "--tasks", "piqa, hellaswag", "--text", tmp_path / "text",
+                      "--device", "cpu", "--json", tmp_path / "s.json")  # fmt: skip
     assert status == 0, capsys.readouterr().err
-    count = sum(p.numel() for p in saved[1].parameters())
-    assert calls == [("hf", ["piqa", "hellaswag"], "cpu", 8, count)]
-    assert "piqa: {'acc,none': 0.5}" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "s.json").read_text())
+    [ours] = scores["texts"].values()
+    assert scores["tasks"]["piqa"]["bits"] == pytest.approx(ours["bits_per_byte"], rel=1e-5)
+    assert "ids of the tokenizer: the same by transformers" in capsys.readouterr().out
+    [call] = harness.calls
+    assert call["tasks"] == ["piqa", "hellaswag"] and call["batch_size"] == 8
+    assert call["num_fewshot"] is None and call["limit"] is None
+
+
+def test_options_of_the_harness(tmp_path, saved, data, harness, capsys):
+    (tmp_path / "mine").mkdir()
+    always = [saved[0], "--tokenizer", data, "--device", "cpu"]
+    assert evaluate(*always, "--tasks", "own_mine", "--num-fewshot", 3, "--limit", 0.5,
+                    "--include-path", tmp_path / "mine") == 0  # fmt: skip
+    [call] = harness.calls
+    assert (call["num_fewshot"], call["limit"], call["tasks"]) == (3, 0.5, ["own_mine"])
+    for more, said in (
+        (["--tasks", "helaswag"], "for instance hellaswag"),
+        (["--tasks", "piqa", "--include-path", tmp_path / "none"], "no such directory"),
+        (["--tasks", "piqa", "--limit", 0], "--limit: must be above 0"),
+        (["--lambada", "x", "--num-fewshot", 2], "--num-fewshot: for --tasks alone"),
+    ):
+        capsys.readouterr()
+        assert evaluate(*always, *more) == 1
+        assert said in capsys.readouterr().err
+    assert len(harness.calls) == 1

@@ -102,7 +102,10 @@ def test_what_a_second_growth_starts_from(small, tmp_path):
     second = plan_offline(wide, GrowConfig(operator="depth_stack", factor=3))
     assert (second.model.hidden, second.model.layers) == (16, 6)
     path = write_offline(second, tmp_path / "both")
-    assert NativeCheckpoint.open(path).run_state["growth_stage"] == 2
+    checkpoint = NativeCheckpoint.open(path)
+    assert checkpoint.run_state["growth_stage"] == 2
+    ends = [stage["until"]["steps"] for stage in checkpoint.config["stages"]]
+    assert ends == [3, 3, 6]  # which a run goes on with: see test_grow_imports.py
 
 
 def test_a_dry_run_writes_nothing(small, tmp_path, capsys):

@@ -118,6 +118,19 @@ def test_an_empty_stage_is_refused_with_both_figures(untils, says):
         assert part in str(caught.value)
 
 
+def test_growths_may_share_a_step():
+    """Also the first: weights from elsewhere may grow before they are trained."""
+    run = config({"steps": 0}, {"steps": 0}, {"steps": 5}, {"steps": 5}, {"steps": 7})
+    plans = resolve(run)
+    assert [(plan.start_step, plan.end_step) for plan in plans] == [
+        (0, 0), (0, 0), (0, 5), (5, 5), (5, 7),
+    ]  # fmt: skip
+    assert [stage_of(plans, step).index for step in range(7)] == [2] * 5 + [4] * 2
+    assert [(plan.steps, plan.tokens_per_step) for plan in plans[:2]] == [(0, 32), (0, 32)]
+    with pytest.raises(ConfigError, match=r"stages\[0\].until.steps = 0 leaves the stage no step"):
+        resolve(config({"steps": 0}))
+
+
 def test_each_stage_needs_a_model_and_a_layout():
     run = config({"steps": 1}, {"steps": 2})
     with pytest.raises(ValueError, match="2 stages need"):

@@ -1,0 +1,50 @@
+"""What a checkpoint holds of its run's data and tokenizer, and whether they are found again."""
+
+from __future__ import annotations
+
+from megagrow.checkpoint.adapter import Source
+from megagrow.data.dataset import PreparedData
+from megagrow.data.sampler import VALIDATION
+from megagrow.errors import CheckpointError
+
+
+def fingerprints(data: PreparedData) -> dict[str, str]:
+    """What a run is trained on, which a resumed one must find again, and how it validates."""
+    return {**_of(data), "validation": VALIDATION}
+
+
+def _of(data: PreparedData) -> dict[str, str]:
+    return {"data": data.fingerprint, "tokenizer": data.content.tokenizer_sha256}
+
+
+def require_run(checkpoint: Source) -> None:
+    """See that a checkpoint is one of a run.
+
+    Raises:
+        CheckpointError: it was converted from weights, for no run in particular.
+    """
+    if "stages" not in checkpoint.config:
+        path = checkpoint.path
+        raise CheckpointError(
+            f"{path}: belongs to no run: it was made without --config, so it tells of no data, "
+            "seed or stages",
+            mend=f"python launch/convert.py --from {path} --to {path}-for-run --to-format native "
+            "--config RUN.yaml, with the configuration of the run that is to start from it",
+        )
+
+
+def require_same_data(checkpoint: Source, data: PreparedData) -> None:
+    """See that a dataset is the one that a checkpoint was trained on.
+
+    Raises:
+        CheckpointError: it has other tokens, or another tokenizer.
+    """
+    for name, found in _of(data).items():
+        wanted = checkpoint.fingerprints.get(name)
+        if wanted != found:
+            raise CheckpointError(
+                f"{checkpoint.path}: was trained on another {name} than data.path = {data.path}",
+                found=wanted,
+                expected=found,
+                mend="set data.path to the dataset of the run, or start a new run.dir",
+            )

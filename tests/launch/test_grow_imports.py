@@ -1,0 +1,212 @@
+"""A model of Hugging Face is imported, grown before its first step, trained and exported."""
+
+import importlib.util
+import re
+import shlex
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from jobs import (  # noqa: F401 - a fixture among them
+    DEPTH,
+    REPOSITORY,
+    WIDTH,
+    dataset,
+    make_dataset,
+    settings,
+    train,
+    trajectory,
+    write_config,
+)
+from states import save_model, to
+from toys import toy_model
+
+from megagrow.checkpoint import NativeCheckpoint
+from megagrow.checkpoint.load import load_model
+from megagrow.config import GrowConfig
+from megagrow.config.load import parse_config
+from megagrow.data.dataset import open_dataset
+from megagrow.errors import CheckpointError
+from megagrow.growth.growth import plan_growth
+from megagrow.train import checkpoints
+from megagrow.train.offline import OfflineGrowth, describe_sizes, plan_offline, write_offline
+
+transformers = pytest.importorskip("transformers")
+
+
+LLAMA = {
+    "family": "llama", "kv_heads": 1, "tie_embeddings": False, "norm_eps": 1e-6, "hidden": 8,
+    "heads": 2, "ffn": 16, "layers": 2, "sequence": 8,
+}  # fmt: skip
+
+
+def command(name, *arguments):
+    """`main` of a command, in this process."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "launch" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A directory as `save_pretrained` writes it."""
+    torch.manual_seed(1)
+    shape = transformers.LlamaConfig(
+        num_hidden_layers=2, hidden_size=8, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=16, max_position_embeddings=8, vocab_size=320, initializer_range=0.2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("theirs") / "hf"
+    transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def imported(theirs, dataset, tmp_path_factory):  # noqa: F811
+    """(the import, the settings of the run that it is for)."""
+    home = tmp_path_factory.mktemp("imported")
+    run = settings(dataset, home / "run", model=LLAMA, stages=[{"until": {"steps": 3}}])
+    config = write_config(home / "run.yaml", run)
+    options = ["--to", home / "native", "--to-format", "native", "--config", config]
+    assert command("convert", "--from", theirs, *options) == 0
+    return home / "native", run
+
+
+def test_an_import_is_grown_twice_trained_and_exported(imported, tmp_path, capsys):
+    """Offline, by two growths at step 0; the same growths inside the run give the same losses."""
+    native, run = imported
+    wide, deep = tmp_path / "wide", tmp_path / "deep"
+    assert command("grow", "--from", native, "--to", wide, "--operator", "width") == 0
+    assert command("grow", "--from", wide, "--to", deep, "--operator", "depth_stack") == 0
+    printed = yaml.safe_load(capsys.readouterr().out.rpartition("these stages:")[2])
+    assert [stage["until"] for stage in printed["stages"]] == [
+        {"steps": 0}, {"steps": 0}, {"steps": 3},
+    ]  # fmt: skip
+    config = write_config(
+        tmp_path / "a.yaml", run | printed | {"run": {"dir": str(tmp_path / "a"), "seed": 5}}
+    )
+    offline = trajectory(train(1, config, resume=deep))
+    assert [line[0] for line in offline] == [1, 2, 3]
+
+    inside = [{"until": {"steps": 0}}, {"grow": WIDTH, "until": {"steps": 0}},
+              {"grow": DEPTH, "until": {"steps": 3}}]  # fmt: skip
+    changed = {"stages": inside, "run": {"dir": str(tmp_path / "b"), "seed": 5}}
+    live = train(1, write_config(tmp_path / "b.yaml", run | changed), resume=native)
+    assert trajectory(live) == offline
+
+    ours, shape, at = load_model(tmp_path / "a")
+    assert (shape.hidden, shape.layers) == (16, 4)
+    back = transformers.AutoModelForCausalLM.from_pretrained(
+        to(at, tmp_path / "back", "huggingface"), dtype=torch.float32
+    )
+    tokens = torch.randint(320, (3, 8), generator=torch.manual_seed(2))
+    with torch.no_grad():
+        wanted, found = ours.logits(tokens), back.eval()(tokens).logits
+    assert wanted.std() > 0.1
+    assert (found - wanted).abs().max() < 1e-4
+
+
+def advised(error, config):
+    """The arguments of the conversion that an error advises, for a configuration."""
+    [text] = re.findall(r"python launch/convert\.py (.*?RUN\.yaml)", error)
+    return shlex.split(text.replace("RUN.yaml", str(config)))
+
+
+@pytest.mark.parametrize("imported_before", [False, True])
+def test_weights_without_a_run_are_not_grown_and_the_advice_works(
+    theirs, imported, tmp_path, monkeypatch, capsys, imported_before
+):
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tmp_path / "run.yaml", imported[1])
+    source = to(theirs, tmp_path / "native", "native") if imported_before else theirs
+    grown = ["--to", tmp_path / "grown", "--operator", "width"]
+    assert command("grow", "--from", source, *grown) == 1
+    error = capsys.readouterr().err
+    assert ("belongs to no run" if imported_before else "of format huggingface") in error
+    arguments = advised(error, config)
+    assert command("convert", *arguments) == 0
+    made = arguments[arguments.index("--to") + 1]
+    assert command("grow", "--from", made, *grown) == 0
+
+
+def test_a_resume_of_weights_without_a_run_names_the_cause(theirs, imported, dataset, tmp_path):  # noqa: F811
+    path = to(theirs, tmp_path / "native", "native")
+    with pytest.raises(CheckpointError, match="belongs to no run: it was made without --config"):
+        checkpoints.check_agreement(
+            NativeCheckpoint.open(path),
+            config=parse_config(imported[1], source="run"),
+            data=open_dataset(dataset),
+            plan=None,  # not reached
+        )
+
+
+def test_weights_of_another_vocabulary_than_the_runs_are_refused(imported, tmp_path, capsys):
+    wide = toy_model(**LLAMA, vocab=400)
+    path, _ = save_model(tmp_path, wide, fingerprints={"data": "d"})
+    weights = to(path, tmp_path / "hf", "huggingface")
+    config = write_config(tmp_path / "run.yaml", imported[1])
+    options = ["--to", tmp_path / "native", "--to-format", "native", "--config", config]
+    assert command("convert", "--from", weights, *options) == 1
+    error = capsys.readouterr().err
+    assert "model.vocab: the run's vocabulary is not that of these weights" in error
+    assert "set model.vocab: 400" in error
+    config = write_config(
+        tmp_path / "run.yaml", imported[1] | {"model": imported[1]["model"] | {"vocab": 400}}
+    )
+    assert command("convert", "--from", weights, *options) == 0
+
+
+def test_a_longer_sequence_is_a_growth_where_no_tensor_has_it(imported, tmp_path, capsys):
+    """Rotary positions have no tensor, but the model reads longer samples afterwards."""
+    grown = ["--to", tmp_path / "long", "--operator", "sequence"]
+    assert command("grow", "--from", imported[0], *grown) == 0
+    assert "sequence 8 -> 16" in capsys.readouterr().out
+    model, shape, _ = load_model(tmp_path / "long/step_00000000")
+    assert (
+        shape.sequence == 16
+        and model.logits(torch.zeros(1, 16, dtype=torch.int64)).isfinite().all()
+    )
+
+
+def test_sizes_that_a_growth_leaves_are_told(imported, tmp_path, capsys):
+    growth = ["--from", imported[0], "--operator", "width", "--target", "hidden=16", "--dry-run"]
+    assert command("grow", *growth) == 0
+    assert "hidden 8 -> 16; heads 2, kv_heads 1, ffn 16 as before" in capsys.readouterr().out
+    path, _ = save_model(tmp_path, toy_model(), fingerprints={"data": "d"})
+    plan = OfflineGrowth(
+        checkpoint=NativeCheckpoint.open(path), state=None, config=None, small=toy_model(),
+        model=toy_model(hidden=16, head_dim=4),
+        growth=plan_growth(GrowConfig(operator="width", target={"hidden": 16}), toy_model())[1],
+    )  # fmt: skip
+    assert "cannot be exported" in describe_sizes(plan)[1]
+
+
+def test_a_growth_is_not_fitted_on_other_data(imported, tmp_path, monkeypatch):
+    other = make_dataset(tmp_path / "other", seed=1)
+    plan = plan_offline(imported[0], GrowConfig(operator="ligo", factor=2, fit_steps=1))
+    elsewhere = plan.config.model_copy(
+        update={"data": plan.config.data.model_copy(update={"path": str(other)})}
+    )
+    with pytest.raises(CheckpointError, match="was trained on another data"):
+        write_offline(replace(plan, config=elsewhere), tmp_path / "grown")
+    assert not (tmp_path / "grown").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "option"),
+    [
+        ("huggingface", ["--tensor", "2"]),
+        ("huggingface", ["--zero", "1"]),
+        ("megatron", ["--data", "2"]),
+        ("native", ["--tokenizer", "x"]),
+        ("native", ["--shard-gib", "1"]),
+    ],
+)
+def test_an_option_that_the_format_has_no_use_for_is_refused(
+    theirs, tmp_path, capsys, target, option
+):
+    out = ["--to", tmp_path / "out", "--to-format", target]
+    assert command("convert", "--from", theirs, *out, *option) == 1
+    assert f"{option[0]}: format {target} has no such thing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
