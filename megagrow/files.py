@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -20,8 +21,11 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Put `content` at `path`: afterwards the old file is there or the new one, never a part.
+
+    Args:
+        content: the whole of it, or its parts, which may be read from `path` itself.
 
     Raises:
         OSError: nothing at `path` has changed.
@@ -29,7 +33,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as stream:
-            stream.write(content)
+            stream.writelines([content] if isinstance(content, bytes) else content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

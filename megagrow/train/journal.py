@@ -11,7 +11,7 @@ from typing import Any
 from megagrow.cluster import lifeline
 from megagrow.config import Config
 from megagrow.config.load import dump_config
-from megagrow.errors import TrainingError
+from megagrow.errors import DataError, TrainingError
 from megagrow.files import write_atomically
 from megagrow.report import write_report
 from megagrow.train.grow import GrowthReport
@@ -19,6 +19,7 @@ from megagrow.train.metrics import MetricsLog
 from megagrow.train.plan import Stage
 from megagrow.train.progress import Progress
 from megagrow.train.recovery import RollBack
+from megagrow.train.signals import exit_status, left, signal_name
 from megagrow.train.state import RunState
 from megagrow.train.telemetry import open_mirrors
 
@@ -224,12 +225,35 @@ class Journal:
             f"{beyond:,} (recovery.rollback: {count} of {self.config.recovery.rollback})"
         )
 
-    def end(self, state: RunState, *, reason: str, checkpoint: Path | None) -> None:
-        """The run is over."""
+    def end(
+        self, state: RunState, *, total_steps: int, signal: int, checkpoint: Path | None
+    ) -> None:
+        """This job is over, and with it the run, unless it was stopped before its last step.
+
+        Args:
+            total_steps: of the whole run.
+            signal: that asked for the end, or 0.
+            checkpoint: that the run can go on from.
+        """
         self._progress.close()
         if self._log is None:
             return
-        self.event("end", step=state.step, reason=reason)
+        reason = "all stages done" if state.step >= total_steps else "train.stop_after_steps"
+        if signal:
+            reason = signal_name(signal)
+        self.event("end", step=state.step, reason=reason, total_steps=total_steps)
         self.close()
-        report = write_report(self._directory)
-        self.say(f"checkpoint: {checkpoint}\nreport: {report}")
+        if signal:
+            self.say(
+                f"stopped by {reason} at step {state.step:,} of {total_steps:,}; {left(checkpoint)}"
+            )
+            self.say(
+                f"the exit status is {exit_status(signal)}; a launcher may report that as an error "
+                f'("exits with return code = {exit_status(signal)}"), which it is not'
+            )
+        self.say(f"checkpoint: {checkpoint or 'none'}")
+        try:
+            self.say(f"report: {write_report(self._directory)}")
+        except DataError as error:
+            # The run itself is whole: its state is saved, its log is closed.
+            self.say(f"warning: no report of the run: {error}")
