@@ -91,6 +91,14 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     plan = plan_run(config, world=world, vocabulary=data.vocab_size)
 
     # DeepSpeed takes seconds to import: not before everything that can be refused has been.
+    from megagrow.train.opening import look_ahead
+
+    over = look_ahead(config, plan=plan, data=data, world=world, resume=options.resume)
+    if over is not None:
+        if _is_first():
+            print(over, file=sys.stderr)
+        return 0
+
     from megagrow.engine import comm
     from megagrow.train.loop import Trainer
     from megagrow.train.watch import watching

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,13 @@ def sync_directory(path: Path) -> None:
 def temporary_name(path: Path) -> Path:
     """A name beside `path` that no other process uses."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def free_name(path: Path) -> Path:
+    """The first of `NAME.1.SUFFIX`, `NAME.2.SUFFIX`, ... that is free."""
+    numbers = itertools.count(1)
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in numbers)
+    return next(name for name in names if not name.exists())
 
 
 def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:

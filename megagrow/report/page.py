@@ -22,7 +22,7 @@ _SHAPE = ("family", "layers", "hidden", "heads")
 _MORE_SHAPE = ("ffn", "sequence", "vocab")
 # What neither HTML nor XML allows in a text, however it is escaped.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
-_MOST = 8_192  # groups of steps, and validations, that a page holds; more are put together
+_MOST = 4_096  # groups of steps, and validations, that a page holds; more are put together
 _NONE = '<span aria-label="not known">–</span>'
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,8 +23,6 @@ from megagrow.checkpoint import (
 )
 from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
-from megagrow.engine.comm import Comm
-from megagrow.engine.engine import Engine
 from megagrow.errors import CheckpointError, MegagrowError, TrainingError
 from megagrow.model.catalog import build_catalog
 from megagrow.state.catalog import slots_of
@@ -33,6 +31,10 @@ from megagrow.state.transfer import transfer_from_storage
 from megagrow.train.agree import on_first
 from megagrow.train.plan import RunPlan
 from megagrow.train.state import RunState
+
+if TYPE_CHECKING:  # they need DeepSpeed
+    from megagrow.engine.comm import Comm
+    from megagrow.engine.engine import Engine
 
 DIRECTORY = "checkpoints"
 
@@ -311,6 +313,7 @@ __all__ = [
     "candidates",
     "check_agreement",
     "load_run",
+    "newest",
     "open_checkpoint",
     "save_run",
     "set_aside",

@@ -12,7 +12,7 @@ from megagrow.cluster import lifeline
 from megagrow.config import Config
 from megagrow.config.load import dump_config
 from megagrow.errors import DataError, TrainingError
-from megagrow.files import write_atomically
+from megagrow.files import free_name, write_atomically
 from megagrow.report import write_report
 from megagrow.train.grow import GrowthReport
 from megagrow.train.metrics import MetricsLog
@@ -61,7 +61,7 @@ class Journal:
         self.close()
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._directory / "config.yaml", dump_config(self.config).encode())
+            self._write_config()
             self._log = MetricsLog(
                 self._directory,
                 mirrors=open_mirrors(self.config, first_step=state.step + 1 if resumed else 0),
@@ -75,6 +75,18 @@ class Journal:
                 expected="a directory, or a name that is free, on a disk with space",
                 mend="set run.dir to another directory, or free space",
             ) from error
+
+    def _write_config(self) -> None:
+        """Write config.yaml; one that was there and says something else is kept beside it."""
+        path, text = self._directory / "config.yaml", dump_config(self.config).encode()
+        if path.exists() and (before := path.read_bytes()) != text:
+            kept = free_name(path)
+            write_atomically(kept, before)
+            self.say(
+                f"{path} had other settings, which {kept} keeps; to go on with those: "
+                f"--config {kept}"
+            )
+        write_atomically(path, text)
 
     def close(self) -> None:
         """Close the log; may be called twice."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.errors import TrainingError
-from megagrow.files import write_atomically
+from megagrow.files import free_name, write_atomically
 from megagrow.report.log import encode_line, read_lines, read_metrics, tail_start
 from megagrow.train.telemetry import Mirror
 
@@ -242,10 +242,7 @@ def _set_aside(path: Path) -> None:
     if path.stat().st_size == 0:
         path.unlink()
         return
-    number = 1
-    while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(kept)
+    path.rename(free_name(path))
 
 
 def _cut(path: Path, *, step: int, stage: int | None) -> None:

@@ -63,7 +63,7 @@ def peak(program, *arguments):
     return int(done.stdout) * 1024
 
 
-@pytest.mark.parametrize("steps", [60_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [30_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_a_log_of_any_length_is_resumed_and_reported_in_bounded_memory(tmp_path, steps):
     path = write_log(tmp_path / "run", steps)
     size = path.stat().st_size
@@ -71,7 +71,7 @@ def test_a_log_of_any_length_is_resumed_and_reported_in_bounded_memory(tmp_path,
     assert peak(RESUME, tmp_path / "run", steps - 1000) < 8 * MiB
     assert size - 400_000 < path.stat().st_size < size
     assert last_line(path)["step"] == steps - 1000
-    assert peak(REPORT, tmp_path / "run") < 96 * MiB
+    assert peak(REPORT, tmp_path / "run") < 48 * MiB
     report = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "of every" in report and len(report) < 2 * MiB
     assert peak(RESUME, tmp_path / "run", 10) < 8 * MiB
@@ -102,7 +102,7 @@ def test_a_resume_reads_no_more_of_the_log_than_lies_behind_the_checkpoint(tmp_p
     assert path.read_bytes() == log_end
 
 
-@pytest.mark.parametrize("block", [1, 7, 64, 1 << 16])
+@pytest.mark.parametrize("block", [7, 1 << 16])
 def test_reading_from_the_end_finds_what_reading_from_the_start_does(tmp_path, monkeypatch, block):
     monkeypatch.setattr("megagrow.report.log._BLOCK", block)
     path = tmp_path / "metrics.jsonl"
