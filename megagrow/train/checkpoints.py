@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,14 @@ def fingerprints(data: PreparedData) -> dict[str, str]:
 
 
 def save_run(
-    *, root: Path, engine: Engine, state: RunState, config: Config, data: PreparedData, comm: Comm
+    *,
+    root: Path,
+    engine: Engine,
+    state: RunState,
+    config: Config,
+    data: PreparedData,
+    comm: Comm,
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Save the run; all ranks call together.
 
@@ -64,6 +71,7 @@ def save_run(
         meta=meta_of(engine, state, config, data),
         keep=config.checkpoint.keep,
         comm=comm,
+        say=say,
     )
 
 
@@ -80,14 +88,23 @@ def meta_of(engine: Engine, state: RunState, config: Config, data: PreparedData)
 
 
 def write_run(
-    *, root: Path, step: int, pieces: Iterable[Piece], meta: CheckpointMeta, keep: int, comm: Comm
+    *,
+    root: Path,
+    step: int,
+    pieces: Iterable[Piece],
+    meta: CheckpointMeta,
+    keep: int,
+    comm: Comm,
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Write and commit a checkpoint, then delete all but the newest `keep`.
+
+    On a full disk the oldest may go before it is written (`megagrow.checkpoint.retention`).
 
     Raises:
         CheckpointError: on all ranks; earlier checkpoints are as they were.
     """
-    path = save(root, step=step, pieces=_finite(pieces), meta=meta, group=comm)
+    path = save(root, step=step, pieces=_finite(pieces), meta=meta, group=comm, keep=keep, say=say)
     on_first(comm, lambda: retire(root, keep))
     return path
 
@@ -172,6 +189,18 @@ def open_checkpoint(path: Path) -> NativeCheckpoint:
     """
     try:
         return NativeCheckpoint.open(path)
+    except CheckpointError as error:
+        raise _unusable(error, path) from error
+
+
+def verify(path: Path) -> None:
+    """Read all of a checkpoint and compare it with its checksums.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`.
+    """
+    try:
+        NativeCheckpoint.open(path).verify()
     except CheckpointError as error:
         raise _unusable(error, path) from error
 

@@ -87,7 +87,9 @@ class Trainer:
         resumed = self._resume(resume)
         if not resumed:
             self._start(None)
-        self.saver = Saver(root=self.root, config=config, data=data, comm=comm)
+        self.saver = Saver(
+            root=self.root, config=config, data=data, comm=comm, say=self.journal.say
+        )
         self._open_journal(resumed=resumed)
 
     # --- set-up ---------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import os
 import shutil
 from pathlib import Path
 
+from megagrow.checkpoint import list_steps, step_path
+from megagrow.checkpoint.retention import size_of, superseded
 from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import SampleIndex, validation_samples
@@ -30,6 +32,9 @@ _LIBRARIES = {  # settings that need one, and what it is called for import and f
     "prometheus_port": ("prometheus_client", "prometheus-client", "null"),
     "wandb": ("wandb", "wandb", "null"),
 }
+
+
+_READ_AGAIN = 4 << 30  # bytes of a last checkpoint that a finished run compares once more
 
 
 def look_ahead(
@@ -120,17 +125,29 @@ def checkpoint_bytes(plan: RunPlan) -> int:
 
 
 def require_disk(config: Config, plan: RunPlan) -> None:
-    """Refuse a disk that cannot hold one checkpoint of the run; more than one is retention's."""
+    """Refuse a disk that cannot hold one more checkpoint of the run.
+
+    What the save would delete for it counts as free.
+    """
     run_dir = Path(config.run.dir)
     usage = shutil.disk_usage(existing(run_dir))
     needed = checkpoint_bytes(plan)
-    if usage.free < needed and usage.total > 0:  # some network file systems state no size
-        raise TrainingError(
-            f"run.dir = {run_dir}: too little space on its disk",
-            found=f"{human(usage.free, 'B')} free",
-            expected=f"{human(needed, 'B')}, the size of the largest checkpoint of this run",
-            mend="free space, lower checkpoint.keep, or set run.dir to a larger disk",
-        )
+    if usage.free >= needed or usage.total == 0:  # some network file systems state no size
+        return
+    held = run_dir / checkpoints.DIRECTORY
+    old = superseded(held, max(config.checkpoint.keep - 1, 1))
+    if usage.free + sum(map(size_of, old)) >= needed:
+        return
+    steps = [step_path(held, step) for step in list_steps(held)]
+    sizes = ", ".join(f"{path.name} ({human(size_of(path), 'B')})" for path in steps)
+    raise TrainingError(
+        f"run.dir = {run_dir}: too little space on its disk",
+        found=f"{human(usage.free, 'B')} free" + (f"; checkpoints {sizes}" if sizes else ""),
+        expected=f"{human(needed, 'B')}, the size of the largest checkpoint of this run",
+        mend="free space"
+        + (", or lower checkpoint.keep to let older checkpoints go" if len(steps) > 1 else "")
+        + ", or set run.dir to a larger disk",
+    )
 
 
 def existing(path: Path) -> Path:
@@ -181,8 +198,12 @@ def _finished(config: Config, plan: RunPlan, state: RunState, path: Path) -> str
     else:
         what = f"{run_dir} is where train.stop_after_steps = {stop} ends it: {at}"
         more = "raise train.stop_after_steps"
+    small = size_of(path) <= _READ_AGAIN
+    if small:
+        checkpoints.verify(path)
+    read = "every checksum compared" if small else f"not read: launch/inspect.py {path} --verify"
     shown = report if report.exists() else f"made by python launch/report.py {run_dir}"
     return (
         f"{what}; nothing is left to train\n  to train on: {more}, or start another run with "
-        f"run.dir=NEW\n  checkpoint: {path}\n  report: {shown}"
+        f"run.dir=NEW\n  checkpoint: {path} ({read})\n  report: {shown}"
     )

@@ -59,9 +59,19 @@ class Saver:
 
     Args:
         root: the run's directory of checkpoints.
+        say: told on rank 0 which old checkpoint a full disk cost.
     """
 
-    def __init__(self, *, root: Path, config: Config, data: PreparedData, comm: Comm) -> None:
+    def __init__(
+        self,
+        *,
+        root: Path,
+        config: Config,
+        data: PreparedData,
+        comm: Comm,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._say = say
         self._root, self._config, self._data, self._comm = root, config, data, comm
         self._pending: tuple[int, Future[Path]] | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -88,6 +98,7 @@ class Saver:
                 config=self._config,
                 data=self._data,
                 comm=self._comm,
+                say=self._say,
             )
             return state.step, saved
         path = step_path(self._root, state.step)
@@ -95,9 +106,15 @@ class Saver:
             return state.step, path
         pieces = self._copies(engine)
         meta = checkpoints.meta_of(engine, state, self._config, self._data)
-        keep, side = self._config.checkpoint.keep, self._side
+        keep, side, say = self._config.checkpoint.keep, self._side, self._say
         work: Callable[[], Path] = lambda: checkpoints.write_run(  # noqa: E731
-            root=self._root, step=state.step, pieces=pieces, meta=meta, keep=keep, comm=side
+            root=self._root,
+            step=state.step,
+            pieces=pieces,
+            meta=meta,
+            keep=keep,
+            comm=side,
+            say=say,
         )
         self._pending = state.step, self._thread.submit(work)
         return None
