@@ -68,7 +68,12 @@ def look_ahead(
         return None
     _require_log(run_dir / FILE_NAME, state)
     if path == checkpoints.newest(root):
-        text = _finished(config, plan, state, path)
+        text = None
+        try:
+            text = _finished(config, plan, state, path)
+        except CheckpointError:
+            if resume != "good":
+                raise  # else the one before it may do
         if text is not None:
             return "\n".join([*(f"changed since then: {line}" for line in changes), text])
     require_disk(config, plan)
