@@ -14,6 +14,7 @@ from megagrow.cluster import lifeline
 from megagrow.cluster.environment import require_one_task
 from megagrow.cluster.rank import under_supervision
 from megagrow.errors import ConfigError, MegagrowError
+from megagrow.train.signals import StoppedWhileStarting, StopRequest, exit_status
 
 EXAMPLES = """\
   # two processes on a CPU
@@ -60,7 +61,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         return parser.parse_intermixed_args(arguments)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, stop: StopRequest) -> int:
     """Do what the command line asks for; returns the exit status."""
     from megagrow.config.load import load_config
     from megagrow.train.ready import ready
@@ -88,10 +89,19 @@ def run(options: argparse.Namespace) -> int:
     assert found.data is not None
 
     # DeepSpeed takes seconds to import: not before everything that can be refused has been.
+    from megagrow.train.opening import look_ahead
+
+    over = look_ahead(
+        found.config, plan=found.plan, data=found.data, world=world, resume=options.resume
+    )
+    if over is not None:
+        if _is_first():
+            print(over, file=sys.stderr)
+        return 0
+
     from megagrow.engine import comm
     from megagrow.train.holding import holding_run
     from megagrow.train.loop import Trainer
-    from megagrow.train.signals import StopRequest
     from megagrow.train.watch import watching
 
     try:
@@ -100,12 +110,9 @@ def run(options: argparse.Namespace) -> int:
         except RuntimeError as error:  # which torch.distributed's own errors are
             cause = f"not all ranks came within watch.slow = {config.watch.slow:g} s"
             raise LostContactError(error, cause, told=False) from error
-        with (
-            holding_run(config, ranks) as lock,
-            StopRequest().listening() as stop,
-            watching(ranks, config) as watch,
-        ):
+        with holding_run(config, ranks) as lock, watching(ranks, config) as watch:
             try:
+                stop.deferring = True
                 trainer = Trainer(
                     config=found.config,
                     plan=found.plan,
@@ -116,7 +123,7 @@ def run(options: argparse.Namespace) -> int:
                     stop=stop,
                     lock=lock,
                 )
-                return lifeline.STATUS_STOPPED if trainer.run() else 0
+                return exit_status(trainer.run())
             except RuntimeError as error:
                 if not _lost_contact(error):
                     raise
@@ -169,7 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn an error that the user can mend into a message and a status."""
     options = parse(arguments)
     try:
-        return run(options)
+        with StopRequest(speaking=_is_first()).listening() as stop:
+            return run(options, stop)
     except MegagrowError as error:
         lifeline.say("failed", text=str(error), kind=type(error).__name__)
         if _is_first():
@@ -185,10 +193,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         return 1
-    except KeyboardInterrupt:
+    except StoppedWhileStarting as stopped:
+        lifeline.say("stopped", text="before training began")
         if _is_first():
-            print("interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
-        return 130
+            print(
+                f"stopped by {stopped} before training began: nothing was trained, and the "
+                "checkpoints of the run, if it has any, are as they were",
+                file=sys.stderr,
+            )
+        return exit_status(stopped.signal)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -21,8 +23,18 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def free_name(path: Path) -> Path:
+    """The first of `NAME.1.SUFFIX`, `NAME.2.SUFFIX`, ... that is free."""
+    numbers = itertools.count(1)
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in numbers)
+    return next(name for name in names if not name.exists())
+
+
+def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Put `content` at `path`: afterwards the old file is there or the new one, never a part.
+
+    Args:
+        content: the whole of it, or its parts, which may be read from `path` itself.
 
     Raises:
         OSError: nothing at `path` has changed.
@@ -30,7 +42,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as stream:
-            stream.write(content)
+            stream.writelines([content] if isinstance(content, bytes) else content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

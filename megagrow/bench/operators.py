@@ -229,9 +229,9 @@ def _spoken_into(path: Path) -> Iterator[None]:
 
 
 def finished(run_dir: Path) -> bool:
-    """Whether a run has come to its end."""
+    """Whether a run has come to its end; one that was stopped before it has not."""
     log = run_dir / "metrics.jsonl"
-    return log.is_file() and bool(_read(run_dir).end)
+    return log.is_file() and _read(run_dir).complete
 
 
 def _read(run_dir: Path) -> Run:

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from megagrow.checkpoint.directory import (
 )
 from megagrow.checkpoint.group import Group, together
 from megagrow.checkpoint.manifest import NO_CHECKSUM, CheckpointMeta, file_name, file_record, stamp
+from megagrow.checkpoint.retention import free_bytes, free_room
 from megagrow.checkpoint.shards import (
     CHUNK_BYTES,
     Piece,
@@ -52,6 +53,8 @@ def save(
     meta: CheckpointMeta,
     group: Group,
     chunk_bytes: int = CHUNK_BYTES,
+    keep: int | None = None,
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Save a checkpoint; every rank of the group calls with its own pieces.
 
@@ -63,6 +66,9 @@ def save(
         root: the directory of the run's checkpoints, on storage that every rank sees.
         meta: counts on rank 0 only.
         chunk_bytes: size of buffer and checksum unit, a multiple of 8.
+        keep: checkpoints that stay after this one; where the disk is full, some that would go
+            then go before (`megagrow.checkpoint.retention`).  None deletes none.
+        say: told on rank 0 what was deleted for this save, and why.
 
     Returns:
         The committed directory, `root/step_<step>`.
@@ -70,7 +76,7 @@ def save(
     Raises:
         CheckpointError: on every rank alike, if any rank failed; nothing is committed,
             what was written is removed where that can be done, earlier checkpoints are
-            as they were.
+            as they were, but for those that were deleted for want of space.
     """
     save_id = group.broadcast(secrets.token_hex(8) if group.rank == 0 else None)
     temporary = temporary_path(root, step, save_id)
@@ -108,7 +114,8 @@ def save(
             if len(text) > manifests.BYTES_LIMIT:
                 raise CheckpointError(f"{where}: {len(text)} bytes of manifest are too many")
             prove(manifests.unseal(text, where=where), where=where)
-            _make_room(root, step, sum(file["size"] for file in files) + len(text))
+            needed = sum(file["size"] for file in files) + len(text)
+            _make_room(root, step, needed, keep=keep, say=say)
             with naming(temporary, "cannot be made"):
                 temporary.mkdir()
                 held.enter_context(claim(temporary))
@@ -123,30 +130,19 @@ def save(
     return step_path(root, step)
 
 
-def _make_room(root: Path, step: int, needed: int) -> None:
+def _make_room(
+    root: Path, step: int, needed: int, *, keep: int | None, say: Callable[[str], None]
+) -> None:
     """Make the root and see that neither a committed step nor a full disk is in the way."""
     with naming(root, "cannot be made"):
         root.mkdir(parents=True, exist_ok=True)
         sync_directory(root.parent)
     _refuse_existing(step_path(root, step), step)
     with naming(root, "cannot be examined"):
-        if _free_bytes(root) < needed:
+        if free_bytes(root) < needed:
             with _only_logged("leftovers of dead saves not removed"):
                 sweep(root)
-        free = _free_bytes(root)
-    if free < needed:
-        raise CheckpointError(
-            f"{root}: not enough disk space for the checkpoint of step {step}",
-            found=f"{free:,} bytes free",
-            expected=f"at least {needed:,} bytes free",
-            mend="free disk space, or keep fewer checkpoints (checkpoint.keep)",
-        )
-
-
-def _free_bytes(path: Path) -> float:
-    status = os.statvfs(path)
-    # Some network file systems state no size at all; there the writes themselves will tell.
-    return status.f_bavail * status.f_frsize if status.f_blocks else float("inf")
+        free_room(root, needed=needed, keep=keep, say=say)
 
 
 def _refuse_existing(path: Path, step: int) -> None:

@@ -34,6 +34,7 @@ from megagrow.errors import MegagrowError
 
 VARIABLE = "MEGAGROW_LIFELINE"  # host:port:token, in the environment of every rank
 STATUS_STOPPED = 75  # sysexits.h: a temporary failure; schedulers start such a job again
+STATUS_INTERRUPTED = 130  # as shells have it: ended by Ctrl-C
 LAST_WORDS = frozenset({"done", "stopped", "failed"})
 
 _CONNECT_SECONDS = 15.0

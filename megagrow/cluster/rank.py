@@ -8,7 +8,11 @@ from collections.abc import Callable
 from megagrow.cluster import lifeline, ranklog
 from megagrow.errors import MegagrowError
 
-_WORDS = {0: "done", lifeline.STATUS_STOPPED: "stopped"}
+_WORDS = {
+    0: "done",
+    lifeline.STATUS_STOPPED: "stopped",
+    lifeline.STATUS_INTERRUPTED: "stopped",
+}
 
 
 def under_supervision(main: Callable[[], int]) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from megagrow.report.axis import Axis, axis, squeezed
 from megagrow.report.chart import Marker, Point, Series, chart
-from megagrow.report.run import Run, Step
+from megagrow.report.run import Run
+from megagrow.report.thin import Step
 from megagrow.report.units import human, number_text, signed, whole
 
 
@@ -47,7 +48,7 @@ def side_charts(run: Run) -> list[str]:
             note="as applied, with warm-up and re-warming",
             x=x,
             y=axis(lr, zero=True, snap=True),
-            series=[Series("learning rate", _points(run, "tokens", lr), "main")],
+            series=[Series("learning rate", _points(run.steps, "tokens", lr), "main")],
             hover=_hover(run, "tokens", lambda s: f"learning rate {number_text(s.lr)}"),
             x_label=_TOKENS.label,
             markers=markers,
@@ -58,7 +59,7 @@ def side_charts(run: Run) -> list[str]:
             note="tokens per second, all ranks together",
             x=x,
             y=axis(speed, zero=True, snap=True, prefixes=True),
-            series=_raw_and_mean(run, "tokens", speed),
+            series=_raw_and_mean(run, "tokens", "tokens_per_second"),
             hover=_hover(run, "tokens", lambda s: human(s.tokens_per_second, "tokens/s")),
             x_label=_TOKENS.label,
             markers=markers,
@@ -69,7 +70,7 @@ def side_charts(run: Run) -> list[str]:
             note=f"before clipping{', logarithmic' if log_norm else ''}",
             x=x,
             y=axis(norm, log=log_norm, zero=not log_norm, snap=True),
-            series=_raw_and_mean(run, "tokens", norm),
+            series=_raw_and_mean(run, "tokens", "grad_norm"),
             hover=_hover(run, "tokens", lambda s: f"gradient norm {number_text(s.grad_norm)}"),
             x_label=_TOKENS.label,
             markers=markers,
@@ -113,7 +114,7 @@ def _loss_chart(run: Run, across: _Across, title: str) -> str:
     every = losses + [loss for _, loss in validation]
     log = _spread(every) > 2.5
     x = _x_axis(run, across)
-    series = _raw_and_mean(run, across.key, losses, "training, ")
+    series = _raw_and_mean(run, across.key, "loss", "training, ")
     series.append(Series("validation", validation, "dots"))
     by_step = {v.step: v.loss for v in run.validations}
 
@@ -148,19 +149,24 @@ def _x_axis(run: Run, across: _Across) -> Axis:
     return axis(values, log=log, zero=True, prefixes=True)
 
 
-def _raw_and_mean(run: Run, key: str, values: Sequence[float], prefix: str = "") -> list[Series]:
-    reach = min(len(values) // 150, 200)
+def _raw_and_mean(run: Run, key: str, what: str, prefix: str = "") -> list[Series]:
+    """A value of every step, and its running mean."""
+    values = [getattr(step, what) for step in run.steps]
+    raw = "each step" if run.steps_each == 1 else f"extremes of {run.steps_each} steps"
+    reach = min(len(run.means) // 150, 200)
     if reach == 0:
-        return [Series(f"{prefix}each step", _points(run, key, values), "main")]
-    mean = running_mean(values, [step.stage for step in run.steps], reach)
+        return [Series(f"{prefix}{raw}", _points(run.steps, key, values), "main")]
+    means = [getattr(step, what) for step in run.means]
+    means = running_mean(means, [step.stage for step in run.means], reach)
+    width = (2 * reach + 1) * run.steps_each
     return [
-        Series(f"{prefix}each step", _points(run, key, values), "raw"),
-        Series(f"{prefix}mean of {2 * reach + 1} steps", _points(run, key, mean), "main"),
+        Series(f"{prefix}{raw}", _points(run.steps, key, values), "raw"),
+        Series(f"{prefix}mean of {width} steps", _points(run.means, key, means), "main"),
     ]
 
 
-def _points(run: Run, key: str, values: Sequence[float]) -> list[Point]:
-    return [(getattr(step, key), value) for step, value in zip(run.steps, values, strict=True)]
+def _points(steps: Sequence[Step], key: str, values: Sequence[float]) -> list[Point]:
+    return [(getattr(step, key), value) for step, value in zip(steps, values, strict=True)]
 
 
 def _markers(run: Run, across: _Across, *, short: bool = False) -> list[Marker]:

@@ -13,7 +13,7 @@ from megagrow import __version__
 from megagrow.errors import DataError
 from megagrow.files import write_atomically
 from megagrow.report.curves import loss_charts, side_charts
-from megagrow.report.log import read_metrics
+from megagrow.report.log import iter_metrics
 from megagrow.report.run import Growth, Run, Stage, summarize
 from megagrow.report.style import STYLE
 from megagrow.report.units import binary_bytes, duration, human, number_text, signed, whole
@@ -22,6 +22,7 @@ _SHAPE = ("family", "layers", "hidden", "heads")
 _MORE_SHAPE = ("ffn", "sequence", "vocab")
 # What neither HTML nor XML allows in a text, however it is escaped.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_MOST = 4_096  # groups of steps, and validations, that a page holds; more are put together
 _NONE = '<span aria-label="not known">–</span>'
 
 
@@ -43,7 +44,7 @@ def write_report(run_dir: str | Path) -> Path:
             expected="a directory that launch/pretrain.py wrote",
             mend="give the run's `run.dir`",
         )
-    run = summarize(read_metrics(log) if log.is_file() else ())
+    run = summarize(iter_metrics(log) if log.is_file() else (), most=_MOST)
     text = config.read_text("utf-8", errors="replace") if config.is_file() else None
     path = run_dir / "report.html"
     page = render(run, name=run_dir.resolve().name, config=text)
@@ -64,7 +65,7 @@ def render(run: Run, *, name: str, config: str | None) -> str:
     charts = '<p class="empty">No step has been logged yet.</p>'
     if run.steps or run.validations:
         charts = (
-            f'<div class="charts two">{"".join(loss_charts(run))}</div>'
+            f'{_drawn_from(run)}<div class="charts two">{"".join(loss_charts(run))}</div>'
             f'<div class="charts three">{"".join(side_charts(run))}</div>'
         )
     return document(
@@ -72,6 +73,22 @@ def render(run: Run, *, name: str, config: str | None) -> str:
         body=f"{_header(run, name)}{_tiles(run)}<h2>Curves</h2>{charts}"
         f"{_stage_table(run)}{_growth_table(run)}{_configuration(run, config)}",
     )
+
+
+def _drawn_from(run: Run) -> str:
+    """What the curves leave out, where they do."""
+    said = []
+    if run.steps_each > 1:
+        said.append(
+            f"The curves are drawn from {whole(run.steps_counted)} steps: of every "
+            f"{whole(run.steps_each)} neighbours those with the lowest and the highest loss and "
+            "the largest gradient norm, and the means over all of them."
+        )
+    if run.validations_each > 1:
+        said.append(f"Of {whole(run.validations_each)} validations in a row one is drawn.")
+    if not said:
+        return ""
+    return f'<p class="note">{" ".join([*said, "Totals and tables count every one."])}</p>'
 
 
 def document(*, title: str, body: str) -> str:
@@ -89,23 +106,16 @@ def document(*, title: str, body: str) -> str:
 
 
 def _header(run: Run, name: str) -> str:
-    if run.end:
-        reason = run.end.get("reason")
-        status = f"finished: {reason}" if isinstance(reason, str) and reason else "finished"
-        chip = f'<span class="chip good">{escape(status)}</span>'
-    elif run.steps:
-        chip = '<span class="chip warn">not at its end</span>'
-    else:
-        chip = '<span class="chip warn">not begun</span>'
-    facts = [_many(run.steps[-1].step if run.steps else 0, "step")]
+    status, good = _status(run)
+    chip = f'<span class="chip {"good" if good else "warn"}">{escape(status)}</span>'
+    facts = [_many(run.at, "step")]
     facts.append(_many(len(run.growths), "growth"))
     if run.resumes:
         facts.append(f"resumed {'once' if run.resumes == 1 else f'{run.resumes} times'}")
-    if run.not_finite:
-        first = run.not_finite[0].step
+    if run.first_not_finite is not None:
         facts.append(
-            f"{_many(len(run.not_finite), 'step')} with a loss that is not a number, "
-            f"the first is {whole(first)}"
+            f"{_many(run.not_finite, 'step')} with a loss that is not a number, "
+            f"the first is {whole(run.first_not_finite)}"
         )
     version = run.start.get("version", run.start.get("megagrow_version"))
     if version is not None:
@@ -117,14 +127,38 @@ def _header(run: Run, name: str) -> str:
     )
 
 
+def _status(run: Run) -> tuple[str, bool]:
+    """How the run stands, in words, and whether it is at its end."""
+    reason = run.end.get("reason")
+    why = reason if isinstance(reason, str) and reason else None
+    if run.complete:
+        return (f"finished: {why}" if why else "finished"), True
+    of = f"at {whole(run.at)}" + (
+        f" of {whole(run.total_steps)} steps" if run.total_steps is not None else ""
+    )
+    if run.end:
+        return f"stopped by {why} {of}" if why else f"stopped {of}", False
+    return (f"not at its end: {of}" if run.steps_counted else "not begun"), False
+
+
+def _validation_title(run: Run) -> str:
+    """What the loss of the last validation may be called."""
+    last = run.last_validation
+    if last is None:
+        return "Validation loss"
+    if run.complete and last.step == run.at:
+        return "Final validation loss"
+    return f"Validation loss of step {whole(last.step)}"
+
+
 def _tiles(run: Run) -> str:
-    last = run.steps[-1] if run.steps else None
-    loss = run.final_validation
+    last = run.last_step
+    loss = run.last_validation.loss if run.last_validation is not None else math.nan
     known = [stage.parameters for stage in run.stages if math.isfinite(stage.parameters)]
     grown = f"from {human(known[0])}" if len(known) > 1 else ""
     tiles = [
         (
-            "Final validation loss",
+            _validation_title(run),
             _value(loss, _loss),
             f"perplexity {number_text(math.exp(loss))}" if loss < 700 else "",
         ),
@@ -164,7 +198,7 @@ def _stage_table(run: Run) -> str:
         _value(sum(s.flops for s in run.stages), human),
         _value(run.seconds or math.nan, duration),
         "",
-        _value(run.final_validation, _loss),
+        _value(run.last_validation.loss if run.last_validation else math.nan, _loss),
     ]
     heads = [
         "Stage",

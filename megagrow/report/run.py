@@ -12,20 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megagrow.report.log import Line
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step (`event` step); values that were not logged are nan."""
-
-    step: int
-    tokens: float
-    flops: float
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens_per_second: float
-    stage: int
+from megagrow.report.thin import EveryNth, Step, Steps
 
 
 @dataclass(frozen=True)
@@ -81,15 +68,37 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """A whole run."""
+    """What a run did so far.
+
+    Attributes:
+        steps: every step, or where they are too many of each `steps_each` neighbours those with
+            the extremes (`megagrow.report.thin`).
+        means: one for each group of steps; `steps` again where every step is there.
+        validations: all, or every `validations_each`-th and the last.
+        start: the run_start line; empty if there is none.
+        end: the end line if the last job of the run ended by itself, at the run's own end or
+            before it; else empty.
+        last_step: the last one.
+        last_validation: the last one whose loss is a number.
+        total_steps: of the whole run as it was planned last; None if the log does not say.
+    """
 
     steps: tuple[Step, ...]
     validations: tuple[Validation, ...]
     growths: tuple[Growth, ...]
     stages: tuple[Stage, ...]
-    start: Line  # the run_start line; empty if there is none
-    end: Line  # the end line if the run came to its end; else empty
+    start: Line
+    end: Line
     resumes: int
+    means: tuple[Step, ...] = ()
+    steps_each: int = 1
+    steps_counted: int = 0
+    validations_each: int = 1
+    last_step: Step | None = None
+    last_validation: Validation | None = None
+    total_steps: int | None = None
+    not_finite: int = 0  # steps whose loss is not a number
+    first_not_finite: int | None = None
     useful_seconds: float = 0.0  # in steps that were kept
     elapsed_seconds: float = 0.0  # from the first line to the last, pauses included
 
@@ -109,22 +118,37 @@ class Run:
         return sum(stage.seconds for stage in self.stages)
 
     @property
-    def final_validation(self) -> float:
-        """The last validation loss that is a number; nan if there is none."""
-        finite = [v.loss for v in self.validations if math.isfinite(v.loss)]
-        return finite[-1] if finite else math.nan
+    def at(self) -> int:
+        """Steps done."""
+        done = self.last_step.step if self.last_step is not None else 0
+        return _index(self.end.get("step"), done)
 
     @property
-    def not_finite(self) -> tuple[Step, ...]:
-        """Steps whose loss is not a number."""
-        return tuple(s for s in self.steps if not math.isfinite(s.loss))
+    def complete(self) -> bool:
+        """Whether it came to the end that was planned, and was not stopped before it."""
+        if not self.end:
+            return False
+        if self.total_steps is not None:
+            return self.at >= self.total_steps
+        return self.end.get("reason") == "all stages done"
+
+    @property
+    def final_validation(self) -> float:
+        """The loss after the run's last step; nan where that was not validated."""
+        last = self.last_validation
+        return last.loss if last is not None and last.step == self.at else math.nan
 
 
-def summarize(lines: Iterable[Line]) -> Run:
-    """Read the curves, stages and totals out of a log's lines."""
-    steps: dict[int, Step] = {}
-    # A stage's first validation may share its step with the last one before the growth.
-    validations: dict[tuple[int, int], Validation] = {}
+def summarize(lines: Iterable[Line], *, most: int | None = None) -> Run:
+    """Read the curves, stages and totals out of a log's lines, one at a time.
+
+    Args:
+        most: groups of steps, and validations, that are held at most; totals count every line
+            all the same.  None holds all of them.
+    """
+    steps, validations = Steps(most), EveryNth[Validation](most)
+    last_validation: Validation | None = None
+    total: int | None = None
     growths: list[Growth] = []
     stages: dict[int, Stage] = {}
     start: Line = {}
@@ -142,6 +166,9 @@ def summarize(lines: Iterable[Line]) -> Run:
             end = {}  # it went on
         if event == "run_start":
             start = start or line
+        if event in ("run_start", "resume", "end"):
+            total = _index(line.get("total_steps"), -1 if total is None else total)
+            total = None if total < 0 else total
         resumes += event == "resume"
         stage.model = _section(line, "model") or stage.model
         stage.layout = _section(line, "layout") or stage.layout
@@ -163,7 +190,7 @@ def summarize(lines: Iterable[Line]) -> Run:
                 tokens_per_second=number(line, "tokens_per_second"),
                 stage=now,
             )
-            steps[step.step] = step
+            steps.add(step)
             if step.tokens > tokens and step.tokens_per_second > 0:
                 useful += (step.tokens - tokens) / step.tokens_per_second
             stage.steps += 1
@@ -172,9 +199,15 @@ def summarize(lines: Iterable[Line]) -> Run:
         elif event == "validation":
             loss = number(line, "val_loss")
             at = _index(line.get("step"), 0)
-            validations[at, now] = Validation(
-                at, number(line, "tokens"), number(line, "flops"), loss, now
-            )
+            one = Validation(at, number(line, "tokens"), number(line, "flops"), loss, now)
+            # A stage's first validation may share its step with the last one before the growth.
+            before_it = validations.last
+            if before_it is not None and (before_it.step, before_it.stage) == (at, now):
+                validations.replace_last(one)
+            else:
+                validations.add(one)
+            if math.isfinite(loss):
+                last_validation = one
             if math.isnan(stage.first_validation):
                 stage.first_validation = loss
             stage.last_validation = loss
@@ -191,8 +224,17 @@ def summarize(lines: Iterable[Line]) -> Run:
             tokens = _finite(number(line, "tokens"), tokens)
             flops = _finite(number(line, "flops"), flops)
     return Run(
-        steps=tuple(steps.values()),
-        validations=tuple(validations.values()),
+        steps=steps.kept(),
+        means=steps.means(),
+        steps_each=steps.size,
+        steps_counted=steps.count,
+        validations=validations.kept(),
+        validations_each=validations.size,
+        last_step=steps.last,
+        last_validation=last_validation,
+        total_steps=total,
+        not_finite=steps.not_finite,
+        first_not_finite=steps.first_not_finite,
         growths=tuple(growths),
         stages=tuple(stages[index] for index in sorted(stages)),
         start=start,

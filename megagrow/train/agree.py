@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from megagrow.engine.comm import Comm
+if TYPE_CHECKING:  # it needs DeepSpeed
+    from megagrow.engine.comm import Comm
 
 T = TypeVar("T")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,8 +25,6 @@ from megagrow.checkpoint import (
 from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import VALIDATION, VALIDATION_BEFORE
-from megagrow.engine.comm import Comm
-from megagrow.engine.engine import Engine
 from megagrow.errors import CheckpointError, MegagrowError, TrainingError
 from megagrow.model.catalog import build_catalog
 from megagrow.state.catalog import slots_of
@@ -37,6 +35,10 @@ from megagrow.train.fingerprints import fingerprints, require_run, require_same_
 from megagrow.train.holding import RunLock
 from megagrow.train.plan import RunPlan
 from megagrow.train.state import RunState
+
+if TYPE_CHECKING:  # they need DeepSpeed
+    from megagrow.engine.comm import Comm
+    from megagrow.engine.engine import Engine
 
 DIRECTORY = "checkpoints"
 RUN = "run"  # the fingerprint that tells one run from another
@@ -98,6 +100,7 @@ def save_run(
     comm: Comm,
     lock: RunLock,
     run: str,
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Save the run; all ranks call together.
 
@@ -113,6 +116,7 @@ def save_run(
         keep=config.checkpoint.keep,
         comm=comm,
         lock=lock,
+        say=say,
     )
 
 
@@ -139,14 +143,17 @@ def write_run(
     keep: int,
     comm: Comm,
     lock: RunLock,
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Write and commit a checkpoint, then delete all but the newest `keep`.
+
+    On a full disk the oldest may go before it is written (`megagrow.checkpoint.retention`).
 
     Raises:
         CheckpointError: on all ranks; earlier checkpoints are as they were.
         LockError: on all ranks: run.dir is no longer this job's, and nothing is deleted.
     """
-    path = save(root, step=step, pieces=_finite(pieces), meta=meta, group=comm)
+    path = save(root, step=step, pieces=_finite(pieces), meta=meta, group=comm, keep=keep, say=say)
 
     def tidy() -> None:
         lock.require()  # writing may have taken long
@@ -236,6 +243,18 @@ def open_checkpoint(path: Path) -> NativeCheckpoint:
     """
     try:
         return NativeCheckpoint.open(path)
+    except CheckpointError as error:
+        raise _unusable(error, path) from error
+
+
+def verify(path: Path) -> None:
+    """Read all of a checkpoint and compare it with its checksums.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`.
+    """
+    try:
+        NativeCheckpoint.open(path).verify()
     except CheckpointError as error:
         raise _unusable(error, path) from error
 
@@ -382,6 +401,7 @@ __all__ = [
     "candidates",
     "check_agreement",
     "load_run",
+    "newest",
     "open_checkpoint",
     "save_run",
     "set_aside",

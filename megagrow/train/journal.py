@@ -11,8 +11,8 @@ from typing import Any
 from megagrow.cluster import lifeline
 from megagrow.config import Config
 from megagrow.config.load import dump_config
-from megagrow.errors import TrainingError
-from megagrow.files import write_atomically
+from megagrow.errors import DataError, TrainingError
+from megagrow.files import free_name, write_atomically
 from megagrow.report import write_report
 from megagrow.train.grow import GrowthReport
 from megagrow.train.holding import run_id
@@ -20,6 +20,7 @@ from megagrow.train.metrics import MetricsLog
 from megagrow.train.plan import Stage
 from megagrow.train.progress import Progress
 from megagrow.train.recovery import RollBack
+from megagrow.train.signals import exit_status, left, signal_name
 from megagrow.train.state import RunState
 from megagrow.train.telemetry import open_mirrors
 
@@ -65,7 +66,7 @@ class Journal:
         self.close()
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._directory / "config.yaml", dump_config(self.config).encode())
+            self._write_config()
             # A start that another run of this directory came before is a run of its own.
             self.run_id = run_id(self._directory, new=not resumed)
             self._log = MetricsLog(
@@ -81,6 +82,18 @@ class Journal:
                 expected="a directory, or a name that is free, on a disk with space",
                 mend="set run.dir to another directory, or free space",
             ) from error
+
+    def _write_config(self) -> None:
+        """Write config.yaml; one that was there and says something else is kept beside it."""
+        path, text = self._directory / "config.yaml", dump_config(self.config).encode()
+        if path.exists() and (before := path.read_bytes()) != text:
+            kept = free_name(path)
+            write_atomically(kept, before)
+            self.say(
+                f"{path} had other settings, which {kept} keeps; to go on with those: "
+                f"--config {kept}"
+            )
+        write_atomically(path, text)
 
     def close(self) -> None:
         """Close the log; may be called twice."""
@@ -231,12 +244,35 @@ class Journal:
             f"{beyond:,} (recovery.rollback: {count} of {self.config.recovery.rollback})"
         )
 
-    def end(self, state: RunState, *, reason: str, checkpoint: Path | None) -> None:
-        """The run is over."""
+    def end(
+        self, state: RunState, *, total_steps: int, signal: int, checkpoint: Path | None
+    ) -> None:
+        """This job is over, and with it the run, unless it was stopped before its last step.
+
+        Args:
+            total_steps: of the whole run.
+            signal: that asked for the end, or 0.
+            checkpoint: that the run can go on from.
+        """
         self._progress.close()
         if self._log is None:
             return
-        self.event("end", step=state.step, reason=reason)
+        reason = "all stages done" if state.step >= total_steps else "train.stop_after_steps"
+        if signal:
+            reason = signal_name(signal)
+        self.event("end", step=state.step, reason=reason, total_steps=total_steps)
         self.close()
-        report = write_report(self._directory)
-        self.say(f"checkpoint: {checkpoint}\nreport: {report}")
+        if signal:
+            self.say(
+                f"stopped by {reason} at step {state.step:,} of {total_steps:,}; {left(checkpoint)}"
+            )
+            self.say(
+                f"the exit status is {exit_status(signal)}; a launcher may report that as an error "
+                f'("exits with return code = {exit_status(signal)}"), which it is not'
+            )
+        self.say(f"checkpoint: {checkpoint or 'none'}")
+        try:
+            self.say(f"report: {write_report(self._directory)}")
+        except DataError as error:
+            # The run itself is whole: its state is saved, its log is closed.
+            self.say(f"warning: no report of the run: {error}")

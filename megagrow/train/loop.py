@@ -35,7 +35,7 @@ from megagrow.train.plan import RunPlan, Stage, plan_run
 from megagrow.train.preflight import preflight
 from megagrow.train.recovery import RollBack, StepGuard, no_way_back, remember
 from megagrow.train.saving import Saver
-from megagrow.train.signals import StopRequest, signal_name
+from megagrow.train.signals import StopRequest, agreed
 from megagrow.train.stage_rules import carry, decide
 from megagrow.train.state import RunState, step_seed
 from megagrow.train.watch import Watch, unwatched
@@ -76,7 +76,6 @@ class Trainer:
         self.lock = lock or RunLock(comm)
         self.run_dir = Path(config.run.dir)
         self.root = self.run_dir / checkpoints.DIRECTORY
-        self.last_saved: Path | None = None
         self._asked = 0  # the signal that asked for an end
         self._guard = StepGuard(config.recovery, scaled=config.precision.dtype == "fp16")
         self._rollbacks = 0
@@ -111,6 +110,7 @@ class Trainer:
             comm=comm,
             lock=self.lock,
             run=self.journal.run_id,
+            say=self.journal.say,
         )
 
     # --- set-up ---------------------------------------------------------------------------
@@ -244,36 +244,53 @@ class Trainer:
             self.saver.close()
 
     def _run(self) -> int:
-        if self.state.step == 0:
+        started_at = self.state
+        self._ask_whether_to_stop()
+        if self.state.step == 0 and not self._asked:
             self._validate()
-        while True:
+        while not self._asked:
             try:
                 self._train()
                 break
             except RollBack as bad:
                 self._roll_back(bad)
-        self._save(last=True)
-        stopped = self.state.step < self.plan.total_steps
-        reason = "train.stop_after_steps" if stopped else "all stages done"
+        if self.state is not started_at or not self._asked:
+            self._save(last=True)
+        if self.state.step >= self._stop:
+            self._asked = 0
         self.journal.end(
             self.state,
-            reason=signal_name(self._asked) if self._asked else reason,
+            total_steps=self.plan.total_steps,
+            signal=self._asked,
             checkpoint=self.last_saved,
         )
         return self._asked
 
     def _train(self) -> None:
-        while True:
+        while not self._asked:
             # A rule may end the stage, and with it move the end of the run.
             while self.state.step < min(self.stage.plan.end_step, self._stop):
                 self._step()
                 self._settle(self.saver.poll)
-                if self._asked:
+                # After its last step a run ends in any case, validated.
+                if self._asked and self.state.step < self._stop:
                     return
                 self._now_and_then()
+                if self._asked:
+                    return
             if self.state.step >= self._stop or self.stage.index + 1 == len(self.plan.stages):
                 return
-            self._next_stage()
+            # Saved before a growth, so that one that is interrupted can be done again.  A stage
+            # without a step has nothing to save: what led here is what this step's save holds.
+            if self.stage.plan.steps:
+                self._save()
+            if not self._asked:
+                self._next_stage()
+
+    def _ask_whether_to_stop(self) -> None:
+        """A safe point: the ranks agree on whether one of them was asked to stop."""
+        heard = self.comm.gather_floats(float(self.stop_request.signal))
+        self._asked = agreed(heard)
 
     def _step(self) -> None:
         begin = time.perf_counter()
@@ -290,7 +307,7 @@ class Trainer:
         losses, signals, shares, lost = map(list, zip(*rows, strict=True))
         if any(lost):
             self.lock.require_on_all()
-        self._asked = int(max(signals))
+        self._asked = agreed(signals)
         seconds = time.perf_counter() - begin
         loss = sum(losses) / len(losses)
         fault = self._guard.passes_over(
@@ -372,7 +389,8 @@ class Trainer:
         ends = step == self.stage.plan.end_step or step == self._stop
         if step % self.config.train.validate_every == 0 or ends:
             self._ask_rule(self._validate())
-        if step % self.config.checkpoint.every == 0 and not ends:
+            self._ask_whether_to_stop()
+        if step % self.config.checkpoint.every == 0 and not ends and not self._asked:
             self._save()
 
     def _ask_rule(self, loss: float) -> None:
@@ -417,10 +435,6 @@ class Trainer:
         )
 
     def _next_stage(self) -> None:
-        # Saved before a growth, so that one that is interrupted can be done again.  A stage
-        # without a step has nothing to save: what led here is what this step's save holds.
-        if self.stage.plan.steps:
-            self._save()
         stage = self.plan.stages[self.stage.index + 1]
         self._begin(f"growing into stage {stage.index}", slow=True)
         before, small = self._validation_loss(), self.engine.placement.catalog.parameters
@@ -440,6 +454,15 @@ class Trainer:
             losses=(before, after),
             parameters=(small, large),
         )
+
+    @property
+    def last_saved(self) -> Path | None:
+        """The newest checkpoint that the run can go on from."""
+        return self.stop_request.last_saved
+
+    @last_saved.setter
+    def last_saved(self, path: Path) -> None:
+        self.stop_request.last_saved = path
 
     # --- its parts ------------------------------------------------------------------------
 
@@ -494,6 +517,8 @@ class Trainer:
         self._settle(lambda: self.saver.save(self.engine, self.state, known=known), last=last)
         if last:
             self._settle(self.saver.wait, last=True)
+        else:
+            self._ask_whether_to_stop()
 
     def _settle(self, save: Callable[[], tuple[int, Path] | None], *, last: bool = False) -> None:
         """Note what became of a save.

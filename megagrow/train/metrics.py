@@ -12,12 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from megagrow.errors import TrainingError
-from megagrow.files import write_atomically
-from megagrow.report.log import encode_line, read_lines, read_metrics
+from megagrow.files import free_name, write_atomically
+from megagrow.report.log import encode_line, read_lines, read_metrics, tail_start
 from megagrow.train.telemetry import Mirror
 
 __all__ = ["MetricsLog", "read_metrics"]
@@ -46,7 +47,8 @@ class MetricsLog:
             itself are cut off too.
 
     Raises:
-        DataError: the log to go on with is damaged before its last line.
+        DataError: the log to go on with is damaged before its last line, behind the last step
+            of at most `resume_step`; earlier lines are not read (`launch/report.py` reads all).
         TrainingError: a line cannot be written.  On a full disk lines are kept in memory until
             there is room again; `close` raises where there is none by then.
     """
@@ -266,26 +268,38 @@ def _set_aside(path: Path) -> None:
     if path.stat().st_size == 0:
         path.unlink()
         return
-    number = 1
-    while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(kept)
+    path.rename(free_name(path))
 
 
 def _cut(path: Path, *, step: int, stage: int | None) -> None:
-    """Leave the lines of at most `step` (and `stage`), byte for byte, and no half line."""
+    """Leave the lines of at most `step` (and `stage`), byte for byte, and no half line.
+
+    The log is read from its end up to the step, and only what was read is checked.
+    """
     if not path.exists():
         return
-    kept = []
-    at_step, at_stage = 0, 0
-    for raw, line in read_lines(path):
+    size, end = path.stat().st_size, tail_start(path, step=step, stage=stage)
+    behind: list[bytes] = []  # lines that stay behind one that goes
+    at_step, at_stage, cut = 0, 0, False
+    for raw, line in read_lines(path, start=end):
         at_step = _whole(line.get("step"), at_step)
         at_stage = _whole(line.get("growth_stage"), at_stage)
-        if at_step <= step and (stage is None or at_stage <= stage):
-            kept.append(raw)
-    content = b"".join(kept)
-    if content != path.read_bytes():
-        write_atomically(path, content)
+        if at_step > step or (stage is not None and at_stage > stage):
+            cut = True
+        elif cut or end + len(raw) > size:  # the latter lacks its newline in the file
+            cut = True
+            behind.append(raw)
+        else:
+            end += len(raw)
+    if end < size or behind:
+        write_atomically(path, chain(_beginning(path, end), behind))
+
+
+def _beginning(path: Path, size: int) -> Iterator[bytes]:
+    with open(path, "rb") as stream:
+        while size > 0 and (data := stream.read(min(size, 1 << 20))):
+            size -= len(data)
+            yield data
 
 
 def _whole(value: object, otherwise: int) -> int:

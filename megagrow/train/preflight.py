@@ -27,11 +27,8 @@ from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
 from megagrow.engine.comm import Comm
 from megagrow.errors import ConfigError, DataError, MegagrowError, TrainingError
-from megagrow.model.catalog import build_catalog
-from megagrow.report.units import human
-from megagrow.schedule.cost import STATE_BYTES
-from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.train.agree import on_all, on_first
+from megagrow.train.opening import existing, require_disk
 from megagrow.train.plan import RunPlan
 
 CLOCK_SKEW = 30.0  # seconds between two hosts
@@ -158,26 +155,6 @@ def code_hash() -> str:
 # --- disk and file system -------------------------------------------------------------------
 
 
-def checkpoint_bytes(plan: RunPlan) -> int:
-    """Of the largest checkpoint that a run will write."""
-    largest = max(build_catalog(stage.model).parameters for stage in plan.stages)
-    return largest * len(ADAM_SLOTS) * STATE_BYTES
-
-
-def require_disk(config: Config, plan: RunPlan) -> None:
-    """Refuse a disk that cannot hold one checkpoint of the run; more than one is retention's."""
-    run_dir = Path(config.run.dir)
-    usage = shutil.disk_usage(existing(run_dir))
-    needed = checkpoint_bytes(plan)
-    if usage.free < needed and usage.total > 0:  # some network file systems state no size
-        raise TrainingError(
-            f"run.dir = {run_dir}: too little space on its disk",
-            found=f"{human(usage.free, 'B')} free",
-            expected=f"{human(needed, 'B')}, the size of the largest checkpoint of this run",
-            mend="free space, lower checkpoint.keep, or set run.dir to a larger disk",
-        )
-
-
 def require_shared(run_dir: Path, *, comm: Comm, witnesses: Sequence[int]) -> None:
     """Refuse a run.dir that is another directory on another host, or cannot be written there.
 
@@ -245,11 +222,6 @@ def require_shared(run_dir: Path, *, comm: Comm, witnesses: Sequence[int]) -> No
     finally:
         if comm.rank == 0:
             shutil.rmtree(place, ignore_errors=True)
-
-
-def existing(path: Path) -> Path:
-    """A path, or the nearest directory above it that exists."""
-    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
 
 
 def _appears(path: Path, content: str) -> bool:

@@ -63,6 +63,7 @@ class Saver:
         root: the run's directory of checkpoints.
         lock: without it nothing is written, nor deleted.
         run: the run's id (on rank 0).
+        say: told on rank 0 which old checkpoint a full disk cost.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class Saver:
         comm: Comm,
         lock: RunLock,
         run: str,
+        say: Callable[[str], None] = print,
     ) -> None:
+        self._say = say
         self._root, self._config, self._data, self._comm = root, config, data, comm
         self._lock, self._run = lock, run
         self._pending: tuple[int, Task[Path]] | None = None
@@ -117,11 +120,12 @@ class Saver:
                 comm=self._comm,
                 lock=self._lock,
                 run=self._run,
+                say=self._say,
             )
             return state.step, saved
         pieces = self._copies(engine)
         meta = checkpoints.meta_of(engine, state, self._config, self._data, run=self._run)
-        keep, side, lock = self._config.checkpoint.keep, self._side, self._lock
+        keep, side, lock, say = self._config.checkpoint.keep, self._side, self._lock, self._say
         work: Callable[[], Path] = lambda: checkpoints.write_run(  # noqa: E731
             root=self._root,
             step=state.step,
@@ -130,6 +134,7 @@ class Saver:
             keep=keep,
             comm=side,
             lock=lock,
+            say=say,
         )
         self._pending = state.step, Task("checkpoint", work)
         return None

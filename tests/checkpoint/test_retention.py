@@ -8,6 +8,7 @@ import pytest
 from worlds import save_world
 
 from megagrow.checkpoint import NativeCheckpoint, list_steps, newest, retire, set_aside, step_path
+from megagrow.checkpoint.retention import free_room, size_of
 from megagrow.errors import CheckpointError
 
 
@@ -111,3 +112,67 @@ def test_set_aside_hides_the_newer_ones_and_keeps_them(root):
     assert list_steps(root) == [20]
     assert len(list(root.glob("*.set-aside-*"))) == 3
     assert set_aside(root, 20) == []
+
+
+# --- a full disk --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(root, monkeypatch):
+    """A disk on which the checkpoints leave 100 bytes free; deleting them leaves more."""
+    full = sum(size_of(path) for path in root.iterdir()) + 100
+
+    def usage(path):
+        held = sum(size_of(path) for path in root.iterdir())
+        return type("Usage", (), {"f_blocks": full, "f_frsize": 1, "f_bavail": full - held})
+
+    monkeypatch.setattr(os, "statvfs", usage)
+    return root
+
+
+def test_a_save_that_lacks_room_takes_that_of_what_retention_would_delete_and_says_so(disk):
+    said = []
+    size = size_of(step_path(disk, 10))
+    free_room(disk, needed=size + 100, keep=3, say=said.append)
+    # Steps 10 and 20 would go after the save; the first is enough.
+    assert list_steps(disk) == [20, 30, 40]
+    [text] = said
+    assert str(step_path(disk, 10)) in text and f"{size:,} bytes" in text
+    assert "checkpoint.keep = 3" in text
+    free_room(disk, needed=size, keep=3, say=said.append)
+    assert list_steps(disk) == [20, 30, 40] and len(said) == 1
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_what_would_not_be_room_enough_is_not_deleted_and_what_is_there_is_named(disk, keep):
+    """As after a growth: the new one is larger than all that may go; the last good one stays."""
+    sizes = {step: size_of(step_path(disk, step)) for step in (10, 20, 30, 40)}
+    said = []
+    with pytest.raises(CheckpointError) as caught:
+        free_room(disk, needed=sum(sizes.values()) + 100, keep=keep, say=said.append)
+    text = str(caught.value)
+    assert list_steps(disk) == [10, 20, 30, 40] and not said
+    for step, size in sizes.items():
+        assert f"{step_path(disk, step).name} ({size:,} bytes)" in text
+    assert "do not hold so much besides the last good one" in text and "rm " not in text
+
+
+def test_the_command_that_a_full_disk_names_makes_room_and_leaves_the_last_good_one(disk):
+    needed = size_of(step_path(disk, 10)) + size_of(step_path(disk, 20)) + 100
+    flip(step_path(disk, 40), "manifest.json")  # the last good one is the one before it
+    with pytest.raises(CheckpointError, match=r"checkpoint\.keep") as caught:
+        free_room(disk, needed=needed, keep=9, say=print)
+    command = str(caught.value).partition("for instance: ")[2].partition(";")[0]
+    assert command == f"rm -r {step_path(disk, 10)} {step_path(disk, 20)}"
+    for word in command.split()[2:]:
+        shutil.rmtree(word)
+    free_room(disk, needed=needed, keep=9, say=print)
+    assert list_steps(disk) == [30, 40]
+
+
+def test_the_only_good_one_is_not_deleted_for_a_newer_one(disk):
+    for step in (20, 30, 40):
+        flip(step_path(disk, step), "manifest.json")
+    said = []
+    free_room(disk, needed=size_of(step_path(disk, 20)) + 100, keep=2, say=said.append)
+    assert list_steps(disk) == [10, 30, 40] and len(said) == 1

@@ -36,6 +36,7 @@ def start(launcher, *arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # its process group is what a terminal sends Ctrl-C to
     )
     job.token = token
     return job
@@ -149,6 +150,26 @@ def test_one_rank_dies(config):
     assert f'File "{REPOSITORY / "megagrow"}' not in said, said
     assert "lost contact with another rank" in said or "Sending process" in said
     assert train(2, config)[-1]["event"] == "end"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
+def test_ctrl_c_under_a_launcher_saves_the_run_and_it_goes_on_from_there(
+    config, undisturbed, launcher
+):
+    """The launchers themselves end as they will; the ranks finish their step and save."""
+    job = start(launcher, "--config", config, "checkpoint.every=900")
+    wait_for_step(job, config, 4)
+    os.killpg(job.pid, signal.SIGINT)
+    said, _ = job.communicate(timeout=240)  # until the last rank has closed its output
+    stop(job)
+    assert "stopped by SIGINT at step" in said and "no checkpoint" not in said, said
+    assert f'File "{REPOSITORY}' not in said, said
+    assert log_of(config)[-1]["reason"] == "SIGINT"
+    lines = train(2, config)
+    assert [x["step"] for x in events(lines, "step")] == list(range(1, 11))
+    if launcher != "python":
+        assert trajectory(lines) == trajectory(undisturbed)
 
 
 @pytest.mark.slow

@@ -194,6 +194,57 @@ def test_the_tables_hold_the_numbers_of_the_log(tmp_path):
     assert "data 2, zero 1" in page.text
 
 
+def stopped_run(reason, **end):
+    """Steps to 747 of 1,200, validated every hundred."""
+    return [
+        {"event": "run_start", "total_steps": 1200, "time": 1000.0},
+        *(step_line(step, 0) for step in range(690, 748)),
+        validation_line(700, 0, 3.25),
+        *(
+            [{"event": "end", "step": 747, "reason": reason, "time": 2000.0, **end}]
+            if reason
+            else []
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (stopped_run("SIGTERM"), "stopped by SIGTERM at 747 of 1\u202f200 steps"),
+        (
+            stopped_run("train.stop_after_steps", total_steps=900),
+            "stopped by train.stop_after_steps at 747 of 900 steps",
+        ),
+        (stopped_run(None), "not at its end: at 747 of 1\u202f200 steps"),
+        ([{**line, "total_steps": None} for line in stopped_run("SIGINT")],
+         "stopped by SIGINT at 747"),
+    ],
+)  # fmt: skip
+def test_a_run_that_was_stopped_is_not_called_finished_nor_its_loss_final(tmp_path, lines, said):
+    text = report_of(tmp_path, lines)
+    page = Page(text)
+    assert said in page.text
+    assert "finished" not in page.text and "chip good" not in text
+    assert "Final validation loss" not in page.text
+    assert "Validation loss of step 700" in page.text
+    run = summarize(lines)
+    assert not run.complete and math.isnan(run.final_validation)
+
+
+def test_only_the_loss_after_the_last_step_of_a_whole_run_is_called_final(tmp_path):
+    lines = two_stage_run()
+    page = Page(report_of(tmp_path, lines))
+    assert "finished: all stages done" in page.text and "Final validation loss" in page.text
+    assert summarize(lines).final_validation == 1.0625
+    # The last validation is not a number: the one before it is no final one.
+    lines.insert(-1, validation_line(30, 1, math.nan))
+    lines.remove(validation_line(30, 1, 1.0625))
+    page = Page(report_of(tmp_path, lines))
+    assert "Validation loss of step 10" in page.text and "Final" not in page.text
+    assert math.isnan(summarize(lines).final_validation)
+
+
 HOSTILE = '"><script>alert(1)</script><b onload=x>&amp;\u202e\x00\ud800'
 
 
@@ -294,3 +345,56 @@ def test_reporting_needs_neither_torch_nor_deepspeed():
         "sys.exit(any(name in sys.modules for name in ('torch', 'deepspeed', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def long_run(steps):
+    """A log of which a page cannot show every line: one spike of each kind, one gap, a growth."""
+    yield {"event": "run_start", "total_steps": steps, "time": 1000.0}
+    for step in range(1, steps + 1):
+        line = step_line(step, 0 if step <= steps // 2 else 1, loss=4.0 if step % 2 else 2.0)
+        if step == 1001:
+            line["loss"] = 77.0
+        if step == 2001:
+            line["loss"] = 0.25
+        if step == 3001:
+            line["grad_norm"] = 55.0
+        if step in (4001, 4002):
+            line["loss"] = math.nan
+        yield line
+        if step % 10 == 0:
+            yield validation_line(step, line["growth_stage"], 3.0)
+        if step == steps // 2:
+            yield growth_line(step, 1)
+
+
+def test_a_long_log_is_thinned_as_it_is_read_without_losing_what_a_picture_must_show():
+    whole, thin = summarize(long_run(20_000)), summarize(long_run(20_000), most=500)
+    assert (whole.steps_each, len(whole.steps), whole.means) == (1, 20_000, whole.steps)
+    assert thin.steps_each == 64 and len(thin.means) <= 500 and len(thin.steps) <= 1500
+    assert thin.steps_counted == 20_000
+    assert len(thin.validations) <= 501 and thin.validations[-1] == whole.validations[-1]
+    # Totals are of all lines; extremes and gaps are there; a mean mixes no two stages.
+    for name in ("stages", "growths", "seconds", "goodput", "last_step", "not_finite",
+                 "first_not_finite", "final_validation", "complete"):  # fmt: skip
+        assert getattr(thin, name) == getattr(whole, name), name
+    by_number = {step.step: step for step in thin.steps}
+    assert (by_number[1001].loss, by_number[2001].loss, by_number[3001].grad_norm) == (77, 0.25, 55)
+    assert 4001 in by_number or 4002 in by_number
+    assert all(step in whole.steps for step in thin.steps if math.isfinite(step.loss))
+    usual = [step for step in thin.means if 5000 < step.step < 9000]
+    assert {step.loss for step in usual} == {3.0} and len({step.stage for step in thin.means}) == 2
+    middle = next(step for step in thin.means if step.stage == 1)
+    assert middle.tokens > thin.growths[0].tokens
+
+
+def test_a_page_says_that_its_curves_are_thinned_and_of_what(tmp_path, monkeypatch):
+    monkeypatch.setattr("megagrow.report.page._MOST", 300)
+    text = report_of(tmp_path, list(long_run(6000)))
+    page = Page(text)
+    assert "drawn from 6\u202f000 steps: of every 32 neighbours" in page.text
+    assert "Of 2 validations in a row one is drawn" in page.text and "count every one" in page.text
+    assert "extremes of 32 steps" in page.text
+    assert "neighbours" not in Page(report_of(tmp_path, two_stage_run())).text
+    for svg in svgs(text):
+        for element in svg.iter():
+            assert not any("nan" in value for value in element.attrib.values())

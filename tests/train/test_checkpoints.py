@@ -15,6 +15,7 @@ from jobs import (
 )
 
 from megagrow.checkpoint import NativeCheckpoint, list_steps, newest, step_path
+from megagrow.config.load import load_config
 from megagrow.errors import CheckpointError
 from megagrow.train.checkpoints import candidates
 
@@ -139,10 +140,16 @@ def test_settings_that_changed_and_may_are_told(used):
     """On rank 0, one line each, by their keys."""
     config, run_dir = used
     changed = ["optimizer.lr=0.02", "stages.2.until.steps=11", "deepspeed.x=1"]
-    [[first, second]] = launch(
-        2, ["--config", config, f"run.dir={run_dir}", *changed, "train.stop_after_steps=10"]
+    command = ["--config", config, f"run.dir={run_dir}", *changed]
+    before = load_config(run_dir / "config.yaml")
+    [[first, second], [further, _]] = launch(
+        2, [*command, "train.stop_after_steps=10"], [*command, "deepspeed={}"]
     )
     assert (first.status, second.status, second.err) == (0, 0, "")
+    # Nothing is left to train for the first; the second trains, and the old settings are kept.
+    kept = run_dir / "config.1.yaml"
+    assert further.status == 0 and f"to go on with those: --config {kept}" in further.err
+    assert load_config(kept) == before != load_config(run_dir / "config.yaml")
     told = [line for line in first.err.splitlines() if line.startswith("changed since then: ")]
     assert [line.partition(": ")[2] for line in told] == [
         "deepspeed.x: None -> 1",

@@ -140,13 +140,62 @@ def _signal(rank, bad_rank, step, number):
     Engine.train_step = interrupted
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_saves_the_run_and_asks_to_be_requeued(tmp_path, config, number):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
+def test_a_signal_to_one_rank_saves_the_run_and_tells_who_asked(tmp_path, config, number, status):
+    """Schedulers start a job again on 75, and leave alone what a person interrupted (130)."""
     command = ["--config", config, "checkpoint.every=100"]
     [outcomes] = launch(2, command, hook=(_signal, 1, 5, number))
-    assert [o.status for o in outcomes] == [75, 75]
+    assert [o.status for o in outcomes] == [status, status]
+    said = outcomes[0].err
+    assert f"stopped by {number.name} at step 5 of 10" in said and "step_00000005" in said
+    assert f"return code = {status}" in said and "which it is not" in said
     root = tmp_path / "run" / "checkpoints"
     assert sound(root)[-1] == 5
     assert log_of(config)[-1]["reason"] == number.name
     whole = train(2, config, f"run.dir={tmp_path / 'straight'}")
     assert trajectory(train(2, config)) == trajectory(whole)
+
+
+def _signal_in(_, places):
+    """Let the process get SIGINT at the n-th call of these functions, one after the other."""
+    from megagrow.train import loop
+
+    def interrupting(owner, name, count):
+        function = getattr(owner, name)
+
+        def called(*args, **more):
+            if places and places[0] == (name, count):
+                places.pop(0)
+                os.kill(os.getpid(), signal.SIGINT)
+            elif places and places[0][0] == name:
+                places[0] = (name, places[0][1] - 1)
+            return function(*args, **more)
+
+        setattr(owner, name, called)
+
+    for owner, name in ((loop, "start_engine"), (loop, "grow"), (loop.Trainer, "_validate")):
+        interrupting(owner, name, 1)
+
+
+def test_ctrl_c_is_kept_for_the_next_safe_point_and_what_is_said_of_checkpoints_is_true(
+    tmp_path, config
+):
+    """While the engine is made, in a validation, in a growth; then the run goes to its end."""
+    command = ["--config", config, "checkpoint.every=100"]
+    hook = (_signal_in, [("start_engine", 1), ("_validate", 3), ("grow", 1)])
+    [[starting], [validating], [growing], [last]] = launch(1, *[command] * 4, hook=hook)
+    assert [o.status for o in (starting, validating, growing, last)] == [130, 130, 130, 0]
+    assert "at step 0 of 10; it has no checkpoint" in starting.err
+    assert "checkpoint: none" in starting.err and "goes on" not in starting.err
+    # At 0, at 3 before the growth, and at 4.
+    assert "at step 4 of 10; its last checkpoint" in validating.err
+    assert "step_00000004" in validating.err
+    # The growth after step 7, and the first step of the grown model.
+    assert "at step 8 of 10" in growing.err and "step_00000008" in growing.err
+    assert sound(tmp_path / "run" / "checkpoints")[-1] == 10
+    lines = log_of(config)
+    assert [line["step"] for line in events(lines, "step")] == list(range(1, 11))
+    whole = train(1, config, f"run.dir={tmp_path / 'straight'}")
+    assert trajectory(lines) == trajectory(whole)

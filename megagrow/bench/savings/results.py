@@ -15,7 +15,8 @@ from scipy import stats
 
 from megagrow.bench.savings.config import Branch, Member
 from megagrow.report.log import read_metrics
-from megagrow.report.run import Run, Step, summarize
+from megagrow.report.run import Run, summarize
+from megagrow.report.thin import Step
 from megagrow.train.plan import Stage
 
 Cost = Literal["flops", "tokens", "seconds"]

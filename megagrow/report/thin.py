@@ -1,0 +1,177 @@
+"""Curves of any length in bounded memory: neighbours are put together as they come.
+
+A run of a million steps cannot be drawn step by step, nor need it be held so.  Once there are
+more groups than are wanted, each two neighbours become one: of every group stay the steps that a
+picture must show (the lowest and the highest loss, the largest gradient) and the means over all of
+it.  Groups do not reach over the end of a growth stage, where curves jump.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step (`event` step); values that were not logged are nan."""
+
+    step: int
+    tokens: float
+    flops: float
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_second: float
+    stage: int
+
+
+_AVERAGED = ("tokens", "flops", "loss", "lr", "grad_norm", "tokens_per_second")
+
+
+@dataclass(slots=True)
+class _Group:
+    """Neighbouring steps of one stage; sums and counts are of the values that are finite."""
+
+    count: int
+    low: Step
+    high: Step
+    steepest: Step
+    last: Step
+    sums: list[float]
+    counts: list[int]
+
+    @staticmethod
+    def of(step: Step) -> _Group:
+        values = [getattr(step, name) for name in _AVERAGED]
+        finite = [math.isfinite(value) for value in values]
+        sums = [value if fine else 0.0 for value, fine in zip(values, finite, strict=True)]
+        return _Group(1, step, step, step, step, sums, [int(fine) for fine in finite])
+
+    def takes(self, other: _Group) -> None:
+        """Add a group that follows."""
+        self.count += other.count
+        self.low = min(self.low, other.low, key=_by_loss)
+        self.high = max(self.high, other.high, key=_by_loss)
+        self.steepest = max(self.steepest, other.steepest, key=_steep)
+        self.last = other.last
+        self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+
+    def kept(self) -> list[Step]:
+        found = {step.step: step for step in (self.low, self.high, self.steepest)}
+        return [found[number] for number in sorted(found)]
+
+    def mean(self) -> Step:
+        if self.count == 1:
+            return self.last
+        means = (s / n if n else math.nan for s, n in zip(self.sums, self.counts, strict=True))
+        values = dict(zip(_AVERAGED, means, strict=True))
+        return Step(step=self.last.step, stage=self.last.stage, **values)
+
+
+class Steps:
+    """The steps of a run, put together where there are too many.
+
+    Args:
+        most: groups that are held at most; None holds every step.
+
+    Attributes:
+        size: steps that a group has at most; 1 where every step is there.
+        count: steps that were added.
+        last: the last one.
+        not_finite: how many have a loss that is not a number.
+        first_not_finite: number of the first of them.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most, self._groups = most, list[_Group]()
+        self.size, self.count = 1, 0
+        self.last: Step | None = None
+        self.not_finite = 0
+        self.first_not_finite: int | None = None
+
+    def add(self, step: Step) -> None:
+        """One more step, behind the others; the same one again takes its place."""
+        groups, again = self._groups, self.last is not None and self.last.step == step.step
+        self.last = step
+        if again and groups[-1].count == 1:
+            groups.pop()
+        else:
+            self.count += 1
+        if not math.isfinite(step.loss):
+            self.not_finite += 1
+            if self.first_not_finite is None:
+                self.first_not_finite = step.step
+        self._append(_Group.of(step))
+        if self._most is not None and len(groups) > self._most:
+            self.size *= 2
+            self._groups = []
+            for group in groups:
+                self._append(group)
+
+    def _append(self, group: _Group) -> None:
+        last = self._groups[-1] if self._groups else None
+        room = last is not None and last.count + group.count <= self.size
+        if last is not None and room and last.last.stage == group.last.stage:
+            last.takes(group)
+        else:
+            self._groups.append(group)
+
+    def kept(self) -> tuple[Step, ...]:
+        """Real steps: all, or of each group those with the extremes of loss and gradient."""
+        return tuple(step for group in self._groups for step in group.kept())
+
+    def means(self) -> tuple[Step, ...]:
+        """One for each group, with the means of its values; its step is the last one's."""
+        return tuple(group.mean() for group in self._groups)
+
+
+class EveryNth(Generic[T]):
+    """Items of a long row: all, or every n-th and the last.
+
+    Args:
+        most: that are held at most; None holds all.
+
+    Attributes:
+        size: the n.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most, self._held = most, list[T]()
+        self.size, self.count = 1, 0
+        self.last: T | None = None
+
+    def add(self, item: T) -> None:
+        """One more, behind the others."""
+        if self.count % self.size == 0:
+            self._held.append(item)
+        self.count += 1
+        self.last = item
+        if self._most is not None and len(self._held) > self._most:
+            self._held = self._held[::2]
+            self.size *= 2
+
+    def replace_last(self, item: T) -> None:
+        """The last one again, with other values."""
+        if self._held and self._held[-1] is self.last:
+            self._held[-1] = item
+        self.last = item
+
+    def kept(self) -> tuple[T, ...]:
+        """In their order, the last one among them."""
+        if self.last is None or self._held[-1] is self.last:
+            return tuple(self._held)
+        return (*self._held, self.last)
+
+
+def _by_loss(step: Step) -> tuple[bool, float]:
+    """Losses that are not finite come last: they are a gap in the curve, which must be seen."""
+    return (False, step.loss) if math.isfinite(step.loss) else (True, 0.0)
+
+
+def _steep(step: Step) -> float:
+    return step.grad_norm if math.isfinite(step.grad_norm) else -math.inf

@@ -1,0 +1,158 @@
+"""What can be told of a start before its processes have joined: what is wrong, or that it is over.
+
+It needs neither DeepSpeed, whose start takes long, nor other ranks: each looks for itself, at the
+same files.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from megagrow.checkpoint import list_steps, step_path
+from megagrow.checkpoint.retention import size_of, superseded
+from megagrow.config import Config
+from megagrow.data.dataset import PreparedData
+from megagrow.errors import CheckpointError, TrainingError
+from megagrow.model.catalog import build_catalog
+from megagrow.report.log import last_line, read_lines, tail_start
+from megagrow.report.units import human
+from megagrow.schedule.cost import STATE_BYTES
+from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.train import checkpoints
+from megagrow.train.metrics import FILE_NAME
+from megagrow.train.plan import RunPlan, plan_run
+from megagrow.train.state import RunState
+
+_READ_AGAIN = 4 << 30  # bytes of a last checkpoint that a finished run compares once more
+
+
+def look_ahead(
+    config: Config, *, plan: RunPlan, data: PreparedData, world: int, resume: str
+) -> str | None:
+    """See whether a run can start here, as far as one process alone can tell.
+
+    Args:
+        world: number of processes.
+        resume: as for `Trainer`.
+
+    Returns:
+        Where the run has nothing left to do, a text that says so; else None.
+
+    Raises:
+        MegagrowError: what the run would be refused for later.
+    """
+    run_dir = Path(config.run.dir)
+    root = run_dir / checkpoints.DIRECTORY
+    paths = checkpoints.candidates(root, resume)
+    if not paths:
+        require_disk(config, plan)
+        return None
+    path, state, changes = _first_that_opens(paths, config, plan, data)
+    plan = plan_run(config, world=world, vocabulary=data.vocab_size, ends=state.ends)
+    if path.parent != root:
+        require_disk(config, plan)
+        return None
+    _require_log(run_dir / FILE_NAME, state)
+    if path == checkpoints.newest(root):
+        text = None
+        try:
+            text = _finished(config, plan, state, path)
+        except CheckpointError:
+            if resume != "good":
+                raise  # else the one before it may do
+        if text is not None:
+            return "\n".join([*(f"changed since then: {line}" for line in changes), text])
+    require_disk(config, plan)
+    return None
+
+
+def checkpoint_bytes(plan: RunPlan) -> int:
+    """Of the largest checkpoint that a run will write."""
+    largest = max(build_catalog(stage.model).parameters for stage in plan.stages)
+    return largest * len(ADAM_SLOTS) * STATE_BYTES
+
+
+def require_disk(config: Config, plan: RunPlan) -> None:
+    """Refuse a disk that cannot hold one more checkpoint of the run.
+
+    What the save would delete for it counts as free.
+    """
+    run_dir = Path(config.run.dir)
+    usage = shutil.disk_usage(existing(run_dir))
+    needed = checkpoint_bytes(plan)
+    if usage.free >= needed or usage.total == 0:  # some network file systems state no size
+        return
+    held = run_dir / checkpoints.DIRECTORY
+    old = superseded(held, max(config.checkpoint.keep - 1, 1))
+    if usage.free + sum(map(size_of, old)) >= needed:
+        return
+    steps = [step_path(held, step) for step in list_steps(held)]
+    sizes = ", ".join(f"{path.name} ({human(size_of(path), 'B')})" for path in steps)
+    raise TrainingError(
+        f"run.dir = {run_dir}: too little space on its disk",
+        found=f"{human(usage.free, 'B')} free" + (f"; checkpoints {sizes}" if sizes else ""),
+        expected=f"{human(needed, 'B')}, the size of the largest checkpoint of this run",
+        mend="free space"
+        + (", or lower checkpoint.keep to let older checkpoints go" if len(steps) > 1 else "")
+        + ", or set run.dir to a larger disk",
+    )
+
+
+def existing(path: Path) -> Path:
+    """A path, or the nearest directory above it that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
+
+
+def _first_that_opens(
+    paths: list[Path], config: Config, plan: RunPlan, data: PreparedData
+) -> tuple[Path, RunState, list[str]]:
+    """The checkpoint that the run will go on from, its state, and what has changed since."""
+    for number, path in enumerate(paths, start=1):
+        try:
+            checkpoint = checkpoints.open_checkpoint(path)
+            state, changes = checkpoints.check_agreement(
+                checkpoint, config=config, data=data, plan=plan
+            )
+            return path, state, changes
+        except CheckpointError:
+            if number == len(paths):
+                raise
+    raise AssertionError("at least one path is given")
+
+
+def _require_log(log: Path, state: RunState) -> None:
+    """See that what a resume will read of the log is whole."""
+    if log.exists():
+        start = tail_start(log, step=state.step, stage=state.growth_stage)
+        for _ in read_lines(log, start=start):
+            pass
+
+
+def _finished(config: Config, plan: RunPlan, state: RunState, path: Path) -> str | None:
+    stop = config.train.stop_after_steps
+    end = plan.total_steps if stop is None else min(stop, plan.total_steps)
+    run_dir = Path(config.run.dir)
+    log, report = run_dir / FILE_NAME, run_dir / "report.html"
+    if state.step < end or not log.exists():
+        return None
+    said = last_line(log)
+    # Without its last words the job that came so far was killed, and the run ends properly now.
+    if said is None or said["event"] != "end" or said.get("step") != state.step:
+        return None
+    at = f"step {state.step:,} of {plan.total_steps:,}"
+    if state.step >= plan.total_steps:
+        what = f"{run_dir} is finished: {at}"
+        more = f"raise stages.{len(plan.stages) - 1}.until"
+    else:
+        what = f"{run_dir} is where train.stop_after_steps = {stop} ends it: {at}"
+        more = "raise train.stop_after_steps"
+    small = size_of(path) <= _READ_AGAIN
+    if small:
+        checkpoints.verify(path)
+    read = "every checksum compared" if small else f"not read: launch/inspect.py {path} --verify"
+    shown = report if report.exists() else f"made by python launch/report.py {run_dir}"
+    return (
+        f"{what}; nothing is left to train\n  to train on: {more}, or start another run with "
+        f"run.dir=NEW\n  checkpoint: {path} ({read})\n  report: {shown}"
+    )

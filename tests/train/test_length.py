@@ -1,0 +1,75 @@
+"""A long run holds no more than a short one: memory, descriptors, threads."""
+
+import gc
+import json
+import os
+from pathlib import Path
+
+import pytest
+from jobs import events, launch, log_of, settings, write_config
+
+KIB = 1024
+
+
+def _measured(rank, every, path):
+    """Note, every so many steps, what the process holds."""
+    from megagrow.train.loop import Trainer
+
+    take_step = Trainer._step
+
+    def measuring(self):
+        take_step(self)
+        if self.state.step % every == 0:
+            gc.collect()
+            status = Path("/proc/self/status").read_text()
+            fields = dict(line.split(":", 1) for line in status.splitlines())
+            held = {
+                "step": self.state.step,
+                "memory": int(fields["RssAnon"].split()[0]) * KIB,
+                "descriptors": len(os.listdir("/proc/self/fd")),
+                "threads": int(fields["Threads"]),
+            }
+            with open(f"{path}.{rank}", "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(held) + "\n")
+
+    Trainer._step = measuring
+
+
+@pytest.mark.parametrize(
+    ("world", "steps", "warm"),
+    [
+        (1, 400, 200),
+        pytest.param(1, 5000, 1000, marks=pytest.mark.slow),
+        pytest.param(2, 2000, 1000, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_descriptors_and_threads_are_flat_after_the_warm_up(
+    tmp_path, dataset, world, steps, warm
+):
+    """Validations, saves and the log's mirror for TensorBoard among the steps."""
+    mapping = settings(
+        dataset,
+        tmp_path / "run",
+        model={"layers": 1},
+        stages=[{"until": {"steps": steps}}],
+        train={"validate_every": 50, "log_every": 100, "tensorboard": True},
+        checkpoint={"every": 100, "keep": 2},
+        recovery={"spike": 3.0},
+    )
+    config = write_config(tmp_path / "run.yaml", mapping)
+    path = tmp_path / "held"
+    [outcomes] = launch(
+        world, ["--config", config], hook=(_measured, warm // 10, path), timeout=1800.0
+    )
+    assert [o.status for o in outcomes] == [0] * world, outcomes[0].err
+    assert len(events(log_of(config), "step")) == steps
+    for rank in range(world):
+        held = [json.loads(line) for line in Path(f"{path}.{rank}").read_text().splitlines()]
+        after = [one for one in held if one["step"] >= warm]
+        assert after[-1]["step"] == steps
+        for name in ("descriptors", "threads"):
+            # A save may be under way at one sample, and not at another: none may climb.
+            first, last = after[: len(after) // 2], after[len(after) // 2 :]
+            assert max(one[name] for one in last) <= max(one[name] for one in first), (name, held)
+        grown = after[-1]["memory"] - after[0]["memory"]
+        assert grown < (steps - warm) * KIB, (grown / (steps - warm), held)

@@ -1,0 +1,93 @@
+"""What is said of a start before DeepSpeed is: it may not even be imported."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from jobs import REPOSITORY, files_below, settings, train, write_config
+
+from megagrow.checkpoint import newest
+
+# DeepSpeed cannot be imported here, nor can Weights & Biases; every command is answered all the
+# same.
+WITHOUT_DEEPSPEED = """
+import json, sys
+sys.modules["deepspeed"] = sys.modules["wandb"] = None
+sys.path[:0] = ["tests"]
+from jobs import main
+for command in json.loads(sys.argv[1]):
+    outcome = main(command)
+    print(json.dumps([outcome.status, outcome.out, outcome.err]))
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, dataset):
+    """A run that came to its end: (configuration, run directory)."""
+    base = tmp_path_factory.mktemp("finished")
+    config = write_config(base / "run.yaml", settings(dataset, base / "run"))
+    train(1, config)
+    return config, base / "run"
+
+
+def answers(*commands):
+    """(status, stdout, stderr) of each command."""
+    text = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DEEPSPEED, text],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(commands), done.stderr
+    return found
+
+
+def test_a_finished_run_says_so_and_errors_of_files_are_told_before_deepspeed_starts(
+    finished, tmp_path
+):
+    config, run_dir = finished
+    used = tmp_path / "run"
+    shutil.copytree(run_dir, used)
+    with open(used / "metrics.jsonl", "ab") as log:
+        log.write(b"oops\n")
+    (tmp_path / "file").write_text("mine")
+    before, again = files_below(run_dir), ["--config", config]
+    refused = {
+        "already holds checkpoints": [*again, "--resume", "never"],
+        "no such checkpoint": [*again, "--resume", tmp_path / "absent"],
+        "run.seed differs": [*again, "run.seed=6"],
+        "holds another model": [*again, "model.ffn=24"],
+        "too few tokens for one sample": [*again, f"run.dir={tmp_path / 'new'}",
+                                          "model.sequence=100000"],
+        "cannot be written": [*again, f"run.dir={tmp_path / 'file' / 'below'}"],
+        "metrics.jsonl, line": [*again, f"run.dir={used}"],
+        "wandb is not installed": [*again, "train.wandb.project=mine"],
+    }  # fmt: skip
+    over, stopped, *errors = answers(
+        again, [*again, "train.stop_after_steps=10"], *refused.values()
+    )
+    for status, out, err in (over, stopped):
+        assert (status, out) == (0, "") and "nothing is left to train" in err
+        assert str(newest(run_dir / "checkpoints")) in err and "report.html" in err
+    assert f"{run_dir} is finished: step 10 of 10" in over[2] and "stages.2.until" in over[2]
+    for says, (status, out, err) in zip(refused, errors, strict=True):
+        assert (status, out) == (1, "") and err.count("error: ") == 1
+        assert says in err, (says, err)
+    assert files_below(run_dir) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_was_killed_after_its_last_save_is_brought_to_its_end(finished, tmp_path):
+    """Its log has no last line: it is not called finished, and gets one."""
+    config, run_dir = finished
+    used = tmp_path / "run"
+    shutil.copytree(run_dir, used)
+    log = used / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    assert b'"event": "end"' in lines[-1]
+    log.write_bytes(b"".join(lines[:-1]))
+    again = train(1, config, f"run.dir={used}")
+    assert again[-1]["event"] == "end" and again[-1]["reason"] == "all stages done"
+    assert again[-1]["total_steps"] == 10
