@@ -4,11 +4,18 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from jobs import REPOSITORY, files_below, settings, train, write_config
 
-from megagrow.checkpoint import newest
+from megagrow.checkpoint import list_steps, newest, step_path
+from megagrow.checkpoint.retention import size_of
+from megagrow.config.load import load_config
+from megagrow.data.dataset import open_dataset
+from megagrow.errors import TrainingError
+from megagrow.train.opening import checkpoint_bytes, require_disk
+from megagrow.train.plan import plan_run, with_vocabulary
 
 # DeepSpeed cannot be imported here, nor can Weights & Biases; every command is answered all the
 # same.
@@ -91,3 +98,29 @@ def test_a_run_that_was_killed_after_its_last_save_is_brought_to_its_end(finishe
     again = train(1, config, f"run.dir={used}")
     assert again[-1]["event"] == "end" and again[-1]["reason"] == "all stages done"
     assert again[-1]["total_steps"] == 10
+
+
+def test_a_disk_that_old_checkpoints_fill_is_told_with_their_names_unless_a_save_would_free_it(
+    finished, monkeypatch
+):
+    config = load_config(finished[0])
+    data = open_dataset(config.data.path)
+    config = with_vocabulary(config, data.vocab_size)
+    plan = plan_run(config, world=1, vocabulary=data.vocab_size)
+    root = finished[1] / "checkpoints"
+    oldest = size_of(step_path(root, list_steps(root)[0]))
+    lacking = checkpoint_bytes(plan)
+
+    def free(count):
+        usage = SimpleNamespace(total=10**9, used=0, free=count)
+        monkeypatch.setattr("megagrow.train.opening.shutil.disk_usage", lambda path: usage)
+
+    # checkpoint.keep = 3: of the three that are there one goes when the next is written.
+    free(lacking - oldest)
+    require_disk(config, plan)
+    free(lacking - oldest - 1)
+    with pytest.raises(TrainingError) as caught:
+        require_disk(config, plan)
+    for step in list_steps(root):
+        assert f"{step_path(root, step).name} (" in str(caught.value)
+    assert "lower checkpoint.keep" in str(caught.value)
