@@ -7,13 +7,16 @@ import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megagrow.config import Config
-from megagrow.engine.comm import Comm
 from megagrow.errors import TrainingError
 from megagrow.files import write_atomically
 from megagrow.lock import NAME, Lock, acquire, holding_output
 from megagrow.train.agree import on_all, on_first
+
+if TYPE_CHECKING:  # it needs DeepSpeed
+    from megagrow.engine.comm import Comm
 
 RUN_ID = "run_id"  # a file in run.dir
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 
 from megagrow.cluster.lifeline import STATUS_INTERRUPTED, STATUS_STOPPED
+from megagrow.background import Loop
 from megagrow.cluster.signals import taking
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -64,6 +65,7 @@ class StopRequest:
         self.last_saved: Path | None = None
         self._speaking = speaking
         self._pressed = 0.0  # when Ctrl-C came first
+        self._patience: float | None = None  # of the thread, after a signal that is not deferred
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -73,16 +75,16 @@ class StopRequest:
             return
         numbers, written = socket.socketpair()
         written.setblocking(False)
-        thread = threading.Thread(target=self._hear, args=(numbers,), daemon=True)
         with numbers, written, taking(ASKING, self._heard):
             before = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
-            thread.start()
+            listener = Loop("megagrow-signals", lambda: self._hear(numbers), every=0.0)
+            listener.start()
             try:
                 yield self
             finally:
                 signal.set_wakeup_fd(before)
                 written.shutdown(socket.SHUT_WR)
-                thread.join()
+                listener.join()
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         """In the main thread, as soon as Python gets to it."""
@@ -96,28 +98,25 @@ class StopRequest:
 
     # --- the thread -------------------------------------------------------------------------
 
-    def _hear(self, numbers: socket.socket) -> None:
-        """Act on what cannot wait for the main thread."""
-        patience: float | None = None
-        while True:
-            numbers.settimeout(patience)
-            try:
-                heard = numbers.recv(64)
-            except TimeoutError:
-                if not self.deferring:
-                    os._exit(exit_status(self.signal))
-                patience = None
+    def _hear(self, numbers: socket.socket) -> bool:
+        """Wait for signals and act on what cannot wait for the main thread; True at the end."""
+        numbers.settimeout(self._patience)
+        try:
+            heard = numbers.recv(64)
+        except TimeoutError:
+            if not self.deferring:
+                os._exit(exit_status(self.signal))
+            self._patience = None
+            return False
+        for number in heard:
+            if number not in ASKING:
                 continue
-            if not heard:
-                return
-            for number in heard:
-                if number not in ASKING:
-                    continue
-                self._note(number)
-                if number == signal.SIGINT:
-                    self._interrupted()
-                if not self.deferring:
-                    patience = _UNWIND
+            self._note(number)
+            if number == signal.SIGINT:
+                self._interrupted()
+            if not self.deferring:
+                self._patience = _UNWIND
+        return not heard
 
     def _interrupted(self) -> None:
         now = time.monotonic()
