@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from typing import Generic, TypeVar
 
 from megagrow.errors import MegagrowError
@@ -164,6 +164,10 @@ class Task(Generic[T]):
     def done(self) -> bool:
         """Whether it has ended, one way or the other."""
         return self._future.done()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for its end, at most so many seconds; whether it has ended."""
+        return bool(wait([self._future], timeout).done)
 
     def result(self) -> T:
         """Wait for the result; raises the error of the work."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 
+from megagrow.background import Task
 from megagrow.config import Config
 from megagrow.data.dataset import PreparedData, verify
 from megagrow.engine.comm import Comm
@@ -25,21 +24,14 @@ class DataCheck:
     def __init__(self, *, config: Config, data: PreparedData, comm: Comm) -> None:
         self._wanted, self._data, self._comm = config.data.verify, data, comm
         self._seconds = min(10.0, config.watch.slow / 4)
-        self._done: Future[str] = Future()
-        if self._wanted and comm.rank == 0:
-            threading.Thread(target=self._work, name="checksums", daemon=True).start()
+        here = self._wanted and comm.rank == 0
+        self._work = Task("checksums", self._compare) if here else None
 
-    def _work(self) -> None:
+    def _compare(self) -> str:
         begin = time.perf_counter()
-        try:
-            size = verify(self._data)
-        except BaseException as error:
-            self._done.set_exception(error)
-        else:
-            seconds = time.perf_counter() - begin
-            self._done.set_result(
-                f"data: {size / 1e6:,.1f} MB agree with their checksums ({seconds:.1f} s)"
-            )
+        size = verify(self._data)
+        seconds = time.perf_counter() - begin
+        return f"data: {size / 1e6:,.1f} MB agree with their checksums ({seconds:.1f} s)"
 
     def settle(self, begin: Callable[[str], object]) -> str:
         """Wait for the end; all ranks call together.
@@ -58,9 +50,12 @@ class DataCheck:
         done = False
         while not done:
             begin("comparing the dataset's checksums")
-            mine = self._comm.rank == 0 and bool(wait([self._done], self._seconds).done)
-            done = self._comm.broadcast(mine)
-        return on_first(self._comm, self._done.result)
+            done = self._comm.broadcast(self._work is not None and self._work.wait(self._seconds))
+        return on_first(self._comm, self._found)
+
+    def _found(self) -> str:
+        assert self._work is not None
+        return self._work.result()
 
 
 @contextmanager

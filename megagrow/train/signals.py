@@ -26,8 +26,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from megagrow.cluster.lifeline import STATUS_INTERRUPTED, STATUS_STOPPED
 from megagrow.background import Loop
+from megagrow.cluster.lifeline import STATUS_INTERRUPTED, STATUS_STOPPED
 from megagrow.cluster.signals import taking
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -110,6 +110,8 @@ except StoppedWhileStarting as stopped:
     print("let go of locks", file=sys.stderr)
     sys.exit(exit_status(stopped.signal))
 """)
+    if hangs:
+        time.sleep(0.5)  # it says that it is ready just before
     process.send_signal(number)
     found, said = ended(process)
     assert found == status
