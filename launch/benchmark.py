@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagrow.cli import Parser, number, sections, whole
+from megagrow.cli import Parser, as_path, as_path_text, number, sections, whole
 
 EXAMPLES = """\
   # live growth on four processes, over the standard pairs of layouts
@@ -110,7 +110,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
     savings = add_kind("savings", "compute saved at equal validation loss")
     add = savings.add_argument
-    add("--config", required=True, metavar="FILE", help="YAML file that describes the benchmark")
+    add(
+        "--config",
+        type=as_path_text,
+        required=True,
+        metavar="FILE",
+        help="YAML file that describes the benchmark",
+    )
     add("--workers", type=whole(1), metavar="N", help="runs at a time (default: one a core)")
     add("--minutes", type=number(above=0), metavar="M", help="begin no further leg after so long")
     add("--clock", action="store_true", help="measure the models' speeds in turns, for wall times")
@@ -120,10 +126,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
     compared = add_kind("operators", "operators and policies side by side")
     add = compared.add_argument
-    add("--data", type=Path, default=Path("data/stdlib"), help="prepared (default %(default)s)")
+    add("--data", type=as_path, default=Path("data/stdlib"), help="prepared (default %(default)s)")
     add(
         "--work",
-        type=Path,
+        type=as_path,
         default=Path("runs/operators"),
         help="directory of the runs; what is finished there is kept (default %(default)s)",
     )
@@ -141,7 +147,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--directory",
-        type=Path,
+        type=as_path,
         default=Path(tempfile.gettempdir()),
         help="on the disk to measure; what is made there is deleted (default %(default)s)",
     )
@@ -153,14 +159,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=whole(1), default=30, help="steps after it (default %(default)s)")
     for kind in (compared, departing):
         kind.add_argument(
-            "--svg", type=Path, metavar="FILE", help="draw there (operators: FILE_*.svg)"
+            "--svg", type=as_path, metavar="FILE", help="draw there (operators: FILE_*.svg)"
         )
     faults = add_kind("faults", "faults of every command that writes: nothing is lost")
     add = faults.add_argument
     home = Path(__file__).resolve().parents[1]
     add(
         "--config",
-        type=Path,
+        type=as_path,
         default=home / "configs" / "bench" / "faults.yaml",
         help="the run that is killed",
     )
@@ -178,7 +184,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--only", default="", metavar="NAME", help="commands whose names start so")
     add(
         "--keep",
-        type=Path,
+        type=as_path,
         metavar="DIR",
         help="a directory to make and to leave what went wrong in",
     )
@@ -200,7 +206,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             help="tiny, on the CPU, with emulated kernels: shows that it works, not how fast",
         )
     for kind in (growth, speed, savings, compared, departing, faults, conversion, fused, step):
-        kind.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+        kind.add_argument("--json", type=as_path, metavar="FILE", help="write all numbers there")
         kind.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     # Overrides and options may come in any order.
     return parser.parse_args(arguments)

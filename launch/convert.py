@@ -6,14 +6,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.accounting import enumerated, summary
 from megagrow.checkpoint.adapter import ReadOptions
 from megagrow.checkpoint.convert import BUFFER_BYTES, Job, Report, Survey, convert, survey
 from megagrow.checkpoint.formats import FORMATS, detect
-from megagrow.cli import Parser, number, whole
+from megagrow.cli import Parser, as_path, as_path_text, number, whole
 from megagrow.errors import ConfigError, exit_status
 from megagrow.layout import Layout
 
@@ -41,7 +40,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--from",
         dest="source",
-        type=Path,
+        type=as_path,
         required=True,
         metavar="PATH",
         help="a checkpoint, or a run directory: its newest one",
@@ -50,7 +49,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--to",
         dest="target",
-        type=Path,
+        type=as_path,
         required=True,
         metavar="PATH",
         help="the directory to make; nothing may be there",
@@ -67,7 +66,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=_DTYPES, help="element type; by default nothing is rounded")
     add(
         "--tokenizer",
-        type=Path,
+        type=as_path,
         metavar="PATH",
         help="tokenizer file or directory to carry along, or none; by default the model's own",
     )
@@ -91,24 +90,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--config",
+        type=as_path_text,
         metavar="FILE",
         help="run configuration whose run is to start from the result (weights without a run)",
     )
     add(
         "--shard-gib",
-        type=number(above=0),
+        type=number(above=0, most=2**40),
         metavar="N",
         help="greatest file, for formats that cut by size (default 5)",
     )
     add(
         "--workers",
-        type=whole(1),
+        type=whole(1, 4096),
         metavar="N",
         help="threads; by default one more than cores",
     )
     add(
         "--buffer-mib",
-        type=whole(1),
+        type=whole(1, 2**30),
         default=BUFFER_BYTES >> 20,
         metavar="N",
         help=f"memory for values in each thread (default {BUFFER_BYTES >> 20})",

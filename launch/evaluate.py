@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megagrow.cli import Parser, number, whole
+from megagrow.cli import Parser, as_path, number, whole
 from megagrow.errors import exit_status
 
 EXAMPLES = """\
@@ -31,11 +31,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description="Evaluate a checkpoint of any format.", examples=EXAMPLES)
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run: its newest one")
+    add("checkpoint", type=as_path, metavar="PATH", help="a checkpoint, or a run: its newest one")
     add("--from-format", metavar="F", help="of the checkpoint; default: what it looks like")
-    add("--wikitext", type=Path, metavar="FILE", help="word perplexity; its marks are undone")
-    add("--lambada", type=Path, metavar="FILE", help="accuracy on last words")
-    add("--text", type=Path, nargs="+", metavar="FILE", help="bits per byte of any text")
+    add("--wikitext", type=as_path, metavar="FILE", help="word perplexity; its marks are undone")
+    add("--lambada", type=as_path, metavar="FILE", help="accuracy on last words")
+    add("--text", type=as_path, nargs="+", metavar="FILE", help="bits per byte of any text")
     add("--tasks", help="of lm-evaluation-harness, joined by commas")
     add("--num-fewshot", type=whole(0), metavar="N", help="examples before each question of a task")
     add(
@@ -44,8 +44,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="samples a task (below 1: the fraction of them)",
     )
-    add("--include-path", type=Path, metavar="DIR", help="descriptions of further tasks")
-    add("--tokenizer", type=Path, metavar="PATH", help="default: the model's own")
+    add("--include-path", type=as_path, metavar="DIR", help="descriptions of further tasks")
+    add("--tokenizer", type=as_path, metavar="PATH", help="default: the model's own")
     add(
         "--allow-other-tokenizer",
         action="store_true",
@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--stride", type=whole(1), metavar="N", help="new tokens a window (default: all of it)")
     add("--batch", type=whole(1), default=8, help="windows at a time (default %(default)s)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--json", type=Path, metavar="FILE", help="write the scores there")
+    add("--json", type=as_path, metavar="FILE", help="write the scores there")
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

@@ -6,10 +6,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from megagrow.cli import Parser
+from megagrow.cli import Parser, as_path
 from megagrow.errors import exit_status
 
 EXAMPLES = """\
@@ -34,9 +33,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--list", action="store_true", help="print the operators and state policies, and end")
     add("--markdown", action="store_true", help="with --list: as Markdown tables")
-    add("--from", dest="source", type=Path, metavar="CKPT",
+    add("--from", dest="source", type=as_path, metavar="CKPT",
         help="a checkpoint, or a run directory: its newest one")  # fmt: skip
-    add("--to", dest="target", type=Path, metavar="DIR",
+    add("--to", dest="target", type=as_path, metavar="DIR",
         help="where step_<step> of the grown model is to lie")  # fmt: skip
     add("--operator", metavar="NAME", help="an operator of --list, or several joined by +")
     add("--factor", type=int, metavar="K", help="how many times larger (2)")

@@ -19,8 +19,7 @@ if __name__ == "inspect":
     sys.modules["inspect"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["inspect"])
 
-_EXAMPLE = """\
-example:
+_EXAMPLES = """\
   python launch/inspect.py runs/quickstart
   python launch/inspect.py runs/quickstart/checkpoints/step_00000400 --verify
   python launch/inspect.py MODEL --tensors
@@ -30,13 +29,15 @@ example:
 def main() -> int:
     """Parse arguments, print the summary; returns the exit status."""
     import argparse
-    from pathlib import Path
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from megagrow.cli import Parser, as_path
+
+    parser = Parser(description=__doc__, examples=_EXAMPLES)
     parser.add_argument(
-        "path", type=Path, metavar="PATH", help="a checkpoint, or a run directory: its newest one"
+        "path",
+        type=as_path,
+        metavar="PATH",
+        help="a checkpoint, or a run directory: its newest one",
     )
     parser.add_argument("--format", help="by default what it looks like")
     parser.add_argument("--tensors", action="store_true", help="list names, shapes, element types")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from megagrow.cli import Parser
+from megagrow.cli import Parser, as_path, as_path_text
 from megagrow.errors import exit_status
 
 EXAMPLES = """\
@@ -32,7 +30,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         examples=EXAMPLES,
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="a run; its model is the target")
+    add(
+        "--config",
+        type=as_path_text,
+        required=True,
+        metavar="FILE",
+        help="a run; its model is the target",
+    )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--tokens",
@@ -58,10 +62,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NATS",
         help="what a growth adds to the loss",
     )
-    add("--machine", metavar="FILE", help="nodes, memory, bandwidths: what it costs there")
+    add(
+        "--machine",
+        type=as_path_text,
+        metavar="FILE",
+        help="nodes, memory, bandwidths: what it costs there",
+    )
     add("--rank", type=int, help="count the bytes of a growth for this rank alone")
     add(
-        "--output", type=Path, metavar="DIR", help="write config.yaml, plan.html and plan.svg there"
+        "--output",
+        type=as_path,
+        metavar="DIR",
+        help="write config.yaml, plan.html and plan.svg there",
     )
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     add(
@@ -82,16 +94,16 @@ def check_numbers(options: argparse.Namespace) -> None:
     from megagrow.errors import ConfigError
 
     ranges = {
-        "tokens": (lambda x: x > 0, "more than 0", "--tokens 1e10"),
-        "flops": (lambda x: x > 0, "more than 0", "--flops 1e18"),
-        "stages": (lambda x: x >= 1, "at least 1", "--stages 3"),
-        "bootstrap": (lambda x: x >= 1, "at least 1", "--bootstrap 200"),
-        "growth_loss": (lambda x: x >= 0, "at least 0", "--growth-loss 0"),
-        "rank": (lambda x: x >= 0, "at least 0", "--rank 0"),
+        "tokens": (lambda x: 0 < x <= 1e20, "more than 0, at most 1e20", "--tokens 1e10"),
+        "flops": (lambda x: 0 < x <= 1e35, "more than 0, at most 1e35", "--flops 1e18"),
+        "stages": (lambda x: 1 <= x <= 64, "at least 1, at most 64", "--stages 3"),
+        "bootstrap": (lambda x: 1 <= x <= 10**6, "at least 1, at most 1e6", "--bootstrap 200"),
+        "growth_loss": (lambda x: 0 <= x <= 1e3, "at least 0, at most 1e3", "--growth-loss 0"),
+        "rank": (lambda x: 0 <= x < 2**31, "at least 0", "--rank 0"),
     }
     for name, (accepts, expected, example) in ranges.items():
         value = getattr(options, name)
-        if value is not None and not (math.isfinite(value) and accepts(value)):
+        if value is not None and not accepts(value):  # NaN is in no range
             raise ConfigError(
                 f"--{name.replace('_', '-')}: not a number to plan with",
                 found=value,

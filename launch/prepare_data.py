@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from megagrow.cli import Parser
+from megagrow.cli import Parser, as_path, as_path_text, whole
 from megagrow.data.formats import FORMATS
 from megagrow.data.prepare import prepare
 from megagrow.data.request import DTYPES, Request
@@ -37,22 +36,23 @@ def parse(arguments: list[str] | None = None) -> Request:
     add = parser.add_argument
     add(
         "--input",
+        type=as_path_text,
         required=True,
         help="text or JSON records, a file or a directory of such, plain or compressed (gzip, "
         "bzip2, xz, zstd); or 'stdlib'",
     )
-    add("--output", required=True, type=Path, help="directory to make")
+    add("--output", required=True, type=as_path, help="directory to make")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--tokenizer", type=Path, help="a .model or tokenizer.json to use")
+    kind.add_argument("--tokenizer", type=as_path, help="a .model or tokenizer.json to use")
     kind.add_argument(
         "--vocab-size",
-        type=int,
+        type=whole(1, 2**31 - 1),
         default=Request.vocab_size,
         help="of the tokenizer to train (default %(default)s)",
     )
     add(
         "--tokenizer-sample",
-        type=int,
+        type=whole(1, 2**40),
         default=Request.tokenizer_sample,
         metavar="CHARACTERS",
         help="of text to train the tokenizer on (default %(default)s)",
@@ -63,8 +63,18 @@ def parse(arguments: list[str] | None = None) -> Request:
         default=Request.validation_fraction,
         help="of the tokens (default %(default)s)",
     )
-    add("--seed", type=int, default=Request.seed, help="of split and sample (default %(default)s)")
-    add("--workers", type=int, default=Request.workers, help="processes (default %(default)s)")
+    add(
+        "--seed",
+        type=whole(0),
+        default=Request.seed,
+        help="of split and sample (default %(default)s)",
+    )
+    add(
+        "--workers",
+        type=whole(1, 4096),
+        default=Request.workers,
+        help="processes (default %(default)s)",
+    )
     add(
         "--dtype",
         choices=DTYPES,

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megagrow.cli import Parser
+from megagrow.cli import Parser, as_path_text
 from megagrow.cluster import lifeline
 from megagrow.cluster.environment import require_one_task
 from megagrow.cluster.rank import under_supervision
@@ -35,7 +35,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description="Train a language model that grows while it trains.", examples=EXAMPLES
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="YAML file that describes the run")
+    add(
+        "--config",
+        type=as_path_text,
+        required=True,
+        metavar="FILE",
+        help="YAML file that describes the run",
+    )
     add(
         "--resume",
         default="auto",
@@ -64,6 +70,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run(options: argparse.Namespace, stop: StopRequest) -> int:
     """Do what the command line asks for; returns the exit status."""
     from megagrow.config.load import load_config
+    from megagrow.data.dataset import as_prepared_by
     from megagrow.train.ready import ready
 
     config = load_config(options.config, options.overrides)
@@ -71,7 +78,8 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     if options.dry_run:
         from megagrow.train.dryrun import check_memory, describe
 
-        text = describe(config, world=world, resume=options.resume)
+        with as_prepared_by(options.config, config.data.path):
+            text = describe(config, world=world, resume=options.resume)
         if _is_first():
             print(text)
         fits = check_memory(config, world=world, memory=options.memory)
@@ -85,7 +93,8 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
             mend="add --dry-run, or leave --memory out",
         )
     require_one_task(os.environ)
-    found = ready(config, world=world)
+    with as_prepared_by(options.config, config.data.path):
+        found = ready(config, world=world)
     assert found.data is not None
 
     # DeepSpeed takes seconds to import: not before everything that can be refused has been.

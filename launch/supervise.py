@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megagrow.cli import Parser, number, whole
+from megagrow.cli import Parser, as_path, number, whole
 from megagrow.cluster import launchers
 from megagrow.cluster.fleet import Fleet, Here, OverSsh
 from megagrow.cluster.nodes import Agent, NodeJob, Nodes, master_of
@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     where = parser.add_argument_group("where")
     add = where.add_argument
     add("--ranks", type=whole(1), metavar="N", help="on each node; default: one a device")
-    add("--hostfile", type=Path, metavar="FILE", help="hosts, to be reached by ssh")
+    add("--hostfile", type=as_path, metavar="FILE", help="hosts, to be reached by ssh")
     add("--nnodes", type=whole(1), metavar="N", help="nodes, each started by a scheduler")
     add("--node-rank", type=whole(0), metavar="I", help="which of them this is, from 0")
     add("--master", metavar="HOST:PORT", help="node 0, and a free port of it")
@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="PORT",
         help="of the first host of a hostfile",
     )
-    add("--logs", type=Path, metavar="DIR", help="of a log for each rank; default: RUN/logs")
+    add("--logs", type=as_path, metavar="DIR", help="of a log for each rank; default: RUN/logs")
     when = parser.add_argument_group("when (seconds)")
     for name, text in (
         ("start", "until all ranks are there"),

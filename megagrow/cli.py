@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
+import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 _SETTING = re.compile(r"^--([A-Za-z_]\w*(?:\.\w+)+)(=.*)?$", re.DOTALL)
+_NO_VALUE = re.compile(r"^--[a-z][\w-]*=--$")
+_LONGEST_NAME = 255  # bytes; of Linux's file systems
 _SHOWN = 60  # characters of a wrong value
 
 
@@ -27,6 +32,13 @@ class Parser(argparse.ArgumentParser):
             }
         super().__init__(**options)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; but `--option=--` is a wrong value and not an empty list."""
+        for word in sys.argv[1:] if args is None else args:
+            if _NO_VALUE.match(word):
+                self.error(f"argument {word.partition('=')[0]}: '--' is no value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and exit with status 2."""
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -44,13 +56,31 @@ def whole(least: int, most: int = 2**63 - 1) -> Any:
     return _number(int, least, most, f"a whole number of {_range(least, most)}")
 
 
-def number(*, above: float | None = None, least: float | None = None) -> Any:
-    """An argparse type: a finite number above a bound, or at least one."""
+def number(*, above: float | None = None, least: float | None = None, most: float = 1e18) -> Any:
+    """An argparse type: a number above a bound or at least one, and at most another."""
     lowest = least if least is not None else above
     assert lowest is not None
     words = f"of at least {lowest:g}" if least is not None else f"above {lowest:g}"
     bound = lowest if least is not None else math.nextafter(lowest, math.inf)
-    return _number(float, bound, 1.7e308, f"a number {words}")
+    return _number(float, bound, most, f"a number {words}, at most {most:g}")
+
+
+def as_path(text: str) -> Path:
+    """An argparse type: a path that a file system can have, whether it is there or not."""
+    shown = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{shown!r} is not a path")
+    if "\0" in text or max(len(os.fsencode(part)) for part in text.split("/")) > _LONGEST_NAME:
+        raise argparse.ArgumentTypeError(
+            f"{shown!r} is not a path: a name in it is longer than {_LONGEST_NAME} bytes"
+        )
+    return Path(text)
+
+
+def as_path_text(text: str) -> str:
+    """The same, which stays text."""
+    as_path(text)
+    return text
 
 
 def _range(least: int, most: int) -> str:

@@ -26,7 +26,7 @@ from megagrow.bench import throughput as training
 from megagrow.bench.jobs import is_first, run_job, under_launcher
 from megagrow.config import LayoutConfig, ModelConfig
 from megagrow.config.load import load_settings, parse_config
-from megagrow.data.dataset import open_dataset
+from megagrow.data.dataset import as_prepared_by, open_dataset
 from megagrow.engine.comm import start
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.files import write_atomically
@@ -179,7 +179,8 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     comm = start() if under_launcher() else None
     world = 1 if comm is None else comm.world
     data = parse_config({**config.target, "stages": [{"until": {"steps": 1}}]}).data
-    vocab = open_dataset(data.path, data.tokenizer).vocab_size
+    with as_prepared_by(options.config, data.path):
+        vocab = open_dataset(data.path, data.tokenizer).vocab_size
     check(config, world=world, vocab=vocab)
     campaign = saving.Campaign(config, world=world, vocab=vocab)
     if options.dry_run:

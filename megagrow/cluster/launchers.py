@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -161,7 +162,7 @@ def require_script(script: Sequence[str]) -> None:
     Raises:
         MegagrowError: with what to write.
     """
-    if not script or not Path(script[0]).is_file():
+    if not script or not os.path.isfile(script[0]):  # False also for what is no path at all
         raise MegagrowError(
             "the script to start is missing",
             found=script[0] if script else "nothing after the options",

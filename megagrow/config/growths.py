@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megagrow.config.section import Positive, Section
+from megagrow.config.section import Layers, Positive, Section
 
 _RULES = ("slope", "marginal", "planned")
 
@@ -57,7 +57,7 @@ class UntilConfig(Section):
 class GrowTarget(Section):
     """Sizes of the model after a growth; those that are not named stay as they are."""
 
-    layers: Positive | None = None
+    layers: Layers | None = None
     hidden: Positive | None = None
     heads: Positive | None = None
     kv_heads: Positive | None = None
@@ -83,10 +83,10 @@ class GrowConfig(Section):
     """
 
     operator: str
-    factor: Annotated[int, Field(ge=2)] | None = None
+    factor: Annotated[int, Field(ge=2, le=64)] | None = None
     target: GrowTarget | None = None
     state_policy: str | None = None
-    rewarm: Annotated[int, Field(ge=0)] | None = None
+    rewarm: Annotated[int, Field(ge=0, le=10**12)] | None = None
     ramp: Positive | None = None
     fit_steps: Positive | None = None
     restart: Annotated[float, Field(ge=1.0)] | Literal["paper"] | None = None

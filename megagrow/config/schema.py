@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from megagrow.config.growths import GrowConfig, UntilConfig
-from megagrow.config.section import Fraction, Positive, Section
+from megagrow.config.section import Fraction, Layers, PathText, Positive, Section
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -20,7 +20,7 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 class RunConfig(Section):
     """Where the run lives and its one seed."""
 
-    dir: str = "runs/default"
+    dir: PathText = "runs/default"
     # Seconds to wait for another job that still has `dir`, before this one is refused.
     wait: Annotated[float, Field(ge=0)] = 90.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
@@ -37,7 +37,7 @@ class ModelConfig(Section):
     model_config = ConfigDict(serialize_by_alias=True)
 
     family: Literal["gpt2", "llama"] = "gpt2"
-    layers: Positive
+    layers: Layers
     hidden: Positive
     heads: Positive
     kv_heads: Positive | None = None  # grouped-query attention; default: heads
@@ -129,8 +129,8 @@ class LayoutConfig(Section):
 class DataConfig(Section):
     """The prepared dataset (see launch/prepare_data.py)."""
 
-    path: str
-    tokenizer: str | None = None  # default: the tokenizer inside `path`
+    path: PathText
+    tokenizer: PathText | None = None  # default: the tokenizer inside `path`
     # Rank 0 reads all of the dataset while the job starts and compares its checksums, about a
     # second for a gigabyte; the first step waits for it.
     verify: bool = True
@@ -302,7 +302,7 @@ class GrowthConfig(Section):
     over, and the fewest that `marginal` fits.
     """
 
-    staging_mib: Annotated[float, Field(gt=0)] = 64.0  # per rank, all buffers together
+    staging_mib: Annotated[float, Field(gt=0, le=2**30)] = 64.0  # per rank, all buffers together
     law: Literal["kaplan", "chinchilla", "epoch"] | LawConfig = "chinchilla"
     points: Annotated[int, Field(ge=2)] = 5
 

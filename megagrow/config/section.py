@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
+# A plan names every tensor of every layer; with a million of them it would take hours.
+Layers = Annotated[int, Field(gt=0, le=4096)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _path(text: str) -> str:
+    try:
+        longest = max(len(os.fsencode(part)) for part in text.split("/"))
+    except UnicodeEncodeError:
+        longest = 0
+    if not text.strip() or "\0" in text or not 0 < longest <= 255:
+        raise ValueError("not a path of a file system; write another")
+    return text
+
+
+# What can be a path, whether it is there or not.
+PathText = Annotated[str, AfterValidator(_path)]
 
 
 class Section(BaseModel):

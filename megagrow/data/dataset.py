@@ -13,10 +13,14 @@ says how.  The fingerprint is the sha256 of ``content`` alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +125,18 @@ def read_manifest(directory: Path) -> tuple[Content, dict[str, Any]]:
         DataError: there is no such directory or file, or it is damaged or of another version.
     """
     path = directory / MANIFEST
-    mend = f"python launch/prepare_data.py --input stdlib --output {directory}"
     if not path.is_file():
-        what = "has no dataset.json" if directory.is_dir() else "no such directory"
-        raise DataError(f"{directory}: not a prepared dataset", found=what, mend=mend)
-    mend += " --overwrite"
+        raise DataError(
+            f"{directory}: not a prepared dataset",
+            found=_instead(directory),
+            mend=_first_preparation(directory),
+        )
+    mend = prepare_again({}, directory)
     try:
         record = json.loads(path.read_bytes())
         content = dict(record["content"])
         made = dict(record["made"])
+        mend = prepare_again(made, directory)
         version = content["format_version"]
         if version != FORMAT_VERSION:
             raise DataError(
@@ -145,6 +152,79 @@ def read_manifest(directory: Path) -> tuple[Content, dict[str, Any]]:
         raise DataError(
             f"{path}: damaged", found=f"{type(error).__name__}: {error}", mend=mend
         ) from error
+
+
+# What `prepare_data.py` was given and the manifest keeps; a ready tokenizer is only a checksum.
+_OPTIONS = (
+    "vocab_size", "tokenizer_sample", "validation_fraction", "seed", "dtype", "glob", "text_key",
+    "documents",
+)  # fmt: skip
+
+
+def prepare_again(made: Mapping[str, Any], directory: Path) -> str:
+    """The command that makes a damaged dataset anew, as far as its manifest tells how it was."""
+    given = made.get("arguments", {}) if isinstance(made.get("arguments", {}), dict) else {}
+    words = ["--input", str(made.get("input", "TEXT")), "--output", str(directory), "--overwrite"]
+    for key in _OPTIONS:
+        if given.get(key) is not None:
+            words += [f"--{key.replace('_', '-')}", str(given[key])]
+    if given.get("tokenizer_sha256") is not None:
+        words += ["--tokenizer", "TOKENIZER"]
+    return f"python launch/prepare_data.py {shlex.join(words)}"
+
+
+@contextlib.contextmanager
+def as_prepared_by(config: str | Path, data: str | Path) -> Iterator[None]:
+    """Inside, a dataset that is missing names the command for it in a comment of a configuration.
+
+    Args:
+        config: the configuration file.
+        data: its `data.path`.
+    """
+    try:
+        yield
+    except DataError as error:
+        command = None if (Path(data) / MANIFEST).exists() else _recipe(Path(config), str(data))
+        if command is None:
+            raise
+        raise DataError(
+            f"{data}: not a prepared dataset",
+            found=_instead(Path(data)),
+            expected=f"what {config} says it was made by",
+            mend=command,
+        ) from error
+
+
+def _recipe(config: Path, data: str) -> str | None:
+    """The command in the comments of a file that prepares a directory; lines end in a backslash."""
+    try:
+        text = config.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    comments = "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    for command in comments.replace("\\\n", " ").splitlines():
+        words = command.split()
+        if words[:2] == ["python", "launch/prepare_data.py"] and ["--output", data] in map(
+            list, pairwise(words)
+        ):
+            return " ".join(words)
+    return None
+
+
+def _instead(path: Path) -> str:
+    if path.is_dir():
+        return f"it has no {MANIFEST}"
+    return "a file" if path.exists() else "no such directory"
+
+
+def _first_preparation(path: Path) -> str:
+    """The command that prepares a text which was taken for a dataset, or any text as `path`."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        made = Path("data") / (path.stem or "mine")
+        command = shlex.join(["--input", str(path), "--output", str(made)])
+        return f"python launch/prepare_data.py {command}, then data.path={made}"
+    command = shlex.join(["--input", "TEXT", "--output", str(path)])
+    return f"python launch/prepare_data.py {command}, where TEXT is your file or directory of text"
 
 
 def _typed(kind: type[Any], values: dict[str, Any]) -> Any:
@@ -172,7 +252,7 @@ def open_dataset(path: str | Path, tokenizer: str | Path | None = None) -> Prepa
     """
     directory = Path(path)
     content, made = read_manifest(directory)
-    mend = f"python launch/prepare_data.py --input ... --output {directory} --overwrite"
+    mend = prepare_again(made, directory)
 
     own = directory / content.tokenizer_file
     _check(own, "tokenizer", _checksum(own, mend), content.tokenizer_sha256, mend)
@@ -204,7 +284,7 @@ def verify(data: PreparedData) -> int:
     Raises:
         DataError: a file differs from what ``dataset.json`` says.
     """
-    mend = f"python launch/prepare_data.py --input ... --output {data.path} --overwrite"
+    mend = prepare_again(data.made, data.path)
     size = 0
     for name in SPLITS:
         split: Split = getattr(data.content, name)

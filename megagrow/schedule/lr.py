@@ -241,7 +241,8 @@ def learning_rate(
     schedule = config.schedule
     warmup = schedule.warmup
     if warmup is None:
-        warmup = default_warmup(total_steps)
+        # By the run's first length: a rule that ends a stage must not move what is past.
+        warmup = default_warmup(moved[0][1] if moved else total_steps)
     rate = LearningRate(
         peak=config.optimizer.lr,
         total_steps=total_steps,

@@ -309,8 +309,8 @@ def check_agreement(
             f"{where}: holds another model than stage {state.growth_stage} of the configuration",
             found=_shape(checkpoint.catalog.parameters, checkpoint.config.get("model", {})),
             expected=_shape(expected.parameters, config.model.model_dump()),
-            mend="resume with the model and stages that the run was started with, "
-            "or start a new run.dir",
+            mend="resume with the model and stages that the run was started with"
+            + _without_it(checkpoint.path, config, "start a run of this model"),
         )
     changes = _changes(checkpoint.config, config.model_dump(mode="json", by_alias=True))
     lengths = [stage.plan.sequence for stage in plan.stages[: state.growth_stage + 1]]
@@ -332,6 +332,12 @@ def validation_changes(stored: Mapping[str, str]) -> list[str]:
         f"validation samples: {before} -> {VALIDATION}; validation losses before and after this "
         "step are of different samples"
     ]
+
+
+def _without_it(path: Path, config: Config, what: str) -> str:
+    """Another way where the run directory itself led to a checkpoint; else there is none."""
+    own = (Path(config.run.dir) / DIRECTORY).resolve() == path.resolve().parent
+    return f", or {what} with run.dir=NEW" if own else ""
 
 
 def _shape(parameters: int, model: dict[str, Any]) -> str:

@@ -46,5 +46,8 @@ def require_same_data(checkpoint: Source, data: PreparedData) -> None:
                 f"{checkpoint.path}: was trained on another {name} than data.path = {data.path}",
                 found=wanted,
                 expected=found,
-                mend="set data.path to the dataset of the run, or start a new run.dir",
+                mend="set data.path to the dataset of the run; or carry its weights into a run on "
+                f"this data: python launch/convert.py --from {checkpoint.path} --to "
+                f"{checkpoint.path}-for-run --to-format native --config RUN.yaml, with the "
+                "configuration of that run, which has a run.dir of its own",
             )

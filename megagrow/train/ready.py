@@ -14,7 +14,7 @@ from megagrow.config import Config
 from megagrow.data.dataset import MANIFEST, PreparedData, open_dataset
 from megagrow.data.sampler import SampleIndex, validation_samples
 from megagrow.engine.drivers import validation_share
-from megagrow.errors import ConfigError, DataError, MegagrowError, TrainingError
+from megagrow.errors import DataError, MegagrowError, TrainingError
 from megagrow.report.units import human
 from megagrow.train.plan import RunPlan, plan_run, with_vocabulary
 from megagrow.train.telemetry import require_libraries
@@ -122,10 +122,7 @@ def open_data(config: Config, *, may_come: bool) -> PreparedData | None:
         DataError: it is missing or damaged.
     """
     path = Path(config.data.path)
-    try:
-        missing = not path.exists() or (path.is_dir() and not (path / MANIFEST).exists())
-    except (OSError, ValueError) as error:
-        raise DataError(f"data.path: not a path: {str(path)[:80]!r}", found=error) from error
+    missing = not path.exists() or (path.is_dir() and not (path / MANIFEST).exists())
     if may_come and missing and config.model.vocab is not None:
         return None
     try:
@@ -139,17 +136,9 @@ def open_data(config: Config, *, may_come: bool) -> PreparedData | None:
 def _require_directory(run_dir: Path) -> None:
     """Refuse a run.dir that cannot become a directory."""
     for path in (run_dir, *run_dir.absolute().parents):
-        try:
-            if path.is_dir():
-                return
-            there = path.exists() or path.is_symlink()
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                "run.dir: not a path of this file system",
-                found=f"{str(run_dir)[:80]!r}: {error}",
-                mend="set run.dir to a directory, for instance run.dir=runs/new",
-            ) from error
-        if there:
+        if path.is_dir():
+            return
+        if path.exists() or path.is_symlink():
             raise TrainingError(
                 f"run.dir = {run_dir}: {path} is not a directory",
                 expected="a directory, or nothing yet",

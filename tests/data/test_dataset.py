@@ -63,7 +63,7 @@ def test_other_tokenizer_disagrees(made: PreparedData, tmp_path: Path) -> None:
 
 def test_missing_directory_names_the_command(tmp_path: Path) -> None:
     where = tmp_path / "absent"
-    command = f"launch/prepare_data.py --input stdlib --output {where}"
+    command = f"launch/prepare_data.py --input TEXT --output {where}"
     with pytest.raises(DataError, match=f"(?s)no such directory.*{command}"):
         open_dataset(where)
     where.mkdir()

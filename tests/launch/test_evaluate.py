@@ -62,6 +62,21 @@ def nats_by_hand(model, ids, *, context, stride):
     return total
 
 
+def test_progress_counts_the_batches_of_windows(saved):
+    seen = []
+
+    def track(batches):
+        for batch in batches:
+            seen.append(batch)
+            yield batch
+
+    plain = Scorer(saved[1], SEQUENCE, torch.device("cpu"), batch=3)
+    shown = Scorer(saved[1], SEQUENCE, torch.device("cpu"), batch=3, track=track)
+    ids = list(range(5, 45))
+    assert shown.loss(ids, context=0, stride=2) == plain.loss(ids, context=0, stride=2)
+    assert len(seen) == 1 + -(-(len(ids) - SEQUENCE) // 2 // 3)
+
+
 @pytest.mark.parametrize("stride", [1, 3, SEQUENCE])
 def test_loss_of_a_text(saved, stride):
     _, model, tokenizer = saved
@@ -151,16 +166,20 @@ def test_what_is_wrong_is_said(tmp_path, saved, data, capsys):
         ([path, "--text", tmp_path / "text"], "tokenizer is not found"),
         ([path, "--text", tmp_path / "none", "--tokenizer", data], "cannot be read"),
         ([tmp_path, "--text", tmp_path / "text"], "no checkpoint"),
-        ([path, "--text", tmp_path / "text", "--tokenizer", data, "--stride", 0], "--stride"),
         (
             [path, "--text", tmp_path / "text", "--tokenizer", data, "--stride", SEQUENCE + 1],
             f"at most the model's sequence, {SEQUENCE}",
         ),
+        ([path, "--text", tmp_path / "text", "--device", "gpu"], "cpu, cuda or cuda:N"),
+        ([path, "--text", tmp_path / "text", "--device", "cuda:99"], "--device cpu"),
     ]
     for arguments, said in cases:
         capsys.readouterr()
         assert evaluate(*arguments) == 1
         assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate(path, "--text", tmp_path / "text", "--tokenizer", data, "--stride", 0)
+    assert "--stride: '0' is not a whole number of at least 1" in capsys.readouterr().err
     held = {"tokenizer": saved[2].fingerprint()}
     small, _ = save_model(tmp_path / "small", toy_model(vocab=64), fingerprints=held)
     assert evaluate(small, "--text", tmp_path / "text", "--tokenizer", data) == 1

@@ -1,0 +1,161 @@
+"""Wrong values for every option of every command and every setting of a run."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs import REPOSITORY
+
+from megagrow.errors import MegagrowError
+
+LAUNCH = REPOSITORY / "launch"
+SECONDS = 60  # after which a command hangs
+# Written as YAML and as words of a command line.  `{directory}` and the like are made for a case.
+VALUES = {
+    "nothing": "",
+    "null": "null",
+    "text": "wide",
+    "negative": "-1",
+    "zero": "0",
+    "a half": "0.5",
+    "nan": ".nan",
+    "nan of C": "nan",
+    "infinity": ".inf",
+    "infinity of C": "inf",
+    "huge integer": "9" * 40,
+    "very huge integer": "9" * 5000,
+    "large integer": "1000000007",
+    "huge number": "1e308",
+    "beyond": "1e999",
+    "tiny": "1e-320",
+    "true": "true",
+    "list": "[1, 2]",
+    "section": "{a: 1}",
+    "nested": "[" * 120 + "]" * 120,
+    "unclosed": "{a: [",
+    "unicode": "größe-日本語-\u202e\U0001f40d",
+    "lone surrogate": "\udcff",
+    "zero byte": '"a\\0b"',
+    "digits that are none": "²³",
+    "digits of others": "٣",
+    "long": "x" * 5000,
+    "a dash": "-",
+    "two dashes": "--",
+    "options": "--help-me",
+    "a directory": "{directory}",
+    "a missing path": "{directory}/missing/deeper",
+    "below a file": "{file}/below",
+    "binary": "{binary}",
+    "empty file": "{empty}",
+    "home": "~nobody-is-called-so/x",
+    "device": "/dev/null",
+    "blank": " ",
+    "line end": "a\nb",
+    "percent": "%s%n{}",
+}
+
+
+class Started(MegagrowError):
+    """The command has refused nothing and would do its work now."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command did: its exit status and everything it printed."""
+
+    status: int
+    text: str
+
+
+def load(name):
+    """A command of launch/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"fuzzed_{name}", LAUNCH / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(module, arguments):
+    """Run a command's `main` in this process; whatever it raises is the test's failure.
+
+    An exception other than SystemExit is what a user would see as a traceback.
+    """
+    out = io.StringIO()
+    before = sys.argv
+
+    def hang(*_):
+        raise AssertionError(f"hangs: {arguments}")
+
+    old = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(SECONDS)
+    sys.argv = [module.__file__, *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            try:
+                status = module.main()
+            except SystemExit as stop:
+                status = stop.code
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+        sys.argv = before
+    if not isinstance(status, int):
+        status = 0 if status is None else 1
+    return Said(status, out.getvalue())
+
+
+def filled(value, place):
+    """A value with the paths of a case, which lie in `place`."""
+    for name in ("directory", "file", "binary", "empty"):
+        value = value.replace(f"{{{name}}}", str(place / name))
+    return value
+
+
+def make_places(place):
+    """The paths that values name."""
+    (place / "directory").mkdir(parents=True)
+    (place / "file").write_text("some text\n")
+    (place / "binary").write_bytes(bytes(range(256)) * 40)
+    (place / "empty").write_bytes(b"")
+    return place
+
+
+def options_of(module, *first):
+    """The options of a command, as its --help tells them: name, and whether it takes a value."""
+    text = call(module, [*first, "--help"]).text
+    found = re.findall(r"^  (?:-\w, )?(--[a-z][a-z-]+)( [^ ]|$|  )", text, re.MULTILINE)
+    return [(name, rest.strip() != "") for name, rest in found if name != "--help"]
+
+
+def left_behind(directory, before):
+    """Files and directories that a command has left, changed or removed."""
+    after = snapshot(directory)
+    return sorted(str(path) for path in {**before, **after} if before.get(path) != after.get(path))
+
+
+def snapshot(directory):
+    """Every path below a directory, with size and time of change where it is a file."""
+    found = {}
+    for path in Path(directory).rglob("*"):
+        stat = path.lstat()
+        found[path.relative_to(directory)] = (
+            None if path.is_dir() else (stat.st_size, stat.st_mtime_ns)
+        )
+    return found
+
+
+@contextlib.contextmanager
+def inside(directory):
+    """A working directory for a while."""
+    before = os.getcwd()
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(before)
