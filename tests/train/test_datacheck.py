@@ -28,8 +28,8 @@ def _saves_as_before(rank):
     """Checkpoints as they were when they did not tell how a run validates."""
     made = checkpoints.meta_of
 
-    def without(*arguments):
-        meta = made(*arguments)
+    def without(*arguments, **more):
+        meta = made(*arguments, **more)
         del meta.fingerprints["validation"]
         return meta
 

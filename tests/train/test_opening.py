@@ -68,7 +68,7 @@ def test_a_finished_run_says_so_and_errors_of_files_are_told_before_deepspeed_st
         "holds another model": [*again, "model.ffn=24"],
         "too few tokens for one sample": [*again, f"run.dir={tmp_path / 'new'}",
                                           "model.sequence=100000"],
-        "cannot be written": [*again, f"run.dir={tmp_path / 'file' / 'below'}"],
+        "is not a directory": [*again, f"run.dir={tmp_path / 'file' / 'below'}"],
         "metrics.jsonl, line": [*again, f"run.dir={used}"],
         "wandb is not installed": [*again, "train.wandb.project=mine"],
     }  # fmt: skip
