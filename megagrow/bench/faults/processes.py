@@ -25,7 +25,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 # The second is what the first engine of a process imports, in two seconds.
 _PRELOAD = ["megagrow.train.loop", "torch._dynamo", "megagrow.checkpoint.convert",
             "megagrow.train.offline", "megagrow.bench.savings.campaign"]  # fmt: skip
-_FIRST_WORDS = {"starting": 0, "step": 1, "end": 1, "validation": 2, "saving": 3, "growing": 4}
+_FIRST_WORDS = {"starting": 0, "comparing": 0, "step": 1, "end": 1, "validation": 2, "saving": 3,
+                "growing": 4, "taking": 4}  # fmt: skip
 DEFECT = 70  # exit status of a process that an error of our own ended (sysexits: EX_SOFTWARE)
 
 CONTEXT.set_forkserver_preload(_PRELOAD)
