@@ -50,8 +50,8 @@ class LeftOut:
 class Source(Protocol):
     """A checkpoint open for reading by any number of threads; `NativeCheckpoint` is one.
 
-    What a format does not tell is empty, 0 or a layout of one rank.  `config["model"]`, where it
-    is there, is a `ModelConfig` in plain data.
+    What a format does not tell is empty, 0 or a layout of one rank.  Which model it is of,
+    `shape.model_of` tells, from the configuration, the growths in it and the run's state.
     """
 
     @property
@@ -313,6 +313,7 @@ class Format:
         open_source: open what `find` returned (CheckpointError).
         open_sink: plan a checkpoint (CheckpointError, ConfigError where the state does not fit).
         sealed: whether its own files have checksums of all bytes, so that none need lie beside.
+        axes: of a layout, those that its files have a place for; ZeRO goes with `data`.
     """
 
     name: str
@@ -321,9 +322,4 @@ class Format:
     open_source: Callable[[Path], Source]
     open_sink: Callable[[Request], Sink]
     sealed: bool = False
-
-
-def model_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The model section of a run's configuration in plain data, or None."""
-    model = config.get("model")
-    return model if isinstance(model, Mapping) else None
+    axes: tuple[str, ...] = ("data", "tensor", "pipeline")

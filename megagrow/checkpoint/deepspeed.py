@@ -34,10 +34,12 @@ from megagrow.checkpoint.deepspeed_mapping import (
 from megagrow.checkpoint.deepspeed_sink import DeepSpeedSink
 from megagrow.checkpoint.directory import laid_out
 from megagrow.checkpoint.manifest import CheckpointMeta
+from megagrow.checkpoint.shape import replayed_model
 from megagrow.checkpoint.stored import Record, StoredBox, StoredSource
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.growth.rules import OptimizerRules, group_keys
+from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
 from megagrow.state.boxes import flat_offset, flat_range_boxes
 from megagrow.state.catalog import Catalog, LogicalTensor
@@ -79,7 +81,7 @@ class _Scheme:
 def _open(tag: Tag) -> Source:
     told = client_state(tag.head)
     mapping = read_mapping(tag.path)
-    scheme = _mapped(tag, *mapping) if mapping else _recognised(tag, told["config"])
+    scheme = _mapped(tag, *mapping) if mapping else _recognised(tag, told)
     config = dict(told["config"])
     if scheme.model:
         config.setdefault("model", scheme.model.model_dump(mode="json", by_alias=True))
@@ -102,7 +104,7 @@ def _open(tag: Tag) -> Source:
     )
 
 
-def _recognised(tag: Tag, config: Mapping[str, Any]) -> _Scheme:
+def _recognised(tag: Tag, told: Mapping[str, Any]) -> _Scheme:
     """A model of ours by the configuration or by names and shapes, else plain tensors."""
     layout = tag.layout
     last = names.last_place(name for shapes in tag.shapes for name in shapes)
@@ -111,13 +113,22 @@ def _recognised(tag: Tag, config: Mapping[str, Any]) -> _Scheme:
         for mp in reversed(range(0, tag.model_parallel, layout.tensor))
         for name, shape in tag.shapes[mp].items()
     }
-    model = names.described_model(config) or names.told_model(local, tensor=layout.tensor)
+    written = replayed_model(
+        told["config"], told["run_state"], vocabulary=_vocabulary(tag, local, layout)
+    )
+    model = written or names.recognised_model(local, tensor=layout.tensor)
     placement = Placement(build_catalog(model), layout) if model else None
     if placement is not None and _fits(placement, local):
         ours = placement
         logical = {n: names.logical_name(n, last) or n for shapes in tag.shapes for n in shapes}
         return _Scheme(
             model, ours.catalog, logical, lambda _, t, rank: local_of_placement(ours, t, rank), last
+        )
+    if written is not None:
+        raise CheckpointError(
+            f"{tag.path}: its client state describes another model than its parameters are",
+            found=f"{len(local)} parameters",
+            expected=f"{len(build_catalog(written))}, for layout {layout}",
         )
     if layout.tensor > 1:
         raise CheckpointError(
@@ -131,6 +142,16 @@ def _recognised(tag: Tag, config: Mapping[str, Any]) -> _Scheme:
     return _Scheme(
         None, plain.catalog, same, lambda _, t, rank: local_of_placement(plain, t, rank), -1
     )
+
+
+def _vocabulary(tag: Tag, local: Mapping[str, tuple[int, ...]], layout: Layout) -> int | None:
+    """The rows of the token table without padding, where anything tells."""
+    merging = tag.head.get("universal_checkpoint_info")
+    rows = merging.get("original_vocab_size") if isinstance(merging, dict) else None
+    if type(rows) is int and rows > 0:
+        return rows
+    table = local.get("embedding.token")
+    return table[0] * layout.tensor if table else None
 
 
 def _mapped(tag: Tag, mapping: MappingFile, where: Path) -> _Scheme:

@@ -192,11 +192,12 @@ class Tag:
                 ).items()
             }
         buffers = set(self._dictionary(self._models[mp, 0]).get("buffer_names") or ())
-        found: dict[int, str] = {}
+        found: dict[tuple[Path, int], str] = {}  # the layers of a pipeline are files of their own
         tensors = {}
         for name, tensor in module.items():
             if isinstance(tensor, StoredTensor) and name not in buffers:
-                first_name = found.setdefault(tensor.start, name) if tensor.numel else name
+                at = tensor.path, tensor.start
+                first_name = found.setdefault(at, name) if tensor.numel else name
                 if first_name == name:
                     tensors[name] = tensor
         return tensors

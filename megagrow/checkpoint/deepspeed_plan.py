@@ -14,6 +14,7 @@ from megagrow.checkpoint.adapter import Request, Segment, Values, Zeros
 from megagrow.checkpoint.archive import size_of
 from megagrow.checkpoint.native_sink import placed
 from megagrow.checkpoint.pickles import Opaque
+from megagrow.checkpoint.shape import refuse_ramp, told_model
 from megagrow.config.schema import OptimizerConfig, PrecisionConfig
 from megagrow.errors import ConfigError
 from megagrow.state.boxes import flat_range_boxes
@@ -35,7 +36,8 @@ class Plan:
         self.request, meta = request, request.meta
         self.layout, self.catalog = meta.layout, meta.catalog
         self.placement = placed(meta.catalog, request)
-        self.model = names.described_model(meta.config, meta.catalog)
+        refuse_ramp(meta, program="DeepSpeed")
+        self.model = told_model(meta)
         if self.model is None and self.layout.tensor * self.layout.pipeline > 1:
             raise ConfigError(
                 "DeepSpeed's files of a model that is not ours cannot be cut",

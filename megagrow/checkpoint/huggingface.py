@@ -23,7 +23,7 @@ from megagrow.checkpoint.directory import RESTORE, naming, write_new
 from megagrow.checkpoint.huggingface_config import read_model, write_config
 from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.safetensors import StoredArray, make_header, read_header, read_json
-from megagrow.checkpoint.shape import model_of
+from megagrow.checkpoint.shape import model_of, refuse_ramp
 from megagrow.checkpoint.stored import StoredBox, StoredSource
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError
@@ -260,12 +260,7 @@ class HuggingFaceSink:
     slots = (MASTER,)
 
     def __init__(self, request: Request) -> None:
-        if request.meta.run_state.get("ramp"):
-            raise CheckpointError(
-                "huggingface: new units of the last growth count in part only, by a mask that "
-                "no model of transformers has",
-                mend="train to the end of the ramp (grow.ramp) and convert that checkpoint",
-            )
+        refuse_ramp(request.meta, program="transformers")
         model = model_of(request.meta)
         self._tokenizer = list(_tokenizer_files(request.tokenizer))
         shards: list[list[Link]] = [[]]
@@ -354,4 +349,5 @@ FORMAT = Format(
     find=_find,
     open_source=open_source,
     open_sink=HuggingFaceSink,
+    axes=(),
 )

@@ -360,4 +360,5 @@ FORMAT = Format(
     find=find,
     open_source=open_source,
     open_sink=MegatronSink,
+    axes=("tensor", "pipeline"),
 )

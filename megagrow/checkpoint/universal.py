@@ -32,6 +32,7 @@ from megagrow.checkpoint.deepspeed_plan import VERSION, Plan
 from megagrow.checkpoint.directory import READING, RESTORE, laid_out, naming, write_new
 from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.pickles import StoredTensor
+from megagrow.checkpoint.shape import replayed_model
 from megagrow.checkpoint.stored import Record, StoredBox, StoredSource
 from megagrow.checkpoint.torchfile import TorchFile, read_torch_file
 from megagrow.errors import CheckpointError
@@ -139,8 +140,12 @@ def _open(path: Path) -> Source:
         # ZeRO 3's own are flat; the model's file knows their shapes.
         flat = len(shape) == 1 and math.prod(shapes.get(module, ())) == shape[0]
         local[logical[module]] = shapes[module] if flat else shape
-    model = names.described_model(told["config"]) or names.told_model(local, tensor=1)
+    rows = local["embedding.token"][0] if "embedding.token" in local else None
+    written = replayed_model(told["config"], told["run_state"], vocabulary=rows)
+    model = written or names.recognised_model(local, tensor=1)
     catalog = build_catalog(model) if model else None
+    if written is not None and catalog and {t.name: t.shape for t in catalog} != local:
+        raise _fault(path, "its client state describes another model than its parameters are")
     if catalog is None or {t.name: t.shape for t in catalog} != local:
         model, logical = None, {module: module for module in modules}
         catalog = names.plain_catalog(
@@ -164,9 +169,9 @@ def _open(path: Path) -> Source:
                     stored.dtype,
                 ),
             )
-    config = told["config"]
-    if not config and model:
-        config = {"model": model.model_dump(mode="json", by_alias=True)}
+    config = dict(told["config"])
+    if model:
+        config.setdefault("model", model.model_dump(mode="json", by_alias=True))
     used = sorted({box.file for box in boxes.values()})
     count = _step(path, modules[0])
     step = told["step"] if told["step"] is not None else int(head.get("global_steps") or 0)
@@ -225,4 +230,5 @@ FORMAT = Format(
     find=find,
     open_source=open_source,
     open_sink=UniversalSink,
+    axes=("tensor", "pipeline"),
 )

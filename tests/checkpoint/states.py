@@ -24,8 +24,12 @@ def state_of(model, *, seed=0, dtype=torch.float32):
 ALONE = Layout()
 
 
-def save_model(root, model=None, *, layout=ALONE, seed=0, dtype=torch.float32, step=7):
-    """Save random state of a model, cut over a layout's ranks; returns (path, state)."""
+def save_model(root, model=None, *, layout=ALONE, seed=0, dtype=torch.float32, step=7,
+               config=None, run_state=None):  # fmt: skip
+    """Save random state of a model, cut over a layout's ranks; returns (path, state).
+
+    `config` and `run_state` are those of the run, where it is more than the model and a step.
+    """
     model = model or toy_model()
     state = state_of(model, seed=seed, dtype=dtype)
     catalog = build_catalog(model)
@@ -33,9 +37,11 @@ def save_model(root, model=None, *, layout=ALONE, seed=0, dtype=torch.float32, s
         catalog=catalog,
         slots=ADAM_SLOTS,
         layout=layout,
-        config={"model": model.model_dump(mode="json", by_alias=True), "run": {"seed": 1}},
+        config=config
+        or {"model": model.model_dump(mode="json", by_alias=True), "run": {"seed": 1}},
         fingerprints={"data": "d0", "tokenizer": "t0"},
-        run_state={"step": step, "growth_stage": 0, "rules": OptimizerRules().to_json()},
+        run_state=run_state
+        or {"step": step, "growth_stage": 0, "rules": OptimizerRules().to_json()},
     )
     placement = Placement(catalog, layout, group_keys(catalog, OptimizerRules()))
     # One process writes what all ranks hold: for a reader the boxes are the same.
