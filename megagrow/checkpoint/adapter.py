@@ -272,8 +272,12 @@ class Request:
     file_bytes: int = 5 << 30
 
     def dtype_of(self, tensor: str, slot: str) -> torch.dtype:
-        """What is asked for or stored; fp32 for a slot that the source does not have."""
-        return self.dtype or self.dtypes.get((tensor, slot), torch.float32)
+        """What is asked for or stored; fp32 for a slot that the source does not have.
+
+        Whole numbers and truth values stay what they are.
+        """
+        stored = self.dtypes.get((tensor, slot), torch.float32)
+        return self.dtype if self.dtype and stored.is_floating_point else stored
 
 
 class Sink(Protocol):
