@@ -229,15 +229,21 @@ def _require_option(name: str, target_format: str) -> None:
 
 
 def _layout(options: argparse.Namespace) -> Layout | None:
-    """The layout asked for: sizes that are not given are 1, the ZeRO stage is the source's."""
+    """The layout asked for: sizes that are not given are 1, the ZeRO stage is the source's.
+
+    Where nothing is asked for it is the source's, as far as the format has a place for it.
+    """
     sizes = {axis: getattr(options, axis) for axis in ("tensor", "pipeline", "data")}
     if options.zero is None and not any(sizes.values()):
         return None
+    held = FORMATS[options.to_format].axes
     fmt, path = detect(options.source, options.from_format)
     before = fmt.open(path, _told(options)).layout
     if not any(sizes.values()):
-        sizes = {axis: getattr(before, axis) for axis in sizes}
-    zero = before.zero if options.zero is None else options.zero
+        sizes = {axis: getattr(before, axis) for axis in held}
+    zero = options.zero
+    if zero is None:
+        zero = before.zero if "data" in held else 0
     return Layout(**{axis: size or 1 for axis, size in sizes.items()}, zero=zero)
 
 

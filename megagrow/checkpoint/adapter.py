@@ -71,8 +71,8 @@ NOTHING_TOLD = ReadOptions()
 class Source(Protocol):
     """A checkpoint open for reading by any number of threads; `NativeCheckpoint` is one.
 
-    What a format does not tell is empty, 0 or a layout of one rank.  `config["model"]`, where it
-    is there, is a `ModelConfig` in plain data.
+    What a format does not tell is empty, 0 or a layout of one rank.  Which model it is of,
+    `shape.model_of` tells, from the configuration, the growths in it and the run's state.
     """
 
     @property
@@ -297,8 +297,12 @@ class Request:
     file_bytes: int = 5 << 30
 
     def dtype_of(self, tensor: str, slot: str) -> torch.dtype:
-        """What is asked for or stored; fp32 for a slot that the source does not have."""
-        return self.dtype or self.dtypes.get((tensor, slot), torch.float32)
+        """What is asked for or stored; fp32 for a slot that the source does not have.
+
+        Whole numbers and truth values stay what they are.
+        """
+        stored = self.dtypes.get((tensor, slot), torch.float32)
+        return self.dtype if self.dtype and stored.is_floating_point else stored
 
 
 class Sink(Protocol):
@@ -370,8 +374,7 @@ class Format:
             )
         return self.open_told(path, options)
 
-
-def model_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The model section of a run's configuration in plain data, or None."""
-    model = config.get("model")
-    return model if isinstance(model, Mapping) else None
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of a layout, those that its files have a place for; ZeRO goes with `data`."""
+        return tuple(axis for axis in ("data", "tensor", "pipeline") if axis in self.options)

@@ -86,6 +86,8 @@ def _catalog(manifest: Manifest, where: str) -> Catalog:
                     init=Init(t.init.kind, t.init.std),
                     decay=t.decay,
                     places=tuple(t.places),
+                    role=t.role,
+                    aliases=tuple(t.aliases),
                 )
                 for t in manifest.catalog
             )

@@ -87,18 +87,20 @@ class DcpSink:
         stored: dict[Any, Any] = {}
         catalog = self._request.meta.catalog
         for values, file, start, length in self._items:
-            name = stored_name(values.tensor, values.slot)
-            if name not in described:
-                described[name] = m.TensorStorageMetadata(
-                    properties=m.TensorProperties(dtype=values.dtype),
-                    size=torch.Size(catalog[values.tensor].shape),
-                    chunks=[],
-                )
-            chunks = described[name].chunks
-            offset = torch.Size(values.box.offset)
-            chunks.append(m.ChunkStorageMetadata(offset, torch.Size(values.box.shape)))
-            index = m.MetadataIndex(name, offset, index=len(chunks) - 1)
-            stored[index] = _StorageInfo(relative_path=file, offset=start, length=length)
+            # A tied parameter of a model that is not ours has several names for the same values.
+            aliases = catalog[values.tensor].aliases if values.slot == MASTER.name else ()
+            for name in (stored_name(values.tensor, values.slot), *aliases):
+                if name not in described:
+                    described[name] = m.TensorStorageMetadata(
+                        properties=m.TensorProperties(dtype=values.dtype),
+                        size=torch.Size(catalog[values.tensor].shape),
+                        chunks=[],
+                    )
+                chunks = described[name].chunks
+                offset = torch.Size(values.box.offset)
+                chunks.append(m.ChunkStorageMetadata(offset, torch.Size(values.box.shape)))
+                index = m.MetadataIndex(name, offset, index=len(chunks) - 1)
+                stored[index] = _StorageInfo(relative_path=file, offset=start, length=length)
         return pickle.dumps(
             m.Metadata(
                 state_dict_metadata=described,

@@ -12,36 +12,35 @@ from DeepSpeed 0.19.8.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint import deepspeed_names as names
-from megagrow.checkpoint.adapter import Format, Source
+from megagrow.checkpoint.adapter import Format, LeftOut, Source
+from megagrow.checkpoint.deepspeed_engine import (
+    KEY,
+    EngineState,
+    collected,
+    dealt_out,
+    left_out_of,
+    read_engine,
+)
 from megagrow.checkpoint.deepspeed_files import MODEL, Tag
-from megagrow.checkpoint.deepspeed_mapping import NAME as MAPPING
-from megagrow.checkpoint.deepspeed_mapping import (
-    Local,
-    MappingFile,
-    local_of,
-    local_of_ours,
-    local_of_placement,
-    read_mapping,
-    rules_for,
-    whole_shape,
+from megagrow.checkpoint.deepspeed_mapping import read_mapping
+from megagrow.checkpoint.deepspeed_scheme import (
+    Scheme,
+    group_order,
+    mapped,
+    recognised,
+    with_roles,
 )
 from megagrow.checkpoint.deepspeed_sink import DeepSpeedSink
 from megagrow.checkpoint.directory import laid_out
 from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.stored import Record, StoredBox, StoredSource
-from megagrow.config import ModelConfig
-from megagrow.errors import CheckpointError
-from megagrow.growth.rules import OptimizerRules, group_keys
-from megagrow.model.catalog import build_catalog
 from megagrow.state.boxes import flat_offset, flat_range_boxes
-from megagrow.state.catalog import Catalog, LogicalTensor
-from megagrow.state.placement import Placement
+from megagrow.state.catalog import Catalog
 
 
 def open_source(path: Path) -> Source:
@@ -59,120 +58,66 @@ def open_source(path: Path) -> Source:
         return _open(Tag(find(path) or path))
 
 
-@dataclass(frozen=True)
-class _Scheme:
-    """What the parameters of a checkpoint are.
-
-    Attributes:
-        names: stored name to the tensor's.
-        local: a tensor-parallel rank's part: (stored name, tensor, rank) to `Local`.
-        last: the head's place in the layer list of a model of ours, else -1.
-    """
-
-    model: ModelConfig | None
-    catalog: Catalog
-    names: Mapping[str, str]
-    local: Callable[[str, LogicalTensor, int], Local]
-    last: int
-
-
 def _open(tag: Tag) -> Source:
     told = client_state(tag.head)
     mapping = read_mapping(tag.path)
-    scheme = _mapped(tag, *mapping) if mapping else _recognised(tag, told["config"])
+    scheme = mapped(tag, *mapping) if mapping else recognised(tag, told)
     config = dict(told["config"])
     if scheme.model:
         config.setdefault("model", scheme.model.model_dump(mode="json", by_alias=True))
     if tag.optimizer:
         config.setdefault("optimizer", tag.optimizer)
+    config.setdefault("precision", {"dtype": tag.precision})
     steps = tag.head.get("global_steps")
-    state = told["run_state"] or {"optimizer_step": tag.optimizer_step}
-    boxes = list(_boxes(tag, scheme, state))
+    state = dict(told["run_state"]) or {"optimizer_step": tag.optimizer_step}
+    order = group_order(tag, scheme, state, mapping[0] if mapping else None)
+    catalog = with_roles(tag, scheme, order)
+    left_out = [*tag.left_out, *_left_out(tag, scheme)]
+    if scheme.model is None:
+        engine = _engine(tag, scheme, order)
+        if engine is not None:
+            state[KEY] = engine.to_json()
+    boxes = list(_boxes(tag, scheme, catalog, order))
     used = {box.file for box in boxes}
-    meta = CheckpointMeta(
-        scheme.catalog, tag.slots, tag.layout, config, told["fingerprints"], state
-    )
     return StoredSource(
         tag.path,
-        meta=meta,
+        meta=CheckpointMeta(catalog, tag.slots, tag.layout, config, told["fingerprints"], state),
         step=told["step"] if told["step"] is not None else int(steps or tag.optimizer_step or 0),
         sizes={name: tag.files[name].size for name in sorted(used)},
         boxes=boxes,
         records=[Record(name, *record) for name in used for record in tag.files[name].records],
+        left_out=left_out,
     )
 
 
-def _recognised(tag: Tag, config: Mapping[str, Any]) -> _Scheme:
-    """A model of ours by the configuration or by names and shapes, else plain tensors."""
-    layout = tag.layout
-    last = names.last_place(name for shapes in tag.shapes for name in shapes)
-    local = {
-        names.logical_name(name, last) or name: shape
-        for mp in reversed(range(0, tag.model_parallel, layout.tensor))
-        for name, shape in tag.shapes[mp].items()
-    }
-    model = names.described_model(config) or names.told_model(local, tensor=layout.tensor)
-    placement = Placement(build_catalog(model), layout) if model else None
-    if placement is not None and _fits(placement, local):
-        ours = placement
-        logical = {n: names.logical_name(n, last) or n for shapes in tag.shapes for n in shapes}
-        return _Scheme(
-            model, ours.catalog, logical, lambda _, t, rank: local_of_placement(ours, t, rank), last
-        )
-    if layout.tensor > 1:
-        raise CheckpointError(
-            f"{tag.path}: a model that is not ours, cut over tensor-parallel ranks: which way, "
-            "nothing tells",
-            mend=f"tell it in a file {MAPPING} beside the files: see docs/formats.md",
-        )
-    whole = {n: shape for shapes in reversed(tag.shapes) for n, shape in shapes.items()}
-    plain = Placement(names.plain_catalog(whole, tag.decayed), layout)
-    same = {name: name for name in whole}
-    return _Scheme(
-        None, plain.catalog, same, lambda _, t, rank: local_of_placement(plain, t, rank), -1
-    )
+def _left_out(tag: Tag, scheme: Scheme) -> Iterator[LeftOut]:
+    """What the files hold and the scheme has no place for."""
+    for name in sorted({name for kept in tag.buffers for name in kept} - set(scheme.names)):
+        yield LeftOut(name, "a buffer that the model does not have")
+    for name in tag.aliases:
+        if tag.aliases[name] not in scheme.names:
+            yield LeftOut(name, "a further name of what is left out")
+    for mp in range(tag.model_parallel):
+        yield from tag.saved(mp).left_out(f"rank {mp}", tag.slots)
+    yield from left_out_of(tag.saved(0), tag.head, ours=scheme.model is not None)
 
 
-def _mapped(tag: Tag, mapping: MappingFile, where: Path) -> _Scheme:
-    """What a person tells of it."""
-    layout = tag.layout
-    stored = {n: shape for shapes in reversed(tag.shapes) for n, shape in shapes.items()}
-    rules = rules_for(mapping, list(stored), where=where, tensor=layout.tensor)
-    logical = {name: to for name, (to, _) in rules.items()}
-    if mapping.model is None:
-        whole = {
-            logical[n]: whole_shape(rules[n][1], s, tensor=layout.tensor, at=f"{where}: {n}")
-            for n, s in stored.items()
-        }
-        catalog = names.plain_catalog(whole, {logical[n]: d for n, d in tag.decayed.items()})
-        return _Scheme(
-            None,
-            catalog,
-            logical,
-            lambda n, t, rank: local_of(t, rules[n][1], stored[n], rank, layout),
-            -1,
-        )
-    placement = Placement(build_catalog(mapping.model), layout)
-    odd = {t.name for t in placement.catalog} ^ set(logical.values())
-    if odd:
-        name = sorted(odd)[0]
-        absent = name in placement.catalog
-        raise CheckpointError(
-            f"{where}: tensor {name}: "
-            + ("no parameter is mapped to it" if absent else "the model has none of that name")
-        )
-
-    def local(name: str, tensor: LogicalTensor, rank: int) -> Local:
-        found = local_of_ours(placement, tensor, stored[name], rank)
-        if found is None:
-            raise CheckpointError(
-                f"{where}: parameter {name}, mapped to {tensor.name}: shape",
-                found=list(stored[name]),
-                expected=f"{list(placement.local(tensor, rank).shape)}, in any grouping of axes",
-            )
-        return found
-
-    return _Scheme(mapping.model, placement.catalog, logical, local, -1)
+def _engine(
+    tag: Tag, scheme: Scheme, order: Sequence[Sequence[Sequence[str]]]
+) -> EngineState | None:
+    """What its engine has besides tensors, where the optimizer has saved anything of it."""
+    saved = tag.saved(0)
+    stages = range(0, tag.model_parallel, tag.layout.tensor)
+    if not saved.groups:
+        return None
+    groups: list[list[str]] = [[] for _ in saved.groups]
+    for mp in stages:
+        for group, stored in zip(groups, tag.groups(mp) if tag.zero else order[mp], strict=True):
+            if dealt_out(tag.head, tag.zero):
+                stored = collected(stored, tag.layout.data)
+            group += [scheme.names[name] for name in stored]
+    slots = [slot.name for slot in tag.slots[1:]]
+    return read_engine(saved, tag.head, groups=groups, slots=slots, zero=tag.zero)
 
 
 def client_state(head: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,21 +129,16 @@ def client_state(head: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "step": told["step"] if type(told.get("step")) is int else None}
 
 
-def _fits(placement: Placement, local: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a rank's shapes are those of a catalog."""
-    catalog = placement.catalog
-    return {t.name for t in catalog} == set(local) and all(
-        placement.local(t, 0).shape == local[t.name] for t in catalog
-    )
-
-
-def _boxes(tag: Tag, scheme: _Scheme, state: Mapping[str, Any]) -> Iterator[StoredBox]:
+def _boxes(
+    tag: Tag, scheme: Scheme, catalog: Catalog, order: Sequence[Sequence[Sequence[str]]]
+) -> Iterator[StoredBox]:
     home: dict[str, int] = {}
-    order = _group_order(tag, scheme.catalog, scheme.last, state)
     for piece in tag.pieces(order):
+        if piece.name not in scheme.names:  # a buffer that is left out
+            continue
         name = scheme.names[piece.name]
         stage, rank = divmod(piece.mp, tag.layout.tensor)
-        local = scheme.local(piece.name, scheme.catalog[name], rank)
+        local = scheme.local(piece.name, catalog[name], rank)
         if home.setdefault(name, stage) != stage or (rank and not local.split):
             continue  # a replica
         if piece.offset + piece.stop - piece.start > piece.tensor.numel:
@@ -216,31 +156,6 @@ def _boxes(tag: Tag, scheme: _Scheme, state: Mapping[str, Any]) -> Iterator[Stor
                         piece.tensor.start + (piece.offset + at) * piece.tensor.dtype.itemsize,
                         piece.tensor.dtype,
                     )
-
-
-def _group_order(
-    tag: Tag, catalog: Catalog, last: int, state: Mapping[str, Any]
-) -> list[list[list[str]]]:
-    """For ZeRO 0, whose files do not tell it: the names in each group of each rank's optimizer."""
-    if tag.zero:
-        return []
-    if last < 0:  # not ours: as the module lists them, which one group at least would keep
-        return [[list(shapes)] for shapes in tag.shapes]
-    try:
-        rules = OptimizerRules.from_json(state["rules"])
-    except (KeyError, TypeError, ValueError):
-        rules = OptimizerRules()
-    keys = group_keys(catalog, rules)
-    order = []
-    for shapes in tag.shapes:
-        modules = {names.logical_name(name, last): name for name in shapes}
-        order.append(
-            [
-                [modules[t.name] for t in catalog if t.name in modules and keys[t.name] == key]
-                for key in sorted(set(keys.values()))
-            ]
-        )
-    return order
 
 
 def find(path: Path) -> Path | None:

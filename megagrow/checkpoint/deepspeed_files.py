@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megagrow.checkpoint.adapter import LeftOut
+from megagrow.checkpoint.deepspeed_saved import Saved, common_slots
 from megagrow.checkpoint.directory import READING, RESTORE, naming
 from megagrow.checkpoint.pickles import Opaque, StoredTensor
 from megagrow.checkpoint.torchfile import TorchFile, read_torch_file
@@ -23,11 +27,6 @@ from megagrow.state.catalog import MASTER, Slot
 MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-MOMENTS = (
-    Slot("exp_avg", "first_moment"),
-    Slot("exp_avg_sq", "second_moment"),
-    Slot("momentum_buffer", "first_moment"),
-)
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,12 @@ class Tag:
     """The files of one saved step, their pickles read.
 
     Attributes:
-        shapes: by model-parallel rank, the shape of each parameter there, by its module name.
+        shapes: by model-parallel rank, the shape of each parameter there, by its module name:
+            those that are trained in the optimizer's order, then those that are known not to be.
+        frozen: parameters that no optimizer trains, as far as ZeRO's files tell.
+        buffers: by model-parallel rank, the buffers there.
+        aliases: further names of a parameter, with the one that it goes by.
+        left_out: what the files hold and this class does not tell.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +76,17 @@ class Tag:
             zero=self.zero,
         )
         self._require_all()
-        self.shapes = [dict(self._shapes(mp)) for mp in range(self.model_parallel)]
+        self._seen: set[str] = set()  # names in the optimizers of a pipeline
+        self.frozen: set[str] = set()
+        self.aliases: dict[str, str] = {}
+        self.buffers: list[dict[str, StoredTensor]] = []
+        self.left_out: list[LeftOut] = [
+            LeftOut(name, "a file of another kind")
+            for name in listed
+            if name.endswith(".pt")
+            and not any(kind.fullmatch(name) for kind in (MODEL, LAYER, OPTIM))
+        ]
+        self.shapes = [self._shapes(mp) for mp in range(self.model_parallel)]
 
     def pieces(self, order: Sequence[Sequence[Sequence[str]]]) -> Iterator[Piece]:
         """Every piece of every slot, replicas included.
@@ -81,26 +95,49 @@ class Tag:
             order: for ZeRO 0, by model-parallel rank the names in each parameter group.
         """
         for mp in range(self.model_parallel):
+            trained = order[mp] if not self.zero else self.groups(mp)
             yield from self._partitions(mp) if self.zero else self._whole(mp, order[mp])
+            module = self._module(mp)
+            named = {name for group in trained for name in group}
+            for name, shape in self.shapes[mp].items():
+                if name not in named:
+                    yield from self._frozen(mp, name, math.prod(shape), module)
+            for name, buffer in self.buffers[mp].items():
+                yield Piece(name, MASTER.name, mp, 0, buffer.numel, buffer, 0)
+
+    def groups(self, mp: int) -> list[list[str]]:
+        """With ZeRO: the names in each parameter group of a rank, as its partitions hold them."""
+        return [list(group) for group in self._dictionary(self._models[mp, 0])["param_shapes"]]
+
+    def saved(self, mp: int) -> Saved:
+        """What the optimizer of a model-parallel rank saved, on its first data rank."""
+        return Saved(self._saved(mp, 0))
 
     @property
     def slots(self) -> tuple[Slot, ...]:
         """Masters, and the moments that every state has."""
-        states = [s for m in range(self.model_parallel) for s in self._states(self._saved(m, 0))]
-        held = [
-            slot
-            for slot in MOMENTS
-            if states and all(isinstance(state.get(slot.name), StoredTensor) for state in states)
-        ]
-        return (MASTER, *held)
+        return common_slots([self.saved(mp) for mp in range(self.model_parallel)])
+
+    @property
+    def precision(self) -> str:
+        """The element type that the engine computes in, as a configuration calls it."""
+        config = self.head.get("ds_config")
+        for name in ("bf16", "fp16"):
+            part = config.get(name) if isinstance(config, dict) else None
+            if isinstance(part, dict) and part.get("enabled") is True:
+                return name
+        if any(name.startswith("bf16_") for name in self._optims.values()):
+            return "bf16"
+        trained = [t for n, t in self._module(0).items() if n not in self.frozen]
+        kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return kinds.get(trained[0].dtype, "fp32") if trained else "fp32"
 
     @property
     def decayed(self) -> dict[str, bool]:
         """Whether weight decay acts on a parameter, where the files tell it."""
         decay: dict[str, bool] = {}
         for mp in range(self.model_parallel) if self.zero else ():
-            groups = self._dictionary(self._models[mp, 0])["param_shapes"]
-            told = self._groups(self._saved(mp, 0))
+            groups, told = self.groups(mp), self.saved(mp).groups
             if len(told) == len(groups):
                 for group, options in zip(groups, told, strict=True):
                     decay |= dict.fromkeys(group, bool(options.get("weight_decay")))
@@ -109,7 +146,7 @@ class Tag:
     @property
     def optimizer(self) -> dict[str, Any]:
         """AdamW's settings as a configuration has them, of the first group that decays."""
-        groups = self._groups(self._saved(0, 0))
+        groups = self.saved(0).groups
         decaying = [group for group in groups if group.get("weight_decay")] or groups
         if not decaying or not {"betas", "eps", "lr"} <= set(decaying[0]):
             return {}
@@ -122,7 +159,7 @@ class Tag:
     @property
     def optimizer_step(self) -> int | None:
         """Updates done, as the optimizer counts them, where it was saved."""
-        states = self._states(self._saved(0, 0))
+        states = self.saved(0).states
         step = states[0].get("step") if states else None
         if isinstance(step, StoredTensor):
             return int(step.item())
@@ -166,22 +203,69 @@ class Tag:
                         f"{value.get(what)!r:.40}",
                         f"{self.head.get(what)!r:.40}",
                     )
-        if self.head.get("frozen_param_shapes"):
-            raise self.fault("has parameters that the optimizer does not train")
 
-    def _shapes(self, mp: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        groups = self._dictionary(self._models[mp, 0]).get("param_shapes")
-        if groups is None:
-            for name, tensor in self._module(mp).items():
-                yield name, tensor.shape
+    def _shapes(self, mp: int) -> dict[str, tuple[int, ...]]:
+        """Parameters of a rank; enters its buffers, frozen parameters and aliases as well."""
+        head = self._dictionary(self._models[mp, 0])
+        groups = head.get("param_shapes")
+        trained = {n: tuple(shape) for group in groups or () for n, shape in group.items()}
+        if groups is not None and head.get("module") is None:
+            self._count_layers(mp, trained)
+            self.buffers.append({})
+            return trained
+        names = set(head.get("buffer_names") or ())
+        shared = head.get("shared_params") or self.head.get("shared_params") or {}
+        told = {n: tuple(shape) for n, shape in (head.get("frozen_param_shapes") or {}).items()}
+        buffers, first, found = {}, dict[tuple[Path, int], str](), dict(trained)
+        for name, tensor in self._stored(mp).items():
+            at = tensor.path, tensor.start
+            if name in names:
+                buffers[name] = tensor
+            elif name in shared or (tensor.numel and first.setdefault(at, name) != name):
+                self.aliases[name] = shared.get(name) or first[at]
+            elif name not in trained:
+                found[name] = told.get(name, tensor.shape)
+                if groups is not None:
+                    self.frozen.add(name)
+        for name in [n for n, shape in found.items() if 0 in shape]:
+            self.left_out.append(LeftOut(name, "it has no element"))
+            del found[name]
+            self.frozen.discard(name)
+        for name in [n for n, tensor in buffers.items() if not tensor.numel]:
+            self.left_out.append(LeftOut(name, "it has no element"))
+            del buffers[name]
+        for other, name in [(a, n) for a, n in self.aliases.items() if n in self.aliases]:
+            self.aliases[other] = self.aliases[name]
+        self.buffers.append(buffers)
+        return found
+
+    def _count_layers(self, mp: int, trained: Mapping[str, Any]) -> None:
+        """Of a pipeline with ZeRO: see whether its layers hold more than what is trained."""
+        if mp % self.layout.tensor == 0:
+            shared = self._dictionary(self._models[mp, 0]).get("shared_params") or {}
+            self._seen |= {*trained, *shared}
+        if mp + 1 < self.model_parallel:
             return
-        for group in groups:
-            for name, shape in group.items():
-                yield name, tuple(shape)
+        for (tensor, place), file in self._layers.items():
+            if tensor == 0:
+                for name in self._dictionary(file):
+                    if f"{place}.{name}" not in self._seen:
+                        reason = "of a pipeline, what is not trained, or tied, is not told apart"
+                        self.left_out.append(LeftOut(f"{file}: {name}", reason))
 
     def _module(self, mp: int) -> dict[str, StoredTensor]:
-        """Parameters of a rank by module name; a tied one under its first name alone."""
+        """Parameters of a rank by module name; a tied one under the name that it goes by."""
+        return {
+            name: tensor
+            for name, tensor in self._stored(mp).items()
+            if name not in self.aliases and name in self.shapes[mp]
+        }
+
+    def _stored(self, mp: int) -> dict[str, StoredTensor]:
+        """All tensors in the module's state of a rank."""
         module = self._dictionary(self._models[mp, 0]).get("module")
+        if module is None and self.zero:
+            return {}
         if module is None:
             first, stop = self._stage_layers(mp)
             module = {
@@ -191,15 +275,7 @@ class Tag:
                     self._layers.get((mp % self.layout.tensor, place), f"layer_{place:02d}-...")
                 ).items()
             }
-        buffers = set(self._dictionary(self._models[mp, 0]).get("buffer_names") or ())
-        found: dict[int, str] = {}
-        tensors = {}
-        for name, tensor in module.items():
-            if isinstance(tensor, StoredTensor) and name not in buffers:
-                first_name = found.setdefault(tensor.start, name) if tensor.numel else name
-                if first_name == name:
-                    tensors[name] = tensor
-        return tensors
+        return {name: tensor for name, tensor in module.items() if isinstance(tensor, StoredTensor)}
 
     def _stage_layers(self, mp: int) -> tuple[int, int]:
         """The layers of a rank's pipeline stage, which nothing but the optimizer tells.
@@ -213,7 +289,7 @@ class Tag:
         ]
         first = 0
         for stage in range(mp // self.layout.tensor + 1):
-            left = sum(map(len, self._members(stage * self.layout.tensor + tensor)))
+            left = sum(map(len, self.members(stage * self.layout.tensor + tensor)))
             stop = first
             while left > 0 and stop < len(counts):
                 left -= counts[stop]
@@ -234,7 +310,7 @@ class Tag:
         for rank in range(data):
             saved = self._saved(mp, rank)
             key = "fp32_flat_groups" if self.zero == 3 else "single_partition_of_fp32_groups"
-            flats, states = saved.get(key), self._states(saved)
+            flats, states = saved.get(key), Saved(saved).states
             if not isinstance(flats, list) or len(flats) != len(groups):
                 raise self.fault(f"{self._optims[mp, rank]} lacks {key}")
             paddings = saved.get("param_alignment_paddings")
@@ -272,25 +348,35 @@ class Tag:
 
     def _whole(self, mp: int, order: Sequence[Sequence[str]]) -> Iterator[Piece]:
         """Pieces of ZeRO 0: whole parameters, and states by their number in the optimizer."""
-        module, saved = self._module(mp), self._saved(mp, 0)
-        masters: list[StoredTensor] = [t for group in saved.get("fp32_groups", ()) for t in group]
-        states = self._states(saved)
-        if not states:
+        module, saved = self._module(mp), self.saved(mp)
+        if not saved.members:
             for name, tensor in module.items():
                 yield Piece(name, MASTER.name, mp, 0, tensor.numel, tensor, 0)
             return
-        index = 0
-        for group, members in zip(order, self._members(mp, stand_ins=True), strict=True):
-            for place in range(len(members)):
-                if group:
-                    name = group[place]
-                    master = masters[index] if masters else module[name]
-                    for slot in self.slots:
-                        tensor = master if slot == MASTER else states[index][slot.name]
-                        if tensor.shape != module[name].shape:
-                            raise self.fault(f"optimizer state {index} is not that of {name}")
-                        yield Piece(name, slot.name, mp, 0, tensor.numel, tensor, 0)
-                index += 1
+        for group, members in zip(order, saved.members, strict=True):
+            for name, number in zip(group, members, strict=False):
+                master = saved.masters[number] if saved.masters else module[name]
+                for slot in self.slots:
+                    tensor = master if slot == MASTER else saved.states[number][slot.name]
+                    if tensor.shape != module[name].shape:
+                        raise self.fault(f"optimizer state {number} is not that of {name}")
+                    yield Piece(name, slot.name, mp, 0, tensor.numel, tensor, 0)
+
+    def _frozen(
+        self, mp: int, name: str, numel: int, module: Mapping[str, StoredTensor]
+    ) -> Iterator[Piece]:
+        """Pieces of a parameter that no optimizer trains; ZeRO 3 cuts it as it does others."""
+        if self.zero < 3:
+            yield Piece(name, MASTER.name, mp, 0, numel, module[name], 0)
+            return
+        part = -(-numel // self.layout.data)
+        for rank in range(self.layout.data):
+            kept = self._dictionary(self._models[mp, rank]).get("frozen_param_fragments") or {}
+            start, stop = min(part * rank, numel), min(part * (rank + 1), numel)
+            if not isinstance(kept.get(name), StoredTensor):
+                raise self.fault(f"{self._models[mp, rank]} lacks its part of {name}")
+            if start < stop:
+                yield Piece(name, MASTER.name, mp, start, stop, kept[name], 0)
 
     # --- what the dictionaries say --------------------------------------------------------
 
@@ -306,38 +392,13 @@ class Tag:
             raise self.fault(f"{self._optims[mp, data]} holds no optimizer state")
         return saved
 
-    @staticmethod
-    def _base(saved: Mapping[str, Any]) -> Any:
-        """The state of the torch optimizer inside DeepSpeed's."""
-        for key in ("base_optimizer_state", "optimizer_state_dict"):
-            if key in saved:
-                return saved[key]
-        return saved
-
-    def _groups(self, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
-        base = self._base(saved)
-        return list(base.get("param_groups", ())) if isinstance(base, dict) else []
-
-    def _states(self, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The optimizer's state of each of its tensors, in its order."""
-        base = self._base(saved)
-        if isinstance(base, list):  # "elastic" checkpoints
-            return base
-        states = base.get("state", {})
-        order = [i for group in self._groups(saved) for i in group["params"]]
-        return [states[i] for i in order] if states else []
-
-    def _members(self, mp: int, *, stand_ins: bool = False) -> list[list[int]]:
-        """The optimizer's tensors, by group, of a rank of ZeRO 0."""
-        saved = self._saved(mp, 0)
-        states = self._base(saved).get("state", {})
-
-        def stands_in(group: Sequence[int]) -> bool:
-            moment = states.get(group[0], {}).get("exp_avg")
-            return len(group) == 1 and isinstance(moment, StoredTensor) and moment.shape == (1,)
-
-        members = [list(group["params"]) for group in self._groups(saved)]
-        return [m if stand_ins or not stands_in(m) else [] for m in members]
+    def members(self, mp: int) -> list[list[int]]:
+        """The optimizer's tensors, by group, of a rank of ZeRO 0; none for a stand-in."""
+        saved, pipelined = self.saved(mp), self.layout.pipeline > 1
+        return [
+            [] if pipelined and len(group) == 1 and saved.shape_of(group[0]) == (1,) else group
+            for group in saved.members
+        ]
 
     def _count(self, key: str) -> int:
         value = self.head.get(key)

@@ -7,14 +7,13 @@ tensors it is.  docs/formats.md describes it.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megagrow.checkpoint.directory import read_small
 from megagrow.config import ModelConfig
@@ -40,6 +39,15 @@ class Rule(BaseModel):
     split: Annotated[int, Field(ge=0, lt=16)] | None = None  # axis that the ranks share out
     parts: Annotated[int, Field(ge=1, lt=64)] = 1  # blocks on that axis, each shared out alone
     length: Annotated[int, Field(ge=1)] | None = None  # of that axis without padding
+    # Of a model of ours, how a fused matrix lies, or which part of it the parameter is.
+    order: Literal["qkv", "grouped", "gate_up", "up_gate"] | None = None
+    part: Literal["q", "k", "v", "gate", "up"] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Rule:
+        if self.order and self.part:
+            raise ValueError("give order (of the whole) or part, not both")
+        return self
 
 
 class MappingFile(BaseModel):
@@ -49,6 +57,14 @@ class MappingFile(BaseModel):
 
     model: ModelConfig | None = None
     tensors: Annotated[list[Rule], Field(min_length=1)]
+    groups: list[list[str]] | None = None  # of ZeRO 0's optimizer: patterns for the names in each
+
+    @model_validator(mode="after")
+    def _orders_are_of_ours(self) -> MappingFile:
+        for rule in self.tensors:
+            if self.model is None and (rule.order or rule.part):
+                raise ValueError(f"rule {rule.match!r}: order and part go with `model`")
+        return self
 
 
 @dataclass(frozen=True)
@@ -76,8 +92,9 @@ def read_mapping(tag: Path) -> tuple[MappingFile, Path] | None:
         mapping = MappingFile.model_validate(
             read_yaml(read_small(where, _LIMIT), source=str(where))
         )
-        for rule in mapping.tensors:
-            re.compile(rule.match)
+        patterns = [rule.match for rule in mapping.tensors]
+        for pattern in (*patterns, *(one for group in mapping.groups or () for one in group)):
+            re.compile(pattern)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -176,11 +193,14 @@ def local_of(
 
 
 def local_of_ours(
-    placement: Placement, tensor: LogicalTensor, stored: Sequence[int], rank: int
+    placement: Placement, tensor: LogicalTensor, rule: Rule, stored: Sequence[int], rank: int
 ) -> Local | None:
     """Where a rank's part of a tensor of ours lies; None where the stored shape is not its own.
 
     The token table may have more padding than ours.
+
+    Raises:
+        CheckpointError: a fused matrix whose order nothing tells.
     """
     axis = split_axis(tensor)
     if axis is not None and tensor.axes[axis] == "vocab":
@@ -195,7 +215,86 @@ def local_of_ours(
         blocks = ((Box((0, 0), (count, stored[1])), (start, 0)),) if count else ()
         return Local(tuple(stored), blocks, split=placement.layout.tensor > 1)
     local = local_of_placement(placement, tensor, rank)
-    return local if math.prod(stored) == math.prod(local.shape) else None
+    for fused, arranged in (("projection", _queries), ("gate_up", _gates)):
+        if fused in tensor.axes:
+            if rule.order is None and rule.part is None and tuple(stored) != local.shape:
+                raise CheckpointError(
+                    f"its order is not told: {tensor.name} is a fused matrix",
+                    found=f"shape {list(stored)}",
+                    mend=_HOW[fused],
+                )
+            local = arranged(local, rule)
+        elif (rule.order or rule.part) in _WORDS[fused]:
+            raise CheckpointError(f"{tensor.name} has no {rule.order or rule.part}")
+    return local if _merges(local.shape, stored) else None
+
+
+_WORDS = {"projection": ("qkv", "grouped", "q", "k", "v"),
+          "gate_up": ("gate_up", "up_gate", "gate", "up")}  # fmt: skip
+_HOW = {
+    "projection": "add `order: qkv` (all queries, then all keys, then all values), "
+    "`order: grouped` (the queries of a key/value head, its key, its value, head by head), or "
+    "`part: q`, `part: k` and `part: v` to the rules for three parameters",
+    "gate_up": "add `order: gate_up` or `order: up_gate`, or `part: gate` and `part: up` to the "
+    "rules for two parameters",
+}
+
+
+def _queries(local: Local, rule: Rule) -> Local:
+    """A rank's query, key and value [kv_group, query + 2, head_dim, ...] as a rule tells it."""
+    [(_, origin)] = local.blocks
+    groups, each, *rest = local.shape
+    queries, zero = each - 2, [0] * len(rest)
+    if rule.order in (None, "grouped") and rule.part is None:
+        return _checked(local, rule, "projection")
+    first = origin[0]
+    if rule.part in ("q", "k", "v"):
+        start = {"q": 0, "k": queries, "v": queries + 1}[rule.part]
+        shape = (groups, queries if rule.part == "q" else 1, *rest)
+        whole = Box((0,) * len(shape), shape)
+        return Local(shape, ((whole, (first, start, *zero)),), local.split)
+    _checked(local, rule, "projection")
+    units = [(g, p) for g in range(groups) for p in range(queries)]
+    units += [(g, queries + more) for more in (0, 1) for g in range(groups)]
+    blocks = tuple(
+        (Box((u, 0, *zero), (1, 1, *rest)), (first + g, p, *zero)) for u, (g, p) in enumerate(units)
+    )
+    return Local((len(units), 1, *rest), blocks, local.split)
+
+
+def _gates(local: Local, rule: Rule) -> Local:
+    """A rank's gate and up projection [2, ffn, ...] as a rule tells it."""
+    [(_, origin)] = local.blocks
+    _, *rest = local.shape
+    zero = [0] * len(rest)
+    one = Box((0, *zero), (1, *rest))
+    if rule.part in ("gate", "up"):
+        place = (int(rule.part == "up"), *origin[1:])
+        return Local((1, *rest), ((one, place),), local.split)
+    if rule.order != "up_gate":
+        return _checked(local, rule, "gate_up")
+    blocks = tuple((one.moved_by((i, *zero)), (1 - i, *origin[1:])) for i in (0, 1))
+    return Local(local.shape, blocks, local.split)
+
+
+def _checked(local: Local, rule: Rule, fused: str) -> Local:
+    """The same, if what a rule tells is told of this kind of matrix (CheckpointError)."""
+    told = rule.order or rule.part
+    if told is not None and told not in _WORDS[fused]:
+        raise CheckpointError(f"a rule tells of {told}, and the matrix has none", mend=_HOW[fused])
+    return local
+
+
+def _merges(ours: Sequence[int], stored: Sequence[int]) -> bool:
+    """Whether a shape comes from ours by joining axes that lie side by side."""
+    left = [n for n in ours if n != 1]
+    for size in (n for n in stored if n != 1):
+        joined = 1
+        while left and joined < size:
+            joined *= left.pop(0)
+        if joined != size:
+            return False
+    return not left
 
 
 def local_of_placement(placement: Placement, tensor: LogicalTensor, rank: int) -> Local:

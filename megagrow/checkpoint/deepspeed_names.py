@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from pydantic import ValidationError
-
-from megagrow.checkpoint.adapter import model_of
 from megagrow.config import ModelConfig
 from megagrow.model.catalog import build_catalog
 from megagrow.state.catalog import Catalog, Init, LogicalTensor
@@ -53,19 +49,7 @@ def last_place(modules: Iterable[str]) -> int:
     return max((int(m[1]) if m else -1 for m in matches), default=-1) if all(matches) else -1
 
 
-def described_model(
-    config: Mapping[str, Any], catalog: Catalog | None = None
-) -> ModelConfig | None:
-    """The model of a configuration in plain data, where it is one, and (if given) of a catalog."""
-    try:
-        model = ModelConfig.model_validate(model_of(config))
-        matches = catalog is None or build_catalog(model) == catalog
-    except (ValidationError, ValueError):
-        return None
-    return model if matches else None
-
-
-def told_model(shapes: Mapping[str, tuple[int, ...]], *, tensor: int) -> ModelConfig | None:
+def recognised_model(shapes: Mapping[str, tuple[int, ...]], *, tensor: int) -> ModelConfig | None:
     """The model that the shapes of one tensor-parallel rank's parameters tell of, if any.
 
     With several tensor-parallel ranks the vocabulary counts its padding, and of a LLaMA the

@@ -11,13 +11,15 @@ import torch
 
 from megagrow.checkpoint import deepspeed_names as names
 from megagrow.checkpoint.adapter import Request, Segment, Values, Zeros
-from megagrow.checkpoint.archive import size_of
+from megagrow.checkpoint.archive import number, size_of
+from megagrow.checkpoint.deepspeed_engine import EngineState
 from megagrow.checkpoint.native_sink import placed
 from megagrow.checkpoint.pickles import Opaque
+from megagrow.checkpoint.shape import refuse_ramp, told_model
 from megagrow.config.schema import OptimizerConfig, PrecisionConfig
 from megagrow.errors import ConfigError
 from megagrow.state.boxes import flat_range_boxes
-from megagrow.state.catalog import ADAM_SLOTS, LogicalTensor, Slot
+from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Role, Slot
 from megagrow.state.placement import split_axis
 
 VERSION = "0.19.8"  # of the DeepSpeed whose files these are
@@ -35,7 +37,8 @@ class Plan:
         self.request, meta = request, request.meta
         self.layout, self.catalog = meta.layout, meta.catalog
         self.placement = placed(meta.catalog, request)
-        self.model = names.described_model(meta.config, meta.catalog)
+        refuse_ramp(meta, program="DeepSpeed")
+        self.model = told_model(meta)
         if self.model is None and self.layout.tensor * self.layout.pipeline > 1:
             raise ConfigError(
                 "DeepSpeed's files of a model that is not ours cannot be cut",
@@ -47,12 +50,22 @@ class Plan:
         self.dtype = request.dtype or DTYPES[self.precision.dtype]
         held = {slot.name for slot in meta.slots}
         moments = {slot.name for slot in ADAM_SLOTS[1:]}
+        self.engine = EngineState.of(meta) if self.model is None else None
         # An engine wants all of Adam's state; what the source lacks starts at zero.
         self.slots: tuple[Slot, ...] = ADAM_SLOTS
-        self.fresh = not moments & held
+        if self.engine is not None:  # it has an optimizer of its own
+            kept = self.engine.slots
+            self.slots = (MASTER, *(slot for slot in meta.slots if slot.name in kept))
+        self.fresh = self.engine is None and not moments & held
         self.optimizer_step = 0 if self.fresh else self._told_step()
-        keys = {key for p in range(self.layout.pipeline) for key, _ in self.placement.groups(p)}
-        self.group_keys: list[Hashable] = sorted(keys)  # type: ignore[type-var]
+        self.group_keys: list[Hashable] = sorted(self._keys())  # type: ignore[type-var]
+
+    def _keys(self) -> set[Hashable]:
+        """Of the optimizer's groups, as far as they have members that are trained."""
+        if self.engine is not None:
+            return set(range(len(self.engine.groups)))
+        stages = range(self.layout.pipeline)
+        return {key for p in stages for key, group in self.placement.groups(p) if _trained(group)}
 
     def _told_step(self) -> int:
         told = self.request.meta.run_state.get("optimizer_step")
@@ -64,9 +77,9 @@ class Plan:
         return self.model.layers + 1 if self.model else -1
 
     def module_names(self, tensor: LogicalTensor, stage: int) -> list[str]:
-        """What the module of a pipeline stage calls a tensor; a tied one has two names."""
+        """What the module of a pipeline stage calls a tensor; a tied one has several names."""
         if self.model is None:
-            return [tensor.name]
+            return [tensor.name, *tensor.aliases]
         cuts, pipelined = self.placement.cuts, self.layout.pipeline > 1
         return [
             names.module_name(tensor.name, place, self.last, pipelined=pipelined)
@@ -76,8 +89,28 @@ class Plan:
 
     def groups(self, stage: int) -> list[list[LogicalTensor]]:
         """The optimizer's groups on a stage; empty where other stages alone have members."""
+        if self.engine is not None:
+            return [[self.catalog[name] for name in g.tensors] for g in self.engine.groups]
         here = dict(self.placement.groups(stage))
-        return [here.get(key, []) for key in self.group_keys]
+        return [_trained(here.get(key, [])) for key in self.group_keys]
+
+    def untrained(self, role: Role) -> list[LogicalTensor]:
+        """The frozen parameters, or the buffers; a model of ours has neither."""
+        return [tensor for tensor in self.catalog if tensor.role == role]
+
+    def dtype_of(self, tensor: LogicalTensor) -> torch.dtype:
+        """The element type of a tensor in the module."""
+        return self.dtype if tensor.role == "trained" else self.stored_dtype(tensor)
+
+    def stored_dtype(self, tensor: LogicalTensor) -> torch.dtype:
+        """The element type of a tensor that is not trained: its own, unless another is asked."""
+        return self.request.dtype_of(tensor.name, MASTER.name)
+
+    def state(self, index: int, tensor: LogicalTensor | None = None) -> dict[str, Any]:
+        """The numbers in the state of a group's tensor, or of the group as one flat tensor."""
+        if self.engine is not None:
+            return self.engine.state(index, tensor.name if tensor else None)
+        return {"step": number(self.optimizer_step)}
 
     def local_shape(self, tensor: LogicalTensor) -> tuple[int, ...]:
         """The shape of a rank's part of a tensor, padding included."""
@@ -111,7 +144,9 @@ class Plan:
                 yield Zeros(missing * dtype.itemsize)
 
     def hyperparameters(self, index: int, params: Sequence[int]) -> dict[str, Any]:
-        """A parameter group as torch's AdamW saves it."""
+        """A parameter group as torch's AdamW saves it, or as the engine's optimizer did."""
+        if self.engine is not None:
+            return self.engine.options(index, params)
         key = self.group_keys[index]
         no_decay, lr, decay, eps = key[:4] if isinstance(key, tuple) else (False, 1.0, 1.0, 1.0)
         ours = self.optimizer
@@ -148,12 +183,17 @@ class Plan:
             for other in others
         }
         told = self.request.meta.run_state.get("consumed_samples")
+        frozen = self.untrained("frozen")
+        for tensor in frozen if groups is not None else ():
+            first, *others = self.module_names(tensor, stage)
+            shared |= dict.fromkeys(others, first)
+        apart = groups is not None and layout.zero > 1
+        head = {} if self.engine is None else dict(self.engine.head)
         return {
-            "buffer_names": [],
+            "buffer_names": [tensor.name for tensor in self.untrained("buffer")],
             "param_shapes": None if groups is None else shapes,
-            "frozen_param_shapes": None,
+            "frozen_param_shapes": {t.name: size_of(t.shape) for t in frozen} if apart else None,
             "shared_params": shared,
-            "frozen_param_fragments": None,
             "lr_scheduler": None,
             "data_sampler": None,
             "random_ltd": None,
@@ -167,6 +207,7 @@ class Plan:
                 "tp_degree": layout.tensor,
             },
             "universal_checkpoint_info": self.merging(),
+            **head,
             "ds_config": {"zero_optimization": {"stage": layout.zero}},
             "ds_version": VERSION,
             names.CLIENT: {
@@ -207,6 +248,9 @@ class Plan:
 
     def loss_scaler(self) -> Opaque:
         """DeepSpeed's own object for the scale of the loss."""
+        kept = self.engine and self.engine.loss_scaler()
+        if kept:
+            return kept
         room = "deepspeed.runtime.fp16.loss_scaler"
         if self.dtype != torch.float16:
             return Opaque(f"{room}.LossScaler", state={"cur_scale": 1.0, "dynamic": False})
@@ -232,7 +276,29 @@ class Plan:
         start = 2.0**self.precision.initial_scale_power
         first = {"cur_scale": start, "cur_iter": 0, "last_overflow_iter": -1, "cur_hysteresis": 2}
         told = self.request.meta.run_state.get("loss_scale")
+        if self.engine is not None:
+            told = {key: value for key, value in self._engine_numbers().items() if key in first}
         return first | (dict(told) if isinstance(told, Mapping) else {})
+
+    def _engine_numbers(self) -> dict[str, Any]:
+        """What the engine has saved beside its optimizer, with what its loss scaler holds."""
+        saved = {} if self.engine is None else dict(self.engine.saved)
+        _, scaler = saved.pop("loss_scaler", None) or (None, {})
+        return {**scaler, **saved}
+
+    def clipping(self) -> dict[str, float]:
+        """The greatest norm of gradients; where an engine's is not known it keeps its own."""
+        ours = {} if self.engine is not None else {"clip_grad": self.optimizer.grad_clip}
+        return ours | self.beside("clip_grad")
+
+    def beside(self, *keys: str) -> dict[str, Any]:
+        """Of such numbers those that are asked for, as far as they are told."""
+        told = self._engine_numbers()
+        return {key: told[key] for key in keys if key in told}
+
+
+def _trained(group: Sequence[LogicalTensor]) -> list[LogicalTensor]:
+    return [tensor for tensor in group if tensor.role == "trained"]
 
 
 def section(kind: Any, data: Any) -> Any:

@@ -6,6 +6,7 @@ is asked for; what its engine does not look at is left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from megagrow.checkpoint import deepspeed_names as names
 from megagrow.checkpoint.adapter import FilePlan, Request, Segment, Zeros
-from megagrow.checkpoint.archive import NewTensor, number, plan_archive
+from megagrow.checkpoint.archive import NewTensor, plan_archive
 from megagrow.checkpoint.deepspeed_plan import VERSION, Plan
 from megagrow.checkpoint.directory import naming, write_new
 from megagrow.checkpoint.pickles import Opaque
@@ -42,7 +43,8 @@ class DeepSpeedSink:
                 copies = layout.data if layout.zero == 3 else 1
                 for data in range(copies):
                     prefix = f"zero_pp_rank_{data}_" if layout.zero == 3 else ""
-                    self._add(f"{prefix}{mp}_model_states.pt", state)
+                    parts = {"frozen_param_fragments": self._fragments(data)}
+                    self._add(f"{prefix}{mp}_model_states.pt", {**state, **parts})
                 for data in range(layout.data if layout.zero else 0):
                     bf16 = "bf16_" if plan.dtype == torch.bfloat16 else ""
                     at = Coordinates(pipe=stage, data=data, tensor=rank)
@@ -65,7 +67,9 @@ class DeepSpeedSink:
         zero = plan.layout.zero
         module = None
         if plan.layout.pipeline == 1:
-            module = self._parameters([t for group in groups for t in group], stage, rank)
+            members = [t for group in groups for t in group]
+            members += [*plan.untrained("frozen"), *plan.untrained("buffer")]
+            module = self._parameters(members, stage, rank)
         optimizer = None if zero else self._whole_states(groups, rank)
         return {
             "module": module,
@@ -79,14 +83,34 @@ class DeepSpeedSink:
         plan = self._plan
         module: dict[str, NewTensor] = {}
         for tensor in tensors:
-            shape = plan.local_shape(tensor)
-            if plan.layout.zero == 3:  # the parameters are in the partitions alone
-                parameter = NewTensor(plan.dtype, (0,), ())
+            shape, dtype = plan.local_shape(tensor), plan.dtype_of(tensor)
+            if plan.layout.zero == 3 and tensor.role != "buffer":  # in the partitions alone
+                parameter = NewTensor(dtype, (0,), ())
             else:
-                segments = tuple(plan.values(tensor, MASTER, rank, dtype=plan.dtype))
-                parameter = NewTensor(plan.dtype, shape, segments)
+                segments = tuple(plan.values(tensor, MASTER, rank, dtype=dtype))
+                parameter = NewTensor(dtype, shape, segments)
             module |= dict.fromkeys(plan.module_names(tensor, stage), parameter)
         return module
+
+    def _fragments(self, data: int) -> dict[str, NewTensor] | None:
+        """Frozen parameters from ZeRO 2 on: whole, or a data rank's part of each."""
+        plan, zero = self._plan, self._plan.layout.zero
+        if zero < 2:
+            return None
+        made = {}
+        for tensor in plan.untrained("frozen"):
+            dtype, numel, shape = plan.dtype_of(tensor), tensor.volume, tensor.shape
+            start, stop = 0, numel
+            if zero == 3:
+                part = -(-numel // plan.layout.data)
+                start, stop = min(part * data, numel), min(part * (data + 1), numel)
+                shape = (part,)
+            segments = list(plan.values(tensor, MASTER, 0, start=start, stop=stop, dtype=dtype))
+            missing = math.prod(shape) - (stop - start)
+            if missing:
+                segments.append(Zeros(missing * dtype.itemsize))
+            made[tensor.name] = NewTensor(dtype, shape, tuple(segments))
+        return made
 
     def _layer_files(self, stage: int, rank: int) -> Iterator[FilePlan]:
         plan = self._plan
@@ -107,11 +131,12 @@ class DeepSpeedSink:
     def _whole_states(self, groups: Sequence[Sequence[LogicalTensor]], rank: int) -> dict[str, Any]:
         """ZeRO 0: torch's own optimizer, in 16 bit inside DeepSpeed's."""
         plan = self._plan
-        states: dict[int, dict[str, NewTensor]] = {}
+        states: dict[int, dict[str, Any]] = {}
         masters: list[list[NewTensor]] = []
         told = []
+        count = 0
         for index, group in enumerate(groups):
-            first = len(states)
+            first = count
             masters.append([])
             for tensor in group:
                 shape = plan.local_shape(tensor)
@@ -120,12 +145,15 @@ class DeepSpeedSink:
                     for slot in plan.slots
                 ]
                 masters[-1].append(made[0])
-                states[len(states)] = self._state(made[1:])
+                state = self._state(made[1:], plan.state(index, tensor))
+                states |= {count: state} if state else {}
+                count += 1
             if not group:  # the engine has one parameter of one element there
                 nothing = NewTensor(torch.float32, (1,), (Zeros(4),))
                 masters[-1].append(nothing)
-                states[len(states)] = self._state([nothing, nothing])
-            told.append(plan.hyperparameters(index, range(first, len(states))))
+                states[count] = self._state([nothing] * (len(plan.slots) - 1), plan.state(index))
+                count += 1
+            told.append(plan.hyperparameters(index, range(first, count)))
         inner = {"state": states, "param_groups": told}
         if plan.dtype == torch.float32:
             return inner
@@ -139,18 +167,20 @@ class DeepSpeedSink:
         if dynamic:
             wrapped["last_overflow_iter"] = int(scale["last_overflow_iter"])
             wrapped |= {"scale_factor": 2.0, "scale_window": plan.precision.window}
+        wrapped |= plan.beside(*wrapped)
         return {**wrapped, "optimizer_state_dict": inner, "fp32_groups": masters}
 
-    def _state(self, moments: Sequence[NewTensor]) -> dict[str, NewTensor]:
+    def _state(self, moments: Sequence[NewTensor], numbers: dict[str, Any]) -> dict[str, Any]:
         slots = self._plan.slots[1:]
         named = {slot.name: moment for slot, moment in zip(slots, moments, strict=True)}
-        return {"step": number(self._plan.optimizer_step), **named}
+        return {**numbers, **named}
 
     def _optim_states(self, at: Coordinates) -> dict[str, Any]:
         """ZeRO 1 to 3: the flat partitions of one rank."""
         plan, zero, data = self._plan, self._plan.layout.zero, self._plan.layout.data
         groups = plan.groups(at.pipe)
-        masters, states, told, paddings, slices = [], {}, [], [], []
+        states: dict[int, dict[str, Any]] = {}
+        masters, told, paddings, slices = [], [], [], []
         for index, group in enumerate(groups):
             parts, size, padding = self._partition(group, at)
             made = []
@@ -158,7 +188,8 @@ class DeepSpeedSink:
                 segments = list(self._flat(parts, slot, at.tensor, size))
                 made.append(NewTensor(torch.float32, (size,), tuple(segments)))
             masters.append(made[0])
-            states[index] = self._state(made[1:])
+            state = self._state(made[1:], plan.state(index))
+            states |= {index: state} if state else {}
             told.append(plan.hyperparameters(index, [index]))
             paddings.append(padding)
             slices.append(
@@ -176,6 +207,7 @@ class DeepSpeedSink:
             "zero_stage": stage,
             "ds_version": VERSION,
         }
+        saved |= plan.beside("dynamic_loss_scale", "overflow")
         if zero == 3:
             saved |= {
                 "partition_count": data,
@@ -184,7 +216,7 @@ class DeepSpeedSink:
             }
         else:
             saved |= {
-                "clip_grad": self._plan.optimizer.grad_clip,
+                **plan.clipping(),
                 "base_optimizer_state": inner,
                 "single_partition_of_fp32_groups": masters,
                 "group_paddings": paddings,

@@ -34,7 +34,7 @@ from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.own_tokenizer import COMPANIONS, FILES, OwnTokenizer, fingerprints_beside
 from megagrow.checkpoint.pickles import StoredTensor
 from megagrow.checkpoint.safetensors import StoredArray, make_header, read_header, read_json
-from megagrow.checkpoint.shape import model_of
+from megagrow.checkpoint.shape import model_of, refuse_ramp
 from megagrow.checkpoint.stored import StoredBox, StoredSource
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError, ConfigError
@@ -220,12 +220,7 @@ class HuggingFaceSink:
     left_out: tuple[LeftOut, ...] = ()
 
     def __init__(self, request: Request) -> None:
-        if request.meta.run_state.get("ramp"):
-            raise CheckpointError(
-                "huggingface: new units of the last growth count in part only, by a mask that "
-                "no model of transformers has",
-                mend="train to the end of the ramp (grow.ramp) and convert that checkpoint",
-            )
+        refuse_ramp(request.meta, program="transformers")
         model = model_of(request.meta)
         self._tokenizer = carried(
             request.tokenizer, vocabulary=model.vocabulary, sequence=model.sequence

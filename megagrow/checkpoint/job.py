@@ -36,7 +36,7 @@ from megagrow.checkpoint.own_tokenizer import (
 from megagrow.checkpoint.shape import catalog_for
 from megagrow.checkpoint.shards import CHUNK_BYTES
 from megagrow.checkpoint.writing import LEAST_BUFFER_BYTES
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.layout import Layout
 from megagrow.state.catalog import slots_of
 
@@ -153,6 +153,7 @@ def open_job(job: Job) -> Opened:
     Raises:
         MegagrowError: the source is damaged or cannot be expressed in the target's format.
     """
+    _require_axes(job)
     source_format, path = detect(job.source, job.source_format)
     source = source_format.open(path, job.told)
     meta = CheckpointMeta(
@@ -200,6 +201,24 @@ def _run_state(source: Source, job: Job) -> dict[str, Any]:
         return dict(job.run_state)
     rest = {**job.run_state, "step": source.step} if job.run_state else {}
     return {**rest, **source.run_state}
+
+
+def _require_axes(job: Job) -> None:
+    """A layout that is asked for must not be dropped because the format has no place for it."""
+    target = get_format(job.target_format)
+    layout = job.layout or Layout()
+    asked = {axis: getattr(layout, axis) for axis in ("tensor", "pipeline", "data")}
+    lost = {axis: n for axis, n in asked.items() if n > 1 and axis not in target.axes}
+    if layout.zero and "data" not in target.axes:
+        lost["zero"] = layout.zero
+    if lost:
+        found = " ".join(f"--{axis} {n}" for axis, n in lost.items())
+        raise ConfigError(
+            f"format {target.name} has no place for a layout's {', '.join(lost)}",
+            found=found,
+            expected=f"{' and '.join(target.axes) or 'no layout'}",
+            mend=f"leave out {found}: the result is the same for any",
+        )
 
 
 def _require_whole_slots(source: Source, sink: Sink, job: Job) -> None:

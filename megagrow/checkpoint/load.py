@@ -9,7 +9,6 @@ import torch
 
 from megagrow.checkpoint.accounting import summary
 from megagrow.checkpoint.formats import detect
-from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.shape import model_of
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError
@@ -46,15 +45,7 @@ def load_model(
     source = kind.open_source(at)
     for line in summary(source.left_out):
         say(f"left out: {line}")
-    meta = CheckpointMeta(
-        catalog=source.catalog,
-        slots=source.slots,
-        layout=source.layout,
-        config=source.config,
-        fingerprints=source.fingerprints,
-        run_state=source.run_state,
-    )
-    shape = model_of(meta)
+    shape = model_of(source)
     parameter = next((slot.name for slot in source.slots if slot.kind == "parameter"), None)
     if parameter is None:
         raise CheckpointError(f"{at}: holds no parameters")

@@ -22,7 +22,7 @@ from megagrow.checkpoint.directory import RESTORE
 from megagrow.checkpoint.shards import Part, Plan
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
-from megagrow.state.catalog import Catalog, InitKind, Slot, SlotKind
+from megagrow.state.catalog import Catalog, InitKind, Role, Slot, SlotKind
 
 NAME = "manifest.json"
 FORMAT = "megagrow checkpoint"
@@ -86,6 +86,8 @@ class TensorRecord(_Record):
     init: InitRecord
     decay: bool
     places: list[Count]
+    role: Role = "trained"
+    aliases: list[Name] = []
 
 
 class SlotRecord(_Record):

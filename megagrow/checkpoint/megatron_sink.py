@@ -21,7 +21,7 @@ from megagrow.checkpoint.deepspeed_plan import DTYPES, plain_json, section
 from megagrow.checkpoint.directory import naming, write_new
 from megagrow.checkpoint.native_sink import placed
 from megagrow.checkpoint.pickles import Opaque
-from megagrow.checkpoint.shape import model_of
+from megagrow.checkpoint.shape import model_of, refuse_ramp
 from megagrow.config.schema import OptimizerConfig, PrecisionConfig
 from megagrow.errors import ConfigError
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Slot
@@ -41,6 +41,7 @@ class MegatronSink:
         self._request, meta = request, request.meta
         self._layout, self._catalog = meta.layout, meta.catalog
         placed(meta.catalog, request)  # refuses what tensor-parallel ranks cannot share out
+        refuse_ramp(meta, program="Megatron-LM")
         self._model = model_of(meta)
         if self._model.layers % self._layout.pipeline:
             raise ConfigError(

@@ -1,13 +1,17 @@
-"""The model that a state is of, from what its run has written down."""
+"""Which model a state is of: the one place that reads it from what a run has written down.
+
+A run writes its first model and its growths; the model of a checkpoint is the first one with the
+growths that the state has been through replayed on it.  `config["model"]` alone is right only
+before the first growth, so nothing but this file reads it (a test sees to that).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.config import GrowConfig, ModelConfig
 from megagrow.errors import CheckpointError, MegagrowError
 from megagrow.growth.growth import plan_growth
@@ -15,31 +19,62 @@ from megagrow.model.catalog import build_catalog
 from megagrow.state.catalog import Catalog
 
 
-def model_of(meta: CheckpointMeta) -> ModelConfig:
-    """The model whose tensors `meta.catalog` lists, growths included.
+class Described(Protocol):
+    """What tells of a model: a `Source` or a `CheckpointMeta`."""
+
+    @property
+    def catalog(self) -> Catalog:
+        """The logical tensors."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of the run."""
+
+    @property
+    def run_state(self) -> Mapping[str, Any]:
+        """Where the run stands, with the number of growth stages behind it."""
+
+
+def replayed_model(
+    config: Mapping[str, Any], run_state: Mapping[str, Any], *, vocabulary: int | None = None
+) -> ModelConfig | None:
+    """The first model of a run, grown as often as the run has; None where no model is told.
+
+    Args:
+        vocabulary: of the tokenizer, where the configuration leaves it to that.
 
     Raises:
-        CheckpointError: the configuration tells of no model, or of one with other tensors.
+        CheckpointError: the sections `model` and `stages` do not describe a model.
     """
-    section = meta.config.get("model")
-    if not isinstance(section, Mapping):
-        raise CheckpointError(
-            "the checkpoint does not tell the shape of its model",
-            expected="a section `model` in its configuration",
-            mend="convert to native or dcp, which need no shape",
-        )
+    section = config.get("model")
+    if section is None:
+        return None
     try:
-        model = ModelConfig(**section)
+        model = ModelConfig.model_validate(section)
         if model.vocab is None:
-            model = model.model_copy(update={"vocab": _rows(meta.catalog, "embedding.token")})
-        for grow in _growths(meta):
+            model = model.model_copy(update={"vocab": vocabulary})
+        for grow in _growths(config, run_state):
             model, _ = plan_growth(grow, model)
-    except (ValidationError, MegagrowError, TypeError, ValueError) as error:
+        _ = model.vocabulary  # or nothing has told it
+    except (ValidationError, MegagrowError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             "the checkpoint's configuration describes no model", found=str(error)[:500]
         ) from None
+    return model
+
+
+def told_model(state: Described) -> ModelConfig | None:
+    """The model whose tensors `state.catalog` lists, growths included; None where none is told.
+
+    Raises:
+        CheckpointError: what is told is no model, or one with other tensors.
+    """
+    rows = state.catalog["embedding.token"].shape[:1] if "embedding.token" in state.catalog else ()
+    model = replayed_model(state.config, state.run_state, vocabulary=rows[0] if rows else None)
+    if model is None:
+        return None
     wanted = {tensor.name: tensor.shape for tensor in build_catalog(model)}
-    found = {tensor.name: tensor.shape for tensor in meta.catalog}
+    found = {tensor.name: tensor.shape for tensor in state.catalog}
     if wanted != found:
         name = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
         raise CheckpointError(
@@ -50,6 +85,36 @@ def model_of(meta: CheckpointMeta) -> ModelConfig:
     return model
 
 
+def model_of(state: Described) -> ModelConfig:
+    """The model whose tensors `state.catalog` lists, growths included.
+
+    Raises:
+        CheckpointError: none is told, or one with other tensors.
+    """
+    model = told_model(state)
+    if model is None:
+        raise CheckpointError(
+            "the checkpoint does not tell the shape of its model",
+            expected="a section `model` in its configuration",
+            mend="convert to native or dcp, which need no shape",
+        )
+    return model
+
+
+def refuse_ramp(state: Described, *, program: str) -> None:
+    """See that a state can leave for another program, which knows nothing of ramps.
+
+    Raises:
+        CheckpointError: new units of a growth still count in part only.
+    """
+    if state.run_state.get("ramp"):
+        raise CheckpointError(
+            "new units of the last growth count in part only, by a mask that "
+            f"no model of {program} has",
+            mend="train to the end of the ramp (grow.ramp) and convert that checkpoint",
+        )
+
+
 # What a model computes of its tensors; the rest of a section says how it is trained.
 _FUNCTION = (
     "family", "layers", "hidden", "heads", "kv_groups", "head_dim", "ffn", "tie_embeddings",
@@ -57,7 +122,7 @@ _FUNCTION = (
 )  # fmt: skip
 
 
-def catalog_for(run: CheckpointMeta, source: CheckpointMeta) -> Catalog:
+def catalog_for(run: Described, source: Described) -> Catalog:
     """The catalog of a run that is to start from the parameters of a source.
 
     Args:
@@ -69,8 +134,8 @@ def catalog_for(run: CheckpointMeta, source: CheckpointMeta) -> Catalog:
     """
     _require_vocabulary(run, source)
     model = model_of(run)
-    if "model" in source.config:
-        before = model_of(source)
+    before = told_model(source)
+    if before is not None:
         for key in _FUNCTION:
             found, expected = getattr(model, key), getattr(before, key)
             if found != expected and (key, model.family) != ("rope_theta", "gpt2"):
@@ -84,9 +149,9 @@ def catalog_for(run: CheckpointMeta, source: CheckpointMeta) -> Catalog:
     return build_catalog(model)
 
 
-def _require_vocabulary(run: CheckpointMeta, source: CheckpointMeta) -> None:
-    rows, wanted = _rows(source.catalog, "embedding.token"), run.config["model"].get("vocab")
-    if None in (rows, wanted) or rows == wanted or _growths(run):
+def _require_vocabulary(run: Described, source: Described) -> None:
+    rows, wanted = _rows(source.catalog), run.config["model"].get("vocab")
+    if None in (rows, wanted) or rows == wanted or _growths(run.config, run.run_state):
         return
     larger = rows is not None and rows > wanted
     raise CheckpointError(
@@ -98,13 +163,16 @@ def _require_vocabulary(run: CheckpointMeta, source: CheckpointMeta) -> None:
     )
 
 
-def _growths(meta: CheckpointMeta) -> list[GrowConfig]:
+def _growths(config: Mapping[str, Any], run_state: Mapping[str, Any]) -> list[GrowConfig]:
     """The growths that the state has been through."""
-    stages: Any = meta.config.get("stages", [])
-    reached = meta.run_state.get("growth_stage", 0)
+    stages: Any = config.get("stages") or []
+    reached = run_state.get("growth_stage", 0)
+    if reached and reached >= len(stages):
+        raise ValueError(f"the state is in growth stage {reached}, and stages are {len(stages)}")
     sections = [stage.get("grow") for stage in stages[1 : reached + 1]]
     return [GrowConfig(**section) for section in sections if section]
 
 
-def _rows(catalog: Catalog, name: str) -> int | None:
-    return catalog[name].shape[0] if name in catalog else None
+def _rows(catalog: Catalog) -> int | None:
+    """Rows of the token table."""
+    return catalog["embedding.token"].shape[0] if "embedding.token" in catalog else None

@@ -9,6 +9,7 @@ from megagrow.checkpoint.adapter import Source
 from megagrow.checkpoint.directory import list_steps, step_path
 from megagrow.checkpoint.manifest import NAME
 from megagrow.checkpoint.native import NativeCheckpoint
+from megagrow.checkpoint.shape import told_model
 from megagrow.errors import CheckpointError
 from megagrow.state.catalog import slots_of
 
@@ -40,10 +41,6 @@ def describe(source: Source, *, format_name: str, checksums: str) -> str:
         format_name: as the command line knows it.
         checksums: the state of those that the format has.
     """
-    model = source.config.get("model")
-    shape = (
-        ", ".join(f"{k} {v}" for k, v in model.items()) if isinstance(model, dict) else "unknown"
-    )
     by = f", by megagrow {source.version}" if isinstance(source, NativeCheckpoint) else ""
     steps = list_steps(source.path.parent)
     count, slots = source.catalog.parameters, ", ".join(s.name for s in source.slots)
@@ -52,7 +49,7 @@ def describe(source: Source, *, format_name: str, checksums: str) -> str:
         "checkpoint": source.path,
         "format": f"{format_name}{by}",
         "step": source.step,
-        "model": shape,
+        "model": _model(source),
         "layout": source.layout,
         "tensors": f"{len(source.catalog):,} with {count:,} parameters, {', '.join(dtypes)}",
         "slots": slots,
@@ -68,6 +65,19 @@ def describe(source: Source, *, format_name: str, checksums: str) -> str:
     rows |= {f"left out{'' if i == 0 else f' {i + 1}'}": line for i, line in enumerate(lines)}
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _model(source: Source) -> str:
+    try:
+        model = told_model(source)
+    except CheckpointError as error:
+        return f"unknown: {str(error).splitlines()[0]}"
+    if model is None:
+        return "unknown: the checkpoint tells of none"
+    sizes = model.model_dump(mode="json", by_alias=True)
+    grown = source.run_state.get("growth_stage", 0)
+    stage = f", in growth stage {grown}" if grown else ""
+    return ", ".join(f"{key} {value}" for key, value in sizes.items()) + stage
 
 
 def list_tensors(source: Source) -> str:

@@ -151,7 +151,7 @@ def group_keys(
     keys = {}
     for tensor in catalog:
         f = rules.factors_of(tensor.name)
-        orthogonal = len(slots_of(tensor, slots)) < len(slots)
+        orthogonal = tensor.role == "trained" and len(slots_of(tensor, slots)) < len(slots)
         if not orthogonal:
             rates = (f.lr, f.weight_decay, f.eps)
         elif f.orthogonal is not None:

@@ -11,10 +11,11 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 InitKind = Literal["normal", "zeros", "ones"]
 SlotKind = Literal["parameter", "first_moment", "second_moment"]
+Role = Literal["trained", "frozen", "buffer"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class LogicalTensor:
         decay: whether weight decay applies.
         places: positions in the model's layer list that use it: 0 is the embedding,
             1..L the blocks, L+1 the final norm and head.  A tied tensor has two.
+        role: of a model that is not ours a tensor may also be a parameter that no optimizer
+            trains, or a buffer; of these there is the value alone, in any element type.
+        aliases: further names of the same tensor in such a model.
     """
 
     name: str
@@ -46,15 +50,24 @@ class LogicalTensor:
     init: Init
     decay: bool
     places: tuple[int, ...]
+    role: Role = "trained"
+    aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
             raise ValueError(f"{self.name}: {len(self.shape)} axes but {len(self.axes)} names")
+        if self.role not in get_args(Role):
+            raise ValueError(f"{self.name}: role {self.role!r:.40}")
 
     @property
     def volume(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    def to_json(self) -> dict[str, Any]:
+        """A form that JSON holds; what is so by default is left out."""
+        defaults = {"role": "trained", "aliases": ()}
+        return {k: v for k, v in asdict(self).items() if (k, v) not in defaults.items()}
 
     @property
     def is_matrix(self) -> bool:
@@ -79,6 +92,8 @@ class Slot:
 
     def of(self, tensor: LogicalTensor) -> bool:
         """Whether a tensor has this slot."""
+        if tensor.role != "trained":
+            return self.kind == "parameter"
         return self.matrices or not tensor.is_matrix
 
     def to_json(self) -> dict[str, Any]:
@@ -126,12 +141,12 @@ class Catalog:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters; a tied tensor counts once."""
-        return sum(tensor.volume for tensor in self.tensors)
+        """Number of parameters; a tied tensor counts once, a buffer not at all."""
+        return sum(tensor.volume for tensor in self.tensors if tensor.role != "buffer")
 
     def to_json(self) -> list[dict[str, Any]]:
         """A form that JSON holds; `from_json` is its inverse."""
-        return [asdict(tensor) for tensor in self.tensors]
+        return [tensor.to_json() for tensor in self.tensors]
 
     @staticmethod
     def from_json(data: Iterable[Mapping[str, Any]]) -> Catalog:
@@ -145,6 +160,8 @@ class Catalog:
                     init=Init(item["init"]["kind"], float(item["init"]["std"])),
                     decay=bool(item["decay"]),
                     places=tuple(int(place) for place in item["places"]),
+                    role=item.get("role", "trained"),
+                    aliases=tuple(str(name) for name in item.get("aliases", ())),
                 )
                 for item in data
             )

@@ -22,12 +22,13 @@ from megagrow.checkpoint import (
     set_aside,
     step_path,
 )
-from megagrow.config import Config
+from megagrow.checkpoint.shape import model_of
+from megagrow.config import Config, ModelConfig
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import VALIDATION, VALIDATION_BEFORE
 from megagrow.errors import CheckpointError, MegagrowError, TrainingError
 from megagrow.model.catalog import build_catalog
-from megagrow.state.catalog import slots_of
+from megagrow.state.catalog import Catalog, slots_of
 from megagrow.state.statemap import Identity
 from megagrow.state.transfer import transfer_from_storage
 from megagrow.train.agree import on_first
@@ -307,8 +308,8 @@ def check_agreement(
     if expected != checkpoint.catalog:
         raise CheckpointError(
             f"{where}: holds another model than stage {state.growth_stage} of the configuration",
-            found=_shape(checkpoint.catalog.parameters, checkpoint.config.get("model", {})),
-            expected=_shape(expected.parameters, config.model.model_dump()),
+            found=_shape(checkpoint.catalog, _model_of(checkpoint)),
+            expected=_shape(expected, plan.stages[state.growth_stage].model),
             mend="resume with the model and stages that the run was started with"
             + _without_it(checkpoint.path, config, "start a run of this model"),
         )
@@ -340,9 +341,17 @@ def _without_it(path: Path, config: Config, what: str) -> str:
     return f", or {what} with run.dir=NEW" if own else ""
 
 
-def _shape(parameters: int, model: dict[str, Any]) -> str:
-    sizes = ", ".join(f"{k} {model[k]}" for k in ("layers", "hidden", "heads", "ffn") if k in model)
-    return f"{parameters:,} parameters in this stage; first stage {sizes}"
+def _model_of(checkpoint: NativeCheckpoint) -> ModelConfig | None:
+    try:
+        return model_of(checkpoint)
+    except CheckpointError:
+        return None
+
+
+def _shape(catalog: Catalog, model: ModelConfig | None) -> str:
+    keys = ("layers", "hidden", "heads", "ffn") if model else ()
+    sizes = ", ".join(f"{key} {getattr(model, key)}" for key in keys)
+    return f"{catalog.parameters:,} parameters; {sizes or 'sizes not told'}"
 
 
 def _changes(before: Any, now: Any, key: str = "") -> list[str]:

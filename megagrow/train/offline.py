@@ -17,6 +17,7 @@ import torch
 from megagrow.checkpoint import CheckpointMeta, NativeCheckpoint, Piece, SoloGroup, save
 from megagrow.checkpoint.directory import step_of
 from megagrow.checkpoint.formats import detect
+from megagrow.checkpoint.shape import model_of
 from megagrow.checkpoint.summary import find
 from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
 from megagrow.config.load import parse_config
@@ -27,7 +28,6 @@ from megagrow.growth.growth import Growth, plan_growth
 from megagrow.growth.ligo import Fitted
 from megagrow.layout import Layout
 from megagrow.lock import holding_output
-from megagrow.model.catalog import build_catalog
 from megagrow.schedule.stages import sample_length, stage_batch
 from megagrow.state.boxes import Box, split_box, whole
 from megagrow.state.catalog import MASTER, LogicalTensor, Slot, slots_of
@@ -97,7 +97,7 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
         raise CheckpointError(
             f"{checkpoint.path}: not a checkpoint of a training run", found=error
         ) from error
-    small = _model_of(checkpoint, config, state)
+    small = model_of(checkpoint)
     length = sample_length(config, small, state.growth_stage)
     state = replace(state, position=state.position.measured(length))
     model, growth = plan_growth(grow, small)
@@ -232,24 +232,6 @@ class _Deferred:
 
     def detach(self) -> torch.Tensor:
         return self.reader.read(self.tensor, self.slot, self.box, dtype=self.dtype)
-
-
-def _model_of(checkpoint: NativeCheckpoint, config: Config, state: RunState) -> ModelConfig:
-    """The model that a checkpoint holds: its run's first, grown up to its stage."""
-    model = config.model
-    if model.vocab is None:  # the run took it from its tokenizer
-        rows = checkpoint.catalog["embedding.token"].shape[0]
-        model = model.model_copy(update={"vocab": rows})
-    for stage in config.stages[1 : state.growth_stage + 1]:
-        if stage.grow is not None:
-            model, _ = plan_growth(stage.grow, model)
-    if state.growth_stage >= len(config.stages) or build_catalog(model) != checkpoint.catalog:
-        raise CheckpointError(
-            f"{checkpoint.path}: its tensors are not those of its configuration",
-            found=f"{checkpoint.catalog.parameters:,} parameters",
-            expected=f"{build_catalog(model).parameters:,} in growth stage {state.growth_stage}",
-        )
-    return model
 
 
 def _with_growth(config: Config, state: RunState, grow: GrowConfig) -> Config:

@@ -34,8 +34,13 @@ def save_model(
     step=7,
     fingerprints=None,
     data=None,
+    config=None,
+    run_state=None,
 ):
-    """Save random state of a model, cut over a layout's ranks; returns (path, state)."""
+    """Save random state of a model, cut over a layout's ranks; returns (path, state).
+
+    `config` and `run_state` are those of the run, where it is more than the model and a step.
+    """
     model = model or toy_model()
     state = state_of(model, seed=seed, dtype=dtype)
     catalog = build_catalog(model)
@@ -43,13 +48,15 @@ def save_model(
         catalog=catalog,
         slots=ADAM_SLOTS,
         layout=layout,
-        config={
+        config=config
+        or {
             "model": model.model_dump(mode="json", by_alias=True),
             "run": {"seed": 1},
             **({"data": {"path": str(data)}} if data else {}),
         },
         fingerprints=fingerprints or {"data": "d0", "tokenizer": "t0"},
-        run_state={"step": step, "growth_stage": 0, "rules": OptimizerRules().to_json()},
+        run_state=run_state
+        or {"step": step, "growth_stage": 0, "rules": OptimizerRules().to_json()},
     )
     placement = Placement(catalog, layout, group_keys(catalog, OptimizerRules()))
     # One process writes what all ranks hold: for a reader the boxes are the same.

@@ -32,7 +32,7 @@ def test_a_run_directory_shows_its_newest_checkpoint(run_directory):
     rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
     rows = {key: value.strip() for key, value in rows.items()}
     assert rows["step"] == "40"
-    assert rows["model"] == "family gpt2, layers 2"
+    assert rows["model"] == "unknown: the checkpoint's configuration describes no model"
     assert rows["layout"] == "tensor 1 x pipeline 1 x data 2, ZeRO 1"
     assert rows["tensors"] == f"4 with {CATALOG.parameters} parameters, torch.float32"
     assert rows["slots"] == "master, exp_avg, exp_avg_sq"

@@ -92,7 +92,8 @@ def commands(home):
         "report": ["run"],
         "supervise": ["--ranks", "1", str(home / "job.py")],
         **{f"benchmark {kind}": [kind] for kind in
-           ("growth", "throughput", "operators", "convert", "kernels", "mfu", "faults", "dynamics")},
+           ("growth", "throughput", "operators", "convert", "kernels", "mfu", "faults",
+            "dynamics")},
         "benchmark savings": [
             "savings", "--config", str(fuzz.REPOSITORY / "configs/bench/cpu_savings.yaml"),
             "--dry-run",
@@ -224,9 +225,7 @@ def sweep_settings(monkeypatch, home, tmp_path, cases):
 
 
 def test_some_settings_with_wrong_values(monkeypatch, home, tmp_path):
-    sweep_settings(
-        monkeypatch, home, tmp_path, random.Random(SEED).sample(settings_cases(), 60)
-    )
+    sweep_settings(monkeypatch, home, tmp_path, random.Random(SEED).sample(settings_cases(), 60))
 
 
 @pytest.mark.slow

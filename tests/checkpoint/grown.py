@@ -1,0 +1,51 @@
+"""Checkpoints as runs leave them that have grown: random state, but the run's own description."""
+
+from states import save_model
+from toys import toy_model
+
+from megagrow.config import Config
+from megagrow.growth.growth import plan_growth
+from megagrow.train.state import RunState
+
+WIDTH = {"operator": "width", "factor": 2, "state_policy": "sparkling"}
+DEPTH = {"operator": "depth_stack", "factor": 2, "state_policy": "copy"}
+LLAMA = {"family": "llama", "heads": 4, "kv_heads": 2, "head_dim": 4}
+# Runs by name: what they have grown through, and what is not a toy model's own in the first model.
+# `exact` leaves a learning rate of its own to every tensor.
+HISTORIES = {
+    "fresh": ([], {}),
+    "wider": ([WIDTH | {"state_policy": "exact"}], LLAMA),
+    "deeper": ([DEPTH], LLAMA | {"tie_embeddings": False}),
+    "twice": ([WIDTH, DEPTH], {"layers": 1}),
+    "composed": ([{"operator": "width + depth_stack", "factor": 2}], LLAMA | {"layers": 1}),
+    "by_rule": ([WIDTH], {"layers": 1}),
+}
+
+
+def grown_run(growths, *, ends="steps", step=7, **changes):
+    """(model, configuration, run state) of a run that has been through these growths."""
+    first = toy_model(**changes)
+    model, state = first, RunState(step=step, optimizer_step=step, consumed_samples=8 * step)
+    stages = [{"until": {"steps": 3}}]
+    if ends == "rule":
+        stages = [{"until": {"steps": 5, "slope": -0.05}}]
+    for number, grow in enumerate(growths):
+        stages.append({"until": {"steps": 10 * (number + 1)}, "grow": grow})
+        model, growth = plan_growth(_config(first, stages).stages[-1].grow, model)
+        state = state.after_growth(growth)
+    config = _config(first, stages)
+    return model, config.model_dump(mode="json", by_alias=True), state.to_json()
+
+
+def _config(model, stages):
+    sections = {"data": {"path": "data/x"}, "run": {"seed": 1}, "batch": {"global": 8, "micro": 2}}
+    return Config(model=model, stages=stages, **sections)
+
+
+def save_grown(root, history, *, seed=3, step=7):
+    """A native checkpoint of such a run; returns (path, the model that it is of)."""
+    growths, changes = HISTORIES[history]
+    ends = "rule" if history == "by_rule" else "steps"
+    model, config, state = grown_run(growths, ends=ends, step=step, **changes)
+    path, _ = save_model(root, model, seed=seed, step=step, config=config, run_state=state)
+    return path, model

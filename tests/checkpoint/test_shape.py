@@ -1,0 +1,83 @@
+"""Which model a checkpoint is of: one answer, from the run's first model and its growths."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from grown import HISTORIES, save_grown
+from states import opened
+
+from megagrow.checkpoint.load import load_model
+from megagrow.checkpoint.shape import model_of, told_model
+from megagrow.checkpoint.summary import describe
+from megagrow.config.growths import GrowConfig
+from megagrow.errors import CheckpointError
+from megagrow.train.offline import plan_offline, write_offline
+
+ROOT = Path(__file__).parent.parent.parent
+FILES = sorted([*(ROOT / "megagrow").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
+
+
+def reads_model_section(node):
+    """`config["model"]` or `config.get("model")`, whatever the configuration is called."""
+    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+        key, owner = node.slice, node.value
+    elif (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("get", "pop")
+        and node.args
+    ):
+        key, owner = node.args[0], node.func.value
+    else:
+        return False
+    return isinstance(key, ast.Constant) and key.value == "model" and "conf" in ast.unparse(owner)
+
+
+def test_nothing_but_shape_reads_the_model_section_of_a_configuration():
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if reads_model_section(node)
+    ]
+    assert [place.rpartition(":")[0] for place in found] == ["megagrow/checkpoint/shape.py"], found
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_every_reader_sees_the_model_as_it_has_grown(history, tmp_path):
+    path, model = save_grown(tmp_path, history)
+    source = opened(path)
+    assert model_of(source) == model
+    assert load_model(path)[1].layers == model.layers
+    shown = describe(source, format_name="native", checksums="")
+    [row] = [line for line in shown.splitlines() if line.startswith("model ")]
+    assert f"layers {model.layers}, hidden {model.hidden}, heads {model.heads}" in row
+    grown = len(HISTORIES[history][0])
+    assert (f"in growth stage {grown}" in row) == (grown > 0)
+
+
+def test_a_checkpoint_grown_offline_tells_its_model(tmp_path):
+    path, model = save_grown(tmp_path / "run", "wider")
+    plan = plan_offline(path, GrowConfig(operator="depth_stack", factor=2))
+    assert plan.small == model
+    deeper = opened(write_offline(plan, tmp_path / "out"))
+    assert model_of(deeper) == plan.model and plan.model.layers == 2 * model.layers
+
+
+def test_a_configuration_that_does_not_lead_to_the_tensors_is_refused(tmp_path):
+    source = opened(save_grown(tmp_path, "twice")[0])
+
+    class Changed:
+        catalog, config, run_state = source.catalog, source.config, source.run_state
+
+    Changed.run_state = {**source.run_state, "growth_stage": 1}
+    with pytest.raises(CheckpointError, match="describes another model"):
+        model_of(Changed)
+    Changed.run_state = {**source.run_state, "growth_stage": 3}
+    with pytest.raises(CheckpointError, match="growth stage 3, and stages are 3"):
+        told_model(Changed)
+    Changed.config = {}
+    assert told_model(Changed) is None
+    with pytest.raises(CheckpointError, match="does not tell the shape"):
+        model_of(Changed)

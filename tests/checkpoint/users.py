@@ -1,0 +1,148 @@
+"""A user's own model under DeepSpeed, which nothing of ours knows: ranks call these."""
+
+import contextlib
+
+import torch
+
+from megagrow.checkpoint.convert import Job, convert
+from megagrow.checkpoint.formats import FORMATS
+from megagrow.layout import Layout
+
+OPTIMIZERS = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+    "amsgrad": lambda groups: torch.optim.AdamW(groups, lr=1e-2, amsgrad=True),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.3, momentum=0.9),
+    "plain_sgd": lambda groups: torch.optim.SGD(groups, lr=0.3),
+}
+
+
+class UsersModel(torch.nn.Module):
+    """Two tied tables, a frozen matrix, a buffer of numbers and one of whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb = torch.nn.Embedding(11, 7)
+        self.a = torch.nn.Linear(7, 5)
+        self.norm = torch.nn.LayerNorm(5)
+        self.b = torch.nn.Linear(5, 7, bias=False)
+        self.head = torch.nn.Linear(7, 11, bias=False)
+        self.register_buffer("scale", torch.arange(1.0, 4.0))
+        self.register_buffer("count", torch.tensor(3))
+        self.head.weight = self.emb.weight
+        self.b.weight.requires_grad_(False)
+
+    def forward(self, tokens):
+        hidden = self.head(self.b(self.norm(self.a(self.emb(tokens)))))
+        return (hidden.float() * self.scale.float().sum()).pow(2).mean()
+
+
+def engine(*, zero, dtype="fp32", optimizer="adamw", seed=0, universal=False, **zero_settings):
+    """The user's engine: two groups, of which one has no weight decay and a rate of its own."""
+    import deepspeed
+
+    torch.manual_seed(seed)
+    model = UsersModel()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rate = 1.0 if "sgd" in optimizer else 2e-2  # so that 16 bits show every update
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0, "lr": rate},
+    ]
+    made = OPTIMIZERS[optimizer](groups)
+    settings = {
+        "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.7,
+        "zero_optimization": {"stage": zero, **zero_settings},
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"load_universal": universal},
+    }  # fmt: skip
+    if dtype != "fp32":
+        settings[dtype] = {"enabled": True}
+    schedule = torch.optim.lr_scheduler.StepLR(made, 2, gamma=0.5)
+    return deepspeed.initialize(
+        model=model, optimizer=made, config=settings, lr_scheduler=schedule
+    )[0]  # fmt: skip
+
+
+def train(engine, steps, rank, first=0):
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(100 * step + rank)
+        engine.backward(engine(torch.randint(0, 11, (2, 4), generator=generator)))
+        engine.step()
+
+
+def tensors(engine):
+    """Everything in the module, whole (with ZeRO 3 gathered), and with ZeRO the masters."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    gathered = contextlib.nullcontext()
+    zero = engine.zero_optimization_stage()
+    if zero == 3:
+        gathered = deepspeed.zero.GatheredParameters(list(engine.module.parameters()))
+    with gathered:
+        found = {name: t.detach().clone() for name, t in engine.module.state_dict().items()}
+    # DeepSpeed's own look-up does not know of parameters that are dealt out.
+    masters = zero and not engine.zero_round_robin_gradients()
+    for name, parameter in engine.module.named_parameters() if masters else ():
+        if parameter.requires_grad:
+            found[f"{name} master"] = safe_get_full_fp32_param(parameter).clone()
+    return found
+
+
+def go_on(comm, root, cases):
+    """Train, save, convert, go on from the result; per case what differs from going on at once.
+
+    A case is (name, settings of the first engine, those of the second, formats on the way).
+    """
+    found = {}
+    for name, settings, following, route in cases:
+        first = engine(**settings)
+        train(first, 3, comm.rank)
+        first.save_checkpoint(str(root / name), client_state={"note": {"epoch": 4}})
+        at_save = tensors(first)
+        train(first, 1, comm.rank, first=3)
+        expected = tensors(first)
+        left_out = []
+        if comm.rank == 0:
+            path = root / name
+            layout = Layout(data=comm.world, zero=following["zero"])
+            for number, fmt in enumerate(route):
+                kept = layout if "data" in FORMATS[fmt].axes else None
+                target = root / f"{name}-{number}"
+                report = convert(Job(path, target, fmt, layout=kept), verify=True, workers=1)
+                left_out += report.survey.left_out if number == 0 else ()
+                path = target
+        comm.barrier()
+        second = engine(seed=1, **following)
+        if following.get("universal"):  # the engine loads no module from there
+            module = {name: at_save[name] for name in second.module.state_dict()}
+            torch.nn.Module.load_state_dict(second.module, module)
+        at, client = second.load_checkpoint(str(root / f"{name}-{len(route) - 1}"))
+        assert at is not None and client["note"] == {"epoch": 4}, name
+        read = tensors(second)
+        differing = differences(at_save, read)
+        train(second, 1, comm.rank, first=3)
+        read = tensors(second)
+        # Gradients are clipped by a norm whose parts other stages add up in another order.
+        stages = {settings["zero"], following["zero"]}
+        alike = len(stages) == 1 or stages <= ({0, 1, 2} if comm.world == 1 else {1, 2})
+        near = 0.0 if alike else {"fp32": 1e-5, "bf16": 2**-7}[settings["dtype"]]
+        after = differences(expected, read, near=near)
+        moved = [n for n, v in at_save.items() if " " not in n and not same(v, expected[n])]
+        found[name] = differing, after, moved, [str(one) for one in left_out]
+    return found
+
+
+def differences(wanted, found, *, near=0.0):
+    """Names whose values differ by more than a part of themselves; ZeRO 0 shows no masters."""
+    masters = any(name.endswith(" master") for name in found)
+    return [
+        name for name, values in wanted.items()
+        if (masters or not name.endswith(" master")) and not same(values, found[name], near)
+    ]  # fmt: skip
+
+
+def same(a, b, near=0.0):
+    if near:
+        return torch.allclose(a.float(), b.float(), rtol=near, atol=1e-5)
+    return a.dtype == b.dtype and torch.equal(a, b)
