@@ -181,7 +181,8 @@ def test_the_command_claims_no_more_than_it_compared(tmp_path, capsys):
         "left out: exp_avg, exp_avg_sq (no place in format huggingface)",
     ):
         assert line in first and line in second
-    assert "not the source's, or not held: step, configuration, run state, fingerprints" in second
+    assert "verified: fingerprints\n" in second
+    assert "not the source's, or not held: step, configuration, run state\n" in second
     assert command("convert").main(
         ["--from", str(tmp_path / "hf"), "--to", str(tmp_path / "back"), "--to-format", "native",
          "--verify"]
