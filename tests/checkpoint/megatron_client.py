@@ -1,7 +1,8 @@
 """Megatron-Core's GPT model on a CPU takes our export: names, order, logits.
 
-Usage: megatron_client.py DIRECTORY; prints `same` at the end.  Its model asks for a GPU in three
-places that have nothing to do with what is computed; they are answered here.
+Usage: megatron_client.py DIRECTORY [CHECKPOINT...]; prints `same` at the end.  Native checkpoints
+take the place of toy models.  Its model asks for a GPU in three places that have nothing to do with
+what is computed; they are answered here.
 """
 
 import contextlib
@@ -19,9 +20,12 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from states import opened  # noqa: E402
 from toys import build, random_state, toy_model  # noqa: E402
 
+from megagrow.checkpoint.load import load_model  # noqa: E402
 from megagrow.checkpoint.megatron import FORMAT  # noqa: E402
+from megagrow.checkpoint.shape import model_of  # noqa: E402
 from megagrow.layout import Layout  # noqa: E402
 from megagrow.model.catalog import build_catalog  # noqa: E402
 
@@ -71,13 +75,16 @@ def main():
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1")
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel(1, 1)
-    for number, changes in enumerate(
-        [{"family": "gpt2"}, {"family": "llama", "tie_embeddings": False},
-         {"family": "llama", "heads": 4, "kv_heads": 2, "head_dim": 4}]
-    ):  # fmt: skip
-        model = toy_model(**changes)
-        state = random_state(build_catalog(model), seed=number, dtype=torch.float32)
-        source = WholeSource(model, state)
+    kinds = [{"family": "gpt2"}, {"family": "llama", "tie_embeddings": False},
+             {"family": "llama", "heads": 4, "kv_heads": 2, "head_dim": 4}]  # fmt: skip
+    for number, kind in enumerate(sys.argv[2:] or kinds):
+        if isinstance(kind, str):
+            source = opened(Path(kind))
+            model, ours = model_of(source), load_model(Path(kind))[0]
+        else:
+            model = toy_model(**kind)
+            state = random_state(build_catalog(model), seed=number, dtype=torch.float32)
+            source, ours = WholeSource(model, state), build(model, state)
         path = write_checkpoint(FORMAT, source, Path(sys.argv[1]) / str(number), Layout())
         file = torch.load(
             path / "iter_0000007" / "mp_rank_00" / "model_optim_rng.pt", weights_only=False
@@ -91,9 +98,9 @@ def main():
         mask = torch.ones(model.sequence, model.sequence).triu(1).bool()[None, None]
         with torch.no_grad():
             found = theirs(tokens, places, mask)[..., : model.vocab]
-            expected = build(model, state).logits(tokens)
+            expected = ours.logits(tokens)
         difference = float((found - expected).abs().max())
-        assert difference < 1e-4, (changes, difference)
+        assert difference < 1e-4, (kind, difference)
         groups = file["optimizer"]["param_groups"]
         order = [n for n in names if theirs.get_parameter(n).dim() > 1]
         order += [n for n in names if theirs.get_parameter(n).dim() == 1]

@@ -34,9 +34,7 @@ def sound_checkpoints(tmp_path_factory):
             path, _ = save_model(root / f"run{run}", toy_model(layers=1), layout=LAYOUT, seed=run)
             made[fmt, run] = path
         else:
-            layout = None if fmt == "huggingface" else LAYOUT
-            target = root / f"{fmt}{run}"
-            made[fmt, run] = to(made["native", run], target, fmt, layout=layout)
+            made[fmt, run] = to(made["native", run], root / f"{fmt}{run}", fmt)
     return made
 
 
