@@ -61,7 +61,7 @@ VALUES = {
 }
 
 
-class Started(MegagrowError):
+class WouldStartError(MegagrowError):
     """The command has refused nothing and would do its work now."""
 
 

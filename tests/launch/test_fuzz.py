@@ -7,7 +7,17 @@ from pathlib import Path
 
 import fuzz
 import pytest
-from fuzz import VALUES, Started, call, filled, inside, left_behind, load, make_places, snapshot
+from fuzz import (
+    VALUES,
+    WouldStartError,
+    call,
+    filled,
+    inside,
+    left_behind,
+    load,
+    make_places,
+    snapshot,
+)
 from jobs import WIDTH, settings, write_config
 from states import save_model, to
 
@@ -38,7 +48,7 @@ def home(tmp_path_factory, dataset):
     config = load_config(write_config(home / "run.yaml", mapping))
     data = open_dataset(dataset)
     model = config.model.model_copy(update={"vocab": data.vocab_size})
-    bare, _ = save_model(home / "bare", model)
+    bare, _ = save_model(home / "bare", model, fingerprints=fingerprints(data))
     to(bare, home / "export", "huggingface")
     to(
         home / "export", home / "checkpoint" / "step_00000000", "native",
@@ -56,7 +66,7 @@ def start_nothing(monkeypatch):
     """Commands end where they would start processes or training."""
 
     def would_start(*_, **__):
-        raise Started("would start")
+        raise WouldStartError("would start")
 
     import torch.multiprocessing
 
@@ -83,7 +93,8 @@ def commands(home):
         "convert": ["--from", checkpoint, "--to", "converted", "--to-format", "huggingface"],
         "inspect": [checkpoint],
         "plan": ["--config", config, "--tokens", "1e6", "--stages", "2"],
-        "plan --machine": ["--config", config, "--machine", str(home / "machine.yaml")],
+        "plan --machine": ["--config", config, "--machine", str(home / "machine.yaml"),
+                           "machine.nodes=1", "batch.global=64"],
         "prepare_data": ["--input", str(home / "text.txt"), "--output", "made",
                          "--vocab-size", "290", "--documents", "paragraph",
                          "--validation-fraction", "0.2"],
@@ -92,7 +103,8 @@ def commands(home):
         "report": ["run"],
         "supervise": ["--ranks", "1", str(home / "job.py")],
         **{f"benchmark {kind}": [kind] for kind in
-           ("growth", "throughput", "operators", "convert", "kernels", "mfu", "faults", "dynamics")},
+           ("growth", "throughput", "operators", "convert", "kernels", "mfu", "faults",
+            "dynamics")},
         "benchmark savings": [
             "savings", "--config", str(fuzz.REPOSITORY / "configs/bench/cpu_savings.yaml"),
             "--dry-run",
@@ -224,9 +236,7 @@ def sweep_settings(monkeypatch, home, tmp_path, cases):
 
 
 def test_some_settings_with_wrong_values(monkeypatch, home, tmp_path):
-    sweep_settings(
-        monkeypatch, home, tmp_path, random.Random(SEED).sample(settings_cases(), 60)
-    )
+    sweep_settings(monkeypatch, home, tmp_path, random.Random(SEED).sample(settings_cases(), 60))
 
 
 @pytest.mark.slow
