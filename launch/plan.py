@@ -94,8 +94,8 @@ def check_numbers(options: argparse.Namespace) -> None:
     from megagrow.errors import ConfigError
 
     ranges = {
-        "tokens": (lambda x: 0 < x <= 1e20, "more than 0, at most 1e20", "--tokens 1e10"),
-        "flops": (lambda x: 0 < x <= 1e35, "more than 0, at most 1e35", "--flops 1e18"),
+        "tokens": (lambda x: 1 <= x <= 1e20, "at least 1, at most 1e20", "--tokens 1e10"),
+        "flops": (lambda x: 1 <= x <= 1e35, "at least 1, at most 1e35", "--flops 1e18"),
         "stages": (lambda x: 1 <= x <= 64, "at least 1, at most 64", "--stages 3"),
         "bootstrap": (lambda x: 1 <= x <= 10**6, "at least 1, at most 1e6", "--bootstrap 200"),
         "growth_loss": (lambda x: 0 <= x <= 1e3, "at least 0, at most 1e3", "--growth-loss 0"),

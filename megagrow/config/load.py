@@ -169,6 +169,9 @@ def _fault(schema: type[BaseModel], details: ErrorDetails) -> str:
     else:
         expected = _EXPECTED.get(kind, message.removeprefix("Input should be "))
         lines = [key, f"  found:    {_shown(value)}", f"  expected: {expected}"]
+        glued = re.fullmatch(r"(\w+):(\S+)", value) if isinstance(value, str) else None
+        if glued is not None and kind in ("model_type", "dict_type"):
+            lines.append(f"  mend:     a blank after the colon: {glued[1]}: {glued[2]}")
     return "\n".join(f"  {line}" for line in lines)
 
 

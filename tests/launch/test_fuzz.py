@@ -157,6 +157,7 @@ def try_one(name, base, words, what, *, home, place):
     if len(said.text) > 20_000:
         faults.append(f"{len(said.text)} characters")
     if said.status == 0:
+        make_places(home)  # a right value may have written there
         option = what.split()[0]
         if option not in FREE and what.split(" ", 1)[-1] in WRONG and option.startswith("--"):
             faults.append("status 0")
