@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.config import GrowConfig, ModelConfig
+from megagrow.config.load import in_words
 from megagrow.errors import CheckpointError, MegagrowError
 from megagrow.growth.growth import plan_growth
 from megagrow.model.catalog import build_catalog
@@ -36,7 +37,7 @@ def model_of(meta: CheckpointMeta) -> ModelConfig:
             model, _ = plan_growth(grow, model)
     except (ValidationError, MegagrowError, TypeError, ValueError) as error:
         raise CheckpointError(
-            "the checkpoint's configuration describes no model", found=str(error)[:500]
+            "the checkpoint's configuration describes no model", found=in_words(error)[:500]
         ) from None
     wanted = {tensor.name: tensor.shape for tensor in build_catalog(model)}
     found = {tensor.name: tensor.shape for tensor in meta.catalog}

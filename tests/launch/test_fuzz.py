@@ -78,6 +78,8 @@ def start_nothing(monkeypatch):
     monkeypatch.setattr(comm, "start", would_start)
     monkeypatch.setattr(commands, "start", would_start)
     monkeypatch.setattr(commands, "run_job", would_start)
+    for module in (commands.departing, commands.converting, commands.fused):
+        monkeypatch.setattr(module, "measure", would_start)
     monkeypatch.setattr(torch.multiprocessing, "spawn", would_start)
     monkeypatch.setattr(supervisor.Supervisor, "run", would_start)
     monkeypatch.setattr(Agent, "run", would_start)
