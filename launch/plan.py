@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     budget.add_argument("--flops", type=float, help="find the best schedule for so many FLOPs")
     laws = parser.add_mutually_exclusive_group()
-    laws.add_argument("--law", default="chinchilla", help="kaplan, chinchilla (default) or epoch")
+    laws.add_argument("--law", help="kaplan, chinchilla (default) or epoch")
     laws.add_argument("--fit", nargs="+", metavar="RUN_DIR", help="fit the law to these runs")
     add("--bootstrap", type=int, default=200, help="resampled fits (default %(default)s)")
     add("--no-floor", action="store_true", help="fit without the constant E")
@@ -94,8 +94,8 @@ def check_numbers(options: argparse.Namespace) -> None:
     from megagrow.errors import ConfigError
 
     ranges = {
-        "tokens": (lambda x: 0 < x <= 1e20, "more than 0, at most 1e20", "--tokens 1e10"),
-        "flops": (lambda x: 0 < x <= 1e35, "more than 0, at most 1e35", "--flops 1e18"),
+        "tokens": (lambda x: 1 <= x <= 1e20, "at least 1, at most 1e20", "--tokens 1e10"),
+        "flops": (lambda x: 1 <= x <= 1e35, "at least 1, at most 1e35", "--flops 1e18"),
         "stages": (lambda x: 1 <= x <= 64, "at least 1, at most 64", "--stages 3"),
         "bootstrap": (lambda x: 1 <= x <= 10**6, "at least 1, at most 1e6", "--bootstrap 200"),
         "growth_loss": (lambda x: 0 <= x <= 1e3, "at least 0, at most 1e3", "--growth-loss 0"),
@@ -116,6 +116,18 @@ def check_numbers(options: argparse.Namespace) -> None:
             found=f"--rank {options.rank}",
             mend="add --machine FILE, or leave --rank out",
         )
+
+
+def _refuse_options_of_a_search(options: argparse.Namespace) -> None:
+    """Refuse what only a search for a schedule makes use of, where there is none."""
+    from megagrow.errors import ConfigError
+
+    for name in ("law", "fit", "no_floor", "output"):
+        if getattr(options, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: for a schedule alone, which is searched for a budget",
+                mend="add --tokens 1e10 or --flops 1e18, or leave it out",
+            )
 
 
 def growth_operators(names: str) -> list[str]:
@@ -173,18 +185,19 @@ def run(options: argparse.Namespace) -> str:
             "nothing to plan: neither a budget nor a machine is given",
             mend="--tokens 1e10 or --flops 1e18 for a schedule, --machine FILE for costs at scale",
         )
+    operators = growth_operators(options.operators)
     if not searches:
         assert machine is not None
+        _refuse_options_of_a_search(options)
         return describe_on_machine(config, machine, rank=options.rank)
 
-    operators = growth_operators(options.operators)
     fit = None
     if options.fit:
         points = run_points(options.fit, unit="tokens")
         fit = fit_law(
             points, unit="tokens", floor=not options.no_floor, bootstrap=options.bootstrap
         )
-    law = fit.law if fit is not None else find_law(options.law)
+    law = fit.law if fit is not None else find_law(options.law or "chinchilla")
     target = config.model_copy(update={"stages": config.stages[:1]})
     found = propose(
         target,

@@ -16,7 +16,7 @@ EXAMPLES = """\
   python launch/prepare_data.py --input stdlib --output data/stdlib --workers 2
 
   # one text file: one document, the end of which validates
-  python launch/prepare_data.py --input book.txt --output data/book
+  python launch/prepare_data.py --input BOOK.txt --output data/book
 
   # JSONL with a ready tokenizer
   python launch/prepare_data.py --input CORPUS.jsonl --text-key text \\

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -70,7 +69,11 @@ def as_path(text: str) -> Path:
     shown = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{shown!r} is not a path")
-    if "\0" in text or max(len(os.fsencode(part)) for part in text.split("/")) > _LONGEST_NAME:
+    try:
+        longest = max(len(part.encode()) for part in text.split("/"))
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{shown!r} is not a path in UTF-8") from error
+    if "\0" in text or longest > _LONGEST_NAME:
         raise argparse.ArgumentTypeError(
             f"{shown!r} is not a path: a name in it is longer than {_LONGEST_NAME} bytes"
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megagrow.config import Config, LayoutConfig, ModelConfig
+from megagrow.config.load import in_words
 from megagrow.errors import ConfigError
 from megagrow.layout import make_layout
 from megagrow.model.parallel import require_tensor_parallel
@@ -75,7 +76,7 @@ def read_layout(text: str, *, world: int, option: str) -> LayoutConfig:
     except ValueError as error:
         raise ConfigError(
             f"{option}: is not a layout",
-            found=f"{text}: {error}",
+            found=f"{text[:80]}: {in_words(error)}",
             expected="for instance tensor=2,pipeline=1,zero=1",
         ) from error
     fits = make_layout(

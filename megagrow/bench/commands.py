@@ -25,7 +25,7 @@ from megagrow.bench import operators as comparing
 from megagrow.bench import throughput as training
 from megagrow.bench.jobs import is_first, run_job, under_launcher
 from megagrow.config import LayoutConfig, ModelConfig
-from megagrow.config.load import load_settings, parse_config
+from megagrow.config.load import in_words, load_settings, parse_config
 from megagrow.data.dataset import as_prepared_by, open_dataset
 from megagrow.engine.comm import start
 from megagrow.errors import CheckpointError, ConfigError
@@ -156,7 +156,7 @@ def _model(options: argparse.Namespace) -> ModelConfig:
     try:
         return ModelConfig.model_validate({name: getattr(options, name) for name in names})
     except ValueError as error:
-        raise ConfigError(f"the model's options do not fit: {error}") from error
+        raise ConfigError(f"the model's options do not fit: {in_words(error)}") from error
 
 
 def _layouts(world: int) -> list[LayoutConfig]:

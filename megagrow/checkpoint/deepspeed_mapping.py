@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from megagrow.checkpoint.directory import read_small
 from megagrow.config import ModelConfig
+from megagrow.config.load import in_words
 from megagrow.config.yamltext import read_yaml
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.layout import Layout
@@ -96,9 +97,7 @@ def read_mapping(tag: Path) -> tuple[MappingFile, Path] | None:
         for pattern in (*patterns, *(one for group in mapping.groups or () for one in group)):
             re.compile(pattern)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{where}: {key or 'content'}: {first['msg']}") from None
+        raise CheckpointError(f"{where}: {in_words(error)[:500]}") from None
     except (ConfigError, re.error, ValueError) as error:
         raise CheckpointError(f"{where}: not valid", found=str(error)[:300]) from None
     return mapping, where

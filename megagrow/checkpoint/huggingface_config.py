@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from megagrow.checkpoint.accounting import names_in
 from megagrow.checkpoint.adapter import LeftOut
 from megagrow.config import ModelConfig
+from megagrow.config.load import in_words
 from megagrow.errors import CheckpointError
 
 # Every key of a config.json is one of these, or refused by its name: a key that nobody here has
@@ -130,7 +131,7 @@ def read_model(
         if model.vocab is None:
             raise TypeError("vocab_size is not a number")
     except (ValidationError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        found = f"no {error}" if isinstance(error, KeyError) else str(error)
+        found = f"no {error}" if isinstance(error, KeyError) else in_words(error)
         raise CheckpointError(
             f"{where}: describes no model that megagrow can express", found=found[:500]
         ) from None

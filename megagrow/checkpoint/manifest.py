@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import megagrow
 from megagrow.checkpoint.directory import RESTORE
 from megagrow.checkpoint.shards import Part, Plan
+from megagrow.config.load import in_words
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.state.catalog import Catalog, InitKind, Role, Slot, SlotKind
@@ -272,9 +273,7 @@ def unseal(data: bytes, *, where: str) -> Manifest:
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{where}: {key}: {first['msg']}") from None
+        raise CheckpointError(f"{where}: {in_words(error)[:500]}") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

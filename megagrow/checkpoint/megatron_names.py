@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from megagrow.checkpoint.adapter import LeftOut, ReadOptions
 from megagrow.checkpoint.megatron_arguments import require_known
 from megagrow.config import ModelConfig
+from megagrow.config.load import in_words
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
 from megagrow.state.boxes import Box
@@ -195,7 +196,7 @@ def read_model(
             }
         )
     except (ValidationError, LookupError, TypeError, ValueError) as error:
-        found = f"no {error}" if isinstance(error, KeyError) else str(error)
+        found = f"no {error}" if isinstance(error, KeyError) else in_words(error)
         raise CheckpointError(
             f"{where}: args describe no model that megagrow can express", found=found[:500]
         ) from None

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megagrow.checkpoint.directory import RESTORE, naming, write_new
 from megagrow.checkpoint.safetensors import read_json
 from megagrow.checkpoint.shards import CHUNK_BYTES, checksum_count
+from megagrow.config.load import in_words
 from megagrow.errors import CheckpointError
 
 NAME = "megagrow.checksums.json"
@@ -63,7 +64,9 @@ def read_seal(path: Path) -> tuple[dict[str, SealedFile], int]:
             if len(file.crc32) != checksum_count(file.size, CHUNK_BYTES):
                 raise ValueError(f"number of checksums of {name}")
     except (KeyError, TypeError, ValueError, AttributeError, ValidationError) as error:
-        raise CheckpointError(f"{where}: damaged", found=str(error)[:300], mend=RESTORE) from None
+        raise CheckpointError(
+            f"{where}: damaged", found=in_words(error)[:300], mend=RESTORE
+        ) from None
     return files, CHUNK_BYTES
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from megagrow.config import GrowConfig, ModelConfig
+from megagrow.config.load import in_words
 from megagrow.errors import CheckpointError, MegagrowError
 from megagrow.growth.growth import plan_growth
 from megagrow.model.catalog import build_catalog
@@ -58,7 +59,7 @@ def replayed_model(
         _ = model.vocabulary  # or nothing has told it
     except (ValidationError, MegagrowError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            "the checkpoint's configuration describes no model", found=str(error)[:500]
+            "the checkpoint's configuration describes no model", found=in_words(error)[:500]
         ) from None
     return model
 

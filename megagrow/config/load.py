@@ -124,6 +124,24 @@ def parse_settings(kind: type[S], data: Mapping[str, Any], *, source: str) -> S:
         raise ConfigError("\n".join([f"{source}: {count}", *faults])) from error
 
 
+def in_words(error: Exception) -> str:
+    """An exception in one line; one of a schema by its keys and what they expect."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    faults = []
+    for details in error.errors(include_url=False):
+        key, kind, value = _dotted(details["loc"]), details["type"], details["input"]
+        if kind == "value_error":
+            words = details["msg"].removeprefix("Value error, ")
+        elif kind in ("extra_forbidden", "missing"):
+            words = "unknown" if kind == "extra_forbidden" else "missing"
+        else:
+            expected = _EXPECTED.get(kind, details["msg"].removeprefix("Input should be "))
+            words = f"expected {expected}, found {_shown(value)}"
+        faults.append(f"{key}: {words}" if key else words)
+    return "; ".join(faults)
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; loading it gives an equal `Config`.
 
@@ -169,6 +187,9 @@ def _fault(schema: type[BaseModel], details: ErrorDetails) -> str:
     else:
         expected = _EXPECTED.get(kind, message.removeprefix("Input should be "))
         lines = [key, f"  found:    {_shown(value)}", f"  expected: {expected}"]
+        glued = re.fullmatch(r"(\w+):(\S+)", value) if isinstance(value, str) else None
+        if glued is not None and kind in ("model_type", "dict_type"):
+            lines.append(f"  mend:     a blank after the colon: {glued[1]}: {glued[2]}")
     return "\n".join(f"  {line}" for line in lines)
 
 
@@ -218,6 +239,6 @@ def _shortened(path: str | Path) -> str:
 
 def _shown(value: Any) -> str:
     """The value, shortened, and its kind."""
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
     text = text if len(text) <= 60 else text[:57] + "..."
     return text if value is None else f"{text} ({_kind(value)})"

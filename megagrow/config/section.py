@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -15,7 +14,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 def _path(text: str) -> str:
     try:
-        longest = max(len(os.fsencode(part)) for part in text.split("/"))
+        longest = max(len(part.encode()) for part in text.split("/"))
     except UnicodeEncodeError:
         longest = 0
     if not text.strip() or "\0" in text or not 0 < longest <= 255:

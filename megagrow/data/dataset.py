@@ -155,18 +155,18 @@ def read_manifest(directory: Path) -> tuple[Content, dict[str, Any]]:
 
 
 # What `prepare_data.py` was given and the manifest keeps; a ready tokenizer is only a checksum.
-_OPTIONS = (
-    "vocab_size", "tokenizer_sample", "validation_fraction", "seed", "dtype", "glob", "text_key",
-    "documents",
-)  # fmt: skip
+_OPTIONS = {
+    "vocab_size": 4096, "tokenizer_sample": 8 << 20, "validation_fraction": 0.01, "seed": 1234,
+    "dtype": "auto", "glob": "*", "format": "auto", "text_key": "text", "documents": "file",
+}  # fmt: skip
 
 
 def prepare_again(made: Mapping[str, Any], directory: Path) -> str:
     """The command that makes a damaged dataset anew, as far as its manifest tells how it was."""
     given = made.get("arguments", {}) if isinstance(made.get("arguments", {}), dict) else {}
     words = ["--input", str(made.get("input", "TEXT")), "--output", str(directory), "--overwrite"]
-    for key in _OPTIONS:
-        if given.get(key) is not None:
+    for key, default in _OPTIONS.items():
+        if given.get(key) not in (None, default):
             words += [f"--{key.replace('_', '-')}", str(given[key])]
     if given.get("tokenizer_sha256") is not None:
         words += ["--tokenizer", "TOKENIZER"]

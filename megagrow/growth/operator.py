@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from megagrow.config import ModelConfig
+from megagrow.config.load import in_words
 from megagrow.errors import GrowthError
 from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.state.statemap import AxisMap, Copy, Fill, Noise
@@ -169,6 +170,7 @@ def resized(model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
     try:
         return ModelConfig(**fields)
     except ValidationError as error:
-        faults = "; ".join(str(fault["msg"]) for fault in error.errors(include_url=False))
         wanted = ", ".join(f"{key} {n}" for key, n in sizes.items())
-        raise GrowthError(f"grow: there is no model with {wanted}", found=faults) from error
+        raise GrowthError(
+            f"grow: there is no model with {wanted}", found=in_words(error)
+        ) from error

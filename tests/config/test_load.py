@@ -157,9 +157,9 @@ def test_dump_loads_back_equal(path, tmp_path):
     lr=st.floats(min_value=1e-300, max_value=1e300),
     flops=st.floats(min_value=1e-300, max_value=1e300),
     seed=st.integers(min_value=0, max_value=2**63 - 1),
-    directory=st.text(),
+    text=st.text(),
 )
-def test_dump_keeps_every_digit(tmp_path_factory, lr, flops, seed, directory):
+def test_dump_keeps_every_digit(tmp_path_factory, lr, flops, seed, text):
     file = tmp_path_factory.getbasetemp() / "digits.yaml"
     config = parse_config(
         {
@@ -168,7 +168,8 @@ def test_dump_keeps_every_digit(tmp_path_factory, lr, flops, seed, directory):
             "batch": {"global": 1, "micro": 1},
             "stages": [{"until": {"flops": flops}}],
             "optimizer": {"lr": lr},
-            "run": {"dir": directory, "seed": seed},
+            "run": {"seed": seed},
+            "train": {"wandb": {"project": text}},
         }
     )
     file.write_text(dump_config(config), encoding="utf-8")

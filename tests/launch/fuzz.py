@@ -5,6 +5,7 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import signal
 import sys
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ VALUES = {
 }
 
 
-class StartedError(MegagrowError):
+class WouldStartError(MegagrowError):
     """The command has refused nothing and would do its work now."""
 
 
@@ -118,7 +119,8 @@ def filled(value, place):
 
 
 def make_places(place):
-    """The paths that values name."""
+    """The paths that values name, as they are before every case."""
+    shutil.rmtree(place / "directory", ignore_errors=True)
     (place / "directory").mkdir(parents=True)
     (place / "file").write_text("some text\n")
     (place / "binary").write_bytes(bytes(range(256)) * 40)

@@ -281,10 +281,12 @@ def test_options_of_the_harness(tmp_path, saved, data, harness, capsys):
     for more, said in (
         (["--tasks", "helaswag"], "for instance hellaswag"),
         (["--tasks", "piqa", "--include-path", tmp_path / "none"], "no such directory"),
-        (["--tasks", "piqa", "--limit", 0], "--limit: must be above 0"),
         (["--lambada", "x", "--num-fewshot", 2], "--num-fewshot: for --tasks alone"),
     ):
         capsys.readouterr()
         assert evaluate(*always, *more) == 1
         assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate(*always, "--tasks", "piqa", "--limit", 0)
+    assert "--limit: '0' is not a number above 0" in capsys.readouterr().err
     assert len(harness.calls) == 1

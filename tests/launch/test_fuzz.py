@@ -7,7 +7,17 @@ from pathlib import Path
 
 import fuzz
 import pytest
-from fuzz import VALUES, Started, call, filled, inside, left_behind, load, make_places, snapshot
+from fuzz import (
+    VALUES,
+    WouldStartError,
+    call,
+    filled,
+    inside,
+    left_behind,
+    load,
+    make_places,
+    snapshot,
+)
 from jobs import WIDTH, settings, write_config
 from states import save_model, to
 
@@ -38,7 +48,7 @@ def home(tmp_path_factory, dataset):
     config = load_config(write_config(home / "run.yaml", mapping))
     data = open_dataset(dataset)
     model = config.model.model_copy(update={"vocab": data.vocab_size})
-    bare, _ = save_model(home / "bare", model)
+    bare, _ = save_model(home / "bare", model, fingerprints=fingerprints(data))
     to(bare, home / "export", "huggingface")
     to(
         home / "export", home / "checkpoint" / "step_00000000", "native",
@@ -56,7 +66,7 @@ def start_nothing(monkeypatch):
     """Commands end where they would start processes or training."""
 
     def would_start(*_, **__):
-        raise Started("would start")
+        raise WouldStartError("would start")
 
     import torch.multiprocessing
 
@@ -68,6 +78,8 @@ def start_nothing(monkeypatch):
     monkeypatch.setattr(comm, "start", would_start)
     monkeypatch.setattr(commands, "start", would_start)
     monkeypatch.setattr(commands, "run_job", would_start)
+    for module in (commands.departing, commands.converting, commands.fused):
+        monkeypatch.setattr(module, "measure", would_start)
     monkeypatch.setattr(torch.multiprocessing, "spawn", would_start)
     monkeypatch.setattr(supervisor.Supervisor, "run", would_start)
     monkeypatch.setattr(Agent, "run", would_start)
@@ -83,7 +95,8 @@ def commands(home):
         "convert": ["--from", checkpoint, "--to", "converted", "--to-format", "huggingface"],
         "inspect": [checkpoint],
         "plan": ["--config", config, "--tokens", "1e6", "--stages", "2"],
-        "plan --machine": ["--config", config, "--machine", str(home / "machine.yaml")],
+        "plan --machine": ["--config", config, "--machine", str(home / "machine.yaml"),
+                           "machine.nodes=1", "batch.global=64"],
         "prepare_data": ["--input", str(home / "text.txt"), "--output", "made",
                          "--vocab-size", "290", "--documents", "paragraph",
                          "--validation-fraction", "0.2"],
@@ -146,6 +159,7 @@ def try_one(name, base, words, what, *, home, place):
     if len(said.text) > 20_000:
         faults.append(f"{len(said.text)} characters")
     if said.status == 0:
+        make_places(home)  # a right value may have written there
         option = what.split()[0]
         if option not in FREE and what.split(" ", 1)[-1] in WRONG and option.startswith("--"):
             faults.append("status 0")
