@@ -48,7 +48,8 @@ def open_source(path: Path) -> StoredSource:
         meta, step = _read_ours(path / OURS, data)
         pairs = [(t.name, slot.name) for t in meta.catalog for slot in slots_of(t, meta.slots)]
         state = Foreign(meta, {pair: stored_name(*pair) for pair in pairs})
-        more = {*entries, *others} - set(state.names.values())
+        aliases = _require_aliases(where, state, entries)
+        more = {*entries, *others} - {*state.names.values(), *aliases}
         if more:
             raise CheckpointError(
                 f"{where}: tensor {min(more)[:200]}: {OURS} knows none of that name", mend=RESTORE
@@ -56,7 +57,7 @@ def open_source(path: Path) -> StoredSource:
     elif (path / SEAL).exists():
         raise CheckpointError(f"{path / OURS}: missing", mend=RESTORE)
     else:
-        state, step = read_foreign(path, entries, others), 0
+        state, step, aliases = read_foreign(path, entries, others), 0, set()
     meta = state.meta
     sizes: dict[str, int] = {}
     boxes: list[StoredBox] = []
@@ -85,6 +86,7 @@ def open_source(path: Path) -> StoredSource:
     left_out = account(
         (*entries, *others),
         carried={*state.names.values(), *state.read},
+        derived=aliases,
         left_out=state.left_out,
     )
     files = {chunk.file for entry in entries.values() for chunk in entry.chunks}
@@ -98,6 +100,24 @@ def open_source(path: Path) -> StoredSource:
         left_out=(*left_out, *unread_files(path, {METADATA, OURS, *files})),
         zeros=state.zeros,
     )
+
+
+def _require_aliases(where: Path, state: Foreign, entries: Mapping[str, Entry]) -> set[str]:
+    """The further names of tied parameters, once each is seen to stand for the same bytes.
+
+    Raises:
+        CheckpointError: one is missing, or stands for other bytes.
+    """
+    found = set()
+    for tensor in state.meta.catalog:
+        for name in tensor.aliases:
+            own = entries.get(state.names[tensor.name, state.meta.slots[0].name])
+            if own is None or name not in entries or entries[name].chunks != own.chunks:
+                raise CheckpointError(
+                    f"{where}: {name} is not {tensor.name}, with which it is tied", mend=RESTORE
+                )
+            found.add(name)
+    return found
 
 
 def _locate(

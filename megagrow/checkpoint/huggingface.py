@@ -125,7 +125,7 @@ def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
         LeftOut(item.name, "the tokenizer's, which formats with a place for it carry along")
         if item.name in (*FILES, *COMPANIONS)
         else item
-        for item in unread_files(path, {_CONFIG, _INDEX, *sizes})
+        for item in unread_files(path, {_CONFIG, _INDEX, _RUN, *sizes})
     ]
     return StoredSource(
         path, meta=meta, step=0, sizes=sizes, boxes=boxes, left_out=(*left_out, *settings, *files)

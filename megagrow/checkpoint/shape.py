@@ -47,7 +47,7 @@ def replayed_model(
     Raises:
         CheckpointError: the sections `model` and `stages` do not describe a model.
     """
-    section = config.get("model")
+    section = _section(config)
     if section is None:
         return None
     try:
@@ -151,7 +151,7 @@ def catalog_for(run: Described, source: Described) -> Catalog:
 
 
 def _require_vocabulary(run: Described, source: Described) -> None:
-    rows, wanted = _rows(source.catalog), run.config["model"].get("vocab")
+    rows, wanted = _rows(source.catalog), (_section(run.config) or {}).get("vocab")
     if None in (rows, wanted) or rows == wanted or _growths(run.config, run.run_state):
         return
     larger = rows is not None and rows > wanted
@@ -177,3 +177,8 @@ def _growths(config: Mapping[str, Any], run_state: Mapping[str, Any]) -> list[Gr
 def _rows(catalog: Catalog) -> int | None:
     """Rows of the token table."""
     return catalog["embedding.token"].shape[0] if "embedding.token" in catalog else None
+
+
+def _section(config: Mapping[str, Any]) -> Any:
+    """The model that a run began with, as it is written down."""
+    return config.get("model")

@@ -4,6 +4,7 @@ from states import save_model
 from toys import toy_model
 
 from megagrow.config import Config
+from megagrow.data.position import Position
 from megagrow.growth.growth import plan_growth
 from megagrow.train.state import RunState
 
@@ -25,14 +26,15 @@ HISTORIES = {
 def grown_run(growths, *, ends="steps", step=7, **changes):
     """(model, configuration, run state) of a run that has been through these growths."""
     first = toy_model(**changes)
-    model, state = first, RunState(step=step, optimizer_step=step, consumed_samples=8 * step)
+    position = Position(((first.sequence, 8 * step),))
+    model, state = first, RunState(step=step, optimizer_step=step, position=position)
     stages = [{"until": {"steps": 3}}]
     if ends == "rule":
         stages = [{"until": {"steps": 5, "slope": -0.05}}]
     for number, grow in enumerate(growths):
         stages.append({"until": {"steps": 10 * (number + 1)}, "grow": grow})
         model, growth = plan_growth(_config(first, stages).stages[-1].grow, model)
-        state = state.after_growth(growth)
+        state = state.after_growth(growth, betas=(0.9, 0.95))
     config = _config(first, stages)
     return model, config.model_dump(mode="json", by_alias=True), state.to_json()
 

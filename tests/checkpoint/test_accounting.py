@@ -189,7 +189,7 @@ def test_the_command_claims_no_more_than_it_compared(tmp_path, capsys):
     ) == 0  # fmt: skip
     said = capsys.readouterr().out
     assert said.count("zeros: exp_avg, exp_avg_sq (the source has none)") == 2
-    assert "verified: configuration, run state\n" in said
+    assert "verified: configuration, run state, fingerprints\n" in said
     assert said.count("left out: config.json: bos_token_id") == 2
 
 

@@ -71,7 +71,7 @@ def test_no_checkpoint_and_help(tmp_path):
     done = inspect(tmp_path)
     assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}: no checkpoint")
     done = inspect("--help")
-    assert done.returncode == 0 and "example:" in done.stdout
+    assert done.returncode == 0 and "examples:" in done.stdout
 
 
 def test_scripts_beside_it_still_get_the_standard_inspect(tmp_path):
