@@ -13,6 +13,7 @@ flattened optimizer state dicts name them.  A directory that is not ours is read
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from megagrow.checkpoint.accounting import account, unread_files

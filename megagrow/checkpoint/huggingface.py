@@ -225,9 +225,9 @@ class HuggingFaceSink:
         self._tokenizer = carried(
             request.tokenizer, vocabulary=model.vocabulary, sequence=model.sequence
         )
-        self._fingerprints = dict(request.meta.fingerprints)
+        fingerprints = dict(request.meta.fingerprints)
         if isinstance(request.tokenizer, OwnTokenizer) and request.tokenizer.sha256:
-            self._fingerprints["tokenizer"] = request.tokenizer.sha256
+            fingerprints["tokenizer"] = request.tokenizer.sha256
         shards: list[list[Link]] = [[]]
         filled = 0
         dtypes: set[torch.dtype] = set()
@@ -253,6 +253,11 @@ class HuggingFaceSink:
             if len(shards) > 1:
                 name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self.files.append(self._plan(name, shard, request))
+        self._sharded = len(shards) > 1
+        if fingerprints:
+            # A file like those of the weights: it is sealed as they are.
+            text = json.dumps({"fingerprints": fingerprints}, indent=2) + "\n"
+            self.files.append(FilePlan(_RUN, [text.encode()]))
 
     def _plan(self, name: str, shard: Sequence[Link], request: Request) -> FilePlan:
         values = {
@@ -275,14 +280,12 @@ class HuggingFaceSink:
     def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> Sequence[str]:
         """Write index, configurations and the tokenizer's files; see that transformers agrees."""
         _write_json(directory / _CONFIG, self._config)
-        if len(self.files) > 1:
+        if self._sharded:
             index = {
                 "metadata": {"total_size": self._total},
                 "weight_map": dict(sorted(self._weight_map.items())),
             }
             _write_json(directory / _INDEX, index)
-        if self._fingerprints:
-            _write_json(directory / _RUN, {"fingerprints": self._fingerprints})
         for name, content in self._tokenizer.files.items():
             with naming(directory / name, "cannot be written"):
                 write_new(directory / name, content)

@@ -222,7 +222,8 @@ def test_an_epoch_labels_each_token_once_whatever_the_lengths(
     labels = np.concatenate([sample[1:] for sample in walked])
     counts = np.bincount(labels, minlength=TOKENS)
     # Whole epochs before leave out fewer tokens than a sample has, each of them another few.
-    assert counts.max() <= epoch + 1
+    beyond = -(-max(0, done - rest) // index.windows)
+    assert counts.max() <= epoch + 1 + beyond
     if epoch == 0 and done <= rest:
         assert counts.sum() > TOKENS - last
     following = [index.sample(max(done, rest) + k)[1:] for k in range(index.windows)]
@@ -279,8 +280,8 @@ def test_a_position_keeps_lengths_and_reads_what_earlier_versions_wrote() -> Non
 def test_a_wrong_id_is_found_in_an_epoch_cut_anew(tmp_path):
     """Samples after a change of length are looked up token by token; their ids are checked too."""
     prefix = tmp_path / "wrong"
-    with IndexedWriter(prefix, np.uint16) as writer:
-        writer.add(np.full(200, 7))
+    with IndexedWriter(prefix, "uint16") as writer:
+        writer.add_document(np.full(200, 7))
     data = IndexedDataset(prefix, vocabulary=7)
     index = SampleIndex(data, 8, seed=1, before=((4, 3),))
     with pytest.raises(DataError, match="does not have, in sample 0"):
