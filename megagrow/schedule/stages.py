@@ -110,7 +110,7 @@ def resolve_stages(
                 + (f"stages[{index - 1}] ends at {_shown(done)} {unit} " if index else "")
                 + "(bounds count from the start of the run)",
                 found=_shown(bound),
-                expected=f"more than {_shown(done)}",
+                expected=f"{'more than' if last else 'at least'} {_shown(done)}",
                 mend=f"raise stages[{index}].until.{unit}"
                 + (", or end the stage before it earlier" if index else ""),
             )

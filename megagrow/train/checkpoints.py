@@ -69,7 +69,7 @@ def is_saved(path: Path, state: RunState, *, run: str, known: Path | None) -> bo
     passed_over = {"loss_scale"}  # known to the engine alone, which takes it up a little later
     if path == known:
         # A run that went back to it leaves data out, but has the same tensors.
-        passed_over |= {"consumed_samples", "recent"}
+        passed_over |= {"consumed_samples", "taken", "recent"}
     keys = [key for key in mine if key not in passed_over]
     differ = [key for key in keys if _plain(mine[key]) != _plain(held.get(key))]
     if theirs != run and path != known:

@@ -98,7 +98,8 @@ def test_dry_run_tells_bytes_and_writes_nothing(tmp_path):
     about = survey(Job(path, tmp_path / "new", "huggingface"))
     assert sorted(tmp_path.rglob("*")) == before
     to(path, tmp_path / "new", "huggingface")
-    assert about.bytes == (tmp_path / "new/model.safetensors").stat().st_size
+    files = ("model.safetensors", "megagrow.json")
+    assert about.bytes == sum((tmp_path / "new" / name).stat().st_size for name in files)
     slots = ("exp_avg", "exp_avg_sq")
     assert tuple(item.name for item in about.left_out) == slots
     assert survey(Job(tmp_path / "new", tmp_path / "x", "native")).made == slots
