@@ -387,7 +387,7 @@ def _parsed(content: bytes) -> Holder | None:
 def _machine() -> str:
     """Of this boot of this machine, and of the processes that see each other's numbers."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()

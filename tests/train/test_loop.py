@@ -42,7 +42,8 @@ def test_the_run_directory(run):
     _, run_dir = run
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
-        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "logs"
+        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "logs",
+        "run_id",
     }  # fmt: skip
     assert list(run_dir.glob("tensorboard/events.out.tfevents.*"))
     # Saved before each growth (steps 3 and 7), at every second step, and at the end; 3 kept.

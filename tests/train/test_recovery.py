@@ -90,6 +90,7 @@ def test_signals_are_noted_and_what_they_did_before_comes_back(number):
     stop = StopRequest()
     with stop.listening():
         assert stop.signal == 0
+        stop.deferring = True
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGUSR1)
     assert stop.signal == number and signal_name(stop.signal) == number.name
