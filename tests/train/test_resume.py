@@ -100,7 +100,8 @@ def straight(tmp_path_factory, dataset):
 # and the checkpoint that is left.  With a checkpoint a step, and a growth after step 3.
 MOMENTS = [
     ("train_step", 2, 1),
-    ("_next_stage", 1, 2),  # before the state to grow from is saved
+    ("_save", 2, 2),  # before the state to grow from is saved
+    ("_next_stage", 1, 3),  # and after
     ("close", 2, 3),  # of the old engine; the first is the log's
     ("transfer_between_ranks", 1, 3),
     ("growth", 1, 3),  # grown, but not logged

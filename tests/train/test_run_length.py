@@ -55,7 +55,7 @@ def test_memory_descriptors_threads_and_objects_are_flat_after_the_warm_up(
         model={"layers": 1},
         stages=[{"until": {"steps": steps}}],
         train={"validate_every": 50, "log_every": 100, "tensorboard": True},
-        checkpoint={"every": 100, "keep": 2},
+        checkpoint={"every": 50, "keep": 2},  # the first is well inside the warm-up
         recovery={"spike": 3.0},
     )
     config = write_config(tmp_path / "run.yaml", mapping)

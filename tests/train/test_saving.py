@@ -89,9 +89,9 @@ def _write_only_when_told(rank, notes):
         tell(steps=seen["steps"] + 1)
         return result
 
-    def submitting(*args):
+    def submitting(*args, **named):
         tell(at=seen["steps"], awaited=False)
-        return save(*args)
+        return save(*args, **named)
 
     def awaiting(*args):
         tell(awaited=True)
