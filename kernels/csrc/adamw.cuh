@@ -95,7 +95,7 @@ struct Cursor {
   // Whether the old block of a box holds a position.
   MG_DEVICE static bool holds(const YoungBox& b, uint32_t rest) {
     bool old = true;
-#pragma unroll
+#pragma unroll 1  // rare, and unrolled it takes registers that the update needs
     for (int a = kAxes - 1; a >= 0; --a) {
       const uint32_t length = (uint32_t)b.size[a], above = rest / length;
       old = old && is_old((int)(rest - above * length), (int)b.begin[a], (int)b.step[a],

@@ -14,6 +14,7 @@ from megagrow.config.load import dump_config
 from megagrow.errors import DataError, TrainingError
 from megagrow.files import free_name, write_atomically
 from megagrow.report import write_report
+from megagrow.report.log import read_lines, tail_start
 from megagrow.train.grow import GrowthReport
 from megagrow.train.holding import run_id
 from megagrow.train.metrics import MetricsLog
@@ -164,6 +165,21 @@ class Journal:
                 f"step {state.step}: rank {slowest} on {host} is the slowest, busy "
                 f"{ratio:.1f} times as long as the median rank"
             )
+
+    def lacks_validation(self, state: RunState) -> bool:
+        """Whether the log of a resumed run ends with the step of `state` and no validation of it.
+
+        A run that is asked to stop leaves after its step without the validation that was due.
+        """
+        if self._log is None:
+            return False
+        start = tail_start(self._log.path, step=state.step, stage=state.growth_stage)
+        found = {
+            line["event"]
+            for _, line in read_lines(self._log.path, start=start)
+            if line.get("step") == state.step
+        }
+        return "step" in found and "validation" not in found
 
     def validation(self, state: RunState, loss: float, *, stage: Stage) -> None:
         """The loss of the fixed validation samples."""

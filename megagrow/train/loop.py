@@ -248,6 +248,8 @@ class Trainer:
         self._ask_whether_to_stop()
         if self.state.step == 0 and not self._asked:
             self._validate()
+        elif not self._asked and self._missed_its_validation():
+            self._ask_rule(self._validate())
         while not self._asked:
             try:
                 self._train()
@@ -383,11 +385,21 @@ class Trainer:
         """The step after which this job ends."""
         return self.config.train.stop_after_steps or self.plan.total_steps
 
+    def _missed_its_validation(self) -> bool:
+        """Whether this run was asked to stop after its last step, and left before validating."""
+        if not self._validation_is_due():
+            return False
+        return on_first(self.comm, lambda: self.journal.lacks_validation(self.state))
+
+    def _validation_is_due(self) -> bool:
+        step, every = self.state.step, self.config.train.validate_every
+        return step % every == 0 or step in (self.stage.plan.end_step, self._stop)
+
     def _now_and_then(self) -> None:
         """Validation, the stage's rule, and checkpoints that fall on this step."""
         step = self.state.step
         ends = step == self.stage.plan.end_step or step == self._stop
-        if step % self.config.train.validate_every == 0 or ends:
+        if self._validation_is_due():
             self._ask_rule(self._validate())
             self._ask_whether_to_stop()
         if step % self.config.checkpoint.every == 0 and not ends and not self._asked:

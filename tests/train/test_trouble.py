@@ -124,6 +124,11 @@ def test_a_full_disk(tmp_path, config):
 # --- requests to stop ---------------------------------------------------------------------
 
 
+def losses_of(lines):
+    """Validation losses by step: a rule may end a stage by them."""
+    return {line["step"]: line["val_loss"] for line in events(lines, "validation")}
+
+
 def _signal(rank, bad_rank, step, number):
     """Let a rank get a signal in the middle of a step."""
     from megagrow.engine.engine import Engine
@@ -145,7 +150,8 @@ def _signal(rank, bad_rank, step, number):
 )
 def test_a_signal_to_one_rank_saves_the_run_and_tells_who_asked(tmp_path, config, number, status):
     """Schedulers start a job again on 75, and leave alone what a person interrupted (130)."""
-    command = ["--config", config, "checkpoint.every=100"]
+    often = "train.validate_every=5"  # due after the step that the signal comes in
+    command = ["--config", config, "checkpoint.every=100", often]
     [outcomes] = launch(2, command, hook=(_signal, 1, 5, number))
     assert [o.status for o in outcomes] == [status, status]
     said = outcomes[0].err
@@ -154,8 +160,10 @@ def test_a_signal_to_one_rank_saves_the_run_and_tells_who_asked(tmp_path, config
     root = tmp_path / "run" / "checkpoints"
     assert sound(root)[-1] == 5
     assert log_of(config)[-1]["reason"] == number.name
-    whole = train(2, config, f"run.dir={tmp_path / 'straight'}")
-    assert trajectory(train(2, config)) == trajectory(whole)
+    whole = train(2, config, f"run.dir={tmp_path / 'straight'}", often)
+    resumed = train(2, config, often)
+    assert trajectory(resumed) == trajectory(whole)
+    assert losses_of(resumed) == losses_of(whole) and 5 in losses_of(whole)
 
 
 def _signal_in(_, places):
