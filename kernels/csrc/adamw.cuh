@@ -86,16 +86,26 @@ struct Cursor {
     if (at == size) seek(i);
     const bool old = outer && at >= begin && at < end && (step == 1 || (at - begin) % step == 0);
     ++at;
-    if (!old) return rates[box];
-    for (int b = box - 1; b >= 0 && young[b].start == start; --b)
-      if (!holds(young[b], (uint32_t)(i - start))) return rates[b];
-    return usual;
+    int row = box;
+#pragma unroll 1
+    while (row >= 0 && (row == box ? old : holds(young[row], (uint32_t)(i - start)))) {
+      --row;
+      if (row >= 0 && young[row].start != start) row = -1;
+    }
+    // Number by number: a choice between two records would put them on the stack.
+    Rate found = usual;
+    if (row >= 0) {
+      found.lr = rates[row].lr;
+      found.step_size = rates[row].step_size;
+      found.root_correction = rates[row].root_correction;
+    }
+    return found;
   }
 
   // Whether the old block of a box holds a position.
   MG_DEVICE static bool holds(const YoungBox& b, uint32_t rest) {
     bool old = true;
-#pragma unroll 1  // rare, and unrolled it takes registers that the update needs
+#pragma unroll 1  // rare; unrolled it keeps the loop over a vector's elements from being so
     for (int a = kAxes - 1; a >= 0; --a) {
       const uint32_t length = (uint32_t)b.size[a], above = rest / length;
       old = old && is_old((int)(rest - above * length), (int)b.begin[a], (int)b.step[a],
@@ -115,7 +125,7 @@ MG_DEVICE void update(float& p, float grad, float& m, float& v, const Rate& rate
 
 // G the gradient's type, L the low-precision copy's; V elements a thread at a time.
 template <class G, class L, int V, int NT, bool YOUNG>
-MG_KERNEL __launch_bounds__(NT)
+MG_KERNEL __launch_bounds__(NT, 4)
 adamw(float* __restrict__ parameter, const G* __restrict__ gradient, float* __restrict__ exp_avg,
       float* __restrict__ exp_avg_sq, L* __restrict__ low, const float* __restrict__ scale,
       const YoungBox* __restrict__ young, const Rate* __restrict__ rates, int boxes, int64_t n,
