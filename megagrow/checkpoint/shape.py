@@ -152,9 +152,9 @@ def catalog_for(run: Described, source: Described) -> Catalog:
 
 def _require_vocabulary(run: Described, source: Described) -> None:
     rows, wanted = _rows(source.catalog), (_section(run.config) or {}).get("vocab")
-    if None in (rows, wanted) or rows == wanted or _growths(run.config, run.run_state):
+    if rows is None or wanted is None or rows == wanted or _growths(run.config, run.run_state):
         return
-    larger = rows is not None and rows > wanted
+    larger = rows > wanted
     raise CheckpointError(
         "model.vocab: the run's vocabulary is not that of these weights",
         found=f"{wanted} (of model.vocab, or of the tokenizer of data.path)",

@@ -103,7 +103,9 @@ def test_low_precision_resumes_bit_for_bit_across_a_growth(tmp_path, dataset, dt
     assert said in outcomes[0][0].out + outcomes[0][0].err
     found, expected = log_of(config), log_of(config, f"run.dir={tmp_path / 'straight'}")
     assert losses(found).tolist() == losses(expected).tolist()
-    assert np.isfinite(losses(found)).all() and losses(found)[-1] < losses(found)[0]
+    # Over three steps each: samples differ more than so few updates gain.
+    assert np.isfinite(losses(found)).all()
+    assert losses(found)[-3:].mean() < losses(found)[:3].mean()
     manifest = json.loads(
         (tmp_path / "run" / "checkpoints" / "step_00000010" / "manifest.json").read_text()
     )
