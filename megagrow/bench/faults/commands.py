@@ -16,9 +16,6 @@ from megagrow.checkpoint.formats import detect
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import slots_of
 
-# Of a savings benchmark: what is measured, and so differs from run to run.
-_MEASURED = {"seconds", "tokens_per_second", "time", "command", "machine", "load_average", "dir"}
-
 
 @dataclass(frozen=True)
 class Command:
@@ -121,7 +118,7 @@ def commands(base: Path, config: Path) -> list[Command]:
                 "savings", f"--config={base / 'savings.yaml'}", "--workers=1",
                 f"--json={path / 'out.json'}", f"dir={path / 'out'}",
             ],
-            lambda path: {"result": _without(json.loads((path / "out.json").read_text()))},
+            lambda path: _losses(json.loads((path / "out.json").read_text())),
             faults=SAVINGS,
         ),
     ]  # fmt: skip
@@ -174,8 +171,12 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     return {"files": names, "step": source.step, "run state": source.run_state, "values": values}
 
 
-def _without(value: Any) -> Any:
-    """The value without what is measured."""
-    if isinstance(value, dict):
-        return {key: _without(item) for key, item in value.items() if key not in _MEASURED}
-    return [_without(item) for item in value] if isinstance(value, list) else value
+def _losses(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a savings benchmark what is not measured: growths are charged by the seconds they took."""
+    return {
+        "sweep": result["sweep"],
+        "losses": [
+            (run["name"], run["seed"], run["lr"], [(p["budget"], p["loss"]) for p in run["points"]])
+            for run in result["runs"]
+        ],
+    }
