@@ -246,12 +246,12 @@ class Trainer:
     def _run(self) -> int:
         started_at = self.state
         self._ask_whether_to_stop()
-        if self.state.step == 0 and not self._asked:
-            self._validate()
-        elif not self._asked and self._missed_its_validation():
-            self._ask_rule(self._validate())
+        validated = False
         while not self._asked:
             try:
+                if not validated:
+                    validated = True
+                    self._validate_the_start()
                 self._train()
                 break
             except RollBack as bad:
@@ -384,6 +384,13 @@ class Trainer:
     def _stop(self) -> int:
         """The step after which this job ends."""
         return self.config.train.stop_after_steps or self.plan.total_steps
+
+    def _validate_the_start(self) -> None:
+        """Of fresh weights, and of a state whose validation an earlier job left out."""
+        if self.state.step == 0:
+            self._validate()
+        elif self._missed_its_validation():
+            self._ask_rule(self._validate())
 
     def _missed_its_validation(self) -> bool:
         """Whether this run was asked to stop after its last step, and left before validating."""
