@@ -5,6 +5,8 @@
 #   TORCH_ARGS  further pip arguments for PyTorch alone (empty), for instance an
 #               --index-url of CPU-only builds, which are smaller by gigabytes
 #   EXTRAS      extras of setup.py to install (dev)
+#   WORKERS     processes that run the tests, a file at a time (one for each core, at most 8);
+#               many tests are jobs of 2 to 4 processes themselves
 #   RANKS       processes of the quickstart (2 on a machine without GPU, else every GPU)
 
 SHELL       := /bin/bash
@@ -20,6 +22,7 @@ endif
 TORCH_ARGS ?=
 EXTRAS     ?= dev
 RANKS      ?=
+WORKERS    ?= auto --maxprocesses 8
 
 VENV   := .venv
 STAMP  := $(VENV)/.megagrow-setup
@@ -105,7 +108,8 @@ check: setup
 	@$(VENV)/bin/mypy megagrow launch
 
 test: check
-	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -m 'not slow and not cluster and not gpu' tests
+	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
+	  -m 'not slow and not cluster and not gpu' tests
 
 test-slow: setup
 	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -m slow tests

@@ -80,6 +80,7 @@ setup(
             "prometheus-client",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "safetensors",
             "tokenizers",

@@ -48,4 +48,4 @@ def test_a_vanished_rank_is_named():
 
 def test_a_hanging_rank_ends_the_job():
     with pytest.raises(AssertionError, match=r"no answer from ranks \[1\]"):
-        run_ranks(2, _hang, timeout=3.0)
+        run_ranks(2, _hang, timeout=8.0)  # rank 0 must have answered, on a busy machine too
