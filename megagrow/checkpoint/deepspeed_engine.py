@@ -169,15 +169,15 @@ def read_engine(
         found.append(Group(tuple(names), kept, most, own))
     told = {key: saved.value.get(key) for key in _SAVED}
     around: dict[str, Any] = {
-        key: value for key, value in told.items() if value is not None and _plain(value)
+        key: value for key, value in told.items() if value is not None and is_plain(value)
     }
     scaler = saved.value.get("loss_scaler")
     if isinstance(scaler, Opaque) and scaler.name in _SCALERS and isinstance(scaler.state, dict):
         around["loss_scaler"] = (
             scaler.name,
-            {key: value if _plain(value) else None for key, value in scaler.state.items()},
+            {key: value if is_plain(value) else None for key, value in scaler.state.items()},
         )
-    rest = {k: v for k, v in head.items() if k not in _DERIVED and v is not None and _plain(v)}
+    rest = {k: v for k, v in head.items() if k not in _DERIVED and v is not None and is_plain(v)}
     return EngineState(tuple(found), tuple(slots), around, rest)
 
 
@@ -195,7 +195,7 @@ def left_out_of(saved: Saved, head: Mapping[str, Any], *, ours: bool) -> Iterato
     for key, value in head.items():
         if key in _DERIVED or value is None:
             continue
-        if not _plain(value):
+        if not is_plain(value):
             yield LeftOut(str(key)[:100], "no plain data")
         elif ours and key not in counters:
             yield LeftOut(str(key)[:100], "a run of ours has its own")
@@ -225,7 +225,7 @@ def collected(names: Sequence[str], ranks: int) -> list[str]:
 def _holds(value: Any) -> bool:
     if isinstance(value, StoredTensor):
         return is_number(value)
-    return _plain(value)
+    return is_plain(value)
 
 
 def _kept(value: Any) -> Any:
@@ -237,14 +237,14 @@ def _value(value: Any) -> Any:
     return number(value["tensor"]) if held else value
 
 
-def _plain(value: Any, depth: int = 0) -> bool:
+def is_plain(value: Any, depth: int = 0) -> bool:
     """Whether JSON gives a value back as it is, but for tuples, which come back as lists."""
     if depth > 32:
         return False
     if isinstance(value, dict):
-        return all(isinstance(k, str) and _plain(v, depth + 1) for k, v in value.items())
+        return all(isinstance(k, str) and is_plain(v, depth + 1) for k, v in value.items())
     if isinstance(value, (list, tuple)):
-        return all(_plain(item, depth + 1) for item in value)
+        return all(is_plain(item, depth + 1) for item in value)
     if isinstance(value, float):
         return value - value == 0.0  # finite
     if isinstance(value, int):

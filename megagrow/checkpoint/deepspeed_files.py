@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from megagrow.checkpoint.accounting import unread_files
 from megagrow.checkpoint.adapter import LeftOut
+from megagrow.checkpoint.deepspeed_mapping import NAME as MAPPING
 from megagrow.checkpoint.deepspeed_saved import Saved, common_slots
 from megagrow.checkpoint.directory import READING, RESTORE, naming
 from megagrow.checkpoint.pickles import Opaque, StoredTensor
@@ -80,12 +82,9 @@ class Tag:
         self.frozen: set[str] = set()
         self.aliases: dict[str, str] = {}
         self.buffers: list[dict[str, StoredTensor]] = []
-        self.left_out: list[LeftOut] = [
-            LeftOut(name, "a file of another kind")
-            for name in listed
-            if name.endswith(".pt")
-            and not any(kind.fullmatch(name) for kind in (MODEL, LAYER, OPTIM))
-        ]
+        kinds = (MODEL, LAYER, OPTIM)
+        read = [name for name in listed if any(kind.fullmatch(name) for kind in kinds)]
+        self.left_out: list[LeftOut] = list(unread_files(path, [MAPPING, *read]))
         self.shapes = [self._shapes(mp) for mp in range(self.model_parallel)]
 
     def pieces(self, order: Sequence[Sequence[Sequence[str]]]) -> Iterator[Piece]:

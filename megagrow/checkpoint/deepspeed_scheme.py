@@ -6,12 +6,13 @@ The files tell names and shapes, of ZeRO 0 not even which state of the optimizer
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint import deepspeed_names as names
+from megagrow.checkpoint.accounting import enumerated
 from megagrow.checkpoint.deepspeed_engine import KEY, EngineState
 from megagrow.checkpoint.deepspeed_files import Tag
 from megagrow.checkpoint.deepspeed_mapping import NAME as MAPPING
@@ -26,6 +27,7 @@ from megagrow.checkpoint.deepspeed_mapping import (
     whole_shape,
 )
 from megagrow.checkpoint.deepspeed_saved import assign
+from megagrow.checkpoint.directory import RESTORE
 from megagrow.checkpoint.shape import replayed_model
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError
@@ -74,11 +76,7 @@ def recognised(tag: Tag, told: Mapping[str, Any]) -> Scheme:
             model, ours.catalog, logical, lambda _, t, rank: local_of_placement(ours, t, rank), last
         )
     if written is not None:
-        raise CheckpointError(
-            f"{tag.path}: its client state describes another model than its parameters are",
-            found=f"{len(local)} parameters",
-            expected=f"{len(build_catalog(written))}, for layout {layout}",
-        )
+        raise another_model(tag.path, build_catalog(written), local, layout)
     if layout.tensor > 1:
         raise CheckpointError(
             f"{tag.path}: a model that is not ours, cut over tensor-parallel ranks: which way, "
@@ -91,6 +89,27 @@ def recognised(tag: Tag, told: Mapping[str, Any]) -> Scheme:
     same = {name: name for name in whole}
     return Scheme(
         None, plain.catalog, same, lambda _, t, rank: local_of_placement(plain, t, rank), -1
+    )
+
+
+def another_model(
+    path: Path, told: Catalog, found: Iterable[str], layout: Layout
+) -> CheckpointError:
+    """The error where parameters are not those of the model that a client state tells of.
+
+    Args:
+        path: of the checkpoint.
+        told: the model's tensors.
+        found: names of the parameters, as the catalog would name them.
+        layout: what they are cut for.
+    """
+    odd = sorted({tensor.name for tensor in told} ^ set(found))
+    return CheckpointError(
+        f"{path}: its client state describes another model than its parameters are",
+        found=f"{len(set(found))} parameters"
+        + (f"; in one of the two alone: {enumerated(odd)}" if odd else ", of other shapes"),
+        expected=f"{len(told)}, for layout {layout}",
+        mend=RESTORE,
     )
 
 

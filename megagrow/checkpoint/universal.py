@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint import deepspeed_names as names
+from megagrow.checkpoint.accounting import unread_files
 from megagrow.checkpoint.adapter import Format, LeftOut, Source
 from megagrow.checkpoint.deepspeed import client_state
-from megagrow.checkpoint.deepspeed_engine import KEY, left_out_of, read_engine
+from megagrow.checkpoint.deepspeed_engine import KEY, is_plain, left_out_of, read_engine
 from megagrow.checkpoint.deepspeed_files import MODEL
 from megagrow.checkpoint.deepspeed_saved import MOMENTS, Saved
+from megagrow.checkpoint.deepspeed_scheme import another_model
 from megagrow.checkpoint.directory import READING, RESTORE, laid_out, naming
 from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.pickles import StoredTensor
@@ -90,10 +92,12 @@ class _Tag:
             for slot, count in counts.items()
             if 0 < count < len(self.held)
         ]
+        self.left_out += unread_files(path, ["zero", *heads])
+        self.left_out += [item for name in heads[1:] for item in self._beside(name)]
         self.frozen: dict[str, StoredTensor] = {}
         self.buffers: dict[str, StoredTensor] = {}
         self.aliases: dict[str, str] = {}
-        self._sort_module(heads[0])
+        self._sort_module()
 
     def _read(self, name: str) -> Any:
         if name not in self.files:
@@ -114,7 +118,24 @@ class _Tag:
             elif entry.name != "step.pt":
                 self.left_out.append(LeftOut(name, "an unknown state"))
 
-    def _sort_module(self, file: str) -> None:
+    def _beside(self, file: str) -> Iterator[LeftOut]:
+        """What the model's file of another rank tells otherwise than the first rank's."""
+        value = self._read(file)
+        if not isinstance(value, dict):
+            raise _fault(self.path, f"{file} holds no dictionary", type(value).__name__)
+        for key, mine in value.items():
+            first = self.head.get(key)
+            if key == "module":
+                held = set(first) if isinstance(first, dict) else set()
+                odd = sorted(set(mine) - held - set(self.held)) if isinstance(mine, dict) else ()
+                for name in odd:
+                    yield LeftOut(f"{file}: {name}", "the first rank's file does not have it")
+            elif is_plain(mine) and mine != first:
+                yield LeftOut(f"{file}: {str(key)[:100]}", "the first rank's is carried")
+            elif key not in self.head:
+                yield LeftOut(f"{file}: {str(key)[:100]}", "the first rank's file does not have it")
+
+    def _sort_module(self) -> None:
         """What is not trained lies in the module of the first model's file."""
         module = self.head.get("module")
         shared = self.head.get("shared_params") or {}
@@ -177,7 +198,7 @@ def _scheme(tag: _Tag, told: Mapping[str, Any]) -> _Scheme:
     if catalog is not None and {t.name: t.shape for t in catalog} == local:
         return _Scheme(model, catalog, logical)
     if written is not None:
-        raise _fault(tag.path, "its client state describes another model than its parameters are")
+        raise another_model(tag.path, build_catalog(written), local, Layout())
     apart = {**tag.frozen, **tag.buffers}
     plain = names.plain_catalog(found | {n: tensor.shape for n, tensor in apart.items()}, {})
     aliases: dict[str, list[str]] = {}

@@ -61,9 +61,9 @@ def any_file(path):
     (path / "surprise.bin").write_bytes(b"1")
 
 
-def in_rank(change):
+def in_rank(change, pattern="model_optim_rng.pt"):
     def changed(path):
-        file = next(path.rglob("model_optim_rng.pt"))
+        file = next(path.rglob(pattern))
         value = torch.load(file, weights_only=False)
         change(value)
         torch.save(value, file)
@@ -90,6 +90,31 @@ def again(**more):
         dcp.save(state | named, checkpoint_id=str(path), no_dist=True)
 
     return changed
+
+
+def in_head(change):
+    return in_rank(change, "mp_rank_00_model_states.pt")
+
+
+def in_tag(path):
+    any_file(next(path.glob("global_step*")))
+
+
+def zero_file(path):
+    any_file(next(path.rglob("zero")))
+
+
+def beside_a_parameter(path):
+    torch.save(torch.ones(3), next(path.rglob("*token/fp32.pt")).with_name("surprise.pt"))
+
+
+def in_module(file):
+    file["module"] = (file["module"] or {}) | {"surprise": torch.ones(3)}
+
+
+def in_saved_state(file):
+    state = file["optimizer"]["state"][0]
+    state["surprise"] = torch.ones_like(state["exp_avg"])
 
 
 # (format, what is added): how, and the name that is to be printed, or None: refused by it.
@@ -123,12 +148,24 @@ SURPRISES = {
     ),
     ("dcp", "bytes"): (again(surprise=3), "surprise"),
     ("dcp", "file"): (any_file, "surprise.bin"),
+    ("deepspeed", "file"): (in_tag, "surprise.bin"),
+    ("deepspeed", "array"): (in_head(in_module), None),
+    ("deepspeed", "key"): (in_head(lambda file: file.update(surprise=3)), "surprise"),
+    ("deepspeed", "slot"): (in_head(in_saved_state), "rank 0: optimizer state surprise"),
+    ("universal", "file"): (in_tag, "surprise.bin"),
+    ("universal", "file of the optimizer"): (zero_file, "zero/surprise.bin"),
+    ("universal", "slot"): (beside_a_parameter, "zero/layers.0.token/surprise.pt"),
+    ("universal", "array"): (in_head(in_module), "surprise"),
+    ("universal", "key"): (in_head(lambda file: file.update(surprise=3)), "surprise"),
+    ("universal", "key of another rank"): (
+        in_rank(lambda file: file.update(surprise=3), "zero_pp_rank_0_mp_rank_00_model_states.pt"),
+        "zero_pp_rank_0_mp_rank_00_model_states.pt: surprise",
+    ),
 }  # fmt: skip
-ELSEWHERE = {"deepspeed", "universal"}  # with their own tests
 
 
 def test_every_format_is_tried():
-    assert {name for name, _ in SURPRISES} | ELSEWHERE == set(FORMATS)
+    assert {name for name, _ in SURPRISES} == set(FORMATS)
 
 
 @pytest.fixture(scope="module", name="sound")
@@ -137,7 +174,7 @@ def sound_checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("sound")
     path, _ = save_model(root / "run")
     return {"native": path} | {
-        name: to(path, root / name, name) for name in sorted(set(FORMATS) - ELSEWHERE - {"native"})
+        name: to(path, root / name, name) for name in sorted(set(FORMATS) - {"native"})
     }
 
 
