@@ -102,6 +102,10 @@ class Journal:
             self._log.close()
             self._log = None
 
+    def ends_at(self, total_steps: int) -> None:
+        """The run has another last step than planned."""
+        self._progress.ends_at(total_steps)
+
     def say(self, text: str) -> None:
         """A line on the terminal."""
         self._progress.say(text)

@@ -452,6 +452,7 @@ class Trainer:
         self.plan = plan_run(
             self.config, world=self.comm.world, vocabulary=self.data.vocab_size, ends=ends
         )
+        self.journal.ends_at(self.plan.total_steps)
 
     def _next_stage(self) -> None:
         stage = self.plan.stages[self.stage.index + 1]

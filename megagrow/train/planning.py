@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megagrow.config import Config, LayoutConfig, ModelConfig
+from megagrow.config import Config, LayoutConfig, ModelConfig, UntilConfig
 from megagrow.errors import ConfigError, MegagrowError
 from megagrow.layout import Layout
 from megagrow.report.units import binary_bytes, duration, human
@@ -68,11 +68,10 @@ def best_layout(config: Config, model: ModelConfig, machine: MachineConfig) -> P
         machine: all of it is used.
     """
     best: PlacedStage | None = None
+    stage = config.stages[0].model_copy(update={"until": UntilConfig(steps=1)})
     for layout in layouts_to_try(model, machine):
         spread = LayoutConfig(tensor=layout.tensor, pipeline=layout.pipeline, zero=layout.zero)
-        one = config.model_copy(
-            update={"model": model, "layout": spread, "stages": config.stages[:1]}
-        )
+        one = config.model_copy(update={"model": model, "layout": spread, "stages": [stage]})
         try:
             plan = plan_run(one, world=machine.world, vocabulary=None)
         except MegagrowError:  # this layout cannot take this model or this batch

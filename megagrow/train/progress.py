@@ -58,6 +58,13 @@ class Progress:
             self._bar.initial = self._bar.n = step
             self._bar.refresh()
 
+    def ends_at(self, total_steps: int) -> None:
+        """The run has another last step than planned: a rule ended a stage."""
+        self._total = total_steps
+        if self._bar is not None:
+            self._bar.total = total_steps
+            self._bar.refresh()
+
     def step(
         self,
         *,

@@ -4,6 +4,7 @@ The numbers are made bad inside the model, so that what DeepSpeed does about the
 """
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -127,6 +128,57 @@ def test_a_run_gives_up_in_the_end(tmp_path, config):
     assert events(log_of(config), "not_finite")
     # What it says to do works.
     assert train(2, config)[-1]["event"] == "end"
+
+
+def _spoil_validation(rank, steps):
+    """Validations are not finite while so many steps are done."""
+    from megagrow.train.loop import Trainer
+
+    loss = Trainer._validation_loss
+
+    def spoiled(self):
+        found = loss(self)
+        return math.nan if self.state.step in steps else found
+
+    Trainer._validation_loss = spoiled
+
+
+def test_a_validation_at_the_start_that_is_not_finite(tmp_path, config):
+    """Of fresh weights there is nothing to go back to; a resumed run goes back, or gives up."""
+    [[outcome]] = launch(1, ["--config", config], hook=(_spoil_validation, {0}))
+    assert outcome.status == 1 and "validation loss after step 0 is not finite" in outcome.err
+    assert outcome.err.count("error: ") == 1 and "Traceback" not in outcome.err
+    assert list_steps(tmp_path / "run" / "checkpoints") == []
+    # Asked to stop right after step 4, a run leaves without validating; the next one makes up
+    # for it, and there the numbers are bad.
+    stopped = [f"run.dir={tmp_path / 'stopped'}", "checkpoint.every=3"]
+    [[first]] = launch(1, ["--config", config, *stopped], hook=(_asked_to_stop, 4))
+    assert first.status != 0 and events(log_of(config, *stopped), "step")[-1]["step"] == 4
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "stopped", again)
+    command, spoil = ["--config", config, *stopped], (_spoil_validation, {4})
+    [[second]] = launch(1, [*command, "recovery.rollback=0"], hook=spoil)
+    assert second.status == 1 and "validation loss after step 4 is not finite" in second.err
+    # With a rollback to spend it goes back to step 4 itself, and on behind its data.
+    [[third]] = launch(1, [*command, f"run.dir={again}"], hook=spoil)
+    assert third.status == 0, third.err
+    assert [line["step"] for line in events(log_of(config, f"run.dir={again}"), "rollback")] == [4]
+
+
+def _asked_to_stop(rank, step):
+    """As a SIGTERM during a step."""
+    import signal
+
+    from megagrow.train.loop import Trainer
+
+    guarded = Trainer._step
+
+    def step_and_ask(self):
+        if self.state.step + 1 == step:
+            self.stop_request.signal = signal.SIGTERM
+        guarded(self)
+
+    Trainer._step = step_and_ask
 
 
 def test_nothing_to_go_back_to(tmp_path, config):

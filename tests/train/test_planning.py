@@ -8,7 +8,7 @@ import pytest
 import yaml
 from jobs import REPOSITORY, launch, main, make_dataset, settings, write_config
 
-from megagrow.config import Config
+from megagrow.config import Config, UntilConfig
 from megagrow.config.load import load_config, load_settings
 from megagrow.errors import ConfigError
 from megagrow.schedule.cost import Received
@@ -86,6 +86,11 @@ def test_layouts_fit_and_the_fastest_is_taken():
     assert other.step.total >= found.step.total
     with pytest.raises(ConfigError, match="no layout of 8 devices"):
         require_layout(config, config.model, roomy.model_copy(update={"memory": 1e4}))
+    # Whatever ends the first stage, a first stage without a step too.
+    at_once = config.stages[0].model_copy(update={"until": UntilConfig(steps=0)})
+    assert (
+        best_layout(config.model_copy(update={"stages": [at_once]}), config.model, roomy) == found
+    )
 
 
 _HUGE = """

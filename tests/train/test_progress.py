@@ -67,6 +67,15 @@ def test_the_time_left_counts_from_the_resumed_step(monkeypatch):
     assert second.endswith("01:00 left")
 
 
+def test_an_end_that_moves_is_followed():
+    for stream in (io.StringIO(), Terminal()):
+        progress = Progress(total_steps=100, log_every=10, stream=stream)
+        progress.ends_at(40)
+        advance(progress, 40)
+        progress.close()
+        assert "40/40" in stream.getvalue().split("\r")[-1]
+
+
 def test_other_ranks_are_silent():
     for stream in (io.StringIO(), Terminal()):
         progress = Progress(total_steps=2, log_every=1, speaking=False, stream=stream)
