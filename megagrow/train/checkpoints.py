@@ -91,36 +91,6 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def save_run(
-    *,
-    root: Path,
-    engine: Engine,
-    state: RunState,
-    config: Config,
-    data: PreparedData,
-    comm: Comm,
-    lock: RunLock,
-    run: str,
-    say: Callable[[str], None] = print,
-) -> Path:
-    """Save the run; all ranks call together.
-
-    Raises:
-        CheckpointError: on all ranks; earlier checkpoints are as they were.
-        LockError: on all ranks: run.dir is no longer this job's.
-    """
-    return write_run(
-        root=root,
-        step=state.step,
-        pieces=live_pieces(engine, comm.rank),
-        meta=meta_of(engine, state, config, data, run=run),
-        keep=config.checkpoint.keep,
-        comm=comm,
-        lock=lock,
-        say=say,
-    )
-
-
 def meta_of(
     engine: Engine, state: RunState, config: Config, data: PreparedData, *, run: str
 ) -> CheckpointMeta:
@@ -418,6 +388,5 @@ __all__ = [
     "load_run",
     "newest",
     "open_checkpoint",
-    "save_run",
     "set_aside",
 ]

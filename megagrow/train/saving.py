@@ -10,6 +10,7 @@ from it, or all fail.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,33 +111,21 @@ class Saver:
 
         if on_first(self._comm, saved_already):
             return state.step, path
-        if self._side is None:
-            saved = checkpoints.save_run(
-                root=self._root,
-                engine=engine,
-                state=state,
-                config=self._config,
-                data=self._data,
-                comm=self._comm,
-                lock=self._lock,
-                run=self._run,
-                say=self._say,
-            )
-            return state.step, saved
-        pieces = self._copies(engine)
-        meta = checkpoints.meta_of(engine, state, self._config, self._data, run=self._run)
-        keep, side, lock, say = self._config.checkpoint.keep, self._side, self._lock, self._say
-        work: Callable[[], Path] = lambda: checkpoints.write_run(  # noqa: E731
+        write = partial(
+            checkpoints.write_run,
             root=self._root,
             step=state.step,
-            pieces=pieces,
-            meta=meta,
-            keep=keep,
-            comm=side,
-            lock=lock,
-            say=say,
+            meta=checkpoints.meta_of(engine, state, self._config, self._data, run=self._run),
+            keep=self._config.checkpoint.keep,
+            lock=self._lock,
+            say=self._say,
         )
-        self._pending = state.step, Task("checkpoint", work)
+        if self._side is None:
+            return state.step, write(
+                pieces=checkpoints.live_pieces(engine, self._comm.rank), comm=self._comm
+            )
+        beside = partial(write, pieces=self._copies(engine), comm=self._side)
+        self._pending = state.step, Task("checkpoint", beside)
         return None
 
     def poll(self) -> tuple[int, Path] | None:

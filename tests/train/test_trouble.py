@@ -27,17 +27,17 @@ def sound(root):
 
 def _poison(rank, step):
     """Put an infinity into the weights before the save of a step."""
-    from megagrow.train import checkpoints
+    from megagrow.train.saving import Saver
 
-    save_run = checkpoints.save_run
+    save = Saver.save
 
-    def poisoned(*, engine, state, **more):
+    def poisoned(self, engine, state, **more):
         if state.step == step and rank == 1:
             shard = next(iter(engine.placement.written_by(rank)))
             engine.state.view(shard.tensor, "master", shard.box).view(-1)[0] = float("inf")
-        return save_run(engine=engine, state=state, **more)
+        return save(self, engine, state, **more)
 
-    checkpoints.save_run = poisoned
+    Saver.save = poisoned
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, config):
