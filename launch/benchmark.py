@@ -179,7 +179,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--strikes",
         type=whole(0),
         default=400,
-        help="faults of all commands that write (default %(default)s)",
+        help="faults of all commands that write (default %(default)s); a part that is given 0 is "
+        "not run, and stays as --json has it",
     )
     add("--only", default="", metavar="NAME", help="commands whose names start so")
     add(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import tempfile
@@ -24,6 +25,7 @@ from megagrow.bench import mfu as utilisation
 from megagrow.bench import operators as comparing
 from megagrow.bench import throughput as training
 from megagrow.bench.jobs import is_first, run_job, under_launcher
+from megagrow.bench.machine import facts, write_json
 from megagrow.config import LayoutConfig, ModelConfig
 from megagrow.config.load import in_words, load_settings, parse_config
 from megagrow.data.dataset import as_prepared_by, open_dataset
@@ -211,6 +213,26 @@ def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
                signal.SIGSTOP: options.stops}  # fmt: skip
     result: dict[str, Any] = {"benchmark": "faults"}
     texts = []
+
+    def done(part: str, numbers: dict[str, Any], text: str) -> None:
+        result[part] = {"where": facts(), **numbers}
+        texts.append(text)
+        if options.json is not None:  # the next part may take an hour
+            write_json(options.json, result)
+
+    if options.json is not None and options.json.is_file():
+        asked = {"training": any(signals.values()), "commands": bool(options.strikes)}
+        try:
+            earlier = dict(json.loads(options.json.read_text()))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{options.json}: is no result of a benchmark: {error}",
+                mend="name another file with --json",
+            ) from None
+        for part, numbers in earlier.items():
+            if asked.get(part) is False:
+                result[part] = numbers
+                texts.append(f"{part}: as {options.json} has it, not run again")
     with contextlib.ExitStack() as held:
         if options.keep is None:
             temporary = tempfile.TemporaryDirectory(prefix="megagrow-faults-")
@@ -218,21 +240,20 @@ def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         else:
             scratch = options.keep
             scratch.mkdir(parents=True)
-        processes.begin(shim.build(scratch))
+        if any(signals.values()) or options.strikes:
+            processes.begin(shim.build(scratch))
         if any(signals.values()):
             runs = training.Campaign(
                 options.config, scratch / "runs", world=options.ranks, seed=options.seed
             )
             runs.run(signals, minutes=options.minutes)
-            result["training"] = runs.result()
-            texts.append(training.table(result["training"]))
+            done("training", runs.result(), training.table(runs.result()))
         if options.strikes:
             every = system.System(
                 options.config, scratch / "commands", seed=options.seed, only=options.only
             )
             every.run(strikes=options.strikes, minutes=options.minutes)
-            result["commands"] = every.result()
-            texts.append(system.table(result["commands"]))
+            done("commands", every.result(), system.table(every.result()))
     text = "\n\n".join(texts)
     if any(part["faults"] for part in result.values() if isinstance(part, dict)):
         raise CheckpointError("faults left their mark", found=text, expected="no faults")

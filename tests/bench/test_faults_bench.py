@@ -1,5 +1,6 @@
 """The fault campaigns: that they disturb, and that they would see what a fault spoils."""
 
+import importlib.util
 import json
 import signal
 from collections import Counter
@@ -84,6 +85,22 @@ def test_what_a_command_leaves_beside_its_result_is_seen(tmp_path):
     assert "differ from the undisturbed: ['out']" in differ
     assert "left behind: ['.out.tmp', 'out.work']" in left
     assert "FAULTS" in system.table(every.result())
+
+
+def test_a_part_that_is_not_run_stays_as_it_was(tmp_path, capsys):
+    file = CONFIG.parents[2] / "launch" / "benchmark.py"
+    spec = importlib.util.spec_from_file_location("launch_benchmark", file)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    file = tmp_path / "faults.json"
+    file.write_text(json.dumps({"benchmark": "faults", "training": {"faults": [], "signals": 3}}))
+    nothing = ["faults", "--kills", "0", "--interrupts", "0", "--stops", "0", "--strikes", "0"]
+    assert benchmark.main([*nothing, "--json", str(file)]) == 0
+    assert "training: as " in capsys.readouterr().out
+    assert json.loads(file.read_text())["training"] == {"faults": [], "signals": 3}
+    file.write_text("{")
+    assert benchmark.main([*nothing, "--json", str(file)]) == 1
+    assert "is no result of a benchmark" in capsys.readouterr().err
 
 
 @pytest.mark.slow

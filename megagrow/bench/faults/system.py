@@ -218,10 +218,11 @@ class System:
             self.faults.append(f"{name}: left processes running")
             for process in alive:
                 _signal(process, signal.SIGKILL, group=True)
-        text = (path / "log").read_text(errors="replace")
+        log = path / "log"  # not there where it was killed before it wrote anything
+        text = log.read_text(errors="replace") if log.exists() else ""
         defect = any(process.exitcode == started.DEFECT for process in running)
         if defect or (not killed and "Traceback (most recent call last)" in text):
-            self.faults.append(f"{name}: a traceback, see {path / 'log'}")
+            self.faults.append(f"{name}: a traceback, see {log}")
 
     # --- helpers --------------------------------------------------------------------------
 
