@@ -24,7 +24,7 @@ from megagrow.bench.faults import processes as started
 from megagrow.bench.faults.commands import Command, commands, write_savings
 from megagrow.errors import CheckpointError
 
-_OVER = 120.0  # seconds that a command may take to end after a fault
+_OVER = 300.0  # seconds that a command may take to end after a fault, on a busy machine
 _CALLS = {"w": "write", "f": "fsync", "r": "rename", "m": "mkdir", "o": "open"}
 
 
@@ -126,10 +126,14 @@ class System:
         log = path / "log"
         begin = time.monotonic()
         watching = {"FAULT_CALL": "any", "FAULT_PATH": self._part(command, path)}
-        statuses, _ = self._wait(self._start(command, path, watching))
+        statuses, hung = self._wait(self._start(command, path, watching))
         seconds = time.monotonic() - begin
         if set(statuses) != {0}:
-            raise CheckpointError(f"{command.name}: failed undisturbed", mend=f"see {log}")
+            raise CheckpointError(
+                f"{command.name}: failed undisturbed",
+                found=f"no end within {_OVER:g} s" if hung else f"exit statuses {statuses}",
+                mend=f"see {log}",
+            )
         calls = Counter(Path(f"{log}.calls").read_text())
         found = _Undisturbed(command.outcome(path), seconds, calls, _beside(path))
         shutil.rmtree(path)
