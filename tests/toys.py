@@ -16,9 +16,10 @@ from megagrow.model.catalog import build_catalog
 from megagrow.model.ramping import ramp_in
 from megagrow.model.transformer import Transformer, named_tensors
 from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.ends import NoChannel
 from megagrow.state.memory import MemoryState
 from megagrow.state.placement import Placement
-from megagrow.state.transfer import NoChannel, transfer_between_ranks
+from megagrow.state.transfer import transfer_between_ranks
 
 FAMILIES = typing.get_args(ModelConfig.model_fields["family"].annotation)
 
@@ -39,18 +40,32 @@ def toy_models():
         yield name, toy_model(family=family, tie_embeddings=tied)
 
 
-def growths(*, policies=True, keeps=None):
+def growths(*, policies=True, keeps=None, fractions=False):
     """Every registered operator, with its policies (or the first alone), and factors.
 
-    Factor 4 comes with the first policy only.
+    Factor 4 comes with the first policy only, and so does 1.5, for operators that take any size
+    (it makes three heads, which no two ranks share).
     """
     return [
         (operator.name, policy, factor)
         for operator in OPERATORS.values()
         if keeps is None or operator.keeps == keeps
         for policy in (operator.policies if policies else operator.policies[:1])
-        for factor in ((2, 3, 4) if policy == operator.policies[0] else (2, 3))
+        for factor in (
+            (2, 3)
+            + (4,) * (policy == operator.policies[0])
+            + (1.5,) * (fractions and operator.any_size and policy == operator.policies[0])
+        )
     ]
+
+
+def larger(model, operator, factor):
+    """The configuration that a registered operator makes; the factor may be a fraction."""
+    if isinstance(factor, int):
+        return grown_model(model, operator=operator, factor=factor)
+    fields = model.model_dump(by_alias=True)
+    sizes = {key: int(fields[key] * factor) for key in OPERATORS[operator].sizes if fields[key]}
+    return OPERATORS[operator].grown(model, sizes)
 
 
 def random_state(catalog, *, seed, dtype=torch.float64):
@@ -85,7 +100,7 @@ def build(model, state, ramp=None, progress=0.0):
 
 def grow(model, state, *, operator, policy=None, factor=2, seed=0):
     """Grow a whole state in one process: (grown model, growth, grown state)."""
-    grown = grown_model(model, operator=operator, factor=factor)
+    grown = larger(model, operator, factor)
     small, target = build_catalog(model), build_catalog(grown)
     growth = make_growth(operator=operator, policy=policy, small=small, target=target)
     return grown, growth, mapped(growth, small, state, seed=seed)
@@ -169,6 +184,15 @@ class ThreadChannel:
             message = self._lines[source, self.rank].get(timeout=30)
             assert message.shape == receive.shape
             receive.copy_(message)
+
+    def reduce(self, values, *, operation):
+        """Every rank gives its tensor to every other."""
+        mine = values.clone()
+        for step in range(1, self.world):
+            to, source = (self.rank + step) % self.world, (self.rank - step) % self.world
+            other = torch.empty_like(mine)
+            self.exchange(send=mine, to=to, receive=other, source=source)
+            values.copy_(values + other if operation == "sum" else torch.maximum(values, other))
 
 
 def on_threads(function, world):

@@ -26,10 +26,11 @@ from megagrow.report.chart import COLOURS, Series, chart, standalone
 from megagrow.report.style import STYLE
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS, MASTER
+from megagrow.state.ends import NoChannel
 from megagrow.state.memory import MemoryState
 from megagrow.state.placement import Placement
 from megagrow.state.statemap import FreshStart, StateMap
-from megagrow.state.transfer import NoChannel, transfer_between_ranks
+from megagrow.state.transfer import transfer_between_ranks
 
 Result = dict[str, Any]
 SEED, SAMPLES = 0, 8

@@ -22,6 +22,7 @@ from megagrow.engine.groups import Groups, make_groups
 from megagrow.engine.precision import on_gpu
 from megagrow.errors import MegagrowError
 from megagrow.layout import Layout
+from megagrow.state.ends import Operation
 
 _STORE_SECONDS = 10.0  # how long the store's host may take to answer
 
@@ -62,6 +63,10 @@ class Comm:
         if operations:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
+
+    def reduce(self, values: torch.Tensor, *, operation: Operation) -> None:
+        """Replace a tensor by the sum or the maximum of all ranks', element by element."""
+        dist.all_reduce(values, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation])
 
     def gather(self, item: Any) -> list[Any] | None:
         """A small object of every rank, on rank 0; None elsewhere."""

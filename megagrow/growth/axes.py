@@ -135,7 +135,7 @@ class KeyValueGroups(Operator):
                 blocks.append(Block(tensor.name, tuple(axes), grad=grad, new=new))
         return tuple(blocks)
 
-    def fill(self, tensor: LogicalTensor) -> Fill:
+    def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
         """Nothing is left."""
         return "covered"
 
@@ -173,7 +173,7 @@ class MoreRows(Operator):
                 require_same(tensor.name, meaning, n, large)
         return (Block(tensor.name, tuple(same(n) for n in old.shape), grad=self.grad),)
 
-    def fill(self, tensor: LogicalTensor) -> Fill:
+    def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
         """New rows as at the start of a run."""
         return "fresh"
 
@@ -186,6 +186,7 @@ VOCAB = MoreRows(
     source="the usual practice",
     policies=("kept", "sparkling", "copy", "reset"),
     sizes=("vocab",),
+    any_size=True,
     axis="vocab",
     grad=None,  # new tokens enter every softmax
 )
@@ -198,6 +199,7 @@ SEQUENCE = MoreRows(
     source="CompoundGrow, arXiv 2010.12562 (sequence length as a growth axis)",
     policies=("kept", "sparkling", "copy", "reset"),
     sizes=("sequence",),
+    any_size=True,
     axis="position",
     grad=1.0,  # on samples of the old length nothing changes
 )

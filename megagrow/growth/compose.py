@@ -8,14 +8,15 @@ affine maps make one.  So a composition moves the state once, and is an operator
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megagrow.config import ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.operator import KEEPS, Block, Operator
+from megagrow.growth.young import is_whole
 from megagrow.state.catalog import Catalog, LogicalTensor
-from megagrow.state.statemap import AxisMap, Fill, compose
+from megagrow.state.statemap import AxisMap, Drawn, Fill, Level, Statistic, compose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Composition(Operator):
         """The blocks from the first catalog to the last."""
         return self._through(tensor, len(self.parts) - 1, (*self.catalogs, target))
 
-    def fill(self, tensor: LogicalTensor) -> Fill:
+    def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
         """What the parts agree on; they were checked (see `check_fills`)."""
         return self._fills[tensor.name]
 
@@ -57,12 +58,48 @@ class Composition(Operator):
         catalogs = (*self.catalogs, target)
         for tensor in target:
             fills = self._fills_of(tensor, len(self.parts) - 1, catalogs) or {"covered"}
+            if any(isinstance(fill, Level) for fill in fills):
+                fills -= {"zeros"}  # which is what a level is outside its block
             if len(fills) > 1:
                 raise GrowthError(
-                    f"grow.operator: {self.name} leaves {tensor.name} partly fresh and partly 0",
+                    f"grow.operator: {self.name} would fill parts of {tensor.name} in two ways",
                     mend="grow in two stages",
                 )
             self._fills[tensor.name] = fills.pop()
+
+    def _traced(self, fill: Fill, last: int, catalogs: Sequence[Catalog]) -> Fill:
+        """What the operator `last` fills with, in terms of the first catalog's tensors.
+
+        Raises:
+            GrowthError: it depends on a tensor that the operators before it do not just copy.
+        """
+        if last == 0 or isinstance(fill, str):
+            return fill
+        statistic, scale = self._statistic(fill.statistic, last, catalogs)
+        if isinstance(fill, Drawn):
+            return replace(fill, statistic=statistic, std=fill.std * scale)
+        return replace(fill, statistic=statistic, coefficient=fill.coefficient * scale)
+
+    def _statistic(
+        self, statistic: Statistic, last: int, catalogs: Sequence[Catalog]
+    ) -> tuple[Statistic, float]:
+        """A statistic of the catalog before the operator `last`, as a multiple of one of the first.
+
+        Raises:
+            GrowthError: the operators before it do not just copy its tensor.
+        """
+        tensor = catalogs[last][statistic.tensor]
+        blocks = self._through(tensor, last - 1, catalogs)
+        if not is_whole(tensor, blocks):
+            raise GrowthError(
+                f"grow.operator: {self.parts[last].name} depends on the values of {tensor.name}, "
+                "which the operators before it change",
+                found=self.name,
+                mend="grow in two stages",
+            )
+        [block] = blocks
+        scale = abs(block.param) if statistic.kind == "rms" else block.param
+        return replace(statistic, tensor=block.source), scale
 
     def _through(
         self, tensor: LogicalTensor, last: int, catalogs: Sequence[Catalog]
@@ -82,14 +119,15 @@ class Composition(Operator):
         outer = self.parts[last].blocks(tensor, catalogs[last], catalogs[last + 1])
         fills: set[Fill] = set()
         if sum(block.volume for block in outer if block.param != 0.0) < tensor.volume:
-            fills.add(self.parts[last].fill(tensor))
+            fill = self.parts[last].fill(tensor, catalogs[last], catalogs[last + 1])
+            fills.add(self._traced(fill, last, catalogs))
         if last == 0:
             return fills
         for block in outer:
             middle = catalogs[last][block.source]
             inner = self._fills_of(middle, last - 1, catalogs)
             as_it_was = middle.name == tensor.name and block.volume == tensor.volume
-            if "fresh" in inner and not (as_it_was and block.param == 1.0):
+            if inner - {"covered", "zeros"} and not (as_it_was and block.param == 1.0):
                 raise GrowthError(
                     f"grow.operator: {self.parts[last].name} would copy rows of {tensor.name} "
                     f"that {self.parts[last - 1].name} makes afresh",

@@ -48,6 +48,7 @@ DEPTH_STACK = DepthStack(
     source="Gong et al., ICML 2019; Du et al., arXiv 2405.15319",
     policies=("copy", "kept", "sparkling", "reset"),
     sizes=_SIZES,
+    any_size=True,
 )
 
 
@@ -69,6 +70,7 @@ DEPTH_INTERLEAVE = DepthInterleave(
     source="Shen et al., arXiv 2203.06211; Du et al., arXiv 2405.15319",
     policies=("copy", "kept", "sparkling", "reset"),
     sizes=_SIZES,
+    any_size=True,
 )
 
 
@@ -98,6 +100,7 @@ DEPTH_IDENTITY = DepthIdentity(
     source="LLaMA Pro, arXiv 2401.02415; identity layers of Shen et al., arXiv 2203.06211",
     policies=("kept", "sparkling", "reset"),
     sizes=_SIZES,
+    any_size=True,
 )
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from megagrow.config import GrowConfig, ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.compose import Composition, composed
-from megagrow.growth.operator import Block, Operator, resized
+from megagrow.growth.operator import Block, Operator
 from megagrow.growth.policy import StatePolicy
 from megagrow.growth.ramp import Ramp, make_ramp
 from megagrow.growth.registry import OPERATORS, find_operator, find_operators, find_policy
@@ -65,7 +65,9 @@ class Growth:
         """The operator's rule for parameters, zero for optimizer state."""
         if sum(copy.volume for copy in self.copies(tensor, slot)) == tensor.volume:
             return "covered"
-        return self.operator.fill(tensor) if slot.kind == "parameter" else "zeros"
+        if slot.kind != "parameter":
+            return "zeros"
+        return self.operator.fill(tensor, self.small, self.target)
 
     def rules_after(
         self,
@@ -167,9 +169,13 @@ class Growth:
 
     @cached_property
     def _norm_carries(self) -> bool:
-        """Whether the final norm is scaled down by what the head's inputs grow by."""
+        """Whether the final norm is scaled down by what the head's inputs grow by.
+
+        Where its gradient grows by as much, it is the norm's input that has another scale.
+        """
         blocks = self._blocks["final_norm.weight"]
-        return sum(b.param * b.volume for b in blocks) < sum(b.volume for b in blocks)
+        moved = sum(b.param * (1.0 if b.grad is None else b.grad) * b.volume for b in blocks)
+        return moved < (1 - 1e-9) * sum(b.volume for b in blocks)
 
 
 def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Growth]:
@@ -197,7 +203,7 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
         if grow.target is None:
             models.append(part.target(models[-1], grow.factor or 2))
         else:
-            models.append(resized(models[-1], sizes))
+            models.append(part.grown(models[-1], sizes))
     catalogs = [build_catalog(m) for m in models]
     operator = parts[0] if len(parts) == 1 else composed(parts, catalogs[:-1])
     growth = make_growth(

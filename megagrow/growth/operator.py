@@ -69,6 +69,7 @@ class Operator:
         ramp: over how many steps its new units come in, unless told; 0: they are in at once.
         fitted: for how many steps it is fitted on data, unless told; its blocks are where the
             fitting begins.  0: there is nothing to fit.
+        any_size: whether it reaches any larger size, not multiples alone.
     """
 
     name: str
@@ -80,11 +81,20 @@ class Operator:
     sizes: tuple[str, ...]
     ramp: int = 0
     fitted: int = 0
+    any_size: bool = False
 
     def target(self, model: ModelConfig, factor: int) -> ModelConfig:
         """The configuration of the model that a whole factor makes: its sizes, times that."""
         fields = model.model_dump(by_alias=True)
-        return resized(model, {key: fields[key] * factor for key in self.sizes if fields[key]})
+        return self.grown(model, {key: fields[key] * factor for key in self.sizes if fields[key]})
+
+    def grown(self, model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
+        """The configuration of the model with these sizes, as the operator makes it.
+
+        Raises:
+            GrowthError: there is no such model.
+        """
+        return resized(model, sizes)
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """The blocks of one tensor of the grown model; they do not overlap.
@@ -94,7 +104,7 @@ class Operator:
         """
         raise NotImplementedError
 
-    def fill(self, tensor: LogicalTensor) -> Fill:
+    def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
         """What parameters that no block covers become."""
         return "zeros"
 

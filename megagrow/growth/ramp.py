@@ -68,24 +68,32 @@ def _units(catalog: Catalog) -> dict[str, int]:
     }
 
 
+def beside(tensor: LogicalTensor, old: LogicalTensor) -> tuple[AxisMap, ...]:
+    """Where the old elements of a tensor lie when new units stand beside the old ones.
+
+    Raises:
+        GrowthError: an axis shrinks, or is none of width.
+    """
+    axes = []
+    for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
+        if meaning not in (*GROWING, "projection"):
+            require_same(tensor.name, meaning, n, large)
+        require_no_less(tensor.name, meaning, n, large)
+        # Queries, and with them the key and the value behind them, are the last of their axis.
+        last = meaning in ("query", "projection")
+        axes.append(AxisMap(large - n, 1, 0, 1, n) if last else same(n))
+    return tuple(axes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WidthRandom(Operator):
     """Fresh units beside the old ones."""
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """The old elements; with its mask at 0 the grown model has the old gradients there."""
-        old = small[tensor.name]
-        axes = []
-        for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
-            if meaning not in (*GROWING, "projection"):
-                require_same(tensor.name, meaning, n, large)
-            require_no_less(tensor.name, meaning, n, large)
-            # Queries, and with them the key and the value behind them, are the last of their axis.
-            last = meaning in ("query", "projection")
-            axes.append(AxisMap(large - n, 1, 0, 1, n) if last else same(n))
-        return (Block(tensor.name, tuple(axes), grad=1.0),)
+        return (Block(tensor.name, beside(tensor, small[tensor.name]), grad=1.0),)
 
-    def fill(self, tensor: LogicalTensor) -> Fill:
+    def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
         """New units as at the start of a run."""
         return "fresh"
 
@@ -99,4 +107,5 @@ WIDTH_RANDOM = WidthRandom(
     policies=("kept", "sparkling", "copy", "reset"),
     sizes=WIDTH_SIZES,
     ramp=250,
+    any_size=True,
 )

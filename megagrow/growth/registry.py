@@ -12,12 +12,14 @@ from megagrow.growth.operator import Operator
 from megagrow.growth.policy import POLICIES, StatePolicy
 from megagrow.growth.ramp import WIDTH_RANDOM
 from megagrow.growth.width import WIDTH, WIDTH_DIAG, WIDTH_NOISE, WIDTH_SPLIT
+from megagrow.growth.width_fresh import WIDTH_FRESH
 
 _ALL = (
     WIDTH,
     WIDTH_DIAG,
     WIDTH_SPLIT,
     WIDTH_NOISE,
+    WIDTH_FRESH,
     WIDTH_RANDOM,
     DEPTH_STACK,
     DEPTH_INTERLEAVE,

@@ -17,8 +17,6 @@ from typing import Literal, Protocol
 from megagrow.state.boxes import Box
 from megagrow.state.catalog import Catalog, LogicalTensor, Slot
 
-Fill = Literal["covered", "zeros", "fresh"]
-
 
 @dataclass(frozen=True, slots=True)
 class AxisMap:
@@ -76,6 +74,60 @@ def _pull(first: int, step: int, length: int, start: int, stop: int) -> tuple[in
     low = max(0, -((first - start) // step))
     high = min(length, -((first - stop) // step))
     return low, high
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """A number of a source tensor's parameters, or one for every line along an axis.
+
+    Attributes:
+        tensor, shape: the source tensor.
+        kind: root mean square, or mean.
+        axis: which is reduced; None: all of them.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    kind: Literal["rms", "mean"]
+    axis: int | None = None
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The shape of its values: the tensor's, with 1 for what is reduced."""
+        return tuple(1 if self.axis in (None, at) else n for at, n in enumerate(self.shape))
+
+    @property
+    def count(self) -> int:
+        """How many elements are reduced to one."""
+        return math.prod(self.shape) // math.prod(self.kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A fill: normal random numbers by the run's seed, this name and the element alone.
+
+    Their standard deviation is `std` times a statistic that is one number.
+    """
+
+    name: str
+    std: float
+    statistic: Statistic
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A fill: zeros, and `coefficient` times a statistic in one block.
+
+    Attributes:
+        axes: the block.  On an axis that the statistic has reduced, its source side is not read.
+    """
+
+    statistic: Statistic
+    axes: tuple[AxisMap, ...]
+    coefficient: float = 1.0
+
+
+Fill = Literal["covered", "zeros", "fresh"] | Drawn | Level
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 
 from megagrow.state.boxes import Box
 from megagrow.state.catalog import Slot
+from megagrow.state.ends import Reader
 from megagrow.state.placement import Shard
 from megagrow.state.plan import Locator
 from megagrow.state.statemap import StateMap
-from megagrow.state.transfer import Reader, transfer_from_storage
+from megagrow.state.statistics import Statistics, measure, required
+from megagrow.state.transfer import transfer_from_storage
 
 
 class Through:
@@ -44,8 +47,18 @@ class Through:
             rank=0,
             seed=self._seed,
             staging_bytes=self._staging_bytes,
+            statistics=self._statistics,
         )
         return one.memory
+
+    @cached_property
+    def _statistics(self) -> Statistics:
+        return measure(
+            required(self._state_map),
+            old=self._old,
+            locator=self._locator,
+            staging_bytes=self._staging_bytes,
+        )
 
 
 class _OneBox:

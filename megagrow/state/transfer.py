@@ -9,74 +9,30 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from typing import Protocol
 
+import numpy as np
 import torch
 
 from megagrow import ops
 from megagrow.background import Pool
 from megagrow.state.boxes import Box, split_box
-from megagrow.state.catalog import LogicalTensor, Slot, slots_of
+from megagrow.state.catalog import Slot, slots_of
+from megagrow.state.ends import Channel, Reader, Writer
 from megagrow.state.fresh import fresh, normals
 from megagrow.state.placement import Placement
 from megagrow.state.plan import Holder, Locator, Move, merged, messages, plan_receives, plan_sends
-from megagrow.state.statemap import Fill, StateMap
+from megagrow.state.statemap import Copy, Drawn, Level, StateMap
+from megagrow.state.statistics import Statistics, measure, required
 
 _FRESH_BYTES_AN_ELEMENT = 48  # float64 temporaries of the generator, see fresh.py
 _NOISE_ELEMENTS = 1 << 18  # made at a time, where a block has noise
 _LANDINGS = 256  # local copies that are handed to a kernel together
 
 Landing = tuple[Move, torch.Tensor]  # a move, and the values it brings
-
-
-class Reader(Protocol):
-    """Something that can hand out a box it holds."""
-
-    def read(self, tensor: str, slot: str, box: Box) -> torch.Tensor:
-        """The values of a box, of its shape: a view where possible, not to be written to."""
-        ...
-
-
-class Writer(Protocol):
-    """Something whose boxes can be written in place."""
-
-    def view(self, tensor: str, slot: str, box: Box) -> torch.Tensor:
-        """The memory of a box, of its shape."""
-        ...
-
-
-class Channel(Protocol):
-    """Point-to-point messages between the ranks of a job."""
-
-    rank: int
-    world: int
-
-    def exchange(
-        self,
-        *,
-        send: torch.Tensor | None,
-        to: int,
-        receive: torch.Tensor | None,
-        source: int,
-    ) -> None:
-        """Send one flat tensor and receive another; returns when both are done."""
-        ...
-
-
-class NoChannel:
-    """The channel of a job of one process: there is nobody to talk to."""
-
-    rank = 0
-    world = 1
-
-    def exchange(
-        self, *, send: torch.Tensor | None, to: int, receive: torch.Tensor | None, source: int
-    ) -> None:
-        """Never called: a single rank has no peer."""
-        raise AssertionError("a single process has no peer to exchange with")
 
 
 @dataclass(frozen=True)
@@ -120,9 +76,13 @@ def transfer_between_ranks(
     begin = time.perf_counter()
     rank = channel.rank
     plan = {"slots": slots, "rank": rank}
+    statistics = measure(
+        required(state_map, slots), old=old, locator=old_placement, rank=rank, channel=channel,
+        device=device, staging_bytes=staging_bytes,
+    )  # fmt: skip
     staged = fill_uncovered(
         state_map=state_map, new=new, placement=new_placement, slots=slots, rank=rank, seed=seed,
-        staging_bytes=staging_bytes,
+        staging_bytes=staging_bytes, statistics=statistics,
     )  # fmt: skip
     incoming: dict[int, list[Move]] = defaultdict(list)
     written = 0
@@ -184,12 +144,21 @@ def transfer_from_storage(
     rank: int,
     seed: int,
     staging_bytes: int,
+    statistics: Statistics | None = None,
 ) -> TransferReport:
-    """Make one rank's new state from storage that any rank can read."""
+    """Make one rank's new state from storage that any rank can read.
+
+    Args:
+        statistics: what the state map needs of them; None: they are measured, which reads their
+            tensors whole, a piece at a time.
+    """
     begin = time.perf_counter()
+    if statistics is None:
+        needed = required(state_map, slots)
+        statistics = measure(needed, old=old, locator=locator, staging_bytes=staging_bytes)
     staged = fill_uncovered(
         state_map=state_map, new=new, placement=new_placement, slots=slots, rank=rank, seed=seed,
-        staging_bytes=staging_bytes,
+        staging_bytes=staging_bytes, statistics=statistics,
     )  # fmt: skip
     written = 0
     moves = plan_receives(state_map, locator, new_placement, slots=slots, rank=rank)
@@ -213,30 +182,55 @@ def fill_uncovered(
     rank: int,
     seed: int,
     staging_bytes: int,
+    statistics: Statistics,
 ) -> int:
     """Give every element that no block covers its value; returns the peak of staging bytes."""
-    staged = 0
+    staged = sum(values.nbytes for values in statistics.values())
     with Pool(torch.get_num_threads(), "fresh values") as pool:
         for shard in placement.shards(rank):
             tensor = state_map.target[shard.tensor]
             for slot in slots_of(tensor, slots):
-                rule: Fill = state_map.fill(tensor, slot)
+                rule = state_map.fill(tensor, slot)
                 if rule == "covered":
                     continue
                 memory = new.view(tensor.name, slot.name, shard.box)
                 if rule == "zeros":
                     memory.zero_()
+                elif isinstance(rule, Level):
+                    _fill_level(rule, shard.box, memory, statistics)
                 else:
-                    used = _fill_fresh(tensor, shard.box, memory, seed, pool, staging_bytes)
+                    make = partial(fresh, tensor, seed=seed)
+                    if isinstance(rule, Drawn):
+                        std = rule.std * statistics[rule.statistic].item()
+                        make = partial(_drawn, tensor.shape, name=rule.name, std=std, seed=seed)
+                    used = _fill_made(make, shard.box, memory, pool, staging_bytes)
                     staged = max(staged, used)
     return staged
 
 
-def _fill_fresh(
-    tensor: LogicalTensor,
+def _fill_level(rule: Level, box: Box, memory: torch.Tensor, statistics: Statistics) -> None:
+    memory.zero_()
+    # A block of no tensor's: its source is the statistic.
+    block = Copy("", rule.axes, rule.coefficient)
+    part = block.from_target(box)
+    if part is None:
+        return
+    kept = rule.statistic.kept
+    lines = block.source_slices(part, (0,) * len(kept))
+    at = tuple(s if n > 1 else slice(0, 1) for s, n in zip(lines, kept, strict=True))
+    values = statistics[rule.statistic][at] * rule.coefficient
+    place = memory[block.target_slices(part, box.offset)]
+    place.copy_(values.expand(part.shape))
+
+
+def _drawn(shape: Sequence[int], box: Box, *, name: str, std: float, seed: int) -> np.ndarray:
+    return normals(shape, box, name=name, seed=seed) * std
+
+
+def _fill_made(
+    make: Callable[[Box], np.ndarray],
     box: Box,
     memory: torch.Tensor,
-    seed: int,
     pool: Pool,
     staging_bytes: int,
 ) -> int:
@@ -247,15 +241,15 @@ def _fill_fresh(
     longest = sum(piece.volume for piece in pieces[:threads])
     staging = torch.empty(longest, dtype=memory.dtype, pin_memory=memory.is_cuda)
 
-    def make(pair: tuple[Box, torch.Tensor]) -> None:
+    def put(pair: tuple[Box, torch.Tensor]) -> None:
         piece, place = pair
-        place.numpy()[...] = fresh(tensor, piece, seed=seed).reshape(-1)
+        place.numpy()[...] = make(piece).reshape(-1)
 
     for first in range(0, len(pieces), threads):
         turn = pieces[first : first + threads]
         ends = list(accumulate(piece.volume for piece in turn))
         places = [staging[e - p.volume : e] for p, e in zip(turn, ends, strict=True)]
-        pool.map(make, zip(turn, places, strict=True))
+        pool.map(put, zip(turn, places, strict=True))
         for piece, place in zip(turn, places, strict=True):
             inside = piece.relative_to(box.offset)
             memory[inside.slices].copy_(place.view(piece.shape))

@@ -17,10 +17,11 @@ from megagrow.growth.ligo import Fitted
 from megagrow.layout import Layout
 from megagrow.schedule.cost import received
 from megagrow.state.catalog import MASTER, Slot
+from megagrow.state.ends import Reader, Writer
 from megagrow.state.memory import MemoryState
 from megagrow.state.placement import Placement
 from megagrow.state.statemap import FreshStart, Identity, StateMap
-from megagrow.state.transfer import Reader, TransferReport, Writer, transfer_between_ranks
+from megagrow.state.transfer import TransferReport, transfer_between_ranks
 from megagrow.train.fit import Fit, fit_growth
 from megagrow.train.plan import Stage
 from megagrow.train.state import RunState

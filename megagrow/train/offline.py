@@ -31,12 +31,12 @@ from megagrow.lock import holding_output
 from megagrow.schedule.stages import sample_length, stage_batch
 from megagrow.state.boxes import Box, split_box, whole
 from megagrow.state.catalog import MASTER, LogicalTensor, Slot, slots_of
+from megagrow.state.ends import Reader
 from megagrow.state.memory import MemoryState
 from megagrow.state.placement import Placement
 from megagrow.state.plan import Locator
 from megagrow.state.statemap import StateMap
 from megagrow.state.through import Through
-from megagrow.state.transfer import Reader
 from megagrow.train.fingerprints import require_run, require_same_data
 from megagrow.train.fit import Fit, fit_growth
 from megagrow.train.state import RunState

@@ -122,6 +122,14 @@ def test_branches_share_a_stable_run_and_decay_alike(data, tmp_path):
             assert decayed == pytest.approx(0.25 * branch.budget, abs=last.flops_per_step)
 
 
+def test_an_operator_that_scales_the_norms_eps_reaches_the_target(data, tmp_path):
+    mapping = settings(data, tmp_path)
+    stack = mapping["variants"]["stack"]
+    stack["model"] = {"hidden": 4, "heads": 1, "ffn": 8}
+    stack["stages"][1]["grow"]["operator"] = "width_fresh"
+    assert set(check(parse(mapping), world=1, vocab=320)) == {"scratch", "stack", "small_stack"}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -10,6 +10,7 @@ from megagrow.train.state import RunState
 
 WIDTH = {"operator": "width", "factor": 2, "state_policy": "sparkling"}
 DEPTH = {"operator": "depth_stack", "factor": 2, "state_policy": "copy"}
+FRESH = {"operator": "width_fresh", "factor": 2}
 LLAMA = {"family": "llama", "heads": 4, "kv_heads": 2, "head_dim": 4}
 # Runs by name: what they have grown through, and what is not a toy model's own in the first model.
 # `exact` leaves a learning rate of its own to every tensor.
@@ -19,6 +20,7 @@ HISTORIES = {
     "deeper": ([DEPTH], LLAMA | {"tie_embeddings": False}),
     "twice": ([WIDTH, DEPTH], {"layers": 1}),
     "composed": ([{"operator": "width + depth_stack", "factor": 2}], LLAMA | {"layers": 1}),
+    "padded": ([FRESH], LLAMA | {"norm_eps": 1e-3}),  # another eps after the growth
     "by_rule": ([WIDTH], {"layers": 1}),
 }
 

@@ -99,7 +99,8 @@ def expected_logits(path, tokens):
 
 
 @pytest.mark.parametrize(
-    "history", [pytest.param(h, marks=[pytest.mark.slow][h == "twice" :]) for h in HISTORIES]
+    "history",
+    ["padded", *(pytest.param(h, marks=[pytest.mark.slow][h == "twice" :]) for h in HISTORIES)],
 )
 def test_transformers_computes_what_a_grown_model_does(history, tmp_path):
     transformers = pytest.importorskip("transformers")

@@ -7,11 +7,11 @@ import math
 
 import numpy as np
 import torch
-from toys import random_state, toy_model
+from toys import larger, random_state, toy_model
 
 from megagrow.config import Config, LayoutConfig
 from megagrow.engine.engine import Engine
-from megagrow.growth.growth import grown_model, make_growth
+from megagrow.growth.growth import make_growth
 from megagrow.growth.rules import OptimizerRules, group_keys
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
@@ -123,7 +123,7 @@ class Job:
     def grow(self, operator, policy, factor, layout):
         """Grow live into another engine."""
         old = self.engine
-        self.model = grown_model(self.model, operator=operator, factor=factor)
+        self.model = larger(self.model, operator, factor)
         growth = make_growth(
             operator=operator, policy=policy, small=old.placement.catalog,
             target=build_catalog(self.model), rewarm=5,

@@ -6,6 +6,15 @@ from ranks import run_ranks
 from megagrow.errors import ConfigError, MegagrowError
 
 
+def _reduced(comm):
+    """A sum of integers that no float holds, and a maximum."""
+    total = torch.tensor([2**50 + comm.rank, comm.rank * 2])
+    comm.reduce(total, operation="sum")
+    largest = torch.tensor([comm.rank + 0.5, 1.0], dtype=torch.float64)
+    comm.reduce(largest, operation="max")
+    return total.tolist(), largest.tolist()
+
+
 def _collectives(comm):
     assert comm.device == torch.device("cpu") and comm.local_rank == comm.rank
     comm.barrier()
@@ -15,6 +24,7 @@ def _collectives(comm):
         "broadcast": comm.broadcast(f"from {comm.rank}"),
         "floats": comm.gather_floats(comm.rank + 0.5),
         "sum": comm.sum_ints(2**40 + comm.rank),
+        "reduced": _reduced(comm),
     }
 
 
@@ -26,6 +36,7 @@ def test_collectives():
         assert found["broadcast"] == "from 0"
         assert found["floats"] == [0.5, 1.5, 2.5]
         assert found["sum"] == 3 * 2**40 + 3
+        assert found["reduced"] == ([3 * 2**50 + 3, 6], [2.5, 1.0])
 
 
 def _ring(comm):

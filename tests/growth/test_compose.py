@@ -72,6 +72,9 @@ COMPOSITIONS = [
     ("width", "depth_stack", "sequence"),
     ("depth_stack", "width_random"),
     ("width", "width_random"),
+    ("depth_stack", "width_fresh"),
+    ("depth_identity", "width_fresh"),
+    ("depth_stack", "depth_interleave", "width_fresh"),
 ]
 
 
@@ -127,7 +130,10 @@ def test_only_all_parts_together_keep_the_loss():
     [
         ({"operator": "vocab+width"}, "name vocab last"),
         ({"operator": "width_random+depth_stack"}, "name width_random last"),
-        ({"operator": "depth_identity+width_random"}, "partly fresh and partly 0"),
+        ({"operator": "depth_identity+width_random"}, "in two ways"),
+        ({"operator": "width_fresh+depth_stack"}, "name width_fresh last"),
+        ({"operator": "width+width_fresh"}, "which the operators before it change"),
+        ({"operator": "width_fresh", "target": {"ffn": 9}}, "cannot shrink"),
         ({"operator": "width_random", "target": {"ffn": 9}}, "cannot shrink"),
         ({"operator": "width_noise+width"}, "name the operator that adds noise last"),
         ({"operator": "width+depth_stack", "state_policy": "exact"}, "does not support 'exact'"),
@@ -147,6 +153,12 @@ def test_what_cannot_be_composed_or_reached_is_refused(section, said):
 
 TARGETS = [
     ("width", {"hidden": 32, "heads": 6, "ffn": 48}),
+    ("width_fresh", {"hidden": 11, "heads": 5, "ffn": 17}),
+    ("width_fresh", {"hidden": 9}),
+    ("width_fresh", {"heads": 3}),
+    ("width_fresh", {"ffn": 13}),
+    ("width_fresh", {"heads": 4, "kv_heads": 2}),
+    ("depth_identity+width_fresh", {"layers": 3, "hidden": 20}),
     ("width_random", {"hidden": 11, "heads": 5, "ffn": 17}),
     ("width_random", {"hidden": 32, "ffn": 13}),
     ("width_random", {"heads": 4, "kv_heads": 2}),
@@ -202,7 +214,8 @@ def test_depth_reaches_any_number_of_layers(operator, layers):
 
 
 @pytest.mark.parametrize(
-    "operator", ["width_noise", "width+depth_stack", "depth_stack+width_noise"]
+    "operator",
+    ["width_noise", "width+depth_stack", "depth_stack+width_noise", "depth_stack+width_fresh"],
 )
 def test_noise_and_compositions_are_the_same_in_every_layout(operator):
     """Law 6, for what the registry's own tests do not try."""

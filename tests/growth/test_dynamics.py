@@ -135,7 +135,7 @@ def test_width_alone_has_no_breaker(operator, policy, model):
 
 BREAKERS = [
     *((o.name, "sparkling", k) for o in OPERATORS.values()
-      if o.name.startswith("width") and not o.ramp for k in (2, 3)),
+      if o.name.startswith("width") and "no copies" not in o.breaker for k in (2, 3)),
     *((name, "copy", k) for name in ("width_split", "width_noise") for k in (2, 3)),
 ]  # fmt: skip
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from toys import FAMILIES, build, grow, growths, random_state, token_batches, toy_model
+from toys import FAMILIES, build, grow, growths, larger, random_state, token_batches, toy_model
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
@@ -21,7 +21,7 @@ from megagrow.state.statemap import AxisMap
 
 
 def _growth(model, operator, policy=None, factor=2, rewarm=None):
-    grown = grown_model(model, operator=operator, factor=factor)
+    grown = larger(model, operator, factor)
     return make_growth(
         operator=operator,
         policy=policy,
@@ -32,7 +32,7 @@ def _growth(model, operator, policy=None, factor=2, rewarm=None):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("operator", "policy", "factor"), growths())
+@pytest.mark.parametrize(("operator", "policy", "factor"), growths(fractions=True))
 def test_blocks_fill_the_target_without_overlap(operator, policy, factor, family):
     growth = _growth(toy_model(family=family), operator, policy, factor)
     for tensor in growth.target:

@@ -24,7 +24,7 @@ def _gpt2(model):
     config = transformers.GPT2Config(
         n_layer=model.layers, n_embd=model.hidden, n_head=model.heads, n_inner=model.ffn,
         n_positions=model.sequence, vocab_size=model.vocabulary, initializer_range=0.3,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, layer_norm_epsilon=model.norm_eps,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
 

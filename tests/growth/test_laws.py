@@ -19,6 +19,7 @@ from megagrow.model.transformer import named_tensors
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.fresh import fresh, normals
+from megagrow.state.statemap import Drawn
 
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
@@ -35,7 +36,8 @@ def _grown(model, operator, factor, policy=None, dtype=torch.float64):
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(
     ("operator", "_", "factor"),
-    growths(policies=False, keeps="loss") + growths(policies=False, keeps="old logits"),
+    growths(fractions=True, policies=False, keeps="loss")
+    + growths(fractions=True, policies=False, keeps="old logits"),
 )
 def test_operators_keep_the_logits_that_they_say(operator, _, factor, model, dtype, bound):
     state, grown, growth, new = _grown(model, operator, factor, dtype=dtype)
@@ -88,7 +90,7 @@ def test_every_operator_says_what_it_keeps():
 
 
 @every_model
-@pytest.mark.parametrize(("operator", "_", "factor"), growths(policies=False))
+@pytest.mark.parametrize(("operator", "_", "factor"), growths(fractions=True, policies=False))
 def test_gradients_are_the_stated_multiples(operator, _, factor, model):
     state, grown, growth, new = _grown(model, operator, factor)
     samples = torch.from_numpy(token_batches(model, samples=4, seed=3)[0])
@@ -121,7 +123,7 @@ def test_gradients_are_the_stated_multiples(operator, _, factor, model):
 
 
 @every_model
-@pytest.mark.parametrize(("operator", "policy", "factor"), growths())
+@pytest.mark.parametrize(("operator", "policy", "factor"), growths(fractions=True))
 def test_slots_follow_their_policy(operator, policy, factor, model):
     state, _, growth, new = _grown(model, operator, factor, policy)
     for tensor in growth.target:
@@ -134,16 +136,38 @@ def test_slots_follow_their_policy(operator, policy, factor, model):
                 expected[there] = scale * old[here]
                 if slot.name == "master" and block.noise is not None:
                     expected[there] += _noise(block)
-            if slot.name == "master" and growth.fill(tensor, slot) == "fresh":
+            if slot.name == "master":
                 rest = _uncovered(growth, tensor)
-                expected[rest] = fresh(tensor, whole(tensor.shape), seed=0)[rest]
+                expected[rest] = _filled(growth.fill(tensor, slot), tensor, state)[rest]
             found = new.tensors[tensor.name, slot.name].numpy()
-            np.testing.assert_allclose(found, expected, rtol=1e-14, atol=0, err_msg=tensor.name)
+            np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-15, err_msg=tensor.name)
 
 
 def _noise(block):
     shape = block.scaled(1.0).shape
     return block.noise.std * normals(shape, whole(shape), name=block.noise.name, seed=0)
+
+
+def _filled(fill, tensor, state):
+    """All of a tensor as a fill would make it, by NumPy."""
+    values = np.zeros(tensor.shape)
+    if fill == "fresh":
+        return fresh(tensor, whole(tensor.shape), seed=0)
+    if isinstance(fill, str):
+        return values
+    old = state.tensors[fill.statistic.tensor, "master"].numpy()
+    if isinstance(fill, Drawn):
+        std = fill.std * np.sqrt(np.mean(old**2))
+        return std * normals(tensor.shape, whole(tensor.shape), name=fill.name, seed=0)
+    axis = fill.statistic.axis
+    means = old.mean(axis=axis, keepdims=True)
+    there = [[a.target_start + u * a.target_step for u in range(a.length)] for a in fill.axes]
+    here = [
+        [0] * a.length if axis in (None, at) else [a.source_start + u for u in range(a.length)]
+        for at, a in enumerate(fill.axes)
+    ]
+    values[np.ix_(*there)] = fill.coefficient * means[np.ix_(*here)]
+    return values
 
 
 def _uncovered(growth, tensor):

@@ -11,9 +11,10 @@ from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
 from megagrow.model.transformer import named_tensors
 from megagrow.state.catalog import MASTER, Slot
+from megagrow.state.ends import NoChannel
 from megagrow.state.memory import MemoryState
 from megagrow.state.placement import Placement
-from megagrow.state.transfer import NoChannel, transfer_between_ranks
+from megagrow.state.transfer import transfer_between_ranks
 
 LION = (MASTER, Slot("exp_avg", "first_moment"))
 MUON = (MASTER, Slot("momentum_buffer", "first_moment"))

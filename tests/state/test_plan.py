@@ -2,9 +2,9 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import growths, toy_model
+from toys import growths, larger, toy_model
 
-from megagrow.growth.growth import grown_model, make_growth
+from megagrow.growth.growth import make_growth
 from megagrow.growth.rules import OptimizerRules, group_keys
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
@@ -41,7 +41,7 @@ def test_what_is_sent_is_what_is_received(old, new, growth, tied):
         state_map = Identity(small)
     else:
         operator, policy, factor = growth
-        grown = grown_model(model, operator=operator, factor=factor)
+        grown = larger(model, operator, factor)
         state_map = make_growth(
             operator=operator, policy=policy, small=small, target=build_catalog(grown)
         )

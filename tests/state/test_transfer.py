@@ -18,12 +18,12 @@ from megagrow.growth.rules import OptimizerRules, group_keys
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS, Catalog, Init, LogicalTensor
+from megagrow.state.ends import NoChannel
 from megagrow.state.memory import MemoryState
 from megagrow.state.placement import Placement
 from megagrow.state.plan import plan_receives
 from megagrow.state.statemap import FreshStart, Identity
 from megagrow.state.transfer import (
-    NoChannel,
     TransferReport,
     transfer_between_ranks,
     transfer_from_storage,

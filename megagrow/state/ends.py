@@ -1,0 +1,65 @@
+"""The ends of a transfer: what can be read, what can be written, and the way to other ranks."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+
+from megagrow.state.boxes import Box
+
+Operation = Literal["sum", "max"]
+
+
+class Reader(Protocol):
+    """Something that can hand out a box it holds."""
+
+    def read(self, tensor: str, slot: str, box: Box) -> torch.Tensor:
+        """The values of a box, of its shape: a view where possible, not to be written to."""
+        ...
+
+
+class Writer(Protocol):
+    """Something whose boxes can be written in place."""
+
+    def view(self, tensor: str, slot: str, box: Box) -> torch.Tensor:
+        """The memory of a box, of its shape."""
+        ...
+
+
+class Channel(Protocol):
+    """Messages between the ranks of a job."""
+
+    rank: int
+    world: int
+
+    def exchange(
+        self,
+        *,
+        send: torch.Tensor | None,
+        to: int,
+        receive: torch.Tensor | None,
+        source: int,
+    ) -> None:
+        """Send one flat tensor and receive another; returns when both are done."""
+        ...
+
+    def reduce(self, values: torch.Tensor, *, operation: Operation) -> None:
+        """Replace a tensor by what all ranks' make together, element by element."""
+        ...
+
+
+class NoChannel:
+    """The channel of a job of one process: there is nobody to talk to."""
+
+    rank = 0
+    world = 1
+
+    def exchange(
+        self, *, send: torch.Tensor | None, to: int, receive: torch.Tensor | None, source: int
+    ) -> None:
+        """Never called: a single rank has no peer."""
+        raise AssertionError("a single process has no peer to exchange with")
+
+    def reduce(self, values: torch.Tensor, *, operation: Operation) -> None:
+        """Of one rank's tensor it is the tensor itself."""
