@@ -45,6 +45,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rewarm", type=int, metavar="STEPS", help="steps of re-warming (the policy's own)")
     add("--ramp", type=int, metavar="STEPS", help="steps to let new units in (the operator's own)")
     add("--fit-steps", type=int, metavar="N", help="steps of fitting ligo (the operator's own)")
+    add("--noise", type=float, metavar="S",
+        help="noise on copies, in units of their root mean square (operator's own)")  # fmt: skip
     add("--mup", action="store_true", help="divide matrices' rates by the growth of their inputs")
     add("--dry-run", action="store_true", help="check and print sizes; write nothing")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -107,6 +109,7 @@ def grow_section(options: argparse.Namespace) -> Any:
         "rewarm": options.rewarm,
         "ramp": options.ramp,
         "fit_steps": options.fit_steps,
+        "noise": options.noise,
         "mup": options.mup,
     }
     return parse_settings(GrowConfig, given, source="this growth cannot be")

@@ -79,7 +79,10 @@ class GrowConfig(Section):
     width or both, whichever grows; null goes on.  `mup: true` divides the learning rate of matrices
     by the growth of their inputs, and that of the final norm where it carries the output head's
     share.  `ramp` is the number of steps over which `width_random` lets its new units in,
-    `fit_steps` for how many `ligo` is fitted; null takes the operator's default.
+    `fit_steps` for how many `ligo` is fitted; null takes the operator's default.  `noise` is the
+    standard deviation of the noise that `width_noise` and `width_perturb` (1 by default),
+    `depth_stack` and `depth_interleave` (0) add to copies, in units of the copies' own root mean
+    square.
     """
 
     operator: str
@@ -89,6 +92,7 @@ class GrowConfig(Section):
     rewarm: Annotated[int, Field(ge=0, le=10**12)] | None = None
     ramp: Positive | None = None
     fit_steps: Positive | None = None
+    noise: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
     restart: Annotated[float, Field(ge=1.0)] | Literal["paper"] | None = None
     mup: bool = False
 

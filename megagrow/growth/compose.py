@@ -90,7 +90,7 @@ class Composition(Operator):
         """
         tensor = catalogs[last][statistic.tensor]
         blocks = self._through(tensor, last - 1, catalogs)
-        if not is_whole(tensor, blocks):
+        if not is_whole(tensor, blocks) or blocks[0].noise is not None:
             raise GrowthError(
                 f"grow.operator: {self.parts[last].name} depends on the values of {tensor.name}, "
                 "which the operators before it change",
@@ -109,8 +109,13 @@ class Composition(Operator):
             return outer
         found = []
         for block in outer:
+            outside = block
+            if block.noise is not None and block.noise.statistic is not None:
+                own, scale = self._statistic(block.noise.statistic, last, catalogs)
+                noise = replace(block.noise, statistic=own, std=block.noise.std * scale)
+                outside = replace(block, noise=noise)
             for inner in self._through(catalogs[last][block.source], last - 1, catalogs):
-                joined = _joined(block, inner, self)
+                joined = _joined(outside, inner, self)
                 if joined is not None:
                     found.append(joined)
         return tuple(found)

@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megagrow.growth.operator import Block, Operator, unchanged
+from megagrow.growth.width import own_noise
 from megagrow.state.catalog import Catalog, LogicalTensor
 
 _LAYERS = "layers."
@@ -31,46 +32,71 @@ _TO_STREAM = ("attention.out.", "mlp.down.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthStack(Operator):
-    """Append copies of all layers; layer i of the grown model is layer i mod L of the old."""
+class _Copies(Operator):
+    """Copies of layers.
+
+    Attributes:
+        noise: standard deviation of what is added to a copy's matrices, in units of their own
+            root mean square.
+    """
+
+    noise: float = 0.0
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """One block, the whole tensor, from the layer that is copied."""
-        source, new = stacked(tensor, small)
-        return (Block(source, unchanged(tensor, small[source]), new=new),)
+        source, new = self.copied(tensor, small, target)
+        old, noise = small[source], None
+        if new and tensor.is_matrix:
+            # By the number of layers too: a later growth is to have other numbers.
+            noise = own_noise(f"{tensor.name} of {layer_count(target)}", self.noise, old)
+        return (Block(source, unchanged(tensor, old), new=new, noise=noise),)
+
+    def copied(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
+        """(source, whether it is a copy)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthStack(_Copies):
+    """Append copies of all layers; layer i of the grown model is layer i mod L of the old."""
+
+    def copied(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
+        """(source, whether it is a copy): whole copies of the stack, end to end."""
+        return stacked(tensor, small)
 
 
 DEPTH_STACK = DepthStack(
     name="depth_stack",
     summary="copies of all layers appended, any factor",
     keeps="nothing",
-    breaker="copies sit at different depths, so their gradients differ",
+    breaker="copies sit at different depths, so their gradients differ; noise, where set",
     source="Gong et al., ICML 2019; Du et al., arXiv 2405.15319",
     policies=("copy", "kept", "sparkling", "reset"),
     sizes=_SIZES,
     any_size=True,
+    settings=("noise",),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthInterleave(Operator):
+class DepthInterleave(_Copies):
     """Repeat every layer; layer i of the grown model is layer i L / L' of the old."""
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
-        """One block, the whole tensor, from the layer that is copied."""
-        source, new = _interleaved(tensor, small, target)
-        return (Block(source, unchanged(tensor, small[source]), new=new),)
+    def copied(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
+        """(source, whether it is a copy): every layer followed by its copies."""
+        return _interleaved(tensor, small, target)
 
 
 DEPTH_INTERLEAVE = DepthInterleave(
     name="depth_interleave",
     summary="every layer followed by its copies, any factor",
     keeps="nothing",
-    breaker="copies sit at different depths, so their gradients differ",
+    breaker="copies sit at different depths, so their gradients differ; noise, where set",
     source="Shen et al., arXiv 2203.06211; Du et al., arXiv 2405.15319",
     policies=("copy", "kept", "sparkling", "reset"),
     sizes=_SIZES,
     any_size=True,
+    settings=("noise",),
 )
 
 

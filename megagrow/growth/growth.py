@@ -184,7 +184,7 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
     Raises:
         GrowthError: names, sizes and policy do not fit each other or the model.
     """
-    parts = find_operators(grow.operator)
+    parts = _configured(find_operators(grow.operator), grow)
     wanted = {} if grow.target is None else grow.target.model_dump(exclude_none=True)
     owners = {key: [p.name for p in parts if key in p.sizes] for key in wanted}
     for key, names in owners.items():
@@ -221,6 +221,35 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
             mend="leave grow.mup out, or set grow.state_policy to another",
         )
     return models[-1], replace(growth, mup=grow.mup)
+
+
+_SETTINGS = ("noise",)  # of single operators, besides sizes
+
+
+def _configured(parts: tuple[Operator, ...], grow: GrowConfig) -> tuple[Operator, ...]:
+    """The operators with the settings that the section gives them.
+
+    Raises:
+        GrowthError: it gives one that none of them takes, or several.
+    """
+    for key in _SETTINGS:
+        value = getattr(grow, key)
+        if value is None:
+            continue
+        takers = [i for i, part in enumerate(parts) if key in part.settings]
+        if len(takers) != 1:
+            known = [operator.name for operator in OPERATORS.values() if key in operator.settings]
+            both = " and ".join(parts[i].name for i in takers)
+            raise GrowthError(
+                f"grow.{key}: " + (f"{both} both take it" if takers else "no operator takes it"),
+                found=f"grow.operator {grow.operator}",
+                expected="one of " + ", ".join(known),
+                mend=f"leave grow.{key} out, or " + ("grow in two stages" if takers else
+                                                     "set grow.operator to one of those"),
+            )  # fmt: skip
+        [at] = takers
+        parts = (*parts[:at], replace(parts[at], **{key: value}), *parts[at + 1 :])
+    return parts
 
 
 def make_growth(

@@ -70,6 +70,7 @@ class Operator:
         fitted: for how many steps it is fitted on data, unless told; its blocks are where the
             fitting begins.  0: there is nothing to fit.
         any_size: whether it reaches any larger size, not multiples alone.
+        settings: keys of the `grow` section that it takes besides; fields of the same names.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Operator:
     ramp: int = 0
     fitted: int = 0
     any_size: bool = False
+    settings: tuple[str, ...] = ()
 
     def target(self, model: ModelConfig, factor: int) -> ModelConfig:
         """The configuration of the model that a whole factor makes: its sizes, times that."""

@@ -11,7 +11,7 @@ from megagrow.growth.ligo import LIGO
 from megagrow.growth.operator import Operator
 from megagrow.growth.policy import POLICIES, StatePolicy
 from megagrow.growth.ramp import WIDTH_RANDOM
-from megagrow.growth.width import WIDTH, WIDTH_DIAG, WIDTH_NOISE, WIDTH_SPLIT
+from megagrow.growth.width import WIDTH, WIDTH_DIAG, WIDTH_NOISE, WIDTH_PERTURB, WIDTH_SPLIT
 from megagrow.growth.width_fresh import WIDTH_FRESH
 
 _ALL = (
@@ -19,6 +19,7 @@ _ALL = (
     WIDTH_DIAG,
     WIDTH_SPLIT,
     WIDTH_NOISE,
+    WIDTH_PERTURB,
     WIDTH_FRESH,
     WIDTH_RANDOM,
     DEPTH_STACK,

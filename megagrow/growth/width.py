@@ -5,10 +5,11 @@ stream is k copies [h, h, ...]; heads and ffn units are duplicated likewise.
 What reads a duplicated axis must take shares of its copies that sum to 1, so
 that each unit gets what it got before; the operators differ in the shares:
 
-    width        equal shares: every matrix is [[W, W], [W, W]] / k
-    width_diag   copy i reads copy i alone: [[W, 0], [0, W]]
-    width_split  unequal shares 1 : 2 : ... : k
-    width_noise  equal shares and noise that cancels in the sum
+    width          equal shares: every matrix is [[W, W], [W, W]] / k
+    width_diag     copy i reads copy i alone: [[W, 0], [0, W]]
+    width_split    unequal shares 1 : 2 : ... : k
+    width_noise    equal shares and noise that cancels in the sum
+    width_perturb  equal shares and noise that does not, so the function changes
 
 Embeddings, norms and biases are repeated; the shares of the output head are
 carried by the final norm, so that a tied head needs nothing.  LayerNorm and
@@ -39,7 +40,7 @@ from megagrow.growth.operator import (
     tiled,
 )
 from megagrow.state.catalog import Catalog, LogicalTensor
-from megagrow.state.statemap import AxisMap, Noise
+from megagrow.state.statemap import AxisMap, Noise, Statistic
 
 GROWING = ("embed", "kv_group", "query", "ffn")
 WIDTH_SIZES = ("hidden", "heads", "kv_heads", "ffn")
@@ -237,17 +238,18 @@ class WidthNoise(Operator):
     """Tile, plus noise on the copies of an input that sums to 0 over them.
 
     Attributes:
-        noise: its standard deviation, as a fraction of the matrix's own share at the start.
+        noise: its standard deviation, in units of the share of the tensor's root mean square that
+            a copy takes: with 1 it is as large as what it is added to.
     """
 
-    noise: float = 0.2
+    noise: float = 1.0
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """All copies of all grown axes; those that are read carry the noise."""
-        inputs = reads(tensor)
+        inputs, old = reads(tensor), small[tensor.name]
         head = tensor.name == "output.weight"
         blocks = []
-        for block in duplicates(tensor, small[tensor.name]):
+        for block in duplicates(tensor, old):
             param, grad = equal_shares(tensor, block)
             number, count, written = 0, 1, ""
             for axis, (c, k) in block.copy.items():
@@ -257,12 +259,17 @@ class WidthNoise(Operator):
                     written += f" {axis} {c}"
             noise = None
             if count > 1 and not head:
-                std = self.noise * param * tensor.init.std * _alternating(number, count)
-                noise = Noise(f"{tensor.name} {list(tensor.shape)}{written}", std)
+                std = self.noise * param * _alternating(number, count)
+                noise = own_noise(f"{tensor.name} {list(tensor.shape)}{written}", std, old)
             stated = grad if head or tensor.name.startswith("final_norm.") else None
             new = is_new(block)
             blocks.append(Block(tensor.name, block.axes, param, stated, new=new, noise=noise))
         return tuple(blocks)
+
+
+def own_noise(name: str, std: float, old: LogicalTensor) -> Noise | None:
+    """Noise in units of a source tensor's own root mean square; None where it is 0."""
+    return Noise(name, std, Statistic(old.name, old.shape, "rms")) if std else None
 
 
 WIDTH_NOISE = WidthNoise(
@@ -273,6 +280,44 @@ WIDTH_NOISE = WidthNoise(
     source="HyperCloning, arXiv 2409.12903 (symmetric expansion with noise)",
     policies=("sparkling", "kept", "copy", "reset"),
     sizes=WIDTH_SIZES,
+    settings=("noise",),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthPerturb(Operator):
+    """Tile, plus independent noise in every copy of a matrix: W' = (tile(W) + noise) / k.
+
+    Attributes:
+        noise: as in `WidthNoise`.
+    """
+
+    noise: float = 1.0
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """All copies of all grown axes; those of matrices carry noise, the first one too."""
+        old = small[tensor.name]
+        found = duplicates(tensor, old)
+        blocks = []
+        for number, block in enumerate(found):
+            param, _ = equal_shares(tensor, block)
+            noise = None
+            if tensor.is_matrix and len(found) > 1:
+                name = f"{tensor.name} {list(tensor.shape)} copy {number}"
+                noise = own_noise(name, self.noise * param, old)
+            blocks.append(Block(tensor.name, block.axes, param, new=is_new(block), noise=noise))
+        return tuple(blocks)
+
+
+WIDTH_PERTURB = WidthPerturb(
+    name="width_perturb",
+    summary="width plus noise that is independent in every copy of a matrix",
+    keeps="nothing",
+    breaker="the noise",
+    source="Ma et al., arXiv 2602.10545; Net2Net, arXiv 1511.05641",
+    policies=("sparkling", "kept", "copy", "reset"),
+    sizes=WIDTH_SIZES,
+    settings=("noise",),
 )
 
 

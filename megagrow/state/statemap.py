@@ -103,6 +103,23 @@ class Statistic:
 
 
 @dataclass(frozen=True, slots=True)
+class Noise:
+    """Normal random numbers over a block, by the run's seed, this name and the element alone.
+
+    Blocks of equal shape with the same name have the same numbers, times their own `std`
+    (which may be negative), so that they can cancel.
+
+    Attributes:
+        std: their standard deviation, in units of `statistic` where there is one.
+        statistic: of one number.
+    """
+
+    name: str
+    std: float
+    statistic: Statistic | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Drawn:
     """A fill: normal random numbers by the run's seed, this name and the element alone.
 
@@ -128,18 +145,6 @@ class Level:
 
 
 Fill = Literal["covered", "zeros", "fresh"] | Drawn | Level
-
-
-@dataclass(frozen=True, slots=True)
-class Noise:
-    """Normal random numbers over a block, by the run's seed, this name and the element alone.
-
-    Blocks of equal shape with the same name have the same numbers, times their own `std`
-    (which may be negative), so that they can cancel.
-    """
-
-    name: str
-    std: float
 
 
 @dataclass(frozen=True, slots=True)

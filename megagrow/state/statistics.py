@@ -26,7 +26,7 @@ _BYTES_AN_ELEMENT = 32  # float64 and int64 temporaries of a piece
 
 
 def required(state_map: StateMap, slots: Sequence[Slot] = (MASTER,)) -> list[Statistic]:
-    """The statistics that a state map's fills need, each once, in a fixed order."""
+    """The statistics that a state map's fills and noise need, each once, in a fixed order."""
     found: dict[Statistic, None] = {}
     for tensor in state_map.target:
         for slot in slots:
@@ -35,6 +35,9 @@ def required(state_map: StateMap, slots: Sequence[Slot] = (MASTER,)) -> list[Sta
             rule = state_map.fill(tensor, slot)
             if isinstance(rule, Drawn | Level):
                 found[rule.statistic] = None
+            for copy in state_map.copies(tensor, slot):
+                if copy.noise is not None and copy.noise.statistic is not None:
+                    found[copy.noise.statistic] = None
     return list(found)
 
 

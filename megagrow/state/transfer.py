@@ -33,6 +33,7 @@ _NOISE_ELEMENTS = 1 << 18  # made at a time, where a block has noise
 _LANDINGS = 256  # local copies that are handed to a kernel together
 
 Landing = tuple[Move, torch.Tensor]  # a move, and the values it brings
+MakeNoise = Callable[[Copy, Box], np.ndarray]  # of a part of a block, in block coordinates
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def transfer_between_ranks(
         state_map=state_map, new=new, placement=new_placement, slots=slots, rank=rank, seed=seed,
         staging_bytes=staging_bytes, statistics=statistics,
     )  # fmt: skip
+    noise = partial(_noise, seed=seed, statistics=statistics)
     incoming: dict[int, list[Move]] = defaultdict(list)
     written = 0
     here: list[Landing] = []
@@ -93,11 +95,11 @@ def transfer_between_ranks(
             here.append((move, _piece(old, move)))
             # A kernel takes many; else one at a time, since a piece may be a copy of its own.
             if len(here) == _LANDINGS or not ops.own("copy_boxes", here[0][1]):
-                _land_all(here, new, seed)
+                _land_all(here, new, noise)
                 here = []
         else:
             incoming[move.holder].append(move)
-    _land_all(here, new, seed)
+    _land_all(here, new, noise)
     outgoing: dict[int, list[Move]] = defaultdict(list)
     if channel.world > 1:
         for move in plan_sends(state_map, old_placement, new_placement, **plan):  # type: ignore[arg-type]
@@ -123,7 +125,7 @@ def transfer_between_ranks(
             channel.exchange(send=packed, to=to, receive=room, source=source)
             if room is not None:
                 crossed += room.numel()
-                received += _unpack(receives[turn], room, new, seed)
+                received += _unpack(receives[turn], room, new, noise)
     return TransferReport(
         bytes_written=written * width,
         bytes_received=received * width,
@@ -161,13 +163,14 @@ def transfer_from_storage(
         staging_bytes=staging_bytes, statistics=statistics,
     )  # fmt: skip
     written = 0
+    noise = partial(_noise, seed=seed, statistics=statistics)
     moves = plan_receives(state_map, locator, new_placement, slots=slots, rank=rank)
     for batch in messages(list(moves), max(1, staging_bytes // 8)):
         for move in batch:
             piece = _piece(old, move)
             written += piece.numel() * piece.element_size()
             staged = max(staged, move.source_box.volume * piece.element_size())
-            _land(move, piece, new, seed)
+            _land(move, piece, new, noise)
     return TransferReport(
         bytes_written=written, peak_staging_bytes=staged, seconds=time.perf_counter() - begin
     )
@@ -260,7 +263,7 @@ def _piece(old: Reader, move: Move) -> torch.Tensor:
     return old.read(move.copy.source, move.slot.name, move.source_box)[move.source_index()]
 
 
-def _land_all(landings: Sequence[Landing], new: Writer, seed: int) -> None:
+def _land_all(landings: Sequence[Landing], new: Writer, noise: MakeNoise) -> None:
     """Land pieces: by one kernel for many where one serves, else one after the other."""
     plain = [(m, p) for m, p in landings if m.copy.noise is None and ops.own("copy_boxes", p)]
     if plain:
@@ -270,10 +273,10 @@ def _land_all(landings: Sequence[Landing], new: Writer, seed: int) -> None:
             ops.copy_boxes_(memory, [p for _, p in plain], [m.copy.coefficient for m, _ in plain])
             landings = [(m, p) for m, p in landings if m.copy.noise is not None]
     for move, piece in landings:
-        _land(move, piece, new, seed)
+        _land(move, piece, new, noise)
 
 
-def _land(move: Move, piece: torch.Tensor, new: Writer, seed: int) -> None:
+def _land(move: Move, piece: torch.Tensor, new: Writer, noise: MakeNoise) -> None:
     memory = new.view(move.tensor, move.slot.name, move.target_box)[move.target_index()]
     scale = move.copy.coefficient
     # Scaled in the precision it is kept in: the same product in every layout.
@@ -283,12 +286,18 @@ def _land(move: Move, piece: torch.Tensor, new: Writer, seed: int) -> None:
         memory.copy_(piece)
         if scale != 1.0:
             memory.mul_(scale)
-    noise = move.copy.noise
-    if noise is not None:
+    if move.copy.noise is not None:
         for box in split_box(move.part, _NOISE_ELEMENTS):
-            values = normals(move.copy.shape, box, name=noise.name, seed=seed) * noise.std
             inside = box.relative_to(move.part.offset).slices
-            memory[inside] += torch.from_numpy(values).to(memory)
+            memory[inside] += torch.from_numpy(noise(move.copy, box)).to(memory)
+
+
+def _noise(copy: Copy, box: Box, *, seed: int, statistics: Statistics) -> np.ndarray:
+    """What is added to a part of a block that has noise."""
+    rule = copy.noise
+    assert rule is not None
+    unit = 1.0 if rule.statistic is None else statistics[rule.statistic].item()
+    return _drawn(copy.shape, box, name=rule.name, std=rule.std * unit, seed=seed)
 
 
 def _buffer(
@@ -307,7 +316,7 @@ def _pack(batch: Iterable[Move], old: Reader, buffer: torch.Tensor) -> torch.Ten
     return buffer[:position]
 
 
-def _unpack(batch: Iterable[Move], buffer: torch.Tensor, new: Writer, seed: int) -> int:
+def _unpack(batch: Iterable[Move], buffer: torch.Tensor, new: Writer, noise: MakeNoise) -> int:
     """Land a message; returns the number of elements written."""
     position = written = 0
     landings: list[Landing] = []
@@ -317,5 +326,5 @@ def _unpack(batch: Iterable[Move], buffer: torch.Tensor, new: Writer, seed: int)
         landings += [(landing, values) for landing in (move, *move.twins)]
         written += values.numel() * (1 + len(move.twins))
         position = stop
-    _land_all(landings, new, seed)
+    _land_all(landings, new, noise)
     return written

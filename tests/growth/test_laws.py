@@ -83,7 +83,8 @@ def test_every_operator_says_what_it_keeps():
     # One that keeps neither needs a test of its own, as those two have above.
     assert {o.keeps for o in OPERATORS.values()} <= set(KEEPS)
     changing = [o.name for o in OPERATORS.values() if o.keeps == "nothing"]
-    assert changing == ["depth_stack", "depth_interleave", "ligo"]  # ligo: test_ligo.py
+    # width_perturb: test_noise.py; ligo: test_ligo.py.
+    assert changing == ["width_perturb", "depth_stack", "depth_interleave", "ligo"]
 
 
 # --- law 3: gradients ---------------------------------------------------------------------
@@ -135,7 +136,7 @@ def test_slots_follow_their_policy(operator, policy, factor, model):
                 scale = _scale_by_definition(policy, slot.name, block)
                 expected[there] = scale * old[here]
                 if slot.name == "master" and block.noise is not None:
-                    expected[there] += _noise(block)
+                    expected[there] += _noise(block, state)
             if slot.name == "master":
                 rest = _uncovered(growth, tensor)
                 expected[rest] = _filled(growth.fill(tensor, slot), tensor, state)[rest]
@@ -143,9 +144,12 @@ def test_slots_follow_their_policy(operator, policy, factor, model):
             np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-15, err_msg=tensor.name)
 
 
-def _noise(block):
-    shape = block.scaled(1.0).shape
-    return block.noise.std * normals(shape, whole(shape), name=block.noise.name, seed=0)
+def _noise(block, state):
+    shape, std = block.scaled(1.0).shape, block.noise.std
+    if block.noise.statistic is not None:
+        old = state.tensors[block.noise.statistic.tensor, "master"].numpy()
+        std *= np.sqrt(np.mean(old**2))
+    return std * normals(shape, whole(shape), name=block.noise.name, seed=0)
 
 
 def _filled(fill, tensor, state):
