@@ -47,6 +47,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--fit-steps", type=int, metavar="N", help="steps of fitting ligo (the operator's own)")
     add("--noise", type=float, metavar="S",
         help="noise on copies, in units of their root mean square (operator's own)")  # fmt: skip
+    add("--shrink", type=float, metavar="S", help="of shrink_pad_perturb, on old weights (0.4)")
+    add("--sources", type=int, nargs="+", metavar="I",
+        help="of depth_slices: the old layer that each new one copies")  # fmt: skip
+    add("--keep-first", type=int, metavar="N", help="of depth_slices: so many are not copied")
+    add("--keep-last", type=int, metavar="N", help="the same, of the last layers")
     add("--mup", action="store_true", help="divide matrices' rates by the growth of their inputs")
     add("--dry-run", action="store_true", help="check and print sizes; write nothing")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -110,6 +115,10 @@ def grow_section(options: argparse.Namespace) -> Any:
         "ramp": options.ramp,
         "fit_steps": options.fit_steps,
         "noise": options.noise,
+        "shrink": options.shrink,
+        "sources": options.sources,
+        "keep_first": options.keep_first,
+        "keep_last": options.keep_last,
         "mup": options.mup,
     }
     return parse_settings(GrowConfig, given, source="this growth cannot be")

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from megagrow.config.section import Layers, Positive, Section
 
+Count = Annotated[int, Field(ge=0)]
 _RULES = ("slope", "marginal", "planned")
 
 
@@ -81,8 +82,10 @@ class GrowConfig(Section):
     share.  `ramp` is the number of steps over which `width_random` lets its new units in,
     `fit_steps` for how many `ligo` is fitted; null takes the operator's default.  `noise` is the
     standard deviation of the noise that `width_noise` and `width_perturb` (1 by default),
-    `depth_stack` and `depth_interleave` (0) add to copies, in units of the copies' own root mean
-    square.
+    `depth_stack`, `depth_interleave` and `depth_slices` (0) add to copies, in units of the copies'
+    own root mean square; `shrink` what `shrink_pad_perturb` multiplies old weights by (0.4).  `depth_slices`
+    takes `sources`, the old layer that each layer of the grown model is a copy of; without it,
+    `keep_first` and `keep_last` layers at the ends stay single, and those between are stacked.
     """
 
     operator: str
@@ -93,6 +96,10 @@ class GrowConfig(Section):
     ramp: Positive | None = None
     fit_steps: Positive | None = None
     noise: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
+    shrink: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    sources: Annotated[list[Count], Field(min_length=1, max_length=4096)] | None = None
+    keep_first: Count | None = None
+    keep_last: Count | None = None
     restart: Annotated[float, Field(ge=1.0)] | Literal["paper"] | None = None
     mup: bool = False
 

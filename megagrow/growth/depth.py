@@ -20,6 +20,7 @@ All of them reach any number of layers above the old one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megagrow.growth.operator import Block, Operator, unchanged
@@ -32,7 +33,7 @@ _TO_STREAM = ("attention.out.", "mlp.down.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Copies(Operator):
+class Copies(Operator):
     """Copies of layers.
 
     Attributes:
@@ -57,7 +58,7 @@ class _Copies(Operator):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthStack(_Copies):
+class DepthStack(Copies):
     """Append copies of all layers; layer i of the grown model is layer i mod L of the old."""
 
     def copied(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
@@ -79,7 +80,7 @@ DEPTH_STACK = DepthStack(
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthInterleave(_Copies):
+class DepthInterleave(Copies):
     """Repeat every layer; layer i of the grown model is layer i L / L' of the old."""
 
     def copied(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
@@ -132,11 +133,22 @@ DEPTH_IDENTITY = DepthIdentity(
 
 def stacked(tensor: LogicalTensor, small: Catalog) -> tuple[str, bool]:
     """(source, whether it is a copy): whole copies of the stack, end to end."""
+    depth = layer_count(small)
+    return from_layer(tensor, lambda layer: (layer % depth, layer >= depth))
+
+
+def from_layer(
+    tensor: LogicalTensor, source: Callable[[int], tuple[int, bool]]
+) -> tuple[str, bool]:
+    """(source, whether it is a copy) of a tensor, from those of its layer.
+
+    What belongs to no layer is itself.
+    """
     if not tensor.name.startswith(_LAYERS):
         return tensor.name, False
     layer, rest = layer_of(tensor.name)
-    depth = layer_count(small)
-    return f"{_LAYERS}{layer % depth}.{rest}", layer >= depth
+    number, new = source(layer)
+    return f"{_LAYERS}{number}.{rest}", new
 
 
 def _interleaved(tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
@@ -144,13 +156,14 @@ def _interleaved(tensor: LogicalTensor, small: Catalog, target: Catalog) -> tupl
 
     Each is followed by its copies, as evenly as they share out.
     """
-    if not tensor.name.startswith(_LAYERS):
-        return tensor.name, False
-    layer, rest = layer_of(tensor.name)
     old, large = layer_count(small), layer_count(target)
-    source = layer * old // large
-    first = -(-source * large // old)  # the first layer that has this source
-    return f"{_LAYERS}{source}.{rest}", layer > first
+
+    def source(layer: int) -> tuple[int, bool]:
+        number = layer * old // large
+        first = -(-number * large // old)  # the first layer that has this source
+        return number, layer > first
+
+    return from_layer(tensor, source)
 
 
 def layer_of(name: str) -> tuple[int, str]:

@@ -204,6 +204,12 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
             models.append(part.target(models[-1], grow.factor or 2))
         else:
             models.append(part.grown(models[-1], sizes))
+        if not part.sizes and models[-1] == models[-2]:
+            raise GrowthError(
+                f"grow.operator: {part.name} changes nothing here",
+                found=f"tie_embeddings {models[-1].tie_embeddings}",
+                mend="leave the operator out",
+            )
     catalogs = [build_catalog(m) for m in models]
     operator = parts[0] if len(parts) == 1 else composed(parts, catalogs[:-1])
     growth = make_growth(
@@ -223,7 +229,8 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
     return models[-1], replace(growth, mup=grow.mup)
 
 
-_SETTINGS = ("noise",)  # of single operators, besides sizes
+# Of single operators, besides sizes.
+_SETTINGS = ("noise", "shrink", "sources", "keep_first", "keep_last")
 
 
 def _configured(parts: tuple[Operator, ...], grow: GrowConfig) -> tuple[Operator, ...]:
@@ -236,6 +243,7 @@ def _configured(parts: tuple[Operator, ...], grow: GrowConfig) -> tuple[Operator
         value = getattr(grow, key)
         if value is None:
             continue
+        value = tuple(value) if isinstance(value, list) else value
         takers = [i for i, part in enumerate(parts) if key in part.settings]
         if len(takers) != 1:
             known = [operator.name for operator in OPERATORS.values() if key in operator.settings]
@@ -250,6 +258,18 @@ def _configured(parts: tuple[Operator, ...], grow: GrowConfig) -> tuple[Operator
         [at] = takers
         parts = (*parts[:at], replace(parts[at], **{key: value}), *parts[at + 1 :])
     return parts
+
+
+def told(grow: GrowConfig) -> str:
+    """A growth in words: ``width x2``, ``untie``, ``depth_slices of layers 0 1 0 1``."""
+    parts = find_operators(grow.operator)
+    words = ["+".join(part.name for part in parts)]
+    if grow.sources is not None:
+        words.append("of layers " + " ".join(map(str, grow.sources)))
+    listed = set() if grow.sources is None else {"layers"}
+    if any(set(part.sizes) - listed for part in parts):
+        words.append(grow.extent)
+    return " ".join(words)
 
 
 def make_growth(

@@ -11,6 +11,9 @@ from megagrow.growth.ligo import LIGO
 from megagrow.growth.operator import Operator
 from megagrow.growth.policy import POLICIES, StatePolicy
 from megagrow.growth.ramp import WIDTH_RANDOM
+from megagrow.growth.shrink import SHRINK_PAD_PERTURB
+from megagrow.growth.slices import DEPTH_SLICES
+from megagrow.growth.untie import UNTIE
 from megagrow.growth.width import WIDTH, WIDTH_DIAG, WIDTH_NOISE, WIDTH_PERTURB, WIDTH_SPLIT
 from megagrow.growth.width_fresh import WIDTH_FRESH
 
@@ -22,14 +25,17 @@ _ALL = (
     WIDTH_PERTURB,
     WIDTH_FRESH,
     WIDTH_RANDOM,
+    SHRINK_PAD_PERTURB,
     DEPTH_STACK,
     DEPTH_INTERLEAVE,
     DEPTH_IDENTITY,
+    DEPTH_SLICES,
     LIGO,
     HEAD_DIM,
     KV_GROUPS,
     VOCAB,
     SEQUENCE,
+    UNTIE,
 )
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in _ALL}
 

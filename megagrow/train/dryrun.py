@@ -16,6 +16,7 @@ from megagrow.config import Config
 from megagrow.engine.ds_config import deepspeed_config
 from megagrow.engine.precision import on_gpu, precisions
 from megagrow.errors import ConfigError
+from megagrow.growth.growth import told
 from megagrow.report.units import human
 from megagrow.schedule.cost import STATE_BYTES, Received, received
 from megagrow.schedule.memory import BYTES, DEVICE_PARTS, local_sizes, rank_memory, slot_elements
@@ -100,8 +101,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     if stage.growth is not None and stage.grow is not None:
         lines.insert(
             1,
-            f"  grows by    {stage.growth.operator.name} {stage.grow.extent}, "
-            f"state policy {stage.growth.policy.name}",
+            f"  grows by    {told(stage.grow)}, state policy {stage.growth.policy.name}",
         )
         caveat = stage.growth.policy.caveat(
             grad_clip=config.optimizer.grad_clip, dropout=stage.model.dropout

@@ -265,6 +265,8 @@ def describe_sizes(plan: OfflineGrowth) -> list[str]:
             changed.append(f"{setting} {before} -> {after}")
         elif setting in plan.growth.operator.sizes:
             left.append(f"{setting} {before}")
+    if small.tie_embeddings != model.tie_embeddings:
+        changed.append("tie_embeddings true -> false")
     lines = [", ".join(changed) + (f"; {', '.join(left)} as before" if left else "")]
     if model.family == "gpt2" and model.heads * model.head_dim != model.hidden:
         lines.append(

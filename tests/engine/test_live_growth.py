@@ -45,6 +45,20 @@ def test_live_growth_equals_growing_in_one_process_and_slicing(world):
     _check(world, [(a, b, next(by_turns)) for a, b in some])
 
 
+# These depend on statistics of the old state, or make a tensor of one that is on other ranks.
+MEASURING = [
+    ("width_fresh", "kept", 2),
+    ("width_noise", "sparkling", 3),
+    ("width_perturb", "copy", 2),
+    ("untie", "copy", 2),
+]
+
+
+def test_growths_that_depend_on_the_whole_old_state_are_the_same_in_every_layout():
+    by_turns = itertools.cycle(MEASURING)
+    _check(2, [(a, b, next(by_turns)) for a, b in _pairs(2)[1::3]])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_live_growth_equals_slicing_for_all_pairs(world):

@@ -28,6 +28,7 @@ from megagrow.state.placement import Placement
 from megagrow.state.transfer import transfer_between_ranks
 
 MODEL = toy_model(hidden=32, heads=4, ffn=48, init_std=0.02)
+NOISY = ["width_noise", "width_perturb", "depth_stack", "depth_interleave", "depth_slices"]
 UP = "layers.0.mlp.up.weight"
 
 
@@ -81,7 +82,7 @@ def test_noise_that_does_not_cancel_changes_the_function_and_its_seed_changes_th
     assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(logits.values(), 2))
 
 
-@pytest.mark.parametrize("operator", ["depth_stack", "depth_interleave"])
+@pytest.mark.parametrize("operator", NOISY[2:])
 def test_copies_of_layers_take_noise_and_old_layers_none(operator):
     state, _, growth, new = _grown(operator=operator, noise=0.5)
     _, _, _, plain = _grown(operator=operator)
@@ -149,7 +150,7 @@ def test_every_layout_has_the_same_noise(section, family):
 
 def test_operators_without_noise_refuse_it():
     takers = [operator.name for operator in OPERATORS.values() if "noise" in operator.settings]
-    assert takers == ["width_noise", "width_perturb", "depth_stack", "depth_interleave"]
+    assert takers == NOISY
     for name in set(OPERATORS) - set(takers):
         with pytest.raises(GrowthError, match=r"grow\.noise: no operator takes it") as caught:
             plan_growth(GrowConfig(operator=name, noise=0.1), toy_model())

@@ -19,12 +19,16 @@ from megagrow.train import offline
 from megagrow.train.offline import plan_offline, write_offline
 
 
-def _grow(*arguments):
+def _module():
     where = REPOSITORY / "launch" / "grow.py"
     spec = importlib.util.spec_from_file_location("megagrow_grow", where)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main([str(a) for a in arguments])
+    return module
+
+
+def _grow(*arguments):
+    return _module().main([str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +48,21 @@ def _values(checkpoint):
     }
 
 
-@pytest.mark.parametrize("policy", ["sparkling", "reset"])
-def test_going_on_from_it_is_the_live_run(small, dataset, tmp_path, capsys, policy):
+@pytest.mark.parametrize(
+    ("operator", "policy"),
+    [("width", "sparkling"), ("width", "reset"), ("width_fresh", "kept"), ("width_noise", "kept")],
+)
+def test_going_on_from_it_is_the_live_run(small, dataset, tmp_path, capsys, operator, policy):
     plan = stages(policy=policy)
+    plan[1]["grow"]["operator"] = operator
     config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "live", stages=plan))
     live = trajectory(train(1, config))
-    options = ["--operator", "width", "--state-policy", policy, "--rewarm", "3"]
+    options = ["--operator", operator, "--state-policy", policy, "--rewarm", "3"]
     assert _grow("--from", small[0], "--to", tmp_path / "grown", *options) == 0
     said = capsys.readouterr().out
-    assert "width, state policy " + policy in said and str(tmp_path / "grown" / "step_") in said
+    assert (
+        f"{operator}, state policy {policy}" in said and str(tmp_path / "grown" / "step_") in said
+    )
     lines = train(1, config, f"run.dir={tmp_path / 'after'}", resume=tmp_path / "grown")
     assert trajectory(lines) == live[3:]
 
@@ -106,6 +116,28 @@ def test_what_a_second_growth_starts_from(small, tmp_path):
     assert checkpoint.run_state["growth_stage"] == 2
     ends = [stage["until"]["steps"] for stage in checkpoint.config["stages"]]
     assert ends == [3, 3, 6]  # which a run goes on with: see test_grow_imports.py
+
+
+@pytest.mark.parametrize(
+    ("options", "section"),
+    [
+        (["width_noise", "--noise", "0.5"], {"noise": 0.5}),
+        (["shrink_pad_perturb", "--shrink", "0.6"], {"shrink": 0.6}),
+        (["depth_slices", "--sources", "0", "1", "0"], {"sources": [0, 1, 0]}),
+        (["depth_slices", "--keep-first", "1", "--keep-last", "0"],
+         {"keep_first": 1, "keep_last": 0}),
+    ],
+)  # fmt: skip
+def test_settings_of_single_operators_have_options(options, section):
+    module = _module()
+    parsed = module.parse(["--from", "here", "--to", "there", "--operator", *options])
+    assert module.grow_section(parsed) == GrowConfig(operator=options[0], **section)
+
+
+def test_an_untied_head_is_told(small, tmp_path, capsys):
+    arguments = ["--from", small[0], "--to", tmp_path / "out", "--operator", "untie"]
+    assert _grow(*arguments, "--dry-run") == 0
+    assert "tie_embeddings true -> false" in capsys.readouterr().out
 
 
 def test_a_dry_run_writes_nothing(small, tmp_path, capsys):
