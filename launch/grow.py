@@ -89,6 +89,10 @@ def run(options: argparse.Namespace) -> None:
     for line in summary(old.left_out):
         print(f"left out    {line}")
     print(f"growth      {growth.operator.name}, state policy {growth.policy.name}")
+    for line in growth.caveats(
+        grad_clip=plan.config.optimizer.grad_clip, dropout=plan.model.dropout
+    ):
+        print(f"            {line}")
     for line in describe_sizes(plan):
         print(f"sizes       {line}")
     print(f"parameters  {growth.small.parameters:,} -> {growth.target.parameters:,}")

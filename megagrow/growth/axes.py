@@ -93,6 +93,14 @@ class KeyValueGroups(Operator):
         heads = {"heads": model.heads * factor, "kv_heads": model.kv_groups}
         return resized(model, heads)
 
+    def interchangeable(self, small: Catalog, target: Catalog) -> bool:
+        """Duplicated query heads are; groups that are cut up serve different queries."""
+        return any(
+            axis == "query" and large > small[tensor.name].shape[at]
+            for tensor in target
+            for at, (axis, large) in enumerate(zip(tensor.axes, tensor.shape, strict=True))
+        )
+
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """Duplicates, or the old groups cut into parts."""
         old = small[tensor.name]

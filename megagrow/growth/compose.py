@@ -41,6 +41,14 @@ class Composition(Operator):
         """The blocks from the first catalog to the last."""
         return self._through(tensor, len(self.parts) - 1, (*self.catalogs, target))
 
+    def interchangeable(self, small: Catalog, target: Catalog) -> bool:
+        """Whether those of any part are; what comes after treats them alike."""
+        catalogs = (*self.catalogs, target)
+        return any(
+            part.interchangeable(before, after)
+            for part, before, after in zip(self.parts, catalogs, catalogs[1:], strict=False)
+        )
+
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
         """What the parts agree on; they were checked (see `check_fills`)."""
         return self._fills[tensor.name]

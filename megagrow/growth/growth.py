@@ -13,13 +13,14 @@ from megagrow.growth.compose import Composition, composed
 from megagrow.growth.operator import Block, Operator
 from megagrow.growth.policy import StatePolicy
 from megagrow.growth.ramp import Ramp, make_ramp
+from megagrow.growth.rates import exact_factors
 from megagrow.growth.registry import OPERATORS, find_operator, find_operators, find_policy
 from megagrow.growth.rules import Factors, OptimizerRules, YoungBlocks
+from megagrow.growth.settings import configured
 from megagrow.growth.width import reads
 from megagrow.growth.young import carried, covers, is_whole, kept_by
 from megagrow.model.catalog import build_catalog
 from megagrow.state.catalog import Catalog, LogicalTensor, Slot
-from megagrow.state.matrices import Matrix, matrices
 from megagrow.state.statemap import Copy, Fill
 
 
@@ -69,6 +70,26 @@ class Growth:
             return "zeros"
         return self.operator.fill(tensor, self.small, self.target)
 
+    def caveats(self, *, grad_clip: float, dropout: float) -> list[str]:
+        """What keeps the growth from its promise or its use, a sentence each.
+
+        Args:
+            grad_clip: the norm that the run clips gradients at; 0 for none.
+            dropout: the model's; it parts copies, which it drops each by itself.
+        """
+        found = []
+        policy = self.policy.caveat(grad_clip=grad_clip, dropout=dropout)
+        if policy is not None:
+            found.append(f"state policy {self.policy.name} {policy}")
+        copied = self.operator.interchangeable(self.small, self.target)
+        if copied and self.policy.moments != "kept" and dropout == 0:
+            found.append(
+                f"copies never part under state policy {self.policy.name}, since their gradients "
+                "and moments are equal: the grown model learns what the small one would; "
+                "grow.operator width_fresh makes no copies, kept and sparkling part them slowly"
+            )
+        return found
+
     def rules_after(
         self,
         before: OptimizerRules,
@@ -96,7 +117,7 @@ class Growth:
             blocks = self.blocks(tensor)
             inherited = before.factors_of(blocks[0].source) if blocks else Factors()
             if self.policy.scale_rates:
-                inherited = inherited.times(_exact_factors(tensor, self.small, blocks))
+                inherited = inherited.times(exact_factors(tensor, self.small, blocks))
             elif self.mup and blocks:
                 inherited = inherited.times(self._mup_factors(tensor, self.small[blocks[0].source]))
             if inherited != Factors():
@@ -184,7 +205,7 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
     Raises:
         GrowthError: names, sizes and policy do not fit each other or the model.
     """
-    parts = _configured(find_operators(grow.operator), grow)
+    parts = configured(find_operators(grow.operator), grow)
     wanted = {} if grow.target is None else grow.target.model_dump(exclude_none=True)
     owners = {key: [p.name for p in parts if key in p.sizes] for key in wanted}
     for key, names in owners.items():
@@ -227,49 +248,6 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
             mend="leave grow.mup out, or set grow.state_policy to another",
         )
     return models[-1], replace(growth, mup=grow.mup)
-
-
-# Of single operators, besides sizes.
-_SETTINGS = ("noise", "shrink", "sources", "keep_first", "keep_last")
-
-
-def _configured(parts: tuple[Operator, ...], grow: GrowConfig) -> tuple[Operator, ...]:
-    """The operators with the settings that the section gives them.
-
-    Raises:
-        GrowthError: it gives one that none of them takes, or several.
-    """
-    for key in _SETTINGS:
-        value = getattr(grow, key)
-        if value is None:
-            continue
-        value = tuple(value) if isinstance(value, list) else value
-        takers = [i for i, part in enumerate(parts) if key in part.settings]
-        if len(takers) != 1:
-            known = [operator.name for operator in OPERATORS.values() if key in operator.settings]
-            both = " and ".join(parts[i].name for i in takers)
-            raise GrowthError(
-                f"grow.{key}: " + (f"{both} both take it" if takers else "no operator takes it"),
-                found=f"grow.operator {grow.operator}",
-                expected="one of " + ", ".join(known),
-                mend=f"leave grow.{key} out, or " + ("grow in two stages" if takers else
-                                                     "set grow.operator to one of those"),
-            )  # fmt: skip
-        [at] = takers
-        parts = (*parts[:at], replace(parts[at], **{key: value}), *parts[at + 1 :])
-    return parts
-
-
-def told(grow: GrowConfig) -> str:
-    """A growth in words: ``width x2``, ``untie``, ``depth_slices of layers 0 1 0 1``."""
-    parts = find_operators(grow.operator)
-    words = ["+".join(part.name for part in parts)]
-    if grow.sources is not None:
-        words.append("of layers " + " ".join(map(str, grow.sources)))
-    listed = set() if grow.sources is None else {"layers"}
-    if any(set(part.sizes) - listed for part in parts):
-        words.append(grow.extent)
-    return " ".join(words)
 
 
 def make_growth(
@@ -368,75 +346,6 @@ def _check_blocks(growth: Growth, tensor: LogicalTensor) -> None:
             if not (last_target < n and last_source < m):
                 raise GrowthError(f"operator {growth.operator.name}: a block of {tensor.name} "
                                   f"reaches outside {list(tensor.shape)}")  # fmt: skip
-
-
-def _exact_factors(tensor: LogicalTensor, small: Catalog, blocks: Sequence[Block]) -> Factors:
-    """AdamW moves a parameter by lr * m / (sqrt(v) + eps) + lr * wd * p.
-
-    With m -> g m and v -> g^2 v the quotient stays if eps -> g eps; the block's rate r then
-    asks for lr -> r lr, and wd -> wd / r leaves the decay as it was.
-    """
-    pairs = {(b.param if b.rate is None else b.rate, b.grad) for b in blocks}
-    if len(pairs) != 1:
-        raise GrowthError(
-            f"state policy 'exact': the blocks of {tensor.name} differ in their coefficients, "
-            "so no one learning rate retraces the small run",
-            mend="set grow.state_policy to sparkling or reset",
-        )
-    rate, grad = pairs.pop()
-    if grad is None:
-        raise GrowthError(f"state policy 'exact': no gradient is stated for {tensor.name}")
-    return Factors(
-        lr=abs(rate),
-        weight_decay=1.0 / abs(rate),
-        eps=abs(grad),
-        orthogonal=_orthogonal_factor(tensor, small[blocks[0].source], blocks, abs(rate)),
-    )
-
-
-def _orthogonal_factor(
-    tensor: LogicalTensor, old: LogicalTensor, blocks: Sequence[Block], rate: float
-) -> float | None:
-    """Muon moves a matrix M by lr * scale * NS(M / |M|), NS an odd polynomial.
-
-    Let the grown momentum be g P m Q^T, where P and Q copy every row a and every column b times:
-    P^T P = a, Q^T Q = b.  Then NS of it is P NS(m / |m|) Q^T / sqrt(a b), whatever g.  The block's
-    rate r therefore asks for lr -> r sqrt(a b) (old scale / new scale) lr.
-
-    Returns:
-        The factor; None where rows or columns are not copied equally often, or where the
-        matrices of a fused tensor need different ones.
-    """
-    if not tensor.is_matrix:
-        return 1.0
-    pairs = list(zip(matrices(tensor), matrices(old), strict=True))
-    factors = []
-    for new, before in pairs:
-        copies = _copies(new, before, blocks)
-        if copies is None:
-            return None
-        factors.append(rate * math.sqrt(copies) * (before.scale / new.scale))
-    return factors[0] if max(factors) - min(factors) <= 1e-12 * max(factors) else None
-
-
-def _copies(new: Matrix, old: Matrix, blocks: Sequence[Block]) -> int | None:
-    """How often each element of a matrix is copied; None if not all equally often, row by row."""
-    meeting = []  # by block, how it lies on each axis of the matrix
-    for block in blocks:
-        axes = []
-        for axis, part, before in zip(block.axes, new.index, old.index, strict=True):
-            low, high = axis.from_target(part.start, part.stop)
-            source = axis.source_start + low * axis.source_step
-            target = axis.target_start + low * axis.target_step
-            whole = source == before.start and high - low == before.stop - before.start
-            axes.append((target, axis.target_step, whole) if high > low else None)
-        if None not in axes:
-            meeting.append(axes)
-    if not all(axis and axis[2] for axes in meeting for axis in axes):
-        return None
-    # Every combination of the copies along each axis must be there, as P m Q^T has it.
-    copies = math.prod(len({axes[i] for axes in meeting}) for i in range(len(old.index)))
-    return copies if copies == len(meeting) else None
 
 
 def _too_young(growth: Growth, tensor: LogicalTensor, young: YoungBlocks, step: int) -> GrowthError:

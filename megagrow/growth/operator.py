@@ -106,6 +106,10 @@ class Operator:
         """
         raise NotImplementedError
 
+    def interchangeable(self, small: Catalog, target: Catalog) -> bool:
+        """Whether copies that it makes have equal gradients for as long as their moments are."""
+        return False
+
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
         """What parameters that no block covers become."""
         return "zeros"

@@ -135,6 +135,10 @@ def is_new(block: _Duplicate) -> bool:
 class Width(Operator):
     """Tile every matrix; heads, hidden and ffn grow by the factor, head_dim stays."""
 
+    def interchangeable(self, small: Catalog, target: Catalog) -> bool:
+        """They read and write alike."""
+        return True
+
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """All copies of all grown axes."""
         blocks = []
@@ -158,6 +162,10 @@ WIDTH = Width(
 @dataclass(frozen=True, kw_only=True)
 class WidthDiagonal(Operator):
     """Block-diagonal matrices; all axes by the same factor."""
+
+    def interchangeable(self, small: Catalog, target: Catalog) -> bool:
+        """Each reads its own copy, and all of these are alike."""
+        return True
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """All copies; those off the diagonal start at 0, but have the gradient of the others."""

@@ -16,7 +16,7 @@ from megagrow.config import Config
 from megagrow.engine.ds_config import deepspeed_config
 from megagrow.engine.precision import on_gpu, precisions
 from megagrow.errors import ConfigError
-from megagrow.growth.growth import told
+from megagrow.growth.settings import told
 from megagrow.report.units import human
 from megagrow.schedule.cost import STATE_BYTES, Received, received
 from megagrow.schedule.memory import BYTES, DEVICE_PARTS, local_sizes, rank_memory, slot_elements
@@ -103,11 +103,12 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
             1,
             f"  grows by    {told(stage.grow)}, state policy {stage.growth.policy.name}",
         )
-        caveat = stage.growth.policy.caveat(
-            grad_clip=config.optimizer.grad_clip, dropout=stage.model.dropout
-        )
-        if caveat is not None:
-            lines.insert(2, f"              which {caveat}")
+        lines[2:2] = [
+            f"              {caveat}"
+            for caveat in stage.growth.caveats(
+                grad_clip=config.optimizer.grad_clip, dropout=stage.model.dropout
+            )
+        ]
     if index > 0:
         lines += _moves_lines(config, plan, index)
     return lines

@@ -13,7 +13,7 @@ from megagrow.config import Config
 from megagrow.config.load import dump_config
 from megagrow.errors import DataError, TrainingError
 from megagrow.files import free_name, write_atomically
-from megagrow.growth.growth import told
+from megagrow.growth.settings import told
 from megagrow.report import write_report
 from megagrow.report.log import read_lines, tail_start
 from megagrow.train.grow import GrowthReport
@@ -222,11 +222,10 @@ class Journal:
                     f"stage {new.index}: fitted on {report.fit_samples:,} samples, which are not "
                     f"trained on again in this epoch; {report.fit_flops:.3g} FLOPs"
                 )
-            caveat = new.growth.policy.caveat(
+            for caveat in new.growth.caveats(
                 grad_clip=self.config.optimizer.grad_clip, dropout=new.model.dropout
-            )
-            if caveat is not None:
-                self.say(f"state policy {new.growth.policy.name} {caveat}")
+            ):
+                self.say(caveat)
         if self._log is not None:
             self._log.growth(
                 step=state.step,

@@ -9,6 +9,8 @@ from models import MODELS
 from toys import build, grow, random_state, token_batches
 from trained import Run
 
+from megagrow.config import GrowConfig
+from megagrow.growth.growth import plan_growth
 from megagrow.growth.registry import OPERATORS
 from megagrow.growth.rules import Factors, OptimizerRules
 from megagrow.model.catalog import build_catalog
@@ -131,6 +133,38 @@ def test_exact_copies_stay_twins(operator, factor, model):
 def test_width_alone_has_no_breaker(operator, policy, model):
     """Moments that are as symmetric as the copies leave them twins for ever."""
     assert _gap_after(model, operator=operator, factor=2, policy=policy) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("operator", "policy"),
+    [
+        (name, policy)
+        for name in ("width", "width_diag", "width_split", "width_noise", "kv_groups")
+        for policy in OPERATORS[name].policies
+    ],
+)
+def test_copies_that_never_part_are_told_of_and_no_others(operator, policy):
+    """`kv_groups` by its factor duplicates query heads."""
+    model = MODELS["llama-untied"]
+    _, growth, _ = grow(model, random_state(build_catalog(model), seed=4), operator=operator,
+                        policy=policy)  # fmt: skip
+    told = growth.caveats(grad_clip=0.0, dropout=0.0)
+    apart = _gap_after(model, operator=operator, factor=2, policy=policy) > 1e-12
+    assert len(told) == (not apart)
+    assert all("copies never part" in line and "width_fresh" in line for line in told)
+    # Dropout parts them, as it drops each by itself.
+    assert not any("never part" in line for line in growth.caveats(grad_clip=0.0, dropout=0.1))
+
+
+def test_in_a_composition_copies_stay_copies():
+    model = MODELS["llama-untied"]
+    for operator, policy, said in (
+        ("width+depth_stack", "copy", True),
+        ("depth_stack+width", "kept", False),
+        ("depth_stack+width_fresh", "kept", False),
+    ):
+        growth = plan_growth(GrowConfig(operator=operator, state_policy=policy), model)[1]
+        assert bool(growth.caveats(grad_clip=0.0, dropout=0.0)) == said
 
 
 BREAKERS = [

@@ -140,6 +140,13 @@ def test_an_untied_head_is_told(small, tmp_path, capsys):
     assert "tie_embeddings true -> false" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("operator", "told"), [("width", True), ("width_fresh", False)])
+def test_copies_that_never_part_are_told_of(small, tmp_path, capsys, operator, told):
+    options = ["--operator", operator, "--state-policy", "reset", "--dry-run"]
+    assert _grow("--from", small[0], "--to", tmp_path / "out", *options) == 0
+    assert ("copies never part" in capsys.readouterr().out) == told
+
+
 def test_a_dry_run_writes_nothing(small, tmp_path, capsys):
     arguments = ["--from", small[0], "--to", tmp_path / "out", "--operator", "width"]
     assert _grow(*arguments, "--dry-run") == 0

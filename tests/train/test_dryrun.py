@@ -84,6 +84,25 @@ def test_what_keeps_exact_from_its_promise_is_told(tmp_path, dataset, clip, told
     assert run.status == 0 and ("exact retraces the small run only while" in run.err) == told
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"state_policy": "copy"}, True),
+        ({"state_policy": "exact"}, True),
+        ({"state_policy": "kept"}, False),
+        ({"operator": "width_fresh", "state_policy": "kept"}, False),
+    ],
+)
+def test_copies_that_never_part_are_told_of(tmp_path, dataset, change, told):
+    plan = stages()
+    plan[1]["grow"] |= change
+    config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run", stages=plan))
+    dry = main(["--config", config, "--dry-run"])
+    assert dry.status == 0 and ("copies never part" in dry.out) == told
+    [[run]] = launch(1, ["--config", config, "stages.2.until.steps=8"])
+    assert run.status == 0 and ("copies never part" in run.err) == told
+
+
 # What a run of one process refuses, each with the word that must be in it.
 REFUSED = {
     "sample longer than the data": (["model.sequence=100000"], "too few tokens for one sample"),

@@ -1,0 +1,58 @@
+"""What a `grow` section gives to its operators besides sizes, and the section in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from megagrow.config import GrowConfig
+from megagrow.errors import GrowthError
+from megagrow.growth.operator import Operator
+from megagrow.growth.registry import OPERATORS, find_operators
+
+# Of single operators, besides sizes.
+_SETTINGS = ("noise", "shrink", "sources", "keep_first", "keep_last")
+
+
+def configured(parts: tuple[Operator, ...], grow: GrowConfig) -> tuple[Operator, ...]:
+    """The operators with the settings that the section gives them.
+
+    Raises:
+        GrowthError: it gives one that none of them takes, or several.
+    """
+    for key in _SETTINGS:
+        value = getattr(grow, key)
+        if value is None:
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        takers = [i for i, part in enumerate(parts) if key in part.settings]
+        if len(takers) != 1:
+            known = [operator.name for operator in OPERATORS.values() if key in operator.settings]
+            both = " and ".join(parts[i].name for i in takers)
+            raise GrowthError(
+                f"grow.{key}: " + (f"{both} both take it" if takers else "no operator takes it"),
+                found=f"grow.operator {grow.operator}",
+                expected="one of " + ", ".join(known),
+                mend=f"leave grow.{key} out, or " + ("grow in two stages" if takers else
+                                                     "set grow.operator to one of those"),
+            )  # fmt: skip
+        [at] = takers
+        parts = (*parts[:at], _with(parts[at], {key: value}), *parts[at + 1 :])
+    return parts
+
+
+def _with(part: Operator, fields: Mapping[str, Any]) -> Operator:
+    return replace(part, **fields)
+
+
+def told(grow: GrowConfig) -> str:
+    """A growth in words: ``width x2``, ``untie``, ``depth_slices of layers 0 1 0 1``."""
+    parts = find_operators(grow.operator)
+    words = ["+".join(part.name for part in parts)]
+    if grow.sources is not None:
+        words.append("of layers " + " ".join(map(str, grow.sources)))
+    listed = set() if grow.sources is None else {"layers"}
+    if any(set(part.sizes) - listed for part in parts):
+        words.append(grow.extent)
+    return " ".join(words)
