@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megagrow.errors import GrowthError
 from megagrow.growth.operator import Block, Operator, require_no_less, require_same, same
 from megagrow.growth.width import GROWING, WIDTH_SIZES
 from megagrow.state.catalog import Catalog, LogicalTensor
@@ -78,9 +79,15 @@ def beside(tensor: LogicalTensor, old: LogicalTensor) -> tuple[AxisMap, ...]:
     for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
         if meaning not in (*GROWING, "projection"):
             require_same(tensor.name, meaning, n, large)
-        require_no_less(tensor.name, meaning, n, large)
         # Queries, and with them the key and the value behind them, are the last of their axis.
         last = meaning in ("query", "projection")
+        if last and large < n:
+            raise GrowthError(
+                f"{tensor.name}: fewer query heads to a key/value head than before",
+                expected="as many or more, since old ones stay with their key/value head",
+                mend="raise heads with kv_heads in grow.target, or set grow.operator to kv_groups",
+            )
+        require_no_less(tensor.name, meaning, n, large)
         axes.append(AxisMap(large - n, 1, 0, 1, n) if last else same(n))
     return tuple(axes)
 

@@ -147,3 +147,13 @@ def test_policies_that_need_copies_are_refused(policy):
     section = GrowConfig(operator="width_fresh", state_policy=policy)
     with pytest.raises(GrowthError, match="does not support"):
         plan_growth(section, toy_model())
+
+
+def test_more_key_value_heads_alone_would_take_old_query_heads_from_theirs():
+    model = toy_model(family="llama", heads=4, kv_heads=2)
+    section = GrowConfig(operator="width_fresh", target={"kv_heads": 4})
+    with pytest.raises(GrowthError, match="fewer query heads to a key/value head"):
+        plan_growth(section, model)
+    together = GrowConfig(operator="width_fresh", target={"kv_heads": 4, "heads": 8})
+    both, _ = plan_growth(together, model)
+    assert (both.kv_groups, both.heads) == (4, 8)
