@@ -23,6 +23,7 @@ from megagrow.state.statemap import Drawn, Level, StateMap, Statistic
 Statistics = Mapping[Statistic, torch.Tensor]
 
 _BYTES_AN_ELEMENT = 32  # float64 and int64 temporaries of a piece
+_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of a piece: what a cache holds, or fills a GPU
 
 
 def required(state_map: StateMap, slots: Sequence[Slot] = (MASTER,)) -> list[Statistic]:
@@ -67,21 +68,21 @@ def measure(
     """
     if not needed:
         return {}
-    limit = max(1, staging_bytes // _BYTES_AN_ELEMENT)
+    limit = _piece(staging_bytes, device)
 
     def pieces(statistic: Statistic) -> Iterable[tuple[Box, torch.Tensor]]:
         everything = whole(statistic.shape)
         for holder, part in locator.sources(statistic.tensor, everything, reader=0):
             if rank is None or holder == rank:
                 for box in split_box(part, limit):
-                    yield box, old.read(statistic.tensor, MASTER.name, box).double()
+                    yield box, old.read(statistic.tensor, MASTER.name, box)
 
     largest = torch.zeros(len(needed), dtype=torch.float64, device=device)
     for i, statistic in enumerate(needed):
         for _, values in pieces(statistic):
             # A comparison with NaN is false, so infinity stands for it.
-            peak = values.abs().max().nan_to_num(nan=math.inf, posinf=math.inf)
-            largest[i] = torch.maximum(largest[i], peak.to(largest.device))
+            peak = values.abs().max().to(largest).nan_to_num(nan=math.inf, posinf=math.inf)
+            largest[i] = torch.maximum(largest[i], peak)
     if channel is not None and channel.world > 1:
         channel.reduce(largest, operation="max")
     peaks: list[float] = largest.tolist()
@@ -101,6 +102,18 @@ def measure(
     }
 
 
+def measuring_bytes(
+    needed: Sequence[Statistic], staging_bytes: int, device: torch.device | str
+) -> int:
+    """The staging memory that measuring takes."""
+    longest = max((math.prod(statistic.shape) for statistic in needed), default=0)
+    return min(longest, _piece(staging_bytes, device)) * _BYTES_AN_ELEMENT
+
+
+def _piece(staging_bytes: int, device: torch.device | str) -> int:
+    return max(1, min(staging_bytes // _BYTES_AN_ELEMENT, _ELEMENTS[torch.device(device).type]))
+
+
 def _summed(
     needed: Sequence[Statistic],
     peaks: Sequence[float],
@@ -111,11 +124,12 @@ def _summed(
     parts = []
     for statistic, peak in zip(needed, peaks, strict=True):
         total = torch.zeros(statistic.kept, dtype=torch.int64, device=device)
+        squares = statistic.kind == "rms"
+        # An element's share of the peak (or of its square) in units of the integers.
+        scale = 2.0 ** (_bits(statistic) / (2 if squares else 1)) / peak if peak else 0.0
         for box, values in pieces(statistic) if peak else ():
-            fractions = values / peak
-            if statistic.kind == "rms":
-                fractions = fractions.square_()
-            counts = fractions.mul_(2.0 ** _bits(statistic)).round_().long()
+            shares = values.to(torch.float64, copy=True).mul_(scale)
+            counts = (shares.mul_(shares) if squares else shares).round_().long()
             axes = range(counts.dim()) if statistic.axis is None else [statistic.axis]
             reduced = counts.sum(tuple(axes), keepdim=True) if counts.dim() else counts
             place = tuple(

@@ -26,7 +26,7 @@ from megagrow.state.fresh import fresh, normals
 from megagrow.state.placement import Placement
 from megagrow.state.plan import Holder, Locator, Move, merged, messages, plan_receives, plan_sends
 from megagrow.state.statemap import Copy, Drawn, Level, StateMap
-from megagrow.state.statistics import Statistics, measure, required
+from megagrow.state.statistics import Statistics, measure, measuring_bytes, required
 
 _FRESH_BYTES_AN_ELEMENT = 48  # float64 temporaries of the generator, see fresh.py
 _NOISE_ELEMENTS = 1 << 18  # made at a time, where a block has noise
@@ -77,14 +77,15 @@ def transfer_between_ranks(
     begin = time.perf_counter()
     rank = channel.rank
     plan = {"slots": slots, "rank": rank}
+    needed = required(state_map, slots)
     statistics = measure(
-        required(state_map, slots), old=old, locator=old_placement, rank=rank, channel=channel,
-        device=device, staging_bytes=staging_bytes,
+        needed, old=old, locator=old_placement, rank=rank, channel=channel, device=device,
+        staging_bytes=staging_bytes,
     )  # fmt: skip
-    staged = fill_uncovered(
+    staged = max(measuring_bytes(needed, staging_bytes, device), fill_uncovered(
         state_map=state_map, new=new, placement=new_placement, slots=slots, rank=rank, seed=seed,
         staging_bytes=staging_bytes, statistics=statistics,
-    )  # fmt: skip
+    ))  # fmt: skip
     noise = partial(_noise, seed=seed, statistics=statistics)
     incoming: dict[int, list[Move]] = defaultdict(list)
     written = 0

@@ -18,7 +18,7 @@ from megagrow.state.catalog import ADAM_SLOTS, Catalog, Init, LogicalTensor
 from megagrow.state.memory import MemoryState
 from megagrow.state.placement import Placement
 from megagrow.state.statemap import FreshStart, Identity, Statistic
-from megagrow.state.statistics import measure, required
+from megagrow.state.statistics import measure, measuring_bytes, required
 
 STAGING = 1 << 20
 LAYOUTS = [
@@ -126,3 +126,14 @@ def test_pieces_are_as_small_as_asked():
     place = Placement(Catalog((tensor,)), Layout())
     measure([statistic], old=Watched(), locator=place, staging_bytes=3200)
     assert max(read) <= 100 and sum(read) == 2 * values.size
+    assert measuring_bytes([statistic], 3200, "cpu") == 3200
+    assert measuring_bytes([statistic], 1 << 30, "cpu") == 32 * values.size
+    assert measuring_bytes([], 1 << 30, "cpu") == 0
+
+
+def test_what_is_measured_is_not_changed():
+    """Also in double precision, where a conversion would be the tensor itself."""
+    values = np.random.default_rng(0).normal(size=(4, 5))
+    before = values.copy()
+    _one(values, "rms"), _one(values, "mean", 0)
+    assert np.array_equal(values, before)
