@@ -24,8 +24,8 @@ class Bound:
     Attributes:
         saving: as a fraction of the budget.
         at: FLOPs of the small model at the growth that would save it.
-        open: the target's curve ends before it comes to the small model's loss, so that the lead is
-            only known to be as great; the small model alone may be better then.
+        open: the small model comes to losses that the target does not come to within its curve or
+            the budget, so that there may be more; the small model alone may be better then.
     """
 
     saving: float
@@ -50,8 +50,8 @@ def bound(small: Curve, target: Curve, *, budget: float) -> Bound | None:
         found.append((min(cost, budget) - flops, flops, is_open or cost > budget))
     if not found:
         return None
-    lead, at, is_open = max(found)
-    return Bound(lead / budget, at, is_open)
+    lead, at, _ = max(found)
+    return Bound(lead / budget, at, any(is_open for _, _, is_open in found))
 
 
 def falling(curve: Curve) -> list[tuple[float, float]]:

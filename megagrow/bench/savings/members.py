@@ -302,7 +302,7 @@ def check(members: Members) -> None:
     wanted = ends[SCRATCH][-1].model
     for name in config.variants:
         found = ends[name][-1].model
-        if _eps_follows_width(ends[name], wanted):
+        if eps_follows_width(ends[name], wanted):
             found = found.model_copy(update={"norm_eps": wanted.norm_eps})
         if found != wanted:
             differs = [key for key, value in wanted.model_dump().items()
@@ -314,7 +314,7 @@ def check(members: Members) -> None:
             )
 
 
-def _eps_follows_width(stages: Sequence[Stage], target: ModelConfig) -> bool:
+def eps_follows_width(stages: Sequence[Stage], target: ModelConfig) -> bool:
     """Whether every growth left `norm_eps` as it was, or multiplied it by H / H'."""
     models = [stage.model for stage in stages]
     if models[0].norm_eps != target.norm_eps:
