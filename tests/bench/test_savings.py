@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 from dataclasses import asdict
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -108,8 +109,8 @@ losses = st.lists(st.floats(0.5, 20.0), min_size=1, max_size=30)
 def test_a_pooled_curve_falls_and_keeps_its_mean(noisy):
     given_curve = [(float(2**i), loss) for i, loss in enumerate(noisy)]
     pooled = falling(given_curve)
-    assert all(a[0] < b[0] and a[1] > b[1] for a, b in zip(pooled, pooled[1:], strict=False))
-    if all(a > b for a, b in zip(noisy, noisy[1:], strict=False)):  # a curve that falls stays
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(pooled))
+    if all(a > b for a, b in pairwise(noisy)):  # a curve that falls stays
         assert pooled == [pytest.approx(one) for one in given_curve]
     low, high = min(noisy), max(noisy)
     assert all(low * (1 - 1e-9) <= loss <= high * (1 + 1e-9) for _, loss in pooled)
@@ -310,8 +311,8 @@ def test_every_distinct_small_model_is_one_control(data, tmp_path):
     stack = mapping["variants"]["stack"]
     wide = {"model": {"hidden": 4, "heads": 1, "ffn": 8},
             "stages": [{"until": {"flops": 1e6}}, {"grow": {"operator": "width"}}]}  # fmt: skip
-    mapping["variants"] |= {"later": {**stack, "stages": [{"until": {"flops": 5e6}},
-                                                          stack["stages"][1]]}, "wide": wide}  # fmt: skip
+    later = {**stack, "stages": [{"until": {"flops": 5e6}}, stack["stages"][1]]}
+    mapping["variants"] |= {"later": later, "wide": wide}
     assert set(members_of(mapping).smalls) == {"small_2x8", "small_4x4"}
     mapping["controls"] = {"small_half": {"model": {"layers": 2}},
                            "small_thin": {"model": {"ffn": 8}}}  # fmt: skip
