@@ -601,6 +601,15 @@ def test_budgets_and_sweeps_that_come_later_redo_nothing(data, tmp_path):
     }:
         known = {(r["name"], r["seed"], r["budget"]): r["loss"] for r in after["runs"]}
         assert all(known[r["name"], r["seed"], r["budget"]] == r["loss"] for r in before["runs"])
+    # Weights that are to be averaged after all: decays are trained again, stable runs are not.
+    logs = logs_of(tmp_path / "runs")
+    path.write_text(yaml.safe_dump({**mapping, "average": 0.5}))
+    mean = result_of(path, tmp_path, "--jobs", 1)
+    now = logs_of(tmp_path / "runs")
+    assert all(now[p] == logs[p] for p in logs if p.parent.name.startswith("stable"))
+    for one, other in zip(mean["runs"], after["runs"], strict=True):
+        assert one["last_loss"] == other["loss"] != one["loss"]
+        assert one["loss"] == pytest.approx(other["loss"], abs=0.05)
     # The state that was made once more is the one that a whole new benchmark comes by.
     path.write_text(yaml.safe_dump({**mapping, "dir": str(tmp_path / "new")}))
     new = result_of(path, tmp_path, "--jobs", 1)

@@ -169,6 +169,8 @@ class SavingsConfig(Section):
         target: an ordinary run's configuration without stages; its model is the target.
         budgets: at which a decay is completed and the loss compared.
         decay: fraction of a budget that the decay of the learning rate takes.
+        average: fraction of each decay, its last part, over which weights are averaged; all losses
+            are then those of the mean weights.  By default those of the last.
         sweep: what the baseline is tuned by, with the first seed.
         small_sweep: the same for the small models alone; by default the baseline's.
         seeds: the first tunes and chooses, and is in no mean; the others measure.
@@ -183,6 +185,7 @@ class SavingsConfig(Section):
     target: dict[str, Any]
     budgets: BudgetsConfig
     decay: Share = 0.2
+    average: Annotated[float, Field(gt=0, le=1)] | None = None
     sweep: SweepConfig
     small_sweep: SweepConfig | None = None
     seeds: Annotated[list[Seed], Field(min_length=1)]
@@ -203,6 +206,8 @@ class SavingsConfig(Section):
         for key in _OURS:
             if key in self.target:
                 raise ValueError(f"target.{key}: the benchmark sets it; leave it out")
+        if isinstance(train := self.target.get("train"), dict) and "average" in train:
+            raise ValueError("target.train.average: set average of the benchmark instead")
         names = [("variants", name) for name in self.variants]
         for section, name in [*names, *(("controls", name) for name in self.controls)]:
             fits = name.replace("_", "").isalnum() and name != SCRATCH

@@ -23,7 +23,7 @@ Settings = dict[str, Any]
 
 # What a result does not depend on; all else is in the name of a run's directory.
 _NO_MATTER = ("run", "watch", "checkpoint", "ops")
-_MATTERS_OF_TRAIN = ("validation_samples", "average")
+_MATTERS_OF_TRAIN = ("validation_samples",)
 # What belongs to the benchmark, or decides what a sample is.
 _NOT_SWEPT = ("run.", "stages.", "deepspeed.", "data.")
 _NEVER = 10**9  # steps
@@ -63,6 +63,7 @@ class Member:
         directory: where its runs are; another one for any other settings.
         settings: the run's configuration as plain data; the last stage has no `until`.
         watched: how often the stable run validates, and on how many samples; None: it does not.
+        average: fraction of each decay over which weights are averaged; None: they are not.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Member:
     directory: Path
     settings: Settings = field(repr=False)
     watched: tuple[int, int | None] | None = None
+    average: float | None = None
 
     def trunk(self, steps: int, *, stop: int) -> Config:
         """The stable run, of `steps` in all, to stop at `stop`."""
@@ -89,11 +91,14 @@ class Member:
 
     def branch(self, branch: Branch) -> Config:
         """The run that decays."""
+        train: Settings = {"validate_every": _NEVER}
+        if self.average is not None:
+            train["average"] = {"last": self.average * branch.decay}
         return self._config(
             self.place(branch).name,
             until={"steps": branch.end},
             schedule={"name": "wsd", "decay": branch.decay},
-            train={"validate_every": _NEVER},
+            train=train,
         )
 
     def stages(self, branch: Branch, *, world: int, vocab: int) -> Sequence[Stage]:
@@ -211,7 +216,7 @@ class Members:
         rate = _whole(settings)["optimizer"]["lr"]
         place = f"lr_{rate:g}-seed_{seed}-{_digest(settings)}"
         directory = Path(self.config.dir) / name / place
-        return Member(name, seed, dict(point), directory, settings, watched)
+        return Member(name, seed, dict(point), directory, settings, watched, self.config.average)
 
     def branches(self, one: Member, budget: float) -> list[Branch]:
         """All branches of a member's stable run up to that of `budget`, the last one."""
@@ -285,6 +290,14 @@ def check(members: Members) -> None:
             expected="a number of steps",
             mend="set target.schedule.warmup",
         )
+    for name, variant in config.variants.items():
+        at = len(variant.stages) - 1
+        own = variant.stages[at].model_dump(exclude_none=True).get("schedule", {})
+        if "decay" in own:
+            raise ConfigError(
+                f"variants.{name}.stages[{at}].schedule.decay: the benchmark sets the last decay",
+                mend="leave it out, and set decay of the benchmark",
+            )
     ends: dict[str, list[Stage]] = {}
     for name in (SCRATCH, *config.variants, *members.smalls):
         for budget in members.budgets:

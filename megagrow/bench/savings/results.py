@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from scipy import stats
 
 from megagrow.bench.savings.members import Branch, Member
 from megagrow.checkpoint import step_path
-from megagrow.report.log import last_line, read_metrics
+from megagrow.report.log import Line, last_line, read_metrics
 from megagrow.report.run import Run, summarize
 from megagrow.report.thin import Step
 from megagrow.train.checkpoints import DIRECTORY
@@ -41,9 +41,11 @@ class Point:
         seconds: every step at its stage's speed, and the growths.  The speed is the one measured
             in turns (`clock`), else that of the stage's fastest tenth of steps: what others do
             on the machine at the time is hardly in it.
-        loss: validation loss after the decay, nats a token; infinite where the run diverged.
+        loss: validation loss after the decay, nats a token, of the mean weights where they are
+            averaged; infinite where the run diverged.
         growth_seconds: of `seconds`, what the growths took.
         growth_flops: of `flops`, what the growths are charged.
+        last_loss: that of the last weights, whether or not they are averaged.
     """
 
     budget: float
@@ -53,6 +55,7 @@ class Point:
     loss: float
     growth_seconds: float
     growth_flops: float
+    last_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,24 @@ def diverged(directory: Path) -> bool:
     return line is not None and line["event"] == DIVERGED
 
 
+def averaged(directory: Path, average: float, decay: float) -> float | None:
+    """The loss of the mean weights of a finished run; None where the mean is not a whole one.
+
+    Args:
+        average: the fraction of the decay that the mean is to be over.
+        decay: the decay as a fraction of the run.
+    """
+    line = _average(directory / LOG, _stamp(directory))
+    whole = line.get("states") == line.get("wanted") and line.get("last") == average * decay
+    return line["val_loss"] if line and whole else None
+
+
+@cache
+def _average(path: Path, stamp: object) -> Line:
+    found = [line for line in read_metrics(path) if line["event"] == "average"]
+    return found[-1] if found else {}
+
+
 def stage_key(stage: Stage) -> str:
     """What the speed of a growth stage depends on, as text."""
     facts = {**stage.seen.model_dump(), "batch": stage.plan.batch.global_}
@@ -120,7 +141,8 @@ def is_done(member: Member, branch: Branch) -> bool:
     """Whether nothing is left to train for a budget of a member."""
     here = member.place(branch)
     if finished(here, branch.end):
-        return True
+        whole = member.average is None or diverged(here)
+        return whole or averaged(here, member.average or 0.0, branch.decay) is not None
     # A stable run that diverged beyond a branch that is still wanted says nothing of that one.
     trunk = member.directory / "stable"
     return diverged(trunk) and not step_path(trunk / DIRECTORY, branch.start).exists()
@@ -142,7 +164,9 @@ def read_point(
     if not finished(here, branch.end) or diverged(here):
         unknown = math.nan
         return Point(branch.budget, branch.budget, unknown, unknown, math.inf, 0.0, 0.0)
-    return _read(trunk, here, branch, tuple(speeds), _stamp(trunk), _stamp(here))
+    found = _read(trunk, here, branch, tuple(speeds), _stamp(trunk), _stamp(here))
+    mean = averaged(here, member.average, branch.decay) if member.average is not None else None
+    return found if mean is None else replace(found, loss=mean)
 
 
 def _stamp(directory: Path) -> tuple[int, int]:
@@ -175,6 +199,7 @@ def _point(trunk: Run, run: Run, branch: Branch, measured: Sequence[float | None
         loss=run.final_validation,
         growth_seconds=growth_seconds,
         growth_flops=growth_flops,
+        last_loss=run.final_validation,
     )
 
 

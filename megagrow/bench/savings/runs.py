@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from megagrow.bench.savings.members import Branch, Member
-from megagrow.bench.savings.results import diverged, is_done
+from megagrow.bench.savings.results import diverged, finished, is_done
 from megagrow.checkpoint import list_steps, step_path
 from megagrow.config import Config
 from megagrow.data.dataset import open_dataset
@@ -154,6 +154,8 @@ def run_member(task: Task, *, comm: Comm, until: float | None) -> bool:
 
 def _decay(member: Member, branch: Branch, at: Path, *, comm: Comm, log: Path) -> None:
     here = member.place(branch) / DIRECTORY
+    if comm.rank == 0 and finished(here.parent, branch.end):
+        shutil.rmtree(here.parent)  # its weights were not averaged as they are to be
     begun = comm.broadcast(bool(list_steps(here)))
     _train(member.branch(branch), comm=comm, log=log, resume="auto" if begun else str(at))
     if comm.rank == 0 and is_done(member, branch):  # nothing goes on from its end
