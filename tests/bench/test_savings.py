@@ -581,14 +581,16 @@ def test_a_benchmark_in_miniature(data, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_budgets_and_sweeps_that_come_later_redo_nothing(data, tmp_path):
+@pytest.mark.parametrize("keep", [True, False])
+def test_budgets_and_sweeps_that_come_later_redo_nothing(data, tmp_path, keep):
     """A budget between those that are finished, whose state was not kept, and a wider sweep."""
     mapping = settings(data, tmp_path / "runs")
-    mapping |= {"seeds": [1, 2], "small_sweep": {"lr": [0.02]}}
+    mapping |= {"seeds": [1, 2], "small_sweep": {"lr": [0.02]}, "keep_states": keep}
     path = tmp_path / "bench.yaml"
     path.write_text(yaml.safe_dump(mapping))
     before = result_of(path, tmp_path, "--jobs", 1)
     logs = logs_of(tmp_path / "runs")
+    assert keep == bool(list((tmp_path / "runs").rglob("*.safetensors")))
     mapping |= {"budgets": [1.0e7, 1.5e7, 2.0e7]}
     mapping["sweep"]["lr"] = [0.001, 0.02, 0.04]
     path.write_text(yaml.safe_dump(mapping))
@@ -606,7 +608,7 @@ def test_budgets_and_sweeps_that_come_later_redo_nothing(data, tmp_path):
     path.write_text(yaml.safe_dump({**mapping, "average": 0.5}))
     mean = result_of(path, tmp_path, "--jobs", 1)
     now = logs_of(tmp_path / "runs")
-    assert all(now[p] == logs[p] for p in logs if p.parent.name.startswith("stable"))
+    assert all(now[p] == logs[p] for p in logs if p.parent.name == "stable")
     for one, other in zip(mean["runs"], after["runs"], strict=True):
         assert one["last_loss"] == other["loss"] != one["loss"]
         assert one["loss"] == pytest.approx(other["loss"], abs=0.05)

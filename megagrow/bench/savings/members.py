@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.bench.savings.config import SCRATCH, SMALL, ControlConfig, SavingsConfig, SweepConfig
+from megagrow.bench.savings.settings import (
+    Settings,
+    at_point,
+    digest,
+    merged,
+    own_value,
+    parsed,
+    whole,
+)
 from megagrow.config import Config, ModelConfig
 from megagrow.config.load import parse_config
 from megagrow.errors import ConfigError
 from megagrow.model.flops import matrix_parameters, train_flops_per_token
 from megagrow.train.plan import Stage, plan_run, with_vocabulary
 
-Settings = dict[str, Any]
-
-# What a result does not depend on; all else is in the name of a run's directory.
-_NO_MATTER = ("run", "watch", "checkpoint", "ops")
-_MATTERS_OF_TRAIN = ("validation_samples",)
-# What belongs to the benchmark, or decides what a sample is.
-_NOT_SWEPT = ("run.", "stages.", "deepspeed.", "data.")
 _NEVER = 10**9  # steps
 # Unless `target.checkpoint` says otherwise: a leg that is stopped begins again, and the states that
 # branches leave from are kept.
@@ -88,6 +89,14 @@ class Member:
     def place(self, branch: Branch) -> Path:
         """The directory of a branch's run."""
         return self.directory / f"budget_{branch.budget:.4e}"
+
+    def stable(self, branch: Branch) -> Path:
+        """The directory of the stable run that a branch leaves.
+
+        A budget that came when the state was no longer kept has one of its own.
+        """
+        side = self.directory / f"stable_{branch.start}"
+        return side if side.is_dir() else self.directory / "stable"
 
     def branch(self, branch: Branch) -> Config:
         """The run that decays."""
@@ -163,6 +172,7 @@ class Members:
         given = config.budgets
         self.budgets = list(given.flops or [n * each for n in given.tokens_per_parameter or []])
         self.smalls = self._distinct()
+        self._members: dict[str, Member] = {}
         self._branches: dict[tuple[Path, float | None], list[Branch]] = {}
 
     def tokens_per_parameter(self, budget: float) -> float:
@@ -182,11 +192,11 @@ class Members:
             point: of a sweep, by dotted name.
             small: of a variant the model that it begins with, alone.
         """
-        settings = _at(copy.deepcopy(self.config.target), point)
+        settings = at_point(copy.deepcopy(self.config.target), point)
         stages: list[Settings] = [{}]
         if name in self.smalls:
             control = self.smalls[name]
-            settings = _at(merged(self.config.target, control.settings), point)
+            settings = at_point(merged(self.config.target, control.settings), point)
             settings = merged(settings, {"model": control.model})
         elif name in self.config.variants:
             variant = self.config.variants[name]
@@ -205,6 +215,13 @@ class Members:
         Members of two budgets share a directory, and with it their stable run, where all their
         settings agree.
         """
+        own = budget if self._own_budget(name) else None
+        key = json.dumps([name, point, seed, own], sort_keys=True)
+        if key not in self._members:
+            self._members[key] = self._make(name, point, seed, budget)
+        return self._members[key]
+
+    def _make(self, name: str, point: Mapping[str, Any], seed: int, budget: float) -> Member:
         settings = self.settings(name, point)
         for stage in settings["stages"]:
             share = stage.pop("share", None)
@@ -213,8 +230,8 @@ class Members:
         watched = None
         if seed == self.config.seeds[0] and name not in self.config.variants:
             watched = (self.config.curve.points, self.config.curve.samples)
-        rate = _whole(settings)["optimizer"]["lr"]
-        place = f"lr_{rate:g}-seed_{seed}-{_digest(settings)}"
+        rate = whole(settings)["optimizer"]["lr"]
+        place = f"lr_{rate:g}-seed_{seed}-{digest(settings)}"
         directory = Path(self.config.dir) / name / place
         return Member(name, seed, dict(point), directory, settings, watched, self.config.average)
 
@@ -245,14 +262,14 @@ class Members:
         Raises:
             ConfigError: there is no such setting, or the sweep lacks its value.
         """
-        whole = _whole(self.settings(name, {}))
+        found = whole(self.settings(name, {}))
         return {
-            setting: _own(whole, setting, values, key=key)
+            setting: own_value(found, setting, values, key=key)
             for setting, values in sweep.values.items()
         }
 
     def _model(self, settings: Settings) -> ModelConfig:
-        return with_vocabulary(_parsed(settings), self.vocab).model
+        return with_vocabulary(parsed(settings), self.vocab).model
 
     def _distinct(self) -> dict[str, ControlConfig]:
         found = dict(self.config.controls)
@@ -339,77 +356,3 @@ def eps_follows_width(stages: Sequence[Stage], target: ModelConfig) -> bool:
         )
         for before, after in pairwise(models)
     )
-
-
-def _own(whole: Settings, name: str, values: Sequence[Any], *, key: str) -> Any:
-    """A setting's own value, which must be among those that are swept."""
-    found: Any = whole
-    for part in name.split("."):
-        if not isinstance(found, dict) or part not in found or name.startswith(_NOT_SWEPT):
-            raise ConfigError(
-                f"{key}.{name}: no setting of a run that can be swept",
-                expected="a dotted name such as optimizer.lr, batch.global or model.init_std",
-            )
-        found = found[part]
-    if found not in values:
-        raise ConfigError(
-            f"{key}.{name}: lacks the target's own value, which the sweep starts from",
-            found=", ".join(map(str, values)),
-            expected=f"{found} among them",
-            mend=f"add {found} to {key}.{name}, or set target.{name} to one of its values",
-        )
-    return found
-
-
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
-    """A copy of `base` with `changes` written over it, section by section."""
-    found = copy.deepcopy(dict(base))
-    for key, value in changes.items():
-        old = found.get(key)
-        both = isinstance(old, dict) and isinstance(value, Mapping)
-        found[key] = merged(old or {}, value) if both else copy.deepcopy(value)
-    return found
-
-
-def _at(settings: Settings, point: Mapping[str, Any]) -> Settings:
-    """Settings with the values of a sweep.
-
-    A swept `batch.global` takes the greatest micro-batch that divides both it and the target's:
-    a micro-batch changes memory and speed, and no result.
-    """
-    for name, value in point.items():
-        nested: Settings = {}
-        inner: Any = nested
-        *sections, last = name.split(".")
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[last] = value
-        settings = merged(settings, nested)
-    batch = settings.get("batch", {})
-    if "batch.global" in point and "batch.micro" not in point and "micro" in batch:
-        batch["micro"] = math.gcd(point["batch.global"], batch["micro"])
-    return settings
-
-
-def _parsed(settings: Settings) -> Config:
-    """Settings as a configuration, of whatever length."""
-    stages = copy.deepcopy(settings.get("stages", [{}]))
-    for stage in stages:
-        if stage.pop("share", None) is not None or stage is stages[-1]:
-            stage["until"] = {"steps": 1}
-    return parse_config({**settings, "stages": stages}, source="savings")
-
-
-def _whole(settings: Settings) -> Settings:
-    """Settings with all that is not given at its default."""
-    return _parsed(settings).model_dump(mode="json", by_alias=True)
-
-
-def _digest(settings: Settings) -> str:
-    """Of what a result depends on; a setting at its default says nothing."""
-    kept = _parsed(settings).model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    kept = {key: value for key, value in kept.items() if key not in _NO_MATTER}
-    train = kept.pop("train", {})
-    kept["train"] = {key: train[key] for key in _MATTERS_OF_TRAIN if key in train}
-    text = json.dumps(kept, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -144,7 +144,7 @@ def is_done(member: Member, branch: Branch) -> bool:
         whole = member.average is None or diverged(here)
         return whole or averaged(here, member.average or 0.0, branch.decay) is not None
     # A stable run that diverged beyond a branch that is still wanted says nothing of that one.
-    trunk = member.directory / "stable"
+    trunk = member.stable(branch)
     return diverged(trunk) and not step_path(trunk / DIRECTORY, branch.start).exists()
 
 
@@ -158,7 +158,7 @@ def read_point(
         branch: of its.
         speeds: tokens/s of its growth stages where they were measured in turns.
     """
-    here, trunk = member.place(branch), member.directory / "stable"
+    here, trunk = member.place(branch), member.stable(branch)
     if not is_done(member, branch):
         return None
     if not finished(here, branch.end) or diverged(here):

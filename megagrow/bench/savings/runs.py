@@ -130,18 +130,18 @@ def run_member(task: Task, *, comm: Comm, until: float | None) -> bool:
     stable = member.directory / "stable"
     for branch in task.branches:
         wanted = branch in task.wanted and not comm.broadcast(is_done(member, branch))
-        at, newest = comm.broadcast((_state(member, branch.start), _newest(stable)))
+        at, newest = comm.broadcast((_state(member, branch), _newest(stable)))
         if not wanted and newest >= branch.start:
             continue
         if comm.broadcast(_is_over(until)):
             return False
         if at is None:
             run = member.trunk(task.longest, stop=branch.start)
-            if newest > branch.start:
-                # A budget that came later: its state is made once more.
-                run = _elsewhere(run, _side(member, branch.start))
+            if newest > branch.start or (newest == 0 and comm.broadcast(_has_ended(task))):
+                # A budget that came when its state was no longer kept: it is made once more.
+                run = _elsewhere(run, member.directory / f"stable_{branch.start}")
             _train(run, comm=comm, log=log, resume="auto")
-            at = comm.broadcast(_state(member, branch.start))
+            at = comm.broadcast(_state(member, branch))
             if at is None:  # it diverged, and so do all branches that follow
                 break
         if wanted:
@@ -162,17 +162,15 @@ def _decay(member: Member, branch: Branch, at: Path, *, comm: Comm, log: Path) -
         shutil.rmtree(here, ignore_errors=True)
 
 
-def _side(member: Member, step: int) -> Path:
-    return member.directory / f"stable_{step}"
+def _state(member: Member, branch: Branch) -> Path | None:
+    """The state that a branch leaves from, where it is kept."""
+    path = step_path(member.stable(branch) / DIRECTORY, branch.start)
+    return path if path.exists() else None
 
 
-def _state(member: Member, step: int) -> Path | None:
-    """The state of a member's stable run after a step, where it is kept."""
-    for place in (member.directory / "stable", _side(member, step)):
-        path = step_path(place / DIRECTORY, step)
-        if path.exists():
-            return path
-    return None
+def _has_ended(task: Task) -> bool:
+    """Whether a branch was finished; then there was a state, whether or not it is kept."""
+    return any(finished(task.member.place(branch), branch.end) for branch in task.branches)
 
 
 def _newest(stable: Path) -> int:
