@@ -3,10 +3,15 @@
 import importlib.util
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 from itertools import pairwise
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
 from hypothesis import given
@@ -618,6 +623,31 @@ def test_budgets_and_sweeps_that_come_later_redo_nothing(data, tmp_path, keep):
     assert [(r["name"], r["loss"]) for r in new["runs"]] == [
         (r["name"], r["loss"]) for r in after["runs"]
     ]
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_is_killed_leaves_no_worker_and_goes_on(data, tmp_path):
+    mapping = settings(data, tmp_path / "runs") | {"seeds": [1, 2]}
+    path = tmp_path / "bench.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    words = [sys.executable, REPOSITORY / "launch/benchmark.py", "savings", "--config", path]
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        before = len(logs_of(tmp_path / "runs"))
+        process = subprocess.Popen(list(map(str, [*words, "--jobs", "2"])))
+        while len(logs_of(tmp_path / "runs")) < before + 4:
+            assert process.poll() is None
+            time.sleep(0.05)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        process.wait()
+        assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=20)[1]
+    result = result_of(path, tmp_path, "--jobs", 1)
+    path.write_text(yaml.safe_dump({**mapping, "dir": str(tmp_path / "undisturbed")}))
+    whole = result_of(path, tmp_path, "--jobs", 1)
+    assert result["complete"]
+    for one, other in zip(result["runs"], whole["runs"], strict=True):
+        assert (one["name"], one["seed"], one["loss"]) == (other["name"], other["seed"],
+                                                           other["loss"])  # fmt: skip
 
 
 def _under_a_launcher(comm, mapping):

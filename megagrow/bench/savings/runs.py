@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from megagrow.background import be_a_worker
 from megagrow.bench.savings.members import Branch, Member
 from megagrow.bench.savings.results import diverged, finished, is_done
 from megagrow.checkpoint import list_steps, step_path
@@ -114,6 +115,7 @@ def _is_over(until: float | None) -> bool:
 
 def _prepare(threads: int) -> None:
     """A worker is a job of one process; it trains one member after the other."""
+    be_a_worker()
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
