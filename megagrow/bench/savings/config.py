@@ -89,6 +89,8 @@ class SweepConfig(Section):
         for name, values in self.values.items():
             if any(value in values[:at] for at, value in enumerate(values)):
                 raise ValueError(f"{name}: names a value twice")
+            if any(isinstance(value, dict) for value in values):
+                raise ValueError(f"{name}: sweep what is in the section, {name}.KEY, instead")
         return self
 
     @property
