@@ -117,7 +117,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="YAML file that describes the benchmark",
     )
-    add("--workers", type=whole(1), metavar="N", help="runs at a time (default: one a core)")
+    add(
+        "--jobs",
+        type=whole(1),
+        metavar="N",
+        help="runs at a time, a process each (default: one a core; one on a GPU)",
+    )
     add("--minutes", type=number(above=0), metavar="M", help="begin no further leg after so long")
     add("--clock", action="store_true", help="measure the models' speeds in turns, for wall times")
     add("--collect", action="store_true", help="train nothing: report what is finished")

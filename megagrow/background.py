@@ -10,6 +10,9 @@ such as a rank's own log.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
+import signal
 import sys
 import threading
 import traceback
@@ -254,3 +257,18 @@ class Pool:
             error = None if future.cancelled() else future.exception()
             if error is not None and error is not first and not isinstance(error, MegagrowError):
                 report(f"a thread of {self._name}", error, then="another had failed before it")
+
+
+def be_a_worker() -> None:
+    """Make this process one of a pool's: it ends with its parent, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Loop("end with parent", _end_with_parent, every=0.0).start()
+
+
+def _end_with_parent() -> bool:
+    # A pool's workers would outlive a parent that is killed, and wait for ever.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+    return True

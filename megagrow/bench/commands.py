@@ -174,8 +174,9 @@ def _layouts(world: int) -> list[LayoutConfig]:
 def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What growth saves against a tuned from-scratch run; (for JSON, as text)."""
     from megagrow.bench.savings import campaign as saving
-    from megagrow.bench.savings import clock, page
-    from megagrow.bench.savings.config import SavingsConfig, check
+    from megagrow.bench.savings import clock, page, result, table
+    from megagrow.bench.savings.config import SavingsConfig
+    from megagrow.bench.savings.members import check
 
     config = load_settings(SavingsConfig, options.config, options.overrides)
     comm = start() if under_launcher() else None
@@ -183,22 +184,22 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     data = parse_config({**config.target, "stages": [{"until": {"steps": 1}}]}).data
     with as_prepared_by(options.config, data.path):
         vocab = open_dataset(data.path, data.tokenizer).vocab_size
-    check(config, world=world, vocab=vocab)
     campaign = saving.Campaign(config, world=world, vocab=vocab)
+    check(campaign.members)
     if options.dry_run:
-        return {}, page.plan_text(campaign) if is_first() else ""
+        return {}, table.plan_text(campaign) if is_first() else ""
     until = None if options.minutes is None else time.time() + 60 * options.minutes
     with holding_together(Path(config.dir), comm):
         if not options.collect:
-            workers = options.workers or os.cpu_count() or 1
-            saving.train(campaign, comm=comm, workers=workers, until=until)
+            at_once = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+            saving.train(campaign, comm=comm, jobs=options.jobs or at_once, until=until)
         if options.clock:
             campaign.speeds = clock.take_turns(campaign, world=world, vocab=vocab)
         if not is_first():
             return {}, ""
-        result = {**campaign.result(), "complete": campaign.complete()}
-        page.write(campaign, result)
-        return result, page.table(result)
+        found = result.collect(campaign)
+        page.write(campaign, found)
+        return found, table.table(found)
 
 
 def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

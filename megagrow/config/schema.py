@@ -234,6 +234,16 @@ class WandbConfig(Section):
     mode: Literal["online", "offline", "disabled"] = "online"
 
 
+class AverageConfig(Section):
+    """The mean of the weights over the last steps of a run, validated beside the last weights.
+
+    `last` is the fraction of all steps, for instance a tenth of the decay.  The mean is kept in
+    host memory, an fp32 copy of what each rank holds; checkpoints have the last weights.
+    """
+
+    last: Annotated[float, Field(gt=0.0, le=1.0)]
+
+
 class TrainConfig(Section):
     """The loop: validation, logging, early stop."""
 
@@ -247,6 +257,7 @@ class TrainConfig(Section):
     prometheus_address: str = "127.0.0.1"
     wandb: WandbConfig | None = None
     threads: Positive | None = None  # CPU threads a rank; default: cores / local ranks
+    average: AverageConfig | None = None
 
 
 class CheckpointConfig(Section):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagrow.background import Loop
+from megagrow.background import be_a_worker
 from megagrow.data.documents import Piece, read_documents
 from megagrow.data.indexed import IndexedDataset, IndexedWriter, Tokens
 from megagrow.data.markers import NONE, Markers
@@ -183,18 +181,7 @@ _encoder: Encoder
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
-    # Ctrl-C is the parent's to handle.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Loop("end with parent", _end_with_parent, every=0.0).start()
-
-
-def _end_with_parent() -> bool:
-    # A pool's workers would outlive a parent that is killed, and wait for ever.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-    return True
+    be_a_worker()
 
 
 def _work(number: int, shard: Shard) -> Report:

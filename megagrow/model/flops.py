@@ -36,3 +36,13 @@ def forward_flops_per_token(model: ModelConfig) -> int:
 def train_flops_per_token(model: ModelConfig) -> int:
     """FLOPs of forward and backward pass for one token."""
     return _FORWARD_AND_BACKWARD * forward_flops_per_token(model)
+
+
+def matrix_parameters(model: ModelConfig) -> int:
+    """Parameters that a token meets in a matrix product: the blocks' and the output head's.
+
+    Six times as many FLOPs, and attention's, train a token.  Embeddings that are looked up only,
+    norms and biases are not among them.
+    """
+    without_attention = model.model_copy(update={"sequence": 0})
+    return forward_flops_per_token(without_attention) // 2

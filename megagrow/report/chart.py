@@ -34,6 +34,15 @@ COLOURS: tuple[Style, ...] = ("c1", "c2", "c3", "c4", "c5", "c6", "c7")  # for c
 
 
 @dataclass(frozen=True)
+class Span:
+    """An interval at `x`, drawn as a vertical line."""
+
+    x: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Series:
     """One curve: `style` (a CSS class) says how it looks, `name` stands in the legend.
 
@@ -44,6 +53,7 @@ class Series:
     points: Sequence[Point]
     style: Style
     marked: bool = False  # each point gets a dot
+    spans: Sequence[Span] = ()  # intervals of points
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,7 @@ def _plot(
         f'viewBox="0 0 {_GRID} {_GRID}" preserveAspectRatio="none">'
     )
     parts.extend(_curve(x, y, one) for one in series)
+    parts.extend(_span(x, y, one.style, span) for one in series for span in one.spans)
     parts.append("</svg>")
     parts.extend(_bands(x, hover, top, height))
     for one in series:
@@ -168,6 +179,12 @@ def _curve(x: Axis, y: Axis, series: Series) -> str:
                 "M" + "L".join(f"{across:.1f},{down:.1f}" for across, down in _thin(placed))
             )
     return f'<path class="line {series.style}" d="{"".join(pieces)}"/>'
+
+
+def _span(x: Axis, y: Axis, style: Style, span: Span) -> str:
+    at = x.place(span.x) * _GRID
+    low, high = ((1 - y.place(value)) * _GRID for value in (span.low, span.high))
+    return f'<path class="line {style}" d="M{at:.1f},{low:.1f}L{at:.1f},{high:.1f}"/>'
 
 
 def _dots(x: Axis, y: Axis, series: Series) -> list[Point]:

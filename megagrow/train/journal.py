@@ -198,6 +198,22 @@ class Journal:
             )
         self.say(f"step {state.step}: validation loss {loss:.4f}")
 
+    def average(self, state: RunState, loss: float, *, states: int, wanted: int) -> None:
+        """The loss of the mean of the last weights.
+
+        Args:
+            states: that are in the mean.
+            wanted: that would be, had the run not been resumed among them.
+        """
+        config = self.config.train.average
+        assert config is not None
+        self.event("average", step=state.step, val_loss=loss, last=config.last, states=states,
+                   wanted=wanted)  # fmt: skip
+        short = "" if states == wanted else f" (of {wanted}: the run was resumed among them)"
+        self.say(
+            f"step {state.step}: validation loss {loss:.4f} of the mean of {states} states{short}"
+        )
+
     def growth(
         self,
         state: RunState,

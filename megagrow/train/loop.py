@@ -27,6 +27,7 @@ from megagrow.growth.growth import Growth
 from megagrow.schedule.rules import Validated
 from megagrow.train import checkpoints
 from megagrow.train.agree import on_all, on_first
+from megagrow.train.average import WeightAverage
 from megagrow.train.datacheck import DataCheck, told_by_its_rank
 from megagrow.train.grow import GrowthReport, fill_fresh, grow, start_engine
 from megagrow.train.holding import RunLock
@@ -79,6 +80,7 @@ class Trainer:
         self._asked = 0  # the signal that asked for an end
         self._guard = StepGuard(config.recovery, scaled=config.precision.dtype == "fp16")
         self._rollbacks = 0
+        self._average = WeightAverage(config.train.average)
         check = DataCheck(config=config, data=data, comm=comm)
         preflight(config=config, plan=plan, data=data, comm=comm)
         torch.set_num_threads(threads_of_a_rank(os.environ, asked=config.train.threads))
@@ -148,6 +150,7 @@ class Trainer:
         """The engine of `state`, with its tensors."""
         self._begin(f"starting at step {self.state.step}", slow=True)
         self._first_step = self.state.step
+        self._average.begin()
         self._enter_stage()
         self.engine = start_engine(
             config=self.config,
@@ -326,6 +329,9 @@ class Trainer:
             applied=result.applied,
         )
         self._let_units_in()
+        self._average.after_step(
+            self.engine, step=self.state.step, total_steps=self.plan.total_steps
+        )
         if fault is not None:
             self.journal.passed_over(self.state, fault)
             return
@@ -371,6 +377,7 @@ class Trainer:
             samples=self.samples,
         )
         self._say_precision(formats)
+        self._average.begin()
         self.comm.limit_collectives(self.config.watch.slow)
         # Every process fits the whole of it; what one does is what had to be done.
         self.state = replace(
@@ -408,6 +415,7 @@ class Trainer:
         ends = step == self.stage.plan.end_step or step == self._stop
         if self._validation_is_due():
             self._ask_rule(self._validate())
+            self._validate_average()
             self._ask_whether_to_stop()
         if step % self.config.checkpoint.every == 0 and not ends and not self._asked:
             self._save()
@@ -523,6 +531,16 @@ class Trainer:
             ranks = [f"{loss} on all ranks"]
             raise RollBack(f"validation loss after step {self.state.step} is not finite", ranks)
         return loss
+
+    def _validate_average(self) -> None:
+        """After the run's last step: the loss of the mean of its last weights."""
+        if self.state.step < self.plan.total_steps or not self._average.count:
+            return
+        self._begin("validation of the mean of the last weights", slow=True)
+        with self._average.in_place(self.engine):
+            loss = self._validation_loss()
+        states, wanted = self._average.count, self._average.wanted(self.plan.total_steps)
+        self.journal.average(self.state, loss, states=states, wanted=wanted)
 
     def _save(self, *, last: bool = False) -> None:
         """Save, perhaps beside the steps that follow; a second save waits for the first.

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagrow.report.axis import axis, linear_ticks, log_ticks, squeezed
-from megagrow.report.chart import Marker, Series, chart
+from megagrow.report.chart import Marker, Series, Span, chart
 
 
 @settings(max_examples=300, deadline=None)
@@ -99,3 +99,15 @@ def test_a_lone_point_can_be_seen():
         series=[Series("s", [(1.0, 2.0)], "main")],
     )
     assert len(list(ElementTree.fromstring(html).iter("circle"))) == 1
+
+
+def test_an_interval_is_a_line_from_its_low_end_to_its_high_end():
+    series = [
+        Series("s", [(1.0, 0.5)], "c1", marked=True, spans=[Span(1.0, 0.25, 0.75)]),
+        Series("t", [(1.0, 0.5)], "c2"),
+    ]
+    html = chart(title="t", note="n", x=axis([0, 2]), y=axis([0, 1]), x_label="x", series=series)
+    root = ElementTree.fromstring(html)
+    *_, span = root.iter("path")
+    assert (span.get("class"), span.get("d")) == ("line c1", "M500.0,750.0L500.0,250.0")
+    assert len(list(root.iter("path"))) == 3

@@ -115,7 +115,7 @@ def commands(base: Path, config: Path) -> list[Command]:
             "savings",
             "benchmark.py",
             lambda path: [
-                "savings", f"--config={base / 'savings.yaml'}", "--workers=1",
+                "savings", f"--config={base / 'savings.yaml'}", "--jobs=1",
                 f"--json={path / 'out.json'}", f"dir={path / 'out'}",
             ],
             lambda path: _losses(json.loads((path / "out.json").read_text())),

@@ -1,28 +1,33 @@
-"""The order of a savings benchmark, and what comes of it."""
+"""The order of a savings benchmark: what is to be trained next, given what is finished.
+
+The first seed tunes (the sweeps) and chooses (the finalists); all other seeds measure.  At every
+budget the baseline and the variants have the settings that were best for the baseline there, the
+small models those that were best for them.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from megagrow.bench.savings import runs
-from megagrow.bench.savings.config import SCRATCH, SMALL, Branch, Member, SavingsConfig, member
+from megagrow.bench.savings.config import SCRATCH, SavingsConfig, SweepConfig
+from megagrow.bench.savings.members import Branch, Member, Members
 from megagrow.bench.savings.results import (
     SPEEDS,
     Point,
-    finished,
-    read_points,
+    is_done,
+    read_point,
     stage_key,
 )
-from megagrow.bench.savings.summary import Result, claim, derived, ranking
+from megagrow.bench.savings.runs import Task, run_all
+from megagrow.bench.savings.sweep import Search, search
 from megagrow.engine.comm import Comm
-from megagrow.train.plan import plan_run
 
 
 class Campaign:
-    """A benchmark's members, branches and results; trains nothing by itself.
+    """A benchmark's members and where it stands; trains nothing by itself.
 
     Args:
         config: the benchmark.
@@ -31,153 +36,157 @@ class Campaign:
     """
 
     def __init__(self, config: SavingsConfig, *, world: int, vocab: int) -> None:
-        self.config, self._world, self._vocab = config, world, vocab
+        self.config = config
+        self.members = Members(config, world=world, vocab=vocab)
+        self.budgets = self.members.budgets
+        self.smalls = list(self.members.smalls)
         path = Path(config.dir) / SPEEDS
         self.speeds: dict[str, float] = json.loads(path.read_bytes()) if path.is_file() else {}
-
-    def member(self, name: str, *, seed: int, lr: float) -> Member:
-        """A variant or control at a learning rate and a seed."""
-        return member(self.config, name, lr=lr, seed=seed)
-
-    def branches(self, one: Member) -> list[Branch]:
-        """All budgets of a member."""
-        return one.branches(
-            list(self.config.budgets),
-            decay=self.config.decay,
-            world=self._world,
-            vocab=self._vocab,
-        )
-
-    def points(self, one: Member) -> list[Point]:
-        """What a member has finished."""
-        branches = self.branches(one)
-        stages = plan_run(
-            one.branch(branches[-1]), world=self._world, vocabulary=self._vocab
-        ).stages
-        speeds = [self.speeds.get(stage_key(stage)) for stage in stages]
-        return read_points(one, branches, speeds=speeds)
+        self._own: dict[str, dict[str, Any]] = {}
+        self._stage_keys: dict[Path, list[str]] = {}
 
     # --- what to train --------------------------------------------------------------------
 
-    def sweep(self) -> list[runs.Task]:
-        """The baseline at every learning rate, up to the budget that decides."""
-        tasks = []
-        for lr in self.config.sweep.lr:
-            one = self.member(SCRATCH, seed=self.config.seeds[0], lr=lr)
-            upto = [b for b in self.branches(one) if b.budget <= self.config.sweep_budget]
-            tasks.append((one, tuple(upto)))
-        return tasks
+    def missing(self) -> list[Task]:
+        """What can be trained now and is not, the most wanted first; empty at the end.
 
-    def first_seed(self, lr: float) -> list[runs.Task]:
-        """The baseline and every variant."""
-        return [self._task(name, lr, self.config.seeds[0])
-                for name in (SCRATCH, *self.config.variants)]  # fmt: skip
+        A task is a member with the branches that are wanted of it.
+        """
+        found: dict[Path, tuple[Member, list[Branch]]] = {}
+        for one, branch in self._wanted():
+            if not is_done(one, branch):
+                branches = found.setdefault(one.directory, (one, []))[1]
+                if branch not in branches:
+                    branches.append(branch)
+        return [self._task(one, branches) for one, branches in found.values()]
 
-    def rest(self, lr: float) -> list[runs.Task]:
-        """The small models alone, and all other seeds of the baseline and the finalists."""
-        best = self.ranking(lr)
-        everyone = self.config.small_controls == "all"
-        alone = list(self.config.variants) if everyone else best[:1]
-        tasks = [self._task(f"{SMALL}_{name}", lr, self.config.seeds[0]) for name in alone]
-        for seed in self.config.seeds[1:]:
-            names = (*best[: self.config.finalists], SCRATCH)
-            tasks += [self._task(name, lr, seed) for name in names]
-        return tasks
+    def _task(self, one: Member, wanted: list[Branch]) -> Task:
+        last = max(branch.budget for branch in wanted)
+        return Task(
+            one,
+            branches=tuple(self.members.branches(one, last)),
+            wanted=tuple(wanted),
+            longest=self.members.longest(one, last),
+            keep=self.config.keep_states,
+        )
 
-    def _task(self, name: str, lr: float, seed: int) -> runs.Task:
-        one = self.member(name, seed=seed, lr=lr)
-        return one, tuple(self.branches(one))
+    def _wanted(self) -> Iterator[tuple[Member, Branch]]:
+        """Every run that is known to be wanted, finished or not."""
+        first, others = self.config.seeds[0], self.config.seeds[1:]
+        names = [SCRATCH, *self.smalls]
+        for budget in self.budgets:
+            for name in names:
+                at = self.sweep_budget(name, budget)
+                for point in self._search(name, at).missing:
+                    yield self._run(name, first, at, point)
+                best = self.best(name, budget)
+                if best is not None:
+                    yield self._run(name, first, budget, best)
+            best = self.best(SCRATCH, budget)
+            for name in self.config.variants if best is not None else ():
+                yield self._run(name, first, budget, best)
+        for seed in others:
+            for budget in self.budgets:
+                for name in (*names, *self.finalists(budget)):
+                    best = self.best(name if name in names else SCRATCH, budget)
+                    if best is not None:
+                        yield self._run(name, seed, budget, best)
+
+    def _run(
+        self, name: str, seed: int, budget: float, point: dict[str, Any] | None
+    ) -> tuple[Member, Branch]:
+        one = self.members.member(name, point or {}, seed=seed, budget=budget)
+        return one, self.members.branches(one, budget)[-1]
 
     def complete(self) -> bool:
         """Whether everything is trained."""
-        lr = self.best_lr()
-        tasks = self.sweep()
-        if lr is not None:
-            tasks += self.first_seed(lr) + self.rest(lr)
-        return lr is not None and all(finished(one, b) for one, own in tasks for b in own)
+        return not self.missing()
 
-    # --- what came of it ------------------------------------------------------------------
+    # --- tuning ---------------------------------------------------------------------------
 
-    def sweep_losses(self) -> dict[float, float]:
-        """The baseline's loss at the budget that decides, by learning rate, as far as known."""
+    def best(self, name: str, budget: float) -> dict[str, Any] | None:
+        """The best settings of the baseline or a small model at a budget, once they are known."""
+        return self._search(name, self.sweep_budget(name, budget)).best
+
+    def sweep_of(self, name: str) -> tuple[SweepConfig, str]:
+        """What a baseline or a small model is tuned by, and its key in the configuration."""
+        return self.config.sweep_of(name)
+
+    def swept_at(self, name: str) -> list[float]:
+        """Budgets in FLOPs at which it is tuned."""
+        named, given = self.sweep_of(name)[0].budgets, self.config.budgets.values
+        return [b for b, value in zip(self.budgets, given, strict=True)
+                if named is None or value in named]  # fmt: skip
+
+    def sweep_budget(self, name: str, budget: float) -> float:
+        """Where the settings of a budget are found: there, at the next larger one, or the last."""
+        at = self.swept_at(name)
+        return next((one for one in at if one >= budget), at[-1])
+
+    def _search(self, name: str, budget: float) -> Search:
+        sweep, _ = self.sweep_of(name)
+        return search(sweep, self.own(name), lambda point: self.loss(name, budget, point))
+
+    def own(self, name: str) -> dict[str, Any]:
+        """The point that a search by coordinate begins at."""
+        if name not in self._own:
+            sweep, key = self.sweep_of(name)
+            self._own[name] = self.members.own(name, sweep, key=key)
+        return self._own[name]
+
+    def loss(self, name: str, budget: float, point: dict[str, Any]) -> float | None:
+        """Of a baseline or small model with the first seed; None where it is not trained."""
+        found = self._point(*self._run(name, self.config.seeds[0], budget, point))
+        return None if found is None else found.loss
+
+    def run(self, name: str, seed: int, budget: float) -> tuple[Member, Branch]:
+        """A member's run for a budget, at the best settings, or those that sweeps begin at."""
+        tuned = name if name not in self.config.variants else SCRATCH
+        return self._run(name, seed, budget, self.best(tuned, budget) or self.own(tuned))
+
+    # --- what is known --------------------------------------------------------------------
+
+    def finalists(self, budget: float) -> list[str]:
+        """The best variants of a budget, by the first seed; none before all have finished it."""
         losses = {}
-        for lr in self.config.sweep.lr:
-            one = self.member(SCRATCH, seed=self.config.seeds[0], lr=lr)
-            for point in self.points(one):
-                if point.budget == self.config.sweep_budget:
-                    losses[lr] = point.loss
-        return losses
+        for name in self.config.variants:
+            found = self.point(name, self.config.seeds[0], budget)
+            if found is None:
+                return []
+            losses[name] = found.loss
+        return sorted(losses, key=lambda name: losses[name])[: self.config.finalists]
 
-    def best_lr(self) -> float | None:
-        """The best of the sweep so far; None before any is finished."""
-        losses = self.sweep_losses()
-        return min(losses, key=lambda lr: losses[lr]) if losses else None
+    def point(self, name: str, seed: int, budget: float) -> Point | None:
+        """What a baseline, small model or variant came to at a budget; None before that."""
+        best = self.best(name if name not in self.config.variants else SCRATCH, budget)
+        return None if best is None else self._point(*self._run(name, seed, budget, best))
 
-    def ranking(self, lr: float) -> list[str]:
-        """Variants that have finished something: those that came furthest, the best first."""
-        seed, names = self.config.seeds[0], list(self.config.variants)
-        points = {(name, seed): self.points(self.member(name, seed=seed, lr=lr)) for name in names}
-        return ranking(points, names, seed)
+    def directory(self, name: str, seed: int, budget: float) -> Path | None:
+        """Where the runs of a baseline, small model or variant are; None before it is tuned."""
+        best = self.best(name if name not in self.config.variants else SCRATCH, budget)
+        return None if best is None else self._run(name, seed, budget, best)[0].directory
 
-    def result(self) -> Result:
-        """Everything that is known, as plain data."""
-        losses, lr = self.sweep_losses(), self.best_lr()
-        found: Result = {
-            "benchmark": "savings",
-            "config": self.config.model_dump(mode="json", by_alias=True),
-            "sweep": {
-                "budget": self.config.sweep_budget,
-                "loss": {f"{rate:g}": loss for rate, loss in losses.items()},
-                "best": lr,
-                "best_at_an_edge": lr is not None and lr in _edges(self.config.sweep.lr),
-            },
-            "tokens_per_second": self.speeds,
-            "runs": [],
-            "variants": {},
-            "controls": {},
-            "claim": {"variant": None, "saving": None, "bound": "",
-                      "why_not": ["nothing to compare yet"]},
-        }  # fmt: skip
-        if lr is None:
-            return found
-        names = [
-            SCRATCH,
-            *self.config.variants,
-            *(f"{SMALL}_{name}" for name in self.config.variants),
-        ]
-        points = {
-            (name, seed): self.points(self.member(name, seed=seed, lr=lr))
-            for name in names
-            for seed in self.config.seeds
-        }
-        found["runs"] = [
-            {"name": name, "seed": seed, "lr": lr, "points": [asdict(p) for p in own]}
-            for (name, seed), own in points.items()
-            if own
-        ]
-        found |= derived(points, variants=list(self.config.variants), seeds=self.config.seeds)
-        found["claim"] = claim(found, points)
-        return found
+    def _point(self, one: Member, branch: Branch) -> Point | None:
+        speeds = [self.speeds.get(key) for key in self.stage_keys(one, branch)]
+        return read_point(one, branch, speeds=speeds)
+
+    def stage_keys(self, one: Member, branch: Branch) -> list[str]:
+        """What the speeds of a member's stages are called."""
+        if not self.speeds:
+            return []
+        if one.directory not in self._stage_keys:
+            stages = one.stages(branch, world=self.members.world, vocab=self.members.vocab)
+            self._stage_keys[one.directory] = [stage_key(stage) for stage in stages]
+        return self._stage_keys[one.directory]
 
 
-def _edges(rates: Sequence[float]) -> tuple[float, float]:
-    return min(rates), max(rates)
-
-
-def train(campaign: Campaign, *, comm: Comm | None, workers: int, until: float | None) -> bool:
+def train(campaign: Campaign, *, comm: Comm | None, jobs: int, until: float | None) -> bool:
     """Train all that is missing; returns whether everything is finished.
 
     Args:
         campaign: the benchmark.
         comm: the launcher's processes; None starts workers.
-        workers: processes to start, a run each.
+        jobs: runs at a time, a process each.
         until: time after which no leg begins.
     """
-    if not runs.run_all(campaign.sweep(), comm=comm, workers=workers, until=until):
-        return False
-    lr = campaign.best_lr()
-    if comm is not None:
-        lr = comm.broadcast(lr)  # other ranks may look before rank 0 has written all
-    assert lr is not None  # the sweep is finished
-    first = runs.run_all(campaign.first_seed(lr), comm=comm, workers=workers, until=until)
-    return first and runs.run_all(campaign.rest(lr), comm=comm, workers=workers, until=until)
+    return run_all(campaign.missing, comm=comm, jobs=jobs, until=until)

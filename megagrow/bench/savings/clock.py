@@ -17,7 +17,7 @@ import numpy as np
 
 from megagrow.bench.jobs import run_job
 from megagrow.bench.savings.campaign import Campaign
-from megagrow.bench.savings.config import SCRATCH, SMALL
+from megagrow.bench.savings.config import SCRATCH
 from megagrow.bench.savings.results import SPEEDS, stage_key
 from megagrow.config import Config
 from megagrow.engine.comm import Comm
@@ -32,16 +32,16 @@ _ROUNDS, _STEPS = 9, 4
 def take_turns(campaign: Campaign, *, world: int, vocab: int) -> dict[str, float]:
     """Measure, and keep the result in the benchmark's directory; tokens/s by `stage_key`.
 
-    All processes of a launcher call together; without one, `world` processes are started.
+    At the settings that were found to be best, or those that sweeps begin at.  All processes of a
+    launcher call together; without one, `world` processes are started.
     """
     config = campaign.config
-    names = [SCRATCH, *config.variants, *(f"{SMALL}_{name}" for name in config.variants)]
     jobs: dict[str, tuple[Config, int]] = {}
-    for name in names:
-        one = campaign.member(name, seed=config.seeds[0], lr=config.sweep.lr[0])
-        run = one.branch(campaign.branches(one)[-1])
-        for stage in plan_run(run, world=world, vocabulary=vocab).stages:
-            jobs.setdefault(stage_key(stage), (run, stage.index))
+    for name in (SCRATCH, *campaign.smalls, *config.variants):
+        for budget in campaign.budgets:
+            one, branch = campaign.run(name, config.seeds[0], budget)
+            for stage in one.stages(branch, world=world, vocab=vocab):
+                jobs.setdefault(stage_key(stage), (one.branch(branch), stage.index))
     speeds = run_job(world, _measure, list(jobs.values()), vocab)
     if speeds is None:  # not the first process
         return {}

@@ -1,35 +1,115 @@
-"""What a savings benchmark is: the target, the budgets, the baseline's sweep, the variants."""
+"""What a savings benchmark is: the target, the budgets, the sweeps, the controls, the variants."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megagrow.config import Config, GrowConfig, LayoutConfig, UntilConfig
-from megagrow.config.load import parse_config
-from megagrow.config.section import Section
-from megagrow.errors import ConfigError
-from megagrow.train.plan import plan_run
+from megagrow.config import StageConfig, UntilConfig
+from megagrow.config.section import PathText, Positive, Section
 
 SCRATCH, SMALL = "scratch", "small"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Flops = Annotated[float, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0)]
+AboveZero = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+RATE = "optimizer.lr"
 # Sections of a run that the benchmark sets itself.
 _OURS = ("run", "stages", "deepspeed")
 
 
-class VariantStage(Section):
-    """A growth stage; the last one has no `until`, since the budget ends it."""
+class BudgetsConfig(Section):
+    """Where runs end and are compared: in FLOPs, or in tokens a parameter of the target.
 
-    until: UntilConfig | None = None
-    grow: GrowConfig | None = None
-    layout: LayoutConfig | None = None
+    The parameters are those that a token meets in a matrix product: the blocks' and the output
+    head's, tied or not; tables that are looked up only are left out.
+    """
+
+    flops: Annotated[list[AboveZero], Field(min_length=2)] | None = None
+    tokens_per_parameter: Annotated[list[AboveZero], Field(min_length=2)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_list_is_of_flops(cls, data: Any) -> Any:
+        return {"flops": data} if isinstance(data, list) else data
+
+    @model_validator(mode="after")
+    def _one_unit_in_order(self) -> BudgetsConfig:
+        if (self.flops is None) == (self.tokens_per_parameter is None):
+            raise ValueError("give flops or tokens_per_parameter, and not both")
+        if any(b <= a for a, b in pairwise(self.values)):
+            raise ValueError("must rise from one to the next")
+        return self
+
+    @property
+    def values(self) -> list[float]:
+        """In the unit that they were given in."""
+        return self.flops or self.tokens_per_parameter or []
+
+
+class SweepConfig(Section):
+    """Settings to tune by: a list of values for each, by its dotted name; none of it is charged.
+
+    In a file: ``sweep: {optimizer.lr: [2e-3, 4e-3], batch.global: [4, 8], budgets: [20]}``;
+    ``lr`` is short for ``optimizer.lr``.
+
+    Attributes:
+        values: of each setting, by its dotted name.
+        by: `coordinate` (one setting after the other, the learning rate first, each at the best of
+            the others so far) or `grid` (every combination).
+        rounds: how often `coordinate` goes through all settings at most; it ends as soon as a
+            round changes nothing.
+        budgets: at which of the budgets, in their unit; by default all.  A budget that is not
+            named takes the best of the next larger one that is, or of the largest.
+    """
+
+    values: dict[str, Annotated[list[Any], Field(min_length=1)]]
+    by: Literal["coordinate", "grid"] = "coordinate"
+    rounds: Positive = 2
+    budgets: list[AboveZero] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_by_name(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        own = {key: data[key] for key in data if key in ("by", "rounds", "budgets")}
+        values = dict(data["values"]) if isinstance(data.get("values"), dict) else {}
+        rest = {key: data[key] for key in data if key not in (*own, "values")}
+        for name, found in _flat(rest):
+            values[RATE if name == "lr" else name] = found
+        return {**own, "values": values}
+
+    @model_validator(mode="after")
+    def _sound(self) -> SweepConfig:
+        if not self.values:
+            raise ValueError(f"names no setting; for instance {{{RATE}: [2.0e-3, 4.0e-3, 8.0e-3]}}")
+        for name, values in self.values.items():
+            if any(value in values[:at] for at, value in enumerate(values)):
+                raise ValueError(f"{name}: names a value twice")
+            if any(isinstance(value, dict) for value in values):
+                raise ValueError(f"{name}: sweep what is in the section, {name}.KEY, instead")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """Of the settings, the learning rate first."""
+        return sorted(self.values, key=lambda name: name != RATE)
+
+
+class VariantStage(StageConfig):
+    """A stage of a run, whatever a run's stages may set.
+
+    Attributes:
+        until: when it ends; the last one has none, since the budget ends it.
+        share: of the budget at which it ends, instead of `until`; every budget then has a stable
+            phase of its own.
+    """
+
+    until: UntilConfig | None = None  # type: ignore[assignment]
+    share: Share | None = None
 
 
 class VariantConfig(Section):
@@ -38,7 +118,8 @@ class VariantConfig(Section):
     Attributes:
         model: what of the first stage's model differs from the target's.
         stages: as in a run.
-        settings: anything else that differs in this variant's runs, by section.
+        settings: anything else that differs in this variant's runs, by section; it comes before
+            what the baseline's sweep found.
     """
 
     model: dict[str, Any]
@@ -49,20 +130,37 @@ class VariantConfig(Section):
     def _only_the_last_is_open(self) -> VariantConfig:
         for index, stage in enumerate(self.stages):
             last = index + 1 == len(self.stages)
-            if last != (stage.until is None):
+            if (stage.until is not None) + (stage.share is not None) != (not last):
                 raise ValueError(
                     f"stages[{index}]: "
-                    + ("the budget ends the last stage: leave `until` out" if last
-                       else "say when the stage ends: until: {flops: 1e12}")
+                    + ("the budget ends the last stage: leave `until` and `share` out" if last
+                       else "say when the stage ends: until: {flops: 1e12}, or share: 0.25")
                 )  # fmt: skip
         return self
 
 
-class SweepConfig(Section):
-    """The baseline's learning rates, and the budget at which the best is told (not charged)."""
+class ControlConfig(Section):
+    """A smaller model, trained alone.
 
-    lr: Annotated[list[Rate], Field(min_length=1)]
-    budget: Flops | None = None  # default: the largest
+    Attributes:
+        model: what differs from the target's.
+        settings: anything else that differs, by section.
+    """
+
+    model: dict[str, Any]
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class CurveConfig(Section):
+    """Validations along stable phases, which the bound is worked out from.
+
+    Attributes:
+        points: how many a phase gets; 0 leaves the bound out.
+        samples: of each; by default as many as at the ends.
+    """
+
+    points: Annotated[int, Field(ge=0)] = 32
+    samples: Positive | None = None
 
 
 class SavingsConfig(Section):
@@ -71,195 +169,71 @@ class SavingsConfig(Section):
     Attributes:
         dir: where all its runs go.
         target: an ordinary run's configuration without stages; its model is the target.
-        budgets: FLOPs at which a decay is completed and the loss compared.
+        budgets: at which a decay is completed and the loss compared.
         decay: fraction of a budget that the decay of the learning rate takes.
-        sweep: the baseline's learning rates.
-        seeds: the first is everybody's; the others are for the baseline and the finalists.
-        finalists: how many of the best variants run with all seeds.
-        small_controls: whose small models are trained alone: the best variant's or everyone's.
-        variants: the ways to grow.
+        average: fraction of each decay, its last part, over which weights are averaged; all losses
+            are then those of the mean weights.  By default those of the last.
+        sweep: what the baseline is tuned by, with the first seed.
+        small_sweep: the same for the small models alone; by default the baseline's.
+        seeds: the first tunes and chooses, and is in no mean; the others measure.
+        finalists: how many of the best variants of each budget run with the other seeds.
+        variants: the ways to grow.  The model that each begins with is a control by itself.
+        controls: further smaller models that are trained alone.
+        curve: validations along the stable phases.
+        keep_states: keep the newest state of stable phases, so that larger budgets can follow.
     """
 
-    dir: str
+    dir: PathText
     target: dict[str, Any]
-    budgets: Annotated[list[Flops], Field(min_length=2)]
-    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    budgets: BudgetsConfig
+    decay: Share = 0.2
+    average: Annotated[float, Field(gt=0, le=1)] | None = None
     sweep: SweepConfig
+    small_sweep: SweepConfig | None = None
     seeds: Annotated[list[Seed], Field(min_length=1)]
     finalists: Annotated[int, Field(ge=0)] = 1
-    small_controls: Literal["best", "all"] = "best"
     variants: Annotated[dict[str, VariantConfig], Field(min_length=1)]
+    controls: dict[str, ControlConfig] = Field(default_factory=dict)
+    curve: CurveConfig = CurveConfig()
+    keep_states: bool = True
 
     @model_validator(mode="after")
-    def _in_order(self) -> SavingsConfig:
-        if any(b <= a for a, b in zip(self.budgets, self.budgets[1:], strict=False)):
-            raise ValueError("budgets: must rise from one to the next")
-        if self.sweep.budget is not None and self.sweep.budget not in self.budgets:
-            raise ValueError(f"sweep.budget: must be one of budgets, {self.budgets}")
-        for name, values in (("sweep.lr", self.sweep.lr), ("seeds", self.seeds)):
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name}: names a value twice")
+    def _sound(self) -> SavingsConfig:
+        for name, sweep in (("sweep", self.sweep), ("small_sweep", self.small_sweep)):
+            for budget in (sweep.budgets if sweep is not None else None) or ():
+                if budget not in self.budgets.values:
+                    raise ValueError(f"{name}.budgets: {budget:g} is none of {self.budgets.values}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: names a value twice")
         for key in _OURS:
             if key in self.target:
                 raise ValueError(f"target.{key}: the benchmark sets it; leave it out")
-        for name in self.variants:
-            if name == SCRATCH or name.startswith(SMALL) or not name.replace("_", "").isalnum():
+        if isinstance(train := self.target.get("train"), dict) and "average" in train:
+            raise ValueError("target.train.average: set average of the benchmark instead")
+        names = [("variants", name) for name in self.variants]
+        for section, name in [*names, *(("controls", name) for name in self.controls)]:
+            fits = name.replace("_", "").isalnum() and name != SCRATCH
+            if not fits or (section == "variants" and name.startswith(SMALL)):
                 raise ValueError(
-                    f"variants.{name}: a name of letters, digits and _, "
-                    f"not {SCRATCH} and not beginning with {SMALL}"
+                    f"{section}.{name}: a name of letters, digits and _, "
+                    f"not {SCRATCH}, and of a variant not beginning with {SMALL}"
                 )
+            if section == "controls" and not name.startswith(f"{SMALL}_"):
+                raise ValueError(f"controls.{name}: must begin with {SMALL}_")
         return self
 
-    @property
-    def sweep_budget(self) -> float:
-        """Where the sweep is decided."""
-        return self.sweep.budget or self.budgets[-1]
+    def sweep_of(self, name: str) -> tuple[SweepConfig, str]:
+        """What the baseline or a small model is tuned by, and its key."""
+        if name == SCRATCH or self.small_sweep is None:
+            return self.sweep, "sweep"
+        return self.small_sweep, "small_sweep"
 
 
-@dataclass(frozen=True)
-class Branch:
-    """A run that leaves the stable phase and decays.
-
-    Attributes:
-        budget: FLOPs that it was sized to.
-        start: step of the stable run from which it starts.
-        end: its last step.
-    """
-
-    budget: float
-    start: int
-    end: int
-
-    @property
-    def decay(self) -> float:
-        """The decay as a fraction of all steps, as `schedule.decay` wants it."""
-        return (self.end - self.start) / self.end
-
-
-@dataclass(frozen=True)
-class Member:
-    """One model's way through all budgets: a stable run, and a branch for each budget.
-
-    Attributes:
-        name: of the variant, or of a control.
-        lr, seed: the learning rate's peak and the seed.
-        directory: where its runs are.
-        settings: the run's configuration as plain data; the last stage has no `until`.
-    """
-
-    name: str
-    lr: float
-    seed: int
-    directory: Path
-    settings: dict[str, Any]
-
-    def trunk(self, steps: int, *, stop: int) -> Config:
-        """The stable run, of `steps` in all, to stop at `stop`."""
-        return self._config(
-            "stable",
-            until={"steps": steps},
-            schedule={"name": "constant"},
-            train={"stop_after_steps": stop},
-        )
-
-    def branch(self, branch: Branch) -> Config:
-        """The run that decays."""
-        return self._config(
-            f"budget_{branch.budget:.3e}",
-            until={"steps": branch.end},
-            schedule={"name": "wsd", "decay": branch.decay},
-        )
-
-    def branches(
-        self, budgets: list[float], *, decay: float, world: int, vocab: int
-    ) -> list[Branch]:
-        """Where the stable run is left for each budget, by arithmetic.
-
-        The decay lies within the last growth stage and takes `decay` of the budget there, so
-        every variant decays over the same number of the target's steps.
-
-        Raises:
-            ConfigError: a budget ends before the last stage has room for its decay.
-        """
-        config = self._config("stable", until={"flops": budgets[-1]}, schedule={"name": "constant"})
-        last = plan_run(config, world=world, vocabulary=vocab).stages[-1].plan
-        found = []
-        for budget in budgets:
-            end = last.start_step + round((budget - last.start_flops) / last.flops_per_step)
-            start = end - max(1, round(decay * budget / last.flops_per_step))
-            if start <= last.start_step:
-                raise ConfigError(
-                    f"{self.name}: no room for the decay of a budget after the last growth",
-                    found=f"budget {budget:.3g} FLOPs, last growth at {last.start_flops:.3g}",
-                    expected=f"a growth before {(1 - decay) * budget:.3g} FLOPs",
-                    mend="grow earlier, or leave the budget out",
-                )
-            found.append(Branch(budget, start, end))
-        return found
-
-    def _config(self, directory: str, *, until: dict[str, Any], **sections: Any) -> Config:
-        settings = copy.deepcopy(self.settings)
-        settings["stages"][-1]["until"] = until
-        settings["run"] = {"dir": str(self.directory / directory), "seed": self.seed}
-        settings = _merged(settings, {"optimizer": {"lr": self.lr}, **sections})
-        # Only ends are compared; the newest checkpoint is the one that branches off.
-        return parse_config(settings, source=f"savings: {self.name}")
-
-
-def member(config: SavingsConfig, name: str, *, lr: float, seed: int) -> Member:
-    """The baseline (`scratch`), a variant by its name, or its small model alone (`small_NAME`)."""
-    settings: dict[str, Any] = copy.deepcopy(config.target)
-    stages: list[dict[str, Any]] = [{}]
-    if name != SCRATCH:
-        alone = name.startswith(SMALL)
-        variant = config.variants[name.removeprefix(f"{SMALL}_") if alone else name]
-        settings = _merged(settings, {**variant.settings, "model": variant.model})
-        if not alone:
-            stages = [stage.model_dump(exclude_none=True, by_alias=True)
-                      for stage in variant.stages]  # fmt: skip
-    settings["stages"] = stages
-    directory = Path(config.dir) / name / f"lr_{lr:g}-seed_{seed}"
-    return Member(name, lr, seed, directory, settings)
-
-
-def check(config: SavingsConfig, *, world: int, vocab: int) -> dict[str, Member]:
-    """Plan every kind of member, so that what cannot be is refused before anything runs.
-
-    Returns:
-        A member for each name: the baseline, the variants, their small models.
-
-    Raises:
-        ConfigError: a variant does not end at the target, or a run is not possible.
-        GrowthError: an operator or a state policy does not fit.
-    """
-    names = [SCRATCH, *config.variants, *(f"{SMALL}_{name}" for name in config.variants)]
-    members = {
-        name: member(config, name, lr=config.sweep.lr[0], seed=config.seeds[0]) for name in names
-    }
-    ends = {}
-    for name, one in members.items():
-        plan = one.branches(list(config.budgets), decay=config.decay, world=world, vocab=vocab)
-        run = plan_run(one.branch(plan[-1]), world=world, vocabulary=vocab)
-        ends[name] = run.stages[-1].model
-    for name in config.variants:
-        wanted, found = ends[SCRATCH].model_dump(), ends[name].model_dump()
-        # `width_fresh` scales the norms' eps with the stream.
-        differs = [key for key in wanted if wanted[key] != found[key] and key != "norm_eps"]
-        if differs:
-            raise ConfigError(
-                f"variants.{name}: does not grow to the target",
-                found=", ".join(f"{key} {found[key]}" for key in differs),
-                expected=", ".join(f"{key} {wanted[key]}" for key in differs),
-            )
-    return members
-
-
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of sections replaced one by one."""
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = (
-            {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-        )
-    return merged
+def _flat(data: Mapping[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
+    """Sections within sections by their dotted names."""
+    for name, value in data.items():
+        whole = f"{key}.{name}" if key else str(name)
+        if isinstance(value, dict):
+            yield from _flat(value, whole)
+        else:
+            yield whole, value

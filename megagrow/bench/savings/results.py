@@ -6,22 +6,27 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from scipy import stats
 
-from megagrow.bench.savings.config import Branch, Member
-from megagrow.report.log import read_metrics
+from megagrow.bench.savings.members import Branch, Member
+from megagrow.checkpoint import step_path
+from megagrow.report.log import Line, last_line, read_metrics
 from megagrow.report.run import Run, summarize
 from megagrow.report.thin import Step
+from megagrow.train.checkpoints import DIRECTORY
 from megagrow.train.plan import Stage
 
 Cost = Literal["flops", "tokens", "seconds"]
 COSTS: tuple[Cost, ...] = ("flops", "tokens", "seconds")
 _CONFIDENCE = 0.95
+LOG = "metrics.jsonl"
+DIVERGED = "not_finite"  # the event with which the log of such a run ends
 SPEEDS = "speeds.json"  # in the benchmark's directory: tokens/s by `stage_key`
 
 
@@ -36,9 +41,11 @@ class Point:
         seconds: every step at its stage's speed, and the growths.  The speed is the one measured
             in turns (`clock`), else that of the stage's fastest tenth of steps: what others do
             on the machine at the time is hardly in it.
-        loss: validation loss after the decay, nats a token.
+        loss: validation loss after the decay, nats a token, of the mean weights where they are
+            averaged; infinite where the run diverged.
         growth_seconds: of `seconds`, what the growths took.
         growth_flops: of `flops`, what the growths are charged.
+        last_loss: that of the last weights, whether or not they are averaged.
     """
 
     budget: float
@@ -48,6 +55,7 @@ class Point:
     loss: float
     growth_seconds: float
     growth_flops: float
+    last_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Saving:
         loss: at which they are compared.
         grown, scratch: what each cost.
         bound: "" where both costs lie within the budgets; ">=" where the grown run was better
-            at its smallest budget already, so that it saves this at least; "<=" the other way.
+            at its least budget already, so that it saves this at least; "<=" the other way.
     """
 
     loss: float
@@ -74,29 +82,53 @@ class Saving:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and Student's t interval of it; no interval for a single seed."""
+    """A mean over seeds, standard deviation and Student's t interval; one seed has no spread."""
 
     mean: float
+    sd: float | None
     low: float | None
     high: float | None
     seeds: int
 
 
-def branch_directory(member: Member, branch: Branch) -> Path:
-    """Where a branch's run is."""
-    return Path(member.branch(branch).run.dir)
-
-
 def read_log(directory: Path) -> Run | None:
     """A run's log summed up; None where there is none yet."""
-    path = directory / "metrics.jsonl"
+    path = directory / LOG
     return summarize(read_metrics(path)) if path.is_file() else None
 
 
-def finished(member: Member, branch: Branch) -> bool:
-    """Whether a branch came to its end."""
-    run = read_log(branch_directory(member, branch))
-    return run is not None and run.end.get("step") == branch.end
+def finished(directory: Path, end: int) -> bool:
+    """Whether a run came to its step `end`, or to numbers that are not finite."""
+    path = directory / LOG
+    line = last_line(path) if path.is_file() else None
+    if line is None:
+        return False
+    return line["event"] == DIVERGED or (line["event"] == "end" and line.get("step") == end)
+
+
+def diverged(directory: Path) -> bool:
+    """Whether a run ended with numbers that are not finite, and cannot go on."""
+    path = directory / LOG
+    line = last_line(path) if path.is_file() else None
+    return line is not None and line["event"] == DIVERGED
+
+
+def averaged(directory: Path, average: float, decay: float) -> float | None:
+    """The loss of the mean weights of a finished run; None where the mean is not a whole one.
+
+    Args:
+        average: the fraction of the decay that the mean is to be over.
+        decay: the decay as a fraction of the run.
+    """
+    line = _average(directory / LOG, _stamp(directory))
+    whole = line.get("states") == line.get("wanted") and line.get("last") == average * decay
+    return line["val_loss"] if line and whole else None
+
+
+@cache
+def _average(path: Path, stamp: object) -> Line:
+    found = [line for line in read_metrics(path) if line["event"] == "average"]
+    return found[-1] if found else {}
 
 
 def stage_key(stage: Stage) -> str:
@@ -105,23 +137,51 @@ def stage_key(stage: Stage) -> str:
     return json.dumps(facts, sort_keys=True)
 
 
-def read_points(
-    member: Member, branches: Sequence[Branch], *, speeds: Sequence[float | None] = ()
-) -> list[Point]:
-    """The finished branches of a member, in the order of their budgets.
+def is_done(member: Member, branch: Branch) -> bool:
+    """Whether nothing is left to train for a budget of a member."""
+    here = member.place(branch)
+    if finished(here, branch.end):
+        whole = member.average is None or diverged(here)
+        return whole or averaged(here, member.average or 0.0, branch.decay) is not None
+    # A stable run that diverged beyond a branch that is still wanted says nothing of that one.
+    trunk = member.stable(branch)
+    return diverged(trunk) and not step_path(trunk / DIRECTORY, branch.start).exists()
+
+
+def read_point(
+    member: Member, branch: Branch, *, speeds: Sequence[float | None] = ()
+) -> Point | None:
+    """A finished branch; None where it is not, and a loss without bound where it diverged.
 
     Args:
         member: whose.
-        branches: all of its.
+        branch: of its.
         speeds: tokens/s of its growth stages where they were measured in turns.
     """
-    trunk = read_log(Path(member.trunk(branches[-1].start, stop=branches[-1].start).run.dir))
-    points = []
-    for branch in branches:
-        run = read_log(branch_directory(member, branch))
-        if trunk is not None and run is not None and run.end.get("step") == branch.end:
-            points.append(_point(trunk, run, branch, speeds))
-    return points
+    here, trunk = member.place(branch), member.stable(branch)
+    if not is_done(member, branch):
+        return None
+    if not finished(here, branch.end) or diverged(here):
+        unknown = math.nan
+        return Point(branch.budget, branch.budget, unknown, unknown, math.inf, 0.0, 0.0)
+    found = _read(trunk, here, branch, tuple(speeds), _stamp(trunk), _stamp(here))
+    mean = averaged(here, member.average, branch.decay) if member.average is not None else None
+    return found if mean is None else replace(found, loss=mean)
+
+
+def _stamp(directory: Path) -> tuple[int, int]:
+    """Tells whether a log is still the one that was read."""
+    found = (directory / LOG).stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@cache
+def _read(
+    trunk: Path, here: Path, branch: Branch, speeds: Sequence[float | None], *stamps: object
+) -> Point:
+    stable, run = read_log(trunk), read_log(here)
+    assert stable is not None and run is not None
+    return _point(stable, run, branch, speeds)
 
 
 def _point(trunk: Run, run: Run, branch: Branch, measured: Sequence[float | None]) -> Point:
@@ -139,6 +199,7 @@ def _point(trunk: Run, run: Run, branch: Branch, measured: Sequence[float | None
         loss=run.final_validation,
         growth_seconds=growth_seconds,
         growth_flops=growth_flops,
+        last_loss=run.final_validation,
     )
 
 
@@ -166,39 +227,47 @@ def cost_at(points: Sequence[Point], loss: float, cost: Cost) -> float | None:
     None where no two budgets enclose the loss; extrapolated is nothing.
     """
     for left, right in pairwise(points):
-        if left.loss >= loss >= right.loss and left.loss > right.loss:
+        if math.inf > left.loss >= loss >= right.loss and left.loss > right.loss:
             share = math.log(left.loss / loss) / math.log(left.loss / right.loss)
             low, high = getattr(left, cost), getattr(right, cost)
             return math.exp(math.log(low) + share * math.log(high / low))
     return None
 
 
-def saving(scratch: Sequence[Point], grown: Sequence[Point], cost: Cost) -> Saving | None:
-    """At the lowest loss that both reach; None where their losses do not overlap at all.
+def saving(
+    scratch: Sequence[Point], grown: Sequence[Point], cost: Cost, budget: float
+) -> Saving | None:
+    """At a budget; None where one of them has not finished it, or diverged.
 
-    That is the baseline's loss at its largest budget where growth is better, and the grown run's
-    where it is not.
+    Where growth is better there, what the grown run takes to the loss of the baseline; where it
+    is not, what the baseline takes to the loss of the grown run.  At the least budget, and at the
+    largest, the other curve may be the one that reaches so far; where none does there is a bound.
     """
-    if not scratch or not grown:
+    ours, theirs = at_budget(grown, budget), at_budget(scratch, budget)
+    if ours is None or theirs is None or math.inf in (ours.loss, theirs.loss):
         return None
-    best, mine = min(scratch, key=lambda p: p.loss), min(grown, key=lambda p: p.loss)
-    if mine.loss <= best.loss:
-        at = cost_at(grown, best.loss, cost)
-        if at is not None:
-            return Saving(best.loss, at, getattr(best, cost))
-        first = grown[0]
-        return Saving(best.loss, getattr(first, cost), getattr(best, cost), ">=")
-    at = cost_at(scratch, mine.loss, cost)
-    if at is not None:
-        return Saving(mine.loss, getattr(mine, cost), at)
-    return Saving(mine.loss, getattr(mine, cost), getattr(scratch[0], cost), "<=")
+    mine, best = getattr(ours, cost), getattr(theirs, cost)
+    to_theirs, to_ours = cost_at(grown, theirs.loss, cost), cost_at(scratch, ours.loss, cost)
+    same_loss = Saving(theirs.loss, to_theirs, best) if to_theirs is not None else None
+    same_run = Saving(ours.loss, mine, to_ours) if to_ours is not None else None
+    if ours.loss <= theirs.loss:
+        found = same_loss or same_run
+        return found or Saving(theirs.loss, getattr(grown[0], cost), best, ">=")
+    found = same_run or same_loss
+    return found or Saving(ours.loss, mine, getattr(scratch[0], cost), "<=")
+
+
+def at_budget(points: Sequence[Point], budget: float) -> Point | None:
+    """The point of a budget, where it is finished."""
+    return next((point for point in points if point.budget == budget), None)
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval (Student's t over seeds, which are few)."""
+    """Mean, standard deviation and 95 % interval (Student's t over seeds, which are few)."""
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return Interval(mean, None, None, len(values))
+        return Interval(mean, None, None, None, len(values))
+    deviation = statistics.stdev(values)
     half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1))
-    half *= statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half, len(values))
+    half *= deviation / math.sqrt(len(values))
+    return Interval(mean, deviation, mean - half, mean + half, len(values))

@@ -10,126 +10,194 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megagrow.bench.savings.config import Branch, Member
-from megagrow.bench.savings.results import finished, read_log
+from megagrow.background import be_a_worker
+from megagrow.bench.savings.members import Branch, Member
+from megagrow.bench.savings.results import diverged, finished, is_done
 from megagrow.checkpoint import list_steps, step_path
 from megagrow.config import Config
 from megagrow.data.dataset import open_dataset
-from megagrow.engine.comm import Comm, start, stop
+from megagrow.engine.comm import Comm, start
 from megagrow.errors import TrainingError
 from megagrow.train.checkpoints import DIRECTORY
 from megagrow.train.holding import holding_run
 from megagrow.train.loop import Trainer
 from megagrow.train.plan import plan_run, with_vocabulary
 
-Task = tuple[Member, tuple[Branch, ...]]
+
+@dataclass(frozen=True)
+class Task:
+    """A member's runs that are to be trained one after the other.
+
+    Attributes:
+        member: whose.
+        branches: all of its stable run up to the last that is wanted; the state of each is kept.
+        wanted: those that decay.
+        longest: steps of the stable run up to the last branch that there can be.
+        keep: whether states are kept that nothing which is known to be wanted needs.
+    """
+
+    member: Member
+    branches: tuple[Branch, ...]
+    wanted: tuple[Branch, ...]
+    longest: int
+    keep: bool = True
 
 
-def run_all(tasks: Sequence[Task], *, comm: Comm | None, workers: int, until: float | None) -> bool:
-    """Train members up to their last branch.
+def run_all(
+    missing: Callable[[], Sequence[Task]], *, comm: Comm | None, jobs: int, until: float | None
+) -> bool:
+    """Train until nothing is missing.
 
     Args:
-        tasks: members and their branches, the most wanted first.
-        comm: the launcher's processes, which train together; None starts `workers` processes
+        missing: what can be trained and is not, the most wanted first; asked again whenever
+            something is finished.
+        comm: the launcher's processes, which train together; None starts `jobs` processes
             that train a member each.
-        workers: processes to start.
+        jobs: members at a time.
         until: time (seconds since 1970) after which no leg begins; None is never.
 
     Returns:
-        Whether all of them are finished.
+        Whether all is finished.
 
     Raises:
         MegagrowError: of the first run that failed; the others' finished legs stay.
     """
-    left = [task for task in tasks if not all(finished(task[0], b) for b in task[1])]
     if comm is not None:
         # Rank 0's view of the disk counts, or ranks could part ways.
-        return all(run_member(*task, comm=comm, until=until) for task in comm.broadcast(left))
-    if not left or (until is not None and time.time() > until):
-        return not left
+        while tasks := comm.broadcast(missing() if comm.rank == 0 else []):
+            if not run_member(tasks[0], comm=comm, until=until):
+                return False
+        return True
+    if not missing() or _is_over(until):
+        return not missing()
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
-    count = min(workers, len(left))
-    threads = max(1, (os.cpu_count() or 1) // count)
-    pool = ProcessPoolExecutor(count, context, initializer=_prepare, initargs=(threads,))
+    pool = ProcessPoolExecutor(jobs, context, initializer=_prepare, initargs=(threads,))
+    running: dict[Future[bool], Path] = {}
     try:
-        waiting: set[Future[bool]] = {pool.submit(_alone, *task, until) for task in left}
-        complete = True
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                complete &= future.result()
-        return complete
+        while True:
+            tasks = [] if _is_over(until) else missing()
+            for task in tasks:
+                if len(running) < jobs and task.member.directory not in running.values():
+                    running[pool.submit(_alone, task, until)] = task.member.directory
+            if not running:
+                return not missing()
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                future.result()
     except BrokenProcessPool as error:
         raise TrainingError(
             "a process that trains was killed or could not start",
             expected="memory for each of them",
-            mend="start it again with fewer --workers: finished legs are kept",
+            mend="start it again with fewer --jobs: finished legs are kept",
         ) from error
     finally:
         # A failure or an interruption: what is running ends with its worker, and is resumed later.
         for process in list((pool._processes or {}).values()):
-            if any(not future.done() for future in waiting):
+            if any(not future.done() for future in running):
                 process.terminate()
         pool.shutdown(cancel_futures=True)
 
 
+def _is_over(until: float | None) -> bool:
+    return until is not None and time.time() > until
+
+
 def _prepare(threads: int) -> None:
-    """A worker is a job of one process."""
+    """A worker is a job of one process; it trains one member after the other."""
+    be_a_worker()
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-def _alone(member: Member, branches: tuple[Branch, ...], until: float | None) -> bool:
-    return run_member(member, branches, comm=start(), until=until)
+def _alone(task: Task, until: float | None) -> bool:
+    return run_member(task, comm=start(), until=until)
 
 
-def run_member(
-    member: Member, branches: Sequence[Branch], *, comm: Comm, until: float | None
-) -> bool:
+def run_member(task: Task, *, comm: Comm, until: float | None) -> bool:
     """Train one member; all ranks call together.  Returns whether it came to its end."""
-    longest = branches[-1].start
-    for branch in branches:
-        if comm.broadcast(finished(member, branch)):
+    member, log = task.member, task.member.directory / "log.txt"
+    stable = member.directory / "stable"
+    for branch in task.branches:
+        wanted = branch in task.wanted and not comm.broadcast(is_done(member, branch))
+        at, newest = comm.broadcast((_state(member, branch), _newest(stable)))
+        if not wanted and newest >= branch.start:
             continue
-        if comm.broadcast(until is not None and time.time() > until):
+        if comm.broadcast(_is_over(until)):
             return False
-        trunk = member.trunk(longest, stop=branch.start)
-        run = member.branch(branch)
-        root, here = Path(trunk.run.dir) / DIRECTORY, Path(run.run.dir) / DIRECTORY
-        at = step_path(root, branch.start)
-        if not comm.broadcast(at.exists()):
-            passed = comm.broadcast([step for step in list_steps(root) if step > branch.start])
-            if passed:
-                raise TrainingError(
-                    f"{trunk.run.dir}: is past the branch for a budget of {branch.budget:.3g}",
-                    found=f"step {passed[0]}",
-                    expected=f"step {branch.start}, or one before",
-                    mend=f"remove {member.directory} to train it again with this budget",
-                )
-            _train(trunk, comm=comm, log=member.directory / "log.txt", resume="auto")
-        begun = comm.broadcast(bool(list_steps(here)))
-        resume = "auto" if begun else str(at)
-        _train(run, comm=comm, log=member.directory / "log.txt", resume=resume)
+        if at is None:
+            run = member.trunk(task.longest, stop=branch.start)
+            if newest > branch.start or (newest == 0 and comm.broadcast(_has_ended(task))):
+                # A budget that came when its state was no longer kept: it is made once more.
+                run = _elsewhere(run, member.directory / f"stable_{branch.start}")
+            _train(run, comm=comm, log=log, resume="auto")
+            at = comm.broadcast(_state(member, branch))
+            if at is None:  # it diverged, and so do all branches that follow
+                break
+        if wanted:
+            _decay(task.member, branch, at, comm=comm, log=log)
+    if comm.rank == 0 and not task.keep:
+        for place in member.directory.glob("stable*"):
+            shutil.rmtree(place / DIRECTORY, ignore_errors=True)
     return True
 
 
+def _decay(member: Member, branch: Branch, at: Path, *, comm: Comm, log: Path) -> None:
+    here = member.place(branch) / DIRECTORY
+    if comm.rank == 0 and finished(here.parent, branch.end):
+        shutil.rmtree(here.parent)  # its weights were not averaged as they are to be
+    begun = comm.broadcast(bool(list_steps(here)))
+    _train(member.branch(branch), comm=comm, log=log, resume="auto" if begun else str(at))
+    if comm.rank == 0 and is_done(member, branch):  # nothing goes on from its end
+        shutil.rmtree(here, ignore_errors=True)
+
+
+def _state(member: Member, branch: Branch) -> Path | None:
+    """The state that a branch leaves from, where it is kept."""
+    path = step_path(member.stable(branch) / DIRECTORY, branch.start)
+    return path if path.exists() else None
+
+
+def _has_ended(task: Task) -> bool:
+    """Whether a branch was finished; then there was a state, whether or not it is kept."""
+    return any(finished(task.member.place(branch), branch.end) for branch in task.branches)
+
+
+def _newest(stable: Path) -> int:
+    """The last step that a stable run is known to have come to."""
+    return max(list_steps(stable / DIRECTORY), default=0)
+
+
+def _elsewhere(config: Config, directory: Path) -> Config:
+    run = config.run.model_copy(update={"dir": str(directory)})
+    return config.model_copy(update={"run": run})
+
+
 def _train(config: Config, *, comm: Comm, log: Path, resume: str) -> None:
+    """One run, to its end or to numbers that are not finite, with which its log then ends."""
     data = open_dataset(config.data.path, config.data.tokenizer)
     config = with_vocabulary(config, data.vocab_size)
     plan = plan_run(config, world=comm.world, vocabulary=data.vocab_size)
     with _spoken_into(log if comm.rank == 0 else None), holding_run(config, comm) as lock:
         trainer = Trainer(config=config, plan=plan, data=data, comm=comm, resume=resume, lock=lock)
-        trainer.run()
+        try:
+            trainer.run()
+        except TrainingError:
+            trainer.journal.close()
+            if not comm.broadcast(diverged(Path(config.run.dir))):
+                raise
         trainer.engine.close()
 
 
@@ -146,6 +214,3 @@ def _spoken_into(log: Path | None) -> Iterator[None]:
         contextlib.redirect_stdout(stream),
     ):
         yield
-
-
-__all__ = ["Task", "read_log", "run_all", "run_member", "start", "stop"]

@@ -1,8 +1,8 @@
-"""What the finished runs of a savings benchmark say together: means, intervals, and a claim.
+"""What the finished runs of a savings benchmark say together: means, intervals, and what is called.
 
-The first seed chooses: the variants that come furthest with it run with the other seeds too.  The
-best of several is partly the luckiest, so the seed that chose a variant is shown beside its mean
-and is in neither the mean nor the interval.  Where nothing was chosen, every seed counts.
+The first seed tunes and chooses.  The best of several is partly the luckiest, so that seed is shown
+beside the means and is in none of them.  All comparisons are paired by seed: the two runs of a pair
+see the same data in the same order.
 
 A bound (">=", "<=") is no value.  A mean with bounds of one kind in it is a bound itself and has no
 interval; bounds of both kinds have no mean.
@@ -10,154 +10,173 @@ interval; bounds of both kinds have no mean.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megagrow.bench.savings.config import SCRATCH, SMALL
-from megagrow.bench.savings.results import COSTS, Point, Saving, interval, saving
+from megagrow.bench.savings.bound import Bound
+from megagrow.bench.savings.results import (
+    COSTS,
+    Cost,
+    Interval,
+    Point,
+    Saving,
+    at_budget,
+    interval,
+    saving,
+)
 
-Result = dict[str, Any]
-Points = Mapping[tuple[str, int], Sequence[Point]]
+Plain = dict[str, Any]
+Curves = Mapping[tuple[str, int], Sequence[Point]]  # by name and seed, rising budgets
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Savings over seeds.
+    """Savings over the seeds that measure.
 
     Attributes:
-        mean: of the seeds that count; None where bounds of both kinds meet.
-        low, high: Student's 95 % interval of it; None for one seed, and for a bound.
+        mean: None where there are none, or bounds of both kinds.
+        sd: standard deviation of a pair; None for one seed, and for a bound.
+        low, high: Student's 95 % interval of the mean; None as `sd`.
         seeds: how many count.
-        bound: "" where `mean` is a value, else what it is: ">=" or "<=".
-        chosen_by: the seed that chose the variant, where it is left out; else None.
+        bound: "" where `mean` is a value, else what it is: ">=", "<=" or both.
     """
 
     mean: float | None
+    sd: float | None
     low: float | None
     high: float | None
     seeds: int
     bound: str
-    chosen_by: int | None
 
 
-def summarised(by_seed: Mapping[int, Saving], *, chosen_by: int | None) -> Summary:
-    """The savings of one variant over its seeds.
-
-    Args:
-        by_seed: at least one.
-        chosen_by: the seed that chose it; left out where there are others.
-    """
-    fresh = [one for seed, one in by_seed.items() if seed != chosen_by]
-    counted = fresh or list(by_seed.values())
-    left_out = chosen_by if fresh and chosen_by in by_seed else None
-    bounds = {one.bound for one in counted} - {""}
+def summarised(found: Sequence[Saving]) -> Summary:
+    """The savings of one run over the seeds that measure."""
+    if not found:
+        return Summary(None, None, None, None, 0, "")
+    bounds = sorted({one.bound for one in found} - {""})
     if len(bounds) > 1:
-        return Summary(None, None, None, len(counted), "/".join(sorted(bounds)), left_out)
-    found = interval([one.value for one in counted])
+        return Summary(None, None, None, None, len(found), "/".join(bounds))
+    over = interval([one.value for one in found])
     if bounds:
-        return Summary(found.mean, None, None, found.seeds, bounds.pop(), left_out)
-    return Summary(found.mean, found.low, found.high, found.seeds, "", left_out)
+        return Summary(over.mean, None, None, None, over.seeds, bounds[0])
+    return Summary(over.mean, over.sd, over.low, over.high, over.seeds, "")
 
 
-def ranking(points: Points, variants: Sequence[str], seed: int) -> list[str]:
-    """Variants that have finished something: those that came furthest, the best first."""
-    found = {
-        name: (-points[name, seed][-1].budget, points[name, seed][-1].loss)
-        for name in variants
-        if points.get((name, seed))
-    }
-    return sorted(found, key=lambda name: found[name])
+@dataclass(frozen=True)
+class Compared:
+    """One run against another at a budget, paired by seed.
+
+    Attributes:
+        costs: what is saved, by cost.
+        by_seed: each pair, the first seed's among them: `bound`, and what is saved by cost.
+        loss: differences of the losses (the run's less the other's) over the seeds that measure;
+            None where no pair is finished.
+        unfinished: seeds that measure, of which a pair is not finished.
+        diverged: seeds of which a run of the pair diverged.
+    """
+
+    costs: Mapping[Cost, Summary]
+    by_seed: Mapping[int, Mapping[Cost, Saving]]
+    loss: Interval | None
+    unfinished: Sequence[int]
+    diverged: Sequence[int]
+
+    def plain(self) -> Plain:
+        """For JSON."""
+        return {
+            **{cost: asdict(one) for cost, one in self.costs.items()},
+            "by_seed": {
+                str(seed): {cost: {**asdict(one), "saving": one.value} for cost, one in own.items()}
+                for seed, own in self.by_seed.items()
+            },
+            "loss_difference": None if self.loss is None else asdict(self.loss),
+            "unfinished": list(self.unfinished),
+            "diverged": list(self.diverged),
+        }
 
 
-def derived(points: Points, *, variants: Sequence[str], seeds: Sequence[int]) -> Result:
-    """All that follows from what was finished: `variants` and `controls` of a result.
+def compared(
+    curves: Curves, name: str, other: str, *, budget: float, seeds: Sequence[int]
+) -> Compared:
+    """Compare a run with another (`saving` has the rule).
 
     Args:
-        points: by name and seed.
-        variants: their names.
-        seeds: the first is the one that chooses, where there is a choice.
+        curves: finished runs.
+        name, other: whose.
+        budget: where.
+        seeds: the first is left out of means.
     """
-    chosen_by = seeds[0] if len(variants) > 1 else None
-    found: Result = {"variants": {}, "controls": {}}
-    for name in variants:
-        against = _compared(points, name, SCRATCH, seeds, chosen_by)
-        if against:
-            found["variants"][name] = against
-    for name in variants:
-        small = f"{SMALL}_{name}"
-        alone, grown = points.get((small, seeds[0]), ()), points.get((name, seeds[0]), ())
-        if alone:
-            found["controls"][small] = {
-                "against_scratch": _compared(points, small, SCRATCH, seeds[:1], None),
-                "growth_against_it": _compared(points, name, small, seeds[:1], None),
-                "beaten_at_the_largest_budget": _beaten(grown, alone),
-            }
-    return found
+    by_seed: dict[int, dict[Cost, Saving]] = {}
+    differences, unfinished, diverged = [], [], []
+    for seed in seeds:
+        ours, theirs = curves.get((name, seed), ()), curves.get((other, seed), ())
+        mine, best = at_budget(ours, budget), at_budget(theirs, budget)
+        if mine is None or best is None:
+            unfinished += [seed] if seed != seeds[0] else []
+        elif math.inf in (mine.loss, best.loss):
+            diverged.append(seed)
+        else:
+            differences += [mine.loss - best.loss] if seed != seeds[0] else []
+            found = {cost: saving(theirs, ours, cost, budget) for cost in COSTS}
+            by_seed[seed] = {cost: one for cost, one in found.items() if one is not None}
+    fresh = [own for seed, own in by_seed.items() if seed != seeds[0]]
+    costs = {cost: summarised([own[cost] for own in fresh if cost in own]) for cost in COSTS}
+    over = interval(differences) if differences else None
+    return Compared(costs, by_seed, over, unfinished, diverged)
 
 
-def claim(result: Mapping[str, Any], points: Points) -> Result:
-    """What may be said of the best variant, or why nothing may.
+def why_not(
+    *,
+    against_scratch: Compared,
+    against_smalls: Mapping[str, Compared],
+    edges: Sequence[str],
+    bound: Bound | None,
+) -> list[str]:
+    """What speaks against calling a saving; nothing, where it is one.
 
     Args:
-        result: with `sweep`, `variants`, `controls` and `config`.
-        points: by name and seed.
-
-    Returns:
-        `variant`; `saving` and its `bound`, or None and `why_not`, a list of reasons.
+        against_scratch: the grown run against the baseline.
+        against_smalls: against every small model alone, by its name.
+        edges: of the sweeps of all that it is compared with.
+        bound: what there is to be saved, where it is known.
     """
-    config = result["config"]
-    best = next(iter(ranking(points, list(config["variants"]), config["seeds"][0])), None)
-    found = result["variants"].get(best, {}).get("flops")
-    why_not = []
-    if found is None:
-        return {"variant": best, "saving": None, "bound": "", "why_not": ["nothing to compare yet"]}
-    if result["sweep"]["best_at_an_edge"]:
-        why_not.append(
-            "the baseline's best learning rate is at an edge of the sweep, so a better baseline is "
-            "likely: widen sweep.lr"
-        )
-    if len(config["variants"]) > 1 and found["chosen_by"] is None:
-        why_not.append("no seed but the one that chose the best variant")
-    if found["mean"] is None:
-        why_not.append("some seeds have a lower bound alone and some an upper one")
-    control = result["controls"].get(f"{SMALL}_{best}", {}).get("beaten_at_the_largest_budget")
-    if control is False:
-        why_not.append("the small model alone is better: the target is too large for the budget")
-    return {
-        "variant": best,
-        "saving": None if why_not else found["mean"],
-        "bound": found["bound"],
-        "why_not": why_not,
-    }
+    reasons = []
+    saved = against_scratch.costs["flops"]
+    everyone = {"scratch": against_scratch, **against_smalls}
+    for name, one in everyone.items():
+        if one.diverged:
+            reasons.append(f"a run diverged (seed {_list(one.diverged)}, against {name})")
+        if one.unfinished:
+            reasons.append(f"not finished (seed {_list(one.unfinished)}, against {name})")
+    if against_scratch.loss is None:
+        reasons.append("no seed but the one that tuned and chose")
+    elif saved.bound:
+        reasons.append(f"only bounded ({saved.bound})")
+    elif saved.low is None or saved.high is None:
+        reasons.append("one seed has no interval")
+    elif saved.high < 0:
+        reasons.append("scratch is better")
+    elif saved.low <= 0:
+        reasons.append("interval includes 0")
+    for name, one in against_smalls.items():
+        if one.loss is None or one.loss.low is None or one.loss.high is None:
+            if not one.unfinished:
+                reasons.append(f"no interval against {name}")
+        elif one.loss.low > 0:
+            reasons.append(f"small alone is better ({name})")
+        elif one.loss.high >= 0:
+            reasons.append(f"interval includes 0 against small alone ({name})")
+    reasons += edges
+    if bound is not None and saved.sd is not None and not bound.open:
+        noise = saved.sd / math.sqrt(saved.seeds)
+        if bound.saving < 2 * noise:
+            reasons.append(
+                f"bound below twice the noise ({bound.saving:.1%}, standard error {noise:.1%})"
+            )
+    return reasons
 
 
-def _compared(
-    points: Points, name: str, other: str, seeds: Sequence[int], chosen_by: int | None
-) -> Result:
-    """Savings of one against another in every cost: by seed, and over the seeds that count."""
-    found: Result = {}
-    for cost in COSTS:
-        by_seed: dict[int, Saving] = {}
-        for seed in seeds:
-            one = saving(points.get((other, seed), ()), points.get((name, seed), ()), cost)
-            if one is not None:
-                by_seed[seed] = one
-        if by_seed:
-            found[cost] = {
-                **asdict(summarised(by_seed, chosen_by=chosen_by)),
-                "by_seed": {
-                    str(seed): {**asdict(one), "saving": one.value} for seed, one in by_seed.items()
-                },
-            }
-    return found
-
-
-def _beaten(grown: Sequence[Point], small: Sequence[Point]) -> bool | None:
-    """Whether growth is better at the largest budget that both have finished."""
-    budgets = {p.budget for p in grown} & {p.budget for p in small}
-    if not budgets:
-        return None
-    at = max(budgets)
-    loss = [next(p.loss for p in points if p.budget == at) for points in (grown, small)]
-    return loss[0] < loss[1]
+def _list(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
