@@ -241,6 +241,14 @@ def members_of(mapping):
     return found
 
 
+def test_an_operator_that_scales_the_norms_eps_reaches_the_target(data, tmp_path):
+    mapping = settings(data, tmp_path)
+    stack = mapping["variants"]["stack"]
+    stack["model"] = {"hidden": 4, "heads": 1, "ffn": 8}
+    stack["stages"][1]["grow"]["operator"] = "width_fresh"
+    members_of(mapping)  # raises, were it another target
+
+
 def test_branches_share_a_stable_run_and_decay_alike(data, tmp_path):
     members = members_of(settings(data, tmp_path))
     for name in ("scratch", "stack", "small_2x8"):
