@@ -1,18 +1,20 @@
 """What a run is: the schema of a configuration file.
 
 Every section is a frozen pydantic model that refuses unknown keys; checks
-that need more than one key name them all.  Ends of stages and growths are in
-`megagrow.config.growths`; loading files, overrides and presets is `megagrow.config.load`.
+that need more than one key name them all.  The model is in `megagrow.config.model`, ends
+of stages and growths are in `megagrow.config.growths`; loading files, overrides and presets is
+`megagrow.config.load`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from megagrow.config.growths import GrowConfig, UntilConfig
-from megagrow.config.section import Fraction, Layers, PathText, Positive, Section
+from megagrow.config.model import ModelConfig
+from megagrow.config.section import Fraction, PathText, Positive, Section
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -24,86 +26,6 @@ class RunConfig(Section):
     # Seconds to wait for another job that still has `dir`, before this one is refused.
     wait: Annotated[float, Field(ge=0)] = 90.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
-
-
-class ModelConfig(Section):
-    """The shape of a transformer.
-
-    Family `gpt2`: LayerNorm, learned positions, GELU, biases.  Family `llama`: RMSNorm, rotary
-    positions, SwiGLU, no biases.  `vocab` may stay unset in a file: it is then taken from the
-    tokenizer.
-    """
-
-    model_config = ConfigDict(serialize_by_alias=True)
-
-    family: Literal["gpt2", "llama"] = "gpt2"
-    layers: Layers
-    hidden: Positive
-    heads: Positive
-    kv_heads: Positive | None = None  # grouped-query attention; default: heads
-    head_dim_: Positive | None = Field(None, alias="head_dim")  # default: hidden / heads
-    ffn: Positive
-    sequence: Positive
-    vocab: Positive | None = None
-    tie_embeddings: bool = True
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
-    rope_theta: Annotated[float, Field(gt=0.0)] = 1e4  # base of llama's rotary positions
-    init_std: Annotated[float, Field(gt=0.0)] = 0.02
-    # Recompute in the backward pass: the attention core alone, or the whole block.
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    compile: bool = False  # each block by torch.compile
-
-    @model_validator(mode="after")
-    def _heads_divide_hidden(self) -> ModelConfig:
-        if self.head_dim_ is None and self.hidden % self.heads:
-            nearest = max(1, round(self.hidden / self.heads)) * self.heads
-            raise ValueError(
-                f"hidden = {self.hidden} is not divisible by heads = {self.heads}; "
-                f"set model.hidden to a multiple of {self.heads}, for instance {nearest}, "
-                "or set model.head_dim"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _kv_heads_divide_heads(self) -> ModelConfig:
-        if self.heads % self.kv_groups:
-            raise ValueError(
-                f"heads = {self.heads} is not divisible by kv_heads = {self.kv_groups}; "
-                f"set model.kv_heads to a divisor of {self.heads}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _rotary_pairs(self) -> ModelConfig:
-        if self.family == "llama" and self.head_dim % 2:
-            raise ValueError(
-                f"head_dim = {self.head_dim} is odd, but rotary positions turn pairs of features; "
-                f"set model.head_dim to an even number, for instance {self.head_dim + 1}"
-            )
-        return self
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.head_dim_ or self.hidden // self.heads
-
-    @property
-    def kv_groups(self) -> int:
-        """Number of key/value heads, each shared by heads / kv_groups query heads."""
-        return self.kv_heads or self.heads
-
-    @property
-    def biases(self) -> bool:
-        """Whether linear layers and norms have biases."""
-        return self.family == "gpt2"
-
-    @property
-    def vocabulary(self) -> int:
-        """The vocabulary size; raises ValueError while it is still unset."""
-        if self.vocab is None:
-            raise ValueError("model.vocab is not set yet: it comes from the tokenizer")
-        return self.vocab
 
 
 class LayoutConfig(Section):
