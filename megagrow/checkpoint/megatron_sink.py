@@ -17,12 +17,12 @@ from megagrow.checkpoint import deepspeed_names
 from megagrow.checkpoint import megatron_names as names
 from megagrow.checkpoint.adapter import FilePlan, Request, Segment, Values, Zeros
 from megagrow.checkpoint.archive import NewTensor, number, plan_archive
-from megagrow.checkpoint.deepspeed_plan import DTYPES, plain_json, section
+from megagrow.checkpoint.deepspeed_plan import DTYPES, plain_json
 from megagrow.checkpoint.directory import naming, write_new
 from megagrow.checkpoint.native_sink import placed
 from megagrow.checkpoint.pickles import Opaque
-from megagrow.checkpoint.shape import model_of, refuse_ramp
-from megagrow.config.schema import OptimizerConfig, PrecisionConfig
+from megagrow.checkpoint.shape import model_of, optimizer_of, refuse_ramp, section
+from megagrow.config.schema import PrecisionConfig
 from megagrow.errors import ConfigError
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Slot
 
@@ -52,7 +52,7 @@ class MegatronSink:
         held = {slot.name for slot in meta.slots}
         self._trained = all(slot.name in held for slot in ADAM_SLOTS)
         self.slots: tuple[Slot, ...] = ADAM_SLOTS if self._trained else (MASTER,)
-        self._optimizer = section(OptimizerConfig, meta.config.get("optimizer"))
+        self._optimizer = optimizer_of(meta)
         precision = section(PrecisionConfig, meta.config.get("precision"))
         # Without an optimizer nothing else keeps what rounding would lose.
         asked = request.dtype or (DTYPES[precision.dtype] if self._trained else None)

@@ -214,6 +214,7 @@ def _suggestion(schema: type[BaseModel], key: str) -> list[str]:
     if near:
         return [f"  mend:     did you mean {key.removesuffix(name)}{near[0]}?"]
     elsewhere = [k for k in known if k.rpartition(".")[2] == name]
+    elsewhere = [k for k in elsewhere if "[i]" not in k] or elsewhere  # the whole run's first
     if elsewhere:
         return [f"  mend:     did you mean {' or '.join(elsewhere)}?"]
     return [f"  expected: one of {', '.join(names)}"] if names else []

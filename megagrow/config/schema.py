@@ -17,6 +17,8 @@ from megagrow.config.model import ModelConfig
 from megagrow.config.section import Fraction, PathText, Positive, Section
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Rate = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
 
 
 class RunConfig(Section):
@@ -70,13 +72,13 @@ class OptimizerConfig(Section):
     """
 
     name: Literal["adamw", "lion", "muon"] = "adamw"
-    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    lr: Rate = 1e-3
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    grad_clip: Annotated[float, Field(ge=0.0)] = 1.0  # 0 turns clipping off
+    eps: Rate = 1e-8
+    weight_decay: NotNegative = 0.1
+    grad_clip: NotNegative = 1.0  # 0 turns clipping off
     offload: Literal["none", "cpu"] = "none"  # where optimizer state lives (ZeRO 1 to 3)
-    muon_lr: Annotated[float, Field(gt=0.0)] | None = None  # of Muon's matrices; default: lr
+    muon_lr: Rate | None = None  # of Muon's matrices; default: lr
     momentum: Beta = 0.95  # of Muon's matrices
 
     @model_validator(mode="after")
@@ -96,6 +98,38 @@ class OptimizerConfig(Section):
         """The betas of moments that are corrected for their age; None where there are none."""
         return None if self.name == "lion" else self.betas
 
+    def changed(self, by: StageOptimizerConfig | None) -> OptimizerConfig:
+        """The settings of a stage, from those of the stage before it and what the stage names."""
+        return self if by is None else self.model_copy(update=by.model_dump(exclude_none=True))
+
+
+class StageOptimizerConfig(Section):
+    """What a growth stage changes of the optimizer, from its first update on.
+
+    A setting that it does not name stays as it is in the stage before.  `muon_lr` follows `lr`
+    as long as no stage, and no section `optimizer`, names it.
+    """
+
+    lr: Rate | None = None
+    betas: tuple[Beta, Beta] | None = None
+    eps: Rate | None = None
+    weight_decay: NotNegative | None = None
+    grad_clip: NotNegative | None = None
+    muon_lr: Rate | None = None
+    momentum: Beta | None = None
+    name: Any = Field(None, exclude=True)  # these two are there to be refused in words
+    offload: Any = Field(None, exclude=True)
+
+    @model_validator(mode="after")
+    def _the_optimizer_stays(self) -> StageOptimizerConfig:
+        fixed = [key for key in ("name", "offload") if key in self.model_fields_set]
+        if fixed:
+            raise ValueError(
+                f"{' and '.join(fixed)} cannot change in a run, whose state is one optimizer's; "
+                f"set {' and '.join(f'optimizer.{key}' for key in fixed)} for all of it"
+            )
+        return self
+
 
 class PrecisionConfig(Section):
     """Number format of parameters and activations; master weights and moments are fp32."""
@@ -114,6 +148,26 @@ class ScheduleConfig(Section):
     warmup: Annotated[int, Field(ge=0)] | None = None  # steps; default: a tenth of the run, <= 100
     decay: Fraction = 0.1
     floor: Fraction = 0.0  # final learning rate as a fraction of the peak
+
+
+class StageScheduleConfig(Section):
+    """The learning rate of one growth stage, times what the run's schedule says.
+
+    `warmup`: over so many steps from the stage's first on the rate climbs from 0.  `decay`: the
+    fraction of the stage's own steps, its last ones, over which the rate falls in a straight
+    line to `floor` (of the rate before; default: `schedule.floor`).  In the last stage it takes
+    the place of `schedule.decay`.
+    """
+
+    warmup: Positive | None = None
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    floor: Fraction | None = None
+
+    @model_validator(mode="after")
+    def _floor_of_a_decay(self) -> StageScheduleConfig:
+        if self.floor is not None and self.decay is None:
+            raise ValueError("floor is where the stage's own decay ends: give decay as well")
+        return self
 
 
 class BatchConfig(Section):
@@ -136,8 +190,9 @@ class BatchConfig(Section):
 class StageConfig(Section):
     """A growth stage: its end, and what is new at its start.
 
-    A growth, a layout, a batch, a sequence length of the samples (at most the model's): what is
-    not named stays.  Stages without a growth make a warm-up of batch or sequence length.
+    A growth, a layout, a batch, a sequence length of the samples (at most the model's), settings
+    of the optimizer: what is not named stays.  Stages without a growth make a warm-up of batch or
+    sequence length.  `schedule` is of the stage alone.
     """
 
     until: UntilConfig
@@ -145,6 +200,8 @@ class StageConfig(Section):
     layout: LayoutConfig | None = None
     batch: BatchConfig | None = None
     sequence: Positive | None = None
+    optimizer: StageOptimizerConfig | None = None
+    schedule: StageScheduleConfig | None = None
 
 
 class WandbConfig(Section):
@@ -266,4 +323,38 @@ class Config(Section):
                 "stages[0].grow: the first stage starts from fresh weights and cannot grow; "
                 "describe the small model under `model` and move the growth to stages[1]"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_muon_in_stages(self) -> Config:
+        for index, stage in enumerate(self.stages):
+            given = stage.optimizer.model_dump(exclude_none=True) if stage.optimizer else {}
+            of_muon = " and ".join(sorted(given.keys() & {"muon_lr", "momentum"}))
+            if of_muon and self.optimizer.name != "muon":
+                raise ValueError(
+                    f"stages[{index}].optimizer: {of_muon}: Muon's alone, but optimizer.name = "
+                    f"{self.optimizer.name}; leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_have_the_schedule_they_ask_for(self) -> Config:
+        for index, stage in enumerate(self.stages):
+            key, asked = f"stages[{index}].schedule", stage.schedule or StageScheduleConfig()
+            if index == 0 and asked.warmup is not None:
+                raise ValueError(
+                    f"{key}.warmup: the warm-up of the first stage is the run's; set "
+                    "schedule.warmup, and leave it out here"
+                )
+            if asked.decay is not None and self.schedule.name in ("cosine", "linear"):
+                raise ValueError(
+                    f"{key}.decay: schedule.name = {self.schedule.name} falls by itself; set "
+                    "schedule.name=wsd or constant, or leave it out"
+                )
+            if asked.decay is not None and stage.until.rule in ("slope", "marginal"):
+                raise ValueError(
+                    f"{key}.decay: until.{stage.until.rule} ends the stage at a step that is not "
+                    "known before, so a decay into it cannot begin in time; bound the stage with "
+                    "steps, tokens or flops alone, or leave the decay out"
+                )
         return self

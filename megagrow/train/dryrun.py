@@ -22,6 +22,7 @@ from megagrow.schedule.memory import BYTES, DEVICE_PARTS, local_sizes, rank_memo
 from megagrow.state.parts import PARTS, part_of
 from megagrow.state.statemap import Identity, StateMap
 from megagrow.train.plan import RunPlan, plan_run
+from megagrow.train.rates import in_words
 from megagrow.train.ready import data_lines, open_data, ready, start_lines
 
 _RANKS_COUNTED = 64  # beyond this many the bytes of a growth are counted for a sample of ranks
@@ -56,9 +57,12 @@ def describe(config: Config, *, world: int, resume: str = "auto") -> str:
     lines += [
         "",
         f"in all: {human(last.end_tokens, 'tokens')}, {human(last.end_flops, 'FLOP')}",
-        f"learning rate: {rate.kind}, peak {rate.peak:g}, warm-up {rate.warmup} steps"
+        f"learning rate: {rate.kind}, peak {rate.peak:g}"
+        + "".join(f", {p.peak:g} from step {p.start}" for p in rate.phases)
+        + f", warm-up {rate.warmup} steps"
         f"{'' if config.schedule.warmup is not None else ' (schedule.warmup is not given)'}, "
         f"decay {rate.decay_steps} steps"
+        + "".join(f", {p.decay} steps before {p.end}" for p in rate.phases if p.decay)
         + "".join(f", re-warm {n} steps at {at}" for at, n in rate.rewarms)
         + "".join(f", set back to {to} at {at}" for at, to in rate.restarts),
     ]
@@ -92,6 +96,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
             f"  batch       {steps.batch.global_} samples of {steps.sequence} tokens, "
             f"micro-batch {steps.batch.micro}"
         )
+    lines += [f"  rates       {line}" for line in in_words(config, index)]
     rule = config.stages[index].until.rule
     if rule is not None:
         known = [end for end in plan.planned if end.index == index]
@@ -106,7 +111,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
             f"state policy {stage.growth.policy.name}",
         )
         caveat = stage.growth.policy.caveat(
-            grad_clip=config.optimizer.grad_clip, dropout=stage.model.dropout
+            grad_clip=stage.optimizer.grad_clip, dropout=stage.model.dropout
         )
         if caveat is not None:
             lines.insert(2, f"              which {caveat}")

@@ -20,6 +20,7 @@ from megagrow.train.holding import run_id
 from megagrow.train.metrics import MetricsLog
 from megagrow.train.plan import Stage
 from megagrow.train.progress import Progress
+from megagrow.train.rates import in_words
 from megagrow.train.recovery import RollBack
 from megagrow.train.signals import exit_status, left, signal_name
 from megagrow.train.state import RunState
@@ -222,10 +223,12 @@ class Journal:
                     f"trained on again in this epoch; {report.fit_flops:.3g} FLOPs"
                 )
             caveat = new.growth.policy.caveat(
-                grad_clip=self.config.optimizer.grad_clip, dropout=new.model.dropout
+                grad_clip=new.optimizer.grad_clip, dropout=new.model.dropout
             )
             if caveat is not None:
                 self.say(f"state policy {new.growth.policy.name} {caveat}")
+        for line in in_words(self.config, new.index):
+            self.say(f"stage {new.index}: {line}")
         if self._log is not None:
             self._log.growth(
                 step=state.step,
@@ -240,6 +243,7 @@ class Journal:
                 growth_stage=new.index,
                 model=new.model.model_dump(),
                 layout=asdict(new.layout),
+                optimizer=new.optimizer.model_dump(),
                 **asdict(report),
             )
 

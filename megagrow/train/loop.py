@@ -194,6 +194,7 @@ class Trainer:
             parameters=self.engine.placement.catalog.parameters,
             model=self.stage.model.model_dump(),
             layout=asdict(self.stage.layout),
+            optimizer=self.stage.optimizer.model_dump(),
             growth_stage=self.state.growth_stage,
             total_steps=self.plan.total_steps,
             device=str(self.comm.device),
@@ -420,6 +421,8 @@ class Trainer:
             return
         start = stage.plan.start_step
         settled = start + stage.growth.rewarm if stage.growth else self.plan.learning_rate.warmup
+        own = self.config.stages[stage.index].schedule
+        settled = max(settled, start + ((own and own.warmup) or 0))
         if state.step <= max(start, settled):
             return
         seen = state.seen.after(Validated(state.step, state.tokens, state.flops, loss))
@@ -459,7 +462,7 @@ class Trainer:
         self._begin(f"growing into stage {stage.index}", slow=True)
         before, small = self._validation_loss(), self.engine.placement.catalog.parameters
         old_stage, seen = self.stage, self.state.seen
-        betas = self.config.optimizer.bias_correction
+        betas = stage.optimizer.bias_correction
         self.state = self.state.after_growth(stage.growth, betas=betas)
         self.state = replace(
             self.state, seen=carry(seen, config=self.config, plan=self.plan, index=stage.index)
