@@ -302,6 +302,9 @@ def _not_told(model: ModelConfig) -> Iterator[LeftOut]:
         if model.stds.matrices is None:
             reason = "initializer_range is one number: transformers' default, 0.02"
         yield LeftOut(f"init_std by role ({told}), of fresh parameters", reason)
+    if model.mup is not None:
+        reason = "of a run that goes on; the weights are those of a plain model"
+        yield LeftOut("mup: initialisation and rates by the shape", reason)
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:

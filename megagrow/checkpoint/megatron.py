@@ -81,7 +81,7 @@ def _open(path: Path, options: ReadOptions) -> Source:
     model, padded, left_out = names.read_model(args, where=first.where, told=options)
     ours = replayed_model(told["config"], told["run_state"], vocabulary=model.vocab)
     if ours is not None:  # Megatron's arguments have one number for all fresh parameters
-        model = model.model_copy(update={"init_std": ours.init_std})
+        model = model.model_copy(update={"init_std": ours.init_std, "mup": ours.mup})
     layout = Layout(
         tensor=1 + max(rank.tensor for rank in ranks), pipeline=1 + max(rank.pipe for rank in ranks)
     )

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from megagrow.config.section import (
     SECTION,
@@ -18,6 +26,7 @@ from megagrow.config.section import (
 )
 
 Std = Annotated[float, Field(gt=0.0)]
+Rate = Annotated[float, Field(gt=0.0)]
 # Of GPT-2 (Radford et al., 2019) for everything, and with it of most models since.
 PUBLISHED_STD = 0.02
 # Of an embedding that is not the head as well.
@@ -55,6 +64,22 @@ class Stds(NamedTuple):
     matrices: float | None
 
 
+class MupConfig(Section):
+    """The base shape of the maximal update parametrisation (muP): where rates are as configured.
+
+    A model of another shape has the initialisation and the rates of its tensors scaled by how far
+    its sizes are from these, so that what is best for the base shape stays best (`model.mup`).
+    `heads` and `ffn` are sizes of the same base model; where they are not given they stand to
+    those of the first model as `hidden` does, and stay so when it grows.  Without `layers` depth
+    scales nothing.
+    """
+
+    hidden: Positive
+    heads: Rate | None = None
+    ffn: Rate | None = None
+    layers: Layers | None = None
+
+
 class ModelConfig(Section):
     """The shape of a transformer.
 
@@ -83,9 +108,21 @@ class ModelConfig(Section):
         Annotated[Std, Tag(VALUE)] | Annotated[InitConfig, Tag(SECTION)],
         Discriminator(section_or_value),
     ] = PUBLISHED_STD
+    # Initialisation and rates by the shape (Yang et al., arXiv 2203.03466); null: by none.
+    mup: MupConfig | None = None
     # Recompute in the backward pass: the attention core alone, or the whole block.
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # each block by torch.compile
+
+    @field_validator("mup")
+    @classmethod
+    def _a_whole_base_shape(cls, mup: MupConfig | None, info: ValidationInfo) -> MupConfig | None:
+        sizes = {key: info.data[key] for key in ("hidden", "heads", "ffn") if key in info.data}
+        if mup is None or len(sizes) < 3:  # what is missing is told elsewhere
+            return mup
+        share = mup.hidden / sizes["hidden"]
+        missing = {key: sizes[key] * share for key in ("heads", "ffn") if not getattr(mup, key)}
+        return mup.model_copy(update=missing)
 
     @model_validator(mode="after")
     def _heads_divide_hidden(self) -> ModelConfig:

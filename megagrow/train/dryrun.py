@@ -19,10 +19,9 @@ from megagrow.errors import ConfigError
 from megagrow.report.units import human
 from megagrow.schedule.cost import STATE_BYTES, Received, received
 from megagrow.schedule.memory import BYTES, DEVICE_PARTS, local_sizes, rank_memory, slot_elements
-from megagrow.state.parts import PARTS, part_of
 from megagrow.state.statemap import Identity, StateMap
 from megagrow.train.plan import RunPlan, plan_run
-from megagrow.train.rates import in_words
+from megagrow.train.rates import in_words, shape_in_words, start_in_words
 from megagrow.train.ready import data_lines, open_data, ready, start_lines
 
 _RANKS_COUNTED = 64  # beyond this many the bytes of a growth are counted for a sample of ranks
@@ -77,17 +76,18 @@ def vocabulary(config: Config) -> int | None:
 
 
 def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
-    stage = plan.stages[index]
+    stage, catalog = plan.stages[index], plan.placement(index).catalog
     model, steps = stage.model, stage.plan
     shape = f"{model.layers} layers x {model.hidden} hidden x {model.heads} heads x {model.ffn} ffn"
     lines = [
         f"stage {index}: {shape}, sequence {model.sequence}, vocabulary {model.vocabulary}",
-        f"  parameters  {plan.placement(index).catalog.parameters:,}",
+        f"  parameters  {catalog.parameters:,}",
         f"  layout      {stage.layout}",
         f"  steps       {steps.start_step} to {steps.end_step}  "
         f"({human(steps.end_tokens - steps.start_tokens, 'tokens')}, "
         f"{human(steps.end_flops - steps.start_flops, 'FLOP')})",
-        *(_init_lines(plan) if index == 0 else ()),
+        *(f"  init std    {line}" for line in start_in_words(catalog) if index == 0),
+        *(f"  rates       {line}" for line in shape_in_words(model, catalog, plan.slots)),
         *_precision_lines(config, plan, index),
         *_memory_lines(config, plan, index),
     ]
@@ -118,20 +118,6 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     if index > 0:
         lines += _moves_lines(config, plan, index)
     return lines
-
-
-def _init_lines(plan: RunPlan) -> list[str]:
-    """Standard deviations of the fresh parameters, by their part in the model."""
-    stds: dict[str, set[float]] = {}
-    for tensor in plan.placement(0).catalog:
-        if tensor.init.kind == "normal":
-            stds.setdefault(part_of(tensor), set()).add(tensor.init.std)
-    told = [
-        f"{part} {' to '.join(f'{std:.3g}' for std in sorted({min(stds[part]), max(stds[part])}))}"
-        for part in PARTS
-        if part in stds
-    ]
-    return [f"  init std    {', '.join(told)}"]
 
 
 def _precision_lines(config: Config, plan: RunPlan, index: int) -> list[str]:

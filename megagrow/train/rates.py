@@ -1,16 +1,19 @@
-"""Rates that a growth stage sets for itself: checked against its plan, and told."""
+"""Rates of growth stages, their own and those of their shapes: checked, and told."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from megagrow.config import Config
+from megagrow.config import Config, ModelConfig
 from megagrow.config.schema import StageScheduleConfig
 from megagrow.errors import ConfigError
 from megagrow.growth.rules import OptimizerRules, YoungBlocks
 from megagrow.schedule import StagePlan
 from megagrow.schedule.lr import Phase
 from megagrow.schedule.stages import stage_optimizer
+from megagrow.state.catalog import Catalog, Slot, slots_of
+from megagrow.state.parts import PARTS, part_of
 
 _CLOSE = 0.01  # of the rate, as for young blocks
 
@@ -109,6 +112,46 @@ def in_words(config: Config, index: int) -> list[str]:
             told.append(f"decay over the last {asked.decay:.3g} of it to {floor:g} of its rate")
         lines.append(", ".join(told))
     return [line for line in lines if line]
+
+
+def start_in_words(catalog: Catalog) -> list[str]:
+    """How fresh parameters start: standard deviations by their part in the model."""
+    normal = [(part_of(t), t.init.std) for t in catalog if t.init.kind == "normal"]
+    gains = [("final norm's gain", t.init.std) for t in catalog if t.init.kind == "constant"]
+    return [_by_part([*normal, *gains])]
+
+
+def shape_in_words(model: ModelConfig, catalog: Catalog, slots: Sequence[Slot]) -> list[str]:
+    """Rates that follow from the shape of a model, where it has a base shape (muP).
+
+    Args:
+        model: which it is.
+        catalog: its tensors.
+        slots: of the optimizer; where some tensor lacks one, it is Muon that steps that.
+    """
+    if model.mup is None:
+        return []
+    final = max(place for tensor in catalog for place in tensor.places)
+    rates = []
+    for tensor in catalog:
+        of_head = part_of(tensor) == "vector" and tensor.places == (final,)
+        orthogonal = len(slots_of(tensor, slots)) < len(slots)
+        rate = tensor.rates.orthogonal if orthogonal else tensor.rates.lr
+        rates.append(("final norm" if of_head else part_of(tensor), rate))
+    base = ", ".join(f"{key} {n:g}" for key, n in model.mup.model_dump(exclude_none=True).items())
+    return [f"times {_by_part(rates)} (model.mup: {base})"]
+
+
+def _by_part(numbers: Sequence[tuple[str, float]]) -> str:
+    """Numbers of tensors in words: of each kind the least and the greatest."""
+    ends: dict[str, list[float]] = {kind: [] for kind in PARTS}
+    for kind, number in numbers:
+        ends.setdefault(kind, []).append(number)
+    return ", ".join(
+        f"{kind} {' to '.join(f'{n:.3g}' for n in sorted({min(found), max(found)}))}"
+        for kind, found in ends.items()
+        if found
+    )
 
 
 def _shown(value: object) -> str:
