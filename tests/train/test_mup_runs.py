@@ -111,7 +111,7 @@ def test_other_formats_carry_the_rates_or_say_that_they_do_not(tmp_path, dataset
         assert NativeCheckpoint.open(back).catalog == source.catalog, name
     groups = [
         group
-        for file in (tmp_path / "deepspeed").rglob("*optim_states.pt")
+        for file in (tmp_path / "deepspeed").rglob("*.pt")
         for group in groups_in(torch.load(file, weights_only=False))
     ]
     keys = set(group_keys(source.catalog, OptimizerRules()).values())
