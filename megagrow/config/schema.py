@@ -220,6 +220,9 @@ class TrainConfig(Section):
     validation_samples: Positive = 64
     log_every: Positive = 10
     stop_after_steps: Positive | None = None
+    # After a growth, every so many steps: how twins part, ranks, what new parameters learn, and the
+    # mixing time.  Null: never.
+    growth_diagnostics: Positive | None = None
     tensorboard: bool = True
     prometheus_port: Annotated[int, Field(gt=0, lt=65536)] | None = None  # of rank 0's host
     # Where it listens: this host alone by default; 0.0.0.0 lets anyone read who reaches the port.
