@@ -74,9 +74,12 @@ def random_state(catalog, *, seed, dtype=torch.float64):
     state = MemoryState.empty(catalog, ADAM_SLOTS, dtype=dtype)
     for tensor in catalog:
         noise = torch.randn((3, *tensor.shape), generator=generator, dtype=torch.float64)
-        base, scale = {"ones": (1.0, 0.3), "zeros": (0.0, 0.3), "normal": (0.0, tensor.init.std)}[
-            tensor.init.kind
-        ]
+        base, scale = {
+            "ones": (1.0, 0.3),
+            "zeros": (0.0, 0.3),
+            "normal": (0.0, tensor.init.std),
+            "constant": (tensor.init.std, 0.3 * tensor.init.std),
+        }[tensor.init.kind]
         state.tensors[tensor.name, "master"].copy_(base + scale * noise[0])
         state.tensors[tensor.name, "exp_avg"].copy_(0.1 * noise[1])
         state.tensors[tensor.name, "exp_avg_sq"].copy_(0.01 * noise[2] ** 2)

@@ -147,7 +147,7 @@ def _fill(engine: Engine, comm: Comm) -> None:
         if init.kind == "normal":
             memory.normal_(0.0, init.std)
         else:
-            memory.fill_(1.0 if init.kind == "ones" else 0.0)
+            memory.fill_(1.0 if init.kind == "ones" else init.std)
     engine.publish()
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megagrow.config import ModelConfig
+from megagrow.config.model import PUBLISHED_STD
 
 
 class _Layer(nn.Module):
@@ -49,7 +50,7 @@ class MinimalGPT(nn.Module):
         self.norm = nn.LayerNorm(model.hidden)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=model.init_std)
+                nn.init.normal_(parameter, std=model.stds.matrices or PUBLISHED_STD)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 

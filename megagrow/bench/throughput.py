@@ -20,7 +20,8 @@ from megagrow.bench.minimal_gpt import MinimalGPT
 from megagrow.config import Config, LayoutConfig, ModelConfig
 from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
-from megagrow.model.transformer import Transformer
+from megagrow.model.catalog import build_catalog
+from megagrow.model.transformer import Transformer, named_tensors
 from megagrow.train.grow import fill_fresh, start_engine
 from megagrow.train.plan import plan_run
 from megagrow.train.state import RunState
@@ -103,9 +104,11 @@ def describe(layout: LayoutConfig, world: int) -> str:
 
 def _plain_model(model: ModelConfig) -> nn.Module:
     transformer = Transformer(model)
-    for parameter in transformer.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=model.init_std)
+    catalog = build_catalog(model)
+    for name, parameter in named_tensors(transformer).items():
+        init = catalog[name].init
+        if init.kind == "normal":
+            nn.init.normal_(parameter, std=init.std)
         else:
             nn.init.ones_(parameter)
     return transformer

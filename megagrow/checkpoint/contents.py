@@ -14,7 +14,7 @@ from megagrow.checkpoint.manifest import FileRecord, Manifest, file_name, stamp
 from megagrow.checkpoint.shards import DTYPES, Part, checksum_count, lay_out
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, tiling_fault, whole
-from megagrow.state.catalog import Catalog, Init, LogicalTensor, Slot, slots_of
+from megagrow.state.catalog import Catalog, Init, LogicalTensor, Rates, Slot, slots_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,7 @@ def _catalog(manifest: Manifest, where: str) -> Catalog:
                     places=tuple(t.places),
                     role=t.role,
                     aliases=tuple(t.aliases),
+                    rates=Rates(t.rates.lr, t.rates.eps, t.rates.orthogonal),
                 )
                 for t in manifest.catalog
             )

@@ -15,8 +15,8 @@ from megagrow.checkpoint.archive import number, size_of
 from megagrow.checkpoint.deepspeed_engine import EngineState
 from megagrow.checkpoint.native_sink import placed
 from megagrow.checkpoint.pickles import Opaque
-from megagrow.checkpoint.shape import refuse_ramp, told_model
-from megagrow.config.schema import OptimizerConfig, PrecisionConfig
+from megagrow.checkpoint.shape import optimizer_of, refuse_ramp, section, told_model
+from megagrow.config.schema import PrecisionConfig
 from megagrow.errors import ConfigError
 from megagrow.state.boxes import flat_range_boxes
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Role, Slot
@@ -45,7 +45,7 @@ class Plan:
                 found=f"tensor {self.layout.tensor}, pipeline {self.layout.pipeline}",
                 mend="give --tensor 1 --pipeline 1",
             )
-        self.optimizer = section(OptimizerConfig, meta.config.get("optimizer"))
+        self.optimizer = optimizer_of(meta)
         self.precision = section(PrecisionConfig, meta.config.get("precision"))
         self.dtype = request.dtype or DTYPES[self.precision.dtype]
         held = {slot.name for slot in meta.slots}
@@ -299,14 +299,6 @@ class Plan:
 
 def _trained(group: Sequence[LogicalTensor]) -> list[LogicalTensor]:
     return [tensor for tensor in group if tensor.role == "trained"]
-
-
-def section(kind: Any, data: Any) -> Any:
-    """A section of a run's configuration, or its defaults where there is none that is valid."""
-    try:
-        return kind.model_validate(data)
-    except ValueError:
-        return kind()
 
 
 def plain_json(value: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from megagrow.checkpoint.pickles import StoredTensor
 from megagrow.checkpoint.safetensors import StoredArray, make_header, read_header, read_json
 from megagrow.checkpoint.shape import model_of, refuse_ramp
 from megagrow.checkpoint.stored import StoredBox, StoredSource
-from megagrow.config import ModelConfig
+from megagrow.config import InitConfig, ModelConfig
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.layout import Layout
 from megagrow.model.catalog import build_catalog
@@ -240,9 +240,7 @@ class HuggingFaceSink:
             shards[-1].append(link)
             filled += size
             dtypes.add(dtype)
-        if model.family == "llama" and model.dropout:
-            reason = "transformers' LLaMA has no dropout"
-            self.left_out = (LeftOut(f"dropout {model.dropout}", reason),)
+        self.left_out = tuple(_not_told(model))
         dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
         self._config = write_config(model, dtype) | dict(self._tokenizer.ids)
         self._weight_map: dict[str, str] = {}
@@ -291,6 +289,22 @@ class HuggingFaceSink:
                 write_new(directory / name, content)
         compared = [compare(directory, self._tokenizer)] if self._tokenizer.files else []
         return [*self._tokenizer.notes, *compared]
+
+
+def _not_told(model: ModelConfig) -> Iterator[LeftOut]:
+    """Settings of the training that a config.json has no place for."""
+    if model.family == "llama" and model.dropout:
+        yield LeftOut(f"dropout {model.dropout}", "transformers' LLaMA has no dropout")
+    if isinstance(model.init_std, InitConfig):
+        stds = model.init_std.model_dump(exclude_none=True)
+        told = ", ".join(f"{role} {std}" for role, std in stds.items())
+        reason = "initializer_range is one number: that of the matrices"
+        if model.stds.matrices is None:
+            reason = "initializer_range is one number: transformers' default, 0.02"
+        yield LeftOut(f"init_std by role ({told}), of fresh parameters", reason)
+    if model.mup is not None:
+        reason = "of a run that goes on; the weights are those of a plain model"
+        yield LeftOut("mup: initialisation and rates by the shape", reason)
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:

@@ -244,7 +244,8 @@ def write_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     common = {
         "model_type": model.family,
         "vocab_size": model.vocabulary,
-        "initializer_range": model.init_std,
+        # One number is all that it can say; without the key it is transformers' default.
+        **({} if model.stds.matrices is None else {"initializer_range": model.stds.matrices}),
         "tie_word_embeddings": model.tie_embeddings,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,

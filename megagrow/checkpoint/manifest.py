@@ -39,6 +39,7 @@ _DIGITS_LIMIT = 64  # of one number in JSON; 128-bit random states have 39
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Length = Annotated[int, Field(ge=1, lt=2**48)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
+Multiple = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Axes = Field(max_length=16)
 
 
@@ -78,6 +79,14 @@ class InitRecord(_Record):
     std: Annotated[float, Field(ge=0.0)]
 
 
+class RatesRecord(_Record):
+    """`state.catalog.Rates`."""
+
+    lr: Multiple = 1.0
+    eps: Multiple = 1.0
+    orthogonal: Multiple = 1.0
+
+
 class TensorRecord(_Record):
     """`state.catalog.LogicalTensor`."""
 
@@ -89,6 +98,7 @@ class TensorRecord(_Record):
     places: list[Count]
     role: Role = "trained"
     aliases: list[Name] = []
+    rates: RatesRecord = RatesRecord()
 
 
 class SlotRecord(_Record):

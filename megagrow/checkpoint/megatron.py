@@ -41,6 +41,7 @@ from megagrow.checkpoint.megatron_optimizer import counts_of, has_moments, state
 from megagrow.checkpoint.megatron_sink import FILE, LATEST, MegatronSink
 from megagrow.checkpoint.pickles import StoredTensor, brief
 from megagrow.checkpoint.safetensors import read_json
+from megagrow.checkpoint.shape import replayed_model
 from megagrow.checkpoint.stored import Record, StoredBox, StoredSource
 from megagrow.errors import CheckpointError
 from megagrow.layout import Layout
@@ -78,6 +79,9 @@ def _open(path: Path, options: ReadOptions) -> Source:
         )
     told = client_state(first.value)
     model, padded, left_out = names.read_model(args, where=first.where, told=options)
+    ours = replayed_model(told["config"], told["run_state"], vocabulary=model.vocab)
+    if ours is not None:  # Megatron's arguments have one number for all fresh parameters
+        model = model.model_copy(update={"init_std": ours.init_std, "mup": ours.mup})
     layout = Layout(
         tensor=1 + max(rank.tensor for rank in ranks), pipeline=1 + max(rank.pipe for rank in ranks)
     )

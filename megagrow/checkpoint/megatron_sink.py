@@ -15,16 +15,17 @@ import torch
 
 from megagrow.checkpoint import deepspeed_names
 from megagrow.checkpoint import megatron_names as names
-from megagrow.checkpoint.adapter import FilePlan, Request, Segment, Values, Zeros
+from megagrow.checkpoint.adapter import FilePlan, LeftOut, Request, Segment, Values, Zeros
 from megagrow.checkpoint.archive import NewTensor, number, plan_archive
-from megagrow.checkpoint.deepspeed_plan import DTYPES, plain_json, section
+from megagrow.checkpoint.deepspeed_plan import DTYPES, plain_json
 from megagrow.checkpoint.directory import naming, write_new
+from megagrow.checkpoint.manifest import CheckpointMeta
 from megagrow.checkpoint.native_sink import placed
 from megagrow.checkpoint.pickles import Opaque
-from megagrow.checkpoint.shape import model_of, refuse_ramp
-from megagrow.config.schema import OptimizerConfig, PrecisionConfig
+from megagrow.checkpoint.shape import model_of, optimizer_of, refuse_ramp, section
+from megagrow.config.schema import PrecisionConfig
 from megagrow.errors import ConfigError
-from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Slot
+from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Rates, Slot
 
 FILE = "model_optim_rng.pt"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -52,7 +53,7 @@ class MegatronSink:
         held = {slot.name for slot in meta.slots}
         self._trained = all(slot.name in held for slot in ADAM_SLOTS)
         self.slots: tuple[Slot, ...] = ADAM_SLOTS if self._trained else (MASTER,)
-        self._optimizer = section(OptimizerConfig, meta.config.get("optimizer"))
+        self._optimizer = optimizer_of(meta)
         precision = section(PrecisionConfig, meta.config.get("precision"))
         # Without an optimizer nothing else keeps what rounding would lose.
         asked = request.dtype or (DTYPES[precision.dtype] if self._trained else None)
@@ -60,6 +61,7 @@ class MegatronSink:
         self._padded = names.padded_vocabulary(self._model.vocabulary, self._layout.tensor)
         told = meta.run_state.get("optimizer_step")
         self._optimizer_step = told if isinstance(told, int) else request.step
+        self.left_out = tuple(_not_told(meta)) if self._trained else ()
         self.files: list[FilePlan] = []
         for pipe in range(self._layout.pipeline):
             for rank in range(self._layout.tensor):
@@ -179,3 +181,12 @@ class MegatronSink:
             "default_config": True,
             "params": params,
         }
+
+
+def _not_told(meta: CheckpointMeta) -> Iterator[LeftOut]:
+    """Rates of single tensors: Megatron's groups differ in weight decay alone."""
+    rules = meta.run_state.get("rules") or {}
+    if isinstance(rules, Mapping) and rules.get("factors"):
+        yield LeftOut("rates that growths have left to single tensors", "Megatron has one for all")
+    if any(tensor.rates != Rates() for tensor in meta.catalog):
+        yield LeftOut("rates by the shape (model.mup)", "Megatron has one for all")

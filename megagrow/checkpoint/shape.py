@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from megagrow.config import GrowConfig, ModelConfig
 from megagrow.config.load import in_words
+from megagrow.config.schema import OptimizerConfig, StageOptimizerConfig
 from megagrow.errors import CheckpointError, MegagrowError
 from megagrow.growth.growth import plan_growth
 from megagrow.model.catalog import build_catalog
@@ -100,6 +101,27 @@ def model_of(state: Described) -> ModelConfig:
             mend="convert to native or dcp, which need no shape",
         )
     return model
+
+
+def optimizer_of(state: Described) -> OptimizerConfig:
+    """The optimizer's settings in the growth stage that a state is in; defaults where none is told.
+
+    A result of another format has them beside the state that they go on with.
+    """
+    settings: OptimizerConfig = section(OptimizerConfig, state.config.get("optimizer"))
+    stages, reached = state.config.get("stages"), state.run_state.get("growth_stage", 0)
+    for stage in stages[: reached + 1] if isinstance(stages, list) else ():
+        given = stage.get("optimizer") if isinstance(stage, Mapping) else None
+        settings = settings.changed(section(StageOptimizerConfig, given))
+    return settings
+
+
+def section(kind: Any, data: Any) -> Any:
+    """A section of a run's configuration, or its defaults where there is none that is valid."""
+    try:
+        return kind.model_validate(data)
+    except ValueError:
+        return kind()
 
 
 def refuse_ramp(state: Described, *, program: str) -> None:

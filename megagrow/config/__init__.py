@@ -1,11 +1,11 @@
 """Configuration of a run: schema, loading, dotted overrides."""
 
 from megagrow.config.growths import GrowConfig, GrowTarget, UntilConfig
+from megagrow.config.model import InitConfig, ModelConfig
 from megagrow.config.schema import (
     BatchConfig,
     Config,
     LayoutConfig,
-    ModelConfig,
     OptimizerConfig,
     PrecisionConfig,
     RecoveryConfig,
@@ -19,6 +19,7 @@ __all__ = [
     "Config",
     "GrowConfig",
     "GrowTarget",
+    "InitConfig",
     "LayoutConfig",
     "ModelConfig",
     "OptimizerConfig",

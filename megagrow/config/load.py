@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from megagrow.config.overrides import apply_overrides
 from megagrow.config.schema import Config
+from megagrow.config.section import SECTION, TEXT, VALUE
 from megagrow.config.yamltext import read_yaml, write_yaml
 from megagrow.errors import ConfigError
 
@@ -165,7 +166,7 @@ def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     origin = typing.get_origin(annotation)
-    if origin in (list, typing.Union, types.UnionType):
+    if origin in (list, typing.Annotated, typing.Union, types.UnionType):
         for argument in typing.get_args(annotation):
             section, _ = _section_of(argument)
             if section is not None:
@@ -195,7 +196,8 @@ def _fault(schema: type[BaseModel], details: ErrorDetails) -> str:
 
 def _dotted(location: Sequence[int | str]) -> str:
     """('stages', 1, 'until') as `stages[1].until`."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    parts = [part for part in location if part not in (SECTION, TEXT, VALUE)]
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     return text.lstrip(".")
 
 
@@ -212,6 +214,7 @@ def _suggestion(schema: type[BaseModel], key: str) -> list[str]:
     if near:
         return [f"  mend:     did you mean {key.removesuffix(name)}{near[0]}?"]
     elsewhere = [k for k in known if k.rpartition(".")[2] == name]
+    elsewhere = [k for k in elsewhere if "[i]" not in k] or elsewhere  # the whole run's first
     if elsewhere:
         return [f"  mend:     did you mean {' or '.join(elsewhere)}?"]
     return [f"  expected: one of {', '.join(names)}"] if names else []

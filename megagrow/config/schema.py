@@ -1,20 +1,24 @@
 """What a run is: the schema of a configuration file.
 
 Every section is a frozen pydantic model that refuses unknown keys; checks
-that need more than one key name them all.  Ends of stages and growths are in
-`megagrow.config.growths`; loading files, overrides and presets is `megagrow.config.load`.
+that need more than one key name them all.  The model is in `megagrow.config.model`, ends
+of stages and growths are in `megagrow.config.growths`; loading files, overrides and presets is
+`megagrow.config.load`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from megagrow.config.growths import GrowConfig, UntilConfig
-from megagrow.config.section import Fraction, Layers, PathText, Positive, Section
+from megagrow.config.model import ModelConfig
+from megagrow.config.section import Fraction, PathText, Positive, Section
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Rate = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
 
 
 class RunConfig(Section):
@@ -24,86 +28,6 @@ class RunConfig(Section):
     # Seconds to wait for another job that still has `dir`, before this one is refused.
     wait: Annotated[float, Field(ge=0)] = 90.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
-
-
-class ModelConfig(Section):
-    """The shape of a transformer.
-
-    Family `gpt2`: LayerNorm, learned positions, GELU, biases.  Family `llama`: RMSNorm, rotary
-    positions, SwiGLU, no biases.  `vocab` may stay unset in a file: it is then taken from the
-    tokenizer.
-    """
-
-    model_config = ConfigDict(serialize_by_alias=True)
-
-    family: Literal["gpt2", "llama"] = "gpt2"
-    layers: Layers
-    hidden: Positive
-    heads: Positive
-    kv_heads: Positive | None = None  # grouped-query attention; default: heads
-    head_dim_: Positive | None = Field(None, alias="head_dim")  # default: hidden / heads
-    ffn: Positive
-    sequence: Positive
-    vocab: Positive | None = None
-    tie_embeddings: bool = True
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
-    rope_theta: Annotated[float, Field(gt=0.0)] = 1e4  # base of llama's rotary positions
-    init_std: Annotated[float, Field(gt=0.0)] = 0.02
-    # Recompute in the backward pass: the attention core alone, or the whole block.
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    compile: bool = False  # each block by torch.compile
-
-    @model_validator(mode="after")
-    def _heads_divide_hidden(self) -> ModelConfig:
-        if self.head_dim_ is None and self.hidden % self.heads:
-            nearest = max(1, round(self.hidden / self.heads)) * self.heads
-            raise ValueError(
-                f"hidden = {self.hidden} is not divisible by heads = {self.heads}; "
-                f"set model.hidden to a multiple of {self.heads}, for instance {nearest}, "
-                "or set model.head_dim"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _kv_heads_divide_heads(self) -> ModelConfig:
-        if self.heads % self.kv_groups:
-            raise ValueError(
-                f"heads = {self.heads} is not divisible by kv_heads = {self.kv_groups}; "
-                f"set model.kv_heads to a divisor of {self.heads}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _rotary_pairs(self) -> ModelConfig:
-        if self.family == "llama" and self.head_dim % 2:
-            raise ValueError(
-                f"head_dim = {self.head_dim} is odd, but rotary positions turn pairs of features; "
-                f"set model.head_dim to an even number, for instance {self.head_dim + 1}"
-            )
-        return self
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.head_dim_ or self.hidden // self.heads
-
-    @property
-    def kv_groups(self) -> int:
-        """Number of key/value heads, each shared by heads / kv_groups query heads."""
-        return self.kv_heads or self.heads
-
-    @property
-    def biases(self) -> bool:
-        """Whether linear layers and norms have biases."""
-        return self.family == "gpt2"
-
-    @property
-    def vocabulary(self) -> int:
-        """The vocabulary size; raises ValueError while it is still unset."""
-        if self.vocab is None:
-            raise ValueError("model.vocab is not set yet: it comes from the tokenizer")
-        return self.vocab
 
 
 class LayoutConfig(Section):
@@ -148,13 +72,13 @@ class OptimizerConfig(Section):
     """
 
     name: Literal["adamw", "lion", "muon"] = "adamw"
-    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    lr: Rate = 1e-3
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    grad_clip: Annotated[float, Field(ge=0.0)] = 1.0  # 0 turns clipping off
+    eps: Rate = 1e-8
+    weight_decay: NotNegative = 0.1
+    grad_clip: NotNegative = 1.0  # 0 turns clipping off
     offload: Literal["none", "cpu"] = "none"  # where optimizer state lives (ZeRO 1 to 3)
-    muon_lr: Annotated[float, Field(gt=0.0)] | None = None  # of Muon's matrices; default: lr
+    muon_lr: Rate | None = None  # of Muon's matrices; default: lr
     momentum: Beta = 0.95  # of Muon's matrices
 
     @model_validator(mode="after")
@@ -174,6 +98,38 @@ class OptimizerConfig(Section):
         """The betas of moments that are corrected for their age; None where there are none."""
         return None if self.name == "lion" else self.betas
 
+    def changed(self, by: StageOptimizerConfig | None) -> OptimizerConfig:
+        """The settings of a stage, from those of the stage before it and what the stage names."""
+        return self if by is None else self.model_copy(update=by.model_dump(exclude_none=True))
+
+
+class StageOptimizerConfig(Section):
+    """What a growth stage changes of the optimizer, from its first update on.
+
+    A setting that it does not name stays as it is in the stage before.  `muon_lr` follows `lr`
+    as long as no stage, and no section `optimizer`, names it.
+    """
+
+    lr: Rate | None = None
+    betas: tuple[Beta, Beta] | None = None
+    eps: Rate | None = None
+    weight_decay: NotNegative | None = None
+    grad_clip: NotNegative | None = None
+    muon_lr: Rate | None = None
+    momentum: Beta | None = None
+    name: Any = Field(None, exclude=True)  # these two are there to be refused in words
+    offload: Any = Field(None, exclude=True)
+
+    @model_validator(mode="after")
+    def _the_optimizer_stays(self) -> StageOptimizerConfig:
+        fixed = [key for key in ("name", "offload") if key in self.model_fields_set]
+        if fixed:
+            raise ValueError(
+                f"{' and '.join(fixed)} cannot change in a run, whose state is one optimizer's; "
+                f"set {' and '.join(f'optimizer.{key}' for key in fixed)} for all of it"
+            )
+        return self
+
 
 class PrecisionConfig(Section):
     """Number format of parameters and activations; master weights and moments are fp32."""
@@ -192,6 +148,26 @@ class ScheduleConfig(Section):
     warmup: Annotated[int, Field(ge=0)] | None = None  # steps; default: a tenth of the run, <= 100
     decay: Fraction = 0.1
     floor: Fraction = 0.0  # final learning rate as a fraction of the peak
+
+
+class StageScheduleConfig(Section):
+    """The learning rate of one growth stage, times what the run's schedule says.
+
+    `warmup`: over so many steps from the stage's first on the rate climbs from 0.  `decay`: the
+    fraction of the stage's own steps, its last ones, over which the rate falls in a straight
+    line to `floor` (of the rate before; default: `schedule.floor`).  In the last stage it takes
+    the place of `schedule.decay`.
+    """
+
+    warmup: Positive | None = None
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    floor: Fraction | None = None
+
+    @model_validator(mode="after")
+    def _floor_of_a_decay(self) -> StageScheduleConfig:
+        if self.floor is not None and self.decay is None:
+            raise ValueError("floor is where the stage's own decay ends: give decay as well")
+        return self
 
 
 class BatchConfig(Section):
@@ -214,8 +190,9 @@ class BatchConfig(Section):
 class StageConfig(Section):
     """A growth stage: its end, and what is new at its start.
 
-    A growth, a layout, a batch, a sequence length of the samples (at most the model's): what is
-    not named stays.  Stages without a growth make a warm-up of batch or sequence length.
+    A growth, a layout, a batch, a sequence length of the samples (at most the model's), settings
+    of the optimizer: what is not named stays.  Stages without a growth make a warm-up of batch or
+    sequence length.  `schedule` is of the stage alone.
     """
 
     until: UntilConfig
@@ -223,6 +200,8 @@ class StageConfig(Section):
     layout: LayoutConfig | None = None
     batch: BatchConfig | None = None
     sequence: Positive | None = None
+    optimizer: StageOptimizerConfig | None = None
+    schedule: StageScheduleConfig | None = None
 
 
 class WandbConfig(Section):
@@ -251,6 +230,9 @@ class TrainConfig(Section):
     validation_samples: Positive = 64
     log_every: Positive = 10
     stop_after_steps: Positive | None = None
+    # After a growth, every so many steps: how twins part, ranks, what new parameters learn, and the
+    # mixing time.  Null: never.
+    growth_diagnostics: Positive | None = None
     tensorboard: bool = True
     prometheus_port: Annotated[int, Field(gt=0, lt=65536)] | None = None  # of rank 0's host
     # Where it listens: this host alone by default; 0.0.0.0 lets anyone read who reaches the port.
@@ -355,4 +337,38 @@ class Config(Section):
                 "stages[0].grow: the first stage starts from fresh weights and cannot grow; "
                 "describe the small model under `model` and move the growth to stages[1]"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_muon_in_stages(self) -> Config:
+        for index, stage in enumerate(self.stages):
+            given = stage.optimizer.model_dump(exclude_none=True) if stage.optimizer else {}
+            of_muon = " and ".join(sorted(given.keys() & {"muon_lr", "momentum"}))
+            if of_muon and self.optimizer.name != "muon":
+                raise ValueError(
+                    f"stages[{index}].optimizer: {of_muon}: Muon's alone, but optimizer.name = "
+                    f"{self.optimizer.name}; leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_have_the_schedule_they_ask_for(self) -> Config:
+        for index, stage in enumerate(self.stages):
+            key, asked = f"stages[{index}].schedule", stage.schedule or StageScheduleConfig()
+            if index == 0 and asked.warmup is not None:
+                raise ValueError(
+                    f"{key}.warmup: the warm-up of the first stage is the run's; set "
+                    "schedule.warmup, and leave it out here"
+                )
+            if asked.decay is not None and self.schedule.name in ("cosine", "linear"):
+                raise ValueError(
+                    f"{key}.decay: schedule.name = {self.schedule.name} falls by itself; set "
+                    "schedule.name=wsd or constant, or leave it out"
+                )
+            if asked.decay is not None and stage.until.rule in ("slope", "marginal"):
+                raise ValueError(
+                    f"{key}.decay: until.{stage.until.rule} ends the stage at a step that is not "
+                    "known before, so a decay into it cannot begin in time; bound the stage with "
+                    "steps, tokens or flops alone, or leave the decay out"
+                )
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -24,6 +24,21 @@ def _path(text: str) -> str:
 
 # What can be a path, whether it is there or not.
 PathText = Annotated[str, AfterValidator(_path)]
+
+
+# Tags of what a setting may be that takes more than one kind of value, for pydantic's
+# Discriminator.  They are no keys, so no dotted key of an error shows them.
+SECTION, TEXT, VALUE = "<section>", "<text>", "<value>"
+
+
+def section_or_value(found: Any) -> str:
+    """The tag of a setting that is a section or one value."""
+    return SECTION if isinstance(found, (dict, BaseModel)) else VALUE
+
+
+def text_or_value(found: Any) -> str:
+    """The tag of a setting that is a word or another value."""
+    return TEXT if isinstance(found, str) else VALUE
 
 
 class Section(BaseModel):

@@ -122,6 +122,10 @@ class Comm:
         dist.all_reduce(total)
         return int(total)
 
+    def add_up(self, values: torch.Tensor) -> None:
+        """Sum a tensor over all ranks, in place."""
+        dist.all_reduce(values)
+
     def agree(self, failure: Exception | None) -> None:
         """Raise on every rank if any rank failed, so that none waits for one that is gone.
 

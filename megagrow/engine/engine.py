@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -30,8 +30,10 @@ from megagrow.engine.muon import BlockMuon
 from megagrow.engine.optimizer import BlockAdamW, BlockLion, BlockOptimizer
 from megagrow.engine.pipeline import PipelinedModel
 from megagrow.engine.precision import Precisions, precisions
+from megagrow.engine.probe import Probe
 from megagrow.engine.start import lean_start, poison
-from megagrow.engine.state import LiveState, live_state, shared_tensors
+from megagrow.engine.state import LiveState, held_shards, live_state, shared_tensors
+from megagrow.growth.diagnostics import Watched
 from megagrow.growth.ramp import Ramp
 from megagrow.growth.rules import GroupKey, OptimizerRules
 from megagrow.model.parallel import TensorParallel, seed_random_numbers
@@ -221,6 +223,7 @@ class Engine:
         lr: float,
         seed: int,
         accept: Accept | None = None,
+        probe: Probe | None = None,
     ) -> StepResult:
         """One optimizer step.
 
@@ -230,13 +233,27 @@ class Engine:
             seed: of the step's random numbers (dropout), which no earlier step influences;
                 the same on ranks that share a tensor-parallel group.
             accept: asked on every rank, with the same numbers, before the update is applied.
+            probe: looks at the update.
         """
+        self._optimizer.probe = probe
         seed_random_numbers(seed, self.comm.device)
         self._accept, self._verdict = accept, None
         self._optimizer.set_learning_rate(lr)
         loss = self._driver.step(batches)
+        self._optimizer.probe = None
         applied = self._deepspeed.was_step_applied() and self._verdict is not False
         return StepResult(loss, self._grad_norm(), applied=applied)
+
+    def probe(self, watched: Sequence[Watched]) -> Probe:
+        """What looks at an update of these matrices (`train_step`)."""
+        shards = held_shards(
+            engine=self._deepspeed,
+            parameters=named_tensors(self._deepspeed.module),
+            placement=self.placement,
+            rank=self.comm.rank,
+            names=[one.tensor.name for one in watched],
+        )
+        return Probe(watched, shards, device=self.comm.device)
 
     def _grad_norm(self) -> float:
         if self._clipper is not None:

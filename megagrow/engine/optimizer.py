@@ -9,8 +9,9 @@ and the new ones apart, as strided views.  No memory per element is added.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.optim.adamw import adamw
@@ -34,6 +35,14 @@ class YoungShard:
     blocks: YoungBlocks
 
 
+class Observer(Protocol):
+    """Sees updates happen."""
+
+    def update(self, groups: Sequence[Mapping[str, Any]]) -> AbstractContextManager[None]:
+        """Around the update of parameter groups whose gradients are in ``.grad``."""
+        ...
+
+
 class BlockOptimizer(torch.optim.Optimizer):
     """What the optimizers share: state made ahead of the first step, and steps in pieces.
 
@@ -46,6 +55,8 @@ class BlockOptimizer(torch.optim.Optimizer):
     before_step: Callable[[], None] | None = None
     # Asked after that; False leaves everything as it is.
     accept: Callable[[], bool] | None = None
+    # Looks at the update that follows; None: nobody does.
+    probe: Observer | None = None
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the run's learning rate; each group takes its own multiple."""
@@ -84,7 +95,10 @@ class BlockOptimizer(torch.optim.Optimizer):
             self.before_step()
         if self.accept is not None and not self.accept():
             return None
-        return self._update_all(closure)
+        if self.probe is None:
+            return self._update_all(closure)
+        with self.probe.update(self.param_groups):
+            return self._update_all(closure)
 
     def _update_all(self, closure: Any) -> Any:
         if self._step_in_one_pass():

@@ -163,6 +163,27 @@ def shared_tensors(
     return found
 
 
+def held_shards(
+    *,
+    engine: Any,
+    parameters: Mapping[str, nn.Parameter],
+    placement: Placement,
+    rank: int,
+    names: Sequence[str],
+) -> dict[torch.Tensor, list[tuple[str, Box, int]]]:
+    """What this rank has of some tensors, by the tensor that the optimizer steps.
+
+    Each as (name, box in logical coordinates, flat position), contiguous there.
+    """
+    found: dict[torch.Tensor, list[tuple[str, Box, int]]] = {}
+    here = {name: parameters[name] for name in names if name in parameters}
+    for name, fragment in find_fragments(engine, here).items():
+        for shard in placement.shards_of(name, rank):
+            start = shard.start - fragment.start + fragment.offset
+            found.setdefault(fragment.owner, []).append((name, shard.box, start))
+    return found
+
+
 def _check_range(
     name: str, expected: tuple[int, int], fragment: Fragment | None, rank: int
 ) -> None:

@@ -15,7 +15,7 @@ from megagrow.growth.policy import StatePolicy
 from megagrow.growth.ramp import Ramp, make_ramp
 from megagrow.growth.rates import exact_factors
 from megagrow.growth.registry import OPERATORS, find_operator, find_operators, find_policy
-from megagrow.growth.rules import Factors, OptimizerRules, YoungBlocks
+from megagrow.growth.rules import Factors, OptimizerRules, YoungBlocks, beyond_shape
 from megagrow.growth.settings import configured
 from megagrow.growth.width import reads
 from megagrow.growth.young import carried, covers, is_whole, kept_by
@@ -117,7 +117,9 @@ class Growth:
             blocks = self.blocks(tensor)
             inherited = before.factors_of(blocks[0].source) if blocks else Factors()
             if self.policy.scale_rates:
-                inherited = inherited.times(exact_factors(tensor, self.small, blocks))
+                factors_of_growth = exact_factors(tensor, self.small, blocks)
+                own = beyond_shape(factors_of_growth, self.small[blocks[0].source], tensor)
+                inherited = inherited.times(own)
             elif self.mup and blocks:
                 inherited = inherited.times(self._mup_factors(tensor, self.small[blocks[0].source]))
             if inherited != Factors():
@@ -242,12 +244,31 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
         ramp=grow.ramp,
         fit_steps=grow.fit_steps,
     )
+    if model.mup is not None:
+        _require_mup(grow, model, models[-1])
     if grow.mup and growth.policy.scale_rates:
         raise GrowthError(
             f"grow.mup: state policy {growth.policy.name!r} sets the rates itself",
             mend="leave grow.mup out, or set grow.state_policy to another",
         )
     return models[-1], replace(growth, mup=grow.mup)
+
+
+def _require_mup(grow: GrowConfig, model: ModelConfig, grown: ModelConfig) -> None:
+    """See that the rates of the grown model are those of its shape."""
+    if grow.mup:
+        raise GrowthError(
+            "grow.mup: the rates follow from the shape already, before a growth and after it",
+            found=f"model.mup {model.mup.model_dump() if model.mup else None}",
+            mend="leave grow.mup out",
+        )
+    if grown.head_dim != model.head_dim:
+        raise GrowthError(
+            "model.mup: wider heads have no rates of their own, since the scores' scale is "
+            "1 / sqrt(head_dim), and queries, keys and values are one tensor",
+            found=f"head_dim {model.head_dim} -> {grown.head_dim}",
+            mend="grow heads instead (grow.target.heads), or leave model.mup out",
+        )
 
 
 def make_growth(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megagrow.errors import GrowthError
-from megagrow.state.catalog import ADAM_SLOTS, Catalog, Slot, slots_of
+from megagrow.state.catalog import ADAM_SLOTS, Catalog, LogicalTensor, Slot, slots_of
 
 Progression = tuple[int, int, int]  # start, step, count along one axis
 
@@ -43,6 +43,28 @@ class Factors:
             self.eps * other.eps,
             self.orthogonal * other.orthogonal if known else None,  # type: ignore[operator]
         )
+
+
+def beyond_shape(factors: Factors, old: LogicalTensor, new: LogicalTensor) -> Factors:
+    """What a growth leaves of the factors that it asks for, where shapes have rates of their own.
+
+    Args:
+        factors: what the rates must be multiplied by, all in all.
+        old, new: the tensor before and after; their own rates change by themselves.
+    """
+    lr = new.rates.lr / old.rates.lr
+    orthogonal = new.rates.orthogonal / old.rates.orthogonal
+    return Factors(
+        _near_one(factors.lr / lr),
+        _near_one(factors.weight_decay * lr),
+        _near_one(factors.eps / (new.rates.eps / old.rates.eps)),
+        None if factors.orthogonal is None else _near_one(factors.orthogonal / orthogonal),
+    )
+
+
+def _near_one(factor: float) -> float:
+    """The factor, or 1 where rounding alone keeps it from that: tensors then share a group."""
+    return 1.0 if abs(factor - 1.0) < 1e-12 else factor
 
 
 @dataclass(frozen=True)
@@ -135,7 +157,7 @@ GroupKey = tuple[bool, float, float, float, bool]
 def group_keys(
     catalog: Catalog, rules: OptimizerRules, slots: Sequence[Slot] = ADAM_SLOTS
 ) -> dict[str, GroupKey]:
-    """The optimizer's parameter group of every tensor.
+    """The optimizer's parameter group of every tensor, by its own rates and what growths left.
 
     (no decay, lr, decay and eps factors, whether its updates are orthogonalised).  Groups are
     laid out in the order of their keys, those with weight decay first.
@@ -151,11 +173,13 @@ def group_keys(
     keys = {}
     for tensor in catalog:
         f = rules.factors_of(tensor.name)
+        own = tensor.rates
         orthogonal = tensor.role == "trained" and len(slots_of(tensor, slots)) < len(slots)
         if not orthogonal:
-            rates = (f.lr, f.weight_decay, f.eps)
+            rates = (f.lr * own.lr, f.weight_decay / own.lr, f.eps * own.eps)
         elif f.orthogonal is not None:
-            rates = (f.orthogonal, 1.0 / f.orthogonal, 1.0)
+            rate = f.orthogonal * own.orthogonal
+            rates = (rate, 1.0 / rate, 1.0)
         else:
             raise GrowthError(
                 f"grow.state_policy: 'exact' does not go with optimizer.name muon here: the "

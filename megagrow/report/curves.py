@@ -79,6 +79,11 @@ def side_charts(run: Run) -> list[str]:
     ]
 
 
+def growth_markers(run: Run) -> list[Marker]:
+    """Where growths are on a chart over tokens."""
+    return _markers(run, _TOKENS, short=True)
+
+
 def running_mean(values: Sequence[float], stages: Sequence[int], reach: int) -> list[float]:
     """The mean over up to `reach` values on either side, as many on each.
 

@@ -12,7 +12,8 @@ from typing import Any
 from megagrow import __version__
 from megagrow.errors import DataError
 from megagrow.files import write_atomically
-from megagrow.report.curves import loss_charts, side_charts
+from megagrow.report.curves import growth_markers, loss_charts, side_charts
+from megagrow.report.diagnostics import diagnostics_section
 from megagrow.report.log import iter_metrics
 from megagrow.report.run import Growth, Run, Stage, summarize
 from megagrow.report.style import STYLE
@@ -68,10 +69,11 @@ def render(run: Run, *, name: str, config: str | None) -> str:
             f'{_drawn_from(run)}<div class="charts two">{"".join(loss_charts(run))}</div>'
             f'<div class="charts three">{"".join(side_charts(run))}</div>'
         )
+    diagnostics = diagnostics_section(run, growth_markers(run))
     return document(
         title=f"{name}: megagrow run report",
-        body=f"{_header(run, name)}{_tiles(run)}<h2>Curves</h2>{charts}"
-        f"{_stage_table(run)}{_growth_table(run)}{_configuration(run, config)}",
+        body=f"{_header(run, name)}{_tiles(run)}<h2>Curves</h2>{charts}{_stage_table(run)}"
+        f"{_growth_table(run)}{diagnostics}{_configuration(run, config)}",
     )
 
 
@@ -247,7 +249,18 @@ def _growth_table(run: Run) -> str:
         "Peak staging",
     ]
     rows = [_growth_row(number, growth) for number, growth in enumerate(run.growths, start=1)]
+    if any(growth.foretold for growth in run.growths):
+        heads.append("Mixing time")
+        for row, growth in zip(rows, run.growths, strict=True):
+            row.append(_mixing(run, growth))
     return "<h2>Growths</h2>" + sheet("growths", heads, rows, None, left=(1,))
+
+
+def _mixing(run: Run, growth: Growth) -> str:
+    """Tokens until the grown run was where a fresh model is foretold to be."""
+    if growth.stage in run.mixing:
+        return _value(run.mixing[growth.stage], lambda tokens: human(tokens, "tokens"))
+    return "not in this run" if growth.foretold else _NONE
 
 
 def _growth_row(number: int, growth: Growth) -> list[str]:

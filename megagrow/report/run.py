@@ -7,7 +7,7 @@ leaves a gap in the report and never stops it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,11 +43,21 @@ class Growth:
     bytes_moved: float
     peak_staging_bytes: float
     stage: int
+    foretold: bool = False  # whether a mixing time was looked for
 
     @property
     def jump(self) -> float:
         """Loss after minus loss before, on the same batch."""
         return self.loss_after - self.loss_before
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A look at an update of a grown model (`event` growth_diagnostics): numbers by their names."""
+
+    step: int
+    tokens: float
+    values: dict[str, float]
 
 
 @dataclass
@@ -75,6 +85,8 @@ class Run:
             the extremes (`megagrow.report.thin`).
         means: one for each group of steps; `steps` again where every step is there.
         validations: all, or every `validations_each`-th and the last.
+        diagnoses: likewise of the growths' diagnostics.
+        mixing: by the stage that a growth leads to, its mixing time in tokens.
         start: the run_start line; empty if there is none.
         end: the end line if the last job of the run ended by itself, at the run's own end or
             before it; else empty.
@@ -91,6 +103,8 @@ class Run:
     end: Line
     resumes: int
     means: tuple[Step, ...] = ()
+    diagnoses: tuple[Diagnosis, ...] = ()
+    mixing: Mapping[int, float] = field(default_factory=dict)
     steps_each: int = 1
     steps_counted: int = 0
     validations_each: int = 1
@@ -147,6 +161,7 @@ def summarize(lines: Iterable[Line], *, most: int | None = None) -> Run:
             all the same.  None holds all of them.
     """
     steps, validations = Steps(most), EveryNth[Validation](most)
+    diagnoses, mixing = EveryNth[Diagnosis](most), dict[int, float]()
     last_validation: Validation | None = None
     total: int | None = None
     growths: list[Growth] = []
@@ -217,6 +232,15 @@ def summarize(lines: Iterable[Line], *, most: int | None = None) -> Run:
             earlier = stages.get(now - 1)
             if earlier is not None and math.isnan(earlier.parameters):
                 earlier.parameters = number(line, "parameters_before")
+        elif event == "growth_diagnostics":
+            named = {
+                key: number(line, key) for key in line if key not in ("step", "tokens", "time")
+            }
+            known = {key: value for key, value in named.items() if math.isfinite(value)}
+            at = _index(line.get("step"), 0)
+            diagnoses.add(Diagnosis(at, number(line, "tokens"), known))
+        elif event == "mixing":
+            mixing[now] = number(line, "mixing_tokens")
         elif math.isnan(stage.parameters):
             stage.parameters = number(line, "parameters")
         if event in ("step", "run_start", "resume"):
@@ -230,6 +254,8 @@ def summarize(lines: Iterable[Line], *, most: int | None = None) -> Run:
         steps_counted=steps.count,
         validations=validations.kept(),
         validations_each=validations.size,
+        diagnoses=diagnoses.kept(),
+        mixing=mixing,
         last_step=steps.last,
         last_validation=last_validation,
         total_steps=total,
@@ -271,6 +297,7 @@ def _growth(line: Line, stage: int) -> Growth:
         bytes_moved=number(line, "bytes_moved"),
         peak_staging_bytes=number(line, "peak_staging_bytes"),
         stage=stage,
+        foretold=bool(_section(line, "foretold")),
     )
 
 

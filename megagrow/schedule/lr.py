@@ -30,6 +30,11 @@ end, and wsd decays over the last D of the new T, or over all that is left if th
 A growth at step g with a re-warm of r steps multiplies the rates of the updates
 g ... g + r - 1 by 1/r, 2/r ... 1; where re-warms overlap the smaller factor holds.
 
+A growth stage may have a peak of its own, which holds from its first update until another stage
+has another.  It may warm up, which is a re-warm at its start, and decay by itself: over its last
+d updates, before the end of the stage at step e, its rates are multiplied by what falls in a
+straight line from 1 at e - d to the stage's floor at e.  That end is known when the stage begins.
+
 Sources: warm-up and cosine, Loshchilov and Hutter, "SGDR" (2017); warmup-stable-decay,
 Hu et al., "MiniCPM" (2024) and Haegele et al., "Scaling Laws and Compute-Optimal Training
 Beyond Fixed Training Durations" (2024).
@@ -70,6 +75,26 @@ class Moved(NamedTuple):
     total_steps: int
 
 
+class Phase(NamedTuple):
+    """A growth stage with a peak or a decay of its own: the updates `start` to `end` - 1.
+
+    The peak stays until the next phase; the last `decay` updates fall to `floor` times the rate.
+    """
+
+    start: int
+    end: int
+    peak: float
+    decay: int = 0
+    floor: float = 0.0
+
+    def factor(self, step: int) -> float:
+        """What the phase's own decay makes of the rate of an update."""
+        if not self.end - self.decay <= step < self.end:
+            return 1.0
+        left = (self.end - step) / self.decay
+        return left + self.floor * (1.0 - left)
+
+
 class _Span(NamedTuple):
     """The updates from `start` on, until the next span: where they stand in which schedule.
 
@@ -94,7 +119,7 @@ class LearningRate:
     """A schedule; see the module for its formulas.
 
     Attributes:
-        peak: the highest rate.
+        peak: the highest rate, up to the first phase.
         total_steps: the steps of the whole run, all growth stages together.
         warmup: W in steps, at most T - D.
         kind: wsd, cosine, linear or constant.
@@ -103,6 +128,7 @@ class LearningRate:
         rewarms: one for each growth that asks for it.
         restarts: the same, in the order of their steps.
         moved: where a rule moved the end of the run, in the order of their steps.
+        phases: growth stages with a peak or a decay of their own, in the order of their steps.
 
     Raises:
         ConfigError: warm-up and decay do not fit into the run.
@@ -117,6 +143,7 @@ class LearningRate:
     rewarms: tuple[Rewarm, ...] = ()
     restarts: tuple[Restart, ...] = ()
     moved: tuple[Moved, ...] = ()
+    phases: tuple[Phase, ...] = ()
 
     def __post_init__(self) -> None:
         planned = self._total_at(0)
@@ -149,7 +176,9 @@ class LearningRate:
     def at(self, step: int) -> float:
         """The rate of the update number `step`, counted from 0."""
         span = self._span(step)
-        return self.peak * self._shape(span.at(step), span) * self._rewarm(step)
+        phase = next((phase for phase in reversed(self.phases) if phase.start <= step), None)
+        peak, factor = (phase.peak, phase.factor(step)) if phase else (self.peak, 1.0)
+        return peak * self._shape(span.at(step), span) * self._rewarm(step) * factor
 
     def _total_at(self, step: int) -> int:
         """Where the run was to end, as far as was known at an update."""
@@ -224,6 +253,7 @@ def learning_rate(
     rewarms: Sequence[tuple[int, int]] = (),
     restarts: Sequence[tuple[int, float]] = (),
     moved: Sequence[tuple[int, int]] = (),
+    phases: Sequence[Phase] = (),
 ) -> LearningRate:
     """The schedule that `config` asks for.
 
@@ -234,6 +264,8 @@ def learning_rate(
             state policy's default already filled in.
         restarts: (step of the growth, what its position is divided by), in order.
         moved: (step at which a rule moved the end of the run, where that was before), in order.
+        phases: growth stages with a peak or a decay of their own, in order.  A decay of the last
+            one that ends with the run takes the place of the run's own.
 
     Raises:
         ConfigError: warm-up and decay do not fit into the run.
@@ -243,15 +275,17 @@ def learning_rate(
     if warmup is None:
         # By the run's first length: a rule that ends a stage must not move what is past.
         warmup = default_warmup(moved[0][1] if moved else total_steps)
+    own_decay = bool(phases) and phases[-1].decay > 0 and phases[-1].end == total_steps
     rate = LearningRate(
         peak=config.optimizer.lr,
         total_steps=total_steps,
         warmup=warmup,
         kind=schedule.name,
-        decay=schedule.decay,
+        decay=0.0 if own_decay else schedule.decay,
         floor=schedule.floor,
         rewarms=tuple(Rewarm(*rewarm) for rewarm in rewarms),
         moved=tuple(Moved(*move) for move in moved),
+        phases=tuple(phases),
     )
     for step, ratio in restarts:
         to = max(round(rate.position(step) / ratio), warmup)

@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megagrow.config import BatchConfig, Config, LayoutConfig, ModelConfig, UntilConfig
+from megagrow.config import (
+    BatchConfig,
+    Config,
+    LayoutConfig,
+    ModelConfig,
+    OptimizerConfig,
+    UntilConfig,
+)
 from megagrow.errors import ConfigError
 
 
@@ -148,6 +155,14 @@ def stage_batch(config: Config, index: int) -> BatchConfig:
     """A stage's own batch, else the last one given before it."""
     given = [stage.batch for stage in config.stages[: index + 1] if stage.batch is not None]
     return given[-1] if given else config.batch
+
+
+def stage_optimizer(config: Config, index: int) -> OptimizerConfig:
+    """The optimizer's settings in a stage: the run's, with what stages up to it have changed."""
+    settings = config.optimizer
+    for stage in config.stages[: index + 1]:
+        settings = settings.changed(stage.optimizer)
+    return settings
 
 
 def sample_length(config: Config, model: ModelConfig, index: int) -> int:

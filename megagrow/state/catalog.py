@@ -13,17 +13,32 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-InitKind = Literal["normal", "zeros", "ones"]
+InitKind = Literal["normal", "zeros", "ones", "constant"]
 SlotKind = Literal["parameter", "first_moment", "second_moment"]
 Role = Literal["trained", "frozen", "buffer"]
 
 
 @dataclass(frozen=True)
 class Init:
-    """How a fresh tensor is filled; `std` counts for "normal" only."""
+    """How a fresh tensor is filled; `std` is of "normal", and the value of "constant"."""
 
     kind: InitKind
     std: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Multiples of the run's settings that a tensor's shape asks for (muP).
+
+    Attributes:
+        lr, eps: of the learning rate and eps of AdamW and Lion; weight decay is divided by `lr`,
+            so that the decay of a step is the run's.
+        orthogonal: of the learning rate of Muon's matrices, likewise.
+    """
+
+    lr: float = 1.0
+    eps: float = 1.0
+    orthogonal: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class LogicalTensor:
         role: of a model that is not ours a tensor may also be a parameter that no optimizer
             trains, or a buffer; of these there is the value alone, in any element type.
         aliases: further names of the same tensor in such a model.
+        rates: how it learns beside the others.
     """
 
     name: str
@@ -52,6 +68,7 @@ class LogicalTensor:
     places: tuple[int, ...]
     role: Role = "trained"
     aliases: tuple[str, ...] = ()
+    rates: Rates = Rates()
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -66,8 +83,8 @@ class LogicalTensor:
 
     def to_json(self) -> dict[str, Any]:
         """A form that JSON holds; what is so by default is left out."""
-        defaults = {"role": "trained", "aliases": ()}
-        return {k: v for k, v in asdict(self).items() if (k, v) not in defaults.items()}
+        defaults = {"role": "trained", "aliases": (), "rates": asdict(Rates())}
+        return {k: v for k, v in asdict(self).items() if k not in defaults or v != defaults[k]}
 
     @property
     def is_matrix(self) -> bool:
@@ -162,6 +179,7 @@ class Catalog:
                     places=tuple(int(place) for place in item["places"]),
                     role=item.get("role", "trained"),
                     aliases=tuple(str(name) for name in item.get("aliases", ())),
+                    rates=Rates(**{k: float(v) for k, v in item.get("rates", {}).items()}),
                 )
                 for item in data
             )

@@ -27,6 +27,8 @@ def fresh(tensor: LogicalTensor, box: Box, *, seed: int) -> np.ndarray:
         return np.zeros(box.shape)
     if tensor.init.kind == "ones":
         return np.ones(box.shape)
+    if tensor.init.kind == "constant":
+        return np.full(box.shape, tensor.init.std)
     return normals(tensor.shape, box, name=tensor.name, seed=seed) * tensor.init.std
 
 

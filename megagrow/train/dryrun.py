@@ -22,6 +22,7 @@ from megagrow.schedule.cost import STATE_BYTES, Received, received
 from megagrow.schedule.memory import BYTES, DEVICE_PARTS, local_sizes, rank_memory, slot_elements
 from megagrow.state.statemap import Identity, StateMap
 from megagrow.train.plan import RunPlan, plan_run
+from megagrow.train.rates import in_words, shape_in_words, start_in_words
 from megagrow.train.ready import data_lines, open_data, ready, start_lines
 
 _RANKS_COUNTED = 64  # beyond this many the bytes of a growth are counted for a sample of ranks
@@ -56,9 +57,12 @@ def describe(config: Config, *, world: int, resume: str = "auto") -> str:
     lines += [
         "",
         f"in all: {human(last.end_tokens, 'tokens')}, {human(last.end_flops, 'FLOP')}",
-        f"learning rate: {rate.kind}, peak {rate.peak:g}, warm-up {rate.warmup} steps"
+        f"learning rate: {rate.kind}, peak {rate.peak:g}"
+        + "".join(f", {p.peak:g} from step {p.start}" for p in rate.phases)
+        + f", warm-up {rate.warmup} steps"
         f"{'' if config.schedule.warmup is not None else ' (schedule.warmup is not given)'}, "
         f"decay {rate.decay_steps} steps"
+        + "".join(f", {p.decay} steps before {p.end}" for p in rate.phases if p.decay)
         + "".join(f", re-warm {n} steps at {at}" for at, n in rate.rewarms)
         + "".join(f", set back to {to} at {at}" for at, to in rate.restarts),
     ]
@@ -73,16 +77,18 @@ def vocabulary(config: Config) -> int | None:
 
 
 def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
-    stage = plan.stages[index]
+    stage, catalog = plan.stages[index], plan.placement(index).catalog
     model, steps = stage.model, stage.plan
     shape = f"{model.layers} layers x {model.hidden} hidden x {model.heads} heads x {model.ffn} ffn"
     lines = [
         f"stage {index}: {shape}, sequence {model.sequence}, vocabulary {model.vocabulary}",
-        f"  parameters  {plan.placement(index).catalog.parameters:,}",
+        f"  parameters  {catalog.parameters:,}",
         f"  layout      {stage.layout}",
         f"  steps       {steps.start_step} to {steps.end_step}  "
         f"({human(steps.end_tokens - steps.start_tokens, 'tokens')}, "
         f"{human(steps.end_flops - steps.start_flops, 'FLOP')})",
+        *(f"  init std    {line}" for line in start_in_words(catalog) if index == 0),
+        *(f"  rates       {line}" for line in shape_in_words(model, catalog, plan.slots)),
         *_precision_lines(config, plan, index),
         *_memory_lines(config, plan, index),
     ]
@@ -91,6 +97,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
             f"  batch       {steps.batch.global_} samples of {steps.sequence} tokens, "
             f"micro-batch {steps.batch.micro}"
         )
+    lines += [f"  rates       {line}" for line in in_words(config, index)]
     rule = config.stages[index].until.rule
     if rule is not None:
         known = [end for end in plan.planned if end.index == index]
@@ -106,7 +113,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
         lines[2:2] = [
             f"              {caveat}"
             for caveat in stage.growth.caveats(
-                grad_clip=config.optimizer.grad_clip, dropout=stage.model.dropout
+                grad_clip=stage.optimizer.grad_clip, dropout=stage.model.dropout
             )
         ]
     if index > 0:

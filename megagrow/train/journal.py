@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from megagrow.train.holding import run_id
 from megagrow.train.metrics import MetricsLog
 from megagrow.train.plan import Stage
 from megagrow.train.progress import Progress
+from megagrow.train.rates import in_words
 from megagrow.train.recovery import RollBack
 from megagrow.train.signals import exit_status, left, signal_name
 from megagrow.train.state import RunState
@@ -214,6 +215,29 @@ class Journal:
             f"step {state.step}: validation loss {loss:.4f} of the mean of {states} states{short}"
         )
 
+    def diagnosed(self, state: RunState, found: Mapping[str, float]) -> None:
+        """What a look at the last update has shown (see `engine.probe`)."""
+        if self._log is not None:
+            self._log.diagnostics(step=state.step, tokens=state.tokens, found=found)
+
+    def mixed(self, state: RunState, loss: float) -> None:
+        """The mixing time of the last growth is over (see `schedule.mixing`)."""
+        assert state.mixing is not None and state.mixing.met is not None
+        tokens, foretold = state.mixing.met, state.mixing.foretold(state.tokens)
+        self.say(
+            f"step {state.step}: {tokens:,} tokens after its growth the run is where a fresh model "
+            f"is foretold to be (loss {loss:.4f}, foretold {foretold:.4f})"
+        )
+        if self._log is not None:
+            self._log.mixing(
+                step=state.step,
+                tokens=state.tokens,
+                growth_stage=state.growth_stage,
+                mixing_tokens=tokens,
+                loss=loss,
+                foretold=foretold,
+            )
+
     def growth(
         self,
         state: RunState,
@@ -239,9 +263,11 @@ class Journal:
                     f"trained on again in this epoch; {report.fit_flops:.3g} FLOPs"
                 )
             for caveat in new.growth.caveats(
-                grad_clip=self.config.optimizer.grad_clip, dropout=new.model.dropout
+                grad_clip=new.optimizer.grad_clip, dropout=new.model.dropout
             ):
                 self.say(caveat)
+        for line in in_words(self.config, new.index):
+            self.say(f"stage {new.index}: {line}")
         if self._log is not None:
             self._log.growth(
                 step=state.step,
@@ -256,6 +282,8 @@ class Journal:
                 growth_stage=new.index,
                 model=new.model.model_dump(),
                 layout=asdict(new.layout),
+                optimizer=new.optimizer.model_dump(),
+                **_foretold(state),
                 **asdict(report),
             )
 
@@ -312,3 +340,11 @@ class Journal:
         except DataError as error:
             # The run itself is whole: its state is saved, its log is closed.
             self.say(f"warning: no report of the run: {error}")
+
+
+def _foretold(state: RunState) -> dict[str, Any]:
+    """The curve of a fresh model of the grown shape, where it is known (`schedule.mixing`)."""
+    mixing = state.mixing
+    if mixing is None or mixing.curve is None or mixing.born != state.tokens:
+        return {}
+    return {"foretold": {**mixing.curve._asdict(), "floor": mixing.floor}}

@@ -29,6 +29,7 @@ from megagrow.train import checkpoints
 from megagrow.train.agree import on_all, on_first
 from megagrow.train.average import WeightAverage
 from megagrow.train.datacheck import DataCheck, told_by_its_rank
+from megagrow.train.diagnostics import Diagnostics
 from megagrow.train.grow import GrowthReport, fill_fresh, grow, start_engine
 from megagrow.train.holding import RunLock
 from megagrow.train.journal import Journal
@@ -81,6 +82,7 @@ class Trainer:
         self._guard = StepGuard(config.recovery, scaled=config.precision.dtype == "fp16")
         self._rollbacks = 0
         self._average = WeightAverage(config.train.average)
+        self.diagnostics = Diagnostics(config)
         check = DataCheck(config=config, data=data, comm=comm)
         preflight(config=config, plan=plan, data=data, comm=comm)
         torch.set_num_threads(threads_of_a_rank(os.environ, asked=config.train.threads))
@@ -197,6 +199,7 @@ class Trainer:
             parameters=self.engine.placement.catalog.parameters,
             model=self.stage.model.model_dump(),
             layout=asdict(self.stage.layout),
+            optimizer=self.stage.optimizer.model_dump(),
             growth_stage=self.state.growth_stage,
             total_steps=self.plan.total_steps,
             device=str(self.comm.device),
@@ -301,9 +304,15 @@ class Trainer:
         begin = time.perf_counter()
         lr = self.plan.learning_rate.at(self.state.step)
         self._guard.begin(self.state.recent)
+        probe = self.diagnostics.probe(self.engine, self.plan, self.state)
         result = self.engine.train_step(
-            self._batches(), lr=lr, seed=self._seed_of_step(), accept=self._guard.accept
+            self._batches(),
+            lr=lr,
+            seed=self._seed_of_step(),
+            accept=self._guard.accept,
+            probe=probe,
         )
+        found = {} if probe is None else probe.finish(self.comm.add_up)
         self._begin(f"end of step {self.state.step + 1}")
         at_log_line = (self.state.step + 1) % self.config.train.log_every == 0
         busy = self.watch.busy_share() if at_log_line else 0.0
@@ -347,6 +356,8 @@ class Trainer:
             seconds=seconds,
             stage=self.stage,
         )
+        if found:
+            self.journal.diagnosed(self.state, found)
         if at_log_line and self.comm.world > 1:
             self.journal.pace(self.state, shares)
 
@@ -426,9 +437,7 @@ class Trainer:
         rule = self.config.stages[stage.index].until.rule
         if rule not in ("slope", "marginal") or state.ramp is not None:
             return
-        start = stage.plan.start_step
-        settled = start + stage.growth.rewarm if stage.growth else self.plan.learning_rate.warmup
-        if state.step <= max(start, settled):
+        if not self._is_settled():
             return
         seen = state.seen.after(Validated(state.step, state.tokens, state.flops, loss))
         self.state = replace(state, seen=seen)
@@ -455,6 +464,13 @@ class Trainer:
                 )
             self.stage = self.plan.stages[stage.index]
 
+    def _is_settled(self) -> bool:
+        """Whether the stage's warm-up, or the re-warming of its growth, is behind the run."""
+        stage, start = self.stage, self.stage.plan.start_step
+        settled = start + stage.growth.rewarm if stage.growth else self.plan.learning_rate.warmup
+        own = self.config.stages[stage.index].schedule
+        return self.state.step > max(settled, start + ((own and own.warmup) or 0))
+
     def _plan_from(self, ends: tuple[int, ...]) -> None:
         """The plan again, after what really ended the stages so far."""
         self.plan = plan_run(
@@ -467,11 +483,12 @@ class Trainer:
         self._begin(f"growing into stage {stage.index}", slow=True)
         before, small = self._validation_loss(), self.engine.placement.catalog.parameters
         old_stage, seen = self.stage, self.state.seen
-        betas = self.config.optimizer.bias_correction
+        betas = stage.optimizer.bias_correction
         self.state = self.state.after_growth(stage.growth, betas=betas)
         self.state = replace(
             self.state, seen=carry(seen, config=self.config, plan=self.plan, index=stage.index)
         )
+        self.state = self.diagnostics.after_growth(self.state, self.plan, stage.index)
         report = self._move_into(stage, stage.growth)
         self._enter_stage()
         after, large = self._validation_loss(), self.engine.placement.catalog.parameters
@@ -530,6 +547,11 @@ class Trainer:
         if not math.isfinite(loss):
             ranks = [f"{loss} on all ranks"]
             raise RollBack(f"validation loss after step {self.state.step} is not finite", ranks)
+        self.state, mixed = self.diagnostics.after_validation(
+            self.state, loss, settled=self._is_settled()
+        )
+        if mixed:
+            self.journal.mixed(self.state, loss)
         return loss
 
     def _validate_average(self) -> None:

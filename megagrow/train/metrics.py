@@ -162,6 +162,16 @@ class MetricsLog:
         }
         self._mirror("growth", step, scalars)
 
+    def diagnostics(self, *, step: int, tokens: int, found: Mapping[str, float]) -> None:
+        """A look at an update of a grown model."""
+        self._write({"event": "growth_diagnostics", "step": step, "tokens": tokens, **found})
+        self._mirror("growth_diagnostics", step, dict(found))
+
+    def mixing(self, *, step: int, mixing_tokens: int, **more: Any) -> None:
+        """The end of a growth's mixing time."""
+        self._write({"event": "mixing", "step": step, "mixing_tokens": mixing_tokens, **more})
+        self._mirror("growth", step, {"mixing_tokens": mixing_tokens})
+
     def pace(self, *, step: int, rank: int, host: str, ratio: float) -> None:
         """The slowest rank, and how much longer it is busy than the median one."""
         self._write({"event": "pace", "step": step, "rank": rank, "host": host, "ratio": ratio})

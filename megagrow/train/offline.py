@@ -28,7 +28,7 @@ from megagrow.growth.growth import Growth, plan_growth
 from megagrow.growth.ligo import Fitted
 from megagrow.layout import Layout
 from megagrow.lock import holding_output
-from megagrow.schedule.stages import sample_length, stage_batch
+from megagrow.schedule.stages import sample_length, stage_batch, stage_optimizer
 from megagrow.state.boxes import Box, split_box, whole
 from megagrow.state.catalog import MASTER, LogicalTensor, Slot, slots_of
 from megagrow.state.ends import Reader
@@ -106,13 +106,15 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
             "the growth changes nothing: the model has these sizes already",
             mend="give larger sizes with --target, or --factor",
         )
+    grown = _with_growth(config, state, grow)
+    optimizer = stage_optimizer(grown, state.growth_stage + 1)
     return OfflineGrowth(
         checkpoint=checkpoint,
         growth=growth,
         small=small,
         model=model,
-        state=state.after_growth(growth, betas=config.optimizer.bias_correction),
-        config=_with_growth(config, state, grow),
+        state=state.after_growth(growth, betas=optimizer.bias_correction),
+        config=grown,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megagrow.config import Config, GrowConfig, LayoutConfig, ModelConfig
+from megagrow.config import Config, GrowConfig, LayoutConfig, ModelConfig, OptimizerConfig
 from megagrow.engine.ds_config import deepspeed_config
 from megagrow.errors import ConfigError, MegagrowError
 from megagrow.growth.growth import Growth, plan_growth
@@ -18,10 +18,11 @@ from megagrow.model.parallel import require_tensor_parallel
 from megagrow.schedule import LearningRate, StagePlan, learning_rate, resolve_stages
 from megagrow.schedule.batch import accumulation
 from megagrow.schedule.planned import PlannedEnd, planned_ends, restart_ratio, with_planned_ends
-from megagrow.schedule.stages import sample_length, stage_batch
+from megagrow.schedule.stages import sample_length, stage_batch, stage_optimizer
 from megagrow.state.catalog import ADAM_SLOTS, OPTIMIZER_SLOTS, Slot
 from megagrow.state.placement import Placement
 from megagrow.train.fit import fit_flops
+from megagrow.train.rates import phases, require_settled_betas
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Stage:
     layout: Layout
     growth: Growth | None
     grow: GrowConfig | None
+    optimizer: OptimizerConfig
     slots: tuple[Slot, ...] = ADAM_SLOTS
 
     @property
@@ -50,8 +52,8 @@ class Stage:
         return self.plan.seen
 
     def settings(self, config: Config) -> Config:
-        """The run's configuration with the batch of the stage."""
-        return config.model_copy(update={"batch": self.plan.batch})
+        """The run's configuration with the batch and the optimizer's settings of the stage."""
+        return config.model_copy(update={"batch": self.plan.batch, "optimizer": self.optimizer})
 
     def placement(self, rules: OptimizerRules) -> Placement:
         """Who holds what in this stage, under the rules that growths have left."""
@@ -85,19 +87,30 @@ class RunPlan:
         """Optimizer steps of the whole run."""
         return self.stages[-1].plan.end_step
 
-    def rules_at(self, index: int, *, betas: tuple[float, float] | None = None) -> OptimizerRules:
+    def rules_at(self, index: int, *, strict: bool = False) -> OptimizerRules:
         """What the growths up to a stage leave to the optimizer.
 
         Young blocks count from the planned step of their growth, so this is for plans;
         a run keeps its own rules.
+
+        Args:
+            index: of the stage.
+            strict: refuse what bias correction would get wrong.
+
+        Raises:
+            GrowthError, ConfigError: where that is so.
         """
         rules, counted = OptimizerRules(), 0  # `counted`: where the optimizer's steps count from
-        for stage in self.stages[1 : index + 1]:
+        for before, stage in zip(self.stages[:index], self.stages[1 : index + 1], strict=True):
+            betas = stage.optimizer.bias_correction if strict else None
+            if stage.growth is not None and stage.growth.policy.restart_steps:
+                counted = stage.plan.start_step
+            step = stage.plan.start_step - counted
             if stage.growth is not None:
-                step = stage.plan.start_step - counted
-                if stage.growth.policy.restart_steps:
-                    step, counted = 0, stage.plan.start_step
                 rules = stage.growth.rules_after(rules, step=step, betas=betas)
+            if strict:
+                earlier = before.optimizer.bias_correction
+                require_settled_betas(stage.index, (earlier, betas), step=step, rules=rules)
         return rules
 
     def placement(self, index: int) -> Placement:
@@ -140,12 +153,15 @@ def plan_run(
         )
 
     plans = resolved(ends)
+    own_rates = phases(config, plans)
     slots = OPTIMIZER_SLOTS[config.optimizer.name]
     stages = []
     rewarms = []
     restarts = []
     for i, stage in enumerate(config.stages):
         growth = growths[i]
+        if stage.schedule is not None and stage.schedule.warmup is not None:
+            rewarms.append((plans[i].start_step, stage.schedule.warmup))
         if growth is not None and growth.policy.new_block_peak is None and growth.rewarm:
             rewarms.append((plans[i].start_step, growth.rewarm))
         if growth is not None and growth.ramp is not None:
@@ -157,7 +173,8 @@ def plan_run(
                 raise error.within(f"stages[{i}]", setting="grow") from None
             restarts.append((plans[i].start_step, ratio))
         layout = _as_run(config, layouts[i])
-        stages.append(Stage(plans[i], layout, growth, stage.grow, slots))
+        optimizer = stage_optimizer(config, i)
+        stages.append(Stage(plans[i], layout, growth, stage.grow, optimizer, slots))
         of_stage = stages[i].settings(config)
         accumulation(of_stage.batch, layouts[i])
         _require_fit(plans[i].seen, layouts[i], layout_configs[i], key=_layout_key(config, i))
@@ -169,6 +186,7 @@ def plan_run(
         total_steps=plans[-1].end_step,
         rewarms=rewarms,
         restarts=restarts,
+        phases=own_rates,
         moved=[
             (step, before)
             for stage, step, before, after in zip(
@@ -180,7 +198,7 @@ def plan_run(
     plan = RunPlan(tuple(stages), rate, slots, planned)
     for i in range(len(stages)):
         plan.placement(i)  # refuses what the optimizer cannot follow
-    plan.rules_at(len(stages) - 1, betas=config.optimizer.bias_correction)
+    plan.rules_at(len(stages) - 1, strict=True)
     return plan
 
 

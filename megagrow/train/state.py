@@ -12,6 +12,7 @@ from megagrow.errors import GrowthError
 from megagrow.growth.growth import Growth
 from megagrow.growth.ramp import Ramp
 from megagrow.growth.rules import OptimizerRules
+from megagrow.schedule.mixing import Mixing
 from megagrow.schedule.rules import Seen
 
 
@@ -32,6 +33,7 @@ class RunState:
         ends: steps at which growth stages ended: those before this one, and this one as soon as
             its rule has said so.
         seen: what the rule that ends this stage has seen.
+        mixing: what is remembered for the mixing time of growths, where that is measured.
 
     Random numbers need no state: those of a step follow from the seed, the step and the rank.
     """
@@ -48,6 +50,11 @@ class RunState:
     recent: tuple[float, ...] = ()
     ends: tuple[int, ...] = ()
     seen: Seen = field(default_factory=Seen)
+    mixing: Mixing | None = None
+
+    def with_mixing(self, mixing: Mixing) -> RunState:
+        """The same with something else to remember."""
+        return replace(self, mixing=mixing)
 
     def after_step(
         self, *, samples: int, sequence: int, flops: int, applied: bool = True
@@ -110,6 +117,7 @@ class RunState:
             "recent": list(self.recent),
             "ends": list(self.ends),
             "seen": self.seen.to_json(),
+            **({} if self.mixing is None else {"mixing": self.mixing.to_json()}),
         }
 
     @staticmethod
@@ -124,6 +132,7 @@ class RunState:
         # Runs of before rules could end a stage have neither key: their plan tells the ends.
         ends = tuple(int(step) for step in data.get("ends", ()))
         seen = Seen.from_json(data["seen"]) if "seen" in data else Seen()
+        mixing = Mixing.from_json(data["mixing"]) if "mixing" in data else None
         return RunState(
             **numbers,
             position=Position.from_json(data),
@@ -133,6 +142,7 @@ class RunState:
             recent=recent,
             ends=ends,
             seen=seen,
+            mixing=mixing,
         )
 
 

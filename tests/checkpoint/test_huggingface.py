@@ -12,7 +12,7 @@ from states import GQA, assert_same, contents, opened, save_model, to
 from toys import build, toy_model
 
 from megagrow.checkpoint import NativeCheckpoint
-from megagrow.checkpoint.convert import Job, convert
+from megagrow.checkpoint.convert import Job, convert, survey
 from megagrow.checkpoint.formats import get_format
 from megagrow.checkpoint.load import load_model
 from megagrow.errors import CheckpointError
@@ -74,6 +74,22 @@ def their_directory(path, model, **settings):
     made = transformers.AutoModelForCausalLM.from_config(config_of(model))
     made.save_pretrained(path, **settings)
     return made
+
+
+@pytest.mark.parametrize(
+    ("init_std", "told"),
+    [(0.3, 0.3), ({"embedding": 0.5, "matrices": 0.1}, 0.1), ({"matrices": "fan_in"}, None)],
+)
+def test_the_range_of_fresh_parameters_is_that_of_matrices(tmp_path, init_std, told):
+    path, _ = save_model(tmp_path, toy_model(init_std=init_std))
+    about = survey(Job(path, tmp_path / "hf", "huggingface"))
+    named = [item.name for item in about.left_out if "init_std" in item.name]
+    assert len(named) == isinstance(init_std, dict)
+    target = to(path, tmp_path / "hf", "huggingface")
+    assert json.loads((target / "config.json").read_text()).get("initializer_range") == told
+    default = transformers.GPT2Config().initializer_range
+    assert transformers.AutoConfig.from_pretrained(target).initializer_range == (told or default)
+    assert open_hf(target).config["model"]["init_std"] == (told or default)
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -285,6 +285,16 @@ def test_a_fractional_rotary_base_comes_back(tmp_path):
     assert back.config["model"]["rope_theta"] == 12345.75
 
 
+def test_initialisation_by_role_comes_back(tmp_path):
+    model = toy_model(init_std={"embedding": 0.5, "matrices": "fan_in"})
+    source = whole_source(model, config={"model": model.model_dump(mode="json", by_alias=True)})
+    back = open_checkpoint(FORMAT, write_checkpoint(FORMAT, source, tmp_path, Layout(tensor=2)))
+    assert back.catalog == build_catalog(model) and back.config == source.config
+    assert "init_method_std" not in write_args(model, Layout(), padded=128)
+    by_role = toy_model(init_std={"embedding": 0.5, "matrices": 0.1})
+    assert write_args(by_role, Layout(), padded=128)["init_method_std"] == 0.1
+
+
 def test_the_true_vocabulary_can_be_told(tmp_path):
     megatrons_own(tmp_path, toy_model(), classic, ours=False, vocab_size=None)
     source = open_checkpoint(FORMAT, tmp_path)

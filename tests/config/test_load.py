@@ -71,6 +71,10 @@ def test_an_integer_may_stand_for_a_real_number_but_nothing_else_is_converted(pa
         ("stages.1.until.tokens=3", ["stages[1].until", "exactly one", "steps and tokens"]),
         ("stages.1.until={}", ["stages[1].until", "exactly one", "none"]),
         ("stages.0.grow={operator: width}", ["stages[0].grow", "cannot grow"]),
+        ("model.init_std=wide", ["model.init_std", "wide (text)", "a number"]),
+        ("model.init_std={head: .1}", ["model: init_std.head", "tie_embeddings"]),
+        ("model.init_std={matrices: x}", ["model.init_std.matrices\n", "x (text)", "'fan_in'"]),
+        ("model.init_std={matrices: 0}", ["model.init_std.matrices\n", "greater than 0"]),
         ("model.heads=3", ["hidden = 32", "heads = 3", "multiple of 3", "33"]),
         ("batch.micro=5", ["batch", "global = 16", "micro = 5", "20"]),
         ("data={}", ["data.path", "missing"]),
@@ -91,6 +95,7 @@ def test_wrong_values(path, override, says):
         ("batch.global_=3", "did you mean batch.global?"),
         ("stages.1.grow.operater=x", "stages[1].grow.operater: unknown key"),
         ("stages.1.grow.operater=x", "did you mean stages[1].grow.operator?"),
+        ("model.init_std={embeding: 1}", "did you mean model.init_std.embedding?"),
         ("optimiser.lr=1", "optimiser: unknown key\n    mend:     did you mean optimizer?"),
         ("lr=1", "did you mean optimizer.lr?"),
         ("model.qqq=1", "expected: one of family, layers, hidden"),
@@ -144,6 +149,7 @@ def test_dump_loads_back_equal(path, tmp_path):
             "run.dir='1e6'",
             "data.tokenizer=größe.model",
             "stages.1.layout={zero: 2}",
+            "model.init_std={embedding: 0.5, matrices: fan_in}",
         ],
     )
     copy = tmp_path / "copy.yaml"

@@ -100,14 +100,14 @@ class Job:
         self.engine.publish()
         return state
 
-    def train(self, steps):
+    def train(self, steps, probe=None):
         """Take some steps; losses and gradient norms are the whole batch's."""
         share = BATCH // self.engine.layout.data
         for _ in range(steps):
             first = self.step * BATCH + self.engine.coordinates.data * share
             starts = range(first, first + share, self.micro)
             batches = (self.data[i : i + self.micro] for i in starts)
-            result = self.engine.train_step(batches, lr=LR, seed=self.step)
+            result = self.engine.train_step(batches, lr=LR, seed=self.step, probe=probe)
             self.losses.append(float(np.mean(self.comm.gather_floats(result.loss))))
             self.norms.append(result.grad_norm)
             self.step += 1

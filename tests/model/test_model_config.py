@@ -40,9 +40,31 @@ def test_rotary_heads_are_even():
     assert make(family="gpt2", head_dim=5).head_dim == 5
 
 
+def test_one_number_is_the_std_of_all():
+    assert make().stds == (0.02, 0.02, 0.02, 0.02)
+    assert make(init_std=0.3).stds == (0.3, 0.3, 0.3, 0.3)
+
+
+def test_by_role_what_is_not_given_has_its_default():
+    assert make(init_std={}, tie_embeddings=False).stds == (0.5, 0.5, 0.02, 0.02)
+    # Logits grow with a token table that is the head as well.
+    assert make(init_std={}).stds == (0.02, 0.02, 0.02, 0.02)
+    given = {"embedding": 0.3, "matrices": "fan_in"}
+    assert make(init_std=given).stds == (0.3, 0.3, 0.02, None)
+    given |= {"position": 0.1, "head": 0.7}
+    assert make(init_std=given, tie_embeddings=False).stds == (0.3, 0.1, 0.7, None)
+
+
+def test_a_tied_head_has_no_std_of_its_own():
+    message = refusal(init_std={"head": 0.1})
+    assert "the head is the token table" in message and "init_std.embedding" in message
+
+
 def test_it_is_read_as_it_was_written():
     model = make(family="llama", head_dim=10, kv_heads=2, rope_theta=5e5, compile=True)
     written = model.model_dump()
     assert written["head_dim"] == 10 and "head_dim_" not in written
     assert ModelConfig(**written) == model
     assert ModelConfig(**make().model_dump()) == make()
+    by_role = make(init_std={"embedding": 0.5, "matrices": "fan_in"})
+    assert ModelConfig(**by_role.model_dump()) == by_role

@@ -68,6 +68,11 @@ def growth_line(step, stage, operator="width", before=2.5, after=2.75):
     }
 
 
+def diagnosed(step, **values):
+    line = {"event": "growth_diagnostics", "step": step, "tokens": step * 100}
+    return {**line, **values, "time": 1000.0 + step}
+
+
 def two_stage_run():
     return [
         {"event": "run_start", "version": "9.8.7", "parameters": 111_111, "time": 1000.0},
@@ -398,3 +403,33 @@ def test_a_page_says_that_its_curves_are_thinned_and_of_what(tmp_path, monkeypat
     for svg in svgs(text):
         for element in svg.iter():
             assert not any("nan" in value for value in element.attrib.values())
+
+
+# --- growth diagnostics -------------------------------------------------------------------
+
+
+def test_diagnostics_are_drawn_and_mixing_times_told(tmp_path):
+    foretold = {"foretold": {"capacity": 1.0, "s_scale": 10.0, "s_power": 0.5, "floor": 1.0}}
+    mixing = {"event": "mixing", "step": 25, "tokens": 2500, "growth_stage": 1,
+              "mixing_tokens": 1500, "loss": 2.0, "foretold": 2.1, "time": 1025.5}  # fmt: skip
+    lines = [line | foretold if line["event"] == "growth" else line for line in two_stage_run()]
+    lines += [
+        diagnosed(20, twin_cosine=0.9, participation=3.5, gradient_share=0.2, dead_units=0.0),
+        diagnosed(30, twin_cosine=0.5, participation=4.5, gradient_share="nan"),
+        mixing,
+    ]
+    run = summarize(lines)
+    assert [one.step for one in run.diagnoses] == [20, 30]
+    assert run.diagnoses[1].values == {"twin_cosine": 0.5, "participation": 4.5}
+    assert dict(run.mixing) == {1: 1500.0}
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(encode_line, lines)))
+    page = write_report(tmp_path).read_text()
+    for words in ("Growth diagnostics", "Participation ratio", "cosine of twins", "Mixing time",
+                  "1.5 ktokens", "Share of the new parameters"):  # fmt: skip
+        assert words in page, words
+    unmixed = [line for line in lines if line["event"] != "mixing"]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(encode_line, unmixed)))
+    assert "not in this run" in write_report(tmp_path).read_text()
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(encode_line, two_stage_run())))
+    plain = write_report(tmp_path).read_text()
+    assert "Growth diagnostics" not in plain and "Mixing time" not in plain

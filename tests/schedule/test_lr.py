@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from megagrow.config.load import parse_config
 from megagrow.errors import ConfigError
 from megagrow.schedule import LearningRate, Rewarm, learning_rate
-from megagrow.schedule.lr import Moved
+from megagrow.schedule.lr import Moved, Phase
+from megagrow.train.plan import plan_run
 
 KINDS = ["wsd", "cosine", "linear", "constant"]
 
@@ -219,6 +220,96 @@ def test_a_plateau_takes_the_new_end_and_decays_into_it():
     # Less is left than the decay would take: all of it decays, from the rate that there is.
     short = LearningRate(1.0, 90, warmup=5, decay=0.2, moved=(Moved(80, 200),))
     assert short.at(80) == 1.0 and short.at(85) == pytest.approx(0.5)
+
+
+# --- stages with rates of their own -------------------------------------------------------
+
+
+def test_a_peak_of_a_stage_stays_until_another_has_one():
+    phases = (Phase(5, 10, 2.0), Phase(12, 20, 0.5))
+    found = rates(kind="constant", warmup=0, phases=phases)
+    assert found == [1.0] * 5 + [2.0] * 7 + [0.5] * 9
+    # The run's own schedule goes on: this is what it says, times the peak.
+    plain, own = (rates(kind="cosine", warmup=2, phases=p) for p in ((), phases))
+    assert own[:5] == plain[:5] and own[12:] == [rate * 0.5 for rate in plain[12:]]
+
+
+def test_a_decay_of_a_stage_ends_with_it():
+    found = rates(kind="constant", warmup=0, phases=(Phase(4, 10, 1.0, 4, 0.2), Phase(10, 20, 1.0)))
+    assert found[:7] == [1.0] * 7 and found[10:] == [1.0] * 11
+    assert found[6:10] == pytest.approx([1.0, 0.8, 0.6, 0.4])
+
+
+def _staged(stages, *, total, kind, decay):
+    """The rate of a run whose first stages are these, the last of which lasts to the end."""
+    config = parse_config(
+        {
+            "model": {"layers": 1, "hidden": 4, "heads": 1, "ffn": 4, "sequence": 4},
+            "data": {"path": "d"},
+            "batch": {"global": 1, "micro": 1},
+            "stages": [
+                {"until": {"steps": end}, "optimizer": optimizer, "schedule": schedule}
+                for end, optimizer, schedule in [*stages, (total, None, None)]
+            ],
+            "schedule": {"name": kind, "warmup": 3, "decay": decay},
+        }
+    )
+    return plan_run(config, world=1, vocabulary=8).learning_rate
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["wsd", "constant"]),
+    stages=st.lists(
+        st.tuples(
+            st.integers(10, 30),
+            st.sampled_from([None, 1e-3, 3e-3]),
+            st.integers(0, 5),
+            st.sampled_from([None, 0.1, 0.5]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_the_rates_of_a_stage_do_not_depend_on_later_stages(kind, stages):
+    """But for wsd's decay at the end of the run, which is left out of the comparison."""
+    ends, known = 0, []
+    for number, (steps, lr, warmup, decay) in enumerate(stages):
+        ends += steps
+        schedule = {"decay": decay} if decay else {}
+        schedule |= {"warmup": warmup} if warmup and number else {}
+        known.append((ends, {"lr": lr} if lr else {}, schedule))
+    total = ends + 400
+    whole = _staged(known, total=total, kind=kind, decay=0.1)
+    for number, (end, _, _) in enumerate(known):
+        before = _staged(known[: number + 1], total=total, kind=kind, decay=0.1)
+        assert [before.at(step) for step in range(end)] == [whole.at(step) for step in range(end)]
+    start = 0
+    peak = 1e-3
+    for end, optimizer, schedule in known:
+        peak = optimizer.get("lr", peak)
+        inside = [whole.at(step) for step in range(start, end)]
+        assert max(inside) <= peak and all(rate > 0 for rate in inside)
+        first = schedule.get("warmup", 1 if start else 3)
+        assert inside[0] == pytest.approx(peak / first)
+        if "decay" not in schedule:
+            assert inside[-1] == peak
+        else:
+            length = max(1, round(schedule["decay"] * (end - start)))
+            assert inside[-1] == pytest.approx(peak / length)
+        start = end
+
+
+def test_a_decay_of_the_last_stage_takes_the_place_of_the_runs():
+    config = {
+        "model": {"layers": 1, "hidden": 4, "heads": 1, "ffn": 4, "sequence": 4},
+        "data": {"path": "d"}, "batch": {"global": 1, "micro": 1},
+        "stages": [{"until": {"steps": 50}}, {"until": {"steps": 100}, "schedule": {"decay": 0.4}}],
+        "optimizer": {"lr": 1.0}, "schedule": {"decay": 0.1, "warmup": 0},
+    }  # fmt: skip
+    rate = plan_run(parse_config(config), world=1, vocabulary=8).learning_rate
+    assert rate.at(80) == 1.0 and rate.at(90) == pytest.approx(0.5)
+    assert rate.at(99) == pytest.approx(1 / 20)
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(5, 0), (40, 4), (1000, 100), (10**6, 100)])

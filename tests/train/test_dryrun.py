@@ -43,6 +43,16 @@ def test_it_tells_what_the_run_then_does(tmp_path, dataset):
     assert len(moved) == 2
 
 
+def test_it_tells_how_fresh_parameters_start(tmp_path, dataset):
+    by_role = {"embedding": 0.5, "matrices": "fan_in"}
+    mapping = settings(dataset, tmp_path / "run", model={"init_std": by_role})
+    config = write_config(tmp_path / "run.yaml", mapping)
+    dry = main(["--config", config, "--dry-run", "model.tie_embeddings=false"])
+    # 8 hidden, 16 ffn, 2 layers: 1 / sqrt(8); 1 / sqrt(4 * 16) to 1 / sqrt(4 * 8)
+    roles = "embedding 0.5, position 0.5, head 0.02, reader 0.354, writer 0.125 to 0.177"
+    assert dry.status == 0 and f"init std    {roles}\n" in dry.out
+
+
 def test_it_starts_no_process_and_writes_nothing(tmp_path, dataset, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("a dry run starts processes")

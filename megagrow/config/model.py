@@ -1,0 +1,201 @@
+"""What a model is: the section `model` of a configuration file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from megagrow.config.section import (
+    SECTION,
+    TEXT,
+    VALUE,
+    Layers,
+    Positive,
+    Section,
+    section_or_value,
+    text_or_value,
+)
+
+Std = Annotated[float, Field(gt=0.0)]
+Rate = Annotated[float, Field(gt=0.0)]
+# Of GPT-2 (Radford et al., 2019) for everything, and with it of most models since.
+PUBLISHED_STD = 0.02
+# Of an embedding that is not the head as well.
+EMBEDDING_STD = 0.5
+
+
+class InitConfig(Section):
+    """Standard deviations of fresh parameters by their role in the model.
+
+    `embedding` is of the token table and `position` of learned positions.  `head` is of an
+    output head with a matrix of its own; a tied head is the token table, and `embedding` its
+    std.  `matrices` is of the matrices of the blocks: a number for all of them, or ``fan_in``,
+    1 / sqrt(inputs) for each (LeCun et al., "Efficient BackProp", 1998).  Those that write to the
+    residual stream are scaled by 1 / sqrt(2 * layers) in either case.
+
+    Defaults: embedding 0.5, or 0.02 where it is the head too, since logits grow with it; position
+    as embedding; head and matrices 0.02.
+    """
+
+    embedding: Std | None = None
+    position: Std | None = None
+    head: Std | None = None
+    matrices: Annotated[
+        Annotated[Std, Tag(VALUE)] | Annotated[Literal["fan_in"], Tag(TEXT)],
+        Discriminator(text_or_value),
+    ] = PUBLISHED_STD
+
+
+class Stds(NamedTuple):
+    """The same with all defaults filled in; `matrices` is None for ``fan_in``."""
+
+    embedding: float
+    position: float
+    head: float
+    matrices: float | None
+
+
+class MupConfig(Section):
+    """The base shape of the maximal update parametrisation (muP): where rates are as configured.
+
+    A model of another shape has the initialisation and the rates of its tensors scaled by how far
+    its sizes are from these, so that what is best for the base shape stays best (`model.mup`).
+    `heads` and `ffn` are sizes of the same base model; where they are not given they stand to
+    those of the first model as `hidden` does, and stay so when it grows.  Without `layers` depth
+    scales nothing.
+    """
+
+    hidden: Positive
+    heads: Rate | None = None
+    ffn: Rate | None = None
+    layers: Layers | None = None
+
+
+class ModelConfig(Section):
+    """The shape of a transformer.
+
+    Family `gpt2`: LayerNorm, learned positions, GELU, biases.  Family `llama`: RMSNorm, rotary
+    positions, SwiGLU, no biases.  `vocab` may stay unset in a file: it is then taken from the
+    tokenizer.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    family: Literal["gpt2", "llama"] = "gpt2"
+    layers: Layers
+    hidden: Positive
+    heads: Positive
+    kv_heads: Positive | None = None  # grouped-query attention; default: heads
+    head_dim_: Positive | None = Field(None, alias="head_dim")  # default: hidden / heads
+    ffn: Positive
+    sequence: Positive
+    vocab: Positive | None = None
+    tie_embeddings: bool = True
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
+    rope_theta: Annotated[float, Field(gt=0.0)] = 1e4  # base of llama's rotary positions
+    # Of all fresh matrices and embeddings, or by their role.
+    init_std: Annotated[
+        Annotated[Std, Tag(VALUE)] | Annotated[InitConfig, Tag(SECTION)],
+        Discriminator(section_or_value),
+    ] = PUBLISHED_STD
+    # Initialisation and rates by the shape (Yang et al., arXiv 2203.03466); null: by none.
+    mup: MupConfig | None = None
+    # Recompute in the backward pass: the attention core alone, or the whole block.
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False  # each block by torch.compile
+
+    @field_validator("mup")
+    @classmethod
+    def _a_whole_base_shape(cls, mup: MupConfig | None, info: ValidationInfo) -> MupConfig | None:
+        sizes = {key: info.data[key] for key in ("hidden", "heads", "ffn") if key in info.data}
+        if mup is None or len(sizes) < 3:  # what is missing is told elsewhere
+            return mup
+        share = mup.hidden / sizes["hidden"]
+        missing = {key: sizes[key] * share for key in ("heads", "ffn") if not getattr(mup, key)}
+        return mup.model_copy(update=missing)
+
+    @model_validator(mode="after")
+    def _heads_divide_hidden(self) -> ModelConfig:
+        if self.head_dim_ is None and self.hidden % self.heads:
+            nearest = max(1, round(self.hidden / self.heads)) * self.heads
+            raise ValueError(
+                f"hidden = {self.hidden} is not divisible by heads = {self.heads}; "
+                f"set model.hidden to a multiple of {self.heads}, for instance {nearest}, "
+                "or set model.head_dim"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kv_heads_divide_heads(self) -> ModelConfig:
+        if self.heads % self.kv_groups:
+            raise ValueError(
+                f"heads = {self.heads} is not divisible by kv_heads = {self.kv_groups}; "
+                f"set model.kv_heads to a divisor of {self.heads}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rotary_pairs(self) -> ModelConfig:
+        if self.family == "llama" and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim = {self.head_dim} is odd, but rotary positions turn pairs of features; "
+                f"set model.head_dim to an even number, for instance {self.head_dim + 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_tied_head_is_the_embedding(self) -> ModelConfig:
+        by_role = isinstance(self.init_std, InitConfig)
+        if by_role and self.init_std.head is not None and self.tie_embeddings:  # type: ignore[union-attr]
+            raise ValueError(
+                "init_std.head is of a head with a matrix of its own, but tie_embeddings = true: "
+                "the head is the token table, whose std is init_std.embedding; leave "
+                "model.init_std.head out, or set model.tie_embeddings=false"
+            )
+        return self
+
+    @property
+    def stds(self) -> Stds:
+        """Standard deviations of fresh parameters by role."""
+        given = self.init_std
+        if not isinstance(given, InitConfig):
+            return Stds(given, given, given, given)
+        embedding = given.embedding or (PUBLISHED_STD if self.tie_embeddings else EMBEDDING_STD)
+        return Stds(
+            embedding=embedding,
+            position=given.position or embedding,
+            head=given.head or PUBLISHED_STD,
+            matrices=None if given.matrices == "fan_in" else given.matrices,
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim_ or self.hidden // self.heads
+
+    @property
+    def kv_groups(self) -> int:
+        """Number of key/value heads, each shared by heads / kv_groups query heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def biases(self) -> bool:
+        """Whether linear layers and norms have biases."""
+        return self.family == "gpt2"
+
+    @property
+    def vocabulary(self) -> int:
+        """The vocabulary size; raises ValueError while it is still unset."""
+        if self.vocab is None:
+            raise ValueError("model.vocab is not set yet: it comes from the tokenizer")
+        return self.vocab
