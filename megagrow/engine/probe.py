@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -198,6 +199,7 @@ class Probe:
         return sum(ratios) / len(ratios) if ratios else None
 
 
+@lru_cache(maxsize=4)
 def _directions(inputs: int, columns: int) -> torch.Tensor:
     """Orthonormal columns times sqrt(inputs / columns), the same everywhere: [inputs, columns]."""
     generator = torch.Generator().manual_seed(inputs)
