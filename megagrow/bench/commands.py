@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from megagrow.bench import operators as comparing
 from megagrow.bench import throughput as training
 from megagrow.bench.jobs import is_first, run_job, under_launcher
 from megagrow.bench.machine import facts, write_json
+from megagrow.checkpoint.directory import naming
 from megagrow.config import LayoutConfig, ModelConfig
 from megagrow.config.load import in_words, load_settings, parse_config
 from megagrow.data.dataset import as_prepared_by, open_dataset
@@ -189,7 +191,8 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.dry_run:
         return {}, table.plan_text(campaign) if is_first() else ""
     until = None if options.minutes is None else time.time() + 60 * options.minutes
-    with holding_together(Path(config.dir), comm):
+    home = Path(config.dir)
+    with holding_together(home, comm), naming(home, "cannot be written or read", _DISK):
         if not options.collect:
             at_once = 1 if torch.cuda.is_available() else os.cpu_count() or 1
             saving.train(campaign, comm=comm, jobs=options.jobs or at_once, until=until)
@@ -200,6 +203,16 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         found = result.collect(campaign)
         page.write(campaign, found)
         return found, table.table(found)
+
+
+# Fixes for a benchmark's directory, by what the system said.
+_DISK = {
+    errno.ENOSPC: "free disk space, and give the same command again: it goes on",
+    errno.EDQUOT: "free disk space within your quota, and give the same command again: it goes on",
+    errno.EROFS: "mount it writable, or set dir to a directory that is",
+    errno.EACCES: "give this user the right to write there, or set dir to another directory",
+    errno.EIO: "check the disk (its driver reported a failure), or set dir to another one",
+}
 
 
 def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -1,5 +1,6 @@
 """The savings benchmark: its arithmetic by hand, its plan, and a whole one in miniature."""
 
+import errno
 import importlib.util
 import json
 import math
@@ -522,6 +523,21 @@ def result_of(path, tmp_path, *more):
 
 def logs_of(directory):
     return {p: p.read_bytes() for p in directory.rglob("metrics.jsonl")}
+
+
+def test_a_disk_that_refuses_is_told_of(data, tmp_path, capsys, monkeypatch):
+    """Whatever touches the benchmark's directory, in a worker or here."""
+    path = tmp_path / "bench.yaml"
+    path.write_text(yaml.safe_dump(settings(data, tmp_path / "runs")))
+
+    def refused(*arguments, **more):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "runs" / "log.txt"))
+
+    monkeypatch.setattr("megagrow.bench.savings.campaign.train", refused)
+    assert command(path) == 1
+    said = capsys.readouterr().err
+    assert "runs: cannot be written or read" in said and "ENOSPC" in said
+    assert "free disk space" in said and "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -193,7 +193,8 @@ def test_a_base_shape_is_kept_whole_through_growths():
 
 GROWTHS = [
     {"operator": "width"}, {"operator": "width", "factor": 3}, {"operator": "width_split"},
-    {"operator": "width_random"}, {"operator": "width_fresh", "target": {"hidden": 12}}, {"operator": "depth_stack"}, {"operator": "width+depth_identity"},
+    {"operator": "width_random"}, {"operator": "width_fresh", "target": {"hidden": 12}},
+    {"operator": "depth_stack"}, {"operator": "width+depth_identity"},
     {"operator": "width", "target": {"ffn": 36}}, {"operator": "width", "target": {"hidden": 16}},
 ]  # fmt: skip
 

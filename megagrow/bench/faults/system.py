@@ -23,6 +23,7 @@ from typing import Any
 from megagrow.bench.faults import processes as started
 from megagrow.bench.faults.commands import Command, commands, write_savings
 from megagrow.errors import CheckpointError
+from megagrow.report.log import read_metrics
 
 _OVER = 300.0  # seconds that a command may take to end after a fault, on a busy machine
 _CALLS = {"w": "write", "f": "fsync", "r": "rename", "m": "mkdir", "o": "open"}
@@ -164,9 +165,14 @@ class System:
         again = 0 not in statuses if fault == "two at once" else set(statuses) != {0}
         if fault == "two at once" and again:
             self.faults.append(f"{name}: neither came to its end: {statuses}")
-        if fault == "two at once" and command.world and set(statuses) == {0}:
+        # The second may have waited (run.wait) until nothing was left to do.
+        both = fault == "two at once" and command.world and set(statuses) == {0}
+        if both and not _came_too_late(path / "out"):
             self.faults.append(f"{name}: both jobs trained in one directory")
         if again:
+            # What a kill left of a lock that was not yet taken goes once it was silent for long.
+            for left in path.glob(".*.lock.*"):
+                os.utime(left, (0, 0))
             repeated, _ = self._wait(self._start(command, path, {}))
             if set(repeated) != {0}:
                 self.faults.append(f"{name} at {at}: run again, it ended with {repeated}")
@@ -304,6 +310,14 @@ def _beside(path: Path) -> frozenset[str]:
         if entry.name.startswith(".") or "tmp" in entry.name:
             names.add(entry.relative_to(path).as_posix())
     return frozenset(names)
+
+
+def _came_too_late(run: Path) -> bool:
+    """Whether the last start of a run found it at its end, so that it trained nothing."""
+    lines = read_metrics(run / "metrics.jsonl")
+    steps = [line["step"] for line in lines if line["event"] == "step"]
+    starts = [line["step"] for line in lines if line["event"] in ("run_start", "resume")]
+    return len(starts) > 1 and starts[-1] == steps[-1]
 
 
 def _signal(process: BaseProcess, which: signal.Signals, *, group: bool) -> None:
