@@ -705,8 +705,18 @@ def test_results_of_the_first_version_are_said_to_be_such(name):
     assert "version" not in result and result["claim"]["saving"] is None
     told = (REPOSITORY / "benchmarks/README.md").read_text(encoding="utf-8")
     assert f"`{name}.json`" in told and "of the first version" in told
+
+
+def test_the_readme_tells_what_the_result_holds():
+    """Means and intervals of growth and control, and that the benchmark withholds the claim."""
+    result = json.loads((REPOSITORY / "benchmarks/savings_2x48.json").read_text())
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    if name == "savings_cpu":
-        flops = result["variants"]["depth_stack_late"]["flops"]
+    rows = [row for row in result["rows"] if row["name"] in ("depth", "small_1x48")]
+    assert len(rows) == 6
+    for row in rows:
+        flops = row["against_scratch"]["flops"]
         mean, low, high = (100 * flops[key] for key in ("mean", "low", "high"))
-        assert f"| {flops['seeds']} | {mean:.1f} % (95 %: {low:.1f} to {high:.1f} %)" in readme
+        assert f"{mean:.1f} % ({low:.1f} to {high:.1f} %)" in readme, row["name"]
+        assert flops["seeds"] == 5
+    assert not any(row["called"] for row in rows if row["kind"] == "variant")
+    assert "withholds the claim" in " ".join(readme.split())
