@@ -22,8 +22,7 @@ LayerNorm's backward pass mixes new units in: with a wider stream the gradients 
 the norm before it are exact multiples, no others.  Writers are 0 but readers are not, so new
 elements of writers and embeddings have a gradient at once, and readers from the second step on.
 
-Why not copies: megagrow's own measurements (docs/growth-operators.md).  Twins have one gradient,
-and AdamW parts them so slowly that the grown model spends its budget as a small one.
+Why not copies: twins have one gradient, and AdamW parts them slowly (docs/growth-operators.md).
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from megagrow.growth.operator import Block, Operator, resized
 from megagrow.growth.ramp import beside
 from megagrow.growth.width import WIDTH_SIZES, reads
 from megagrow.state.catalog import Catalog, LogicalTensor
+from megagrow.state.parts import is_gain
 from megagrow.state.statemap import AxisMap, Drawn, Fill, Level, Statistic
 
 
@@ -55,7 +55,7 @@ class WidthFresh(Operator):
         """The old elements."""
         old = small[tensor.name]
         param, grad = 1.0, 1.0
-        if _is_gain(tensor):
+        if is_gain(tensor):
             param = math.sqrt(old.volume / tensor.volume)
             grad = 1 / param
         behind = tensor.name.startswith(("final_norm.", "output."))  # the last norm and the head
@@ -76,7 +76,7 @@ class WidthFresh(Operator):
         n, large = old.shape[at], tensor.shape[at]
         axes = list(beside(tensor, old))
         axes[at] = AxisMap(n, 1, 0, 1, large - n)
-        if _is_gain(tensor):
+        if is_gain(tensor):
             mean = Statistic(old.name, old.shape, "mean")
             return Level(mean, tuple(axes), math.sqrt(n / large))
         if _centred(small) and "norm" not in tensor.name:
@@ -94,10 +94,6 @@ WIDTH_FRESH = WidthFresh(
     sizes=WIDTH_SIZES,
     any_size=True,
 )
-
-
-def _is_gain(tensor: LogicalTensor) -> bool:
-    return tensor.init.kind == "ones"
 
 
 def _centred(catalog: Catalog) -> bool:

@@ -28,3 +28,11 @@ def part_of(tensor: LogicalTensor) -> Part:
     if "vocab" in tensor.axes:
         return "embedding" if 0 in tensor.places else "head"
     return "writer" if tensor.axes[0] == "embed" else "reader"
+
+
+def is_gain(tensor: LogicalTensor) -> bool:
+    """Whether a norm multiplies by it: a vector that does not begin as 0, as all biases do.
+
+    It begins as 1, or under muP as what the shape asks for.
+    """
+    return part_of(tensor) == "vector" and tensor.init.kind != "zeros"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_dynamics import _moved_by_one_update
-from toys import FAMILIES, build, grow, random_state, token_batches, toy_model, toy_models
+from toys import FAMILIES, build, grow, mapped, random_state, token_batches, toy_model, toy_models
 from trained import Run
 
 from megagrow.config import GrowConfig
@@ -257,6 +257,30 @@ def test_after_a_growth_one_update_of_any_tensor_moves_the_logits_as_far_as_befo
     ratios = {name: found[name] / small[name] for name in found if small[name] > 1e-12}
     assert len(ratios) >= len(small) - 2  # the keys' biases move nothing
     assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), rel=1e-6)
+
+
+# `head_dim` is refused, and a ramp keeps the loss by its mask.
+LOSS_KEPT = [
+    pytest.param(model, operator.name, id=f"{name}-{operator.name}")
+    for model, (name, _) in zip(MODELS, toy_models(), strict=True)
+    for operator in OPERATORS.values()
+    if operator.keeps == "loss" and not operator.ramp and operator.name != "head_dim"
+    if model.tie_embeddings or operator.name != "untie"
+]
+
+
+@pytest.mark.parametrize("base", [4, 8, 16])
+@pytest.mark.parametrize(("model", "operator"), LOSS_KEPT)
+def test_what_keeps_the_loss_keeps_it_under_mup(model, operator, base):
+    """Whatever the final norm begins at: below, at and above the base shape."""
+    model = model.model_copy(update={"mup": model.mup.model_copy(update={"hidden": base})})
+    state = random_state(build_catalog(model), seed=4)
+    large, growth = plan_growth(GrowConfig(operator=operator), model)
+    grown = mapped(growth, growth.small, state)
+    tokens = torch.from_numpy(token_batches(model, samples=2, seed=1)[0][:, :-1])
+    with torch.no_grad():
+        before, after = build(model, state).logits(tokens), build(large, grown).logits(tokens)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-10)
 
 
 def test_what_does_not_go_with_it_is_refused():
