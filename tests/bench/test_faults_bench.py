@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from megagrow.bench.faults import system, training
-from megagrow.bench.faults.commands import Command
+from megagrow.bench.faults.commands import Command, _losses, write_savings
+from megagrow.bench.savings.config import SavingsConfig
 from megagrow.checkpoint import list_steps, step_path
+from megagrow.config.load import load_settings
 from megagrow.errors import CheckpointError
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "bench" / "faults.yaml"
@@ -99,6 +101,16 @@ def test_a_second_job_may_find_that_nothing_is_left_to_do(tmp_path):
     assert came_too_late(begun, {"event": "resume", "step": 3})
     assert not came_too_late(begun, {"event": "resume", "step": 2})
     assert not came_too_late(begun, {"event": "run_start", "step": 0})
+
+
+def test_the_savings_benchmark_that_is_disturbed_is_one(tmp_path):
+    """Its settings are valid today, and what is compared of its result is there."""
+    write_savings(tmp_path)
+    load_settings(SavingsConfig, tmp_path / "savings.yaml", [])
+    result = json.loads((CONFIG.parents[2] / "benchmarks" / "savings_2x48.json").read_text())
+    found = _losses(result)
+    assert len(found["losses"]) == len(result["runs"]) > 0
+    assert all(loss > 0 for *_, loss in found["losses"]) and found["sweeps"]
 
 
 def test_a_part_that_is_not_run_stays_as_it_was(tmp_path, capsys):

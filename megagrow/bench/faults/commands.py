@@ -136,7 +136,8 @@ def write_savings(base: Path) -> None:
             "checkpoint": {"every": 1000},
         },
         "budgets": [1.0e7, 2.0e7], "decay": 0.25,
-        "sweep": {"lr": [0.001, 0.02], "budget": 1.0e7}, "seeds": [1],
+        "sweep": {"lr": [0.001, 0.02], "budgets": [1.0e7]}, "seeds": [1],
+        "curve": {"points": 0},
         "variants": {
             "stack": {
                 "model": {"layers": 2},
@@ -174,9 +175,8 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 def _losses(result: Mapping[str, Any]) -> dict[str, Any]:
     """Of a savings benchmark what is not measured: growths are charged by the seconds they took."""
     return {
-        "sweep": result["sweep"],
+        "sweeps": result["sweeps"],
         "losses": [
-            (run["name"], run["seed"], run["lr"], [(p["budget"], p["loss"]) for p in run["points"]])
-            for run in result["runs"]
+            (run["name"], run["seed"], run["budget"], run["loss"]) for run in result["runs"]
         ],
     }
