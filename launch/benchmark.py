@@ -88,6 +88,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--files",
+        type=as_path_text,
         default="auto",
         metavar="DIR|none|auto",
         help="where to try the way through a checkpoint too; auto: the temporary directory",

@@ -46,7 +46,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     budget.add_argument("--flops", type=float, help="find the best schedule for so many FLOPs")
     laws = parser.add_mutually_exclusive_group()
     laws.add_argument("--law", help="kaplan, chinchilla (default) or epoch")
-    laws.add_argument("--fit", nargs="+", metavar="RUN_DIR", help="fit the law to these runs")
+    laws.add_argument(
+        "--fit", type=as_path_text, nargs="+", metavar="RUN_DIR", help="fit the law to these runs"
+    )
     add("--bootstrap", type=int, default=200, help="resampled fits (default %(default)s)")
     add("--no-floor", action="store_true", help="fit without the constant E")
     add("--stages", type=int, default=3, help="growth stages at most (default %(default)s)")

@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--resume",
+        type=as_path_text,
         default="auto",
         metavar="auto|good|never|PATH",
         help="go on from the run's newest checkpoint if there is one (auto, the default), "

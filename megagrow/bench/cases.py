@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megagrow.config import Config, LayoutConfig, ModelConfig
-from megagrow.config.load import in_words
+from megagrow.config.load import in_words, parse_config
 from megagrow.errors import ConfigError
 from megagrow.layout import make_layout
 from megagrow.model.parallel import require_tensor_parallel
@@ -129,9 +129,9 @@ def model_for(
 def config_for(case: Case, model: ModelConfig, *, world: int, staging_mib: float) -> Config:
     """A run of two stages with the growth between them."""
     grow = {"operator": case.operator, "factor": case.factor, "state_policy": case.policy}
-    return Config.model_validate(
+    return parse_config(
         {
-            "model": model.model_dump(by_alias=True),
+            "model": model.model_dump(mode="json", by_alias=True),
             "layout": case.old.model_dump(),
             "data": {"path": "none"},
             "batch": {"global": world, "micro": 1},

@@ -37,6 +37,17 @@ from megagrow.files import write_atomically
 from megagrow.lock import holding_output
 from megagrow.train.holding import holding_together
 
+# Fixes for a benchmark's directory, by what the system said.
+_DISK = {
+    errno.ENOSPC: "free disk space, and give the same command again: it goes on",
+    errno.EDQUOT: "free disk space within your quota, and give the same command again: it goes on",
+    errno.EROFS: "mount it writable, or set dir to a directory that is",
+    errno.EACCES: "give this user the right to write there, or set dir to another directory",
+    errno.EEXIST: "name a directory, or a name that is free",
+    errno.ENOTDIR: "name a directory, or a name that is free",
+    errno.EIO: "check the disk (its driver reported a failure), or set dir to another one",
+}
+
 
 def growth(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Live growth, one case or several; (for JSON, as text)."""
@@ -109,7 +120,7 @@ def operators(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Every operator and policy side by side; (for JSON, as Markdown)."""
     protocol = comparing.Protocol(options.data)
     until = None if options.minutes is None else time.time() + 60 * options.minutes
-    with holding_output(options.work):
+    with holding_output(options.work), naming(options.work, "cannot be written or read", _DISK):
         options.work.mkdir(parents=True, exist_ok=True)
         complete = run_job(1, comparing.train_all, protocol, options.work, until)
     found = comparing.results(protocol, options.work)
@@ -203,16 +214,6 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         found = result.collect(campaign)
         page.write(campaign, found)
         return found, table.table(found)
-
-
-# Fixes for a benchmark's directory, by what the system said.
-_DISK = {
-    errno.ENOSPC: "free disk space, and give the same command again: it goes on",
-    errno.EDQUOT: "free disk space within your quota, and give the same command again: it goes on",
-    errno.EROFS: "mount it writable, or set dir to a directory that is",
-    errno.EACCES: "give this user the right to write there, or set dir to another directory",
-    errno.EIO: "check the disk (its driver reported a failure), or set dir to another one",
-}
 
 
 def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

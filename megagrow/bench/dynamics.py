@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from megagrow.config import GrowConfig, ModelConfig
+from megagrow.config.load import parse_settings
 from megagrow.engine.optimizer import BlockAdamW, YoungShard
 from megagrow.growth.growth import plan_growth
 from megagrow.growth.registry import OPERATORS
@@ -61,8 +62,10 @@ def measure(*, family: str, factor: int, before: int, steps: int) -> list[Result
     found = []
     for operator in OPERATORS.values():
         for policy in operator.policies if "exact" in operator.policies else ():
-            section = GrowConfig(
-                operator=operator.name, factor=factor, state_policy=policy, rewarm=0
+            section = parse_settings(
+                GrowConfig,
+                {"operator": operator.name, "factor": factor, "state_policy": policy, "rewarm": 0},
+                source="growth",
             )
             large, growth = plan_growth(section, small.model)
             state = _mapped(growth, growth.small, start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -261,14 +262,15 @@ def read_memory(text: str) -> int:
         ConfigError: it is no amount of memory.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I)?)?B?\s*", text.upper())
-    if found is None or float(found[1]) == 0:
+    power = "KMGT".index(found[2]) + 1 if found and found[2] else 0
+    size = float(found[1]) * (1024 if found[3] else 1000) ** power if found else 0.0
+    if not 0.0 < size < math.inf:
         raise ConfigError(
             "--memory: is not an amount of memory",
             found=text,
             expected="a number with a unit, such as 80GB or 64GiB",
         )
-    power = "KMGT".index(found[2]) + 1 if found[2] else 0
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    return int(size)
 
 
 def _own_memory(world: int) -> tuple[int, str, bool]:
