@@ -5,13 +5,17 @@ processes that have joined no job yet, so nothing of one test reaches the next.
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
+import tempfile
 import threading
 import time
 import traceback
 from multiprocessing.connection import wait
+from pathlib import Path
 
 from torch.distributed import TCPStore
 
@@ -22,6 +26,7 @@ _CONTEXT.set_forkserver_preload(
      "deepspeed.runtime.zero.muon.original_muon"]
 )  # fmt: skip
 _GRACE_SECONDS = 1.5  # for the other ranks' errors to arrive after the first
+_STACKS = signal.SIGRTMIN + 5  # a rank that gets it writes the stacks of its threads
 
 
 def run_ranks(world, function, *args, timeout=240.0, device="cpu"):
@@ -36,10 +41,13 @@ def run_ranks(world, function, *args, timeout=240.0, device="cpu"):
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     work = pickle.dumps((function, args))
     ours, processes = [], []
+    stacks = tempfile.TemporaryDirectory(prefix="stacks")
     for rank in range(world):
         mine, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(
-            target=_rank_main, args=(rank, world, store.port, theirs, work, device), daemon=True
+            target=_rank_main,
+            args=(rank, world, store.port, theirs, work, device, stacks.name),
+            daemon=True,
         )
         process.start()
         theirs.close()
@@ -47,9 +55,12 @@ def run_ranks(world, function, *args, timeout=240.0, device="cpu"):
         processes.append(process)
     patience = 0.0
     try:
-        results = _collect(ours, timeout)
+        answers, silent = _collect(ours, timeout)
+        if silent:
+            said = f"no answer from ranks {silent} within {timeout:g} s"
+            raise AssertionError("\n".join([said, *_why(answers, silent, processes, stacks.name)]))
         patience = _GRACE_SECONDS
-        return results
+        return [answers[rank] for rank in range(world)]
     finally:
         # A rank leaves when its pipe closes, hence not while another still talks to it.
         for mine in ours:
@@ -59,9 +70,24 @@ def run_ranks(world, function, *args, timeout=240.0, device="cpu"):
             if process.is_alive():
                 process.kill()
                 process.join()
+        stacks.cleanup()
+
+
+def _why(answers, silent, processes, stacks):
+    """What the ranks that answered said, and where the silent ones stand."""
+    for rank, answer in sorted(answers.items()):
+        yield f"rank {rank} answered: {str(answer)[-4000:]}"
+    for rank in silent:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(processes[rank].pid, _STACKS)
+    time.sleep(_GRACE_SECONDS)
+    for rank in silent:
+        file = Path(stacks, str(rank))
+        yield f"rank {rank} stands at:\n{file.read_text() if file.exists() else '(not begun)'}"
 
 
 def _collect(pipes, timeout):
+    """The answers by rank, and the ranks that gave none in time."""
     results, errors = {}, {}
     deadline = time.monotonic() + timeout
     while len(results) + len(errors) < len(pipes):
@@ -80,13 +106,12 @@ def _collect(pipes, timeout):
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
     if errors:
         raise AssertionError("\n".join(f"rank {r} failed:\n{e}" for r, e in sorted(errors.items())))
-    silent = [rank for rank in range(len(pipes)) if rank not in results]
-    if silent:
-        raise AssertionError(f"no answer from ranks {silent} within {timeout:g} s")
-    return [results[rank] for rank in range(len(pipes))]
+    return results, [rank for rank in range(len(pipes)) if rank not in results]
 
 
-def _rank_main(rank, world, port, pipe, work, device):
+def _rank_main(rank, world, port, pipe, work, device, stacks):
+    file = Path(stacks, str(rank)).open("w")  # noqa: SIM115 - it stays open for the handler
+    faulthandler.register(_STACKS, file=file, all_threads=True)
     os.environ.update(
         DS_ACCELERATOR=device,
         RANK=str(rank),
