@@ -7,6 +7,8 @@ run goes on from it with a configuration whose next stage has this `grow` sectio
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from megagrow.checkpoint import CheckpointMeta, NativeCheckpoint, Piece, SoloGroup, save
-from megagrow.checkpoint.directory import step_of
+from megagrow.checkpoint.directory import step_of, step_path
 from megagrow.checkpoint.formats import detect
 from megagrow.checkpoint.shape import model_of
 from megagrow.checkpoint.summary import find
@@ -158,8 +160,26 @@ def write_offline(plan: OfflineGrowth, root: Path, *, piece_bytes: int = PIECE_B
         run_state=state.to_json(),
     )
     pieces = _pieces(plan, reader, piece_bytes)
+    step = plan.checkpoint.step
     with holding_output(root):
-        return save(root, step=plan.checkpoint.step, pieces=pieces, meta=meta, group=SoloGroup())
+        result = step_path(root, step)
+        there = os.path.lexists(result)
+        try:
+            return save(root, step=step, pieces=pieces, meta=meta, group=SoloGroup())
+        except CheckpointError as error:
+            if there or not result.exists():
+                raise
+            # Only the directory's synchronisation failed.  A training run goes on and keeps what
+            # it has; here the same command can be run again, and must find its place free.
+            shutil.rmtree(result)
+            reason: BaseException = error
+            while reason.__cause__ is not None:
+                reason = reason.__cause__
+            raise CheckpointError(
+                f"{root}: cannot be synchronised, so {result.name} was not kept",
+                found=reason,
+                mend="see to the disk, then run the same command again",
+            ) from error
 
 
 def _reader(plan: OfflineGrowth) -> tuple[Through, RunState]:

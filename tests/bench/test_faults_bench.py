@@ -93,11 +93,12 @@ def test_a_second_job_may_find_that_nothing_is_left_to_do(tmp_path):
     steps = [{"event": "step", "step": n} for n in (1, 2, 3)]
 
     def came_too_late(*starts):
-        lines = [starts[0], *steps[: starts[-1]["step"]], *starts[1:], *steps[starts[-1]["step"] :]]
+        lines = [*starts, *steps]
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         return system._came_too_late(tmp_path)
 
     begun = {"event": "run_start", "step": 0}
+    assert came_too_late(begun)
     assert came_too_late(begun, {"event": "resume", "step": 3})
     assert not came_too_late(begun, {"event": "resume", "step": 2})
     assert not came_too_late(begun, {"event": "run_start", "step": 0})

@@ -1,6 +1,8 @@
 """launch/grow.py: a checkpoint grown offline is the one that a live growth would have made."""
 
+import errno
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 
@@ -212,6 +214,24 @@ def test_a_committed_step_is_never_overwritten(small):
     plan = plan_offline(small[0], GrowConfig(operator="width"))
     with pytest.raises(CheckpointError, match="never overwritten"):
         write_offline(plan, small[0] / "checkpoints")
+
+
+def test_a_result_that_cannot_be_synchronised_is_not_kept(small, tmp_path, monkeypatch):
+    """What the next try finds in its way would have to be removed by hand."""
+    plan, root = plan_offline(small[0], GrowConfig(operator="width")), tmp_path / "grown"
+    fsync = os.fsync
+
+    def fails_at_root(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(root):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails_at_root)
+        with pytest.raises(CheckpointError, match=r"was not kept\n.*Errno 5(.|\n)*run the same"):
+            write_offline(plan, root)
+    assert list(root.iterdir()) == []
+    NativeCheckpoint.open(write_offline(plan, root)).verify()
 
 
 def test_a_growth_that_needs_more_than_the_operator_has(small):

@@ -313,11 +313,14 @@ def _beside(path: Path) -> frozenset[str]:
 
 
 def _came_too_late(run: Path) -> bool:
-    """Whether the last start of a run found it at its end, so that it trained nothing."""
+    """Whether every later start of a run found it at its end, so that it trained nothing.
+
+    One that sees so from the last checkpoint alone leaves no line in the log.
+    """
     lines = read_metrics(run / "metrics.jsonl")
     steps = [line["step"] for line in lines if line["event"] == "step"]
     starts = [line["step"] for line in lines if line["event"] in ("run_start", "resume")]
-    return len(starts) > 1 and starts[-1] == steps[-1]
+    return all(step == steps[-1] for step in starts[1:])
 
 
 def _signal(process: BaseProcess, which: signal.Signals, *, group: bool) -> None:
