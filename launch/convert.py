@@ -8,13 +8,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megagrow.checkpoint.accounting import enumerated, summary
-from megagrow.checkpoint.adapter import ReadOptions
-from megagrow.checkpoint.convert import BUFFER_BYTES, Job, Report, Survey, convert, survey
-from megagrow.checkpoint.formats import FORMATS, detect
+from megagrow.checkpoint.convert.registry import FORMATS, detect
+from megagrow.checkpoint.convert.run import BUFFER_BYTES, Job, Report, Survey, convert, survey
+from megagrow.checkpoint.interface.accounting import enumerated, summary
+from megagrow.checkpoint.interface.format import ReadOptions
 from megagrow.cli import Parser, as_path, as_path_text, number, whole
 from megagrow.errors import ConfigError, exit_status
-from megagrow.layout import Layout
+from megagrow.state.layout import Layout
 
 _EXAMPLES = """\
   # another layout: from the run's own to tensor 2 x pipeline 2
@@ -254,7 +254,7 @@ def _run_to_be(path: str | None) -> tuple[Mapping[str, Any] | None, Mapping[str,
     from megagrow.config.load import load_config
     from megagrow.data.dataset import open_dataset
     from megagrow.train.fingerprints import fingerprints
-    from megagrow.train.plan import with_vocabulary
+    from megagrow.train.run_plan import with_vocabulary
 
     config = load_config(path, [])
     data = open_dataset(config.data.path, config.data.tokenizer)

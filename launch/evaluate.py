@@ -63,10 +63,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Do what the command line asks for, and say it; returns the scores."""
     from tqdm import tqdm
 
-    from megagrow.checkpoint.load import load_model
+    from megagrow.checkpoint.convert.load_model import load_model
     from megagrow.errors import ConfigError
+    from megagrow.evaluation import harness
+    from megagrow.evaluation import scores as evaluation
     from megagrow.files import write_atomically
-    from megagrow.train import evaluation, harness
 
     if not (options.wikitext or options.lambada or options.text or options.tasks):
         raise ConfigError(

@@ -69,14 +69,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     if options.list:
-        from megagrow.growth import table
+        from megagrow.growth.operators import table
 
         print(table.markdown() if options.markdown else table.text())
         return
-    from megagrow.checkpoint.accounting import summary
+    from megagrow.checkpoint.interface.accounting import summary
     from megagrow.config.yamltext import write_yaml
     from megagrow.report.units import human
-    from megagrow.train.offline import (
+    from megagrow.train.grow_offline import (
         describe_sizes,
         plan_offline,
         stages_to_go_on,

@@ -45,8 +45,8 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
-    from megagrow.checkpoint.formats import detect
-    from megagrow.checkpoint.summary import describe, list_tensors
+    from megagrow.checkpoint.convert.registry import detect
+    from megagrow.checkpoint.convert.summary import describe, list_tensors
     from megagrow.errors import MegagrowError
 
     try:

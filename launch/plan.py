@@ -140,7 +140,7 @@ def growth_operators(names: str) -> list[str]:
         GrowthError: no operator has such a name.
     """
     from megagrow.errors import ConfigError
-    from megagrow.growth.registry import find_operator
+    from megagrow.growth.operators.registry import find_operator
 
     found = [find_operator(name.strip()).name for name in names.split(",") if name.strip()]
     kinds = [name.split("_")[0] for name in found]
@@ -159,15 +159,15 @@ def run(options: argparse.Namespace) -> str:
     from megagrow.config.load import load_config, load_settings, parse_config
     from megagrow.config.yamltext import write_yaml
     from megagrow.errors import ConfigError
-    from megagrow.model.flops import train_flops_per_token
-    from megagrow.schedule.fit import fit_law
-    from megagrow.schedule.machine import MachineConfig
-    from megagrow.schedule.scaling import find_law
-    from megagrow.train import proposal_page
-    from megagrow.train.dryrun import vocabulary
-    from megagrow.train.plan import with_vocabulary
-    from megagrow.train.planning import describe_on_machine
-    from megagrow.train.proposal import propose, ready_config, run_points
+    from megagrow.forecast.fit import fit_law
+    from megagrow.forecast.machine import MachineConfig
+    from megagrow.forecast.scaling import find_law
+    from megagrow.models.flops import train_flops_per_token
+    from megagrow.plan import proposal_page
+    from megagrow.plan.dry_run import vocabulary
+    from megagrow.plan.on_machine import describe_on_machine
+    from megagrow.plan.proposal import propose, ready_config, run_points
+    from megagrow.train.run_plan import with_vocabulary
 
     check_numbers(options)
     ours = [text for text in options.overrides if not text.startswith("machine.")]

@@ -14,7 +14,7 @@ from megagrow.cluster import lifeline
 from megagrow.cluster.environment import require_one_task
 from megagrow.cluster.rank import under_supervision
 from megagrow.errors import ConfigError, MegagrowError
-from megagrow.train.signals import StoppedWhileStarting, StopRequest, exit_status
+from megagrow.train.health.signals import StoppedWhileStarting, StopRequest, exit_status
 
 EXAMPLES = """\
   # two processes on a CPU
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     config = load_config(options.config, options.overrides)
     world = _world(options)
     if options.dry_run:
-        from megagrow.train.dryrun import check_memory, describe
+        from megagrow.plan.dry_run import check_memory, describe
 
         with as_prepared_by(options.config, config.data.path):
             text = describe(config, world=world, resume=options.resume)
@@ -110,9 +110,9 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
         return 0
 
     from megagrow.engine import comm
-    from megagrow.train.holding import holding_run
+    from megagrow.train.health.run_lock import holding_run
+    from megagrow.train.health.watch import watching
     from megagrow.train.loop import Trainer
-    from megagrow.train.watch import watching
 
     try:
         try:

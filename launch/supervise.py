@@ -11,9 +11,9 @@ from pathlib import Path
 
 from megagrow.cli import Parser, as_path, number, whole
 from megagrow.cluster import launchers
-from megagrow.cluster.fleet import Fleet, Here, OverSsh
+from megagrow.cluster.hosts import Fleet, Here, OverSsh
 from megagrow.cluster.nodes import Agent, NodeJob, Nodes, master_of
-from megagrow.cluster.roll import STATUS_CONFIG
+from megagrow.cluster.roster import STATUS_CONFIG
 from megagrow.cluster.supervisor import Limits, Supervisor
 from megagrow.errors import ConfigError, MegagrowError
 

@@ -11,7 +11,7 @@ from megagrow.bench.savings.config import SavingsConfig
 from megagrow.bench.savings.members import check
 from megagrow.bench.savings.table import plan_text
 from megagrow.config.load import load_settings
-from megagrow.schedule.machine import MachineConfig
+from megagrow.forecast.machine import MachineConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Processes, memory of each, and what else a dry run needs where no data has been prepared.

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagrow.errors import ConfigError
-from megagrow.layout import Layout, balanced_cuts, even_split, make_layout
+from megagrow.state.layout import Layout, balanced_cuts, even_split, make_layout
 
 sizes = st.integers(1, 4)
 

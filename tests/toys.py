@@ -9,17 +9,17 @@ import numpy as np
 import torch
 
 from megagrow.config import ModelConfig
-from megagrow.growth.growth import grown_model, make_growth
-from megagrow.growth.registry import OPERATORS
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
-from megagrow.model.ramping import ramp_in
-from megagrow.model.transformer import Transformer, named_tensors
+from megagrow.growth.operators.registry import OPERATORS
+from megagrow.growth.plan import grown_model, make_growth
+from megagrow.models.catalog import build_catalog
+from megagrow.models.common.masks import ramp_in
+from megagrow.models.transformer import Transformer, named_tensors
 from megagrow.state.catalog import ADAM_SLOTS
-from megagrow.state.ends import NoChannel
-from megagrow.state.memory import MemoryState
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
-from megagrow.state.transfer import transfer_between_ranks
+from megagrow.transfer.ends import NoChannel
+from megagrow.transfer.execute import transfer_between_ranks
+from megagrow.transfer.whole_state import MemoryState
 
 FAMILIES = typing.get_args(ModelConfig.model_fields["family"].annotation)
 

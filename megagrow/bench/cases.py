@@ -8,9 +8,9 @@ from typing import Any
 from megagrow.config import Config, LayoutConfig, ModelConfig
 from megagrow.config.load import in_words, parse_config
 from megagrow.errors import ConfigError
-from megagrow.layout import make_layout
-from megagrow.model.parallel import require_tensor_parallel
-from megagrow.train.plan import plan_run
+from megagrow.models.common.parallel import require_tensor_parallel
+from megagrow.state.layout import make_layout
+from megagrow.train.run_plan import plan_run
 
 STEPS_BEFORE = 10  # optimizer steps that count as done before the growth
 

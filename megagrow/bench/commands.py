@@ -27,7 +27,7 @@ from megagrow.bench import operators as comparing
 from megagrow.bench import throughput as training
 from megagrow.bench.jobs import is_first, run_job, under_launcher
 from megagrow.bench.machine import facts, write_json
-from megagrow.checkpoint.directory import naming
+from megagrow.checkpoint.io.files import naming
 from megagrow.config import LayoutConfig, ModelConfig
 from megagrow.config.load import in_words, load_settings, parse_config
 from megagrow.data.dataset import as_prepared_by, open_dataset
@@ -35,7 +35,7 @@ from megagrow.engine.comm import start
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.files import write_atomically
 from megagrow.lock import holding_output
-from megagrow.train.holding import holding_together
+from megagrow.train.health.run_lock import holding_together
 
 # Fixes for a benchmark's directory, by what the system said.
 _DISK = {

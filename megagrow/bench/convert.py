@@ -25,17 +25,17 @@ from typing import Any
 import psutil
 import torch
 
-from megagrow.checkpoint.adapter import Request, cut
-from megagrow.checkpoint.formats import FORMATS
-from megagrow.checkpoint.job import PIECE_BYTES
-from megagrow.checkpoint.manifest import CheckpointMeta
-from megagrow.checkpoint.writing import LEAST_BUFFER_BYTES, write_piece
+from megagrow.checkpoint.convert.file_writer import LEAST_BUFFER_BYTES, write_piece
+from megagrow.checkpoint.convert.job import PIECE_BYTES
+from megagrow.checkpoint.convert.registry import FORMATS
+from megagrow.checkpoint.interface.format import Request, cut
+from megagrow.checkpoint.native.manifest import CheckpointMeta
 from megagrow.config import ModelConfig
 from megagrow.errors import ConfigError
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import Box
 from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.layout import Layout
 
 BEFORE = Layout(tensor=2, pipeline=2, data=2, zero=1)
 AFTER = Layout(tensor=1, pipeline=4, data=2, zero=1)

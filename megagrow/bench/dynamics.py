@@ -15,23 +15,23 @@ import torch
 
 from megagrow.config import GrowConfig, ModelConfig
 from megagrow.config.load import parse_settings
-from megagrow.engine.optimizer import BlockAdamW, YoungShard
-from megagrow.growth.growth import plan_growth
-from megagrow.growth.registry import OPERATORS
-from megagrow.growth.rules import OptimizerRules, group_keys
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
-from megagrow.model.transformer import Transformer, named_tensors
+from megagrow.engine.optimizers.blockwise import BlockAdamW, YoungShard
+from megagrow.growth.operators.registry import OPERATORS
+from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
+from megagrow.growth.plan import plan_growth
+from megagrow.models.catalog import build_catalog
+from megagrow.models.transformer import Transformer, named_tensors
 from megagrow.report.axis import axis
 from megagrow.report.chart import COLOURS, Series, chart, standalone
 from megagrow.report.style import STYLE
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS, MASTER
-from megagrow.state.ends import NoChannel
-from megagrow.state.memory import MemoryState
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
-from megagrow.state.statemap import FreshStart, StateMap
-from megagrow.state.transfer import transfer_between_ranks
+from megagrow.transfer.ends import NoChannel
+from megagrow.transfer.execute import transfer_between_ranks
+from megagrow.transfer.state_map import FreshStart, StateMap
+from megagrow.transfer.whole_state import MemoryState
 
 Result = dict[str, Any]
 SEED, SAMPLES = 0, 8

@@ -21,14 +21,14 @@ from megagrow.config import Config, ModelConfig
 from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
 from megagrow.engine.state import LiveState
-from megagrow.schedule.cost import STATE_BYTES, received
+from megagrow.forecast.cost import STATE_BYTES, received
 from megagrow.state.catalog import ADAM_SLOTS, MASTER
 from megagrow.state.placement import Placement
-from megagrow.state.statemap import StateMap
-from megagrow.state.transfer import TransferReport, transfer_between_ranks, transfer_from_storage
-from megagrow.train.grow import fill_fresh, start_engine
-from megagrow.train.plan import Stage, plan_run
+from megagrow.train.grow_live import fill_fresh, start_engine
+from megagrow.train.run_plan import Stage, plan_run
 from megagrow.train.state import RunState
+from megagrow.transfer.execute import TransferReport, transfer_between_ranks, transfer_from_storage
+from megagrow.transfer.state_map import StateMap
 
 _COPY_ROUNDS = 3
 
@@ -139,7 +139,7 @@ def measure(
 def _grow_live(
     small: Engine, *, config: Config, stage: Stage, state: RunState, comm: Comm, clock: _Clock
 ) -> tuple[Engine, TransferReport, dict[str, Any]]:
-    """Grow, as `megagrow.train.grow` does, with an eye on clock and memory."""
+    """Grow, as `megagrow.train.grow_live` does, with an eye on clock and memory."""
     assert stage.growth is not None
     gc.collect()
     besides = resident_bytes() - tensor_bytes()

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagrow import ops
-from megagrow.model.loss import vocab_parallel_cross_entropy
-from megagrow.ops import alternatives, library
+from megagrow.models.common.loss import vocab_parallel_cross_entropy
+from megagrow.ops import library, third_party
 
 _ops = torch.ops.megagrow
 Call = Callable[[], Any]
@@ -102,7 +102,7 @@ def _autograd_cases(
     leaves = tuple(x.clone().requires_grad_() for x in inputs)
     compiled = _compiled(function)
     rivals: dict[str, Callable[..., Any]] = {"eager": function, "compiled": compiled}
-    for name, backend in alternatives.BACKENDS.items():
+    for name, backend in third_party.BACKENDS.items():
         if backend.installed() and op in backend.functions and other is not None:
             rivals[name] = lambda *x, call=backend.functions[op]: other(call, *x)
 
@@ -278,7 +278,7 @@ def _adamw_cases(device: Device) -> Iterator[Case]:
 
     compiled = _compiled(functional)
     others = {}
-    for name, backend in alternatives.BACKENDS.items():
+    for name, backend in third_party.BACKENDS.items():
         if backend.installed() and "adamw" in backend.functions:
 
             def other(call: Callable[..., Any] = backend.functions["adamw"]) -> None:

@@ -13,11 +13,11 @@ from megagrow.bench.throughput import _samples, _timed
 from megagrow.config import Config, ModelConfig
 from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
-from megagrow.model.flops import train_flops_per_token
+from megagrow.models.flops import train_flops_per_token
 from megagrow.ops import library
 from megagrow.state.catalog import MASTER
-from megagrow.train.grow import start_engine
-from megagrow.train.plan import plan_run
+from megagrow.train.grow_live import start_engine
+from megagrow.train.run_plan import plan_run
 from megagrow.train.state import RunState
 
 # Dense bf16 multiply-adds a second, two FLOPs each, as NVIDIA states them.

@@ -22,16 +22,16 @@ from megagrow.checkpoint import step_path
 from megagrow.config import Config
 from megagrow.data.dataset import open_dataset
 from megagrow.engine.comm import Comm
-from megagrow.growth.registry import OPERATORS
+from megagrow.growth.operators.registry import OPERATORS
 from megagrow.report.axis import axis
 from megagrow.report.chart import COLOURS, Series, chart, standalone
 from megagrow.report.log import read_metrics
 from megagrow.report.run import Run, summarize
 from megagrow.report.style import STYLE
 from megagrow.train.checkpoints import DIRECTORY
-from megagrow.train.holding import holding_run
+from megagrow.train.health.run_lock import holding_run
 from megagrow.train.loop import Trainer
-from megagrow.train.plan import plan_run, with_vocabulary
+from megagrow.train.run_plan import plan_run, with_vocabulary
 
 Result = dict[str, Any]
 SCRATCH, SMALL = "from scratch", "not grown"

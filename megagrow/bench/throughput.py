@@ -20,10 +20,10 @@ from megagrow.bench.minimal_gpt import MinimalGPT
 from megagrow.config import Config, LayoutConfig, ModelConfig
 from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
-from megagrow.model.catalog import build_catalog
-from megagrow.model.transformer import Transformer, named_tensors
-from megagrow.train.grow import fill_fresh, start_engine
-from megagrow.train.plan import plan_run
+from megagrow.models.catalog import build_catalog
+from megagrow.models.transformer import Transformer, named_tensors
+from megagrow.train.grow_live import fill_fresh, start_engine
+from megagrow.train.run_plan import plan_run
 from megagrow.train.state import RunState
 
 Step = Callable[[], float]

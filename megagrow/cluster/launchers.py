@@ -18,7 +18,7 @@ from megagrow.cluster.environment import (
     write_launcher_file,
 )
 from megagrow.cluster.hostfile import Host
-from megagrow.cluster.sweep import VARIABLE as MARK
+from megagrow.cluster.kill_leftovers import VARIABLE as MARK
 from megagrow.errors import ConfigError, MegagrowError
 
 # A host that is switched off or cut off is given up after these seconds; without them ssh waits

@@ -11,7 +11,7 @@ doing), ``saved`` (step) and one last word: ``done``, ``stopped`` (saved after a
 ``failed`` (text).  From the supervisor: ``welcome`` (ping and silence, in seconds), ``stop``
 (signal) and ``end`` (reason).
 
-This is the rank's end; the supervisor's is `megagrow.cluster.exchange`.
+This is the rank's end; the supervisor's is `megagrow.cluster.lifeline_server`.
 """
 
 from __future__ import annotations

@@ -19,11 +19,11 @@ from types import FrameType
 from typing import Any
 
 from megagrow.cluster import launchers, network
-from megagrow.cluster.exchange import Event, Exchange, Peer
-from megagrow.cluster.fleet import Attempt
+from megagrow.cluster.hosts import Attempt
 from megagrow.cluster.lifeline import Lifeline, connect
+from megagrow.cluster.lifeline_server import Event, Exchange, Peer
 from megagrow.cluster.process import Launcher
-from megagrow.cluster.roll import STATUS_FAILED, Failure
+from megagrow.cluster.roster import STATUS_FAILED, Failure
 from megagrow.cluster.signals import taking
 from megagrow.cluster.supervisor import SIGNALS
 from megagrow.errors import MegagrowError

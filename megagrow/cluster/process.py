@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from megagrow.background import Loop
+from megagrow.cluster.kill_leftovers import VARIABLE, sweep
 from megagrow.cluster.launchers import Command
-from megagrow.cluster.sweep import VARIABLE, sweep
 
 _PATIENCE_SECONDS = 3.0
 _OUTPUT_SECONDS = 2.0

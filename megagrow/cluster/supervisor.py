@@ -16,10 +16,10 @@ from pathlib import Path
 from types import FrameType
 
 from megagrow.cluster import launchers, ranklog
-from megagrow.cluster.exchange import Exchange
-from megagrow.cluster.fleet import Attempt, Fleet
+from megagrow.cluster.hosts import Attempt, Fleet
 from megagrow.cluster.lifeline import STATUS_STOPPED
-from megagrow.cluster.roll import STATUS_CONFIG, STATUS_FAILED, Failure, Roll
+from megagrow.cluster.lifeline_server import Exchange
+from megagrow.cluster.roster import STATUS_CONFIG, STATUS_FAILED, Failure, Roll
 from megagrow.cluster.signals import taking
 from megagrow.errors import MegagrowError
 

@@ -21,8 +21,8 @@ from megagrow.cluster.network import choose_gloo_interface, free_port, require_f
 from megagrow.engine.groups import Groups, make_groups
 from megagrow.engine.precision import on_gpu
 from megagrow.errors import MegagrowError
-from megagrow.layout import Layout
-from megagrow.state.ends import Operation
+from megagrow.state.layout import Layout
+from megagrow.transfer.ends import Operation
 
 _STORE_SECONDS = 10.0  # how long the store's host may take to answer
 

@@ -19,26 +19,26 @@ from torch import nn
 from megagrow import ops
 from megagrow.config import Config, LayoutConfig, ModelConfig
 from megagrow.config.schema import OptimizerConfig
-from megagrow.engine.clipping import GradientClipper
 from megagrow.engine.comm import Comm
-from megagrow.engine.drivers import Driver, PipelineDriver, PlainDriver, validation_share
-from megagrow.engine.ds_config import deepspeed_config
-from megagrow.engine.fragments import publish
+from megagrow.engine.deepspeed.config import deepspeed_config
+from megagrow.engine.deepspeed.drivers import Driver, PipelineDriver, PlainDriver, validation_share
+from megagrow.engine.deepspeed.fragments import publish
+from megagrow.engine.deepspeed.loss_scale import LossScale, get_loss_scale, set_loss_scale
+from megagrow.engine.deepspeed.patches import lean_start, poison
+from megagrow.engine.deepspeed.pipeline import PipelinedModel
 from megagrow.engine.groups import Groups, ModelParallelUnit
-from megagrow.engine.loss_scale import LossScale, get_loss_scale, set_loss_scale
-from megagrow.engine.muon import BlockMuon
-from megagrow.engine.optimizer import BlockAdamW, BlockLion, BlockOptimizer
-from megagrow.engine.pipeline import PipelinedModel
+from megagrow.engine.optimizers.blockwise import BlockAdamW, BlockLion, BlockOptimizer
+from megagrow.engine.optimizers.clipping import GradientClipper
+from megagrow.engine.optimizers.muon import BlockMuon
 from megagrow.engine.precision import Precisions, precisions
 from megagrow.engine.probe import Probe
-from megagrow.engine.start import lean_start, poison
 from megagrow.engine.state import LiveState, held_shards, live_state, shared_tensors
 from megagrow.growth.diagnostics import Watched
-from megagrow.growth.ramp import Ramp
-from megagrow.growth.rules import GroupKey, OptimizerRules
-from megagrow.model.parallel import TensorParallel, seed_random_numbers
-from megagrow.model.ramping import Masks, ramp_in
-from megagrow.model.transformer import Transformer, named_tensors
+from megagrow.growth.operators.ramp import Ramp
+from megagrow.growth.optimizer_rules import GroupKey, OptimizerRules
+from megagrow.models.common.masks import Masks, ramp_in
+from megagrow.models.common.parallel import TensorParallel, seed_random_numbers
+from megagrow.models.transformer import Transformer, named_tensors
 from megagrow.schedule.batch import accumulation
 from megagrow.state.catalog import OPTIMIZER_SLOTS
 from megagrow.state.placement import Placement

@@ -9,8 +9,8 @@ from itertools import product
 import torch
 import torch.distributed as dist
 
-from megagrow.layout import Layout
-from megagrow.model.parallel import TensorParallel
+from megagrow.models.common.parallel import TensorParallel
+from megagrow.state.layout import Layout
 
 
 @dataclass(frozen=True)

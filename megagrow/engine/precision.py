@@ -15,8 +15,8 @@ import torch
 
 from megagrow.config import Config
 from megagrow.errors import ConfigError
-from megagrow.layout import Layout
 from megagrow.schedule.batch import accumulation
+from megagrow.state.layout import Layout
 
 # These would change a format behind the back of `precision`, which decides on it alone.
 _REFUSED = (

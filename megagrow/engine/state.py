@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from megagrow.engine.fragments import Fragment, find_fragments, link_optimizer_state
-from megagrow.engine.muon import SharedTensor
-from megagrow.engine.optimizer import BlockOptimizer, YoungShard
-from megagrow.growth.rules import OptimizerRules
+from megagrow.engine.deepspeed.fragments import Fragment, find_fragments, link_optimizer_state
+from megagrow.engine.optimizers.blockwise import BlockOptimizer, YoungShard
+from megagrow.engine.optimizers.muon import SharedTensor
+from megagrow.growth.optimizer_rules import OptimizerRules
 from megagrow.state.boxes import Box
 from megagrow.state.catalog import MASTER, Slot, slots_of
 from megagrow.state.matrices import matrices

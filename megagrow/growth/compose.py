@@ -13,10 +13,10 @@ from functools import cached_property
 
 from megagrow.config import ModelConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.operator import KEEPS, Block, Operator
-from megagrow.growth.young import is_whole
+from megagrow.growth.new_blocks import is_whole
+from megagrow.growth.operators.operator import KEEPS, Block, Operator
 from megagrow.state.catalog import Catalog, LogicalTensor
-from megagrow.state.statemap import AxisMap, Drawn, Fill, Level, Statistic, compose
+from megagrow.transfer.state_map import AxisMap, Drawn, Fill, Level, Statistic, compose
 
 
 @dataclass(frozen=True, kw_only=True)

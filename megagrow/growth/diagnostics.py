@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megagrow.growth.growth import Growth
-from megagrow.growth.rules import Progression
-from megagrow.growth.young import is_whole, kept_by
+from megagrow.growth.new_blocks import is_whole, kept_by
+from megagrow.growth.optimizer_rules import Progression
+from megagrow.growth.plan import Growth
 from megagrow.state.catalog import LogicalTensor
 from megagrow.state.parts import part_of
 

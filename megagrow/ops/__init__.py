@@ -5,8 +5,7 @@ Each function takes the own kernel where one serves (`library.own`), else the li
 """
 
 from megagrow.ops.adamw import YoungBox, adamw_, adamw_serves, young_rates, young_table
-from megagrow.ops.alternatives import choose
-from megagrow.ops.face import (
+from megagrow.ops.dispatch import (
     BOX_AXES,
     add_layer_norm,
     add_rms_norm,
@@ -20,6 +19,7 @@ from megagrow.ops.face import (
     swiglu,
 )
 from megagrow.ops.library import active, own, using
+from megagrow.ops.third_party import choose
 
 __all__ = [
     "BOX_AXES",

@@ -54,14 +54,14 @@ def describe() -> str:
     """What is active, what is installed, and what could be built, as text."""
     import torch
 
-    from megagrow.ops import alternatives, backends, build, library
+    from megagrow.ops import build, installed, library, third_party
     from megagrow.ops.schemas import SCHEMAS
 
     active = library.active()
-    installed = {
-        "NVIDIA apex": backends.apex_installed(),
-        "Transformer Engine": backends.transformer_engine_installed(),
-        "Liger": backends.liger_installed(),
+    libraries = {
+        "NVIDIA apex": installed.apex_installed(),
+        "Transformer Engine": installed.transformer_engine_installed(),
+        "Liger": installed.liger_installed(),
     }
     names = sorted({name.rstrip("_").removesuffix("_backward") for name in SCHEMAS})
     wins = ", ".join(sorted(active.wins)) or "none (no benchmark on this device shows a win)"
@@ -76,8 +76,8 @@ def describe() -> str:
         ("C++ compiler", build.cxx() or "not found"),
         ("CUDA targets", ", ".join(build.architectures())),
         ("PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"),
-        ("other libraries", ", ".join(f"{k}{_state(v)}" for k, v in installed.items())),
-        ("ops.backend", f"one of own, {', '.join(alternatives.BACKENDS)}; set in a run's config"),
+        ("other libraries", ", ".join(f"{k}{_state(v)}" for k, v in libraries.items())),
+        ("ops.backend", f"one of own, {', '.join(third_party.BACKENDS)}; set in a run's config"),
     ]
     return "\n".join(f"{name + ':':<21}{value}" for name, value in rows)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megagrow.ops.alternatives import alternative
 from megagrow.ops.library import own
+from megagrow.ops.third_party import alternative
 
 AXES = 4
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megagrow.config import BatchConfig
 from megagrow.errors import ConfigError
-from megagrow.layout import Layout
+from megagrow.state.layout import Layout
 
 
 def accumulation(batch: BatchConfig, layout: Layout) -> int:

@@ -19,9 +19,9 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from megagrow.layout import SPLIT_AXES, Coordinates, Layout, balanced_cuts, even_split
 from megagrow.state.boxes import Box, flat_offset, flat_range_boxes, whole
 from megagrow.state.catalog import Catalog, LogicalTensor
+from megagrow.state.layout import SPLIT_AXES, Coordinates, Layout, balanced_cuts, even_split
 
 FLAT_ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor
 

@@ -22,20 +22,20 @@ from megagrow.checkpoint import (
     set_aside,
     step_path,
 )
-from megagrow.checkpoint.shape import model_of
+from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.config import Config, ModelConfig
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import VALIDATION, VALIDATION_BEFORE
 from megagrow.errors import CheckpointError, MegagrowError, TrainingError
-from megagrow.model.catalog import build_catalog
+from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import Catalog, slots_of
-from megagrow.state.statemap import Identity
-from megagrow.state.transfer import transfer_from_storage
-from megagrow.train.agree import on_first
 from megagrow.train.fingerprints import fingerprints, require_run, require_same_data
-from megagrow.train.holding import RunLock
-from megagrow.train.plan import RunPlan
+from megagrow.train.health.agree import on_first
+from megagrow.train.health.run_lock import RunLock
+from megagrow.train.run_plan import RunPlan
 from megagrow.train.state import RunState
+from megagrow.transfer.execute import transfer_from_storage
+from megagrow.transfer.state_map import Identity
 
 if TYPE_CHECKING:  # they need DeepSpeed
     from megagrow.engine.comm import Comm
@@ -118,7 +118,7 @@ def write_run(
 ) -> Path:
     """Write and commit a checkpoint, then delete all but the newest `keep`.
 
-    On a full disk the oldest may go before it is written (`megagrow.checkpoint.retention`).
+    On a full disk the oldest may go before it is written (`megagrow.checkpoint.native.retention`).
 
     Raises:
         CheckpointError: on all ranks; earlier checkpoints are as they were.

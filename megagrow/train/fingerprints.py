@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megagrow.checkpoint.adapter import Source
+from megagrow.checkpoint.interface.format import Source
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import VALIDATION
 from megagrow.errors import CheckpointError

@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megagrow.config import BatchConfig, ModelConfig
 from megagrow.data.sampler import SampleIndex
-from megagrow.growth.growth import Growth
-from megagrow.growth.ligo import Maps
-from megagrow.model.flops import train_flops_per_token
-from megagrow.model.transformer import Transformer, named_tensors
+from megagrow.growth.operators.ligo import Maps
+from megagrow.growth.plan import Growth
+from megagrow.models.flops import train_flops_per_token
+from megagrow.models.transformer import Transformer, named_tensors
 from megagrow.state.catalog import MASTER
-from megagrow.state.memory import MemoryState
+from megagrow.transfer.whole_state import MemoryState
 
 Tensors = Mapping[str, torch.Tensor]
 LEARNING_RATE = 1e-3

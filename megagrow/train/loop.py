@@ -23,24 +23,24 @@ from megagrow.data.sampler import SampleIndex, rank_slice, validation_samples
 from megagrow.engine.comm import Comm
 from megagrow.engine.precision import Precisions
 from megagrow.errors import CheckpointError, DataError
-from megagrow.growth.growth import Growth
-from megagrow.schedule.rules import Validated
+from megagrow.growth.plan import Growth
+from megagrow.schedule.end_rules import Validated
 from megagrow.train import checkpoints
-from megagrow.train.agree import on_all, on_first
 from megagrow.train.average import WeightAverage
-from megagrow.train.datacheck import DataCheck, told_by_its_rank
-from megagrow.train.diagnostics import Diagnostics
-from megagrow.train.grow import GrowthReport, fill_fresh, grow, start_engine
-from megagrow.train.holding import RunLock
-from megagrow.train.journal import Journal
-from megagrow.train.plan import RunPlan, Stage, plan_run
-from megagrow.train.preflight import preflight
-from megagrow.train.recovery import RollBack, StepGuard, no_way_back, remember
+from megagrow.train.grow_live import GrowthReport, fill_fresh, grow, start_engine
+from megagrow.train.health.agree import on_all, on_first
+from megagrow.train.health.data_check import DataCheck, told_by_its_rank
+from megagrow.train.health.preflight import preflight
+from megagrow.train.health.recovery import RollBack, StepGuard, no_way_back, remember
+from megagrow.train.health.run_lock import RunLock
+from megagrow.train.health.signals import StopRequest, agreed
+from megagrow.train.health.watch import Watch, unwatched
+from megagrow.train.logging.diagnostics import Diagnostics
+from megagrow.train.logging.journal import Journal
+from megagrow.train.run_plan import RunPlan, Stage, plan_run
 from megagrow.train.saving import Saver
-from megagrow.train.signals import StopRequest, agreed
 from megagrow.train.stage_rules import carry, decide
 from megagrow.train.state import RunState, step_seed
-from megagrow.train.watch import Watch, unwatched
 
 
 class Trainer:

@@ -10,18 +10,18 @@ import shutil
 from pathlib import Path
 
 from megagrow.checkpoint import list_steps, step_path
-from megagrow.checkpoint.retention import size_of, superseded
+from megagrow.checkpoint.native.retention import size_of, superseded
 from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
 from megagrow.errors import CheckpointError, TrainingError
-from megagrow.model.catalog import build_catalog
+from megagrow.forecast.cost import STATE_BYTES
+from megagrow.models.catalog import build_catalog
 from megagrow.report.log import last_line, read_lines, tail_start
 from megagrow.report.units import human
-from megagrow.schedule.cost import STATE_BYTES
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.train import checkpoints
-from megagrow.train.metrics import FILE_NAME
-from megagrow.train.plan import RunPlan, plan_run
+from megagrow.train.logging.metrics import FILE_NAME
+from megagrow.train.run_plan import RunPlan, plan_run
 from megagrow.train.state import RunState
 
 _READ_AGAIN = 4 << 30  # bytes of a last checkpoint that a finished run compares once more

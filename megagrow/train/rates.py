@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from megagrow.config import Config, ModelConfig
 from megagrow.config.schema import StageScheduleConfig
 from megagrow.errors import ConfigError
-from megagrow.growth.rules import OptimizerRules, YoungBlocks
+from megagrow.growth.optimizer_rules import OptimizerRules, YoungBlocks
 from megagrow.schedule import StagePlan
-from megagrow.schedule.lr import Phase
+from megagrow.schedule.learning_rate import Phase
 from megagrow.schedule.stages import stage_optimizer
 from megagrow.state.catalog import Catalog, Slot, slots_of
 from megagrow.state.parts import PARTS, part_of

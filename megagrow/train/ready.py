@@ -13,11 +13,11 @@ from megagrow import ops
 from megagrow.config import Config
 from megagrow.data.dataset import MANIFEST, PreparedData, open_dataset
 from megagrow.data.sampler import SampleIndex, validation_samples
-from megagrow.engine.drivers import validation_share
+from megagrow.engine.deepspeed.drivers import validation_share
 from megagrow.errors import DataError, MegagrowError, TrainingError
 from megagrow.report.units import human
-from megagrow.train.plan import RunPlan, plan_run, with_vocabulary
-from megagrow.train.telemetry import require_libraries
+from megagrow.train.logging.telemetry import require_libraries
+from megagrow.train.run_plan import RunPlan, plan_run, with_vocabulary
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
 from megagrow.state.boxes import Box
 from megagrow.train import checkpoints
-from megagrow.train.agree import on_first
-from megagrow.train.holding import RunLock
+from megagrow.train.health.agree import on_first
+from megagrow.train.health.run_lock import RunLock
 from megagrow.train.state import RunState
 
 

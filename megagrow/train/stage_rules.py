@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from megagrow.config import Config
-from megagrow.schedule.planned import run_law
-from megagrow.schedule.planner import size_of
-from megagrow.schedule.rules import Decision, Seen, Sizes, marginal, next_stage, slope
-from megagrow.train.plan import RunPlan
+from megagrow.forecast.planned_ends import run_law
+from megagrow.forecast.planner import size_of
+from megagrow.schedule.end_rules import Decision, Seen, Sizes, marginal, next_stage, slope
+from megagrow.train.run_plan import RunPlan
 
 
 def decide(seen: Seen, *, config: Config, plan: RunPlan, index: int) -> Decision | None:

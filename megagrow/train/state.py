@@ -9,11 +9,11 @@ from typing import Any
 
 from megagrow.data.position import Position
 from megagrow.errors import GrowthError
-from megagrow.growth.growth import Growth
-from megagrow.growth.ramp import Ramp
-from megagrow.growth.rules import OptimizerRules
-from megagrow.schedule.mixing import Mixing
-from megagrow.schedule.rules import Seen
+from megagrow.forecast.mixing import Mixing
+from megagrow.growth.operators.ramp import Ramp
+from megagrow.growth.optimizer_rules import OptimizerRules
+from megagrow.growth.plan import Growth
+from megagrow.schedule.end_rules import Seen
 
 
 @dataclass(frozen=True)

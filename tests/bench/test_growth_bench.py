@@ -14,8 +14,8 @@ from megagrow.bench.machine import write_json
 from megagrow.bench.memory import PeakMemory, copy_seconds, resident_bytes, tensor_bytes
 from megagrow.config import LayoutConfig
 from megagrow.errors import ConfigError, GrowthError
-from megagrow.growth.growth import grown_model
-from megagrow.model.catalog import build_catalog
+from megagrow.growth.plan import grown_model
+from megagrow.models.catalog import build_catalog
 
 DATA, TENSOR = LayoutConfig(zero=1), LayoutConfig(tensor=2, zero=0)
 

@@ -31,7 +31,7 @@ from megagrow.bench.savings.sweep import edges, search
 from megagrow.config import StageConfig
 from megagrow.config.load import parse_settings
 from megagrow.errors import ConfigError
-from megagrow.train.plan import plan_run
+from megagrow.train.run_plan import plan_run
 
 BUDGETS = (1e3, 2e3, 4e3)
 

@@ -8,7 +8,7 @@ from toys import toy_model
 from megagrow.bench.minimal_gpt import MinimalGPT
 from megagrow.bench.throughput import RIVALS, measure_alone, measure_layouts, table
 from megagrow.config import LayoutConfig
-from megagrow.model.transformer import Transformer, named_tensors
+from megagrow.models.transformer import Transformer, named_tensors
 
 
 def test_the_minimal_gpt_is_the_same_function():

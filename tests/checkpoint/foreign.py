@@ -2,13 +2,13 @@
 
 import torch
 
-from megagrow.checkpoint.adapter import Request, cut
-from megagrow.checkpoint.manifest import CheckpointMeta
-from megagrow.checkpoint.writing import LEAST_BUFFER_BYTES, write_piece
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.checkpoint.convert.file_writer import LEAST_BUFFER_BYTES, write_piece
+from megagrow.checkpoint.interface.format import Request, cut
+from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.layout import Layout
 
 
 class WholeSource:

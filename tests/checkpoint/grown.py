@@ -5,7 +5,7 @@ from toys import toy_model
 
 from megagrow.config import Config
 from megagrow.data.position import Position
-from megagrow.growth.growth import plan_growth
+from megagrow.growth.plan import plan_growth
 from megagrow.train.state import RunState
 
 WIDTH = {"operator": "width", "factor": 2, "state_policy": "sparkling"}

@@ -23,11 +23,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 from states import opened  # noqa: E402
 from toys import build, random_state, toy_model  # noqa: E402
 
-from megagrow.checkpoint.load import load_model  # noqa: E402
-from megagrow.checkpoint.megatron import FORMAT  # noqa: E402
-from megagrow.checkpoint.shape import model_of  # noqa: E402
-from megagrow.layout import Layout  # noqa: E402
-from megagrow.model.catalog import build_catalog  # noqa: E402
+from megagrow.checkpoint.convert.load_model import load_model  # noqa: E402
+from megagrow.checkpoint.formats.megatron.source import FORMAT  # noqa: E402
+from megagrow.checkpoint.interface.model_of import model_of  # noqa: E402
+from megagrow.models.catalog import build_catalog  # noqa: E402
+from megagrow.state.layout import Layout  # noqa: E402
 
 
 def their_model(args):

@@ -5,13 +5,13 @@ from toys import random_state, toy_model
 from worlds import SoloGroup
 
 from megagrow.checkpoint import CheckpointMeta, Piece, save
-from megagrow.checkpoint.convert import Job, convert
-from megagrow.checkpoint.formats import detect
-from megagrow.growth.rules import OptimizerRules, group_keys
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.checkpoint.convert.registry import detect
+from megagrow.checkpoint.convert.run import Job, convert
+from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
+from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
 
 GQA = {"family": "llama", "heads": 4, "kv_heads": 2, "head_dim": 4}

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from states import opened, save_model, to
 from toys import toy_model
 
-from megagrow.checkpoint.accounting import account, enumerated, summary
-from megagrow.checkpoint.adapter import LeftOut
-from megagrow.checkpoint.convert import Job, survey
-from megagrow.checkpoint.formats import FORMATS
-from megagrow.checkpoint.load import load_model
-from megagrow.checkpoint.summary import describe
+from megagrow.checkpoint.convert.load_model import load_model
+from megagrow.checkpoint.convert.registry import FORMATS
+from megagrow.checkpoint.convert.run import Job, survey
+from megagrow.checkpoint.convert.summary import describe
+from megagrow.checkpoint.interface.accounting import account, enumerated, summary
+from megagrow.checkpoint.interface.format import LeftOut
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import whole
 

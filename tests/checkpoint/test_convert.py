@@ -12,13 +12,13 @@ from states import GQA, assert_same, contents, opened, save_model, to
 from toys import toy_model
 
 from megagrow.checkpoint import NativeCheckpoint
-from megagrow.checkpoint import convert as converting
-from megagrow.checkpoint.convert import Job, convert, survey
-from megagrow.checkpoint.formats import FORMATS, detect
+from megagrow.checkpoint.convert import run as converting
+from megagrow.checkpoint.convert.registry import FORMATS, detect
+from megagrow.checkpoint.convert.run import Job, convert, survey
 from megagrow.errors import CheckpointError, LockError, MegagrowError
-from megagrow.layout import Layout
 from megagrow.lock import holding_output
-from megagrow.model.catalog import build_catalog
+from megagrow.models.catalog import build_catalog
+from megagrow.state.layout import Layout
 
 LAYOUTS = [
     Layout(),
@@ -110,9 +110,9 @@ def test_dry_run_tells_bytes_and_writes_nothing(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from megagrow.checkpoint import convert as c, writing
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.checkpoint.convert import file_writer as writing, run as c
+from megagrow.state.layout import Layout
+from megagrow.models.catalog import build_catalog
 point, at = sys.argv[3], int(sys.argv[4])
 def dying(function):
     count = [0]
@@ -224,7 +224,7 @@ def test_a_result_that_differs_is_never_committed(tmp_path, monkeypatch, sealed,
         FORMATS["huggingface"].__class__(**{**vars(FORMATS["huggingface"]), "open_sink": spoiled}),
     )  # fmt: skip
     if not sealed:
-        monkeypatch.setattr("megagrow.checkpoint.convert.write_seal", lambda *_: None)
+        monkeypatch.setattr("megagrow.checkpoint.convert.run.write_seal", lambda *_: None)
     with pytest.raises(CheckpointError, match=says):
         convert(Job(path, tmp_path / "hf", "huggingface"), verify=True)
     assert not (tmp_path / "hf").exists()
@@ -289,9 +289,9 @@ def test_formats_are_detected_or_refused_by_name(tmp_path):
 PEAK = """
 import sys, resource
 from pathlib import Path
-from megagrow.checkpoint.convert import Job, convert
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.checkpoint.convert.run import Job, convert
+from megagrow.state.layout import Layout
+from megagrow.models.catalog import build_catalog
 source, target, fmt, layout = sys.argv[1:5]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert(Job(Path(source), Path(target), fmt, layout=eval(layout)), workers=1)

@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import logical
 
-from megagrow.checkpoint import stored, writing
-from megagrow.checkpoint.adapter import FilePlan, Late, Mark, Values, Zeros
-from megagrow.checkpoint.manifest import CheckpointMeta
-from megagrow.checkpoint.shards import CHUNK_BYTES
-from megagrow.checkpoint.stored import Record, StoredBox, StoredSource
+from megagrow.checkpoint.convert import file_writer
+from megagrow.checkpoint.interface import stored_source
+from megagrow.checkpoint.interface.format import FilePlan, Late, Mark, Values, Zeros
+from megagrow.checkpoint.interface.stored_source import Record, StoredBox, StoredSource
+from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.checkpoint.native.shard_file import CHUNK_BYTES
 from megagrow.errors import CheckpointError
-from megagrow.layout import Layout
 from megagrow.state.boxes import Box, flat_range_boxes, whole
 from megagrow.state.catalog import MASTER, Catalog
+from megagrow.state.layout import Layout
 
 
 def about(shape):
@@ -77,8 +78,8 @@ def test_any_box_is_read_and_written(room, world, small, run, limit):
     values = torch.randn(shape, generator=torch.manual_seed(0))
     pieces = [(b, order, values[b.slices]) for b, order in cuts]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stored, "_BUFFER_BYTES", small)
-        patch.setattr(stored, "_RUN_BYTES", run)
+        patch.setattr(stored_source, "_BUFFER_BYTES", small)
+        patch.setattr(stored_source, "_RUN_BYTES", run)
         source = source_of(room, pieces, shape)
         assert torch.equal(source.read("t", "master", box), values[box.slices])
         dtype = torch.float64 if wide else torch.float32
@@ -94,7 +95,9 @@ def test_any_box_is_read_and_written(room, world, small, run, limit):
 
 
 def test_segments_checksums_and_late_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "CHUNK_BYTES", 64)  # records and chunks end at different places
+    monkeypatch.setattr(
+        file_writer, "CHUNK_BYTES", 64
+    )  # records and chunks end at different places
     values = torch.arange(40.0).view(5, 8)
     source = source_of(tmp_path, [(whole((5, 8)), None, values)], (5, 8))
     seen = []

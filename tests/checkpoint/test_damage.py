@@ -88,7 +88,7 @@ def test_a_flip_is_named_with_tensor_slot_and_box(copy):
 
 
 def test_a_chunk_is_compared_once(copy, monkeypatch):
-    from megagrow.checkpoint import stored
+    from megagrow.checkpoint.interface import stored_source as stored
 
     opened = NativeCheckpoint.open(copy)
     compared = []

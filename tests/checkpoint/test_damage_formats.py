@@ -14,11 +14,11 @@ import pytest
 from states import contents, opened, save_model, to
 from toys import toy_model
 
-from megagrow.checkpoint import seal
-from megagrow.checkpoint.convert import Job, convert
-from megagrow.checkpoint.formats import FORMATS
+from megagrow.checkpoint.convert.registry import FORMATS
+from megagrow.checkpoint.convert.run import Job, convert
+from megagrow.checkpoint.interface import sidecar_checksums as seal
 from megagrow.errors import CheckpointError
-from megagrow.layout import Layout
+from megagrow.state.layout import Layout
 
 LAYOUT = Layout(tensor=2, data=2, zero=1)
 PICKLED = ("deepspeed", "universal", "megatron", "dcp")

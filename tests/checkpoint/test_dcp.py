@@ -18,11 +18,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from toys import toy_model
 from worlds import random_box
 
-from megagrow.checkpoint.convert import Job, convert, survey
-from megagrow.checkpoint.dcp_sink import digest, stored_name
-from megagrow.checkpoint.pickles import read_pickle
+from megagrow.checkpoint.containers.pickle_reader import read_pickle
+from megagrow.checkpoint.convert.run import Job, convert, survey
+from megagrow.checkpoint.formats.dcp.sink import digest, stored_name
 from megagrow.errors import CheckpointError
-from megagrow.layout import Layout
+from megagrow.state.layout import Layout
 from megagrow.train.state import RunState
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

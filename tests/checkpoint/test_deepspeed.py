@@ -13,13 +13,14 @@ from foreign import WholeSource, differing, open_checkpoint, write_checkpoint
 from ranks import run_ranks
 from toys import random_state, toy_model, toy_models
 
-from megagrow.checkpoint import deepspeed, universal
-from megagrow.checkpoint import deepspeed_names as names
+from megagrow.checkpoint.formats.deepspeed import names
+from megagrow.checkpoint.formats.deepspeed import source as deepspeed
+from megagrow.checkpoint.formats.universal import source as universal
 from megagrow.errors import CheckpointError, ConfigError
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.layout import Layout
 
 FORMAT = deepspeed.FORMAT
 LAYOUTS = [

@@ -8,12 +8,12 @@ import yaml
 from states import opened
 from torch.nn import functional as F
 
-from megagrow.checkpoint.convert import Job, convert
-from megagrow.checkpoint.deepspeed_saved import assign
-from megagrow.checkpoint.load import load_model
+from megagrow.checkpoint.convert.load_model import load_model
+from megagrow.checkpoint.convert.run import Job, convert
+from megagrow.checkpoint.formats.deepspeed.saved_optimizer import assign
 from megagrow.errors import CheckpointError
-from megagrow.layout import Layout
 from megagrow.state.boxes import whole
+from megagrow.state.layout import Layout
 
 HEADS, KV, DIM, HIDDEN, FFN, VOCAB, LENGTH = 4, 2, 4, 16, 12, 13, 6
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from states import opened
 
-from megagrow.checkpoint.convert import Job, convert
+from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.errors import ConfigError
-from megagrow.layout import Layout
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import slots_of
+from megagrow.state.layout import Layout
 
 TRAINED = {"wte.weight": (5, 3), "h.weight": (3, 3), "h.bias": (3,)}
 

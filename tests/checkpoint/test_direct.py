@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from megagrow.checkpoint import direct
-from megagrow.checkpoint.direct import page_aligned, write_past_cache
+from megagrow.checkpoint.io import direct_write as direct
+from megagrow.checkpoint.io.direct_write import page_aligned, write_past_cache
 
 MIB = 1 << 20
 

@@ -14,7 +14,7 @@ from worlds import logical, meta, random_cuts, random_values, save_outcomes, sav
 
 from megagrow.bench.faults.shim import build
 from megagrow.checkpoint import NativeCheckpoint, list_steps, save, step_path
-from megagrow.checkpoint.group import SoloGroup
+from megagrow.checkpoint.native.collective import SoloGroup
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import Catalog

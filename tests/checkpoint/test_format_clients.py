@@ -11,12 +11,12 @@ from grown import save_grown
 from ranks import run_ranks
 from states import opened
 
-from megagrow.checkpoint.convert import Job, convert
-from megagrow.checkpoint.load import load_model
-from megagrow.checkpoint.shape import model_of
-from megagrow.growth.rules import OptimizerRules
-from megagrow.layout import Layout
+from megagrow.checkpoint.convert.load_model import load_model
+from megagrow.checkpoint.convert.run import Job, convert
+from megagrow.checkpoint.interface.model_of import model_of
+from megagrow.growth.optimizer_rules import OptimizerRules
 from megagrow.state.boxes import whole
+from megagrow.state.layout import Layout
 
 HISTORIES = ("fresh", "wider", "deeper", "twice")
 CUT = [Layout(data=2, zero=1), Layout(data=2, zero=2), Layout(data=2, zero=3),

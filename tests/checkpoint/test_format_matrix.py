@@ -11,12 +11,12 @@ import torch
 from grown import HISTORIES, save_grown
 from states import contents, opened
 
-from megagrow.checkpoint.convert import Job, convert
-from megagrow.checkpoint.formats import FORMATS
-from megagrow.checkpoint.shape import model_of
+from megagrow.checkpoint.convert.registry import FORMATS
+from megagrow.checkpoint.convert.run import Job, convert
+from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.errors import ConfigError
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.models.catalog import build_catalog
+from megagrow.state.layout import Layout
 
 LAYOUTS = {
     "alone": Layout(),

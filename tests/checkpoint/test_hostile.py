@@ -8,7 +8,8 @@ import tracemalloc
 import pytest
 from worlds import reseal, save_world
 
-from megagrow.checkpoint import NativeCheckpoint, manifest
+from megagrow.checkpoint import NativeCheckpoint
+from megagrow.checkpoint.native import manifest
 from megagrow.errors import CheckpointError
 
 
@@ -216,7 +217,7 @@ def test_bytes_that_belong_to_no_box(copy):
 
 def _recompute(body):
     """Make starts, size and checksums agree with the boxes again."""
-    from megagrow.checkpoint.shards import Part, lay_out
+    from megagrow.checkpoint.native.shard_file import Part, lay_out
     from megagrow.state.boxes import Box
 
     [file] = body["files"]

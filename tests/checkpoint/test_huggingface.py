@@ -12,11 +12,11 @@ from states import GQA, assert_same, contents, opened, save_model, to
 from toys import build, toy_model
 
 from megagrow.checkpoint import NativeCheckpoint
-from megagrow.checkpoint.convert import Job, convert, survey
-from megagrow.checkpoint.formats import get_format
-from megagrow.checkpoint.load import load_model
+from megagrow.checkpoint.convert.load_model import load_model
+from megagrow.checkpoint.convert.registry import get_format
+from megagrow.checkpoint.convert.run import Job, convert, survey
 from megagrow.errors import CheckpointError
-from megagrow.layout import Layout
+from megagrow.state.layout import Layout
 
 transformers = pytest.importorskip("transformers")
 

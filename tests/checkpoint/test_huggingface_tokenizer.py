@@ -11,9 +11,9 @@ from jobs import dataset  # noqa: F401 - a fixture
 from states import opened, save_model, to
 from toys import toy_model
 
-from megagrow.checkpoint.convert import Job, convert
-from megagrow.checkpoint.huggingface_tokenizer import Carried, compare
-from megagrow.checkpoint.own_tokenizer import NO_TOKENIZER
+from megagrow.checkpoint.convert.run import Job, convert
+from megagrow.checkpoint.formats.huggingface.tokenizer import Carried, compare
+from megagrow.checkpoint.interface.own_tokenizer import NO_TOKENIZER
 from megagrow.data.tokenizer import load_tokenizer, train_sentencepiece
 from megagrow.data.tokenizer_json import from_sentencepiece, probe_texts
 from megagrow.errors import CheckpointError, DataError

@@ -8,7 +8,7 @@ import pytest
 from states import save_model, to
 from worlds import CATALOG, save_world
 
-from megagrow.checkpoint.formats import FORMATS
+from megagrow.checkpoint.convert.registry import FORMATS
 
 LAUNCH = Path(__file__).parent.parent.parent / "launch"
 

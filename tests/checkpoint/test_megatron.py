@@ -12,16 +12,16 @@ import torch
 from foreign import WholeSource, differing, open_checkpoint, write_checkpoint
 from toys import random_state, toy_model, toy_models
 
-from megagrow.checkpoint import megatron
-from megagrow.checkpoint import megatron_names as names
-from megagrow.checkpoint.adapter import NOTHING_TOLD, LeftOut, ReadOptions
-from megagrow.checkpoint.formats import get_format
-from megagrow.checkpoint.megatron_arguments import CARRIED, FIXED
-from megagrow.checkpoint.megatron_names import write_args
+from megagrow.checkpoint.convert.registry import get_format
+from megagrow.checkpoint.formats.megatron import names
+from megagrow.checkpoint.formats.megatron import source as megatron
+from megagrow.checkpoint.formats.megatron.arguments import CARRIED, FIXED
+from megagrow.checkpoint.formats.megatron.names import write_args
+from megagrow.checkpoint.interface.format import NOTHING_TOLD, LeftOut, ReadOptions
 from megagrow.errors import CheckpointError, ConfigError
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS, MASTER
+from megagrow.state.layout import Layout
 
 FORMAT = megatron.FORMAT
 LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(tensor=2, pipeline=2, data=2)]

@@ -7,11 +7,13 @@ import torch
 from worlds import CATALOG, CHUNK, meta, random_box, random_cuts, random_values, save_outcomes
 from worlds import save_world as saved
 
-from megagrow.checkpoint import NativeCheckpoint, Piece, SoloGroup, save, shards, stored
+from megagrow.checkpoint import NativeCheckpoint, Piece, SoloGroup, save
+from megagrow.checkpoint.interface import stored_source
+from megagrow.checkpoint.native import shard_file
 from megagrow.errors import CheckpointError
-from megagrow.layout import Layout
 from megagrow.state.boxes import Box, tiling_fault, whole
 from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.layout import Layout
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -140,7 +142,7 @@ def test_memory_of_save_and_read_is_one_buffer(tmp_path, monkeypatch):
     values = random_values(0)
     [pieces] = random_cuts(values, 1, 0)
     made = []
-    for place, maker in ((torch, "empty"), (shards, "page_aligned")):
+    for place, maker in ((torch, "empty"), (shard_file, "page_aligned")):
         real = getattr(place, maker)
         monkeypatch.setattr(
             place, maker, lambda *a, _real=real, **k: made.append(_real(*a, **k)) or made[-1]
@@ -156,7 +158,7 @@ def test_memory_of_save_and_read_is_one_buffer(tmp_path, monkeypatch):
         box = Box((row, 0), (1, 9))
         checkpoint.read("up", "master", box, out=out[box.slices])
     checkpoint.verify()
-    assert [t.numel() * t.element_size() for t in made] == [stored._BUFFER_BYTES]
+    assert [t.numel() * t.element_size() for t in made] == [stored_source._BUFFER_BYTES]
 
 
 def test_pieces_may_be_a_generator_and_keep_their_gradient_history(tmp_path):

@@ -16,12 +16,18 @@ import torch
 from foreign import WholeSource, write_file
 from toys import random_state, toy_model
 
-from megagrow.checkpoint.adapter import Values, Zeros
-from megagrow.checkpoint.archive import NewTensor, number, plan_archive, size_of, whole_values
-from megagrow.checkpoint.pickles import STORAGES, Opaque, StoredTensor, read_pickle
-from megagrow.checkpoint.torchfile import read_torch_file
+from megagrow.checkpoint.containers.pickle_reader import STORAGES, Opaque, StoredTensor, read_pickle
+from megagrow.checkpoint.containers.torch_reader import read_torch_file
+from megagrow.checkpoint.containers.torch_writer import (
+    NewTensor,
+    number,
+    plan_archive,
+    size_of,
+    whole_values,
+)
+from megagrow.checkpoint.interface.format import Values, Zeros
 from megagrow.errors import CheckpointError
-from megagrow.model.catalog import build_catalog
+from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import whole
 
 

@@ -8,7 +8,7 @@ import pytest
 from worlds import save_world
 
 from megagrow.checkpoint import NativeCheckpoint, list_steps, newest, retire, set_aside, step_path
-from megagrow.checkpoint.retention import free_room, size_of
+from megagrow.checkpoint.native.retention import free_room, size_of
 from megagrow.errors import CheckpointError
 
 

@@ -11,7 +11,7 @@ import torch
 from worlds import CATALOG, CHUNK, meta, random_cuts, random_values, save_outcomes, save_world
 
 from megagrow.checkpoint import NativeCheckpoint, Piece, SoloGroup, list_steps, newest, save
-from megagrow.checkpoint import directory as names
+from megagrow.checkpoint.io import files as names
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, whole
 

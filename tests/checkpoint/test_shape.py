@@ -7,12 +7,12 @@ import pytest
 from grown import HISTORIES, save_grown
 from states import opened
 
-from megagrow.checkpoint.load import load_model
-from megagrow.checkpoint.shape import model_of, told_model
-from megagrow.checkpoint.summary import describe
+from megagrow.checkpoint.convert.load_model import load_model
+from megagrow.checkpoint.convert.summary import describe
+from megagrow.checkpoint.interface.model_of import model_of, told_model
 from megagrow.config.growths import GrowConfig
 from megagrow.errors import CheckpointError
-from megagrow.train.offline import plan_offline, write_offline
+from megagrow.train.grow_offline import plan_offline, write_offline
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = sorted([*(ROOT / "megagrow").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
@@ -41,7 +41,9 @@ def test_nothing_but_shape_reads_the_model_section_of_a_configuration():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if reads_model_section(node)
     ]
-    assert [place.rpartition(":")[0] for place in found] == ["megagrow/checkpoint/shape.py"], found
+    assert [place.rpartition(":")[0] for place in found] == [
+        "megagrow/checkpoint/interface/model_of.py"
+    ], found
 
 
 @pytest.mark.parametrize("history", HISTORIES)

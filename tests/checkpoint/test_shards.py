@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from worlds import CHUNK, random_cuts, random_values, save_world
 
-from megagrow.checkpoint.shards import (
+from megagrow.checkpoint.native.shard_file import (
     Part,
     Piece,
     checksum_count,

@@ -11,11 +11,12 @@ from foreign import WholeSource, differing, open_checkpoint, write_checkpoint
 from ranks import run_ranks
 from toys import random_state, toy_model, toy_models
 
-from megagrow.checkpoint import deepspeed, universal
-from megagrow.checkpoint.torchfile import read_torch_file
+from megagrow.checkpoint.containers.torch_reader import read_torch_file
+from megagrow.checkpoint.formats.deepspeed import source as deepspeed
+from megagrow.checkpoint.formats.universal import source as universal
 from megagrow.errors import CheckpointError
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.models.catalog import build_catalog
+from megagrow.state.layout import Layout
 
 FORMAT = universal.FORMAT
 

@@ -4,9 +4,9 @@ import contextlib
 
 import torch
 
-from megagrow.checkpoint.convert import Job, convert
-from megagrow.checkpoint.formats import FORMATS
-from megagrow.layout import Layout
+from megagrow.checkpoint.convert.registry import FORMATS
+from megagrow.checkpoint.convert.run import Job, convert
+from megagrow.state.layout import Layout
 
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2),

@@ -8,9 +8,9 @@ import threading
 import torch
 
 from megagrow.checkpoint import CheckpointMeta, Piece, SoloGroup, save
-from megagrow.layout import Layout
 from megagrow.state.boxes import Box, flat_range_boxes
 from megagrow.state.catalog import ADAM_SLOTS, Catalog, Init, LogicalTensor
+from megagrow.state.layout import Layout
 
 CHUNK = 256  # bytes: small files then have many chunks
 

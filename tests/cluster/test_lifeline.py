@@ -11,8 +11,8 @@ import time
 import pytest
 
 from megagrow.cluster import lifeline
-from megagrow.cluster.exchange import Exchange
 from megagrow.cluster.lifeline import Lifeline, address_of
+from megagrow.cluster.lifeline_server import Exchange
 from megagrow.errors import MegagrowError
 
 TOKEN = "secret"

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from megagrow.cluster.sweep import VARIABLE, marked, sweep
+from megagrow.cluster.kill_leftovers import VARIABLE, marked, sweep
 
 
 def sleeper(mark, code="import time; time.sleep(600)"):
@@ -38,7 +38,9 @@ def test_only_the_marked_ones():
 def test_as_a_command():
     process = sleeper("def")
     done = subprocess.run(
-        [sys.executable, "-m", "megagrow.cluster.sweep", "def"], capture_output=True, text=True
+        [sys.executable, "-m", "megagrow.cluster.kill_leftovers", "def"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and done.stdout == "ended 1 processes\n"
     assert process.wait(60) == -9

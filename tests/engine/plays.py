@@ -11,14 +11,14 @@ from toys import larger, random_state, toy_model
 
 from megagrow.config import Config, LayoutConfig
 from megagrow.engine.engine import Engine
-from megagrow.growth.growth import make_growth
-from megagrow.growth.rules import OptimizerRules, group_keys
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
+from megagrow.growth.plan import make_growth
+from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import OPTIMIZER_SLOTS, slots_of
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
-from megagrow.state.statemap import FreshStart, Identity
-from megagrow.state.transfer import transfer_between_ranks
+from megagrow.transfer.execute import transfer_between_ranks
+from megagrow.transfer.state_map import FreshStart, Identity
 
 BATCH, SEED, LR, STAGING = 12, 3, 5e-3, 32768
 

@@ -3,9 +3,9 @@
 import pytest
 
 from megagrow.config import Config
-from megagrow.engine.ds_config import deepspeed_config
+from megagrow.engine.deepspeed.config import deepspeed_config
 from megagrow.errors import ConfigError
-from megagrow.layout import Layout
+from megagrow.state.layout import Layout
 
 
 def _config(deepspeed=None, **batch):

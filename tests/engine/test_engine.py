@@ -10,10 +10,10 @@ from ranks import run_ranks
 from toys import build, toy_model, toy_models
 
 from megagrow.engine.state import live_state
-from megagrow.growth.rules import OptimizerRules
-from megagrow.layout import Layout
-from megagrow.model.transformer import named_tensors
+from megagrow.growth.optimizer_rules import OptimizerRules
+from megagrow.models.transformer import named_tensors
 from megagrow.state.boxes import Box
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
 
 STEPS = [("train", 20)]

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from test_live_growth import _commute
 from toys import growths
 
-from megagrow.layout import Layout
+from megagrow.state.layout import Layout
 
 pytestmark = [
     pytest.mark.gpu,

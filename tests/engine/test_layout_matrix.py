@@ -10,8 +10,8 @@ from toys import FAMILIES, toy_model
 
 from megagrow.config.load import parse_config
 from megagrow.errors import ConfigError
-from megagrow.layout import Layout
-from megagrow.train.plan import plan_run
+from megagrow.state.layout import Layout
+from megagrow.train.run_plan import plan_run
 
 STEPS = [("train", 20)]
 GRIDS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)]  # T, P, D

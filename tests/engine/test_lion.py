@@ -6,10 +6,10 @@ from plays import SEED, Job, data_layouts, model_layouts, play_all
 from ranks import run_ranks
 from toys import grow
 
-from megagrow.engine.optimizer import BlockLion, YoungShard
-from megagrow.growth.rules import YoungBlocks
-from megagrow.layout import Layout
+from megagrow.engine.optimizers.blockwise import BlockLion, YoungShard
+from megagrow.growth.optimizer_rules import YoungBlocks
 from megagrow.state.boxes import whole
+from megagrow.state.layout import Layout
 
 LR, BETAS, DECAY = 1e-2, (0.9, 0.99), 0.3
 LION = {"name": "lion", "betas": BETAS, "weight_decay": DECAY}

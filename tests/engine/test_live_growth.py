@@ -8,7 +8,7 @@ from plays import SEED, STAGING, Job, data_layouts, model_layouts, play_all
 from ranks import run_ranks
 from toys import grow, growths
 
-from megagrow.layout import Layout
+from megagrow.state.layout import Layout
 
 
 def _commute(comm, cases):

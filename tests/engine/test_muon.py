@@ -8,11 +8,11 @@ from plays import SEED, Job, data_layouts, model_layouts, play_all
 from ranks import run_ranks
 from toys import grow, toy_model
 
-from megagrow.engine.muon import BlockMuon, SharedTensor, orthogonalised
-from megagrow.growth.rules import YoungBlocks
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.engine.optimizers.muon import BlockMuon, SharedTensor, orthogonalised
+from megagrow.growth.optimizer_rules import YoungBlocks
+from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import whole
+from megagrow.state.layout import Layout
 from megagrow.state.matrices import matrices
 
 LR, DECAY, MOMENTUM = 1e-2, 0.3, 0.9

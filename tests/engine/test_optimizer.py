@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.engine.optimizer import MOMENTS, BlockAdamW, YoungShard, regions
-from megagrow.growth.rules import YoungBlocks
+from megagrow.engine.optimizers.blockwise import MOMENTS, BlockAdamW, YoungShard, regions
+from megagrow.growth.optimizer_rules import YoungBlocks
 from megagrow.state.boxes import Box, flat_range_boxes, whole
 
 LR, BETAS, EPS, DECAY = 1e-2, (0.9, 0.95), 1e-4, 0.1

@@ -10,14 +10,14 @@ from ranks import run_ranks
 from toys import toy_model
 
 from megagrow.config import Config
-from megagrow.engine import muon
-from megagrow.engine.ds_config import deepspeed_config
+from megagrow.engine.deepspeed.config import deepspeed_config
+from megagrow.engine.optimizers import muon
 from megagrow.engine.precision import precisions
 from megagrow.errors import ConfigError
-from megagrow.layout import Layout
-from megagrow.train.dryrun import describe
-from megagrow.train.grow import fill_fresh, start_engine
-from megagrow.train.plan import plan_run
+from megagrow.plan.dry_run import describe
+from megagrow.state.layout import Layout
+from megagrow.train.grow_live import fill_fresh, start_engine
+from megagrow.train.run_plan import plan_run
 from megagrow.train.state import RunState
 
 MANY = 16  # micro-batches; a power of two, so that a sum in fp32 of as many equal numbers is exact

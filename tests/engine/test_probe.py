@@ -8,13 +8,13 @@ from plays import Job
 from ranks import run_ranks
 from toys import FAMILIES, grow, random_state, toy_model
 
-from megagrow.engine.optimizer import regions
+from megagrow.engine.optimizers.blockwise import regions
 from megagrow.engine.probe import Probe
 from megagrow.growth.diagnostics import Watched, watched
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import flat_range_boxes
 from megagrow.state.catalog import Init, LogicalTensor
+from megagrow.state.layout import Layout
 
 GATED = LogicalTensor(
     "layers.0.mlp.up.weight", (2, 6, 5), ("gate_up", "ffn", "embed"), Init("zeros"), True, (1,)

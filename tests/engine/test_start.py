@@ -13,9 +13,9 @@ from plays import Job, data_layouts, model_layouts
 from ranks import run_ranks
 from torch import nn
 
-from megagrow.engine import fragments
-from megagrow.engine.start import poison
-from megagrow.layout import Layout
+from megagrow.engine.deepspeed import fragments
+from megagrow.engine.deepspeed.patches import poison
+from megagrow.state.layout import Layout
 
 
 @pytest.mark.parametrize("shared", [True, False])

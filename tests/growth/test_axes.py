@@ -6,11 +6,11 @@ from toys import build, grow, mapped, random_state, token_batches, toy_model
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.growth import plan_growth
-from megagrow.growth.operator import resized
-from megagrow.model.catalog import build_catalog
+from megagrow.growth.operators.operator import resized
+from megagrow.growth.plan import plan_growth
+from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS
-from megagrow.state.memory import MemoryState
+from megagrow.transfer.whole_state import MemoryState
 
 
 def _logits(model, state):

@@ -20,16 +20,16 @@ from toys import (
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.growth import plan_growth
-from megagrow.growth.rules import OptimizerRules, group_keys
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
-from megagrow.model.transformer import named_tensors
+from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
+from megagrow.growth.plan import plan_growth
+from megagrow.models.catalog import build_catalog
+from megagrow.models.transformer import named_tensors
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
-from megagrow.state.statemap import AxisMap, compose
-from megagrow.state.transfer import transfer_between_ranks
+from megagrow.transfer.execute import transfer_between_ranks
+from megagrow.transfer.state_map import AxisMap, compose
 
 axis_maps = st.builds(
     AxisMap,

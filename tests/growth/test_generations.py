@@ -6,9 +6,9 @@ import torch
 from toys import random_state, token_batches, toy_model
 from trained import DECAY, EPS, LR, Run
 
-from megagrow.growth.rules import OptimizerRules
-from megagrow.model.catalog import build_catalog
-from megagrow.model.transformer import named_tensors
+from megagrow.growth.optimizer_rules import OptimizerRules
+from megagrow.models.catalog import build_catalog
+from megagrow.models.transformer import named_tensors
 
 BETAS, STEPS = (0.9, 0.999), 4
 

@@ -5,11 +5,11 @@ import torch
 from toys import mapped, token_batches
 
 from megagrow.config import GrowConfig, ModelConfig
-from megagrow.growth.growth import plan_growth
-from megagrow.growth.registry import OPERATORS
-from megagrow.model.catalog import build_catalog
+from megagrow.growth.operators.registry import OPERATORS
+from megagrow.growth.plan import plan_growth
+from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS
-from megagrow.state.memory import MemoryState
+from megagrow.transfer.whole_state import MemoryState
 
 transformers = pytest.importorskip("transformers")
 

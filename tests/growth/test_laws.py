@@ -11,15 +11,15 @@ import torch
 from models import MODELS
 from toys import build, grow, growths, random_state, token_batches
 
-from megagrow.growth.operator import KEEPS
+from megagrow.growth.operators.operator import KEEPS
+from megagrow.growth.operators.registry import OPERATORS
 from megagrow.growth.policy import POLICIES
-from megagrow.growth.registry import OPERATORS
-from megagrow.model.catalog import build_catalog
-from megagrow.model.transformer import named_tensors
+from megagrow.models.catalog import build_catalog
+from megagrow.models.transformer import named_tensors
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.fresh import fresh, normals
-from megagrow.state.statemap import Drawn
+from megagrow.transfer.state_map import Drawn
 
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 

@@ -8,12 +8,12 @@ from toys import build, grow, mapped, random_state, token_batches, toy_model
 
 from megagrow.config import BatchConfig, GrowConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.growth import plan_growth
-from megagrow.growth.ligo import Maps
-from megagrow.model.catalog import build_catalog
-from megagrow.model.transformer import named_tensors
-from megagrow.state.memory import MemoryState
+from megagrow.growth.operators.ligo import Maps
+from megagrow.growth.plan import plan_growth
+from megagrow.models.catalog import build_catalog
+from megagrow.models.transformer import named_tensors
 from megagrow.train.fit import fit, fit_growth
+from megagrow.transfer.whole_state import MemoryState
 
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 TARGETS = [{"factor": 2}, {"target": {"hidden": 32, "layers": 5}}, {"target": {"ffn": 24}}]

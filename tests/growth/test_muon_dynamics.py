@@ -12,9 +12,9 @@ from trained import Run
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.growth import plan_growth
-from megagrow.growth.rules import OptimizerRules, group_keys
-from megagrow.model.catalog import build_catalog
+from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
+from megagrow.growth.plan import plan_growth
+from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import MUON_SLOTS
 
 BORN, STEPS, LR = 5, 20, 2e-3

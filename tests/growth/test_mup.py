@@ -8,15 +8,15 @@ from trained import Run
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.growth import plan_growth
-from megagrow.growth.registry import OPERATORS
-from megagrow.growth.rules import Factors, OptimizerRules, group_keys
-from megagrow.model.catalog import build_catalog
+from megagrow.growth.operators.registry import OPERATORS
+from megagrow.growth.optimizer_rules import Factors, OptimizerRules, group_keys
+from megagrow.growth.plan import plan_growth
+from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS, Init, Rates
 from megagrow.state.fresh import fresh
-from megagrow.state.memory import MemoryState
 from megagrow.state.parts import part_of
+from megagrow.transfer.whole_state import MemoryState
 
 BASE = {"hidden": 4, "layers": 1}  # of the toys' hidden 8, layers 2
 MODELS = [model.model_copy(update={"mup": toy_model(mup=BASE).mup}) for _, model in toy_models()]

@@ -18,14 +18,14 @@ from toys import (
 from megagrow.config import GrowConfig
 from megagrow.config.load import parse_settings
 from megagrow.errors import ConfigError, GrowthError
-from megagrow.growth.growth import plan_growth
-from megagrow.growth.registry import OPERATORS
-from megagrow.growth.rules import OptimizerRules, group_keys
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.growth.operators.registry import OPERATORS
+from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
+from megagrow.growth.plan import plan_growth
+from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
-from megagrow.state.transfer import transfer_between_ranks
+from megagrow.transfer.execute import transfer_between_ranks
 
 MODEL = toy_model(hidden=32, heads=4, ffn=48, init_std=0.02)
 NOISY = ["width_noise", "width_perturb", "depth_stack", "depth_interleave", "depth_slices"]

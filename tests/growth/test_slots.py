@@ -5,16 +5,16 @@ import torch
 from models import MODELS
 from toys import build, grow, random_state, token_batches
 
-from megagrow.growth.growth import grown_model, make_growth
-from megagrow.growth.rules import OptimizerRules
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
-from megagrow.model.transformer import named_tensors
+from megagrow.growth.optimizer_rules import OptimizerRules
+from megagrow.growth.plan import grown_model, make_growth
+from megagrow.models.catalog import build_catalog
+from megagrow.models.transformer import named_tensors
 from megagrow.state.catalog import MASTER, Slot
-from megagrow.state.ends import NoChannel
-from megagrow.state.memory import MemoryState
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
-from megagrow.state.transfer import transfer_between_ranks
+from megagrow.transfer.ends import NoChannel
+from megagrow.transfer.execute import transfer_between_ranks
+from megagrow.transfer.whole_state import MemoryState
 
 LION = (MASTER, Slot("exp_avg", "first_moment"))
 MUON = (MASTER, Slot("momentum_buffer", "first_moment"))

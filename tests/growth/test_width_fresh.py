@@ -8,10 +8,10 @@ from toys import build, grow, random_state, token_batches, toy_model
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.growth import plan_growth
-from megagrow.growth.rules import Factors, OptimizerRules
-from megagrow.model.catalog import build_catalog
-from megagrow.model.transformer import named_tensors
+from megagrow.growth.optimizer_rules import Factors, OptimizerRules
+from megagrow.growth.plan import plan_growth
+from megagrow.models.catalog import build_catalog
+from megagrow.models.transformer import named_tensors
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import MASTER
 from megagrow.state.fresh import normals

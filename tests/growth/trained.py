@@ -4,15 +4,15 @@ import numpy as np
 import torch
 from toys import build, grow
 
-from megagrow.engine.muon import BlockMuon, SharedTensor
-from megagrow.engine.optimizer import BlockAdamW, YoungShard
-from megagrow.growth.rules import group_keys
-from megagrow.model.catalog import build_catalog
-from megagrow.model.transformer import named_tensors
+from megagrow.engine.optimizers.blockwise import BlockAdamW, YoungShard
+from megagrow.engine.optimizers.muon import BlockMuon, SharedTensor
+from megagrow.growth.optimizer_rules import group_keys
+from megagrow.models.catalog import build_catalog
+from megagrow.models.transformer import named_tensors
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS, OPTIMIZER_SLOTS
 from megagrow.state.matrices import matrices
-from megagrow.state.memory import MemoryState
+from megagrow.transfer.whole_state import MemoryState
 
 LR, DECAY, EPS = 1e-2, 0.1, 1e-3
 

@@ -13,8 +13,8 @@ from states import save_model, to
 from toys import build, toy_model
 
 from megagrow.data.dataset import open_dataset
-from megagrow.train.detokenizer import wikitext_detokenized
-from megagrow.train.evaluation import Scorer, score_lambada
+from megagrow.evaluation.detokenizer import wikitext_detokenized
+from megagrow.evaluation.scores import Scorer, score_lambada
 
 SEQUENCE = 8
 

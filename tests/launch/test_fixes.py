@@ -19,8 +19,8 @@ from fuzz import call, load
 from jobs import REPOSITORY, main, settings, write_config
 from states import save_model, to
 
-from megagrow.checkpoint.convert import Job, convert
-from megagrow.checkpoint.formats import detect
+from megagrow.checkpoint.convert.registry import detect
+from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.cluster import launchers
 from megagrow.config.load import known_keys, load_config
 from megagrow.data.dataset import open_dataset
@@ -28,7 +28,7 @@ from megagrow.errors import CheckpointError, DataError, MegagrowError
 from megagrow.report import page
 from megagrow.train.checkpoints import fingerprints
 from megagrow.train.fingerprints import require_run, require_same_data
-from megagrow.train.offline import plan_offline
+from megagrow.train.grow_offline import plan_offline
 
 FOLDERS = ("megagrow", "launch")
 SOURCES = sorted(path for name in FOLDERS for path in (REPOSITORY / name).rglob("*.py"))

@@ -14,11 +14,11 @@ from jobs import REPOSITORY, settings, stages, train, trajectory, write_config
 from megagrow.checkpoint import NativeCheckpoint, newest
 from megagrow.config import GrowConfig
 from megagrow.errors import CheckpointError, GrowthError
-from megagrow.growth.growth import plan_growth
-from megagrow.growth.registry import OPERATORS
+from megagrow.growth.operators.registry import OPERATORS
+from megagrow.growth.plan import plan_growth
 from megagrow.state.boxes import whole
-from megagrow.train import offline
-from megagrow.train.offline import plan_offline, write_offline
+from megagrow.train import grow_offline as offline
+from megagrow.train.grow_offline import plan_offline, write_offline
 
 
 def _module():

@@ -23,14 +23,14 @@ from states import save_model, to
 from toys import toy_model
 
 from megagrow.checkpoint import NativeCheckpoint
-from megagrow.checkpoint.load import load_model
+from megagrow.checkpoint.convert.load_model import load_model
 from megagrow.config import GrowConfig
 from megagrow.config.load import parse_config
 from megagrow.data.dataset import open_dataset
 from megagrow.errors import CheckpointError
-from megagrow.growth.growth import plan_growth
+from megagrow.growth.plan import plan_growth
 from megagrow.train import checkpoints
-from megagrow.train.offline import OfflineGrowth, describe_sizes, plan_offline, write_offline
+from megagrow.train.grow_offline import OfflineGrowth, describe_sizes, plan_offline, write_offline
 
 transformers = pytest.importorskip("transformers")
 

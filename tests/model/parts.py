@@ -3,10 +3,10 @@
 import torch
 import torch.distributed as dist
 
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
-from megagrow.model.parallel import TensorParallel
-from megagrow.model.transformer import Transformer, named_tensors
+from megagrow.models.catalog import build_catalog
+from megagrow.models.common.parallel import TensorParallel
+from megagrow.models.transformer import Transformer, named_tensors
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
 
 

@@ -7,8 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megagrow.config import ModelConfig
-from megagrow.model.catalog import build_catalog
-from megagrow.model.flops import forward_flops_per_token, train_flops_per_token
+from megagrow.models.catalog import build_catalog
+from megagrow.models.flops import forward_flops_per_token, train_flops_per_token
 
 SHAPES = [
     {},

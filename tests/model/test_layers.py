@@ -9,8 +9,7 @@ from parts import this_rank
 from ranks import run_ranks
 from torch import nn
 
-from megagrow.layout import even_split
-from megagrow.model.layers import (
+from megagrow.models.common.layers import (
     ColumnParallelLinear,
     Dropout,
     LayerNorm,
@@ -19,7 +18,8 @@ from megagrow.model.layers import (
     VocabParallelEmbedding,
     VocabParallelOutput,
 )
-from megagrow.model.parallel import SERIAL, TensorParallel
+from megagrow.models.common.parallel import SERIAL, TensorParallel
+from megagrow.state.layout import even_split
 
 BATCH, SEQUENCE, WIDTH, VOCABULARY = 2, 4, 6, 9  # 9 over 2 ranks: 5 + 4, over 4: 3 + 3 + 3 + 0
 GROUPS, PROJECTIONS, HEAD_DIM = 4, 3, 2

@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from parts import this_rank
 from ranks import run_ranks
 
-from megagrow.layout import even_split
-from megagrow.model.loss import vocab_parallel_cross_entropy
+from megagrow.models.common.loss import vocab_parallel_cross_entropy
 from megagrow.ops import references
+from megagrow.state.layout import even_split
 
 VOCABULARY = 5  # over 2 ranks 3 + 2, over 4 ranks 2 + 2 + 1 + 0
 CASES = {

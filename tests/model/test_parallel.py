@@ -6,8 +6,8 @@ from ranks import run_ranks
 
 from megagrow.config import ModelConfig
 from megagrow.errors import ConfigError
-from megagrow.model import parallel as regions
-from megagrow.model.parallel import SERIAL, TensorParallel, require_tensor_parallel
+from megagrow.models.common import parallel as regions
+from megagrow.models.common.parallel import SERIAL, TensorParallel, require_tensor_parallel
 
 SHAPE = 2, 4, 8  # batch, sequence, width; both latter divide by 2 and by 4
 

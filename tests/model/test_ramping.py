@@ -4,9 +4,9 @@ import pytest
 import torch
 from toys import build, grow, random_state, token_batches, toy_models
 
-from megagrow.model.catalog import build_catalog
-from megagrow.model.ramping import ramp_in
-from megagrow.model.transformer import named_tensors
+from megagrow.models.catalog import build_catalog
+from megagrow.models.common.masks import ramp_in
+from megagrow.models.transformer import named_tensors
 
 every_model = pytest.mark.parametrize("model", dict(toy_models()).values(), ids=dict(toy_models()))
 

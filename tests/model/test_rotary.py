@@ -1,6 +1,6 @@
 import torch
 
-from megagrow.model.rotary import rotary_table, rotate
+from megagrow.models.common.rotary import rotary_table, rotate
 
 THETA = 100.0
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from parts import gradients, module_with, random_parameters
 
 from megagrow.config import ModelConfig
-from megagrow.model.catalog import build_catalog
-from megagrow.model.parallel import SERIAL
-from megagrow.model.transformer import (
+from megagrow.models.catalog import build_catalog
+from megagrow.models.common.parallel import SERIAL
+from megagrow.models.transformer import (
     Head,
     Transformer,
     layer_list,

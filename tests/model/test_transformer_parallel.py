@@ -8,10 +8,10 @@ from parts import gradients, local_part, module_with, random_parameters, this_ra
 from ranks import run_ranks
 
 from megagrow.config import ModelConfig
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
-from megagrow.model.parallel import TensorParallel
-from megagrow.model.transformer import Attention, Transformer, named_tensors
+from megagrow.models.catalog import build_catalog
+from megagrow.models.common.parallel import TensorParallel
+from megagrow.models.transformer import Attention, Transformer, named_tensors
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement, split_axis
 
 VOCABULARY = 13  # 2 ranks have 7 rows each, one of them padding

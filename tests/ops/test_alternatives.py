@@ -9,15 +9,15 @@ from conftest import DEVICE
 
 from megagrow import ops
 from megagrow.errors import ConfigError
-from megagrow.ops import alternatives
+from megagrow.ops import third_party
 
-INSTALLED = [name for name, backend in alternatives.BACKENDS.items() if backend.installed()]
+INSTALLED = [name for name, backend in third_party.BACKENDS.items() if backend.installed()]
 
 
 @pytest.fixture(autouse=True)
 def choose_again():
     yield
-    alternatives.choose("own")
+    third_party.choose("own")
 
 
 def stand_in(monkeypatch, **functions):
@@ -25,20 +25,20 @@ def stand_in(monkeypatch, **functions):
     right = {
         "rms_norm": lambda x, w, eps: F.rms_norm(x, w.shape, w, eps),
         "swiglu": lambda gate, up: F.silu(gate) * up,
-        "adamw": alternatives._plain_adamw,
+        "adamw": third_party._plain_adamw,
     }
     backend = dataclasses.replace(
-        alternatives.BACKENDS["liger"],
+        third_party.BACKENDS["liger"],
         functions=right | functions,
         installed=lambda: True,
         device=DEVICE,
     )
-    monkeypatch.setitem(alternatives.BACKENDS, "liger", backend)
+    monkeypatch.setitem(third_party.BACKENDS, "liger", backend)
 
 
 def test_a_library_that_is_not_installed_is_refused(monkeypatch):
-    absent = dataclasses.replace(alternatives.BACKENDS["apex"], installed=lambda: False)
-    monkeypatch.setitem(alternatives.BACKENDS, "apex", absent)
+    absent = dataclasses.replace(third_party.BACKENDS["apex"], installed=lambda: False)
+    monkeypatch.setitem(third_party.BACKENDS, "apex", absent)
     with pytest.raises(ConfigError, match=r"ops.backend: apex is not installed(.|\n)*unrelated"):
         ops.choose("apex")
 
@@ -52,7 +52,7 @@ def test_a_chosen_library_serves_what_it_has(monkeypatch):
 
     stand_in(monkeypatch, rms_norm=rms_norm)
     ops.choose("liger")
-    assert alternatives.chosen() == "liger"
+    assert third_party.chosen() == "liger"
     calls.clear()
     x, w, b = torch.randn(3, 8, device=DEVICE), *torch.randn(2, 8, device=DEVICE)
     y, z = ops.add_rms_norm(x, x, w, 1e-5)
@@ -78,11 +78,11 @@ def test_a_library_that_computes_wrongly_is_refused(monkeypatch, op, wrong, foun
     stand_in(monkeypatch, **{op: wrong})
     with pytest.raises(ConfigError, match=rf"fails the numerical check of {op}(.|\n)*{found}"):
         ops.choose("liger")
-    assert alternatives.chosen() == "own"
+    assert third_party.chosen() == "own"
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="real libraries need a GPU")
 @pytest.mark.parametrize("name", INSTALLED or ["own"])
 def test_installed_libraries_pass_the_check(name):
     ops.choose(name)
-    assert alternatives.chosen() == name
+    assert third_party.chosen() == name

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from megagrow.ops import backends
+from megagrow.ops import installed
 
 
 @pytest.fixture
@@ -26,20 +26,20 @@ def packages(tmp_path, monkeypatch):
 
 def test_the_unrelated_package_of_apex_name_is_not_apex(packages):
     packages("apex")
-    assert not backends.apex_installed()
+    assert not installed.apex_installed()
 
 
 @pytest.mark.parametrize("path", ["amp_C", "apex/optimizers"])
 def test_apex_is_known_by_what_only_nvidias_has(packages, path):
     packages(path)
-    assert backends.apex_installed()
+    assert installed.apex_installed()
 
 
 @pytest.mark.parametrize(
     ("look", "path"),
     [
-        (backends.transformer_engine_installed, "transformer_engine/pytorch"),
-        (backends.liger_installed, "liger_kernel/ops"),
+        (installed.transformer_engine_installed, "transformer_engine/pytorch"),
+        (installed.liger_installed, "liger_kernel/ops"),
     ],
 )
 def test_other_libraries(packages, look, path):

@@ -5,8 +5,8 @@ import torch
 from conftest import DEVICE
 from toys import grow, random_state, toy_model
 
-from megagrow.model.catalog import build_catalog
-from megagrow.ops import face, library
+from megagrow.models.catalog import build_catalog
+from megagrow.ops import dispatch, library
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the toy state lives on the CPU")
@@ -21,7 +21,7 @@ def test_growth_by_kernel(kernels, monkeypatch, operator, factor):
             boxes.extend(targets)
             torch.ops.megagrow.copy_boxes_(targets, *rest)
 
-    monkeypatch.setattr(face, "_ops", Counted())
+    monkeypatch.setattr(dispatch, "_ops", Counted())
     model = toy_model()
     state = random_state(build_catalog(model), seed=1, dtype=torch.float32)
     _, _, by_kernel = grow(model, state, operator=operator, factor=factor)

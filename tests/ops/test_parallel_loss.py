@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from ranks import run_ranks
 
-from megagrow.layout import even_split
-from megagrow.model.loss import vocab_parallel_cross_entropy
-from megagrow.model.parallel import TensorParallel
+from megagrow.models.common.loss import vocab_parallel_cross_entropy
+from megagrow.models.common.parallel import TensorParallel
 from megagrow.ops import library
+from megagrow.state.layout import even_split
 
 VOCABULARY, SHAPE = 37, (2, 5)
 

@@ -5,10 +5,10 @@ import torch
 from conftest import DEVICE
 from toys import FAMILIES, build, random_state, token_batches, toy_model
 
-from megagrow.engine.optimizer import BlockAdamW, YoungShard
-from megagrow.growth.rules import YoungBlocks
-from megagrow.model.catalog import build_catalog
-from megagrow.model.transformer import named_tensors
+from megagrow.engine.optimizers.blockwise import BlockAdamW, YoungShard
+from megagrow.growth.optimizer_rules import YoungBlocks
+from megagrow.models.catalog import build_catalog
+from megagrow.models.transformer import named_tensors
 from megagrow.ops import library
 from megagrow.state.boxes import whole
 

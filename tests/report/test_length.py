@@ -7,7 +7,7 @@ import pytest
 
 from megagrow.errors import DataError
 from megagrow.report.log import encode_line, last_line, read_metrics, tail_start
-from megagrow.train.metrics import MetricsLog
+from megagrow.train.logging.metrics import MetricsLog
 
 MiB = 1 << 20
 
@@ -21,7 +21,7 @@ def peak():
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 """
 RESUME = """
-from megagrow.train import metrics
+from megagrow.train.logging import metrics
 before = peak()
 metrics._cut(Path(sys.argv[1]) / "metrics.jsonl", step=int(sys.argv[2]), stage=0)
 print(peak() - before)

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import toy_model
 
-from megagrow.growth.growth import grown_model, make_growth
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
-from megagrow.schedule.cost import STATE_BYTES, received, union_volume
+from megagrow.forecast.cost import STATE_BYTES, received, union_volume
+from megagrow.growth.plan import grown_model, make_growth
+from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import Box
 from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
-from megagrow.state.plan import plan_sends
+from megagrow.transfer.moves import plan_sends
 
 boxes = st.integers(0, 3).flatmap(
     lambda axes: st.lists(

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from megagrow.config.load import parse_config
 from megagrow.errors import ConfigError
 from megagrow.schedule import LearningRate, Rewarm, learning_rate
-from megagrow.schedule.lr import Moved, Phase
-from megagrow.train.plan import plan_run
+from megagrow.schedule.learning_rate import Moved, Phase
+from megagrow.train.run_plan import plan_run
 
 KINDS = ["wsd", "cosine", "linear", "constant"]
 

@@ -8,7 +8,7 @@ import torch
 from ranks import run_ranks
 
 from megagrow.config import ModelConfig
-from megagrow.schedule.machine import stream_reductions
+from megagrow.forecast.machine import stream_reductions
 
 TENSOR, SAMPLES = 2, 3
 CASES = list(itertools.product(("none", "selective", "full"), (False, True), (0.0, 0.1)))
@@ -23,9 +23,9 @@ def _model(layers, activation_checkpointing, dropout):
 
 def _sent(comm):
     """Elements that a forward and a backward pass hand to each kind of collective."""
-    from megagrow.model import parallel as calls
-    from megagrow.model.parallel import TensorParallel
-    from megagrow.model.transformer import Transformer
+    from megagrow.models.common import parallel as calls
+    from megagrow.models.common.parallel import TensorParallel
+    from megagrow.models.transformer import Transformer
 
     counts = Counter()
 

@@ -3,15 +3,15 @@
 import pytest
 from toys import toy_model
 
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
-from megagrow.schedule.memory import (
+from megagrow.forecast.memory import (
     activation_bytes,
     micro_batches_in_flight,
     partition_size,
     slot_elements,
 )
+from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS, MUON_SLOTS
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
 
 S, B, H, L = 32, 3, 64, 4

@@ -7,9 +7,9 @@ import pytest
 
 from megagrow.config import ModelConfig
 from megagrow.errors import ConfigError, DataError
-from megagrow.schedule import planner
-from megagrow.schedule.fit import Curve, binned, fit_curve, fit_law
-from megagrow.schedule.scaling import (
+from megagrow.forecast import planner
+from megagrow.forecast.fit import Curve, binned, fit_curve, fit_law
+from megagrow.forecast.scaling import (
     CHINCHILLA,
     EPOCH,
     KAPLAN,
@@ -211,7 +211,7 @@ def test_added_loss_costs():
 
 def test_sizes_are_what_the_operators_grow_from():
     from megagrow.config import GrowConfig
-    from megagrow.growth.growth import plan_growth
+    from megagrow.growth.plan import plan_growth
 
     target = ModelConfig(layers=6, hidden=24, heads=4, ffn=48, sequence=8, vocab=32)
     sizes = planner.sizes_towards(target, KAPLAN, operators=["depth_stack", "width"])

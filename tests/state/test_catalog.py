@@ -6,7 +6,7 @@ import math
 import pytest
 from toys import FAMILIES, toy_model, toy_models
 
-from megagrow.model.catalog import build_catalog
+from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import Catalog, Init, LogicalTensor
 from megagrow.state.parts import PARTS, part_of
 

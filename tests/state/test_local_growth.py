@@ -3,12 +3,12 @@
 import pytest
 from toys import toy_model, toy_models
 
-from megagrow.growth.growth import grown_model, make_growth
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.growth.plan import grown_model, make_growth
+from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
-from megagrow.state.plan import plan_receives
+from megagrow.transfer.moves import plan_receives
 
 
 @pytest.mark.parametrize("family", sorted({name.split("-")[0] for name, _ in toy_models()}))

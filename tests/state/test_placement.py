@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import toy_model, toy_models
 
-from megagrow.growth.rules import Factors, OptimizerRules, group_keys
-from megagrow.layout import SPLIT_AXES, Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.growth.optimizer_rules import Factors, OptimizerRules, group_keys
+from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import Box, tiling_fault, whole
 from megagrow.state.catalog import Catalog, Init, LogicalTensor
+from megagrow.state.layout import SPLIT_AXES, Layout
 from megagrow.state.placement import Placement, split_axis
 
 MODELS = dict(toy_models())

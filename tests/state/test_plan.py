@@ -4,15 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import growths, larger, toy_model
 
-from megagrow.growth.growth import make_growth
-from megagrow.growth.rules import OptimizerRules, group_keys
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
+from megagrow.growth.plan import make_growth
+from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import Box
 from megagrow.state.catalog import ADAM_SLOTS, MASTER
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
-from megagrow.state.plan import Move, messages, plan_receives, plan_sends
-from megagrow.state.statemap import AxisMap, Copy, Identity
+from megagrow.transfer.moves import Move, messages, plan_receives, plan_sends
+from megagrow.transfer.state_map import AxisMap, Copy, Identity
 
 layouts = st.builds(
     Layout,

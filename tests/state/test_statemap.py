@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megagrow.state.boxes import Box
 from megagrow.state.catalog import ADAM_SLOTS, Catalog, Init, LogicalTensor
-from megagrow.state.statemap import AxisMap, Copy, FreshStart, Identity
+from megagrow.transfer.state_map import AxisMap, Copy, FreshStart, Identity
 
 axis_maps = st.builds(
     AxisMap,

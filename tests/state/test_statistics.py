@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from toys import ShardState, larger, on_threads, random_state, toy_model
 
 from megagrow.errors import GrowthError
-from megagrow.growth.growth import make_growth
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.growth.plan import make_growth
+from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS, Catalog, Init, LogicalTensor
-from megagrow.state.memory import MemoryState
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
-from megagrow.state.statemap import FreshStart, Identity, Statistic
-from megagrow.state.statistics import measure, measuring_bytes, required
+from megagrow.transfer.state_map import FreshStart, Identity, Statistic
+from megagrow.transfer.statistics import measure, measuring_bytes, required
+from megagrow.transfer.whole_state import MemoryState
 
 STAGING = 1 << 20
 LAYOUTS = [

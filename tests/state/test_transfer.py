@@ -14,20 +14,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from toys import FAMILIES, ShardState, grow, growths, mapped, on_threads, random_state, toy_model
 
-from megagrow.growth.rules import OptimizerRules, group_keys
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
+from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
+from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS, Catalog, Init, LogicalTensor
-from megagrow.state.ends import NoChannel
-from megagrow.state.memory import MemoryState
+from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
-from megagrow.state.plan import plan_receives
-from megagrow.state.statemap import FreshStart, Identity
-from megagrow.state.transfer import (
+from megagrow.transfer.ends import NoChannel
+from megagrow.transfer.execute import (
     TransferReport,
     transfer_between_ranks,
     transfer_from_storage,
 )
+from megagrow.transfer.moves import plan_receives
+from megagrow.transfer.state_map import FreshStart, Identity
+from megagrow.transfer.whole_state import MemoryState
 
 GROWTHS = [None, *growths()]
 # (data, tensor, pipeline, zero) before and after; worlds may differ.

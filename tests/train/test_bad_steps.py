@@ -24,7 +24,7 @@ def config(tmp_path, dataset):
 def _spoil(rank, bad_rank, steps, factor):
     """Multiply the losses of some steps (counted over the whole job), on one rank."""
     from megagrow.engine.engine import Engine
-    from megagrow.model import transformer
+    from megagrow.models import transformer
 
     loss_function, train_step, count = (
         transformer.vocab_parallel_cross_entropy,

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from megagrow.train.detokenizer import wikitext_detokenized
+from megagrow.evaluation.detokenizer import wikitext_detokenized
 
 SPELLED = [
     ("the 2 @,@ 000 @-@ page book", "the 2,000-page book"),

@@ -9,8 +9,8 @@ from jobs import events, files_below, launch, main, settings, stages, train, wri
 
 from megagrow.config.load import load_config
 from megagrow.data.dataset import open_dataset
-from megagrow.train.dryrun import bytes_moved
-from megagrow.train.plan import plan_run
+from megagrow.plan.dry_run import bytes_moved
+from megagrow.train.run_plan import plan_run
 
 
 def test_it_tells_what_the_run_then_does(tmp_path, dataset):

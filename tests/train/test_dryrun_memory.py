@@ -12,7 +12,7 @@ from ranks import run_ranks
 from megagrow.bench.memory import tensor_bytes
 from megagrow.config import Config
 from megagrow.errors import ConfigError
-from megagrow.train.dryrun import (
+from megagrow.plan.dry_run import (
     check_memory,
     describe,
     growth_peaks,
@@ -20,8 +20,8 @@ from megagrow.train.dryrun import (
     read_memory,
     training_peaks,
 )
-from megagrow.train.grow import fill_fresh, start_engine
-from megagrow.train.plan import plan_run
+from megagrow.train.grow_live import fill_fresh, start_engine
+from megagrow.train.run_plan import plan_run
 from megagrow.train.state import RunState
 
 SMALL = {"layers": 6, "hidden": 32, "heads": 2, "ffn": 128, "sequence": 4, "vocab": 64}

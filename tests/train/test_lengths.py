@@ -14,7 +14,7 @@ from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.data.position import Position
 from megagrow.data.sampler import SampleIndex
 from megagrow.train.checkpoints import check_agreement
-from megagrow.train.plan import plan_run
+from megagrow.train.run_plan import plan_run
 
 STAGES = [
     {"until": {"steps": 4}, "sequence": 4},

@@ -9,10 +9,10 @@ from jobs import events, launch, log_of, settings, train, trajectory, write_conf
 from megagrow.checkpoint import NativeCheckpoint, newest
 from megagrow.config import GrowConfig, ModelConfig
 from megagrow.config.load import load_config
-from megagrow.model.flops import train_flops_per_token
-from megagrow.train.dryrun import vocabulary
-from megagrow.train.offline import plan_offline, write_offline
-from megagrow.train.plan import plan_run
+from megagrow.models.flops import train_flops_per_token
+from megagrow.plan.dry_run import vocabulary
+from megagrow.train.grow_offline import plan_offline, write_offline
+from megagrow.train.run_plan import plan_run
 
 TARGET = {"hidden": 16, "heads": 4, "ffn": 32, "layers": 3}
 GROW = {"operator": "ligo", "target": TARGET, "fit_steps": 5, "rewarm": 2}

@@ -19,8 +19,8 @@ from jobs import (
 from megagrow.checkpoint import NativeCheckpoint, list_steps, newest
 from megagrow.config.load import load_config
 from megagrow.data.dataset import open_dataset
-from megagrow.model.catalog import build_catalog
-from megagrow.train.plan import plan_run, with_vocabulary
+from megagrow.models.catalog import build_catalog
+from megagrow.train.run_plan import plan_run, with_vocabulary
 
 
 def plan_of(config, *overrides, world):

@@ -7,7 +7,7 @@ import pytest
 from logs import log_growth, log_step
 
 from megagrow.errors import DataError, TrainingError
-from megagrow.train.metrics import MetricsLog, read_metrics
+from megagrow.train.logging.metrics import MetricsLog, read_metrics
 
 
 def first_run(run_dir, steps=9):

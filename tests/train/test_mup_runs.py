@@ -7,14 +7,14 @@ from jobs import write_config as write
 from test_rates import groups_in
 
 from megagrow.checkpoint import NativeCheckpoint, step_path
-from megagrow.checkpoint.convert import Job, convert, survey
-from megagrow.checkpoint.formats import get_format
+from megagrow.checkpoint.convert.registry import get_format
+from megagrow.checkpoint.convert.run import Job, convert, survey
 from megagrow.config import ModelConfig
 from megagrow.config.load import parse_config
-from megagrow.growth.rules import OptimizerRules, group_keys
-from megagrow.layout import Layout
-from megagrow.model.catalog import build_catalog
-from megagrow.train.plan import plan_run
+from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
+from megagrow.models.catalog import build_catalog
+from megagrow.state.layout import Layout
+from megagrow.train.run_plan import plan_run
 
 MUP = {"mup": {"hidden": 4, "layers": 1}}
 

@@ -10,12 +10,12 @@ import pytest
 from jobs import REPOSITORY, files_below, settings, train, write_config
 
 from megagrow.checkpoint import list_steps, newest, step_path
-from megagrow.checkpoint.retention import size_of
+from megagrow.checkpoint.native.retention import size_of
 from megagrow.config.load import load_config
 from megagrow.data.dataset import open_dataset
 from megagrow.errors import TrainingError
 from megagrow.train.opening import checkpoint_bytes, require_disk
-from megagrow.train.plan import plan_run, with_vocabulary
+from megagrow.train.run_plan import plan_run, with_vocabulary
 
 # DeepSpeed cannot be imported here, nor can Weights & Biases; every command is answered all the
 # same.

@@ -11,10 +11,10 @@ from jobs import REPOSITORY, launch, main, make_dataset, settings, write_config
 from megagrow.config import Config, UntilConfig
 from megagrow.config.load import load_config, load_settings
 from megagrow.errors import ConfigError
-from megagrow.schedule.cost import Received
-from megagrow.schedule.machine import MachineConfig, growth_time
-from megagrow.train.plan import plan_run
-from megagrow.train.planning import best_layout, place_stage, require_layout
+from megagrow.forecast.cost import Received
+from megagrow.forecast.machine import MachineConfig, growth_time
+from megagrow.plan.on_machine import best_layout, place_stage, require_layout
+from megagrow.train.run_plan import plan_run
 
 CONFIGS = REPOSITORY / "configs"
 
@@ -96,8 +96,8 @@ def test_layouts_fit_and_the_fastest_is_taken():
 _HUGE = """
 import resource, sys
 from megagrow.config.load import load_config, load_settings
-from megagrow.schedule.machine import MachineConfig
-from megagrow.train.planning import describe_on_machine
+from megagrow.forecast.machine import MachineConfig
+from megagrow.plan.on_machine import describe_on_machine
 config, machine = load_config(sys.argv[1]), load_settings(MachineConfig, sys.argv[2], ["nodes=512"])
 begin = resource.getrusage(resource.RUSAGE_SELF)
 print(describe_on_machine(config, machine, rank=1777))
@@ -144,7 +144,7 @@ def test_a_plan_is_a_run_that_can_start(tmp_path, capsys):
     last = plan_run(load_config(tmp_path / "plan/config.yaml"), world=4, vocabulary=None).stages[-1]
     assert (last.model.layers, last.model.hidden) == (8, 64)
     # The budget is what the target takes on so many tokens.
-    from megagrow.model.flops import train_flops_per_token
+    from megagrow.models.flops import train_flops_per_token
 
     assert last.plan.end_flops == pytest.approx(1e9 * train_flops_per_token(last.model), rel=0.01)
 

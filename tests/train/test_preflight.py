@@ -9,8 +9,8 @@ import pytest
 from jobs import launch, log_of, settings, write_config
 
 from megagrow.errors import ConfigError, DataError, TrainingError
-from megagrow.train import preflight
-from megagrow.train.preflight import Facts, code_hash, require_agreement, require_clocks
+from megagrow.train.health import preflight
+from megagrow.train.health.preflight import Facts, code_hash, require_agreement, require_clocks
 
 SAME = Facts(rank=0, host="h0", code="c0", versions="torch 2", config="x", data="d", clock=1e9)
 
@@ -67,7 +67,7 @@ def test_code_hash_sees_names_and_contents(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.megagrow, "__file__", str(package / "__init__.py"))
     code_hash.cache_clear()
     assert code_hash() == seen[0]
-    (package / "layout.py").rename(package / "layout2.py")
+    (package / "state/layout.py").rename(package / "layout2.py")
     for change in (lambda: None, lambda: (package / "errors.py").open("a").write("#")):
         change()
         code_hash.cache_clear()

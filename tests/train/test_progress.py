@@ -1,6 +1,6 @@
 import io
 
-from megagrow.train.progress import Progress
+from megagrow.train.logging.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -56,7 +56,7 @@ def test_a_bar_on_a_terminal_with_lines_that_do_not_break_it():
 
 def test_the_time_left_counts_from_the_resumed_step(monkeypatch):
     clock = iter([50.0, 100.0, 110.0, 130.0])  # made, resumed, and two lines
-    monkeypatch.setattr("megagrow.train.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("megagrow.train.logging.progress.time.monotonic", lambda: next(clock))
     stream = io.StringIO()
     progress = Progress(total_steps=100, log_every=10, stream=stream)
     progress.go_on_from(50)

@@ -10,7 +10,7 @@ from jobs import events, launch, log_of, main, settings, train, trajectory, writ
 from test_resume import same_tensors
 
 from megagrow.checkpoint import NativeCheckpoint, step_path
-from megagrow.checkpoint.load import load_model
+from megagrow.checkpoint.convert.load_model import load_model
 from megagrow.data.dataset import open_dataset
 from megagrow.data.sampler import validation_samples
 

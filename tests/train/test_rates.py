@@ -8,10 +8,10 @@ from jobs import events, growths, launch, log_of, main, settings, stages, train,
 from jobs import write_config as write
 
 from megagrow.checkpoint import step_path
-from megagrow.checkpoint.convert import Job, convert
+from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.config.load import parse_config
 from megagrow.errors import ConfigError
-from megagrow.train.plan import plan_run
+from megagrow.train.run_plan import plan_run
 
 
 def staged(*, optimizer=None, schedule=None, policy="sparkling", stage=1):

@@ -7,8 +7,8 @@ import signal
 import pytest
 
 from megagrow.config import RecoveryConfig
-from megagrow.train.recovery import WINDOW, RollBack, StepGuard, is_spike, remember
-from megagrow.train.signals import StopRequest, signal_name
+from megagrow.train.health.recovery import WINDOW, RollBack, StepGuard, is_spike, remember
+from megagrow.train.health.signals import StopRequest, signal_name
 
 
 def judge(guard, loss, norm=1.0, *, recent=(), step=7, losses=None):

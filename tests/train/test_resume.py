@@ -19,13 +19,13 @@ from jobs import (
 )
 
 from megagrow.checkpoint import NativeCheckpoint, list_steps, step_path
-from megagrow.checkpoint.convert import Job, convert
+from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.config import GrowConfig
 from megagrow.errors import CheckpointError
-from megagrow.layout import Layout
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import slots_of
-from megagrow.train.offline import plan_offline, write_offline
+from megagrow.state.layout import Layout
+from megagrow.train.grow_offline import plan_offline, write_offline
 
 # Sparkling leaves young blocks, reset starts the step count again, exact leaves factors.
 POLICIES = ["sparkling", "reset", "exact"]

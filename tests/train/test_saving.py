@@ -67,7 +67,9 @@ def _write_only_when_told(rank, notes):
     from megagrow.engine.engine import Engine
     from megagrow.train.saving import Saver
 
-    saving = sys.modules["megagrow.checkpoint.save"]  # the package has a function of that name
+    saving = sys.modules[
+        "megagrow.checkpoint.native.save"
+    ]  # the package has a function of that name
     news, seen = threading.Condition(), {"steps": 0, "at": 0, "awaited": False}
     write, step, save, wait = saving.write_shard, Engine.train_step, Saver.save, Saver.wait
 
@@ -115,7 +117,7 @@ def test_steps_go_on_while_files_are_written(tmp_path, straight):
 
 
 def _full_disk(rank, step):
-    import megagrow.checkpoint.shards as shards
+    import megagrow.checkpoint.native.shard_file as shards
 
     write = shards.write_past_cache
 

@@ -7,15 +7,15 @@ import time
 
 import pytest
 
-from megagrow.train.signals import agreed, exit_status
+from megagrow.train.health.signals import agreed, exit_status
 
 # A call into C that never comes back, as a collective whose other end is stopped: no handler of
 # Python's runs any more.
 DEADLOCK = """
 import ctypes, os, signal, sys, time
 from pathlib import Path
-from megagrow.train import signals
-from megagrow.train.signals import StopRequest, StoppedWhileStarting, exit_status
+from megagrow.train.health import signals
+from megagrow.train.health.signals import StopRequest, StoppedWhileStarting, exit_status
 
 def hang():
     mutex = ctypes.create_string_buffer(64)
@@ -127,7 +127,7 @@ def test_a_signal_that_a_person_sends_counts_before_those_of_schedulers():
 
 
 def test_signals_do_what_they_did_before_once_nobody_listens():
-    from megagrow.train.signals import ASKING, StopRequest
+    from megagrow.train.health.signals import ASKING, StopRequest
 
     before = [signal.getsignal(number) for number in ASKING]
     with StopRequest().listening() as stop:

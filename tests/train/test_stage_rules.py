@@ -7,9 +7,9 @@ from jobs import events, growths, launch, log_of, settings, train, trajectory, w
 
 from megagrow.config.load import parse_config
 from megagrow.errors import ConfigError
-from megagrow.model.flops import train_flops_per_token
-from megagrow.schedule.planned import planned_ends
-from megagrow.train.plan import plan_run
+from megagrow.forecast.planned_ends import planned_ends
+from megagrow.models.flops import train_flops_per_token
+from megagrow.train.run_plan import plan_run
 
 WIDTH = {"operator": "width", "factor": 2, "rewarm": 1}
 EVERY = {"train": {"validate_every": 1, "validation_samples": 10, "tensorboard": False}}
@@ -90,8 +90,8 @@ def test_planned_is_where_the_small_model_gains_no_more_than_the_large(tmp_path)
     [again] = planned_ends(run, [small, large])
     assert again == end
 
-    from megagrow.schedule.planned import run_law
-    from megagrow.schedule.planner import Curves, size_of
+    from megagrow.forecast.planned_ends import run_law
+    from megagrow.forecast.planner import Curves, size_of
 
     constants = run_law(run)
     curves = Curves(constants, batch_tokens=64)

@@ -10,9 +10,9 @@ from logs import log_growth, log_step
 
 from megagrow.config import Config
 from megagrow.errors import ConfigError, TrainingError
-from megagrow.train.holding import run_id
-from megagrow.train.metrics import MetricsLog
-from megagrow.train.telemetry import Prometheus, TensorBoard, open_mirrors
+from megagrow.train.health.run_lock import run_id
+from megagrow.train.logging.metrics import MetricsLog
+from megagrow.train.logging.telemetry import Prometheus, TensorBoard, open_mirrors
 
 
 def config(run_dir, **train):

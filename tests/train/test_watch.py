@@ -13,7 +13,7 @@ from jobs import launch, settings, write_config
 from torch.distributed import HashStore
 
 from megagrow.config import WatchConfig
-from megagrow.train.watch import Beat, Watch, blame, waits_in
+from megagrow.train.health.watch import Beat, Watch, blame, waits_in
 
 
 def beat(rank, *, count=5, doing="step 8, micro-batch 1", waiting="", idle=1.0):

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from megagrow.bench.faults.training import outcome as trained
-from megagrow.checkpoint.formats import detect
+from megagrow.checkpoint.convert.registry import detect
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import slots_of
 

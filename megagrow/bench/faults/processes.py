@@ -23,8 +23,8 @@ from megagrow.bench.jobs import rank_environment
 LAUNCH = Path(__file__).resolve().parents[3] / "launch"
 CONTEXT = multiprocessing.get_context("forkserver")
 # The second is what the first engine of a process imports, in two seconds.
-_PRELOAD = ["megagrow.train.loop", "torch._dynamo", "megagrow.checkpoint.convert",
-            "megagrow.train.offline", "megagrow.bench.savings.campaign"]  # fmt: skip
+_PRELOAD = ["megagrow.train.loop", "torch._dynamo", "megagrow.checkpoint.convert.run",
+            "megagrow.train.grow_offline", "megagrow.bench.savings.campaign"]  # fmt: skip
 _FIRST_WORDS = {"starting": 0, "comparing": 0, "step": 1, "end": 1, "validation": 2, "saving": 3,
                 "growing": 4, "taking": 4}  # fmt: skip
 DEFECT = 70  # exit status of a process that an error of our own ended (sysexits: EX_SOFTWARE)
@@ -116,7 +116,7 @@ def _main(
 
 
 def _tell_phases(rank: int, phases: Any) -> None:
-    from megagrow.train.watch import Watch
+    from megagrow.train.health.watch import Watch
 
     begin = Watch.begin
 

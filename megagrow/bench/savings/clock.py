@@ -22,8 +22,8 @@ from megagrow.bench.savings.results import SPEEDS, stage_key
 from megagrow.config import Config
 from megagrow.engine.comm import Comm
 from megagrow.files import write_atomically
-from megagrow.train.grow import fill_fresh, start_engine
-from megagrow.train.plan import RunPlan, plan_run
+from megagrow.train.grow_live import fill_fresh, start_engine
+from megagrow.train.run_plan import RunPlan, plan_run
 from megagrow.train.state import RunState
 
 _ROUNDS, _STEPS = 9, 4

@@ -24,8 +24,8 @@ from megagrow.bench.savings.settings import (
 from megagrow.config import Config, ModelConfig
 from megagrow.config.load import parse_config
 from megagrow.errors import ConfigError
-from megagrow.model.flops import matrix_parameters, train_flops_per_token
-from megagrow.train.plan import Stage, plan_run, with_vocabulary
+from megagrow.models.flops import matrix_parameters, train_flops_per_token
+from megagrow.train.run_plan import Stage, plan_run, with_vocabulary
 
 _NEVER = 10**9  # steps
 # Unless `target.checkpoint` says otherwise: a leg that is stopped begins again, and the states that

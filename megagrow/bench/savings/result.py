@@ -22,7 +22,7 @@ def collect(campaign: Campaign) -> Plain:
     """Everything that is known.
 
     Returns:
-        `version`; `config`; `parameters` of the target (`megagrow.model.flops.matrix_parameters`);
+        `version`; `config`; `parameters` of the target (`megagrow.models.flops.matrix_parameters`);
         `budgets`; `smalls`, the small models with the variants that begin with them; `sweeps`;
         `runs`, every run that counts or chose; `bounds`; `rows`, one for each run at each budget,
         those of variants with `called` and `why_not`; `complete`.

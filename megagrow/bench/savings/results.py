@@ -20,7 +20,7 @@ from megagrow.report.log import Line, last_line, read_metrics
 from megagrow.report.run import Run, summarize
 from megagrow.report.thin import Step
 from megagrow.train.checkpoints import DIRECTORY
-from megagrow.train.plan import Stage
+from megagrow.train.run_plan import Stage
 
 Cost = Literal["flops", "tokens", "seconds"]
 COSTS: tuple[Cost, ...] = ("flops", "tokens", "seconds")

@@ -29,9 +29,9 @@ from megagrow.data.dataset import open_dataset
 from megagrow.engine.comm import Comm, start
 from megagrow.errors import TrainingError
 from megagrow.train.checkpoints import DIRECTORY
-from megagrow.train.holding import holding_run
+from megagrow.train.health.run_lock import holding_run
 from megagrow.train.loop import Trainer
-from megagrow.train.plan import plan_run, with_vocabulary
+from megagrow.train.run_plan import plan_run, with_vocabulary
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,289 @@
+"""A conversion as it is asked for, and what it would take: source opened, target planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megagrow
+from megagrow.checkpoint.convert.file_writer import LEAST_BUFFER_BYTES
+from megagrow.checkpoint.convert.registry import detect, get_format
+from megagrow.checkpoint.interface.accounting import made_zeros
+from megagrow.checkpoint.interface.format import (
+    NOTHING_TOLD,
+    FilePiece,
+    LeftOut,
+    ReadOptions,
+    Request,
+    Sink,
+    Source,
+    cut,
+)
+from megagrow.checkpoint.interface.model_of import catalog_for
+from megagrow.checkpoint.interface.own_tokenizer import (
+    OwnTokenizer,
+    own_tokenizer,
+    require_own_tokenizer,
+)
+from megagrow.checkpoint.io.files import READING, naming
+from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.checkpoint.native.shard_file import CHUNK_BYTES
+from megagrow.errors import CheckpointError, ConfigError
+from megagrow.state.catalog import slots_of
+from megagrow.state.layout import Layout
+
+BUFFER_BYTES = 64 << 20
+PIECE_BYTES = 16 * CHUNK_BYTES  # of a file, where it can be cut: what one worker writes at a time
+_SOURCE_BYTES = CHUNK_BYTES  # greatest buffer of a source, for each worker
+_MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to convert, and into what.
+
+    Attributes:
+        source, source_format: what to read; the format is detected where it is None.
+        target, target_format: what to make; nothing may be at `target`.
+        layout: of the target; the source's where it is None.
+        dtype: element type of all values, or None: what the format demands, else the source's.
+        tokenizer: a file or a directory to carry along, or `none`; by default the model's own,
+            if it is found.  Of a format that holds none it is not asked for.
+        allow_other_tokenizer: whether it, or that of `config`, may be another than the model's.
+        file_bytes: greatest size of a file, for formats that cut by size.
+        run_state: for a source that tells none, or a part of it.
+        told: what the source's files do not tell.
+        config, fingerprints: of a run that is to start from the result, in place of the source's.
+    """
+
+    source: Path
+    target: Path
+    target_format: str
+    source_format: str | None = None
+    layout: Layout | None = None
+    dtype: torch.dtype | None = None
+    tokenizer: Path | None = None
+    allow_other_tokenizer: bool = False
+    file_bytes: int = 5 << 30
+    run_state: Mapping[str, Any] = field(default_factory=dict)
+    told: ReadOptions = NOTHING_TOLD
+    config: Mapping[str, Any] | None = None
+    fingerprints: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a conversion takes and leaves.
+
+    Attributes:
+        source_format: as given or detected.
+        bytes: of the files with values.
+        disk_bytes: needed where the target will be: no more than the target itself.
+        free_bytes: there now.
+        memory_bytes: greatest memory for values, all workers together.
+        workers: threads.
+        left_out: what the source holds and the result does not.
+        made: slots of the target that the source lacks, of some tensors or of all: zeros.
+    """
+
+    source_format: str
+    source: Path
+    files: int
+    bytes: int
+    disk_bytes: int
+    free_bytes: int
+    memory_bytes: int
+    workers: int
+    left_out: tuple[LeftOut, ...]
+    made: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        kept: files that a killed run had finished.
+        seconds: of reading and writing, without the verification.
+        rounded: where verified, for each (tensor, slot) whose element type changed: number of
+            values that differ, and the greatest difference relative to the greatest value.
+        described: where verified, for each thing beside the values (step, configuration, ...)
+            whether the result tells the same.
+        notes: of the format, for a person to read.
+    """
+
+    survey: Survey
+    kept: int
+    seconds: float
+    verified: bool
+    rounded: Mapping[tuple[str, str], tuple[int, float]]
+    described: Mapping[str, bool]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A job with its source open and its target planned.
+
+    Attributes:
+        meta: what the result is to say of itself.
+        pieces: of the target's files, each of at most `PIECE_BYTES` or a whole file.
+        digest: equal for two jobs exactly where one may go on with the other's work.
+    """
+
+    job: Job
+    source: Source
+    sink: Sink
+    meta: CheckpointMeta
+    pieces: tuple[FilePiece, ...]
+    digest: str
+
+
+def open_job(job: Job) -> Opened:
+    """Open the source and plan the target.
+
+    Raises:
+        MegagrowError: the source is damaged or cannot be expressed in the target's format.
+    """
+    _require_axes(job)
+    source_format, path = detect(job.source, job.source_format)
+    source = source_format.open(path, job.told)
+    meta = CheckpointMeta(
+        catalog=source.catalog,
+        slots=source.slots,
+        layout=job.layout or source.layout,
+        config=source.config if job.config is None else job.config,
+        fingerprints=source.fingerprints if job.fingerprints is None else job.fingerprints,
+        run_state=_run_state(source, job),
+    )
+    target_format = get_format(job.target_format)
+    tokenizer: OwnTokenizer | str | None = None
+    if "tokenizer" in target_format.options:
+        other = job.allow_other_tokenizer
+        tokenizer = own_tokenizer(source, job.tokenizer, allow_other=other)
+    if job.fingerprints is not None and not job.allow_other_tokenizer:
+        require_own_tokenizer(source, job.fingerprints)
+    if job.config is not None:
+        told = dataclasses.replace(meta, config=source.config, run_state=source.run_state)
+        meta = dataclasses.replace(meta, catalog=catalog_for(meta, told))
+    job = dataclasses.replace(job, source=path.resolve(), source_format=source_format.name)
+    digest = _digest(job, source)
+    request = Request(
+        meta=meta,
+        step=source.step,
+        dtypes={
+            (tensor.name, slot.name): source.dtype(tensor.name, slot.name)
+            for tensor in source.catalog
+            for slot in slots_of(tensor, source.slots)
+        },
+        dtype=job.dtype,
+        nonce=digest,
+        tokenizer=tokenizer,
+        file_bytes=job.file_bytes,
+    )
+    sink = target_format.open_sink(request)
+    _require_whole_slots(source, sink, job)
+    pieces = tuple(piece for plan in sink.files for piece in cut(plan, PIECE_BYTES))
+    return Opened(job, source, sink, meta, pieces, digest)
+
+
+def _run_state(source: Source, job: Job) -> dict[str, Any]:
+    """What a source tells of its run; a foreign one tells a part of what a run needs to go on."""
+    if not source.run_state:
+        return dict(job.run_state)
+    rest = {**job.run_state, "step": source.step} if job.run_state else {}
+    return {**rest, **source.run_state}
+
+
+def _require_axes(job: Job) -> None:
+    """A layout that is asked for must not be dropped because the format has no place for it."""
+    target = get_format(job.target_format)
+    layout = job.layout or Layout()
+    asked = {axis: getattr(layout, axis) for axis in ("tensor", "pipeline", "data")}
+    lost = {axis: n for axis, n in asked.items() if n > 1 and axis not in target.axes}
+    if layout.zero and "data" not in target.axes:
+        lost["zero"] = layout.zero
+    if lost:
+        found = " ".join(f"--{axis} {n}" for axis, n in lost.items())
+        raise ConfigError(
+            f"format {target.name} has no place for a layout's {', '.join(lost)}",
+            found=found,
+            expected=f"{' and '.join(target.axes) or 'no layout'}",
+            mend=f"leave out {found}: the result is the same for any",
+        )
+
+
+def _require_whole_slots(source: Source, sink: Sink, job: Job) -> None:
+    """Of Muon's state other formats would make that of Adam, whose zeros would blow up a run."""
+    partial = {slot.name for slot in source.slots if not slot.matrices}
+    if any(slot.matrices and slot.name in partial for slot in sink.slots):
+        raise CheckpointError(
+            f"{source.path}: its matrices have Muon's momentum and no {', '.join(sorted(partial))},"
+            f" which format {job.target_format} wants of every tensor",
+            mend="convert to native, to dcp, or to huggingface (weights alone)",
+        )
+
+
+def _digest(job: Job, source: Source) -> str:
+    files = []
+    for name, size in source.files.items():
+        with naming(source.path / name, "cannot be examined", READING):
+            files.append((name, size, os.stat(source.path / name).st_mtime_ns))
+    text = json.dumps(
+        [
+            megagrow.__version__,
+            {key: str(value) for key, value in sorted(vars(job).items()) if key != "target"},
+            source.step,
+            source.catalog.fingerprint(),
+            files,
+        ]
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def survey_of(opened: Opened, workers: int | None, buffer_bytes: int) -> Survey:
+    """What the conversion takes and leaves."""
+    if buffer_bytes < LEAST_BUFFER_BYTES:
+        raise CheckpointError(
+            "the buffer is too small",
+            found=f"{buffer_bytes:,} bytes",
+            expected=f"at least {LEAST_BUFFER_BYTES:,} bytes",
+        )
+    job, source, sink = opened.job, opened.source, opened.sink
+    total = sum(plan.bytes for plan in sink.files)
+    if workers is None:
+        # One more than cores: some wait for the disk.
+        workers = min((os.cpu_count() or 1) + 1, _MOST_WORKERS)
+    workers = max(1, min(workers, len(opened.pieces)))
+    place = job.target.resolve().parent
+    while not place.exists():
+        place = place.parent
+    with naming(place, "cannot be examined"):
+        status = os.statvfs(place)
+    hold = [slot.name for slot in sink.slots]
+    no_place = f"no place in format {job.target_format}"
+    return Survey(
+        source_format=str(job.source_format),
+        source=source.path,
+        files=len(sink.files),
+        bytes=total,
+        disk_bytes=total,
+        # Some network file systems state no size at all; there the writes themselves will tell.
+        free_bytes=status.f_bavail * status.f_frsize if status.f_blocks else 1 << 62,
+        memory_bytes=workers * (buffer_bytes + _SOURCE_BYTES),
+        workers=workers,
+        left_out=(
+            *source.left_out,
+            *getattr(sink, "left_out", ()),
+            *(LeftOut(slot.name, no_place) for slot in source.slots if slot.name not in hold),
+        ),
+        made=made_zeros(source, hold),
+    )

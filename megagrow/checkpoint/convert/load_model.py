@@ -1,0 +1,62 @@
+"""A checkpoint of any format as a plain model on one device, for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megagrow.checkpoint.convert.registry import detect
+from megagrow.checkpoint.interface.accounting import summary
+from megagrow.checkpoint.interface.model_of import model_of
+from megagrow.config import ModelConfig
+from megagrow.errors import CheckpointError
+from megagrow.growth.operators.ramp import Ramp
+from megagrow.models.common.masks import ramp_in
+from megagrow.models.transformer import Transformer, named_tensors
+from megagrow.state.boxes import whole
+
+
+def load_model(
+    path: Path,
+    *,
+    name: str | None = None,
+    device: torch.device | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> tuple[Transformer, ModelConfig, Path]:
+    """Read the parameters of a checkpoint into a fp32 model, tensor by tensor.
+
+    Where units of a growth are still coming in, they count as much as at that step of the run.
+
+    Args:
+        path: a checkpoint, or a run directory: its newest one.
+        name: the format; by default the one that it looks like.
+        device: where the model goes; the CPU by default.
+        say: told, line by line, what the checkpoint holds and the model does not.
+
+    Returns:
+        The model, its shape, and the checkpoint that the path meant.
+
+    Raises:
+        CheckpointError: it is none, is damaged, or does not tell its model.
+    """
+    kind, at = detect(path, name)
+    source = kind.open_source(at)
+    for line in summary(source.left_out):
+        say(f"left out: {line}")
+    shape = model_of(source)
+    parameter = next((slot.name for slot in source.slots if slot.kind == "parameter"), None)
+    if parameter is None:
+        raise CheckpointError(f"{at}: holds no parameters")
+    shape = shape.model_copy(update={"dropout": 0.0, "activation_checkpointing": "none"})
+    model = Transformer(shape)
+    with torch.no_grad():
+        for tensor, values in named_tensors(model).items():
+            box = whole(source.catalog[tensor].shape)
+            values.copy_(source.read(tensor, parameter, box).to(torch.float32))
+    model.to(device or torch.device("cpu")).eval()
+    if source.run_state.get("ramp"):
+        ramp = Ramp.from_json(source.run_state["ramp"])
+        ramp_in(model, shape, ramp.old).set(ramp.progress(source.step))
+    return model, shape, at

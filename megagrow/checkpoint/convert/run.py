@@ -1,0 +1,324 @@
+"""Convert a checkpoint from one format and layout to another: a streaming identity transfer.
+
+The work is done beside the target and shows there by one rename:
+
+    TARGET.converting-<digest>/out/         the checkpoint that is to be
+    TARGET.converting-<digest>/done.jsonl   a line for each finished piece of a file: its checksums
+
+The digest is of what is converted and how, so the same command finds the work of one that was
+killed, and goes on after comparing the checksums of what it left.  The workers are threads:
+nearly all of the work (files, copies) is done outside the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megagrow.background import Pool
+from megagrow.checkpoint.convert.file_writer import compare, write_piece
+from megagrow.checkpoint.convert.job import (
+    BUFFER_BYTES,
+    Job,
+    Opened,
+    Report,
+    Survey,
+    open_job,
+    survey_of,
+)
+from megagrow.checkpoint.convert.registry import get_format
+from megagrow.checkpoint.interface.format import FilePiece, Source
+from megagrow.checkpoint.interface.sidecar_checksums import write_seal
+from megagrow.checkpoint.io.files import (
+    READING,
+    naming,
+    open_regular,
+    read_exactly,
+    write_all,
+)
+from megagrow.checkpoint.native.shard_file import CHUNK_BYTES, checksum
+from megagrow.errors import CheckpointError
+from megagrow.files import sync_directory
+from megagrow.lock import holding_output
+from megagrow.state.catalog import slots_of
+
+__all__ = ["BUFFER_BYTES", "Job", "Report", "Survey", "convert", "survey"]
+
+
+def survey(job: Job, *, workers: int | None = None, buffer_bytes: int = BUFFER_BYTES) -> Survey:
+    """What `convert` would do; writes nothing.
+
+    Raises:
+        MegagrowError: the source is damaged or cannot be expressed in the target's format.
+    """
+    return survey_of(open_job(job), workers, buffer_bytes)
+
+
+def convert(
+    job: Job,
+    *,
+    workers: int | None = None,
+    buffer_bytes: int = BUFFER_BYTES,
+    verify: bool = False,
+    moved: Callable[[int], None] = lambda count: None,
+) -> Report:
+    """Convert; the target appears complete or not at all.
+
+    Args:
+        workers: threads; by default one more than there are cores, 8 at most.
+        buffer_bytes: memory for values in each worker.
+        verify: whether to read the result back and compare before it shows at the target.
+        moved: told of bytes written (and of those that a killed run had written).
+
+    Raises:
+        MegagrowError: as `survey`; or the system refused, or the verification failed.
+        LockError: another conversion to the same target runs, or a run trains there.
+    """
+    opened = open_job(job)
+    about = survey_of(opened, workers, buffer_bytes)
+    _refuse_existing(job.target)
+    work = job.target.with_name(f"{job.target.name}.converting-{opened.digest}")
+    with holding_output(job.target):
+        with naming(work, "cannot be made"):
+            (work / "out").mkdir(parents=True, exist_ok=True)
+        out, done = work / "out", work / "done.jsonl"
+        begin = time.perf_counter()
+        kept = _finished(opened.pieces, out, _recorded(done))
+        moved(sum(opened.pieces[i].bytes for i in kept))
+        missing = about.bytes - sum(opened.pieces[i].bytes for i in kept)
+        if about.free_bytes < missing:
+            raise CheckpointError(
+                f"{job.target.parent}: not enough disk space",
+                found=f"{about.free_bytes:,} bytes free",
+                expected=f"at least {missing:,} bytes free",
+                mend="free disk space, or convert to another disk",
+            )
+        sums = dict(kept)
+        todo = [i for i in range(len(opened.pieces)) if i not in kept]
+        with _appending_to(done) as record:
+            site = _Site(opened, work, buffer_bytes, moved, record)
+            sums.update(_each(site, _write, todo, about.workers))
+        seconds = time.perf_counter() - begin
+        checksums: dict[str, list[str]] = {}
+        for index, piece in enumerate(opened.pieces):
+            checksums.setdefault(piece.name, []).extend(sums[index])
+        sizes = {plan.name: plan.bytes for plan in opened.sink.files}
+        _clear_small_files(out, sizes)
+        notes = opened.sink.conclude(out, checksums) or ()
+        _seal(opened, out, checksums)
+        _sync_tree(out, sizes)
+        rounded: dict[tuple[str, str], tuple[int, float]] = {}
+        described: dict[str, bool] = {}
+        if verify:
+            pairs = _pairs(opened, site.result)
+            found = _each(site, _compare, pairs, about.workers)
+            rounded = {pair: result for pair, result in found if result[0]}
+            described = _described(opened, site.result)
+        _commit(out, job.target)
+        shutil.rmtree(work, ignore_errors=True)
+    return Report(about, len(kept), seconds, verify, rounded, described, notes)
+
+
+# --- the directory of the work ------------------------------------------------------------
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise CheckpointError(
+            f"{target}: something lies there already, and nothing is overwritten",
+            mend=f"give another --to, or move it away: mv {target} {target}.old",
+        )
+
+
+@contextlib.contextmanager
+def _appending_to(path: Path) -> Iterator[Callable[[int, list[str]], None]]:
+    """Opens the record; yields what adds a piece and its checksums to it, from any thread."""
+    lock = threading.Lock()
+    with naming(path, "cannot be written"):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+    def add(index: int, sums: list[str]) -> None:
+        # A line that a kill cut short must not spoil the next one.
+        line = f"\n{json.dumps([index, sums])}\n".encode()
+        with lock, naming(path, "cannot be written"):
+            write_all(descriptor, memoryview(line))
+
+    try:
+        yield add
+    finally:
+        os.close(descriptor)
+
+
+def _recorded(path: Path) -> dict[int, list[str]]:
+    """The pieces of which the record says that they are finished."""
+    found: dict[int, list[str]] = {}
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return found
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, TypeError):
+            index, sums = json.loads(line)
+            found[int(index)] = [str(one) for one in sums]
+    return found
+
+
+def _finished(
+    pieces: Sequence[FilePiece], out: Path, recorded: Mapping[int, list[str]]
+) -> dict[int, list[str]]:
+    """The pieces that are whole, with their checksums; compared, not believed."""
+    return {
+        index: sums
+        for index, sums in recorded.items()
+        if 0 <= index < len(pieces)
+        and (out / pieces[index].name).is_file()
+        and _sums(out, pieces[index]) == sums
+    }
+
+
+def _sums(out: Path, piece: FilePiece) -> list[str] | None:
+    path = out / piece.name
+    stop = piece.start + piece.bytes
+    with open_regular(path) as (descriptor, found), naming(path, "cannot be read", READING):
+        if found != piece.file_bytes:
+            return None
+        data, sums = memoryview(bytearray(min(CHUNK_BYTES, piece.bytes))), []
+        for start in range(piece.start, stop, CHUNK_BYTES):
+            part = data[: min(CHUNK_BYTES, stop - start)]
+            if not read_exactly(descriptor, part, start):
+                return None
+            sums.append(checksum(part))
+    return sums
+
+
+def _clear_small_files(out: Path, sizes: Mapping[str, int]) -> None:
+    """Delete what `conclude` left when it was killed."""
+    for path in sorted(out.rglob("*"), reverse=True):
+        if path.is_file() and path.relative_to(out).as_posix() not in sizes:
+            path.unlink()
+
+
+def _seal(opened: Opened, out: Path, checksums: Mapping[str, Sequence[str]]) -> None:
+    """Leave checksums where the format has no place for them."""
+    made = get_format(opened.job.target_format)
+    if made.sealed:
+        return
+    room = made.find(out)
+    assert room is not None
+    below = f"{room.relative_to(out).as_posix()}/".removeprefix("./")
+    sizes = {plan.name.removeprefix(below): plan.bytes for plan in opened.sink.files}
+    write_seal(room, sizes, {n.removeprefix(below): sums for n, sums in checksums.items()})
+
+
+def _sync_tree(out: Path, sizes: Mapping[str, int]) -> None:
+    for path in (*out.rglob("*"), out):
+        with naming(path, "cannot be synchronised"):
+            if path.is_dir():
+                sync_directory(path)
+            elif path.relative_to(out).as_posix() not in sizes:
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+
+
+def _commit(out: Path, target: Path) -> None:
+    _refuse_existing(target)
+    with naming(target, "cannot be committed"):
+        os.rename(out, target)
+        sync_directory(target.parent)
+
+
+# --- the work -----------------------------------------------------------------------------
+
+
+@dataclass
+class _Site:
+    """What the workers have at hand."""
+
+    opened: Opened
+    work: Path
+    buffer_bytes: int
+    told: Callable[[int], None]
+    finished: Callable[[int, list[str]], None]
+    stop: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @cached_property
+    def result(self) -> Source:
+        """What was made, open for reading."""
+        return get_format(self.opened.job.target_format).open_source(self.work / "out")
+
+    def moved(self, count: int) -> None:
+        """Tell of progress; ends the worker where another has failed."""
+        if self.stop.is_set():
+            raise CheckpointError("the conversion was ended")
+        with self._lock:
+            self.told(count)
+
+
+def _write(site: _Site, index: int) -> list[str]:
+    piece = site.opened.pieces[index]
+    path = site.work / "out" / piece.name
+    with naming(path.parent, "cannot be made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    sums = write_piece(
+        path, piece, site.opened.source, buffer_bytes=site.buffer_bytes, moved=site.moved
+    )
+    site.finished(index, sums)
+    return sums
+
+
+def _pairs(opened: Opened, new: Source) -> list[tuple[str, str]]:
+    """All (tensor, slot) of the result, once it is seen to have the tensors that it should."""
+    wanted = {tensor.name: tensor.shape for tensor in opened.source.catalog}
+    found = {tensor.name: tensor.shape for tensor in new.catalog}
+    slots = [slot.name for slot in new.slots]
+    if wanted != found or set(slots) != {slot.name for slot in opened.sink.slots}:
+        odd = sorted(set(wanted.items()) ^ set(found.items()))[:4]
+        raise CheckpointError(f"{new.path}: not what was converted", found=odd or slots)
+    return [(t.name, slot.name) for t in new.catalog for slot in slots_of(t, new.slots)]
+
+
+def _described(opened: Opened, new: Source) -> dict[str, bool]:
+    """Whether the result tells the same as it was asked to, beside the values."""
+    meta = opened.meta
+    pairs = {
+        "step": (opened.source.step, new.step),
+        "configuration": (meta.config, new.config),
+        "run state": (meta.run_state, new.run_state),
+        "fingerprints": (meta.fingerprints, new.fingerprints),
+    }
+    # Formats hold text: a tuple comes back as a list.
+    return {
+        what: json.dumps(asked, sort_keys=True, default=str)
+        == json.dumps(found, sort_keys=True, default=str)
+        for what, (asked, found) in pairs.items()
+        if asked
+    }
+
+
+def _compare(site: _Site, pair: tuple[str, str]) -> tuple[int, float]:
+    return compare(site.opened.source, site.result, *pair, buffer_bytes=site.buffer_bytes)
+
+
+def _each(
+    site: _Site, task: Callable[[_Site, Any], Any], items: Sequence[Any], workers: int
+) -> Iterator[tuple[Any, Any]]:
+    """(item, result) of each item, in any order; the first error ends the work."""
+    if workers == 1 or len(items) < 2:
+        for item in items:
+            yield item, task(site, item)
+        return
+    with Pool(workers, "convert") as pool:
+        yield from pool.each(lambda item: task(site, item), items, on_error=site.stop.set)

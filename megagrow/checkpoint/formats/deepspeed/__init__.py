@@ -1,0 +1,1 @@
+"""Checkpoints as DeepSpeed's engine saves them."""

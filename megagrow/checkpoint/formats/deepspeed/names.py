@@ -1,0 +1,100 @@
+"""What DeepSpeed calls our tensors, and which model its names and shapes tell of.
+
+A plain module's parameter is `layers.<place>.<name in its layer>`, a pipeline's `<place>.<...>`,
+where place counts the layer list: 0 the embedding, 1 to L the blocks, L + 1 the head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from megagrow.config import ModelConfig
+from megagrow.models.catalog import build_catalog
+from megagrow.state.catalog import Catalog, Init, LogicalTensor
+
+# In the dictionary of a model_states file, where DeepSpeed keeps what its client adds.
+CLIENT = "megagrow"
+_UNTOLD_SEQUENCE = 2048  # LLaMA's tensors do not tell how long samples were
+_OURS = re.compile(r"(?:layers\.)?(\d+)\.(.+)")
+
+
+def module_name(name: str, place: int, last: int, *, pipelined: bool) -> str:
+    """The parameter's name in the module; `last` is the head's place."""
+    inner = layer_name(name, place, last)
+    return f"{place}.{inner}" if pipelined else f"layers.{place}.{inner}"
+
+
+def layer_name(name: str, place: int, last: int) -> str:
+    """The parameter's name in its layer."""
+    if place == 0:
+        return name.removeprefix("embedding.")
+    return name if place == last else name.removeprefix(f"layers.{place - 1}.")
+
+
+def logical_name(module: str, last: int) -> str | None:
+    """Inverse of `module_name`; None for a name of another form."""
+    match = _OURS.fullmatch(module)
+    if match is None:
+        return None
+    place, inner = int(match[1]), match[2]
+    if place == 0:
+        return f"embedding.{inner}"
+    return inner if place == last else f"layers.{place - 1}.{inner}"
+
+
+def last_place(modules: Iterable[str]) -> int:
+    """The head's place, if the names are ours; -1 if one has another form."""
+    matches = [_OURS.fullmatch(module) for module in modules]
+    return max((int(m[1]) if m else -1 for m in matches), default=-1) if all(matches) else -1
+
+
+def recognised_model(shapes: Mapping[str, tuple[int, ...]], *, tensor: int) -> ModelConfig | None:
+    """The model that the shapes of one tensor-parallel rank's parameters tell of, if any.
+
+    With several tensor-parallel ranks the vocabulary counts its padding, and of a LLaMA the
+    sequence length is a guess: no shape tells either.
+
+    Args:
+        shapes: by logical name.
+        tensor: number of tensor-parallel ranks.
+    """
+    try:
+        groups, queries, head_dim, hidden = shapes["layers.0.attention.qkv.weight"]
+        up, token = shapes["layers.0.mlp.up.weight"], shapes["embedding.token"]
+        position = shapes.get("embedding.position")
+        blocks = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
+        model = ModelConfig.model_validate(
+            {
+                "family": "gpt2" if position else "llama",
+                "layers": len(blocks),
+                "hidden": hidden,
+                "heads": groups * tensor * (queries - 2),
+                "kv_heads": groups * tensor,
+                "head_dim": head_dim,
+                "ffn": up[-2] * tensor,
+                "sequence": position[0] if position else _UNTOLD_SEQUENCE,
+                "vocab": token[0] * tensor,
+                "tie_embeddings": "output.weight" not in shapes,
+            }
+        )
+    except (KeyError, ValueError, IndexError):
+        return None
+    return model if {t.name for t in build_catalog(model)} == set(shapes) else None
+
+
+def plain_catalog(shapes: Mapping[str, tuple[int, ...]], decayed: Mapping[str, bool]) -> Catalog:
+    """The catalog of a model that is not ours: whole tensors under their own names."""
+    return Catalog(
+        tuple(
+            LogicalTensor(
+                name=name,
+                shape=shape,
+                axes=tuple(f"axis{i}" for i in range(len(shape))),
+                init=Init("normal", 0.02),
+                decay=decayed.get(name, len(shape) > 1),
+                places=(0,),
+            )
+            for name, shape in shapes.items()
+        )
+    )

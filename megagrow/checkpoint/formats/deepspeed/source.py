@@ -1,0 +1,185 @@
+"""Checkpoints of DeepSpeed's engine: what `save_checkpoint` writes, ZeRO 0 to 3, pipelines.
+
+    <tag>/mp_rank_MM_model_states.pt                       parameters, counters, order of groups
+    <tag>/zero_pp_rank_D_mp_rank_MM_model_states.pt        the same where ZeRO 3 cuts parameters
+    <tag>/layer_LL-model_TT-model_states.pt                parameters of a pipeline's layer
+    <tag>/[bf16_]zero_pp_rank_D_mp_rank_MM_optim_states.pt flat partitions: masters and moments
+    latest                                                 the tag
+
+MM counts pipeline stages and within them tensor-parallel ranks, D data-parallel ranks.  Read
+from DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megagrow.checkpoint.formats.deepspeed import names
+from megagrow.checkpoint.formats.deepspeed.engine_state import (
+    KEY,
+    EngineState,
+    collected,
+    dealt_out,
+    left_out_of,
+    read_engine,
+)
+from megagrow.checkpoint.formats.deepspeed.files import MODEL, Tag
+from megagrow.checkpoint.formats.deepspeed.mapping import read_mapping
+from megagrow.checkpoint.formats.deepspeed.scheme import (
+    Scheme,
+    group_order,
+    mapped,
+    recognised,
+    with_roles,
+)
+from megagrow.checkpoint.formats.deepspeed.sink import DeepSpeedSink
+from megagrow.checkpoint.interface.format import Format, LeftOut, Source
+from megagrow.checkpoint.interface.stored_source import Record, StoredBox, StoredSource
+from megagrow.checkpoint.io.files import laid_out
+from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.state.boxes import flat_offset, flat_range_boxes
+from megagrow.state.catalog import Catalog
+
+
+def open_source(path: Path) -> Source:
+    """Open a tag's directory, or the one above it.
+
+    The model is the one that the checkpoint's client state tells of (under the key
+    ``megagrow``), else the one of ours that names and shapes tell of, else plain tensors under
+    their own names.  A mapping file beside the files settles it: see `deepspeed_mapping`.
+
+    Raises:
+        CheckpointError: missing, damaged, incomplete, hostile, or cut over tensor-parallel ranks
+            in a way that nothing tells.
+    """
+    with laid_out(path, "DeepSpeed 0.19 lays checkpoints out"):
+        return _open(Tag(find(path) or path))
+
+
+def _open(tag: Tag) -> Source:
+    told = client_state(tag.head)
+    mapping = read_mapping(tag.path)
+    scheme = mapped(tag, *mapping) if mapping else recognised(tag, told)
+    config = dict(told["config"])
+    if scheme.model:
+        config.setdefault("model", scheme.model.model_dump(mode="json", by_alias=True))
+    if tag.optimizer:
+        config.setdefault("optimizer", tag.optimizer)
+    config.setdefault("precision", {"dtype": tag.precision})
+    steps = tag.head.get("global_steps")
+    state = dict(told["run_state"]) or {"optimizer_step": tag.optimizer_step}
+    order = group_order(tag, scheme, state, mapping[0] if mapping else None)
+    catalog = with_roles(tag, scheme, order)
+    left_out = [*tag.left_out, *_left_out(tag, scheme)]
+    if scheme.model is None:
+        engine = _engine(tag, scheme, order)
+        if engine is not None:
+            state[KEY] = engine.to_json()
+    boxes = list(_boxes(tag, scheme, catalog, order))
+    used = {box.file for box in boxes}
+    return StoredSource(
+        tag.path,
+        meta=CheckpointMeta(catalog, tag.slots, tag.layout, config, told["fingerprints"], state),
+        step=told["step"] if told["step"] is not None else int(steps or tag.optimizer_step or 0),
+        sizes={name: tag.files[name].size for name in sorted(used)},
+        boxes=boxes,
+        records=[Record(name, *record) for name in used for record in tag.files[name].records],
+        left_out=left_out,
+    )
+
+
+def _left_out(tag: Tag, scheme: Scheme) -> Iterator[LeftOut]:
+    """What the files hold and the scheme has no place for."""
+    for name in sorted({name for kept in tag.buffers for name in kept} - set(scheme.names)):
+        yield LeftOut(name, "a buffer that the model does not have")
+    for name in tag.aliases:
+        if tag.aliases[name] not in scheme.names:
+            yield LeftOut(name, "a further name of what is left out")
+    for mp in range(tag.model_parallel):
+        yield from tag.saved(mp).left_out(f"rank {mp}", tag.slots)
+    yield from left_out_of(tag.saved(0), tag.head, ours=scheme.model is not None)
+
+
+def _engine(
+    tag: Tag, scheme: Scheme, order: Sequence[Sequence[Sequence[str]]]
+) -> EngineState | None:
+    """What its engine has besides tensors, where the optimizer has saved anything of it."""
+    saved = tag.saved(0)
+    stages = range(0, tag.model_parallel, tag.layout.tensor)
+    if not saved.groups:
+        return None
+    groups: list[list[str]] = [[] for _ in saved.groups]
+    for mp in stages:
+        for group, stored in zip(groups, tag.groups(mp) if tag.zero else order[mp], strict=True):
+            if dealt_out(tag.head, tag.zero):
+                stored = collected(stored, tag.layout.data)
+            group += [scheme.names[name] for name in stored]
+    slots = [slot.name for slot in tag.slots[1:]]
+    return read_engine(saved, tag.head, groups=groups, slots=slots, zero=tag.zero)
+
+
+def client_state(head: Mapping[str, Any]) -> dict[str, Any]:
+    """What our own sink (or a run's client state) left: config, run_state, fingerprints, step."""
+    told = head.get(names.CLIENT)
+    told = told if isinstance(told, dict) else {}
+    parts = ("config", "run_state", "fingerprints")
+    found = {key: told[key] if isinstance(told.get(key), dict) else {} for key in parts}
+    return {**found, "step": told["step"] if type(told.get("step")) is int else None}
+
+
+def _boxes(
+    tag: Tag, scheme: Scheme, catalog: Catalog, order: Sequence[Sequence[Sequence[str]]]
+) -> Iterator[StoredBox]:
+    home: dict[str, int] = {}
+    for piece in tag.pieces(order):
+        if piece.name not in scheme.names:  # a buffer that is left out
+            continue
+        name = scheme.names[piece.name]
+        stage, rank = divmod(piece.mp, tag.layout.tensor)
+        local = scheme.local(piece.name, catalog[name], rank)
+        if home.setdefault(name, stage) != stage or (rank and not local.split):
+            continue  # a replica
+        if piece.offset + piece.stop - piece.start > piece.tensor.numel:
+            raise tag.fault(f"{piece.tensor.path.name}: {name}, slot {piece.slot} is cut short")
+        for box, _ in flat_range_boxes(local.shape, piece.start, piece.stop):
+            for block, origin in local.blocks:
+                kept = box.intersect(block)
+                if kept is not None:
+                    at = flat_offset(local.shape, kept.offset) - piece.start
+                    yield StoredBox(
+                        name,
+                        piece.slot,
+                        kept.relative_to(block.offset).moved_by(origin),
+                        piece.tensor.path.name,
+                        piece.tensor.start + (piece.offset + at) * piece.tensor.dtype.itemsize,
+                        piece.tensor.dtype,
+                    )
+
+
+def find(path: Path) -> Path | None:
+    """The tag's directory that a path means: itself, or the one that `latest` names."""
+    if _is_tag(path):
+        return path
+    latest = path / "latest"
+    if latest.is_file() and latest.stat().st_size < 1000:
+        named = path / latest.read_text(errors="replace").strip()
+        if named.parent == path and _is_tag(named):
+            return named
+    return None
+
+
+def _is_tag(path: Path) -> bool:
+    if not path.is_dir() or (path / "zero").is_dir():  # a universal checkpoint
+        return False
+    return any(MODEL.fullmatch(entry.name) for entry in path.iterdir())
+
+
+FORMAT = Format(
+    name="deepspeed",
+    about="what DeepSpeed's engine saves, ZeRO 0 to 3, pipelines",
+    find=find,
+    open_source=open_source,
+    open_sink=DeepSpeedSink,
+)

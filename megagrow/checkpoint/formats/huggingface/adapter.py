@@ -1,0 +1,348 @@
+"""Directories of Hugging Face: GPT-2 and LLaMA, parameters in safetensors files and config.json.
+
+Each stored array is a box of one logical tensor with its axes in another order; the tables in
+`huggingface_names` say which.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from megagrow.checkpoint.containers.pickle_reader import StoredTensor
+from megagrow.checkpoint.containers.safetensors import (
+    StoredArray,
+    make_header,
+    read_header,
+    read_json,
+)
+from megagrow.checkpoint.formats.huggingface.config import read_model, write_config
+from megagrow.checkpoint.formats.huggingface.names import Link, links
+from megagrow.checkpoint.formats.huggingface.tokenizer import carried, compare
+from megagrow.checkpoint.interface.accounting import account, unread_files
+from megagrow.checkpoint.interface.duplicates import require_frequencies, same_values
+from megagrow.checkpoint.interface.format import (
+    NOTHING_TOLD,
+    FilePlan,
+    Format,
+    LeftOut,
+    ReadOptions,
+    Request,
+    Segment,
+    Values,
+)
+from megagrow.checkpoint.interface.model_of import model_of, refuse_ramp
+from megagrow.checkpoint.interface.own_tokenizer import (
+    COMPANIONS,
+    FILES,
+    OwnTokenizer,
+    fingerprints_beside,
+)
+from megagrow.checkpoint.interface.stored_source import StoredBox, StoredSource
+from megagrow.checkpoint.io.files import RESTORE, naming, read_small, write_new
+from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.config import InitConfig, ModelConfig
+from megagrow.errors import CheckpointError, ConfigError
+from megagrow.models.catalog import build_catalog
+from megagrow.state.catalog import MASTER
+from megagrow.state.layout import Layout
+
+_CONFIG, _INDEX, _ONE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_RUN = "megagrow.json"  # fingerprints of what the model was trained with
+
+
+# Buffers that old versions stored along.
+_MASK = {
+    "gpt2": re.compile(r"(transformer\.)?h\.\d{1,6}\.attn\.(bias|masked_bias)"),
+    "llama": re.compile(r"(?!)"),
+}
+_FREQUENCIES = re.compile(r"model\.(layers\.\d{1,6}\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+# --- reading ------------------------------------------------------------------------------
+
+
+def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
+    """Open a directory of Hugging Face.
+
+    Args:
+        told: settings of config.json to ignore.
+
+    Raises:
+        CheckpointError: damaged, incomplete, or of a model that megagrow cannot express.
+    """
+    where = path / _CONFIG
+    if told.vocabulary is not None:
+        raise ConfigError(f"{where} tells the vocabulary", mend="leave out --vocab-size")
+    model, settings = read_model(read_json(where), where=str(where), ignore=told.ignore)
+    arrays, sizes = _arrays(path)
+    held = set(arrays)
+    if model.layers > len(arrays):
+        raise CheckpointError(
+            f"{where}: tells of {model.layers} layers, but there are {len(arrays)} tensors in all"
+        )
+    catalog = build_catalog(model)
+    boxes, carried = [], set()
+    for link in links(model, catalog):
+        name = _stored_name(link.stored, arrays)
+        array = arrays.pop(name, None)
+        if array is None:
+            raise CheckpointError(
+                f"{path}: tensor {link.stored} is missing",
+                expected=f"shape {list(link.shape)}",
+                mend=RESTORE,
+            )
+        if array.shape != link.shape:
+            raise CheckpointError(
+                f"{path / array.file}: tensor {link.stored}: shape is not that of config.json",
+                found=list(array.shape),
+                expected=list(link.shape),
+            )
+        carried.add(name)
+        boxes.append(
+            StoredBox(
+                link.tensor, MASTER.name, link.box, array.file, array.start, array.dtype, link.axes
+            )
+        )
+    derived = {name for name, array in arrays.items() if _follows(path, name, array, model, boxes)}
+    masks = {name for name in set(arrays) - derived if _MASK[model.family].fullmatch(name)}
+    odd = sorted(set(arrays) - derived - masks)
+    if odd:
+        raise CheckpointError(
+            f"{path / arrays[odd[0]].file}: tensor {odd[0][:200]} is not in the model of {_CONFIG}",
+            found=f"{len(odd)} such tensors",
+        )
+    meta = CheckpointMeta(
+        catalog=catalog,
+        slots=(MASTER,),
+        layout=Layout(),
+        config={"model": model.model_dump(mode="json", by_alias=True)},
+        fingerprints={**_run_fingerprints(path), **fingerprints_beside(path)},
+        run_state={},
+    )
+    left_out = account(
+        held,
+        carried=carried,
+        derived=derived,
+        left_out=[LeftOut(name, "a mask, which transformers does not load") for name in masks],
+    )
+    files = [
+        LeftOut(item.name, "the tokenizer's, which formats with a place for it carry along")
+        if item.name in (*FILES, *COMPANIONS)
+        else item
+        for item in unread_files(path, {_CONFIG, _INDEX, _RUN, *sizes})
+    ]
+    return StoredSource(
+        path, meta=meta, step=0, sizes=sizes, boxes=boxes, left_out=(*left_out, *settings, *files)
+    )
+
+
+def _follows(
+    path: Path, name: str, array: StoredArray, model: ModelConfig, boxes: Sequence[StoredBox]
+) -> bool:
+    """Whether an array follows from what is carried: a tied head, or rotary frequencies.
+
+    Raises:
+        CheckpointError: it should and does not.
+    """
+    at = f"{path / array.file}: tensor {name}"
+    stored = StoredTensor(path / array.file, array.start, array.dtype, array.shape)
+    if name == "lm_head.weight" and model.tie_embeddings:
+        [box] = [box for box in boxes if box.tensor == "embedding.token"]
+        token = StoredTensor(path / box.file, box.start, box.dtype, box.box.shape)
+        if not same_values(stored, token):
+            raise CheckpointError(
+                f"{at}: is a head of its own, but {_CONFIG} says that it is the token table",
+                found="tie_word_embeddings: true, and other values in the head",
+                mend=f"set tie_word_embeddings: false in a copy of {_CONFIG} to keep the head, or "
+                "save the model without it",
+            )
+        return True
+    if model.family == "llama" and _FREQUENCIES.fullmatch(name):
+        require_frequencies(stored, model.rope_theta, model.head_dim, at=at)
+        return True
+    return False
+
+
+def _run_fingerprints(path: Path) -> dict[str, str]:
+    """What our own export has written down of the run."""
+    if not (path / _RUN).is_file():
+        return {}
+    found = read_json(path / _RUN).get("fingerprints")
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise CheckpointError(f"{path / _RUN}: damaged", mend=RESTORE)
+    return found
+
+
+def _stored_name(name: str, arrays: Mapping[str, StoredArray]) -> str:
+    """The name as this directory spells it: GPT-2's release leaves its prefix out."""
+    return name if name in arrays else name.removeprefix("transformer.")
+
+
+def _arrays(path: Path) -> tuple[dict[str, StoredArray], dict[str, int]]:
+    """All arrays by name, and the size of each file."""
+    if not (path / _INDEX).exists():
+        if not (path / _ONE).exists():
+            raise CheckpointError(
+                f"{path}: has no {_ONE}",
+                found=", ".join(sorted(p.name for p in path.iterdir())[:8]),
+                mend="save the model with transformers' save_pretrained, which writes safetensors",
+            )
+        arrays, size = read_header(path, _ONE)
+        return arrays, {_ONE: size}
+    where = path / _INDEX
+    files = read_json(where).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{where}: has no weight_map", mend=RESTORE)
+    arrays, sizes = {}, {}
+    names = sorted({str(file) for file in files.values()})
+    for file in names:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors", file):
+            raise CheckpointError(
+                f"{where}: names a file that is none of this directory", found=repr(file[:200])
+            )
+    for file in names:
+        held, sizes[file] = read_header(path, file)
+        named = {name for name, where_to in files.items() if where_to == file}
+        if named != set(held):
+            odd = sorted(named ^ set(held))[0]
+            raise CheckpointError(
+                f"{path / file}: tensor {odd[:200]}: index and file disagree",
+                found=f"{_INDEX} {'names' if odd in named else 'does not name'} it there",
+                mend=RESTORE,
+            )
+        arrays.update(held)
+    return arrays, sizes
+
+
+# --- writing ------------------------------------------------------------------------------
+
+
+class HuggingFaceSink:
+    """One file of parameters, or several by size with an index; config.json; tokenizer files."""
+
+    slots = (MASTER,)
+    left_out: tuple[LeftOut, ...] = ()
+
+    def __init__(self, request: Request) -> None:
+        refuse_ramp(request.meta, program="transformers")
+        model = model_of(request.meta)
+        self._tokenizer = carried(
+            request.tokenizer, vocabulary=model.vocabulary, sequence=model.sequence
+        )
+        fingerprints = dict(request.meta.fingerprints)
+        if isinstance(request.tokenizer, OwnTokenizer) and request.tokenizer.sha256:
+            fingerprints["tokenizer"] = request.tokenizer.sha256
+        shards: list[list[Link]] = [[]]
+        filled = 0
+        dtypes: set[torch.dtype] = set()
+        for link in links(model, request.meta.catalog):
+            dtype = request.dtype_of(link.tensor, MASTER.name)
+            size = math.prod(link.shape) * dtype.itemsize
+            if shards[-1] and filled + size > request.file_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(link)
+            filled += size
+            dtypes.add(dtype)
+        self.left_out = tuple(_not_told(model))
+        dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+        self._config = write_config(model, dtype) | dict(self._tokenizer.ids)
+        self._weight_map: dict[str, str] = {}
+        self._total = 0
+        self.files: list[FilePlan] = []
+        for number, shard in enumerate(shards, start=1):
+            name = _ONE
+            if len(shards) > 1:
+                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self.files.append(self._plan(name, shard, request))
+        self._sharded = len(shards) > 1
+        if fingerprints:
+            # A file like those of the weights: it is sealed as they are.
+            text = json.dumps({"fingerprints": fingerprints}, indent=2) + "\n"
+            self.files.append(FilePlan(_RUN, [text.encode()]))
+
+    def _plan(self, name: str, shard: Sequence[Link], request: Request) -> FilePlan:
+        values = {
+            link.stored: Values(
+                link.tensor,
+                MASTER.name,
+                link.box,
+                request.dtype_of(link.tensor, MASTER.name),
+                link.axes,
+            )
+            for link in shard
+        }
+        self._weight_map.update(dict.fromkeys(values, name))
+        self._total += sum(item.bytes for item in values.values())
+        order = sorted(shard, key=lambda link: -values[link.stored].dtype.itemsize)
+        head = make_header([(link.stored, values[link.stored].dtype, link.shape) for link in order])
+        segments: list[Segment] = [head, *(values[link.stored] for link in order)]
+        return FilePlan(name, segments)
+
+    def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> Sequence[str]:
+        """Write index, configurations and the tokenizer's files; see that transformers agrees."""
+        _write_json(directory / _CONFIG, self._config)
+        if self._sharded:
+            index = {
+                "metadata": {"total_size": self._total},
+                "weight_map": dict(sorted(self._weight_map.items())),
+            }
+            _write_json(directory / _INDEX, index)
+        for name, content in self._tokenizer.files.items():
+            with naming(directory / name, "cannot be written"):
+                write_new(directory / name, content)
+        compared = [compare(directory, self._tokenizer)] if self._tokenizer.files else []
+        return [*self._tokenizer.notes, *compared]
+
+
+def _not_told(model: ModelConfig) -> Iterator[LeftOut]:
+    """Settings of the training that a config.json has no place for."""
+    if model.family == "llama" and model.dropout:
+        yield LeftOut(f"dropout {model.dropout}", "transformers' LLaMA has no dropout")
+    if isinstance(model.init_std, InitConfig):
+        stds = model.init_std.model_dump(exclude_none=True)
+        told = ", ".join(f"{role} {std}" for role, std in stds.items())
+        reason = "initializer_range is one number: that of the matrices"
+        if model.stds.matrices is None:
+            reason = "initializer_range is one number: transformers' default, 0.02"
+        yield LeftOut(f"init_std by role ({told}), of fresh parameters", reason)
+    if model.mup is not None:
+        reason = "of a run that goes on; the weights are those of a plain model"
+        yield LeftOut("mup: initialisation and rates by the shape", reason)
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    with naming(path, "cannot be written"):
+        write_new(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _find(path: Path) -> Path | None:
+    """The directory itself, if it has a config.json beside weights of any kind.
+
+    Of a model's part of Hugging Face's cache (models--NAME) its revision `main`.
+    """
+    main = path / "refs" / "main"
+    if main.is_file() and (path / "snapshots").is_dir():
+        revision = read_small(main, 1000).decode(errors="replace").strip()
+        if re.fullmatch(r"[0-9a-f]{6,64}", revision):
+            path = path / "snapshots" / revision
+    weights = (_ONE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+    held = (path / _CONFIG).is_file() and any((path / name).exists() for name in weights)
+    return path if held else None
+
+
+FORMAT = Format(
+    name="huggingface",
+    about="GPT-2 and LLaMA directories of Hugging Face: parameters in safetensors, config.json",
+    find=_find,
+    open_source=open_source,
+    open_sink=HuggingFaceSink,
+    open_told=open_source,
+    options=frozenset({"tokenizer", "shard-gib"}),
+)

@@ -1,0 +1,309 @@
+"""What Megatron-LM calls our tensors, and its arguments and our section `model`, both ways.
+
+Three ways of naming are read: Megatron-Core's with its own layers (`local`), the same with
+Transformer Engine's, whose norms belong to the linear layer behind them, and the classic model's
+(`language_model.encoder...`, `language_model.transformer...`).  The first is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from megagrow.checkpoint.formats.megatron.arguments import require_known
+from megagrow.checkpoint.interface.format import LeftOut, ReadOptions
+from megagrow.config import ModelConfig
+from megagrow.config.load import in_words
+from megagrow.errors import CheckpointError
+from megagrow.state.boxes import Box
+from megagrow.state.catalog import LogicalTensor
+from megagrow.state.layout import Layout
+from megagrow.state.placement import split_axis
+
+DIVISOR = 128  # Megatron's default of make_vocab_size_divisible_by
+
+# In the order in which Megatron-Core's layer lists its parameters: its optimizer counts so.
+IN_LAYER = {
+    "attention.norm": "input_layernorm",
+    "attention.out": "self_attention.linear_proj",
+    "attention.qkv": "self_attention.linear_qkv",
+    "mlp.norm": "pre_mlp_layernorm",
+    "mlp.up": "mlp.linear_fc1",
+    "mlp.down": "mlp.linear_fc2",
+}
+_PARTS = {
+    **{theirs: ours for ours, theirs in IN_LAYER.items()},
+    "self_attention.linear_qkv.layer_norm": "attention.norm",
+    "mlp.linear_fc1.layer_norm": "mlp.norm",
+    "input_norm": "attention.norm",
+    "self_attention.query_key_value": "attention.qkv",
+    "attention.query_key_value": "attention.qkv",
+    "self_attention.dense": "attention.out",
+    "attention.dense": "attention.out",
+    "post_attention_layernorm": "mlp.norm",
+    "post_attention_norm": "mlp.norm",
+    "mlp.dense_h_to_4h": "mlp.up",
+    "mlp.dense_4h_to_h": "mlp.down",
+}
+_ENDS = {
+    "embedding.word_embeddings.weight": "embedding.token",
+    "embedding.position_embeddings.weight": "embedding.position",
+    "output_layer.weight": "output.weight",
+}
+TIED_COPIES = ("output_layer.weight", "word_embeddings_for_head.weight")
+_LAYER = re.compile(r"(?:decoder|encoder|transformer)\.layers\.(\d{1,6})\.(.+)[._](weight|bias)")
+_FINAL = re.compile(r"(?:decoder|encoder|transformer)\.final_(?:layer)?norm\.(weight|bias)")
+_NO_PARAMETERS = re.compile(r"(.*\.)?(_extra_state|rotary_pos_emb\.inv_freq|attention_mask)")
+
+
+def megatron_name(name: str, first_layer: int) -> str:
+    """Megatron-Core's name of a tensor on a stage that begins with our layer `first_layer`."""
+    ends = {ours: theirs for theirs, ours in _ENDS.items()}
+    if name in ends:
+        return ends[name]
+    if name.startswith("final_norm."):
+        return name.replace("final_norm", "decoder.final_layernorm", 1)
+    _, layer, rest = name.split(".", 2)
+    part, kind = rest.rsplit(".", 1)
+    return f"decoder.layers.{int(layer) - first_layer}.{IN_LAYER[part]}.{kind}"
+
+
+def is_parameter(stored: str) -> bool:
+    """Whether a name is one of a parameter, not of what a module keeps besides."""
+    return _NO_PARAMETERS.fullmatch(stored) is None
+
+
+def local_layer(stored: str) -> int | None:
+    """The number on its stage of the layer that a parameter belongs to."""
+    match = _LAYER.fullmatch(stored.removeprefix("language_model."))
+    return int(match[1]) if match else None
+
+
+def logical_name(stored: str, first_layer: int) -> str | None:
+    """Our name of a parameter; None for one that our models do not have."""
+    plain = stored.removeprefix("language_model.")
+    if plain in _ENDS:
+        return _ENDS[plain]
+    if match := _FINAL.fullmatch(plain):
+        return f"final_norm.{match[1]}"
+    match = _LAYER.fullmatch(plain)
+    part = _PARTS.get(match[2]) if match else None
+    if match is None or part is None:
+        return None
+    return f"layers.{int(match[1]) + first_layer}.{part}.{match[3]}"
+
+
+# --- shapes -------------------------------------------------------------------------------
+
+
+def padded_vocabulary(vocabulary: int, tensor: int, divisor: int = DIVISOR) -> int:
+    """Rows of Megatron's token table, all tensor-parallel ranks together."""
+    multiple = divisor * tensor
+    return -(-vocabulary // multiple) * multiple
+
+
+def local_part(
+    tensor: LogicalTensor, layout: Layout, rank: int, padded: int
+) -> tuple[Box | None, tuple[int, ...]]:
+    """A tensor-parallel rank's part: the box (None if all is padding) and the shape in its file.
+
+    The box lies row-major at the beginning of the file's tensor; the rest is padding.  Matrices
+    are [outputs, inputs].
+    """
+    axis = split_axis(tensor)
+    offset, shape = [0] * len(tensor.shape), list(tensor.shape)
+    size = 0
+    if axis is not None:
+        vocabulary = tensor.axes[axis] == "vocab"
+        size = (padded if vocabulary else tensor.shape[axis]) // layout.tensor
+        start = min(size * rank, tensor.shape[axis])
+        offset[axis], shape[axis] = start, min(start + size, tensor.shape[axis]) - start
+    held = list(shape)
+    if axis is not None:
+        held[axis] = size
+    volume = 1
+    for n in held:
+        volume *= n
+    if tensor.name.endswith(".bias") or len(held) == 1:
+        stored: tuple[int, ...] = (volume,)
+    else:
+        # Column-parallel weights end in their one input axis, row-parallel begin with the output.
+        rows = held[0] if tensor.axes[0] == "embed" else volume // held[-1]
+        stored = (rows, volume // rows)
+    return (Box(tuple(offset), tuple(shape)) if all(shape) else None), stored
+
+
+# --- arguments ----------------------------------------------------------------------------
+
+
+def read_model(
+    args: Mapping[str, Any], *, where: str, told: ReadOptions
+) -> tuple[ModelConfig, int, list[LeftOut]]:
+    """The model of a checkpoint's arguments, its token table's rows, and what is left out.
+
+    The rows count padding.  The vocabulary is `vocab_size`, else what a person tells, else all
+    rows.
+
+    Raises:
+        CheckpointError: names the argument that our model cannot express, that is missing, or of
+            which is not known what it does.
+    """
+    left_out = list(require_known(args, where=where, ignore=told.ignore))
+    rope = args.get("position_embedding_type") == "rope" or args.get(
+        "use_rotary_position_embeddings"
+    )
+    kinds = {
+        "llama": ("RMSNorm", True, True, False),
+        "gpt2": ("LayerNorm", False, False, True),
+    }
+    kind = (
+        args.get("normalization", "LayerNorm"),
+        bool(rope),
+        bool(args.get("swiglu", False)),
+        bool(args.get("add_bias_linear", True)),
+    )
+    family = next((name for name, wanted in kinds.items() if wanted == kind), None)
+    if family is None:
+        names = ("normalization", "rotary positions", "swiglu", "add_bias_linear")
+        raise CheckpointError(
+            f"{where}: args: neither of the families that megagrow has",
+            found=", ".join(f"{n} {v}" for n, v in zip(names, kind, strict=True)),
+            expected="; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in kinds.items()),
+        )
+    try:
+        padded = args["padded_vocab_size"]
+        heads = args["num_attention_heads"]
+        groups = args.get("num_query_groups") if args.get("group_query_attention") else heads
+        model = ModelConfig.model_validate(
+            {
+                "family": family,
+                "layers": args["num_layers"],
+                "hidden": args["hidden_size"],
+                "heads": heads,
+                "kv_heads": groups,
+                "head_dim": args.get("kv_channels"),
+                "ffn": args.get("ffn_hidden_size") or 4 * args["hidden_size"],
+                "sequence": args["max_position_embeddings"],
+                "vocab": _vocabulary(args, padded, where, told),
+                "tie_embeddings": not args.get("untie_embeddings_and_output_weights", False),
+                "dropout": args.get("hidden_dropout", 0.0),
+                "norm_eps": _agreed(args, "norm_epsilon", "layernorm_epsilon", default=1e-5),
+                "rope_theta": float(args.get("rotary_base") or 1e4),
+                "init_std": args.get("init_method_std", 0.02),
+            }
+        )
+    except (ValidationError, LookupError, TypeError, ValueError) as error:
+        found = f"no {error}" if isinstance(error, KeyError) else in_words(error)
+        raise CheckpointError(
+            f"{where}: args describe no model that megagrow can express", found=found[:500]
+        ) from None
+    _require_alike(args, model, where)
+    if model.vocab == padded and told.vocabulary is None and args.get("vocab_size") is None:
+        name = f"args.vocab_size, unset: all {padded} rows count as tokens"
+        left_out.append(LeftOut(name, "--vocab-size tells how many there are"))
+    elif model.vocabulary < padded:
+        name = f"rows {model.vocabulary} to {padded - 1} of the token table"
+        left_out.append(LeftOut(name, "padding of the vocabulary"))
+    attention = args.get("attention_dropout", model.dropout)
+    if attention != model.dropout:
+        reason = f"megagrow has one dropout, hidden_dropout's {model.dropout}"
+        left_out.append(LeftOut(f"args.attention_dropout {attention}", reason))
+    return model, int(padded), left_out
+
+
+def _vocabulary(args: Mapping[str, Any], padded: int, where: str, told: ReadOptions) -> int:
+    known = args.get("vocab_size")
+    known = known if isinstance(known, int) and 0 < known <= padded else None
+    wanted = told.vocabulary
+    if wanted is not None and (wanted > padded or known not in (None, wanted)):
+        raise CheckpointError(
+            f"{where}: --vocab-size {wanted} is not the vocabulary of this checkpoint",
+            found=f"args.vocab_size {known}, args.padded_vocab_size {padded}",
+            expected=f"{known}" if known else f"at most {padded}",
+        )
+    return wanted or known or padded
+
+
+def _agreed(args: Mapping[str, Any], name: str, other: str, *, default: float) -> float:
+    """An argument that has two names in Megatron's versions."""
+    told = [args[key] for key in (name, other) if args.get(key) is not None]
+    if len(set(told)) > 1:
+        raise ValueError(f"{name} is {told[0]}, {other} is {told[1]}")
+    return float(told[0]) if told else default
+
+
+def _require_alike(args: Mapping[str, Any], model: ModelConfig, where: str) -> None:
+    """What depends on the family, or on another argument."""
+    fused = args.get("bias_gelu_fusion", args.get("bias_activation_fusion", True))
+    wanted: dict[str, tuple[Any, ...]] = {"encoder_num_layers": (None, model.layers)}
+    if model.family == "gpt2":
+        wanted["add_position_embedding"] = (True,)
+        wanted["position_embedding_type"] = ("learned_absolute",)
+        if not fused:
+            raise CheckpointError(
+                f"{where}: args.bias_gelu_fusion: megagrow's GELU is the tanh form",
+                found="False, with which Megatron computes the exact form",
+                expected="True",
+            )
+    else:
+        # Older versions say it with use_rotary_position_embeddings and leave this at its default.
+        wanted["position_embedding_type"] = ("rope", "learned_absolute")
+    for key, known in wanted.items():
+        if args.get(key, known[0]) not in known:
+            raise CheckpointError(
+                f"{where}: args.{key}: megagrow's model has no such feature",
+                found=repr(args[key])[:200],
+                expected=repr(known[0]),
+            )
+
+
+def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, Any]:
+    """Megatron's arguments of a model: those that its loading compares or takes over."""
+    llama = model.family == "llama"
+    return {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "ffn_hidden_size": model.ffn,
+        "num_attention_heads": model.heads,
+        "kv_channels": model.head_dim,
+        "group_query_attention": model.kv_groups != model.heads,
+        "num_query_groups": model.kv_groups,
+        "max_position_embeddings": model.sequence,
+        "seq_length": model.sequence,
+        "encoder_seq_length": model.sequence,
+        "position_embedding_type": "rope" if llama else "learned_absolute",
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": llama,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        # Megatron's own option takes whole numbers alone, its model any.
+        "rotary_base": _whole_if_it_is(model.rope_theta),
+        "normalization": "RMSNorm" if llama else "LayerNorm",
+        "norm_epsilon": model.norm_eps,
+        "layernorm_epsilon": model.norm_eps,
+        "swiglu": llama,
+        "add_bias_linear": model.biases,
+        "add_qkv_bias": False,
+        "untie_embeddings_and_output_weights": not model.tie_embeddings,
+        "hidden_dropout": model.dropout,
+        "attention_dropout": model.dropout,
+        # One number is all that it can say; the rest is in our own record beside it.
+        **({} if model.stds.matrices is None else {"init_method_std": model.stds.matrices}),
+        "make_vocab_size_divisible_by": DIVISOR,
+        "padded_vocab_size": padded,
+        "vocab_size": model.vocabulary,
+        "tokenizer_type": None,
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": None,
+        "use_distributed_optimizer": False,
+        "use_mcore_models": True,
+        "transformer_impl": "local",
+    }
+
+
+def _whole_if_it_is(value: float) -> float:
+    return int(value) if value.is_integer() else value

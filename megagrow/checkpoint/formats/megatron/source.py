@@ -1,0 +1,336 @@
+"""Megatron-LM's classic checkpoints (`--ckpt-format torch`): a tensor x pipeline grid of pickles.
+
+    iter_0000007/mp_rank_TT[_PPP]/model_optim_rng.pt    or release/mp_rank_...
+    latest_checkpointed_iteration.txt                   the iteration, or `release`
+
+Fused matrices have our order since checkpoint version 2.0: rows of QKV are [key/value group,
+its queries + key + value, head width], of a SwiGLU input each rank has its part of the gate, then
+of the other half.  Older versions have the axes of QKV in another order.  The token table is padded
+to a multiple of `make_vocab_size_divisible_by` times the tensor-parallel size.  A tied table lies
+on the first stage and, with a pipeline, again on the last.
+
+Optimizer state is read and written where it is torch's or apex's Adam on whole parameters, inside
+Megatron's 16-bit optimizer or bare.  That of its distributed optimizer lies in files of its own
+and is left out.  For writing see `megatron_sink`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megagrow.checkpoint.containers.pickle_reader import StoredTensor, brief
+from megagrow.checkpoint.containers.safetensors import read_json
+from megagrow.checkpoint.formats.deepspeed.names import CLIENT
+from megagrow.checkpoint.formats.deepspeed.source import client_state
+from megagrow.checkpoint.formats.megatron import names
+from megagrow.checkpoint.formats.megatron.files import (
+    RANK,
+    Rank,
+    arguments_of,
+    check_rank,
+    flat,
+    read_ranks,
+)
+from megagrow.checkpoint.formats.megatron.optimizer import counts_of, has_moments, states_of
+from megagrow.checkpoint.formats.megatron.sink import FILE, LATEST, MegatronSink
+from megagrow.checkpoint.interface.accounting import account, unread_files
+from megagrow.checkpoint.interface.duplicates import same_values
+from megagrow.checkpoint.interface.format import NOTHING_TOLD, Format, LeftOut, ReadOptions, Source
+from megagrow.checkpoint.interface.model_of import replayed_model
+from megagrow.checkpoint.interface.stored_source import Record, StoredBox, StoredSource
+from megagrow.checkpoint.io.files import RESTORE, laid_out
+from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.errors import CheckpointError
+from megagrow.models.catalog import build_catalog
+from megagrow.state.catalog import ADAM_SLOTS, MASTER, Catalog, LogicalTensor
+from megagrow.state.layout import Layout
+
+_ITERATION = re.compile(r"iter_(\d{7,9})")
+# Where the axes of QKV [group, projection, head width, embed] lie before version 2.0.
+_OLD_QKV = {0.0: (1, 0, 2), 1.0: (0, 2, 1)}
+
+
+def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> Source:
+    """Open an iteration's directory, or the one above it.
+
+    Args:
+        told: the true vocabulary; names of arguments, and of copies that may differ, to ignore.
+
+    Raises:
+        CheckpointError: missing, damaged, incomplete, hostile, of another of Megatron's formats,
+            or of a model that is not ours.
+    """
+    with laid_out(path, "Megatron-LM lays out its checkpoints"):
+        return _open(find(path) or path, told)
+
+
+def _open(path: Path, options: ReadOptions) -> Source:
+    _refuse_distributed(path)
+    ranks = read_ranks(path)
+    first = ranks[0]
+    args = arguments_of(first)
+    version = float(first.value.get("checkpoint_version", 0.0))
+    if version not in (0.0, 1.0, 2.0, 3.0):
+        raise CheckpointError(
+            f"{first.where}: checkpoint_version", found=version, expected="0 to 3"
+        )
+    told = client_state(first.value)
+    model, padded, left_out = names.read_model(args, where=first.where, told=options)
+    ours = replayed_model(told["config"], told["run_state"], vocabulary=model.vocab)
+    if ours is not None:  # Megatron's arguments have one number for all fresh parameters
+        model = model.model_copy(update={"init_std": ours.init_std, "mup": ours.mup})
+    layout = Layout(
+        tensor=1 + max(rank.tensor for rank in ranks), pipeline=1 + max(rank.pipe for rank in ranks)
+    )
+    for rank in ranks:
+        check_rank(rank, first, layout, version)
+    catalog = build_catalog(model)
+    with_moments = [rank for rank in ranks if has_moments(rank.value, args)]
+    if with_moments and len(with_moments) < len(ranks):
+        bare = next(rank for rank in ranks if rank not in with_moments)
+        raise CheckpointError(
+            f"{bare.where}: has no optimizer state, but {with_moments[0].where} has", mend=RESTORE
+        )
+    moments = bool(with_moments)
+    slots = ADAM_SLOTS if moments else (MASTER,)
+    grid = _Grid(path, catalog, layout, padded, version, options.ignore)
+    boxes: list[StoredBox] = []
+    for rank in ranks:
+        carried: set[str] = set()
+        states = states_of(rank.value, rank.parameters, where=rank.where) if moments else {}
+        boxes += grid.boxes(rank, states, carried)
+        left_out += _left_out(rank, carried, moments, bool(told["run_state"]))
+        folder = rank.file.path.parent
+        left_out += [
+            LeftOut(f"{folder.name}/{item.name}", item.reason)
+            for item in unread_files(folder, {FILE})
+        ]
+    left_out += [*grid.differing, *unread_files(path, {r.file.path.parent.name for r in ranks})]
+    config = {**told["config"]}
+    config.setdefault("model", model.model_dump(mode="json", by_alias=True))
+    iteration = first.value.get("iteration")
+    step = told["step"] if told["step"] is not None else _count(iteration)
+    consumed = args.get("consumed_train_samples")
+    updates = max(counts_of(first.value).values(), default=step) if moments else step
+    state = told["run_state"] or {
+        "optimizer_step": updates,
+        **({"consumed_samples": consumed} if isinstance(consumed, int) else {}),
+    }
+    files = {rank.file.path.relative_to(path).as_posix(): rank.file for rank in ranks}
+    return StoredSource(
+        path,
+        meta=CheckpointMeta(catalog, slots, layout, config, told["fingerprints"], state),
+        step=step,
+        sizes={name: file.size for name, file in sorted(files.items())},
+        boxes=boxes,
+        records=[Record(name, *record) for name, file in files.items() for record in file.records],
+        left_out=tuple(dict.fromkeys(left_out)),  # ranks hold much under the same names
+    )
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and value >= 0 else 0
+
+
+# --- values -------------------------------------------------------------------------------
+
+
+class _Grid:
+    """Makes boxes of the files' tensors; what several files hold is compared.
+
+    Attributes:
+        differing: copies that are not alike and were to be ignored.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        catalog: Catalog,
+        layout: Layout,
+        padded: int,
+        version: float,
+        ignore: Collection[str],
+    ) -> None:
+        self._path, self._catalog, self._layout = path, catalog, layout
+        self._padded, self._version, self._ignore = padded, version, ignore
+        self._first: dict[tuple[str, str, int], StoredTensor] = {}
+        self.differing: list[LeftOut] = []
+
+    def boxes(
+        self,
+        rank: Rank,
+        states: Mapping[str, Mapping[str, tuple[str, StoredTensor]]],
+        carried: set[str],
+    ) -> Iterator[StoredBox]:
+        """The boxes of a file; names of what they are made of are added to `carried`."""
+        file = rank.file.path.relative_to(self._path).as_posix()
+        for stored, value in rank.parameters.items():
+            copy = _is_copy(stored, self._catalog)
+            name = "embedding.token" if copy else names.logical_name(stored, rank.first_layer)
+            if name is None or name not in self._catalog:
+                raise CheckpointError(f"{rank.where}: {stored[:200]}: not in the model of its args")
+            tensor = self._catalog[name]
+            box, shape = names.local_part(tensor, self._layout, rank.tensor, self._padded)
+            carried.add(f"model.{stored}")
+            held = {MASTER.name: ("", value), **states.get(stored, {})}
+            for slot, (at, found) in held.items():
+                if at:
+                    carried.add(at)
+                if found.shape != shape:
+                    raise CheckpointError(
+                        f"{rank.where}: {stored}, slot {slot}: shape",
+                        found=list(found.shape),
+                        expected=list(shape),
+                        mend=RESTORE,
+                    )
+                whole = box is not None and box.shape == tensor.shape
+                key = (name, slot, 0 if whole else rank.tensor)
+                if key in self._first:
+                    self._compare(rank, stored, slot, self._first[key], found)
+                    continue
+                self._first[key] = found
+                if box is not None:  # else all is padding
+                    axes = _qkv_axes(tensor, self._version)
+                    yield StoredBox(name, slot, box, file, found.start, found.dtype, axes)
+
+    def _compare(
+        self, rank: Rank, stored: str, slot: str, first: StoredTensor, copy: StoredTensor
+    ) -> None:
+        """A replica on another tensor-parallel rank, or the last stage's tied token table."""
+        if same_values(first, copy):
+            return
+        if stored not in self._ignore:
+            raise CheckpointError(
+                f"{rank.where}: {stored}, slot {slot}: is not the copy that it should be",
+                found=f"other values than in {first.path}",
+                expected="the same values, bit for bit",
+                mend=f"to take those of {first.path.parent.name}: --ignore {stored}",
+            )
+        name = f"{rank.file.path.parent.name}: {stored}, slot {slot}"
+        self.differing.append(LeftOut(name, "differs from the first copy; ignored, as you asked"))
+
+
+def _is_copy(stored: str, catalog: Catalog) -> bool:
+    """Whether it is the last stage's copy of a tied token table."""
+    return "output.weight" not in catalog and stored.removeprefix("language_model.") in (
+        names.TIED_COPIES
+    )
+
+
+def _qkv_axes(tensor: LogicalTensor, version: float) -> tuple[int, ...] | None:
+    if "projection" not in tensor.axes or version not in _OLD_QKV:
+        return None
+    if tensor.shape[1] != 3:
+        raise ValueError(f"checkpoint_version {version} knows no grouped queries")
+    return _OLD_QKV[version] + tuple(range(3, len(tensor.shape)))
+
+
+# --- what is not carried ------------------------------------------------------------------
+
+_OF_THE_RUN = {
+    "rng_state": "random states: a run of megagrow derives its own",
+    "opt_param_scheduler": "the schedule of the learning rate: a run's configuration tells it",
+    "lr_scheduler": "the schedule of the learning rate: a run's configuration tells it",
+}
+_READ = {"args", "checkpoint_version", "iteration", "model", "optimizer", CLIENT}
+_HYPERPARAMETERS = "hyperparameters of the optimizer: a run's configuration tells them"
+
+
+def _left_out(rank: Rank, carried: set[str], moments: bool, told: bool) -> tuple[LeftOut, ...]:
+    """What a file holds and nothing above carries."""
+    held = [key for key in rank.value if key not in {"model", "optimizer"}]
+    left = [
+        LeftOut(key, _OF_THE_RUN.get(key, "megagrow keeps nothing of the kind"))
+        for key in held
+        if key not in _READ
+    ]
+    for stored, value in flat(rank.value["model"]):
+        name = f"model.{stored}"
+        held.append(name)
+        if name in carried:
+            continue
+        reason = "no parameter" if isinstance(value, StoredTensor) else "no tensor"
+        left.append(LeftOut(name, reason))
+    optimizer = rank.value.get("optimizer")
+    if optimizer is not None and not moments:
+        held.append("optimizer")
+        where = "distributed: its moments lie in files of their own"
+        apart = arguments_of(rank).get("use_distributed_optimizer")
+        left.append(LeftOut("optimizer", where if apart else "has no moments of Adam"))
+    elif optimizer is not None:
+        counts = counts_of(rank.value)
+        latest = max(counts.values(), default=0)
+        for stored, _ in flat(optimizer):
+            name = f"optimizer.{stored}"
+            held.append(name)
+            if name in carried or (not told and counts.get(name) == latest):
+                carried.add(name)
+            elif name in counts:
+                reason = "the run's count is carried" if told else f"{latest} is carried"
+                left.append(LeftOut(name, f"a count of updates: {reason}"))
+            else:
+                slot = ".state." in f".{stored}"
+                left.append(LeftOut(name, "a slot that Adam has not" if slot else _HYPERPARAMETERS))
+    return account(held, carried=(carried | _READ) & set(held), left_out=left)
+
+
+# --- finding ------------------------------------------------------------------------------
+
+
+_METADATA = "metadata.json"  # of the formats that Megatron calls distributed
+
+
+def _refuse_distributed(path: Path) -> None:
+    if not is_distributed(path):
+        return
+    kind = read_json(path / _METADATA).get("sharded_backend")
+    raise CheckpointError(
+        f"{path}: is in Megatron's distributed format, which is not read",
+        found=f"sharded_backend {brief(kind)} in {_METADATA}",
+        expected=f"mp_rank_*/{FILE}, Megatron's --ckpt-format torch",
+        mend="convert it with Megatron: start the training script as before with the options "
+        "--load DIR --ckpt-convert-format torch --ckpt-convert-save NEW, then read NEW/torch",
+    )
+
+
+def find(path: Path) -> Path | None:
+    """The iteration's directory that a path means: itself, or the one that the tracker names."""
+    if _is_iteration(path):
+        return path
+    tracker = path / LATEST
+    if tracker.is_file() and tracker.stat().st_size < 100:
+        text = tracker.read_text(errors="replace").strip()
+        name = f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else text
+        if (name == "release" or _ITERATION.fullmatch(name)) and _is_iteration(path / name):
+            return path / name
+    return None
+
+
+def _is_iteration(path: Path) -> bool:
+    if not path.is_dir():
+        return False
+    if is_distributed(path):
+        return True  # to be refused by name
+    ranks = (entry for entry in path.iterdir() if RANK.match(entry.name) and entry.is_dir())
+    return any((rank / FILE).exists() for rank in ranks)
+
+
+def is_distributed(path: Path) -> bool:
+    """Whether a directory is in one of the formats that Megatron calls distributed."""
+    return (path / _METADATA).is_file() and any(
+        (path / name).exists() for name in ("common.pt", ".metadata")
+    )
+
+
+FORMAT = Format(
+    name="megatron",
+    about="Megatron-LM's classic mp_rank_* grid (--ckpt-format torch)",
+    find=find,
+    open_source=open_source,
+    open_sink=MegatronSink,
+    open_told=open_source,
+    options=frozenset({"tensor", "pipeline"}),
+)

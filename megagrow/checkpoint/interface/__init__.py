@@ -1,0 +1,1 @@
+"""What every format offers (a source and a sink), and what they share."""

@@ -1,0 +1,96 @@
+"""What became of every name in a source: carried, derived from what is carried, or left out.
+
+A reader passes all the names that it met through `account`, so none can be forgotten; what is
+left out stands in the source's `left_out`, which every command that opens a source prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from megagrow.checkpoint.interface.format import LeftOut, Source
+from megagrow.checkpoint.interface.sidecar_checksums import NAME as SEAL
+from megagrow.checkpoint.io.files import READING, naming
+from megagrow.state.catalog import slots_of
+
+_SHOWN = 4  # names in a line; the others are counted
+
+
+def account(
+    names: Iterable[str],
+    *,
+    carried: Iterable[str] = (),
+    derived: Iterable[str] = (),
+    left_out: Iterable[LeftOut] = (),
+) -> tuple[LeftOut, ...]:
+    """See that every name of a source has one fate; returns what is left out.
+
+    Args:
+        names: everything that the source holds, by its own names.
+        carried: names whose values the reader offers.
+        derived: names whose values follow from those carried, and were compared with them.
+        left_out: the rest, each with the reason.
+
+    Raises:
+        AssertionError: a name has no fate, or one is given to a name that is not there: a
+            defect of the reader, never of the file.
+    """
+    left = tuple(left_out)
+    held, given = set(names), {*carried, *derived, *(item.name for item in left)}
+    if held != given:
+        odd = sorted(held ^ given)
+        what = "has no fate" if odd[0] in held else "has a fate and is not in the source"
+        raise AssertionError(f"{odd[0]!r} {what}, one of {len(odd)} such names")
+    return left
+
+
+def unread_files(path: Path, read: Iterable[str]) -> Iterator[LeftOut]:
+    """What lies in a checkpoint's directory and no reader of its format opens.
+
+    Args:
+        read: the names of the files and directories that the reader did open.
+    """
+    known = {SEAL, *read}
+    with naming(path, "cannot be read", READING):
+        for entry in sorted(path.iterdir()):
+            if entry.name not in known:
+                yield LeftOut(entry.name, "no file that this format reads")
+
+
+def summary(left_out: Sequence[LeftOut]) -> list[str]:
+    """What is left out in a few lines: names with one reason together, long lists counted."""
+    by_reason: dict[str, list[str]] = {}
+    for item in left_out:
+        by_reason.setdefault(item.reason, []).append(item.name[:200])
+    return [f"{enumerated(names)} ({reason})" for reason, names in by_reason.items()]
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """Names joined by commas; of many the first few, and how many more there are."""
+    more = len(names) - _SHOWN
+    if more <= 1:
+        return ", ".join(names)
+    return f"{', '.join(names[:_SHOWN])} and {more:,} more"
+
+
+def names_in(text: str) -> frozenset[str]:
+    """The words of a text: a list of names that fills lines rather than pages."""
+    return frozenset(text.split())
+
+
+def made_zeros(source: Source, slots: Iterable[str]) -> tuple[str, ...]:
+    """Those of some slots that a source lacks, wholly or of single tensors: they become zeros."""
+    held = {slot.name for slot in source.slots}
+    made = []
+    for slot in slots:
+        if slot not in held:
+            made.append(slot)
+            continue
+        made += [
+            f"{slot} of {tensor.name}"
+            for tensor in source.catalog
+            if (tensor.name, slot) in source.zeros
+            and slot in (s.name for s in slots_of(tensor, source.slots))
+        ]
+    return tuple(made)

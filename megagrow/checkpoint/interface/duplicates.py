@@ -1,0 +1,64 @@
+"""What a checkpoint holds twice: compared before one of the two is passed by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from megagrow.checkpoint.containers.pickle_reader import StoredTensor
+from megagrow.checkpoint.io.files import READING, RESTORE, naming, open_regular, read_exactly
+from megagrow.errors import CheckpointError
+
+_ELEMENTS = 1 << 20  # compared at a time
+
+
+def same_values(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two row-major tensors hold the same values, in memory bounded by a constant.
+
+    Of one element type they are compared bit for bit, of two as the wider one.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    if a.shape != b.shape:
+        return False
+    if (a.path, a.start, a.dtype) == (b.path, b.start, b.dtype):
+        return True
+    for left, right in zip(_blocks(a), _blocks(b), strict=True):
+        if a.dtype == b.dtype:
+            left, right = left.view(torch.uint8), right.view(torch.uint8)
+        wide = torch.promote_types(left.dtype, right.dtype)
+        if not torch.equal(left.to(wide), right.to(wide)):
+            return False
+    return True
+
+
+def require_frequencies(stored: StoredTensor, theta: float, head_dim: int, *, at: str) -> None:
+    """See that stored rotary frequencies are theta ** -(2i / head_dim), up to bf16's rounding.
+
+    Raises:
+        CheckpointError: they are others; `at` begins the message.
+    """
+    half = head_dim // 2
+    expected = theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    right_shape = stored.shape == (half,)
+    if not right_shape or not torch.allclose(
+        torch.cat(list(_blocks(stored))).double(), expected, rtol=0.01, atol=0.0
+    ):
+        raise CheckpointError(
+            f"{at}: not the rotary frequencies that the configuration describes",
+            found="other values" if right_shape else f"shape {list(stored.shape)}",
+            expected=f"base {theta}, {half} frequencies",
+        )
+
+
+def _blocks(tensor: StoredTensor) -> Iterator[torch.Tensor]:
+    assert tensor.axes is None
+    width = tensor.dtype.itemsize
+    with open_regular(tensor.path) as (file, _), naming(tensor.path, "cannot be read", READING):
+        for first in range(0, tensor.numel, _ELEMENTS):
+            data = bytearray(width * min(_ELEMENTS, tensor.numel - first))
+            if not read_exactly(file, memoryview(data), tensor.start + first * width):
+                raise CheckpointError(f"{tensor.path}: truncated", mend=RESTORE)
+            yield torch.frombuffer(data, dtype=tensor.dtype)

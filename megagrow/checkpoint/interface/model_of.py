@@ -1,0 +1,206 @@
+"""Which model a state is of: the one place that reads it from what a run has written down.
+
+A run writes its first model and its growths; the model of a checkpoint is the first one with the
+growths that the state has been through replayed on it.  `config["model"]` alone is right only
+before the first growth, so nothing but this file reads it (a test sees to that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from megagrow.config import GrowConfig, ModelConfig
+from megagrow.config.load import in_words
+from megagrow.config.schema import OptimizerConfig, StageOptimizerConfig
+from megagrow.errors import CheckpointError, MegagrowError
+from megagrow.growth.plan import plan_growth
+from megagrow.models.catalog import build_catalog
+from megagrow.state.catalog import Catalog
+
+
+class Described(Protocol):
+    """What tells of a model: a `Source` or a `CheckpointMeta`."""
+
+    @property
+    def catalog(self) -> Catalog:
+        """The logical tensors."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of the run."""
+
+    @property
+    def run_state(self) -> Mapping[str, Any]:
+        """Where the run stands, with the number of growth stages behind it."""
+
+
+def replayed_model(
+    config: Mapping[str, Any], run_state: Mapping[str, Any], *, vocabulary: int | None = None
+) -> ModelConfig | None:
+    """The first model of a run, grown as often as the run has; None where no model is told.
+
+    Args:
+        vocabulary: of the tokenizer, where the configuration leaves it to that.
+
+    Raises:
+        CheckpointError: the sections `model` and `stages` do not describe a model.
+    """
+    section = _section(config)
+    if section is None:
+        return None
+    try:
+        model = ModelConfig.model_validate(section)
+        if model.vocab is None:
+            model = model.model_copy(update={"vocab": vocabulary})
+        for grow in _growths(config, run_state):
+            model, _ = plan_growth(grow, model)
+        _ = model.vocabulary  # or nothing has told it
+    except (ValidationError, MegagrowError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            "the checkpoint's configuration describes no model", found=in_words(error)[:500]
+        ) from None
+    return model
+
+
+def told_model(state: Described) -> ModelConfig | None:
+    """The model whose tensors `state.catalog` lists, growths included; None where none is told.
+
+    Raises:
+        CheckpointError: what is told is no model, or one with other tensors.
+    """
+    rows = state.catalog["embedding.token"].shape[:1] if "embedding.token" in state.catalog else ()
+    model = replayed_model(state.config, state.run_state, vocabulary=rows[0] if rows else None)
+    if model is None:
+        return None
+    wanted = {tensor.name: tensor.shape for tensor in build_catalog(model)}
+    found = {tensor.name: tensor.shape for tensor in state.catalog}
+    if wanted != found:
+        name = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
+        raise CheckpointError(
+            f"tensor {name}: the checkpoint's configuration describes another model",
+            found=f"shape {list(found[name])}" if name in found else "no such tensor",
+            expected=f"shape {list(wanted[name])}" if name in wanted else "no such tensor",
+        )
+    return model
+
+
+def model_of(state: Described) -> ModelConfig:
+    """The model whose tensors `state.catalog` lists, growths included.
+
+    Raises:
+        CheckpointError: none is told, or one with other tensors.
+    """
+    model = told_model(state)
+    if model is None:
+        raise CheckpointError(
+            "the checkpoint does not tell the shape of its model",
+            expected="a section `model` in its configuration",
+            mend="convert to native or dcp, which need no shape",
+        )
+    return model
+
+
+def optimizer_of(state: Described) -> OptimizerConfig:
+    """The optimizer's settings in the growth stage that a state is in; defaults where none is told.
+
+    A result of another format has them beside the state that they go on with.
+    """
+    settings: OptimizerConfig = section(OptimizerConfig, state.config.get("optimizer"))
+    stages, reached = state.config.get("stages"), state.run_state.get("growth_stage", 0)
+    for stage in stages[: reached + 1] if isinstance(stages, list) else ():
+        given = stage.get("optimizer") if isinstance(stage, Mapping) else None
+        settings = settings.changed(section(StageOptimizerConfig, given))
+    return settings
+
+
+def section(kind: Any, data: Any) -> Any:
+    """A section of a run's configuration, or its defaults where there is none that is valid."""
+    try:
+        return kind.model_validate(data)
+    except ValueError:
+        return kind()
+
+
+def refuse_ramp(state: Described, *, program: str) -> None:
+    """See that a state can leave for another program, which knows nothing of ramps.
+
+    Raises:
+        CheckpointError: new units of a growth still count in part only.
+    """
+    if state.run_state.get("ramp"):
+        raise CheckpointError(
+            "new units of the last growth count in part only, by a mask that "
+            f"no model of {program} has",
+            mend="train to the end of the ramp (grow.ramp) and convert that checkpoint",
+        )
+
+
+# What a model computes of its tensors; the rest of a section says how it is trained.
+_FUNCTION = (
+    "family", "layers", "hidden", "heads", "kv_groups", "head_dim", "ffn", "tie_embeddings",
+    "norm_eps", "rope_theta",
+)  # fmt: skip
+
+
+def catalog_for(run: Described, source: Described) -> Catalog:
+    """The catalog of a run that is to start from the parameters of a source.
+
+    Args:
+        run: the source's catalog under the run's configuration.
+        source: what the source tells.
+
+    Raises:
+        CheckpointError: the run's model has other tensors, or computes something else of them.
+    """
+    _require_vocabulary(run, source)
+    model = model_of(run)
+    before = told_model(source)
+    if before is not None:
+        for key in _FUNCTION:
+            found, expected = getattr(model, key), getattr(before, key)
+            if found != expected and (key, model.family) != ("rope_theta", "gpt2"):
+                setting = key.replace("kv_groups", "kv_heads")
+                raise CheckpointError(
+                    f"model.{setting}: the run's model is not the one of these parameters",
+                    found=found,
+                    expected=expected,
+                    mend=f"set model.{setting}: {expected} in the run's configuration",
+                )
+    return build_catalog(model)
+
+
+def _require_vocabulary(run: Described, source: Described) -> None:
+    rows, wanted = _rows(source.catalog), (_section(run.config) or {}).get("vocab")
+    if rows is None or wanted is None or rows == wanted or _growths(run.config, run.run_state):
+        return
+    larger = rows > wanted
+    raise CheckpointError(
+        "model.vocab: the run's vocabulary is not that of these weights",
+        found=f"{wanted} (of model.vocab, or of the tokenizer of data.path)",
+        expected=rows,
+        mend="prepare the data with the weights' own tokenizer: launch/prepare_data.py --tokenizer"
+        + (f"; if it is that one, set model.vocab: {rows}" if larger else ""),
+    )
+
+
+def _growths(config: Mapping[str, Any], run_state: Mapping[str, Any]) -> list[GrowConfig]:
+    """The growths that the state has been through."""
+    stages: Any = config.get("stages") or []
+    reached = run_state.get("growth_stage", 0)
+    if reached and reached >= len(stages):
+        raise ValueError(f"the state is in growth stage {reached}, and stages are {len(stages)}")
+    sections = [stage.get("grow") for stage in stages[1 : reached + 1]]
+    return [GrowConfig(**section) for section in sections if section]
+
+
+def _rows(catalog: Catalog) -> int | None:
+    """Rows of the token table."""
+    return catalog["embedding.token"].shape[0] if "embedding.token" in catalog else None
+
+
+def _section(config: Mapping[str, Any]) -> Any:
+    """The model that a run began with, as it is written down."""
+    return config.get("model")

@@ -1,0 +1,195 @@
+"""The tokenizer that a model was trained with: where it is, and whether it is that one.
+
+A run's checkpoint holds the SHA-256 of its tokenizer and the path of its dataset; a directory of
+Hugging Face has the tokenizer beside the weights.  The one that is found is compared with what is
+held, and another is refused: ids would mean other texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megagrow.checkpoint.interface.format import Source
+from megagrow.checkpoint.io.files import read_small
+from megagrow.data.dataset import MANIFEST, read_manifest
+from megagrow.data.markers import NONE
+from megagrow.data.tokenizer import Tokenizer, load_tokenizer
+from megagrow.errors import CheckpointError, DataError
+
+FILES = ("tokenizer.json", "tokenizer.model")  # that we read, in the order of preference
+LIMIT = 256 << 20
+# What a directory of Hugging Face may have beside or in place of them.
+COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+OVERRIDE = "--allow-other-tokenizer"
+NO_TOKENIZER = Path("none")
+
+
+@dataclass(frozen=True)
+class OwnTokenizer:
+    """A tokenizer that was found.
+
+    Attributes:
+        file: a tokenizer.json or SentencePiece .model; None if the place has only files of
+            another kind, which we do not read.
+        companions: files of Hugging Face that belong to it.
+        sha256: of `file`.
+        eod, bos: the tokens around the run's documents, where its dataset tells; a `bos` of None
+            beside an `eod` is that there is none.
+        said: where it is from and what it was compared with, for a person.
+    """
+
+    file: Path | None
+    companions: tuple[Path, ...]
+    sha256: str
+    eod: int | None
+    said: str
+    bos: int | None = None
+
+    def load(self) -> Tokenizer:
+        """Open it, with the tokens around documents that the run had (DataError)."""
+        assert self.file is not None
+        bos = NONE if self.eod is not None and self.bos is None else self.bos
+        return load_tokenizer(self.file, eod=self.eod, bos=bos)
+
+
+def fingerprints_beside(path: Path) -> dict[str, str]:
+    """The SHA-256 of each tokenizer file in a directory, under names for `fingerprints`."""
+    return {name: _sha256(path / name) for name in FILES if (path / name).is_file()}
+
+
+def own_tokenizer(
+    source: Source, given: Path | None = None, *, allow_other: bool = False
+) -> OwnTokenizer | str:
+    """The tokenizer of a checkpoint's model: the one given, or its own; or why there is none.
+
+    Args:
+        source: the checkpoint.
+        given: a tokenizer's file, or a directory with one: a dataset's or Hugging Face's; or
+            `none`.
+        allow_other: take what is given even if the checkpoint holds the SHA-256 of another.
+
+    Raises:
+        CheckpointError: nothing of a tokenizer is at `given`, or it is not the model's.
+    """
+    if given == NO_TOKENIZER:
+        return "--tokenizer none"
+    own = _own(source)
+    if given is None:
+        return own
+    held = _held(source)
+    found = _at(given, held)
+    if found is None:
+        raise CheckpointError(
+            f"--tokenizer {given}: no tokenizer",
+            expected=f"a tokenizer.json or .model, or a directory with one of "
+            f"{', '.join((*FILES, *COMPANIONS[:5]))}, or a prepared dataset",
+        )
+    file, companions, sha256, (eod, bos) = found
+    if not held or not sha256:
+        why = "cannot be compared" if held else f"{source.path} does not tell which is its own"
+        said = f"{file or given} (not compared: {why})"
+    elif sha256 in held:
+        said = f"{file} (the model's own, by its SHA-256)"
+        if eod is None and isinstance(own, OwnTokenizer):
+            eod, bos = own.eod, own.bos
+    elif allow_other:
+        said = f"{file} (NOT the model's own: {OVERRIDE})"
+    else:
+        raise CheckpointError(
+            f"{file}: is not the tokenizer of this model",
+            found=f"SHA-256 {sha256}",
+            expected=f"{' or '.join(held)}, which {source.path} holds",
+            mend=(f"leave --tokenizer out: {own.file} is the model's own"
+                  if isinstance(own, OwnTokenizer) else "give its own with --tokenizer")
+            + f"; {OVERRIDE} takes another all the same",
+        )  # fmt: skip
+    return OwnTokenizer(file, companions, sha256, eod, said, bos)
+
+
+def require_own_tokenizer(source: Source, fingerprints: Mapping[str, str]) -> None:
+    """See that the tokenizer of a run is the one of the weights that it is to start from.
+
+    Raises:
+        CheckpointError: the source holds the SHA-256 of another.
+    """
+    held, wanted = _held(source), fingerprints.get("tokenizer")
+    if held and wanted is not None and wanted not in held:
+        raise CheckpointError(
+            f"{source.path}: these weights were trained with another tokenizer than the run's data",
+            found=f"SHA-256 {wanted} in the dataset of the run",
+            expected=" or ".join(held),
+            mend="prepare the data with the weights' own: launch/prepare_data.py --tokenizer; "
+            f"{OVERRIDE} takes the other all the same",
+        )
+
+
+def _own(source: Source) -> OwnTokenizer | str:
+    """The model's own, found without being told; or why it is not."""
+    held, reasons = _held(source), []
+    for place in _places(source):
+        try:
+            found = _at(place, held)
+        except DataError as error:
+            reasons.append(str(error).splitlines()[0])
+            continue
+        if found is None:
+            if place != source.path:
+                reasons.append(f"nothing is at {place}")
+            continue
+        file, companions, sha256, (eod, bos) = found
+        if held and sha256 not in held:
+            reasons.append(f"{file or place} is another than the model's, by its SHA-256")
+            continue
+        compared = "the model's own, by its SHA-256" if held else "beside the weights"
+        said = f"{file or place} ({compared})"
+        return OwnTokenizer(file, companions, sha256, eod, said, bos)
+    return "; ".join(reasons) or f"{source.path} does not tell its tokenizer"
+
+
+def _places(source: Source) -> Iterator[Path]:
+    yield source.path
+    data: Any = source.config.get("data")
+    if isinstance(data, Mapping):
+        for key in ("path", "tokenizer"):
+            if data.get(key):
+                yield Path(str(data[key]))
+
+
+def _at(
+    place: Path, held: Sequence[str]
+) -> tuple[Path | None, tuple[Path, ...], str, tuple[int | None, int | None]] | None:
+    """What is at a path: (file, companions, SHA-256, (eod, bos)), or None for nothing."""
+    if place.is_file():
+        return place, (), _sha256(place), (None, None)
+    if (place / MANIFEST).is_file():
+        content = read_manifest(place)[0]
+        file = place / content.tokenizer_file
+        return file, (), _sha256(file), (content.eod, content.bos)
+    here = [place / name for name in (*FILES, *COMPANIONS) if (place / name).is_file()]
+    if not here:
+        return None
+    sums = {path: _sha256(path) for path in here if path.name in FILES}
+    # Of two forms of one tokenizer the one that the model was trained with.
+    chosen = next((path for path in sums if sums[path] in held), next(iter(sums), None))
+    others = tuple(path for path in here if path != chosen)
+    return chosen, others, sums[chosen] if chosen else "", (None, None)
+
+
+def _held(source: Source) -> list[str]:
+    """Every SHA-256 of a tokenizer that the checkpoint holds."""
+    return [v for key, v in source.fingerprints.items() if key.split(".")[0] == "tokenizer"]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(read_small(path, LIMIT)).hexdigest()

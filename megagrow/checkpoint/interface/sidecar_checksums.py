@@ -1,0 +1,75 @@
+"""Checksums of an export's files, beside them: formats of others have few of their own or none.
+
+`megagrow.checksums.json` lists, for each file with values, its size and the CRC-32 of each chunk.
+Programs whose format it is pass it by; we compare it when we read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megagrow.checkpoint.containers.safetensors import read_json
+from megagrow.checkpoint.io.files import RESTORE, naming, write_new
+from megagrow.checkpoint.native.shard_file import CHUNK_BYTES, checksum_count
+from megagrow.config.load import in_words
+from megagrow.errors import CheckpointError
+
+NAME = "megagrow.checksums.json"
+MEND = f"restore the file from a copy; if it was changed on purpose, delete {NAME}"
+_LIMIT = 256 << 20
+
+
+class SealedFile(BaseModel):
+    """What is known of one file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    size: Annotated[int, Field(ge=0, lt=2**62)]
+    crc32: list[Annotated[str, Field(pattern=r"^[0-9a-f]{8}\z")]]
+
+
+def write_seal(
+    path: Path, sizes: Mapping[str, int], checksums: Mapping[str, Sequence[str]]
+) -> None:
+    """Write the checksums of files, named relative to `path`, the checkpoint's directory."""
+    files = {n: {"size": sizes[n], "crc32": list(sums)} for n, sums in sorted(checksums.items())}
+    body = {"chunk_bytes": CHUNK_BYTES, "files": files}
+    text = json.dumps({"sha256": _digest(body), **body}, separators=(",", ":"))
+    with naming(path / NAME, "cannot be written"):
+        write_new(path / NAME, text.encode())
+
+
+def read_seal(path: Path) -> tuple[dict[str, SealedFile], int]:
+    """The files of a sealed checkpoint by name, and the size of a chunk; ({}, 0) without a seal.
+
+    Raises:
+        CheckpointError: the seal is damaged.
+    """
+    where = path / NAME
+    if not where.exists():
+        return {}, 0
+    content = read_json(where, _LIMIT)
+    told = content.pop("sha256", None)
+    try:
+        if told != _digest(content) or content["chunk_bytes"] != CHUNK_BYTES:
+            raise ValueError("another SHA-256 than it states")
+        files = {str(n): SealedFile.model_validate(f) for n, f in content["files"].items()}
+        for name, file in files.items():
+            if len(file.crc32) != checksum_count(file.size, CHUNK_BYTES):
+                raise ValueError(f"number of checksums of {name}")
+    except (KeyError, TypeError, ValueError, AttributeError, ValidationError) as error:
+        raise CheckpointError(
+            f"{where}: damaged", found=in_words(error)[:300], mend=RESTORE
+        ) from None
+    return files, CHUNK_BYTES
+
+
+def _digest(body: Mapping[str, object]) -> str:
+    text = json.dumps(body, separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

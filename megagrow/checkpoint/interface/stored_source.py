@@ -1,0 +1,412 @@
+"""A checkpoint whose files hold boxes of logical tensors as contiguous stretches of bytes.
+
+Nearly every format is that, once its directory is known: a `StoredSource` is made of the list
+alone.  Reads are range reads through one buffer of a few MiB, whatever is asked for; where the
+format has checksums, a record is compared when it is touched for the first time.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+
+from megagrow.checkpoint.interface.format import LeftOut
+from megagrow.checkpoint.interface.sidecar_checksums import MEND, SealedFile, read_seal
+from megagrow.checkpoint.interface.sidecar_checksums import NAME as SEAL
+from megagrow.checkpoint.io.checksum import crc32
+from megagrow.checkpoint.io.files import READING, RESTORE, naming, open_regular, read_exactly
+from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.errors import CheckpointError
+from megagrow.state.boxes import Box, flat_offset, flat_range_boxes, tiling_fault, whole
+from megagrow.state.catalog import Catalog, Slot, slots_of
+from megagrow.state.layout import Layout
+
+_BUFFER_BYTES = 4 << 20
+_RUN_BYTES = 64 << 10  # stretches at least this long are read one by one, others with their gaps
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBox:
+    """A box of a slot of a logical tensor as it lies in a file.
+
+    Attributes:
+        file: path below the checkpoint's directory.
+        start: its first byte there.
+        axes: permutation of the box's axes in whose row-major order the elements lie, or None.
+    """
+
+    tensor: str
+    slot: str
+    box: Box
+    file: str
+    start: int
+    dtype: torch.dtype
+    axes: tuple[int, ...] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return self.box.volume * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"tensor {self.tensor}, slot {self.slot}, box {self.box}"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A stretch of a file that has a CRC-32."""
+
+    file: str
+    start: int
+    bytes: int
+    crc32: int
+
+
+class StoredSource:
+    """A `Source` made of a list of boxes; several threads may read at once.
+
+    Args:
+        path: the checkpoint's directory.
+        sizes: size in bytes of each file that has boxes.
+        boxes: they tile every slot of every tensor of `meta.catalog`, with one element type.
+        records: checksums, where the format has them; a seal beside the files takes their place.
+        left_out: what the files hold beside these boxes; see `accounting.account`.
+        zeros: element type of each (tensor, slot) of which the files hold nothing: read as zeros.
+
+    Attributes:
+        compare_when_read: whether reads compare checksums, each once.
+
+    Raises:
+        CheckpointError: the boxes do not, or one reaches outside its file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        meta: CheckpointMeta,
+        step: int,
+        sizes: Mapping[str, int],
+        boxes: Iterable[StoredBox],
+        records: Iterable[Record] = (),
+        left_out: Sequence[LeftOut] = (),
+        zeros: Mapping[tuple[str, str], torch.dtype] = MappingProxyType({}),
+    ) -> None:
+        self.path, self.step, self._meta = path, step, meta
+        self.left_out = tuple(left_out)
+        self.files = dict(sizes)
+        self._number = {name: i for i, name in enumerate(self.files)}
+        self.zeros = dict(zeros)
+        self._stored = _proved(path, meta, self.files, boxes, self.zeros)
+        sealed, chunk = read_seal(path)
+        if sealed:
+            records = _sealed(path, self.files, sealed, chunk)
+            self.files |= {name: file.size for name, file in sealed.items()}
+        self._records: dict[str, list[Record]] = {}
+        for record in sorted(records, key=lambda r: (r.file, r.start)):
+            self._records.setdefault(record.file, []).append(record)
+        self._verified: set[Record] = set()
+        self.compare_when_read = True
+        self._local = threading.local()  # a buffer for each thread
+
+    @property
+    def catalog(self) -> Catalog:
+        """The logical tensors."""
+        return self._meta.catalog
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What is kept of each tensor."""
+        return self._meta.slots
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the run that wrote it."""
+        return self._meta.layout
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of the run."""
+        return self._meta.config
+
+    @property
+    def run_state(self) -> Mapping[str, Any]:
+        """What the training loop needs to go on."""
+        return self._meta.run_state
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Of what the run must find again unchanged."""
+        return self._meta.fingerprints
+
+    def dtype(self, tensor: str, slot: str) -> torch.dtype:
+        """The element type of a tensor's slot."""
+        if (tensor, slot) in self.zeros:
+            return self.zeros[tensor, slot]
+        return self._boxes(tensor, slot)[0].dtype
+
+    def sources(self, name: str, box: Box, *, reader: int) -> Iterator[tuple[int, Box]]:
+        """Which files hold a box of the first slot: (index of the file, common box)."""
+        for stored, common in self._meeting(name, self.slots[0].name, box):
+            yield self._number[stored.file], common
+
+    def read(
+        self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The values of a box, in new memory or in `out`, which has any strides.
+
+        Raises:
+            CheckpointError: there is no such box, or its file is damaged.
+            ValueError: `out` has another shape or element type.
+        """
+        dtype = self.dtype(tensor, slot)
+        if out is None:
+            out = torch.empty(box.shape, dtype=dtype)
+        if tuple(out.shape) != box.shape or out.dtype != dtype:
+            raise ValueError(
+                f"{tensor}@{slot}#{box}: out is {list(out.shape)} {out.dtype}, stored {dtype}"
+            )
+        if (tensor, slot) in self.zeros:
+            return out.zero_()
+        filled = 0
+        with torch.no_grad():
+            for stored, common in self._meeting(tensor, slot, box):
+                self._copy(stored, common, out[common.relative_to(box.offset).slices])
+                filled += common.volume
+        assert filled == box.volume, f"{tensor}@{slot}#{box}: {filled} elements read"
+        return out
+
+    def verify(self) -> None:
+        """Compare every checksum, those compared before included; without any, read the sizes."""
+        self._verified.clear()
+        for name in self.files:
+            self._read_bytes(name, 0, memoryview(b""))
+            for record in self._records.get(name, ()):
+                self._verify(record)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files of values together."""
+        return sum(self.files.values())
+
+    @property
+    def checksums(self) -> int:
+        """Number of checksums that the format has of its values."""
+        return sum(map(len, self._records.values()))
+
+    @property
+    def _buffer(self) -> torch.Tensor:
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = torch.empty(_BUFFER_BYTES, dtype=torch.uint8)
+        buffer: torch.Tensor = self._local.buffer
+        return buffer
+
+    def _boxes(self, tensor: str, slot: str) -> Sequence[StoredBox]:
+        try:
+            return self._stored[tensor, slot]
+        except KeyError:
+            raise CheckpointError(f"{self.path}: has no tensor {tensor} with slot {slot}") from None
+
+    def _meeting(self, tensor: str, slot: str, box: Box) -> Iterator[tuple[StoredBox, Box]]:
+        boxes = self._boxes(tensor, slot)
+        shape = self.catalog[tensor].shape
+        if len(box.shape) != len(shape) or not whole(shape).contains(box):
+            raise CheckpointError(
+                f"{self.path}: tensor {tensor} has no box {box}", expected=f"inside {list(shape)}"
+            )
+        for stored in boxes:
+            common = stored.box.intersect(box)
+            if common is not None:
+                yield stored, common
+
+    def _copy(self, stored: StoredBox, common: Box, out: torch.Tensor) -> None:
+        """Copy a part of a stored box to `out`, which has the part's shape."""
+        axes = stored.axes or tuple(range(len(common.shape)))
+        shape = tuple(stored.box.shape[axis] for axis in axes)
+        part = common.relative_to(stored.box.offset)
+        inside = Box(
+            tuple(part.offset[axis] for axis in axes), tuple(part.shape[axis] for axis in axes)
+        )
+        target = out.permute(axes)
+        width = stored.dtype.itemsize
+        limit = _BUFFER_BYTES // width
+        run = math.prod(inside.shape[_tail(shape, inside) :])
+        if run * width >= _RUN_BYTES or run == inside.volume:
+            done = 0
+            if target.is_contiguous() and target.device.type == "cpu":
+                # Not a view: an axis of length 1 may keep an odd stride.
+                flat = target.as_strided((inside.volume,), (1,))
+                for start, length in _runs(shape, inside):
+                    self._load(stored, start, length, flat[done : done + length].view(torch.uint8))
+                    done += length
+                return
+            for start, length in _runs(shape, inside):
+                for first in range(start, start + length, limit):
+                    count = min(limit, start + length - first)
+                    values = self._load(stored, first, count)
+                    for box, at in flat_range_boxes(inside.shape, done, done + count):
+                        block = values[at - done : at - done + box.volume]
+                        target[box.slices].copy_(block.view(box.shape))
+                    done += count
+            return
+        low = flat_offset(shape, inside.offset)
+        high = flat_offset(shape, [n - 1 for n in inside.stop]) + 1
+        for first in range(low, high, limit):
+            count = min(limit, high - first)
+            values = self._load(stored, first, count)
+            for box, at in flat_range_boxes(shape, first, first + count):
+                met = box.intersect(inside)
+                if met is not None:
+                    block = values[at - first : at - first + box.volume].view(box.shape)
+                    landing = met.relative_to(inside.offset)
+                    target[landing.slices].copy_(block[met.relative_to(box.offset).slices])
+
+    def _load(
+        self, stored: StoredBox, first: int, count: int, room: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Elements [first, first + count) of a stored box, to `room` (bytes) if it is given.
+
+        Without, they are valid until the thread's next call.
+        """
+        width = stored.dtype.itemsize
+        start = stored.start + first * width
+        if self.compare_when_read:
+            for record in self._touched(stored.file, start, start + count * width):
+                if record not in self._verified:
+                    self._verify(record, stored)
+        if room is None:
+            room = self._buffer[: count * width]
+        self._read_bytes(stored.file, start, room.numpy().data, stored)
+        return room.view(stored.dtype)
+
+    def _touched(self, file: str, low: int, high: int) -> Iterator[Record]:
+        records = self._records.get(file, ())
+        index = max(0, bisect_right(records, low, key=lambda r: r.start) - 1)
+        while index < len(records) and records[index].start < high:
+            yield records[index]
+            index += 1
+
+    def _verify(self, record: Record, stored: StoredBox | None = None) -> None:
+        crc = 0
+        for start in range(record.start, record.start + record.bytes, _BUFFER_BYTES):
+            count = min(_BUFFER_BYTES, record.start + record.bytes - start)
+            data = self._buffer[:count].numpy().data
+            self._read_bytes(record.file, start, data, stored)
+            crc = crc32(data, crc)
+        if crc != record.crc32:
+            raise CheckpointError(
+                f"{self.path / record.file}: {stored or self._at(record)}: damaged",
+                found=f"{record.bytes} bytes from {record.start} on have CRC-32 {crc:08x}",
+                expected=f"CRC-32 {record.crc32:08x}",
+                mend=RESTORE,
+            )
+        self._verified.add(record)
+
+    def _at(self, record: Record) -> str:
+        """What a record holds."""
+        stop = record.start + record.bytes
+        met = [
+            box
+            for boxes in self._stored.values()
+            for box in boxes
+            if box.file == record.file and box.start < stop and record.start < box.start + box.bytes
+        ]
+        more = f" and {len(met) - 1} more boxes" if len(met) > 1 else ""
+        return f"{min(met, key=lambda box: box.start) if met else 'header'}{more}"
+
+    def _read_bytes(
+        self, file: str, start: int, data: memoryview, stored: StoredBox | None = None
+    ) -> None:
+        path = self.path / file
+        with open_regular(path) as (descriptor, size), naming(path, "cannot be read", READING):
+            if size != self.files[file] or not read_exactly(descriptor, data, start):
+                raise CheckpointError(
+                    f"{path}: {stored or 'file'}: truncated, or changed while it is read",
+                    found=f"{size} bytes",
+                    expected=f"{self.files[file]} bytes",
+                    mend=RESTORE,
+                )
+
+
+def _sealed(
+    path: Path, sizes: Mapping[str, int], sealed: Mapping[str, SealedFile], chunk: int
+) -> Iterator[Record]:
+    """The chunks of all sealed files as records (CheckpointError where one is another file)."""
+    for name, size in sizes.items():
+        if name not in sealed or sealed[name].size != size:
+            raise CheckpointError(
+                f"{path / name}: is not the file that {SEAL} tells of",
+                found=f"{size} bytes",
+                expected=f"{sealed[name].size} bytes" if name in sealed else "no such file",
+                mend=MEND,
+            )
+    for name, file in sealed.items():
+        for number, told in enumerate(file.crc32):
+            start = number * chunk
+            yield Record(name, start, min(chunk, file.size - start), int(told, 16))
+
+
+def _proved(
+    path: Path,
+    meta: CheckpointMeta,
+    sizes: Mapping[str, int],
+    boxes: Iterable[StoredBox],
+    zeros: Collection[tuple[str, str]],
+) -> dict[tuple[str, str], list[StoredBox]]:
+    stored: dict[tuple[str, str], list[StoredBox]] = {
+        (tensor.name, slot.name): []
+        for tensor in meta.catalog
+        for slot in slots_of(tensor, meta.slots)
+        if (tensor.name, slot.name) not in zeros
+    }
+    for item in boxes:
+        at = f"{path / item.file}: {item}"
+        if (item.tensor, item.slot) not in stored:
+            raise CheckpointError(f"{at}: not in the catalog")
+        if item.start < 0 or item.start + item.bytes > sizes.get(item.file, 0):
+            raise CheckpointError(
+                f"{at}: reaches outside its file, which may be truncated",
+                found=f"bytes {item.start} to {item.start + item.bytes}",
+                expected=f"inside {sizes.get(item.file, 0)} bytes",
+                mend=RESTORE,
+            )
+        stored[item.tensor, item.slot].append(item)
+    for (name, slot), items in stored.items():
+        fault = tiling_fault(meta.catalog[name].shape, [item.box for item in items])
+        if fault is None and len({item.dtype for item in items}) > 1:
+            fault = f"element types differ: {sorted({str(item.dtype) for item in items})}"
+        if fault is not None:
+            raise CheckpointError(
+                f"{path}: tensor {name}, slot {slot} is not stored exactly once: {fault}",
+                found=", ".join(f"{i.box} in {i.file}" for i in items[:6]) or "no box at all",
+                expected=f"boxes that tile shape {list(meta.catalog[name].shape)}",
+            )
+    return stored
+
+
+def _tail(shape: Sequence[int], inside: Box) -> int:
+    """The first axis from which on a box lies side by side in a row-major array of this shape."""
+    axis = len(shape)
+    while axis > 0:
+        axis -= 1
+        if inside.shape[axis] != shape[axis]:
+            break
+    return axis
+
+
+def _runs(shape: Sequence[int], inside: Box) -> Iterator[tuple[int, int]]:
+    """The stretches of flat positions that a box covers: (first, length), rising."""
+    axis = _tail(shape, inside)
+    length = math.prod(inside.shape[axis:])
+    for outer in np.ndindex(*inside.shape[:axis]):
+        index = [o + i for o, i in zip(inside.offset, outer, strict=False)]
+        yield flat_offset(shape, [*index, *inside.offset[axis:]]), length

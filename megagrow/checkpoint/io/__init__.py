@@ -1,0 +1,1 @@
+"""Reading and writing of bytes: strict, checksummed, past the page cache."""

@@ -1,0 +1,1 @@
+"""Our own format: a directory a step, a file of boxes a rank, one manifest."""

@@ -1,0 +1,149 @@
+"""Which checkpoints of a run stay, and which may go where a disk is full.
+
+After a save all but the newest `keep` are deleted, never the newest that can be opened.  Where a
+save finds no room, as after a growth, it deletes before it writes what it would delete right
+after: the oldest beyond the newest `keep - 1`, no more of them than the save needs, and none at
+all where that does not help.  What `keep` asks to be kept is left to the user, who is told the
+names and sizes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+from megagrow.checkpoint.io.files import discard, list_steps, put_aside, step_path
+from megagrow.checkpoint.native.source import NativeCheckpoint
+from megagrow.errors import CheckpointError
+
+
+def retire(root: Path, keep: int, *, verify: bool = False) -> list[Path]:
+    """Delete all committed checkpoints but the newest `keep`; returns what was deleted.
+
+    If none of those can be opened, the newest older one that can stays too, so that a
+    run never deletes the last state it can go back to.  One process calls.
+
+    Args:
+        verify: whether "can be opened" includes every checksum (reads a whole checkpoint).
+
+    Raises:
+        CheckpointError: the system refused to rename or delete.
+        ValueError: `keep` is not positive.
+    """
+    doomed = superseded(root, keep, verify=verify)
+    for path in doomed:
+        discard(path)
+    return doomed
+
+
+def superseded(root: Path, keep: int, *, verify: bool = False) -> list[Path]:
+    """What `retire` would delete, the oldest first.
+
+    Raises:
+        ValueError: `keep` is not positive.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, not {keep}")
+    steps = list_steps(root)
+    old = steps[:-keep]
+    if not old:
+        return []
+    good = next((s for s in reversed(steps) if _is_good(step_path(root, s), verify)), None)
+    return [step_path(root, step) for step in old if step != good]
+
+
+def free_room(root: Path, *, needed: int, keep: int | None, say: Callable[[str], None]) -> None:
+    """Delete what a save would make superfluous, where that gives it the room it lacks.
+
+    Args:
+        needed: bytes of the save.
+        keep: checkpoints that stay after it; None deletes nothing.
+        say: told what is deleted, and why.
+
+    Raises:
+        CheckpointError: there is still too little room; it names the checkpoints that are there.
+    """
+    free = free_bytes(root)
+    if free < needed and keep is not None:
+        for path in _enough(superseded(root, max(keep - 1, 1)), needed - free):
+            say(
+                f"{path} is deleted ({size_of(path):,} bytes): the next checkpoint needs "
+                f"{needed:,} bytes, {free:,} are free, and checkpoint.keep = {keep} would delete "
+                "it right after"
+            )
+            discard(path)
+        free = free_bytes(root)
+    if free < needed:
+        raise CheckpointError(
+            f"{root}: not enough disk space for the next checkpoint",
+            found=f"{free:,} bytes free; {_held(root)}",
+            expected=f"at least {needed:,} bytes free",
+            mend=_mend(root, int(needed - free)),
+        )
+
+
+def free_bytes(path: Path) -> float:
+    """Of the file system of a directory, for this user."""
+    status = os.statvfs(path)
+    # Some network file systems state no size at all; there the writes themselves will tell.
+    return status.f_bavail * status.f_frsize if status.f_blocks else float("inf")
+
+
+def size_of(path: Path) -> int:
+    """Bytes of the files of a checkpoint."""
+    return sum(file.lstat().st_size for file in path.iterdir())
+
+
+def _enough(paths: Sequence[Path], lacking: float) -> list[Path]:
+    """The first of them that are `lacking` bytes together; none where all are not."""
+    totals = list(accumulate(size_of(path) for path in paths))
+    count = next((number for number, total in enumerate(totals, 1) if total >= lacking), 0)
+    return list(paths[:count])
+
+
+def _held(root: Path) -> str:
+    """The checkpoints that are there, in words."""
+    sizes = [f"{path.name} ({size_of(path):,} bytes)" for path in _all(root)]
+    return f"older checkpoints: {', '.join(sizes)}" if sizes else "no older checkpoint"
+
+
+def _mend(root: Path, lacking: int) -> str:
+    old = superseded(root, 1)
+    enough = _enough(old, lacking)
+    if enough:
+        names = " ".join(map(str, enough))
+        return (
+            f"free disk space, for instance: rm -r {names}; or keep fewer checkpoints "
+            "(a lower checkpoint.keep) from the next start on"
+        )
+    return (
+        f"free {lacking:,} bytes of disk space; the older checkpoints do not hold so much "
+        "besides the last good one, so fewer of them (checkpoint.keep) would not do"
+    )
+
+
+def _all(root: Path) -> Iterator[Path]:
+    return (step_path(root, step) for step in list_steps(root))
+
+
+def set_aside(root: Path, after_step: int) -> list[Path]:
+    """Rename the checkpoints newer than a step, when a run goes back to that step.
+
+    Their future is no longer the run's, yet they may be wanted: nothing deletes them.
+
+    Returns:
+        Their new paths, `step_<step>.set-aside-<nonce>`, in rising order of steps.
+    """
+    return [put_aside(step_path(root, s)) for s in list_steps(root) if s > after_step]
+
+
+def _is_good(path: Path, verify: bool) -> bool:
+    try:
+        checkpoint = NativeCheckpoint.open(path)
+        if verify:
+            checkpoint.verify()
+    except CheckpointError:
+        return False
+    return True

@@ -1,0 +1,186 @@
+"""Saving: every rank writes the boxes it holds, rank 0 commits.
+
+Order: files, fsync of each, manifest, fsync, fsync of the directory, rename,
+fsync of the parent.  The rename is the commit: before it readers see nothing,
+after it everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megagrow.checkpoint.io.files import (
+    claim,
+    naming,
+    step_path,
+    sweep,
+    temporary_path,
+    write_new,
+)
+from megagrow.checkpoint.native import manifest as manifests
+from megagrow.checkpoint.native.collective import Group, together
+from megagrow.checkpoint.native.manifest import (
+    NO_CHECKSUM,
+    CheckpointMeta,
+    file_name,
+    file_record,
+    stamp,
+)
+from megagrow.checkpoint.native.proof import prove
+from megagrow.checkpoint.native.retention import free_bytes, free_room
+from megagrow.checkpoint.native.shard_file import (
+    CHUNK_BYTES,
+    Piece,
+    Plan,
+    checksum_count,
+    file_order,
+    lay_out,
+    part_of,
+    write_shard,
+)
+from megagrow.errors import CheckpointError
+from megagrow.files import sync_directory
+
+_log = logging.getLogger(__name__)
+
+
+def save(
+    root: Path,
+    *,
+    step: int,
+    pieces: Iterable[Piece],
+    meta: CheckpointMeta,
+    group: Group,
+    chunk_bytes: int = CHUNK_BYTES,
+    keep: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Save a checkpoint; every rank of the group calls with its own pieces.
+
+    Together the pieces tile every slot of every tensor of `meta.catalog` exactly once.
+    Their values may be views of live state, on any device and with any strides, and must
+    not change until the call returns.  They are copied through one buffer of `chunk_bytes`.
+
+    Args:
+        root: the directory of the run's checkpoints, on storage that every rank sees.
+        meta: counts on rank 0 only.
+        chunk_bytes: size of buffer and checksum unit, a multiple of 8.
+        keep: checkpoints that stay after this one; where the disk is full, some that would go
+            then go before (`megagrow.checkpoint.native.retention`).  None deletes none.
+        say: told on rank 0 what was deleted for this save, and why.
+
+    Returns:
+        The committed directory, `root/step_<step>`.
+
+    Raises:
+        CheckpointError: on every rank alike, if any rank failed; nothing is committed,
+            what was written is removed where that can be done, earlier checkpoints are
+            as they were, but for those that were deleted for want of space.
+    """
+    save_id = group.broadcast(secrets.token_hex(8) if group.rank == 0 else None)
+    temporary = temporary_path(root, step, save_id)
+    failing = f"{step_path(root, step)}: not saved; earlier checkpoints are as they were"
+    ordered: list[Piece] = []
+    plans: list[Plan] = []
+
+    def plan() -> dict[str, Any]:
+        ordered.extend(file_order(pieces))
+        parts = [part_of(piece) for piece in ordered]
+        mine = lay_out(parts, stamp(save=save_id, step=step, rank=group.rank))
+        plans.append(mine)
+        blanks = [NO_CHECKSUM] * checksum_count(mine.size, chunk_bytes)
+        return file_record(group.rank, parts, mine, blanks)
+
+    def write() -> list[str]:
+        path = temporary / file_name(group.rank)
+        return write_shard(path, plans[0].head, ordered, chunk_bytes=chunk_bytes)
+
+    def undo() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    def sealed(files: list[dict[str, Any]]) -> bytes:
+        return manifests.seal(meta, save=save_id, step=step, chunk_bytes=chunk_bytes, files=files)
+
+    with contextlib.ExitStack() as held:
+        files: list[dict[str, Any]] = []
+
+        def prepare(records: list[dict[str, Any]]) -> None:
+            # With checksums still blank the manifest has its final size, and what a reader
+            # would refuse is refused before anything is written.
+            files.extend(records)
+            text = sealed(files)
+            where = f"step {step}"
+            if len(text) > manifests.BYTES_LIMIT:
+                raise CheckpointError(f"{where}: {len(text)} bytes of manifest are too many")
+            prove(manifests.unseal(text, where=where), where=where)
+            needed = sum(file["size"] for file in files) + len(text)
+            _make_room(root, step, needed, keep=keep, say=say)
+            with naming(temporary, "cannot be made"):
+                temporary.mkdir()
+                held.enter_context(claim(temporary))
+
+        def commit(checksums: list[list[str]]) -> None:
+            for file, sums in zip(files, checksums, strict=True):
+                file["crc32"] = sums
+            _commit(root, temporary, step_path(root, step), sealed(files))
+
+        together(group, plan, prepare, failing=failing, undo=undo)
+        together(group, write, commit, failing=failing, undo=undo)
+    return step_path(root, step)
+
+
+def _make_room(
+    root: Path, step: int, needed: int, *, keep: int | None, say: Callable[[str], None]
+) -> None:
+    """Make the root and see that neither a committed step nor a full disk is in the way."""
+    with naming(root, "cannot be made"):
+        root.mkdir(parents=True, exist_ok=True)
+        sync_directory(root.parent)
+    _refuse_existing(step_path(root, step), step)
+    with naming(root, "cannot be examined"):
+        if free_bytes(root) < needed:
+            with _only_logged("leftovers of dead saves not removed"):
+                sweep(root)
+        free_room(root, needed=needed, keep=keep, say=say)
+
+
+def _refuse_existing(path: Path, step: int) -> None:
+    if not os.path.lexists(path):
+        return
+    committed = (path / manifests.NAME).is_file()
+    raise CheckpointError(
+        f"{path}: a committed checkpoint is never overwritten",
+        found=f"step {step} is saved there already" if committed else "something else lies there",
+        mend=f"resume from it, or move it away: mv {path} {path}.old",
+    )
+
+
+def _commit(root: Path, temporary: Path, final: Path, manifest: bytes) -> None:
+    with naming(temporary / manifests.NAME, "cannot be written"):
+        write_new(temporary / manifests.NAME, manifest)
+    with naming(temporary, "cannot be synchronised"):
+        sync_directory(temporary)  # the names of all files, the manifest's among them
+    with naming(final, "cannot be committed"):
+        os.rename(temporary, final)
+    with naming(
+        root, f"cannot be synchronised; {final.name} is whole, but a power cut may lose it"
+    ):
+        sync_directory(root)
+    with _only_logged("leftovers of dead saves not removed"):
+        sweep(root)
+
+
+@contextlib.contextmanager
+def _only_logged(what: str) -> Iterator[None]:
+    """For tidying up, whose failure must not fail a save."""
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        _log.warning("%s: %s", what, error)

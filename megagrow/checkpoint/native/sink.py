@@ -1,0 +1,142 @@
+"""The native format as the converter sees it: see `native` for reading, `save` for live runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megagrow.checkpoint.convert.summary import find
+from megagrow.checkpoint.interface.format import FilePlan, Format, Request, Segment, Source, Values
+from megagrow.checkpoint.io.files import naming, write_new
+from megagrow.checkpoint.native import manifest as manifests
+from megagrow.checkpoint.native.manifest import file_name, file_record, stamp
+from megagrow.checkpoint.native.proof import prove
+from megagrow.checkpoint.native.shard_file import (
+    CHUNK_BYTES,
+    DTYPE_NAMES,
+    DTYPES,
+    Part,
+    Plan,
+    lay_out,
+)
+from megagrow.checkpoint.native.source import NativeCheckpoint
+from megagrow.errors import CheckpointError, ConfigError
+from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
+from megagrow.state.catalog import ADAM_SLOTS, Catalog, Slot, slots_of
+from megagrow.state.placement import Placement, split_axis
+
+
+class NativeSink:
+    """A file a rank of the layout, as a run in that layout would write it."""
+
+    def __init__(self, request: Request) -> None:
+        self._request, meta = request, request.meta
+        placement = placed(meta.catalog, request)
+        # The training loop reads Adam's slots; one that the source lacks starts at zero.
+        held = {slot.name for slot in meta.slots}
+        self.slots = (*meta.slots, *(slot for slot in ADAM_SLOTS if slot.name not in held))
+        self._parts: list[list[Part]] = []
+        self._plans: list[Plan] = []
+        self.files: list[FilePlan] = []
+        for rank in range(meta.layout.world):
+            parts = [
+                Part(shard.tensor, slot.name, shard.box, DTYPE_NAMES[dtype])
+                for shard in placement.written_by(rank)
+                for slot in slots_of(meta.catalog[shard.tensor], self.slots)
+                for dtype in (request.dtype_of(shard.tensor, slot.name),)
+            ]
+            parts.sort(key=lambda part: -DTYPES[part.dtype].itemsize)
+            plan = lay_out(parts, stamp(save=request.nonce, step=request.step, rank=rank))
+            self._parts.append(parts)
+            self._plans.append(plan)
+            values: list[Segment] = [
+                Values(part.tensor, part.slot, part.box, DTYPES[part.dtype]) for part in parts
+            ]
+            self.files.append(FilePlan(file_name(rank), [plan.head, *values]))
+
+    def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> None:
+        """Write the manifest."""
+        files = [
+            file_record(rank, parts, plan, checksums[file_name(rank)])
+            for rank, (parts, plan) in enumerate(zip(self._parts, self._plans, strict=True))
+        ]
+        text = manifests.seal(
+            _with_slots(self._request, self.slots),
+            save=self._request.nonce,
+            step=self._request.step,
+            chunk_bytes=CHUNK_BYTES,
+            files=files,
+        )
+        path = directory / manifests.NAME
+        if len(text) > manifests.BYTES_LIMIT:
+            raise CheckpointError(f"{path}: {len(text)} bytes of manifest are too many")
+        prove(manifests.unseal(text, where=str(path)), where=str(path))
+        with naming(path, "cannot be written"):
+            write_new(path, text)
+
+
+def _with_slots(request: Request, slots: Sequence[Slot]) -> manifests.CheckpointMeta:
+    return dataclasses.replace(request.meta, slots=tuple(slots))
+
+
+def placed(catalog: Catalog, request: Request) -> Placement:
+    """Who holds what in the layout that is asked for, grouped as the run's optimizer groups.
+
+    Raises:
+        ConfigError: the model cannot be cut so.
+    """
+    layout = request.meta.layout
+    if layout.pipeline > 1 and layout.zero > 1:
+        raise ConfigError(
+            f"ZeRO {layout.zero} does not go with pipeline {layout.pipeline}",
+            mend="give --zero 0 or --zero 1, or --pipeline 1",
+        )
+    for tensor in catalog:
+        axis = split_axis(tensor)
+        if axis is None or tensor.axes[axis] == "vocab":
+            continue
+        if tensor.shape[axis] % layout.tensor:
+            raise ConfigError(
+                f"{tensor.name} cannot be cut into {layout.tensor} equal parts",
+                found=f"axis {tensor.axes[axis]} of length {tensor.shape[axis]}",
+                mend=f"give --tensor a divisor of {tensor.shape[axis]}",
+            )
+    placement = Placement(catalog, layout, group_keys(catalog, _rules(request), request.meta.slots))
+    try:
+        placement.cuts  # noqa: B018
+    except ValueError as error:
+        raise ConfigError(
+            f"the model's layers cannot be cut into {layout.pipeline} pipeline stages",
+            found=error,
+            mend="give a smaller --pipeline",
+        ) from None
+    return placement
+
+
+def _rules(request: Request) -> OptimizerRules:
+    try:
+        return OptimizerRules.from_json(request.meta.run_state["rules"])
+    except (KeyError, TypeError, ValueError):
+        return OptimizerRules()
+
+
+def _find(path: Path) -> Path | None:
+    try:
+        return find(path)
+    except CheckpointError:
+        return None
+
+
+def _open(path: Path) -> Source:
+    return NativeCheckpoint.open(path)
+
+
+FORMAT = Format(
+    name="native",
+    about="megagrow's own, in any layout",
+    find=_find,
+    open_source=_open,
+    open_sink=NativeSink,
+    sealed=True,
+)

@@ -1,0 +1,175 @@
+"""The roll of an attempt: which ranks are there, what they do, how they ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megagrow.cluster.lifeline import LAST_WORDS, STATUS_STOPPED
+from megagrow.cluster.lifeline_server import Event, Peer
+
+STATUS_FAILED = 1
+STATUS_CONFIG = 78  # sysexits.h: starting again would not help
+_HOPELESS = frozenset({"ConfigError", "DataError"})  # of megagrow.errors
+
+
+@dataclass(eq=False)
+class Rank:
+    """One rank, as far as it has told."""
+
+    number: int
+    host: str
+    pid: int
+    peer: Peer
+    step: int | None = None
+    first_step: int | None = None
+    doing: str = ""
+    last_word: str | None = None
+    here: bool = True
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"rank {self.number} on {self.host} (pid {self.pid})"
+
+    @property
+    def was(self) -> str:
+        """What it did last, in words."""
+        at = [self.doing] if self.doing else []
+        if self.step is not None and "step" not in self.doing:
+            at.append(f"step {self.step}")
+        return ", ".join(at) or "starting"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt cannot succeed.
+
+    Attributes:
+        where: who failed, and how.
+        found: what it told or did last.
+        kind: the class of the rank's error, where it told one.
+        follows: whether it only tells that another rank is gone.
+    """
+
+    where: str
+    found: str
+    kind: str = ""
+    follows: bool = False
+
+
+class Roll:
+    """What the lifelines of one attempt tell.
+
+    Args:
+        silence: seconds without a sign of life that a training rank may take.
+    """
+
+    def __init__(self, *, silence: float) -> None:
+        self.ranks: dict[int, Rank] = {}
+        self.world: int | None = None
+        self.failures: list[Failure] = []
+        self.saved = -1  # the newest step that was saved
+        self.trained = False
+        self._silence = silence
+        self._of: dict[Peer, Rank] = {}
+
+    def hear(self, event: Event) -> None:
+        """Take in what happened on a line."""
+        if event.kind == "said" and event.message.get("event") == "start":
+            self._start(event.peer, event.message)
+            return
+        rank = self._of.get(event.peer)
+        if rank is None or not rank.here:
+            return
+        if event.kind == "gone":
+            rank.here = False
+            if rank.last_word is None:
+                self.fail(Failure(f"{rank.name} died without a word", f"it was: {rank.was}"))
+        elif event.kind == "silent":
+            seconds = event.message["seconds"]
+            self.fail(
+                Failure(
+                    f"nothing was heard from {rank.name} for {seconds:.0f} s: "
+                    "its host is cut off or down, or the process is stopped",
+                    f"it was: {rank.was}",
+                )
+            )
+        else:
+            self._take(rank, event.message)
+
+    def fail(self, failure: Failure) -> None:
+        """Note a failure."""
+        self.failures.append(failure)
+
+    def all_here(self) -> bool:
+        """Whether every rank has started."""
+        return self.world is not None and set(self.ranks) >= set(range(self.world))
+
+    def missing(self) -> list[int]:
+        """Ranks that have not started."""
+        return sorted(set(range(self.world or 0)) - set(self.ranks))
+
+    def all_ended(self) -> bool:
+        """Whether no rank has more to tell: each said its last word, or is gone."""
+        return self.all_here() and not self.busy()
+
+    def busy(self) -> list[Rank]:
+        """Ranks that have started and not yet said their last word."""
+        return [r for r in self.ranks.values() if r.here and r.last_word is None]
+
+    def cause(self) -> Failure | None:
+        """The first failure that is not the consequence of another."""
+        causes = [failure for failure in self.failures if not failure.follows]
+        return next(iter(causes or self.failures), None)
+
+    def verdict(self) -> int:
+        """The exit status that is true: 0 only where every rank said done."""
+        cause = self.cause()
+        if cause is not None and cause.kind in _HOPELESS:
+            return STATUS_CONFIG
+        words = {rank.last_word for rank in self.ranks.values()}
+        if not self.all_here() or not words <= {"done", "stopped"}:
+            return STATUS_FAILED
+        return STATUS_STOPPED if "stopped" in words else 0
+
+    def _start(self, peer: Peer, message: dict[str, Any]) -> None:
+        number, world = int(message["rank"]), int(message["world"])
+        rank = Rank(number, str(message["host"]), int(message["pid"]), peer)
+        other = self.ranks.get(number)
+        if other is not None and other.here:
+            self.fail(
+                Failure(
+                    f"rank {number} is there twice",
+                    f"{other.name} and {rank.name}: a job within a job, or one that was "
+                    "started by a launcher inside launch/supervise.py",
+                )
+            )
+        self.ranks[number], self._of[peer] = rank, rank
+        self.world = world if self.world is None else max(world, self.world)
+
+    def _take(self, rank: Rank, message: dict[str, Any]) -> None:
+        event = message.get("event")
+        if isinstance(message.get("step"), int):
+            rank.step = message["step"]
+        if event in ("beat", "saved"):
+            rank.doing = str(message.get("doing", rank.doing))
+            # Before its first beat it may load libraries for minutes in one call.
+            rank.peer.patience = self._silence
+            if rank.first_step is None:
+                rank.first_step = rank.step
+            self.trained = self.trained or rank.step != rank.first_step
+        if event == "saved" and rank.step is not None:
+            self.saved = max(self.saved, rank.step)
+        if event in LAST_WORDS and rank.last_word is None:
+            rank.last_word = str(event)
+            if event == "failed":
+                text = str(message.get("text", "")).strip()
+                self.fail(
+                    Failure(
+                        f"{rank.name} failed",
+                        text or f"it was: {rank.was}",
+                        kind=str(message.get("kind", "")),
+                        follows=bool(message.get("follows")),
+                    )
+                )

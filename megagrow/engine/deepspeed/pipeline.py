@@ -1,0 +1,73 @@
+"""The model as a DeepSpeed pipeline, made of the same layers as the plain model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+from megagrow.config import ModelConfig
+from megagrow.engine.groups import Groups
+from megagrow.models.common.parallel import TensorParallel
+from megagrow.models.transformer import Head, layer_types, next_token_loss
+
+
+class PipelinedModel(PipelineModule):
+    """This rank's stage of the layer list, under DeepSpeed's 1F1B schedule.
+
+    Args:
+        model: the shape of the model.
+        cuts: stage s runs layers cuts[s] to cuts[s + 1].
+        parallel: the tensor-parallel ranks.
+        groups: the process groups.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        cuts: Sequence[int],
+        parallel: TensorParallel,
+        groups: Groups,
+    ) -> None:
+        layout = groups.layout
+        # Set before PipelineModule's own set-up, which asks for them.
+        self._cuts, self._ends, self._is_tied = list(cuts), groups.ends, model.tie_embeddings
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().__init__(
+                layers=[
+                    LayerSpec(kind, model, parallel, place)
+                    for place, kind in enumerate(layer_types(model))
+                ],
+                topology=PipeModelDataParallelTopology(
+                    num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data
+                ),
+                loss_fn=next_token_loss(model, parallel),
+                activation_checkpoint_interval=0,
+            )
+
+    def _partition_layers(self, method: str = "") -> None:
+        """Take the cuts that the placement was planned with."""
+        self.parts = self._cuts
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+    def _index_tied_modules(self) -> dict[str, Any]:
+        """DeepSpeed's own ties need a module of the shared weight alone; ours lies in two."""
+        for weight, _ in self.get_tied_weights_and_groups():
+            # The gradient norm counts the copy of the first stage alone.
+            weight.ds_pipe_replicated = self.stage_id > 0
+        return {}
+
+    def get_tied_weights_and_groups(
+        self,
+    ) -> list[tuple[Any, dist.ProcessGroup | None]]:
+        """The token embedding where this stage holds a copy of it; its gradients are summed."""
+        if not self._is_tied or self.stage_id not in (0, self.num_stages - 1):
+            return []
+        layer = self.forward_funcs[0 if self.stage_id == 0 else -1]
+        return [(layer.embedding.token if isinstance(layer, Head) else layer.token, self._ends)]

@@ -1,0 +1,1 @@
+"""Optimizers whose settings may differ from block to block of a tensor."""

@@ -1,0 +1,410 @@
+"""Optimizers that know young blocks: the new parts of grown tensors have rates of their own.
+
+The optimizer sees what DeepSpeed gives it: whole parameters, or one flat
+partition of many.  Where a tensor has young blocks, the partition is stepped
+in pieces: flat ranges as usual, and inside a young tensor's box the old block
+and the new ones apart, as strided views.  No memory per element is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.optim.adamw import adamw
+
+from megagrow import ops
+from megagrow.growth.optimizer_rules import Progression, YoungBlocks
+from megagrow.state.boxes import Box
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class YoungShard:
+    """A box with young blocks, contiguous in a flat parameter from `start` on.
+
+    `box` is in the logical tensor's coordinates, like the blocks.
+    """
+
+    start: int
+    box: Box
+    blocks: YoungBlocks
+
+
+class Observer(Protocol):
+    """Sees updates happen."""
+
+    def update(self, groups: Sequence[Mapping[str, Any]]) -> AbstractContextManager[None]:
+        """Around the update of parameter groups whose gradients are in ``.grad``."""
+        ...
+
+
+class BlockOptimizer(torch.optim.Optimizer):
+    """What the optimizers share: state made ahead of the first step, and steps in pieces.
+
+    Parameter groups may carry ``lr_factor``, the multiple of the run's learning rate.
+    """
+
+    moments: tuple[str, ...] = ()
+    _young: dict[torch.Tensor, Sequence[YoungShard]]
+    # Called before each update; gradient clipping hooks in here where DeepSpeed has none.
+    before_step: Callable[[], None] | None = None
+    # Asked after that; False leaves everything as it is.
+    accept: Callable[[], bool] | None = None
+    # Looks at the update that follows; None: nobody does.
+    probe: Observer | None = None
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the run's learning rate; each group takes its own multiple."""
+        for group in self.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+
+    def set_young(self, young: Mapping[torch.Tensor, Sequence[YoungShard]]) -> None:
+        """Say which boxes of which parameters have young blocks."""
+        self._young = {p: sorted(s, key=lambda x: x.start) for p, s in young.items() if s}
+
+    def make_state(
+        self,
+        parameters: Iterable[torch.Tensor],
+        *,
+        step: int,
+        moments: Callable[[torch.Tensor], Iterable[str]] | None = None,
+    ) -> None:
+        """Create the state that a first step would: zero moments, and the step count.
+
+        Args:
+            parameters: the tensors that will be stepped (DeepSpeed may hold them itself and
+                put them into the parameter groups only for the time of a step).
+            step: updates that count as done.
+            moments: names of what each keeps; all that the optimizer knows, unless told.
+        """
+        for parameter in parameters:
+            state = self.state[parameter]
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
+            for name in self.moments if moments is None else moments(parameter):
+                state[name] = torch.zeros_like(parameter, requires_grad=False)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update; the gradient must be in ``.grad``."""
+        if self.before_step is not None:
+            self.before_step()
+        if self.accept is not None and not self.accept():
+            return None
+        if self.probe is None:
+            return self._update_all(closure)
+        with self.probe.update(self.param_groups):
+            return self._update_all(closure)
+
+    def _update_all(self, closure: Any) -> Any:
+        if self._step_in_one_pass():
+            return None
+        if not any(p in self._young for g in self.param_groups for p in g["params"]):
+            return self._step_whole(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_in_pieces(group, parameter)
+        return None
+
+    def _step_in_one_pass(self) -> bool:
+        """Let a kernel do the update, young blocks included; False where none serves."""
+        return False
+
+    def _step_whole(self, closure: Any) -> Any:
+        """One update of parameters that have no young blocks."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _update(
+        group: Mapping[str, Any],
+        tensors: Sequence[torch.Tensor],
+        *,
+        steps: int,
+        lr_factor: float = 1.0,
+        fused: bool = False,
+    ) -> None:
+        """Update (parameter, gradient, moments) in place, `steps` updates being done."""
+        raise NotImplementedError
+
+    def _step_in_pieces(self, group: Mapping[str, Any], parameter: torch.Tensor) -> None:
+        state = self.state[parameter]
+        if not state:
+            raise RuntimeError("young blocks need optimizer state: call make_state first")
+        before = int(state["step"])
+        tensors = (parameter, parameter.grad, *(state[name] for name in self.moments))
+        flat = [t.view(-1) for t in tensors if t is not None]
+        position = 0
+        for shard in self._young.get(parameter, ()):
+            self._update(group, [t[position : shard.start] for t in flat], steps=before, fused=True)
+            position = shard.start + shard.box.volume
+            boxes = [t[shard.start : position].view(shard.box.shape) for t in flat]
+            for index, young in generations(shard.blocks, shard.box):
+                self._update(
+                    group,
+                    [t[index] for t in boxes],
+                    steps=before if young is None else before - young.born,
+                    lr_factor=1.0 if young is None else young.lr_factor(before + 1),
+                )
+        self._update(group, [t[position:] for t in flat], steps=before, fused=True)
+        state["step"] += 1
+
+
+class BlockAdamW(BlockOptimizer, torch.optim.AdamW):
+    """Decoupled AdamW (Loshchilov & Hutter, arXiv 1711.05101) with young blocks."""
+
+    moments = MOMENTS
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float]) -> None:
+        torch.optim.AdamW.__init__(self, groups, lr=0.0, betas=betas, fused=True)
+        self._young = {}
+        self._tables: dict[torch.Tensor, torch.Tensor] = {}  # of young shards, for the kernel
+
+    def set_young(self, young: Mapping[torch.Tensor, Sequence[YoungShard]]) -> None:
+        """Say which boxes of which parameters have young blocks."""
+        super().set_young(young)
+        self._tables.clear()
+
+    def _step_whole(self, closure: Any) -> Any:
+        return torch.optim.AdamW.step(self, closure)
+
+    def _step_in_one_pass(self) -> bool:
+        """Let a kernel do the update, young blocks included; False where none serves.
+
+        It needs state, which `make_state` has made.
+        """
+        work = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if not work or not all(
+            self.state[p] and ops.adamw_serves(p, young=p in self._young) for _, p in work
+        ):
+            return False
+        # Counted together, so that a GPU is waited for once.
+        step = int(self.state[work[0][1]]["step"]) + 1
+        for group, p in work:
+            state, young = self.state[p], self._young.get(p)
+            table = rates = None
+            if young:
+                if p not in self._tables:
+                    boxes = [box for s in young for box in _young_boxes(s)]
+                    self._tables[p] = ops.young_table(boxes, p.device)
+                table = self._tables[p]
+                rates = ops.young_rates(
+                    [
+                        (group["lr"] * blocks.lr_factor(step), step - blocks.born)
+                        for s in young
+                        for blocks in _innermost_first(s.blocks)
+                    ],
+                    betas=group["betas"],
+                    device=p.device,
+                )
+            ops.adamw_(
+                p.view(-1),
+                p.grad.contiguous().view(-1),
+                *(state[name].view(-1) for name in MOMENTS),
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=step,
+                young=table,
+                rates=rates,
+            )
+            state["step"] += 1
+        return True
+
+    @staticmethod
+    def _update(
+        group: Mapping[str, Any],
+        tensors: Sequence[torch.Tensor],
+        *,
+        steps: int,
+        lr_factor: float = 1.0,
+        fused: bool = False,
+    ) -> None:
+        parameter, gradient, exp_avg, exp_avg_sq = tensors
+        if parameter.numel() == 0:
+            return
+        adamw(
+            [parameter],
+            [gradient],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [torch.tensor(float(steps), device=parameter.device if fused else "cpu")],
+            foreach=False,
+            fused=fused,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"] * lr_factor,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+class BlockLion(BlockOptimizer):
+    """Lion (Chen et al., arXiv 2302.06675, algorithm 2) with young blocks.
+
+    It moves every element by the learning rate, in the direction of the sign of
+    beta1 m + (1 - beta1) g, and keeps m = beta2 m + (1 - beta2) g alone.  The sign does not
+    depend on the gradient's scale, so a growth's rates hold for it as for AdamW.
+    """
+
+    moments = MOMENTS[:1]
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": 0.0, "betas": betas, "weight_decay": 0.0, "eps": 0.0})
+        self._young = {}
+
+    def _step_whole(self, closure: Any) -> Any:
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            members = [p for p in group["params"] if p.grad is not None]
+            if not members:
+                continue
+            gradients = [p.grad for p in members if p.grad is not None]
+            states = [self.state[p] for p in members]
+            _lion(group, members, gradients, [s["exp_avg"] for s in states], lr=group["lr"])
+            for state in states:
+                state["step"] += 1
+        return loss
+
+    @staticmethod
+    def _update(
+        group: Mapping[str, Any],
+        tensors: Sequence[torch.Tensor],
+        *,
+        steps: int,
+        lr_factor: float = 1.0,
+        fused: bool = False,
+    ) -> None:
+        del steps, fused  # no bias correction, and one way to do it
+        parameter, gradient, exp_avg = tensors
+        _lion(group, [parameter], [gradient], [exp_avg], lr=group["lr"] * lr_factor)
+
+
+def _lion(
+    group: Mapping[str, Any],
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    *,
+    lr: float,
+) -> None:
+    beta1, beta2 = group["betas"]
+    directions = torch._foreach_lerp(exp_avgs, gradients, 1 - beta1)
+    torch._foreach_sign_(directions)
+    torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+    torch._foreach_add_(parameters, directions, alpha=-lr)
+    torch._foreach_lerp_(exp_avgs, gradients, 1 - beta2)
+
+
+Index = tuple[slice, ...]
+
+
+def _innermost_first(blocks: YoungBlocks) -> list[YoungBlocks]:
+    """The young blocks of a tensor, those of the earliest growth first."""
+    return [*(_innermost_first(blocks.inside) if blocks.inside else ()), blocks]
+
+
+def _young_boxes(shard: YoungShard) -> list[ops.YoungBox]:
+    """What the kernel's table has of a shard: a box for each growth."""
+    olds = [regions(blocks.kept, shard.box)[0] for blocks in _innermost_first(shard.blocks)]
+    return [ops.YoungBox(shard.start, shard.box.shape, old[0] if old else None) for old in olds]
+
+
+def generations(blocks: YoungBlocks, box: Box) -> list[tuple[Index, YoungBlocks | None]]:
+    """Cut a box into its parts by the growth that they are of.
+
+    Args:
+        blocks: the young blocks of the tensor.
+        box: the box, in logical coordinates.
+
+    Returns:
+        (index, blocks that it is of; None for the old part); indices count from the box's corner,
+        do not overlap and cover the box.
+    """
+    found: list[tuple[Index, YoungBlocks | None]] = []
+    view = [range(n) for n in box.shape]  # what is left for the growths before
+    level: YoungBlocks | None = blocks
+    while level is not None:
+        old, _ = regions(level.kept, box)
+        if not old:
+            return [*found, (_slices(view), level)]
+        inner = [range(n)[part] for n, part in zip(box.shape, old[0], strict=True)]
+        at = [_relative(axis, part) for axis, part in zip(view, inner, strict=True)]
+        for axis, part in enumerate(at):
+            # Old on the axes before, young on this one, anything behind: disjoint, and all of it.
+            for gap in _gaps(part, len(view[axis])):
+                found.append((_slices([*inner[:axis], view[axis][gap], *view[axis + 1 :]]), level))
+        view, level = inner, level.inside
+    return [*found, (_slices(view), None)]
+
+
+def _relative(view: range, part: range) -> slice:
+    """The elements of a part of a view as an index of the view."""
+    first = view.index(part[0])
+    step = view.index(part[1]) - first if len(part) > 1 else 1
+    return slice(first, first + (len(part) - 1) * step + 1, step)
+
+
+def _slices(axes: Iterable[range]) -> Index:
+    return tuple(slice(axis.start, axis.stop, axis.step) for axis in axes)
+
+
+def regions(kept: Sequence[Progression] | None, box: Box) -> tuple[list[Index], list[Index]]:
+    """Cut a box into its old part and its young parts.
+
+    Args:
+        kept: per axis the old block's elements, in logical coordinates; None if all is young.
+        box: the box, in logical coordinates.
+
+    Returns:
+        (at most one index of the old part, indices of the young parts); indices count from the
+        box's corner, do not overlap and cover the box.
+    """
+    everything = tuple(slice(0, n) for n in box.shape)
+    if kept is None:
+        return [], [everything]
+    inside = [
+        _clip(progression, start, stop)
+        for progression, start, stop in zip(kept, box.offset, box.stop, strict=True)
+    ]
+    if any(part is None for part in inside):
+        return [], [everything]
+    old = tuple(part for part in inside if part is not None)
+    young: list[Index] = []
+    for axis, part in enumerate(old):
+        # Old on the axes before, young on this one, anything behind: disjoint, and all of it.
+        young += [
+            (*old[:axis], gap, *everything[axis + 1 :]) for gap in _gaps(part, box.shape[axis])
+        ]
+    return [old], young
+
+
+def _clip(progression: Progression, start: int, stop: int) -> slice | None:
+    first, step, count = progression
+    low = max(0, -((first - start) // step))
+    high = min(count, -((first - stop) // step))
+    if low >= high:
+        return None
+    begin = first + low * step - start
+    return slice(begin, begin + (high - low - 1) * step + 1, step)
+
+
+def _gaps(part: slice, length: int) -> Iterator[slice]:
+    """Progressions that cover what a progression leaves of [0, length)."""
+    step = part.step or 1
+    if part.start > 0:
+        yield slice(0, part.start)
+    for residue in range(1, step):
+        # The last period may reach past the old block's last element; clip it there.
+        if part.start + residue < part.stop:
+            yield slice(part.start + residue, part.stop, step)
+    if part.stop < length:
+        yield slice(part.stop, length)

@@ -1,0 +1,170 @@
+"""Muon: orthogonalised momentum for the matrices of the blocks, AdamW for everything else.
+
+Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).  A matrix moves
+by lr * sqrt(max(1, rows / columns)) * NS(m), where m is its Nesterov momentum and NS brings the
+singular values near 1, by DeepSpeed's own Newton-Schulz iteration.  Queries, keys, values, gates
+and their partners are matrices each (`megagrow.state.matrices`).
+
+Momentum lies where the layout has it: in flat ranges under ZeRO, in slices under tensor
+parallelism.  For the update, one tensor after the other is put together on all ranks that share
+it: a sum in which each rank gives its own part and zeros.  That is exact, so all layouts
+orthogonalise the same matrix; it needs room for one whole tensor, and every rank repeats the
+iteration.
+
+The momentum starts at 0 and is not corrected for it, since its length does not matter.
+Young blocks therefore come in with a small share of the matrix's momentum, and need no step
+count; a matrix is orthogonalised whole, young and old together, and the young part of the
+update takes its own rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megagrow.engine.deepspeed.patches import replaced
+from megagrow.engine.optimizers.blockwise import BlockAdamW, Index, generations
+from megagrow.growth.optimizer_rules import YoungBlocks
+from megagrow.state.boxes import Box
+from megagrow.state.matrices import Matrix
+
+_NS_STEPS = 5
+Collect = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class SharedTensor:
+    """A tensor of matrices, and what this rank has of it.
+
+    Attributes:
+        shape: of the whole logical tensor.
+        matrices: the matrices in it.
+        shards: (box in logical coordinates, flat position in the parameter that holds it), each
+            contiguous there; none where the rank has no part.
+        young: what an earlier growth left new.
+    """
+
+    shape: tuple[int, ...]
+    matrices: tuple[Matrix, ...]
+    shards: tuple[tuple[Box, int], ...]
+    young: YoungBlocks | None
+
+
+class BlockMuon(BlockAdamW):
+    """Muon with young blocks.
+
+    Groups with ``orthogonal`` true hold matrices, which `set_matrices` must tell; all others
+    are AdamW's.
+
+    Args:
+        groups: the parameter groups.
+        betas: of AdamW.
+        momentum: of the matrices.
+        iteration: the element type that Newton-Schulz runs in.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        betas: tuple[float, float],
+        momentum: float,
+        iteration: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(groups, betas=betas)
+        self._momentum, self._iteration = momentum, iteration
+        self._shared: dict[torch.Tensor, Sequence[SharedTensor]] = {}
+        self._collect: Collect = lambda whole: None
+        self._device: torch.device | None = None
+
+    def set_matrices(
+        self,
+        shared: Mapping[torch.Tensor, Sequence[SharedTensor]],
+        *,
+        collect: Collect,
+        device: torch.device | None = None,
+    ) -> None:
+        """Say which tensors the parameters hold parts of.
+
+        Args:
+            shared: by parameter, in the same order on all ranks that share the tensors.
+            collect: sums a tensor over these ranks, in place.
+            device: where matrices are put together, if not where the parameters are.
+        """
+        self._shared, self._collect, self._device = dict(shared), collect, device
+
+    def _update_all(self, closure: Any) -> Any:
+        if not self.state:
+            return  # DeepSpeed in 16 bit without ZeRO, which means to have state made
+        every = self.param_groups
+        for group in every:
+            for parameter in group["params"] if group["orthogonal"] else ():
+                if parameter.grad is not None:
+                    for tensor in self._shared.get(parameter, ()):
+                        self._step_matrices(group, parameter, tensor)
+                    self.state[parameter]["step"] += 1
+        self.param_groups = [group for group in every if not group["orthogonal"]]
+        try:
+            super()._update_all(closure)
+        finally:
+            self.param_groups = every
+
+    def _step_matrices(
+        self, group: Mapping[str, Any], parameter: torch.Tensor, tensor: SharedTensor
+    ) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        flat = [t.view(-1) for t in (parameter, gradient, state["exp_avg"])]
+        pieces = [
+            (box, [t[start : start + box.volume].view(box.shape) for t in flat])
+            for box, start in tensor.shards
+        ]
+        device = self._device or parameter.device
+        whole = torch.zeros(tensor.shape, dtype=parameter.dtype, device=device)
+        for box, (_, g, momentum) in pieces:
+            momentum.lerp_(g, 1 - self._momentum)
+            whole[box.slices].copy_(torch.lerp(g, momentum, self._momentum))
+        self._collect(whole)
+        for matrix in tensor.matrices:
+            part = whole[matrix.index]
+            update = orthogonalised(
+                part.reshape(matrix.rows, matrix.columns), iteration=self._iteration
+            )
+            part.copy_(update.mul_(matrix.scale).view(part.shape))
+        step = int(state["step"]) + 1
+        for box, (p, _, _) in pieces:
+            update = whole[box.slices].to(p.device)
+            rates: list[tuple[Index, float]] = [((), 1.0)]
+            if tensor.young is not None:
+                rates = [
+                    (index, 1.0 if young is None else young.lr_factor(step))
+                    for index, young in generations(tensor.young, box)
+                ]
+            for index, factor in rates:
+                lr = group["lr"] * factor
+                p[index].mul_(1 - lr * group["weight_decay"]).sub_(update[index], alpha=lr)
+
+
+def orthogonalised(matrix: torch.Tensor, *, iteration: torch.dtype) -> torch.Tensor:
+    """A matrix with its singular values near 1, in its own dtype; zeros for zeros.
+
+    DeepSpeed's iteration, in the element type that the run chose and not in the one that DeepSpeed
+    would.  It is run as it is written: DeepSpeed has it compiled, and then the order in which
+    shapes were seen would decide over the last bits, so that a resumed run could depart.
+    """
+    # Importing it sets torch.compile up, which no other optimizer needs.
+    from deepspeed.runtime.zero.muon import original_muon
+
+    # The iteration divides by |M| + 1e-7, so that the update of a small gradient would depend on
+    # its length; at length 1 it cannot.
+    norm = torch.linalg.vector_norm(matrix)
+    unit = matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
+    with (
+        replaced(original_muon, "ns_compute_dtype", lambda method="gram": iteration),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        update = original_muon.zeropower_via_gram_newtonschulz(unit, steps=_NS_STEPS)
+    return update.to(matrix.dtype)

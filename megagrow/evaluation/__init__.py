@@ -1,0 +1,1 @@
+"""Scores of a trained model: perplexity, LAMBADA, and EleutherAI's harness."""

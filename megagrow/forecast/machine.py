@@ -1,0 +1,216 @@
+"""What a training step and a growth cost on a machine, by arithmetic: seconds, MFU, bytes.
+
+The model, all terms added up (nothing is taken to overlap, so times are on the safe side):
+
+    compute    model FLOPs (times 4/3 with full recomputation) / (ranks * peak * efficiency), at the
+               pace of the pipeline stage that has most of them
+    bubble     (p - 1) / m of that: 1F1B with m micro-batches, Narayanan et al. (arXiv 2104.04473)
+    tensor     4 all-reduces of the stream for each block and micro-batch (2 forward, 2 backward),
+               a ring's 2 (t - 1) / t of the bytes each (Shoeybi et al., arXiv 1909.08053); what
+               sequence parallelism and recomputation add is in `stream_reductions`
+    pipeline   the stream, once forward and once backward, between neighbours, each micro-batch
+    data       gradients reduced and parameters gathered: 2 (d - 1) / d of the parameters' bytes,
+               3 with ZeRO 3 (Rajbhandari et al., arXiv 1910.02054)
+
+Ranks are numbered with tensor parallelism fastest, then data, then pipeline, so a group is inside a
+node where the ranks it spans fit into one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated
+
+from pydantic import Field
+
+from megagrow.config import Config, ModelConfig
+from megagrow.config.section import Positive, Section
+from megagrow.forecast.cost import Received
+from megagrow.models.flops import forward_flops_by_place, train_flops_per_token
+from megagrow.schedule.batch import accumulation
+from megagrow.state.layout import Layout
+from megagrow.state.placement import Placement
+
+Rate = Annotated[float, Field(gt=0)]
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class MachineConfig(Section):
+    """Nodes of equal devices.
+
+    Attributes:
+        nodes: how many.
+        gpus: devices of a node.
+        memory: bytes of a device.
+        flops: peak FLOP/s of a device in the precision of the run.
+        efficiency: what matrix products reach of it.
+        memory_bandwidth: bytes/s that a device's memory reads and writes together.
+        intra, inter: bytes/s between two devices of a node, and of two nodes, each way.
+        disk: bytes/s that a node writes to storage.
+    """
+
+    nodes: Positive = 1
+    gpus: Positive = 8
+    memory: Rate = 80e9
+    flops: Rate = 989e12
+    efficiency: Annotated[float, Field(gt=0, le=1)] = 0.6
+    memory_bandwidth: Rate = 3.35e12
+    intra: Rate = 450e9
+    inter: Rate = 50e9
+    disk: Rate = 2e9
+
+    @property
+    def world(self) -> int:
+        """Devices in all."""
+        return self.nodes * self.gpus
+
+    def bandwidth(self, span: int) -> float:
+        """Bytes/s within a group that spans so many consecutive ranks."""
+        return self.intra if span <= self.gpus else self.inter
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, by what takes them, and the share of the peak it uses."""
+
+    compute: float
+    bubble: float
+    tensor: float
+    pipeline: float
+    data: float
+    mfu: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return self.compute + self.bubble + self.tensor + self.pipeline + self.data
+
+
+def step_time(
+    config: Config,
+    model: ModelConfig,
+    placement: Placement,
+    machine: MachineConfig,
+    *,
+    held: int,
+    sequence_parallel: bool = False,
+) -> StepTime:
+    """Predict a step.
+
+    Args:
+        config: the run: batch and precision are used.
+        model: of the growth stage.
+        placement: of the growth stage.
+        machine: as many devices as the layout has ranks.
+        held: parameters of the fullest rank before ZeRO cuts them.
+        sequence_parallel: whether the stream is cut along the sequence between blocks.
+    """
+    layout, width = placement.layout, _BYTES[config.precision.dtype]
+    micro_batches = accumulation(config.batch, layout)
+    tokens = config.batch.global_ * model.sequence
+    flops = train_flops_per_token(model) * tokens
+    by_place = forward_flops_by_place(model)
+    stages = [sum(by_place[a:b]) for a, b in pairwise(placement.cuts)]
+    uneven = max(stages) * len(stages) / sum(stages)
+    again = 4 / 3 if model.activation_checkpointing == "full" else 1.0
+    ideal = flops / (layout.world * machine.flops)
+    compute = ideal * again * uneven / machine.efficiency
+    stream = config.batch.micro * model.sequence * model.hidden * width
+    # Of the layer list the first entry is the embedding and the last the head.
+    blocks = max(min(b, model.layers + 1) - max(a, 1) for a, b in pairwise(placement.cuts))
+    reductions = stream_reductions(model, sequence_parallel=sequence_parallel)
+    tensor = _ring(layout.tensor) * reductions * 2 * stream * blocks * micro_batches
+    pipeline = 2 * stream * micro_batches if layout.pipeline > 1 else 0
+    passes = 3 if layout.zero == 3 else 2
+    data = _ring(layout.data) * passes * held * width
+    result = StepTime(
+        compute=compute,
+        bubble=compute * (layout.pipeline - 1) / micro_batches,
+        tensor=tensor / machine.bandwidth(layout.tensor),
+        pipeline=pipeline / machine.bandwidth(layout.world),
+        data=data / machine.bandwidth(layout.tensor * layout.data),
+        mfu=0.0,
+    )
+    return StepTime(**{**vars(result), "mfu": ideal / result.total})
+
+
+def stream_reductions(model: ModelConfig, *, sequence_parallel: bool) -> float:
+    """All-reduces of the stream that a block takes in a micro-batch, forward and backward.
+
+    With sequence parallelism each is a reduce-scatter and an all-gather, half of one each, and the
+    backward pass gathers the inputs of two weights again (Korthikanti et al., arXiv 2205.05198).
+    Full recomputation runs the forward pass a second time, up to the last thing that the backward
+    pass needs: without dropout that is before the block's last reduction.
+    """
+    halves = 10 if sequence_parallel else 8
+    if model.activation_checkpointing == "full":
+        halves += 4
+        if not model.dropout:
+            halves -= 1 if sequence_parallel else 2
+    return halves / 2
+
+
+def _ring(size: int) -> float:
+    return (size - 1) / size
+
+
+@dataclass(frozen=True)
+class GrowthTime:
+    """What a live growth takes on the rank that receives most.
+
+    Attributes:
+        rank: that rank.
+        local: bytes it copies of its own.
+        intra, inter: bytes it receives from its node and from others.
+        seconds: for all of it; engines that are built anew come on top.
+        files_seconds: the way through a checkpoint instead: every node's state written and read.
+    """
+
+    rank: int
+    local: int
+    intra: int
+    inter: int
+    seconds: float
+    files_seconds: float
+
+
+def growth_time(
+    counts: Mapping[int, Received], machine: MachineConfig, *, old_bytes: int, new_bytes: int
+) -> GrowthTime:
+    """The slowest of some ranks.
+
+    Args:
+        counts: how ranks come by their new state.
+        machine: where.
+        old_bytes, new_bytes: of the whole state before and after, on storage.
+    """
+    disk = machine.disk * machine.nodes
+    files = old_bytes / disk + new_bytes / disk
+    found = []
+    for rank, count in counts.items():
+        node = rank // machine.gpus
+        near = sum(n for holder, n in count.by_holder.items() if holder // machine.gpus == node)
+        far = count.crossed - near
+        # What is copied is read once and written once.
+        copied = 2 * (count.local + count.foreign) / machine.memory_bandwidth
+        seconds = copied + near / machine.intra + far / machine.inter
+        found.append(GrowthTime(rank, count.local, near, far, seconds, files))
+    return max(found, key=lambda one: one.seconds)
+
+
+def layouts_to_try(model: ModelConfig, machine: MachineConfig) -> list[Layout]:
+    """Layouts that make sense on a machine: tensor parallelism inside a node, ZeRO 1, 2 or 3."""
+    found = []
+    for tensor in _powers(min(machine.gpus, model.kv_groups)):
+        for pipeline in _powers(model.layers + 2):
+            data, rest = divmod(machine.world, tensor * pipeline)
+            if rest == 0 and data > 0:
+                zeros = (1, 2, 3) if pipeline == 1 and tensor == 1 else (1,)
+                found += [Layout(data, tensor, pipeline, zero) for zero in zeros]
+    return found
+
+
+def _powers(most: int) -> list[int]:
+    return [2**i for i in range(most.bit_length()) if 2**i <= most]

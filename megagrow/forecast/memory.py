@@ -1,0 +1,260 @@
+"""How much memory a rank needs, part by part, by arithmetic alone.
+
+Parameters, gradients and optimizer state follow from what DeepSpeed 0.19 keeps (checked against
+live engines in the tests).  With p the bytes of a parameter in the precision of the model, N the
+parameters of a rank before ZeRO cuts them, H those of its ZeRO partition:
+
+                      parameters   master, moments   gradients          for a moment
+  ZeRO 0, fp32        4 N          0, 8 N            4 N                bucket
+  ZeRO 0, 16 bit      2 N          4 N, 8 N          2 N                bucket, 4 N in the step
+  ZeRO 1              p N          4 H, 8 H          q N, q H           bucket, or 4 H in the step
+  ZeRO 1, bf16        2 N          4 H, 8 H          4 N                gradients reduced at once
+  ZeRO 2              p N          4 H, 8 H          q H                bucket, or 4 H in the step
+  ZeRO 3              p (H + G)    4 H, 8 H          q H                bucket and 4 H
+
+G is what ZeRO 3 holds gathered at most; q are the bytes in which gradients are summed over
+micro-batches, and a bucket is there in p and in the bytes of the sum over ranks where these
+differ.  ZeRO 1 in bf16 is another optimizer of DeepSpeed's if it sums in fp32.  With offload,
+master, moments, an fp32 copy of the gradients and the partition's own lie in the host's memory.
+
+Activations follow Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
+Models" (arXiv 2205.05198, section 4), which counts for a GPT layer in 16 bit s b h (10 + 24 / t)
+bytes with tensor parallelism t, s b h 34 / t with sequence parallelism as well, and
+5 a s^2 b / t for the attention matrix.  Fused attention does not keep the matrix, so that term is
+absent, and the counts here are those of megagrow's own layers, for any width of the MLP, grouped
+key/value heads, SwiGLU, and any precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from megagrow.config import Config, ModelConfig
+from megagrow.forecast.cost import STATE_BYTES
+from megagrow.state.catalog import OPTIMIZER_SLOTS, Slot
+from megagrow.state.layout import Layout
+from megagrow.state.placement import FLAT_ALIGNMENT, Placement
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_MASTER = 4
+# DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: elements of gradients that are reduced at once.
+_REDUCED_AT_ONCE = 500_000_000
+# DeepSpeed's stage3_max_live_parameters, which megagrow leaves alone.
+_MAX_LIVE = 10**9
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank while it trains, at most.
+
+    Attributes:
+        parameters: what the model computes with, ZeRO 3's gathered ones included.
+        gradients: kept from backward to update.
+        optimizer: fp32 master parameters, where they are apart, and both moments.
+        activations: kept for the backward pass, all micro-batches in flight.
+        buckets: DeepSpeed's communication buckets, and copies it makes in the step.
+        host: in the host's memory, with offload.
+        early: of the gradients, what is there from the engine's start.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buckets: int
+    host: int = 0
+    early: int = 0
+
+    @property
+    def device(self) -> int:
+        """All that is on the device."""
+        return sum(getattr(self, part) for part in DEVICE_PARTS)
+
+    def on_host(self) -> RankMemory:
+        """The same where the device is the host, so that offload saves nothing."""
+        return replace(self, optimizer=self.optimizer + self.host, host=0)
+
+
+DEVICE_PARTS = tuple(f.name for f in fields(RankMemory) if f.name not in ("host", "early"))
+
+
+def rank_memory(
+    config: Config,
+    model: ModelConfig,
+    placement: Placement,
+    *,
+    pipe: int,
+    bucket: int,
+    accumulation: int,
+    summed: int,
+    reduced: int,
+    sequence_parallel: bool,
+) -> RankMemory:
+    """Memory of the fullest rank of a pipeline stage.
+
+    Args:
+        config: the run.
+        model: of the growth stage.
+        placement: of the growth stage.
+        pipe: the pipeline stage.
+        bucket: elements of DeepSpeed's buckets.
+        accumulation: micro-batches in one optimizer step.
+        summed: bytes of an element of the gradients' sum over micro-batches.
+        reduced: bytes of an element of their sum over data ranks.
+        sequence_parallel: whether norms see a part of the sequence only.
+    """
+    layout, p = placement.layout, BYTES[config.precision.dtype]
+    groups = local_sizes(placement, pipe)
+    n = sum(sum(sizes) for sizes in groups)
+    held = partition_size(layout, groups)
+    largest = max(max(sizes) for sizes in groups)
+    master = 0 if layout.zero == 0 and p == 4 else _MASTER * held
+    slots = OPTIMIZER_SLOTS[config.optimizer.name]
+    optimizer = master + STATE_BYTES * slot_elements(placement, pipe, slots[1:])
+    step_copy = 4 * held
+    # A bucket of gradients, and its copy in the type that they are reduced in.
+    bucket_bytes = (p + (reduced if reduced != p else 0)) * bucket
+    bf16, early = config.precision.dtype == "bf16", 0
+    if layout.zero == 0:
+        # DeepSpeed's pipeline in bf16 keeps the sum over micro-batches apart.
+        twice = bf16 and layout.pipeline > 1
+        parameters, gradients = p * n, p * n * (2 if twice else 1)
+        # DeepSpeed sums gradients over the data ranks in flat copies of a bucket's size.
+        buckets = (0 if p == 4 else step_copy) + (bucket_bytes if layout.data > 1 else 0)
+    elif layout.zero == 1 and bf16 and summed == 4:
+        parameters, gradients = p * n, summed * n
+        early = gradients
+        buckets = reduced * min(n, _REDUCED_AT_ONCE) if layout.data > 1 else 0
+    elif layout.zero < 3:
+        parameters = p * n
+        gradients = summed * (held + (n if layout.zero == 1 else 0))
+        buckets = max(bucket_bytes, step_copy)
+    else:
+        parameters = p * (held + min(n, _MAX_LIVE))
+        gradients = summed * held
+        buckets = bucket_bytes + step_copy
+    host = 0
+    if config.optimizer.offload == "cpu":
+        host = optimizer + 4 * held + summed * held
+        optimizer = 0
+        gradients -= summed * held
+        buckets = bucket_bytes + (2 * p * largest if layout.zero < 3 else 0)
+    # Muon: the largest tensor of matrices whole, a matrix of it, and the iteration's own.
+    buckets += 4 * _MASTER * max(
+        (t.volume for _, tensors in placement.groups(pipe) for t in tensors
+         if not all(slot.of(t) for slot in slots)),
+        default=0,
+    )  # fmt: skip
+    return RankMemory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activation_bytes(
+            model,
+            micro=config.batch.micro,
+            width=p,
+            tensor=layout.tensor,
+            sequence_parallel=sequence_parallel,
+            places=range(placement.cuts[pipe], placement.cuts[pipe + 1]),
+            in_flight=micro_batches_in_flight(layout.pipeline, pipe, accumulation),
+        ),
+        buckets=buckets,
+        host=host,
+        early=early,
+    )
+
+
+def local_sizes(placement: Placement, pipe: int) -> list[list[int]]:
+    """Elements of a stage's parameters by group, cut by tensor parallelism alone."""
+    return [
+        [placement.local(tensor, 0).numel for tensor in tensors]
+        for _, tensors in placement.groups(pipe)
+    ]
+
+
+def partition_size(layout: Layout, groups: Sequence[Sequence[int]]) -> int:
+    """Elements that ZeRO leaves one data rank of such groups of parameters, padding included."""
+    if layout.zero == 0:
+        return sum(sum(sizes) for sizes in groups)
+    if layout.zero == 3:
+        return sum(-(-size // layout.data) for sizes in groups for size in sizes)
+    unit = FLAT_ALIGNMENT * layout.data
+    return sum(-(-sum(sizes) // unit) * FLAT_ALIGNMENT for sizes in groups)
+
+
+def slot_elements(placement: Placement, pipe: int, slots: Sequence[Slot]) -> int:
+    """Elements of some slots that ZeRO leaves one data rank of a pipeline stage."""
+    layout, total = placement.layout, 0
+    for slot in slots:
+        groups = [
+            [placement.local(tensor, 0).numel for tensor in tensors if slot.of(tensor)]
+            for _, tensors in placement.groups(pipe)
+        ]
+        total += partition_size(layout, groups)
+    return total
+
+
+def micro_batches_in_flight(pipeline: int, pipe: int, accumulation: int) -> int:
+    """Micro-batches whose activations a stage holds at once, under DeepSpeed's 1F1B."""
+    if pipeline == 1:
+        return 1
+    return max(2, min(pipeline - pipe, accumulation))
+
+
+def activation_bytes(
+    model: ModelConfig,
+    *,
+    micro: int,
+    width: int,
+    tensor: int,
+    sequence_parallel: bool,
+    places: range,
+    in_flight: int = 1,
+) -> int:
+    """Bytes that the forward pass of some layers leaves for the backward pass, on one rank.
+
+    Args:
+        model: the shape.
+        micro: samples in a micro-batch.
+        width: bytes of an activation.
+        tensor: tensor-parallel size.
+        sequence_parallel: whether norms and the stream are cut over those ranks.
+        places: positions in the layer list: 0 is the embedding, the last the head.
+        in_flight: micro-batches at once; what is held for a moment only counts once.
+    """
+    tokens = micro * model.sequence
+    stream = model.hidden / (tensor if sequence_parallel else 1)
+    block, recomputed = _block_bytes(model, width=width, tensor=tensor, stream=stream)
+    last = model.layers + 1
+    blocks = sum(1 for place in places if 0 < place < last)
+    kept, moment = block * blocks, recomputed if blocks else 0.0
+    if 0 in places:
+        kept += 8  # token ids
+    if last in places:
+        logits = width * model.vocabulary / tensor
+        kept += 2 * width * stream + logits + 8
+        moment = max(moment, logits)  # their gradient
+    return round(tokens * (kept * in_flight + moment))
+
+
+def _block_bytes(
+    model: ModelConfig, *, width: int, tensor: int, stream: float
+) -> tuple[float, float]:
+    """Bytes of a block for one token: (kept until its backward pass, held in it for a moment)."""
+    heads = model.heads * model.head_dim / tensor
+    keys = model.kv_groups * model.head_dim / tensor
+    ffn = model.ffn / tensor
+    gated = model.family == "llama"
+    # Input and output of both norms, then qkv, the output of attention, and the MLP's inside.
+    turned = heads + keys if gated else 0.0  # queries and keys after the rotation
+    qkv, inside = heads + 2 * keys, (4 if gated else 2) * ffn
+    core = width * turned + 4 * model.heads / tensor  # and the softmax's row sums, fp32
+    rest = width * (4 * stream + qkv + heads + inside)
+    masks = 2 * stream if model.dropout else 0.0
+    everything = rest + core + masks
+    if model.activation_checkpointing == "full":
+        return width * stream, everything
+    if model.activation_checkpointing == "selective":
+        return rest + masks, core
+    return everything, 0.0

@@ -1,0 +1,111 @@
+"""The mixing time of a growth: how long until the grown run is where a fresh one would be.
+
+Definition.  A growth leads at T_0 tokens (all that the run has consumed) from a model of N_1
+parameters to one of N_2.  Its mixing time is T - T_0, where T is the first validation behind the
+growth whose loss is at most F(T); F is what a fresh model of the grown shape is foretold after as
+many tokens from its start:
+
+    F(S) = E + A (N_1 / N_2)^a_N + (S_c / S)^a_S
+
+A, S_c and a_S are fitted to the validations of the model before (Huber loss on log L): those from
+the end of its warm-up or re-warming on, S counted from the start of the run.  E, a_N and what
+counts as N are those of `growth.law`; an E that is not below all of these losses counts as 0.
+With fewer than `growth.points` validations, or a growth that adds no parameters, nothing is
+foretold.  F holds at the peak learning rate, as the losses do that it is fitted to: a decay lowers
+the loss, and may end the time early.  It is known to the distance of two validations.
+
+After Bu, "Deep progressive training" (arXiv 2511.04981), whose mixing time ends where the grown
+run meets the curve of the target trained from scratch; here that curve is foretold, not trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megagrow.forecast.fit import Curve, fit_curve
+from megagrow.forecast.scaling import ScalingLaw
+from megagrow.schedule.end_rules import Validated
+
+_MOST = 256  # validations remembered
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What a run must remember for it; a part of its state.
+
+    Attributes:
+        validations: of the model as it is, after its warm-up, the oldest first.
+        born: tokens at the growth that made it.
+        curve: of a fresh model like it, above `floor`; None where nothing is foretold.
+        floor: E.
+        met: tokens from the growth until its loss was there; None: not yet.
+    """
+
+    validations: tuple[Validated, ...] = ()
+    born: int = 0
+    curve: Curve | None = None
+    floor: float = 0.0
+    met: int | None = None
+
+    def foretold(self, tokens: int) -> float | None:
+        """F: the loss of a fresh model after so many tokens."""
+        if self.curve is None or tokens <= 0:
+            return None
+        return self.curve.loss(tokens, floor=self.floor)
+
+    def after(self, validation: Validated, *, settled: bool) -> Mixing:
+        """With one more validation; a second one of a step takes the place of the first.
+
+        Args:
+            settled: whether it lies behind the warm-up.
+        """
+        met, foretold = self.met, self.foretold(validation.tokens)
+        if met is None and foretold is not None and validation.loss <= foretold:
+            met = validation.tokens - self.born
+        kept = self.validations
+        if settled and validation.tokens > 0:
+            kept = (*(one for one in kept if one.step != validation.step), validation)[-_MOST:]
+        return replace(self, validations=kept, met=met)
+
+    def grown(self, law: ScalingLaw, *, small: int, large: int, tokens: int, points: int) -> Mixing:
+        """At the start of a grown model.
+
+        Args:
+            law: E and a_N.
+            small, large: parameters before and after, as the law counts them.
+            tokens: that the run has consumed.
+            points: the fewest validations to fit.
+        """
+        losses = [one.loss for one in self.validations]
+        if len(losses) < points or small >= large:
+            return Mixing(born=tokens)
+        floor = law.floor if law.floor < min(losses) else 0.0
+        curve = fit_curve([one.tokens for one in self.validations], losses, floor=floor)
+        larger = curve._replace(capacity=curve.capacity * (small / large) ** law.n_power)
+        return Mixing(born=tokens, curve=larger, floor=floor)
+
+    def to_json(self) -> dict[str, Any]:
+        """A form that JSON holds."""
+        return {
+            "validations": [list(one) for one in self.validations],
+            "born": self.born,
+            "curve": None if self.curve is None else list(self.curve),
+            "floor": self.floor,
+            "met": self.met,
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Mixing:
+        """Read what `to_json` wrote (KeyError, TypeError or ValueError on anything else)."""
+        curve, met = data["curve"], data["met"]
+        return Mixing(
+            validations=tuple(
+                Validated(int(a), int(b), int(c), float(d)) for a, b, c, d in data["validations"]
+            ),
+            born=int(data["born"]),
+            curve=None if curve is None else Curve(*map(float, curve)),
+            floor=float(data["floor"]),
+            met=None if met is None else int(met),
+        )

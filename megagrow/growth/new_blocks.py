@@ -1,0 +1,94 @@
+"""Which elements of a grown tensor are new, and where those of an earlier growth have gone.
+
+What is kept of a tensor must be one arithmetic progression an axis, so that the optimizer tells old
+elements from new ones by their indices alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megagrow.growth.operators.operator import Block
+from megagrow.growth.optimizer_rules import Progression, YoungBlocks
+from megagrow.state.catalog import LogicalTensor
+from megagrow.transfer.state_map import AxisMap
+
+
+def is_whole(tensor: LogicalTensor, blocks: Sequence[Block]) -> bool:
+    """Whether a tensor is a copy of another, element by element."""
+    whole = tuple((0, 1, n) for n in tensor.shape)
+    return len(blocks) == 1 and _progressions(blocks[0]) == whole
+
+
+def covers(tensor: LogicalTensor, blocks: Sequence[Block]) -> bool:
+    """Whether blocks are all of a tensor."""
+    return sum(b.volume for b in blocks) == tensor.volume
+
+
+def kept_by(blocks: Sequence[Block]) -> tuple[Progression, ...] | None:
+    """The elements of blocks together, as one progression an axis; None if there are none.
+
+    Raises:
+        ValueError: they are not of that form.
+    """
+    return _product([_progressions(b) for b in blocks]) if blocks else None
+
+
+def carried(young: YoungBlocks, blocks: Sequence[Block]) -> YoungBlocks:
+    """Where blocks take the young blocks of an earlier growth.
+
+    Raises:
+        ValueError: what is old is no longer one progression an axis.
+    """
+    if young.kept is None:
+        return replace(young, inside=None)
+    images = [[_image(*pair) for pair in zip(b.axes, young.kept, strict=True)] for b in blocks]
+    parts = [tuple(map(_progression, axes)) for axes in images if all(axes)]
+    return replace(
+        young,
+        kept=_product(parts) if parts else None,
+        inside=young.inside and carried(young.inside, blocks),
+    )
+
+
+def _progressions(block: Block) -> tuple[Progression, ...]:
+    return tuple((axis.target_start, axis.target_step, axis.length) for axis in block.axes)
+
+
+def _product(blocks: Sequence[tuple[Progression, ...]]) -> tuple[Progression, ...]:
+    """Disjoint products of progressions as one; raises ValueError where they are none."""
+    joined = []
+    for parts in zip(*blocks, strict=True):
+        distinct = sorted(set(parts))
+        start, step, _ = distinct[0]
+        count = 0
+        for first, each, n in distinct:
+            if each != step or first != start + count * step:
+                raise ValueError("not one progression")
+            count += n
+        joined.append((start, step, count))
+    if math.prod(n for *_, n in joined) != sum(math.prod(n for *_, n in axes) for axes in blocks):
+        raise ValueError("not a product")
+    return tuple(joined)
+
+
+def _image(axis: AxisMap, progression: Progression) -> list[int]:
+    """Where a block takes the elements of a progression along an axis."""
+    first, step, count = progression
+    source = range(
+        axis.source_start, axis.source_start + axis.length * axis.source_step, axis.source_step
+    )
+    return [
+        axis.target_start + source.index(at) * axis.target_step
+        for at in range(first, first + count * step, step)
+        if at in source
+    ]
+
+
+def _progression(indices: list[int]) -> Progression:
+    step = indices[1] - indices[0] if len(indices) > 1 else 1
+    if indices != list(range(indices[0], indices[-1] + 1, step)):
+        raise ValueError("not a progression")
+    return indices[0], step, len(indices)

@@ -1,0 +1,1 @@
+"""The growth operators, one file for a kind of them, and their registry."""

@@ -1,0 +1,213 @@
+"""Growth of one kind of size alone: head width, heads, vocabulary, sequence.
+
+Head width (`head_dim`).  Attention scores are q . k / sqrt(D), so the old query
+features are scaled by sqrt(k) when D grows to k D.  Rotary positions turn the pairs
+(i, i + D/2) by theta^(-2i/D), so old feature d must sit in slot k d, which has the
+same frequency; elsewhere duplicates would turn at other speeds.  New query features
+start at 0 and read copies of the old keys; new value features are copies that
+the output projection does not read yet.  So the function is kept and every new
+feature has a gradient, at the first step or from the second on.
+
+Heads (`kv_groups`).  Either query heads are duplicated inside each key/value group
+(their outputs read with share 1/k), or key/value heads are duplicated and each copy
+serves its part of the queries; the function stays the same in both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megagrow.config import ModelConfig
+from megagrow.errors import GrowthError
+from megagrow.growth.operators.operator import (
+    Block,
+    Operator,
+    growth_factor,
+    repeated,
+    require_no_less,
+    require_same,
+    resized,
+    same,
+    unchanged,
+)
+from megagrow.growth.operators.width import duplicates, equal_shares, is_new
+from megagrow.state.catalog import Catalog, LogicalTensor
+from megagrow.transfer.state_map import AxisMap, Fill
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadDim(Operator):
+    """Wider heads."""
+
+    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
+        """Head width times the factor; hidden and heads stay."""
+        return resized(model, {"head_dim": model.head_dim * factor})
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """Old features in slots 0, k, 2k, ...; copies of keys and values in the others."""
+        old = small[tensor.name]
+        if "head_dim" not in tensor.axes:
+            return (Block(tensor.name, unchanged(tensor, old), grad=1.0),)
+        at = tensor.axes.index("head_dim")
+        k = growth_factor(tensor.shape[at], old.shape[at], f"{tensor.name}, axis head_dim")
+        slots = repeated(old.shape[at], k)
+
+        def block(slot: int, param: float, grad: float, projection: AxisMap | None = None) -> Block:
+            axes = []
+            for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
+                if meaning == "head_dim":
+                    axes.append(slots[slot])
+                    continue
+                require_same(tensor.name, meaning, n, large)
+                axes.append(projection if projection and meaning == "projection" else same(n))
+            return Block(tensor.name, tuple(axes), param, grad, new=slot > 0)
+
+        if "projection" not in tensor.axes:  # the output projection, which sums over features
+            return tuple(block(i, float(i == 0), 1.0) for i in range(k))
+        queries = tensor.shape[tensor.axes.index("projection")] - 2
+        query, shared = AxisMap(0, 1, 0, 1, queries), AxisMap(queries, 1, queries, 1, 2)
+        return (
+            block(0, math.sqrt(k), 1 / math.sqrt(k), query),
+            *(block(i, 1.0, float(i == 0), shared) for i in range(k)),
+        )
+
+
+HEAD_DIM = HeadDim(
+    name="head_dim",
+    summary="wider heads: old features at the same rotary frequencies, new ones silent",
+    keeps="loss",
+    breaker="new query features and output columns start at 0, their partners do not",
+    source="derived here for RoPE and the softmax scale",
+    policies=("kept", "sparkling", "reset"),
+    sizes=("head_dim",),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyValueGroups(Operator):
+    """More query heads to a key/value head, or more key/value heads for the query heads."""
+
+    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
+        """Query heads times the factor; key/value heads stay."""
+        heads = {"heads": model.heads * factor, "kv_heads": model.kv_groups}
+        return resized(model, heads)
+
+    def interchangeable(self, small: Catalog, target: Catalog) -> bool:
+        """Duplicated query heads are; groups that are cut up serve different queries."""
+        return any(
+            axis == "query" and large > small[tensor.name].shape[at]
+            for tensor in target
+            for at, (axis, large) in enumerate(zip(tensor.axes, tensor.shape, strict=True))
+        )
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """Duplicates, or the old groups cut into parts."""
+        old = small[tensor.name]
+        if "kv_group" not in tensor.axes:
+            return (Block(tensor.name, unchanged(tensor, old), grad=1.0),)
+        axis = 1 if "projection" in tensor.axes else tensor.axes.index("query")
+        extra = 2 if "projection" in tensor.axes else 0  # a key and a value beside the queries
+        if tensor.shape[axis] >= old.shape[axis]:
+            found = []
+            for duplicate in duplicates(tensor, old):
+                param, grad = equal_shares(tensor, duplicate)
+                found.append(Block(tensor.name, duplicate.axes, param, grad, new=is_new(duplicate)))
+            return tuple(found)
+        return self._split(tensor, old, axis, extra)
+
+    def _split(
+        self, tensor: LogicalTensor, old: LogicalTensor, axis: int, extra: int
+    ) -> tuple[Block, ...]:
+        group = tensor.axes.index("kv_group")
+        groups, queries = old.shape[group], old.shape[axis] - extra
+        part = tensor.shape[axis] - extra
+        k = growth_factor(tensor.shape[group], groups, f"{tensor.name}, axis kv_group")
+        if part * k != queries:
+            raise GrowthError(
+                f"{tensor.name}: the query heads of a group do not share out over {k} groups",
+                found=f"{queries} query heads to a key/value head, {part} afterwards",
+                expected="as many query heads in all as before, or a multiple in each group",
+                mend="keep model.heads when grow.target raises kv_heads",
+            )
+        blocks = []
+        for c, place in enumerate(repeated(groups, k)):
+            rows: list[tuple[AxisMap, float | None, bool]]
+            rows = [(AxisMap(0, 1, c * part, 1, part), 1.0, False)]
+            if extra:
+                # A key's gradient is the sum over its copies', in no fixed proportion.
+                rows.append((AxisMap(part, 1, queries, 1, extra), None, c > 0))
+            for row, grad, new in rows:
+                axes = [same(n) for n in old.shape]
+                axes[group], axes[axis] = place, row
+                blocks.append(Block(tensor.name, tuple(axes), grad=grad, new=new))
+        return tuple(blocks)
+
+    def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
+        """Nothing is left."""
+        return "covered"
+
+
+KV_GROUPS = KeyValueGroups(
+    name="kv_groups",
+    summary="query heads duplicated inside their group, or key/value heads split up",
+    keeps="loss",
+    breaker="split key/value heads serve other queries; duplicates need the state policy",
+    source="grouped-query attention, Ainslie et al., arXiv 2305.13245; derived here",
+    policies=("copy", "kept", "sparkling", "reset"),
+    sizes=("heads", "kv_heads"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoreRows(Operator):
+    """More tokens, or longer samples: old rows stay, new ones are fresh.
+
+    Attributes:
+        axis: what the rows are.
+        grad: of the gradients of old rows, their multiple; None where it is not stated.
+    """
+
+    axis: str
+    grad: float | None
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """The old rows."""
+        old = small[tensor.name]
+        for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
+            if meaning == self.axis:
+                require_no_less(tensor.name, meaning, n, large)
+            else:
+                require_same(tensor.name, meaning, n, large)
+        return (Block(tensor.name, tuple(same(n) for n in old.shape), grad=self.grad),)
+
+    def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
+        """New rows as at the start of a run."""
+        return "fresh"
+
+
+VOCAB = MoreRows(
+    name="vocab",
+    summary="new token rows, fresh; the logits of the old tokens stay",
+    keeps="old logits",
+    breaker="no copies are made",
+    source="the usual practice",
+    policies=("kept", "sparkling", "copy", "reset"),
+    sizes=("vocab",),
+    any_size=True,
+    axis="vocab",
+    grad=None,  # new tokens enter every softmax
+)
+
+SEQUENCE = MoreRows(
+    name="sequence",
+    summary="longer samples: old positions stay, new ones fresh (RoPE: none to make)",
+    keeps="loss",
+    breaker="no copies are made",
+    source="CompoundGrow, arXiv 2010.12562 (sequence length as a growth axis)",
+    policies=("kept", "sparkling", "copy", "reset"),
+    sizes=("sequence",),
+    any_size=True,
+    axis="position",
+    grad=1.0,  # on samples of the old length nothing changes
+)

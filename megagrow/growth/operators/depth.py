@@ -1,0 +1,177 @@
+"""Depth growth: more layers.
+
+    depth_stack       whole copies of the stack, appended: M o M o ... o M
+    depth_interleave  every layer followed by its copies: l1 l1 l2 l2 ...
+    depth_identity    the same places, but the copies start as the identity
+
+`depth_stack` is the operator that "Stacking Your Transformers" (Du et al.,
+arXiv 2405.15319, where it is called G_stack) found to save most, after Gong et
+al. (ICML 2019).  The function changes under the first two, so the loss jumps and
+is soon lower than it was.
+
+A copy is the identity once its two output projections and their biases are 0.
+Zero norm gains, as Shen et al. (arXiv 2203.06211) describe them, would leave the
+MLP of a bias-free RMSNorm and SwiGLU block without any gradient; zero projections
+get their own gradient at the first step and everything else from the second on
+(LLaMA Pro, arXiv 2401.02415).
+
+All of them reach any number of layers above the old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megagrow.growth.operators.operator import Block, Operator, unchanged
+from megagrow.growth.operators.width import own_noise
+from megagrow.state.catalog import Catalog, LogicalTensor
+
+_LAYERS = "layers."
+_SIZES = ("layers",)
+_TO_STREAM = ("attention.out.", "mlp.down.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies(Operator):
+    """Copies of layers.
+
+    Attributes:
+        noise: standard deviation of what is added to a copy's matrices, in units of their own
+            root mean square.
+    """
+
+    noise: float = 0.0
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """One block, the whole tensor, from the layer that is copied."""
+        source, new = self.copied(tensor, small, target)
+        old, noise = small[source], None
+        if new and tensor.is_matrix:
+            # By the number of layers too: a later growth is to have other numbers.
+            noise = own_noise(f"{tensor.name} of {layer_count(target)}", self.noise, old)
+        return (Block(source, unchanged(tensor, old), new=new, noise=noise),)
+
+    def copied(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
+        """(source, whether it is a copy)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthStack(Copies):
+    """Append copies of all layers; layer i of the grown model is layer i mod L of the old."""
+
+    def copied(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
+        """(source, whether it is a copy): whole copies of the stack, end to end."""
+        return stacked(tensor, small)
+
+
+DEPTH_STACK = DepthStack(
+    name="depth_stack",
+    summary="copies of all layers appended, any factor",
+    keeps="nothing",
+    breaker="copies sit at different depths, so their gradients differ; noise, where set",
+    source="Gong et al., ICML 2019; Du et al., arXiv 2405.15319",
+    policies=("copy", "kept", "sparkling", "reset"),
+    sizes=_SIZES,
+    any_size=True,
+    settings=("noise",),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthInterleave(Copies):
+    """Repeat every layer; layer i of the grown model is layer i L / L' of the old."""
+
+    def copied(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
+        """(source, whether it is a copy): every layer followed by its copies."""
+        return _interleaved(tensor, small, target)
+
+
+DEPTH_INTERLEAVE = DepthInterleave(
+    name="depth_interleave",
+    summary="every layer followed by its copies, any factor",
+    keeps="nothing",
+    breaker="copies sit at different depths, so their gradients differ; noise, where set",
+    source="Shen et al., arXiv 2203.06211; Du et al., arXiv 2405.15319",
+    policies=("copy", "kept", "sparkling", "reset"),
+    sizes=_SIZES,
+    any_size=True,
+    settings=("noise",),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthIdentity(Operator):
+    """Repeat every layer, with the output projections of the copies zero."""
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """One block, the whole tensor.
+
+        Nothing reaches the inside of a copy through a projection that is 0: its gradient is 0.
+        """
+        source, new = _interleaved(tensor, small, target)
+        axes = unchanged(tensor, small[source])
+        if not new:
+            return (Block(source, axes, grad=1.0),)
+        if layer_of(tensor.name)[1].startswith(_TO_STREAM):
+            return (Block(source, axes, param=0.0, new=True),)
+        return (Block(source, axes, grad=0.0, new=True),)
+
+
+DEPTH_IDENTITY = DepthIdentity(
+    name="depth_identity",
+    summary="every layer followed by copies whose output projections are 0",
+    keeps="loss",
+    breaker="copies write nothing at first, so they are no twins of their source",
+    source="LLaMA Pro, arXiv 2401.02415; identity layers of Shen et al., arXiv 2203.06211",
+    policies=("kept", "sparkling", "reset"),
+    sizes=_SIZES,
+    any_size=True,
+)
+
+
+def stacked(tensor: LogicalTensor, small: Catalog) -> tuple[str, bool]:
+    """(source, whether it is a copy): whole copies of the stack, end to end."""
+    depth = layer_count(small)
+    return from_layer(tensor, lambda layer: (layer % depth, layer >= depth))
+
+
+def from_layer(
+    tensor: LogicalTensor, source: Callable[[int], tuple[int, bool]]
+) -> tuple[str, bool]:
+    """(source, whether it is a copy) of a tensor, from those of its layer.
+
+    What belongs to no layer is itself.
+    """
+    if not tensor.name.startswith(_LAYERS):
+        return tensor.name, False
+    layer, rest = layer_of(tensor.name)
+    number, new = source(layer)
+    return f"{_LAYERS}{number}.{rest}", new
+
+
+def _interleaved(tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
+    """(source, whether it is a copy): the layers of a model, spread over more.
+
+    Each is followed by its copies, as evenly as they share out.
+    """
+    old, large = layer_count(small), layer_count(target)
+
+    def source(layer: int) -> tuple[int, bool]:
+        number = layer * old // large
+        first = -(-number * large // old)  # the first layer that has this source
+        return number, layer > first
+
+    return from_layer(tensor, source)
+
+
+def layer_of(name: str) -> tuple[int, str]:
+    """``layers.3.mlp.up.weight`` -> (3, ``mlp.up.weight``)."""
+    number, _, rest = name.removeprefix(_LAYERS).partition(".")
+    return int(number), rest
+
+
+def layer_count(catalog: Catalog) -> int:
+    """Number of layers of a model."""
+    return 1 + max(layer_of(t.name)[0] for t in catalog if t.name.startswith(_LAYERS))

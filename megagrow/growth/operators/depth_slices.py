@@ -1,0 +1,108 @@
+"""`depth_slices`: the grown model's layers by a list, or copies of the middle layers alone.
+
+    sources: [0, 1, 2, 3, 2, 3, 4, 5]   layer i of the grown model is layer sources[i] of the old
+    keep_first, keep_last: 1            the first and the last layer once, those between stacked
+
+The list is what merging tools call slices: SOLAR (Kim et al., arXiv 2312.15166) puts layers 0 to 23
+before layers 8 to 31.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megagrow.config import ModelConfig
+from megagrow.errors import GrowthError
+from megagrow.growth.operators.depth import Copies, from_layer, layer_count
+from megagrow.growth.operators.operator import resized
+from megagrow.state.catalog import Catalog, LogicalTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthSlices(Copies):
+    """Copies of chosen layers.
+
+    Attributes:
+        sources: for each layer of the grown model, that of the old one that it is.
+        keep_first, keep_last: without `sources`, so many layers at either end are not copied.
+    """
+
+    sources: tuple[int, ...] | None = None
+    keep_first: int = 0
+    keep_last: int = 0
+
+    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
+        """As many layers as are listed; else the factor times as many."""
+        return self.grown(model, {} if self.sources else {"layers": factor * model.layers})
+
+    def grown(self, model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
+        """As many layers as are listed, or named.
+
+        Raises:
+            GrowthError: the list names layers that there are not, or leaves some out; or it does
+                not go with the other settings.
+        """
+        if self.sources is None:
+            if self.keep_first + self.keep_last >= model.layers:
+                raise GrowthError(
+                    "grow.keep_first and grow.keep_last leave no layer to copy",
+                    found=f"{self.keep_first} and {self.keep_last} of {model.layers} layers",
+                    expected=f"a sum below {model.layers}",
+                    mend="set them lower",
+                )
+            return resized(model, sizes)
+        if self.keep_first or self.keep_last:
+            raise GrowthError(
+                "grow.sources lists every layer, so keep_first and keep_last have no meaning",
+                mend="leave grow.keep_first and grow.keep_last out, or grow.sources",
+            )
+        layers = set(range(model.layers))
+        wrong = sorted(set(self.sources) - layers)
+        if wrong:
+            raise GrowthError(
+                f"grow.sources: there is no layer {', '.join(map(str, wrong))}",
+                found=f"a model of {model.layers} layers before this growth",
+                expected=f"numbers from 0 to {model.layers - 1}",
+                mend="correct the list",
+            )
+        lost = sorted(layers - set(self.sources))
+        if lost:
+            raise GrowthError(
+                f"grow.sources leaves out layer {', '.join(map(str, lost))}",
+                expected="every layer of the model at least once: a growth drops none",
+                mend="add what is left out to the list",
+            )
+        if sizes.get("layers", len(self.sources)) != len(self.sources):
+            raise GrowthError(
+                "grow.target.layers is not the length of grow.sources",
+                found=sizes["layers"],
+                expected=len(self.sources),
+                mend="leave grow.target.layers out",
+            )
+        return resized(model, {**sizes, "layers": len(self.sources)})
+
+    def copied(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
+        """(source, whether it is a copy): a layer is old where its source is first used."""
+        order = self.sources or self._order(layer_count(small), layer_count(target))
+        return from_layer(tensor, lambda layer: (order[layer], order.index(order[layer]) < layer))
+
+    def _order(self, old: int, large: int) -> tuple[int, ...]:
+        """The ends once, the middle stacked between them."""
+        first, last = self.keep_first, self.keep_last
+        middle = range(first, old - last)
+        stacked = [middle[i % len(middle)] for i in range(large - first - last)]
+        return (*range(first), *stacked, *range(old - last, old))
+
+
+DEPTH_SLICES = DepthSlices(
+    name="depth_slices",
+    summary="copies of chosen layers: by a list, or all but the first and last ones stacked",
+    keeps="nothing",
+    breaker="copies sit at different depths, so their gradients differ; noise, where set",
+    source="SOLAR, Kim et al., arXiv 2312.15166",
+    policies=("copy", "kept", "sparkling", "reset"),
+    sizes=("layers",),
+    any_size=True,
+    settings=("noise", "sources", "keep_first", "keep_last"),
+)

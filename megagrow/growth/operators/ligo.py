@@ -1,0 +1,173 @@
+"""`ligo`: learned linear maps from the small model's parameters to the large one's.
+
+"Learning to Grow Pretrained Models" (Wang et al., arXiv 2303.00980).  A layer of the grown model
+is a learned sum of the small model's layers, each widened by learned maps: W' = sum_l w_l B W A^T.
+Only the maps are fitted, by the language model's own loss, for a few hundred steps; what they make
+of the small parameters is where the training of the large model begins.
+
+Maps act on whole units, axis by axis: one for the residual stream where it is written, read and
+normed; in each layer one for the heads (queries, keys and values apart) and one for the ffn units,
+where they are written and where they are read.  The paper's tie reading to writing and mix the
+features inside heads too, which rotary positions would not survive.
+
+The fitting begins at the stack of copies of the tiled model, so at width alone it begins at the
+small model's loss.  The fitting itself is `megagrow.train.fit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megagrow.growth.operators.depth import layer_count, layer_of, stacked
+from megagrow.growth.operators.operator import Block, Operator, growth_factor
+from megagrow.growth.operators.width import (
+    GROWING,
+    WIDTH_SIZES,
+    copies_along,
+    duplicates,
+    equal_shares,
+    is_new,
+    reads,
+)
+from megagrow.state.catalog import Catalog, LogicalTensor, Slot
+from megagrow.transfer.state_map import Copy, Fill, Identity
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ligo(Operator):
+    """Learned maps; the blocks are those that the fitting begins with."""
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """Tiled copies of stacked layers."""
+        source, new = stacked(tensor, small)
+        return tuple(
+            Block(
+                source,
+                one.axes,
+                param=equal_shares(tensor, one)[0],
+                new=new or is_new(one),
+            )
+            for one in duplicates(tensor, small[source])
+        )
+
+
+LIGO = Ligo(
+    name="ligo",
+    summary="learned sums of layers and maps of units, fitted on data before the training goes on",
+    keeps="nothing",
+    breaker="the maps are fitted, and no two copies have the same",
+    source="LiGO, Wang et al., arXiv 2303.00980",
+    policies=("reset",),
+    sizes=(*WIDTH_SIZES, "layers"),
+    fitted=200,
+)
+
+
+class Maps(nn.Module):
+    """The learned maps of one growth: small parameters in, large parameters out.
+
+    Args:
+        small, target: the catalogs before and after.
+    """
+
+    def __init__(self, small: Catalog, target: Catalog) -> None:
+        super().__init__()
+        self._small = small
+        self._kinds = [layer_of(t.name)[1] for t in small if t.name.startswith("layers.0.")]
+        self.units = nn.ParameterDict()
+        for old in small:
+            tensor = target[old.name]
+            for part in _parts(old):
+                for at, key in _mapped_axes(old, part):
+                    n, large = old.shape[at], tensor.shape[at]
+                    if old.axes[at] == "projection":
+                        n, large = n - 2, large - 2
+                    if n != large and key not in self.units:
+                        self.units[key] = nn.Parameter(_first_map(tensor, at, n, large))
+        first, last = layer_count(small), layer_count(target)
+        stack = torch.eye(first).repeat(-(-last // first), 1)[:last]
+        self.layers = nn.ParameterDict(
+            {_key(kind): nn.Parameter(stack.clone()) for kind in self._kinds}
+        )
+
+    def forward(self, parameters: Tensors) -> dict[str, torch.Tensor]:
+        """Parameters of the large model, by name, from those of the small one."""
+        wide = {tensor.name: self._widened(tensor, parameters[tensor.name])
+                for tensor in self._small}  # fmt: skip
+        for kind in self._kinds:
+            old = [wide.pop(f"layers.{i}.{kind}") for i in range(layer_count(self._small))]
+            grown = torch.tensordot(self.layers[_key(kind)], torch.stack(old), dims=1)
+            wide |= {f"layers.{i}.{kind}": values for i, values in enumerate(grown)}
+        return wide
+
+    def _widened(self, tensor: LogicalTensor, values: torch.Tensor) -> torch.Tensor:
+        parts = [values]
+        if "projection" in tensor.axes:
+            parts = list(values.split((values.shape[1] - 2, 1, 1), dim=1))
+        for number, part in enumerate(_parts(tensor)):
+            for at, key in _mapped_axes(tensor, part):
+                if key in self.units:
+                    along = parts[number].movedim(at, -1) @ self.units[key].t()
+                    parts[number] = along.movedim(-1, at)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _parts(tensor: LogicalTensor) -> tuple[str, ...]:
+    """Queries, keys and values have maps of their own."""
+    return ("q", "k", "v") if "projection" in tensor.axes else ("",)
+
+
+def _mapped_axes(tensor: LogicalTensor, part: str) -> Iterator[tuple[int, str]]:
+    """The axes of (a part of) a tensor that may have a map, and the map's name."""
+    layer = tensor.name.removesuffix(".weight").removesuffix(".bias")
+    for at, axis in enumerate(tensor.axes):
+        if axis == "embed":
+            yield at, _stream_map(tensor)
+        elif axis in GROWING or (axis == "projection" and part == "q"):
+            yield at, _key(f"{layer}.{axis}.{part}")
+
+
+def _stream_map(tensor: LogicalTensor) -> str:
+    """The residual stream is one, so all layers share the maps that write, norm and read it."""
+    if "norm" in tensor.name:
+        return "final_norm" if tensor.name.startswith("final_norm.") else "norm"
+    if tensor.name == "output.weight":
+        return "output"
+    return "read" if "embed" in reads(tensor) else "write"
+
+
+def _first_map(tensor: LogicalTensor, at: int, n: int, large: int) -> torch.Tensor:
+    """[large, n]: copies, read with equal shares (see `equal_shares`)."""
+    axis = "query" if tensor.axes[at] == "projection" else tensor.axes[at]
+    k = growth_factor(large, n, f"{tensor.name}, axis {axis}")
+    result = torch.zeros(large, n)
+    for copy in copies_along(axis, n, k):
+        there = copy.target_start + torch.arange(n) * copy.target_step
+        result[there, torch.arange(n)] = 1.0
+    shared = axis in reads(tensor) and tensor.name != "output.weight"
+    return result / k if shared or tensor.name.startswith("final_norm.") else result
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "-").rstrip("-")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The state map from fitted parameters to the state of a run: moments start at 0."""
+
+    target: Catalog
+
+    def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
+        """The whole tensor, where the slot is the parameter."""
+        return Identity(self.target).copies(tensor, slot) if slot.kind == "parameter" else ()
+
+    def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:
+        """Zero optimizer state."""
+        return "covered" if slot.kind == "parameter" else "zeros"

@@ -1,0 +1,44 @@
+"""`untie`: the output head gets weights of its own, which begin as the embedding's.
+
+The function stays.  The tied tensor's gradient was the sum of what the embedding and the head
+want; afterwards each has its own, so no multiple of the old one is stated for the two, and the
+moments that both take over are those of the sum.  The model gains parameters, but no FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megagrow.config import ModelConfig
+from megagrow.growth.operators.operator import Block, Operator, resized, unchanged
+from megagrow.state.catalog import Catalog, LogicalTensor
+
+_EMBEDDING, _HEAD = "embedding.token", "output.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Untie(Operator):
+    """A head of its own; nothing else changes."""
+
+    def grown(self, model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
+        """The model with `tie_embeddings` false."""
+        return resized(model, sizes).model_copy(update={"tie_embeddings": False})
+
+    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+        """Every tensor as it was; the head from the embedding, where it is new."""
+        if tensor.name in small and not (tensor.name == _EMBEDDING and _HEAD not in small):
+            return (Block(tensor.name, unchanged(tensor, small[tensor.name]), grad=1.0),)
+        axes = unchanged(tensor, small[_EMBEDDING])
+        return (Block(_EMBEDDING, axes, new=tensor.name == _HEAD),)
+
+
+UNTIE = Untie(
+    name="untie",
+    summary="the tied output head becomes a tensor of its own, a copy of the embedding",
+    keeps="loss",
+    breaker="embedding and head have different gradients",
+    source="modded-nanogpt, PR 178 (untied at 2/3 of the training, moments copied)",
+    policies=("copy", "reset"),
+    sizes=(),
+)

@@ -1,0 +1,387 @@
+"""A growth: an operator and a state policy between two models, as a state map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from megagrow.config import GrowConfig, ModelConfig
+from megagrow.errors import GrowthError
+from megagrow.growth.compose import Composition, composed
+from megagrow.growth.new_blocks import carried, covers, is_whole, kept_by
+from megagrow.growth.operators.operator import Block, Operator
+from megagrow.growth.operators.ramp import Ramp, make_ramp
+from megagrow.growth.operators.registry import OPERATORS, find_operator, find_operators, find_policy
+from megagrow.growth.operators.width import reads
+from megagrow.growth.optimizer_rules import Factors, OptimizerRules, YoungBlocks, beyond_shape
+from megagrow.growth.policy import StatePolicy
+from megagrow.growth.rates import exact_factors
+from megagrow.growth.settings import configured
+from megagrow.models.catalog import build_catalog
+from megagrow.state.catalog import Catalog, LogicalTensor, Slot
+from megagrow.transfer.state_map import Copy, Fill
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One growth between two catalogs; a `StateMap`.
+
+    Attributes:
+        operator: how parameters grow.
+        policy: how optimizer state and rates follow.
+        small: the catalog before.
+        target: the catalog after.
+        rewarm: steps of re-warming (see StatePolicy).
+        mup: whether a matrix whose inputs grew k-fold learns at 1/k of the rate from now on.
+        ramp: how new units come in, counted from the growth; None: they are in at once.
+        fit_steps: of fitting on data, where the operator asks for it.
+    """
+
+    operator: Operator
+    policy: StatePolicy
+    small: Catalog
+    target: Catalog
+    rewarm: int
+    mup: bool = False
+    ramp: Ramp | None = None
+    fit_steps: int = 0
+
+    def blocks(self, tensor: LogicalTensor) -> tuple[Block, ...]:
+        """The operator's blocks of one target tensor."""
+        return self._blocks[tensor.name]
+
+    @cached_property
+    def _blocks(self) -> dict[str, tuple[Block, ...]]:
+        return {t.name: self.operator.blocks(t, self.small, self.target) for t in self.target}
+
+    def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
+        """The blocks of one slot, without those whose coefficient is 0."""
+        scaled = ((b, self.policy.coefficient(b, slot.kind)) for b in self.blocks(tensor))
+        noisy = slot.kind == "parameter"
+        return tuple(b.scaled(c, b.noise if noisy else None) for b, c in scaled if c != 0.0)
+
+    def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:
+        """The operator's rule for parameters, zero for optimizer state."""
+        if sum(copy.volume for copy in self.copies(tensor, slot)) == tensor.volume:
+            return "covered"
+        if slot.kind != "parameter":
+            return "zeros"
+        return self.operator.fill(tensor, self.small, self.target)
+
+    def caveats(self, *, grad_clip: float, dropout: float) -> list[str]:
+        """What keeps the growth from its promise or its use, a sentence each.
+
+        Args:
+            grad_clip: the norm that the run clips gradients at; 0 for none.
+            dropout: the model's; it parts copies, which it drops each by itself.
+        """
+        found = []
+        policy = self.policy.caveat(grad_clip=grad_clip, dropout=dropout)
+        if policy is not None:
+            found.append(f"state policy {self.policy.name} {policy}")
+        copied = self.operator.interchangeable(self.small, self.target)
+        if copied and self.policy.moments != "kept" and dropout == 0:
+            found.append(
+                f"copies never part under state policy {self.policy.name}, since their gradients "
+                "and moments are equal: the grown model learns what the small one would; "
+                "grow.operator width_fresh makes no copies, kept and sparkling part them slowly"
+            )
+        return found
+
+    def rules_after(
+        self,
+        before: OptimizerRules,
+        *,
+        step: int,
+        betas: tuple[float, float] | None = None,
+    ) -> OptimizerRules:
+        """The optimizer's rules once the growth is done.
+
+        Args:
+            before: the rules in force until now.
+            step: the optimizer's step count at the growth.
+            betas: of AdamW, where it is what steps.
+
+        Young blocks of an earlier growth keep their step count, inside the old block of this
+        one or where their tensor is copied whole.  Where they are copied in pieces, among old
+        elements, they count as grown up.
+
+        Raises:
+            GrowthError: they are copied in pieces while they are too young for that.
+        """
+        factors: dict[str, Factors] = {}
+        young: dict[str, YoungBlocks] = {}
+        for tensor in self.target:
+            blocks = self.blocks(tensor)
+            inherited = before.factors_of(blocks[0].source) if blocks else Factors()
+            if self.policy.scale_rates:
+                factors_of_growth = exact_factors(tensor, self.small, blocks)
+                own = beyond_shape(factors_of_growth, self.small[blocks[0].source], tensor)
+                inherited = inherited.times(own)
+            elif self.mup and blocks:
+                inherited = inherited.times(self._mup_factors(tensor, self.small[blocks[0].source]))
+            if inherited != Factors():
+                factors[tensor.name] = inherited
+            blocks_of_tensor = self._young(tensor, before, step=step, betas=betas)
+            if blocks_of_tensor is not None:
+                young[tensor.name] = blocks_of_tensor
+        return OptimizerRules(factors, young)
+
+    def _young(
+        self,
+        tensor: LogicalTensor,
+        before: OptimizerRules,
+        *,
+        step: int,
+        betas: tuple[float, float] | None,
+    ) -> YoungBlocks | None:
+        """The new blocks of a tensor, and inside its old block those of earlier growths.
+
+        New is what starts with moments of zero: with the optimizer's step count its first updates
+        would be too long.  (`shen` leaves some of that in copied blocks, as published.)
+        """
+        if self.policy.restart_steps:  # all counts from 0 again, and nothing may be older
+            return None
+        blocks, peak = self.blocks(tensor), self.policy.new_block_peak
+        earlier = before.young.get(blocks[0].source) if blocks else None
+        old = blocks if peak is None else [b for b in blocks if not b.new]
+        if is_whole(tensor, old):
+            return earlier
+        if earlier is not None:
+            try:
+                earlier = carried(earlier, old)
+            except ValueError:
+                if betas is not None and earlier.matters(step, betas=betas):
+                    raise _too_young(self, tensor, earlier, step) from None
+                earlier = None
+        if covers(tensor, old):
+            return earlier
+        try:
+            kept = kept_by(old)
+        except ValueError:
+            raise _scattered(self, tensor) from None
+        # Where a policy does not re-warm new blocks, they take the rate of the others.
+        return YoungBlocks(
+            kept=kept,
+            born=step,
+            peak=1.0 if peak is None else peak,
+            rewarm=0 if peak is None else self.rewarm,
+            inside=None if kept is None else earlier,
+        )
+
+    def _mup_factors(self, tensor: LogicalTensor, old: LogicalTensor) -> Factors:
+        """Yang et al., arXiv 2203.03466, table 8: under Adam hidden matrices learn at 1 / fan-in.
+
+        The head reads its inputs through the final norm.  Where that carries the head's share of
+        1 / k, as copies do, its elements move the logits as the head's would, so 1 / k is the
+        norm's rate and not the head's (its weight may be the embedding); elsewhere it is the
+        rate of a head that is not tied.  Weight decay is set against the rate, so that the decay
+        of a step stays too.
+        """
+        if tensor.name.startswith("final_norm.") and self._norm_carries:
+            inputs = frozenset(tensor.axes)
+        elif tensor.name == "output.weight" and self._norm_carries:
+            inputs = frozenset()
+        else:
+            inputs = reads(tensor)
+        sizes = zip(tensor.axes, tensor.shape, old.shape, strict=True)
+        k = math.prod(large / n for axis, large, n in sizes if axis in inputs)
+        return Factors(lr=1 / k, weight_decay=k)
+
+    @cached_property
+    def _norm_carries(self) -> bool:
+        """Whether the final norm is scaled down by what the head's inputs grow by.
+
+        Where its gradient grows by as much, it is the norm's input that has another scale.
+        """
+        blocks = self._blocks["final_norm.weight"]
+        moved = sum(b.param * (1.0 if b.grad is None else b.grad) * b.volume for b in blocks)
+        return moved < (1 - 1e-9) * sum(b.volume for b in blocks)
+
+
+def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Growth]:
+    """What a `grow` section makes of a model: the grown model, and the growth to it.
+
+    Raises:
+        GrowthError: names, sizes and policy do not fit each other or the model.
+    """
+    parts = configured(find_operators(grow.operator), grow)
+    wanted = {} if grow.target is None else grow.target.model_dump(exclude_none=True)
+    owners = {key: [p.name for p in parts if key in p.sizes] for key in wanted}
+    for key, names in owners.items():
+        if len(names) != 1:
+            reach = ", ".join(sorted({key for part in parts for key in part.sizes}))
+            raise GrowthError(
+                f"grow.target.{key}: "
+                + (f"both {' and '.join(names)} grow it" if names else "no operator grows it"),
+                found=f"grow.operator {grow.operator}",
+                expected=f"sizes among {reach}, each grown by one operator",
+                mend=f"leave grow.target.{key} out, or change grow.operator",
+            )
+    models = [model]
+    for part in parts:
+        sizes = {key: n for key, n in wanted.items() if key in part.sizes}
+        if grow.target is None:
+            models.append(part.target(models[-1], grow.factor or 2))
+        else:
+            models.append(part.grown(models[-1], sizes))
+        if not part.sizes and models[-1] == models[-2]:
+            raise GrowthError(
+                f"grow.operator: {part.name} changes nothing here",
+                found=f"tie_embeddings {models[-1].tie_embeddings}",
+                mend="leave the operator out",
+            )
+    catalogs = [build_catalog(m) for m in models]
+    operator = parts[0] if len(parts) == 1 else composed(parts, catalogs[:-1])
+    growth = make_growth(
+        operator=operator,
+        policy=grow.state_policy,
+        small=catalogs[0],
+        target=catalogs[-1],
+        rewarm=grow.rewarm,
+        ramp=grow.ramp,
+        fit_steps=grow.fit_steps,
+    )
+    if model.mup is not None:
+        _require_mup(grow, model, models[-1])
+    if grow.mup and growth.policy.scale_rates:
+        raise GrowthError(
+            f"grow.mup: state policy {growth.policy.name!r} sets the rates itself",
+            mend="leave grow.mup out, or set grow.state_policy to another",
+        )
+    return models[-1], replace(growth, mup=grow.mup)
+
+
+def _require_mup(grow: GrowConfig, model: ModelConfig, grown: ModelConfig) -> None:
+    """See that the rates of the grown model are those of its shape."""
+    if grow.mup:
+        raise GrowthError(
+            "grow.mup: the rates follow from the shape already, before a growth and after it",
+            found=f"model.mup {model.mup.model_dump() if model.mup else None}",
+            mend="leave grow.mup out",
+        )
+    if grown.head_dim != model.head_dim:
+        raise GrowthError(
+            "model.mup: wider heads have no rates of their own, since the scores' scale is "
+            "1 / sqrt(head_dim), and queries, keys and values are one tensor",
+            found=f"head_dim {model.head_dim} -> {grown.head_dim}",
+            mend="grow heads instead (grow.target.heads), or leave model.mup out",
+        )
+
+
+def make_growth(
+    *,
+    operator: str | Operator,
+    policy: str | None,
+    small: Catalog,
+    target: Catalog,
+    rewarm: int | None = None,
+    ramp: int | None = None,
+    fit_steps: int | None = None,
+) -> Growth:
+    """Look the operator and the policy up, and check that they fit each other and the models.
+
+    Args:
+        operator: itself, or its name.
+        policy: name of the state policy; None: the operator's first.
+        small, target: the catalogs before and after.
+        rewarm, ramp, fit_steps: where they are not to be the policy's and the operator's own.
+
+    Raises:
+        GrowthError: unknown names, a policy that the operator does not support, or a target
+            that the operator cannot reach.
+    """
+    found = find_operator(operator) if isinstance(operator, str) else operator
+    if not found.policies:
+        raise GrowthError(
+            f"grow.operator: no state policy serves all parts of {found.name}",
+            mend="grow in two stages",
+        )
+    name = policy or found.policies[0]
+    if name not in found.policies:
+        find_policy(name)
+        raise GrowthError(
+            f"grow.state_policy: operator {found.name!r} does not support {name!r}",
+            found=name,
+            expected=" or ".join(found.policies),
+            mend=f"set grow.state_policy to {found.policies[0]}, or leave it out",
+        )
+    rule = find_policy(name)
+    if ramp is not None and not found.ramp:
+        raise _useless(
+            "ramp", "lets its units in at once", found, [o for o in OPERATORS.values() if o.ramp]
+        )
+    if fit_steps is not None and not found.fitted:
+        raise _useless(
+            "fit_steps", "has nothing to fit", found, [o for o in OPERATORS.values() if o.fitted]
+        )
+    growth = Growth(
+        operator=found,
+        policy=rule,
+        small=small,
+        target=target,
+        rewarm=rule.rewarm if rewarm is None else rewarm,
+        ramp=make_ramp(_before_ramp(found, small), target, steps=ramp or found.ramp),
+        fit_steps=fit_steps or found.fitted,
+    )
+    if isinstance(found, Composition):
+        found.check_fills(target)
+    for tensor in target:
+        _check_blocks(growth, tensor)
+    growth.rules_after(OptimizerRules(), step=0)  # refuses what the policy cannot express
+    return growth
+
+
+def _before_ramp(operator: Operator, small: Catalog) -> Catalog:
+    """The model whose units are the old ones, should new ones come in by and by."""
+    if isinstance(operator, Composition):
+        ramped = [i for i, part in enumerate(operator.parts) if part.ramp]
+        return operator.catalogs[ramped[0]] if ramped else small
+    return small
+
+
+def _useless(key: str, why: str, found: Operator, others: Sequence[Operator]) -> GrowthError:
+    return GrowthError(
+        f"grow.{key}: operator {found.name!r} {why}",
+        mend=f"leave grow.{key} out, or set grow.operator to "
+        + " or ".join(operator.name for operator in others),
+    )
+
+
+def grown_model(model: ModelConfig, *, operator: str, factor: int) -> ModelConfig:
+    """The configuration that operators make of a model's, each by the same factor."""
+    for part in find_operators(operator):
+        model = part.target(model, factor)
+    return model
+
+
+def _check_blocks(growth: Growth, tensor: LogicalTensor) -> None:
+    """An operator whose blocks do not fit its own target is a defect, found before any copy."""
+    for block in growth.blocks(tensor):
+        source = growth.small[block.source]
+        for axis, n, m in zip(block.axes, tensor.shape, source.shape, strict=True):
+            last_target = axis.target_start + (axis.length - 1) * axis.target_step
+            last_source = axis.source_start + (axis.length - 1) * axis.source_step
+            if not (last_target < n and last_source < m):
+                raise GrowthError(f"operator {growth.operator.name}: a block of {tensor.name} "
+                                  f"reaches outside {list(tensor.shape)}")  # fmt: skip
+
+
+def _too_young(growth: Growth, tensor: LogicalTensor, young: YoungBlocks, step: int) -> GrowthError:
+    return GrowthError(
+        f"grow.state_policy {growth.policy.name!r}: the new elements of {tensor.name} of the "
+        "growth before would be copied among old ones, but AdamW still counts their own steps",
+        found=f"a growth {step - young.born} optimizer steps after that one",
+        mend="set grow.state_policy to kept, sparkling or reset, or grow later",
+    )
+
+
+def _scattered(growth: Growth, tensor: LogicalTensor) -> GrowthError:
+    fitting = [n for n in growth.operator.policies if find_policy(n).new_block_peak is None]
+    return GrowthError(
+        f"state policy {growth.policy.name!r}: this growth scatters the old elements of "
+        f"{tensor.name}, so that they cannot be told from the new ones by their indices",
+        mend=f"set grow.state_policy to {' or '.join(fitting) or 'reset'}",
+    )

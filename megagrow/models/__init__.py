@@ -1,0 +1,1 @@
+"""The models: their tensors, their FLOPs, their modules."""

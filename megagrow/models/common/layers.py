@@ -1,0 +1,235 @@
+"""Layers whose parameters have the shapes of a rank's part of their logical tensors.
+
+A weight keeps its structure as axes in memory (heads, head_dim, ...) and is
+viewed as a matrix where it is used, which costs nothing.  Parameters are left
+uninitialised: a state transfer fills them.
+
+Shapes: B batch, S sequence, s a rank's part of the sequence where sequence parallelism
+splits it, else the whole of it; T the number of tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megagrow import ops
+from megagrow.models.common.linear import linear
+from megagrow.models.common.parallel import (
+    SERIAL,
+    TensorParallel,
+    copy_to_tensor_parallel_region,
+    random_numbers_of_this_rank,
+    reduce_from_tensor_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megagrow.state.layout import even_split
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T + b with the weight cut on one of its output axes.
+
+    Args:
+        out_axes: this rank's sizes of the output axes; the output has their product as width.
+        in_axes: sizes of the input axes.
+        bias: whether there is one.
+        gelu: whether GELU (its tanh form, which is GPT-2's own) follows.
+        parallel: the ranks that hold the other parts.
+
+    Shapes: [B, s, prod(in_axes)] -> [B, S, prod(out_axes)], this rank's units.
+    """
+
+    def __init__(
+        self,
+        out_axes: Sequence[int],
+        in_axes: Sequence[int],
+        *,
+        bias: bool,
+        gelu: bool = False,
+        parallel: TensorParallel = SERIAL,
+    ) -> None:
+        super().__init__()
+        self._gelu = gelu
+        self.weight = nn.Parameter(torch.empty(*out_axes, *in_axes))
+        self.bias = nn.Parameter(torch.empty(*out_axes)) if bias else None
+        self._rows, self._parallel = math.prod(out_axes), parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer."""
+        # Here and not in whoever owns the layer: ZeRO-3 has the bias only while it runs.
+        if self._gelu and self.bias is not None and ops.own("bias_gelu", x):
+            y = linear(x, self.weight, None, rows=self._rows, parallel=self._parallel)
+            return ops.bias_gelu(y, self.bias)
+        y = linear(x, self.weight, self.bias, rows=self._rows, parallel=self._parallel)
+        return F.gelu(y, approximate="tanh") if self._gelu else y
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T + b with the weight cut on one of its input axes.
+
+    The bias is the same on all ranks and added once, after the sum over them.
+
+    Args:
+        out_axes: sizes of the output axes.
+        in_axes: this rank's sizes of the input axes.
+        bias: whether there is one.
+        parallel: the ranks that hold the other parts.
+
+    Shapes: [B, S, prod(in_axes)], this rank's units -> [B, s, prod(out_axes)].
+    """
+
+    def __init__(
+        self,
+        out_axes: Sequence[int],
+        in_axes: Sequence[int],
+        *,
+        bias: bool,
+        parallel: TensorParallel = SERIAL,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*out_axes, *in_axes))
+        self.bias = nn.Parameter(torch.empty(*out_axes)) if bias else None
+        self._rows, self._parallel = math.prod(out_axes), parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer."""
+        if self._parallel.size == 1:
+            return linear(x, self.weight, self.bias, rows=self._rows)
+        y = _sum_over_ranks(linear(x, self.weight, None, rows=self._rows), self._parallel)
+        if self.bias is None:
+            return y
+        return y + replicated(self.bias, self._parallel).view(-1)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of a table by token id, with the table cut on the vocabulary.
+
+    All ranks hold ceil(vocabulary / T) rows; where the last ones lack some, the rest is
+    padding, which is never used.
+
+    Shapes: [B, S] token ids -> [B, s, width].
+    """
+
+    def __init__(self, vocabulary: int, width: int, *, parallel: TensorParallel = SERIAL) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.empty(-(-vocabulary // parallel.size), width))
+        self._start, self._stop = even_split(vocabulary, parallel.size, parallel.rank)
+        self._parallel = parallel
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Look up."""
+        if self._parallel.size == 1:
+            return F.embedding(tokens, self.token)
+        foreign = (tokens < self._start) | (tokens >= self._stop)
+        rows = (tokens - self._start).masked_fill(foreign, 0)
+        x = F.embedding(rows, self.token).masked_fill(foreign.unsqueeze(-1), 0.0)
+        return _sum_over_ranks(x, self._parallel)
+
+
+class VocabParallelOutput(nn.Module):
+    """The output head: logits of this rank's part of the vocabulary, padding left out.
+
+    Args:
+        vocabulary: its size.
+        width: of the input.
+        name: of the one parameter, [ceil(vocabulary / T), width] on every rank.
+        parallel: the ranks that hold the other parts.
+
+    Shapes: [B, s, width] -> [B, S, rows], rows <= ceil(vocabulary / T).
+    """
+
+    def __init__(
+        self, vocabulary: int, width: int, *, name: str, parallel: TensorParallel = SERIAL
+    ) -> None:
+        super().__init__()
+        weight = nn.Parameter(torch.empty(-(-vocabulary // parallel.size), width))
+        self.register_parameter(name, weight)
+        start, stop = even_split(vocabulary, parallel.size, parallel.rank)
+        self._name, self._rows, self._parallel = name, stop - start, parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the head."""
+        weight = getattr(self, self._name)
+        return linear(x, weight, None, rows=self._rows, parallel=self._parallel)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, [B, s, width]."""
+
+    def __init__(self, width: int, eps: float, *, parallel: TensorParallel = SERIAL) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.eps, self._parallel = eps, parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise; same shape.  Statistics of lower precisions are taken in fp32."""
+        return ops.layer_norm(x, *self._parameters_here(), self.eps)
+
+    def _parameters_here(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return replicated(self.weight, self._parallel), replicated(self.bias, self._parallel)
+
+
+class AddLayerNorm(LayerNorm):
+    """(LayerNorm of x + residual, x + residual), each [B, s, width]."""
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add and normalise."""
+        return ops.add_layer_norm(x, residual, *self._parameters_here(), self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square of the last axis (Zhang & Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float, *, parallel: TensorParallel = SERIAL) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps, self._parallel = eps, parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise; same shape.  The mean of lower precisions is taken in fp32."""
+        return ops.rms_norm(x, replicated(self.weight, self._parallel), self.eps)
+
+
+class AddRMSNorm(RMSNorm):
+    """(RMSNorm of x + residual, x + residual), each [B, s, width]."""
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add and normalise."""
+        weight = replicated(self.weight, self._parallel)
+        return ops.add_rms_norm(x, residual, weight, self.eps)
+
+
+class Dropout(nn.Module):
+    """Dropout of the residual stream: one mask on all ranks, or one for each sequence part."""
+
+    def __init__(self, p: float, *, parallel: TensorParallel = SERIAL) -> None:
+        super().__init__()
+        self.p, self._own = p, parallel if parallel.splits_sequence else SERIAL
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply while training; same shape."""
+        if self.p == 0.0 or not self.training:
+            return x
+        with random_numbers_of_this_rank(self._own, x.device):
+            return F.dropout(x, self.p)
+
+
+def _sum_over_ranks(x: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+    """Leave the tensor-parallel region."""
+    if parallel.sequence:
+        return reduce_scatter_to_sequence_parallel_region(x, parallel)
+    return reduce_from_tensor_parallel_region(x, parallel)
+
+
+def replicated(parameter: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
+    """A parameter used outside the tensor-parallel region, where the sequence may be split."""
+    return copy_to_tensor_parallel_region(parameter, parallel) if parallel.sequence else parameter

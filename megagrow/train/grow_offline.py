@@ -1,0 +1,309 @@
+"""Offline growth: a checkpoint in, the checkpoint of the grown model out, piece by piece.
+
+The new checkpoint stands where a live growth would have left the run: at the start of the next
+growth stage, with the step, the consumed data and the optimizer's rules that belong there.  So a
+run goes on from it with a configuration whose next stage has this `grow` section.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from megagrow.checkpoint import CheckpointMeta, NativeCheckpoint, Piece, SoloGroup, save
+from megagrow.checkpoint.convert.registry import detect
+from megagrow.checkpoint.convert.summary import find
+from megagrow.checkpoint.interface.model_of import model_of
+from megagrow.checkpoint.io.files import step_of, step_path
+from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
+from megagrow.config.load import parse_config
+from megagrow.data.dataset import open_dataset, verify
+from megagrow.data.sampler import SampleIndex
+from megagrow.errors import CheckpointError, ConfigError, GrowthError
+from megagrow.growth.operators.ligo import Fitted
+from megagrow.growth.plan import Growth, plan_growth
+from megagrow.lock import holding_output
+from megagrow.schedule.stages import sample_length, stage_batch, stage_optimizer
+from megagrow.state.boxes import Box, split_box, whole
+from megagrow.state.catalog import MASTER, LogicalTensor, Slot, slots_of
+from megagrow.state.layout import Layout
+from megagrow.state.placement import Placement
+from megagrow.train.fingerprints import require_run, require_same_data
+from megagrow.train.fit import Fit, fit_growth
+from megagrow.train.state import RunState
+from megagrow.transfer.ends import Reader
+from megagrow.transfer.moves import Locator
+from megagrow.transfer.read_through import Through
+from megagrow.transfer.state_map import StateMap
+from megagrow.transfer.whole_state import MemoryState
+
+PIECE_BYTES = 64 << 20
+_STAGING_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class OfflineGrowth:
+    """A growth of a checkpoint, planned and checked; nothing is written yet.
+
+    Attributes:
+        checkpoint: the small model's.
+        growth: what is done to it.
+        small, model: the model before and after.
+        state: the run's state after the growth.
+        config: the run's configuration, with the growth in it.
+    """
+
+    checkpoint: NativeCheckpoint
+    growth: Growth
+    small: ModelConfig
+    model: ModelConfig
+    state: RunState
+    config: Config
+
+    @property
+    def bytes(self) -> int:
+        """Size of the values that will be written."""
+        return sum(
+            tensor.volume * self.dtype(tensor, slot).itemsize
+            for tensor in self.growth.target
+            for slot in slots_of(tensor, self.checkpoint.slots)
+        )
+
+    def dtype(self, tensor: LogicalTensor, slot: Slot) -> torch.dtype:
+        """The element type of a target tensor's slot: that of what it is made of."""
+        return self.checkpoint.dtype(self.growth.blocks(tensor)[0].source, slot.name)
+
+
+def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
+    """Open a checkpoint and see what a growth would make of it.
+
+    Args:
+        source: a checkpoint, a run directory or a directory of checkpoints (then its newest).
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is not one of a training run.
+        GrowthError: the growth does not fit the model.
+    """
+    checkpoint = NativeCheckpoint.open(_native(source))
+    require_run(checkpoint)
+    try:
+        config = parse_config(checkpoint.config, source=f"{checkpoint.path}: its configuration")
+        state = RunState.from_json(checkpoint.run_state)
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: not a checkpoint of a training run", found=error
+        ) from error
+    small = model_of(checkpoint)
+    length = sample_length(config, small, state.growth_stage)
+    state = replace(state, position=state.position.measured(length))
+    model, growth = plan_growth(grow, small)
+    if model == small:
+        raise GrowthError(
+            "the growth changes nothing: the model has these sizes already",
+            mend="give larger sizes with --target, or --factor",
+        )
+    grown = _with_growth(config, state, grow)
+    optimizer = stage_optimizer(grown, state.growth_stage + 1)
+    return OfflineGrowth(
+        checkpoint=checkpoint,
+        growth=growth,
+        small=small,
+        model=model,
+        state=state.after_growth(growth, betas=optimizer.bias_correction),
+        config=grown,
+    )
+
+
+def _native(source: Path) -> Path:
+    """The native checkpoint that a path means; one of another format is refused by its name."""
+    try:
+        return find(source)
+    except CheckpointError:
+        other, at = detect(source)  # raises where there is none of any format
+        target = Path("imports") / source.resolve().name
+        raise CheckpointError(
+            f"{at}: a checkpoint of format {other.name}; a growth starts from one of a run",
+            mend=f"python launch/convert.py --from {at} --to {target} --to-format native "
+            f"--config RUN.yaml, with the configuration of the run to be, then --from {target}",
+        ) from None
+
+
+def write_offline(plan: OfflineGrowth, root: Path, *, piece_bytes: int = PIECE_BYTES) -> Path:
+    """Write the grown checkpoint, in one file; returns its directory.
+
+    Memory: one piece of `piece_bytes` at a time and constant buffers, whatever the model; but a
+    growth that is fitted on data needs both models whole, and the data of the run.
+
+    Args:
+        root: the directory that will hold ``step_<step>``; such a name itself does as well.
+
+    Raises:
+        CheckpointError: the source is damaged, the target exists, or the system refused;
+            nothing is left at the target.
+        LockError: another job writes there.
+    """
+    if step_of(root) == plan.checkpoint.step:
+        root = root.parent
+    reader, state = _reader(plan)
+    meta = CheckpointMeta(
+        catalog=plan.growth.target,
+        slots=plan.checkpoint.slots,
+        layout=Layout(),
+        config=plan.config.model_dump(mode="json", by_alias=True),
+        fingerprints=plan.checkpoint.fingerprints,
+        run_state=state.to_json(),
+    )
+    pieces = _pieces(plan, reader, piece_bytes)
+    step = plan.checkpoint.step
+    with holding_output(root):
+        result = step_path(root, step)
+        there = os.path.lexists(result)
+        try:
+            return save(root, step=step, pieces=pieces, meta=meta, group=SoloGroup())
+        except CheckpointError as error:
+            if there or not result.exists():
+                raise
+            # Only the directory's synchronisation failed.  A training run goes on and keeps what
+            # it has; here the same command can be run again, and must find its place free.
+            shutil.rmtree(result)
+            reason: BaseException = error
+            while reason.__cause__ is not None:
+                reason = reason.__cause__
+            raise CheckpointError(
+                f"{root}: cannot be synchronised, so {result.name} was not kept",
+                found=reason,
+                mend="see to the disk, then run the same command again",
+            ) from error
+
+
+def _reader(plan: OfflineGrowth) -> tuple[Through, RunState]:
+    """What reads the grown state, and the run's state, with what a fitting has cost."""
+    state_map: StateMap = plan.growth
+    old: Reader = plan.checkpoint
+    locator: Locator = plan.checkpoint
+    state = plan.state
+    if plan.growth.fit_steps:
+        old, fit, sequence = _fitted(plan)
+        state_map, locator = Fitted(plan.growth.target), Placement(plan.growth.target, Layout())
+        state = replace(
+            state,
+            flops=state.flops + fit.flops,
+            position=state.position.after(fit.samples, sequence=sequence),
+        )
+    seed = plan.config.run.seed
+    return Through(state_map, old, locator, seed=seed, staging_bytes=_STAGING_BYTES), state
+
+
+def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, Fit, int]:
+    """The fitted parameters, what they took, and the tokens of a sample of it, as in a live run."""
+    data = open_dataset(plan.config.data.path, plan.config.data.tokenizer)
+    require_same_data(plan.checkpoint, data)
+    if plan.config.data.verify:
+        verify(data)
+    small = MemoryState(
+        {
+            (t.name, MASTER.name): plan.checkpoint.read(t.name, MASTER.name, whole(t.shape)).float()
+            for t in plan.growth.small
+        }
+    )
+    index, seed = plan.state.growth_stage, plan.config.run.seed
+    sequence = sample_length(plan.config, plan.small, index - 1)
+    before, done = plan.state.position.split(sequence)
+    large, fit = fit_growth(
+        plan.growth,
+        model=plan.model,
+        small=small,
+        samples=SampleIndex(data.train, sequence, seed, before),
+        first=done,
+        batch=stage_batch(plan.config, index),
+    )
+    return large, fit, sequence
+
+
+def _pieces(plan: OfflineGrowth, reader: Through, piece_bytes: int) -> Iterator[Piece]:
+    for tensor in plan.growth.target:
+        for slot in slots_of(tensor, plan.checkpoint.slots):
+            dtype = plan.dtype(tensor, slot)
+            for box in split_box(whole(tensor.shape), piece_bytes // dtype.itemsize):
+                values = _Deferred(reader, tensor.name, slot, box, dtype)
+                yield Piece(tensor.name, slot.name, box, cast(torch.Tensor, values))
+
+
+@dataclass(frozen=True)
+class _Deferred:
+    """Stands for a tensor until it is written: a save asks for `detach` last, and once."""
+
+    reader: Through
+    tensor: str
+    slot: Slot
+    box: Box
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.box.shape
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def detach(self) -> torch.Tensor:
+        return self.reader.read(self.tensor, self.slot, self.box, dtype=self.dtype)
+
+
+def _with_growth(config: Config, state: RunState, grow: GrowConfig) -> Config:
+    """The configuration with the growth as the stage after the one that the state is in."""
+    index = state.growth_stage
+    following: list[StageConfig] = config.stages[index + 1 :]
+    if following and following[0].grow == grow:
+        return config
+    left = config.stages[index].until
+    done = config.stages[index].model_copy(update={"until": UntilConfig(steps=state.step)})
+    grown = StageConfig(until=_rest(left, state), grow=grow)
+    return config.model_copy(update={"stages": [*config.stages[:index], done, grown]})
+
+
+def _rest(left: UntilConfig, state: RunState) -> UntilConfig:
+    """The end of the stage that was left, where that is still to come; else twice the way here."""
+    reached = {"steps": state.step, "tokens": state.tokens, "flops": state.flops}
+    ahead = [key for key, at in reached.items() if (getattr(left, key) or 0) > at]
+    if ahead and left.rule in (None, "slope"):  # the others are about a growth that follows
+        return left
+    return UntilConfig(steps=2 * max(1, state.step))
+
+
+def describe_sizes(plan: OfflineGrowth) -> list[str]:
+    """What the growth makes of the model's sizes, and which of the operator's it leaves."""
+    small, model, changed, left = plan.small, plan.model, [], []
+    for name in _SIZES:
+        before, after = getattr(small, name), getattr(model, name)
+        setting = name.replace("kv_groups", "kv_heads").replace("vocabulary", "vocab")
+        if before != after:
+            changed.append(f"{setting} {before} -> {after}")
+        elif setting in plan.growth.operator.sizes:
+            left.append(f"{setting} {before}")
+    if small.tie_embeddings != model.tie_embeddings:
+        changed.append("tie_embeddings true -> false")
+    lines = [", ".join(changed) + (f"; {', '.join(left)} as before" if left else "")]
+    if model.family == "gpt2" and model.heads * model.head_dim != model.hidden:
+        lines.append(
+            f"heads x head_dim is {model.heads * model.head_dim}, not hidden: Hugging Face has no "
+            "such GPT-2, so it cannot be exported"
+        )
+    return lines
+
+
+_SIZES = (
+    "layers", "hidden", "heads", "kv_groups", "head_dim", "ffn", "vocabulary", "sequence",
+)  # fmt: skip
+
+
+def stages_to_go_on(plan: OfflineGrowth) -> list[dict[str, Any]]:
+    """The `stages` section of a configuration that goes on from the grown checkpoint."""
+    stages = plan.config.model_dump(mode="json", by_alias=True, exclude_none=True)["stages"]
+    return cast(list[dict[str, Any]], stages[: plan.state.growth_stage + 1])

@@ -1,0 +1,69 @@
+"""A dataset's checksums, compared by rank 0 beside what the job does to start."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from megagrow.background import Task
+from megagrow.config import Config
+from megagrow.data.dataset import PreparedData, verify
+from megagrow.engine.comm import Comm
+from megagrow.errors import DataError
+from megagrow.train.health.agree import on_first
+
+
+class DataCheck:
+    """Reads all of a dataset once, where `data.verify` is on; begins at once.
+
+    The thread ends with the process, so nothing waits for it but `settle`.
+    """
+
+    def __init__(self, *, config: Config, data: PreparedData, comm: Comm) -> None:
+        self._wanted, self._data, self._comm = config.data.verify, data, comm
+        self._seconds = min(10.0, config.watch.slow / 4)
+        here = self._wanted and comm.rank == 0
+        self._work = Task("checksums", self._compare) if here else None
+
+    def _compare(self) -> str:
+        begin = time.perf_counter()
+        size = verify(self._data)
+        seconds = time.perf_counter() - begin
+        return f"data: {size / 1e6:,.1f} MB agree with their checksums ({seconds:.1f} s)"
+
+    def settle(self, begin: Callable[[str], object]) -> str:
+        """Wait for the end; all ranks call together.
+
+        Args:
+            begin: is told again and again that this is what the run does.
+
+        Returns:
+            What was found, in words.
+
+        Raises:
+            DataError: on all ranks, if a file differs from its checksum.
+        """
+        if not self._wanted:
+            return "data.verify is off: the data's checksums are not compared"
+        done = False
+        while not done:
+            begin("comparing the dataset's checksums")
+            done = self._comm.broadcast(self._work is not None and self._work.wait(self._seconds))
+        return on_first(self._comm, self._found)
+
+    def _found(self) -> str:
+        assert self._work is not None
+        return self._work.result()
+
+
+@contextmanager
+def told_by_its_rank(comm: Comm) -> Iterator[None]:
+    """A fault of the samples of one rank is printed there: no other meets it."""
+    try:
+        yield
+    except DataError as error:
+        if comm.rank > 0:
+            print(f"error: rank {comm.rank}: {error}", file=sys.stderr, flush=True)
+        raise

@@ -1,0 +1,276 @@
+"""Checks before the first minute is spent: do all hosts of a job agree, and can they work together.
+
+Every rank runs them once it has joined.  What they find is the same on all ranks, so all raise
+the same error, which names the hosts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+import megagrow
+from megagrow.config import Config
+from megagrow.data.dataset import PreparedData
+from megagrow.engine.comm import Comm
+from megagrow.errors import ConfigError, DataError, MegagrowError, TrainingError
+from megagrow.train.health.agree import on_all, on_first
+from megagrow.train.opening import existing, require_disk
+from megagrow.train.run_plan import RunPlan
+
+CLOCK_SKEW = 30.0  # seconds between two hosts
+_SEEN_WITHIN = 10.0  # seconds until a file on a network file system shows on other hosts
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one rank knows.
+
+    Attributes:
+        code: hash of the package's files.
+        versions: of Python, PyTorch and DeepSpeed.
+        config: hash of the configuration.
+        data: fingerprint of the dataset.
+        clock: wall time right after a barrier, in seconds.
+    """
+
+    rank: int
+    host: str
+    code: str
+    versions: str
+    config: str
+    data: str
+    clock: float
+
+    @property
+    def where(self) -> str:
+        """The rank in words."""
+        return f"rank {self.rank} on {self.host}"
+
+
+def preflight(*, config: Config, plan: RunPlan, data: PreparedData, comm: Comm) -> None:
+    """Refuse to start where hosts differ in what must be the same, or lack what they need.
+
+    Raises:
+        ConfigError: another version of the code, or another configuration, on some host.
+        DataError: another dataset on some host.
+        TrainingError: clocks too far apart, too little disk, or a run.dir that is not shared.
+    """
+    settings = dict(_flat(config.model_dump(mode="json", by_alias=True)))
+    comm.barrier()
+    facts = comm.all_gather(
+        Facts(
+            rank=comm.rank,
+            host=socket.gethostname(),
+            code=code_hash(),
+            versions=_versions(),
+            config=hashlib.sha256(repr(settings).encode()).hexdigest()[:16],
+            data=data.fingerprint,
+            clock=time.time(),
+        )
+    )
+    require_agreement(facts, settings_of=lambda: comm.all_gather(settings))
+    require_clocks(facts)
+    run_dir = Path(config.run.dir)
+    hosts = {fact.host: fact.rank for fact in reversed(facts)}  # its first rank
+    require_shared(run_dir, comm=comm, witnesses=sorted(hosts.values()))
+    on_first(comm, lambda: require_disk(config, plan))
+
+
+# --- what must be the same ------------------------------------------------------------------
+
+
+def require_agreement(
+    facts: Sequence[Facts], *, settings_of: Callable[[], list[dict[str, Any]]]
+) -> None:
+    """Refuse a rank that differs from rank 0 in code, versions, configuration or data.
+
+    Args:
+        facts: of all ranks, in their order.
+        settings_of: gives the flat configuration of every rank; called on all ranks or none.
+    """
+    code = "bring all hosts to the same version of the code"
+    versions = "install the same versions on all hosts: pip install -c constraints.txt"
+    same: Mapping[str, tuple[str, type[MegagrowError], str]] = {
+        "code": ("megagrow's files", ConfigError, code),
+        "versions": ("versions", ConfigError, versions),
+        "config": ("configuration", ConfigError, "start all ranks with the same --config"),
+        "data": ("dataset", DataError, "copy the dataset of rank 0's host, or share it"),
+    }
+    first = facts[0]
+    for name, (what, kind, mend) in same.items():
+        expected = getattr(first, name)
+        others = [fact for fact in facts if getattr(fact, name) != expected]
+        if not others:
+            continue
+        found = f"{getattr(others[0], name)} for {_places(others)}"
+        if name == "config":
+            mine, theirs = (settings_of()[fact.rank] for fact in (first, others[0]))
+            found = f"{_difference(theirs, mine)} for {_places(others)}"
+            expected = _difference(mine, theirs)
+        raise kind(
+            f"{what}: not the same on all hosts",
+            found=found,
+            expected=f"{expected}, as {first.where} has",
+            mend=mend,
+        )
+
+
+def require_clocks(facts: Sequence[Facts]) -> None:
+    """Refuse clocks that are so far apart that logs and file times would mislead."""
+    slow, fast = min(facts, key=lambda f: f.clock), max(facts, key=lambda f: f.clock)
+    if fast.clock - slow.clock > CLOCK_SKEW:
+        raise TrainingError(
+            f"the clocks of the hosts are {fast.clock - slow.clock:.0f} s apart",
+            found=f"{_time(fast.clock)} for {fast.where}, {_time(slow.clock)} for {slow.where}",
+            expected=f"at most {CLOCK_SKEW:g} s",
+            mend="let the hosts keep time by NTP (systemctl start systemd-timesyncd, or chrony)",
+        )
+
+
+@cache
+def code_hash() -> str:
+    """Of all Python files of the package, with their names."""
+    package = Path(megagrow.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package)}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+# --- disk and file system -------------------------------------------------------------------
+
+
+def require_shared(run_dir: Path, *, comm: Comm, witnesses: Sequence[int]) -> None:
+    """Refuse a run.dir that is another directory on another host, or cannot be written there.
+
+    Rank 0 writes a secret that one rank of each host must find, and the reverse.
+
+    Args:
+        run_dir: as configured; where it is not there yet, what is above it.
+        witnesses: one rank of each host.
+    """
+    here = socket.gethostname()
+    expected = "the same directory on all hosts, on a shared file system, that all may write"
+    mend = f"set run.dir to such a directory, or mount it on {here}"
+    base = Path(on_first(comm, lambda: str(existing(run_dir).resolve())))
+    nonce = comm.broadcast(secrets.token_hex(8))
+    place = base / f".megagrow-preflight-{nonce}"
+
+    def write(path: Path) -> None:
+        try:
+            path.write_text(nonce, encoding="utf-8")
+        except OSError as error:
+            raise TrainingError(
+                f"run.dir = {run_dir}: cannot be written on {here}",
+                found=f"{path.parent}: {error.strerror}",
+                expected=expected,
+                mend=mend,
+            ) from error
+
+    def see(rank: int, host: str) -> None:
+        path = place / f"from_rank_{rank}"
+        if not _appears(path, nonce):
+            raise TrainingError(
+                f"run.dir = {run_dir}: {here} and {host} do not share it",
+                found=f"what rank {rank} on {host} wrote in {base} is not there for rank "
+                f"{comm.rank} on {here}",
+                expected=expected,
+                mend=mend,
+            )
+
+    def begin() -> None:
+        try:
+            place.mkdir()
+        except OSError as error:
+            raise TrainingError(
+                f"run.dir = {run_dir}: cannot be written on {here}",
+                found=f"{base}: {error.strerror}",
+                expected=expected,
+                mend=mend,
+            ) from error
+        write(place / "from_rank_0")
+
+    def answer() -> None:
+        if comm.rank in witnesses and comm.rank > 0:
+            see(0, hosts[0])
+            write(place / f"from_rank_{comm.rank}")
+
+    def hear_all() -> None:
+        for rank in witnesses:
+            see(rank, hosts[rank])
+
+    hosts = comm.all_gather(here)
+    try:
+        on_first(comm, begin)
+        on_all(comm, answer)
+        on_first(comm, hear_all)
+    finally:
+        if comm.rank == 0:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _appears(path: Path, content: str) -> bool:
+    """Whether a file is there, or comes to be: network file systems remember absent names."""
+    end = time.monotonic() + _SEEN_WITHIN
+    while True:
+        try:
+            os.listdir(path.parent.parent)  # has an NFS client ask its server again
+            if path.read_text(encoding="utf-8") == content:
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+
+
+# --- words ----------------------------------------------------------------------------------
+
+
+def _versions() -> str:
+    return (
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"deepspeed {deepspeed.__version__}"
+    )
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and value:
+        for number, inner in enumerate(value):
+            yield from _flat(inner, f"{key}.{number}")
+    else:
+        yield key, value
+
+
+def _difference(settings: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    absent = object()
+    keys = [k for k in {**settings, **other} if settings.get(k, absent) != other.get(k, absent)]
+    shown = [f"{k} = {settings[k]}" if k in settings else f"no {k}" for k in keys[:4]]
+    return ", ".join(shown) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+
+
+def _places(facts: Sequence[Facts]) -> str:
+    shown = ", ".join(fact.where for fact in facts[:4])
+    return shown + (f" and {len(facts) - 4} more" if len(facts) > 4 else "")
+
+
+def _time(clock: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(clock))

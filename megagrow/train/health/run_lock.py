@@ -1,0 +1,127 @@
+"""The directory of a run belongs to one job at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megagrow.config import Config
+from megagrow.errors import TrainingError
+from megagrow.files import write_atomically
+from megagrow.lock import NAME, Lock, acquire, holding_output
+from megagrow.train.health.agree import on_all, on_first
+
+if TYPE_CHECKING:  # it needs DeepSpeed
+    from megagrow.engine.comm import Comm
+
+RUN_ID = "run_id"  # a file in run.dir
+
+
+class RunLock:
+    """The lock of run.dir, which rank 0 holds for the whole job.
+
+    Args:
+        comm: the job.
+        lock: on rank 0; None on the others, and where nobody needs one.
+    """
+
+    def __init__(self, comm: Comm, lock: Lock | None = None) -> None:
+        self._comm, self._lock = comm, lock
+
+    def lost(self) -> bool:
+        """Whether this rank holds it no more."""
+        return self._lock is not None and bool(self._lock.lost())
+
+    def require(self) -> None:
+        """Refuse to go on without it; only rank 0 can tell.
+
+        Raises:
+            LockError: it was lost: run.dir was removed, or another job took it over.
+        """
+        if self._lock is not None:
+            self._lock.require()
+
+    def require_on_all(self) -> None:
+        """As `require`, on all ranks together."""
+        on_first(self._comm, self.require)
+
+
+@contextlib.contextmanager
+def holding_run(config: Config, comm: Comm) -> Iterator[RunLock]:
+    """Hold run.dir, which is made if need be, while the block lasts; all ranks call together.
+
+    Raises:
+        LockError: on all ranks, where another job has it and keeps it for `run.wait` seconds.
+    """
+    directory = Path(config.run.dir)
+    locks: list[Lock] = []
+
+    def take() -> bool:
+        fresh = not directory.exists()
+        locks.append(
+            acquire(
+                directory / NAME,
+                of=f"run.dir = {directory}",
+                wait=config.run.wait,
+                elsewhere="set run.dir to another directory",
+            )
+        )
+        return fresh
+
+    fresh = on_all(comm, lambda: take() if comm.rank == 0 else False)
+    try:
+        yield RunLock(comm, *locks)
+    finally:
+        for lock in locks:
+            lock.release()
+        if fresh:  # of a run that was refused, nothing is left
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+@contextlib.contextmanager
+def holding_together(output: Path, comm: Comm | None) -> Iterator[None]:
+    """Hold a command's output for all ranks; without processes, for this one.
+
+    Raises:
+        LockError: on all ranks, where another job has it.
+    """
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            held.enter_context(holding_output(output))
+
+        if comm is None:
+            take()
+        else:
+            on_first(comm, take)
+        yield
+
+
+def run_id(directory: Path, *, new: bool = False) -> str:
+    """The run's random name, which no other run has, wherever it lives; made where there is none.
+
+    Args:
+        directory: run.dir, which this job holds.
+        new: make one in any case: another run begins in the directory.
+
+    Raises:
+        TrainingError: the file that keeps it holds something else.
+        OSError: it cannot be read or written.
+    """
+    path = directory / RUN_ID
+    if new or not path.exists():
+        write_atomically(path, f"{secrets.token_hex(8)}\n".encode())
+    found = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[\w-]{1,64}", found):
+        raise TrainingError(
+            f"{path}: not the name of a run",
+            found=repr(found[:80]),
+            expected="up to 64 letters, digits, - and _",
+            mend=f"rm {path}: it is then made anew",
+        )
+    return found

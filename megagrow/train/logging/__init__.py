@@ -1,0 +1,1 @@
+"""What a run says: its log, its progress line, TensorBoard."""

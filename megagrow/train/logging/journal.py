@@ -1,0 +1,350 @@
+"""What a run tells of itself: rank 0's lines on the terminal, its log, and the log's mirrors."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megagrow.cluster import lifeline
+from megagrow.config import Config
+from megagrow.config.load import dump_config
+from megagrow.errors import DataError, TrainingError
+from megagrow.files import free_name, write_atomically
+from megagrow.growth.settings import told
+from megagrow.report import write_report
+from megagrow.report.log import read_lines, tail_start
+from megagrow.train.grow_live import GrowthReport
+from megagrow.train.health.recovery import RollBack
+from megagrow.train.health.run_lock import run_id
+from megagrow.train.health.signals import exit_status, left, signal_name
+from megagrow.train.logging.metrics import MetricsLog
+from megagrow.train.logging.progress import Progress
+from megagrow.train.logging.telemetry import open_mirrors
+from megagrow.train.rates import in_words
+from megagrow.train.run_plan import Stage
+from megagrow.train.state import RunState
+
+STRAGGLER = 1.5  # a rank busy this many times as long as the median is told of
+
+
+class Journal:
+    """Of rank 0; the other ranks' is silent.
+
+    Args:
+        config: the run.
+        hosts: the host of every rank.
+        total_steps: of the whole run, as planned.
+        speaking: whether this is rank 0.
+
+    Attributes:
+        run_id: the run's random name, once `open` was called on rank 0; else "".
+    """
+
+    def __init__(
+        self, config: Config, *, hosts: Sequence[str], total_steps: int, speaking: bool
+    ) -> None:
+        self.config, self.hosts, self._speaking = config, hosts, speaking
+        self._directory = Path(config.run.dir)
+        self._log: MetricsLog | None = None
+        self.run_id = ""
+        self._progress = Progress(
+            total_steps=total_steps,
+            log_every=config.train.log_every,
+            speaking=speaking,
+        )
+
+    def open(self, state: RunState, *, resumed: bool) -> None:
+        """Open the log: a new one, or at the state that a run is resumed from.
+
+        Raises:
+            TrainingError: the run directory cannot be written.
+            DataError: the log to go on with is damaged.
+        """
+        self._progress.go_on_from(state.step)
+        if not self._speaking:
+            return
+        self.close()
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._write_config()
+            # A start that another run of this directory came before is a run of its own.
+            self.run_id = run_id(self._directory, new=not resumed)
+            self._log = MetricsLog(
+                self._directory,
+                mirrors=open_mirrors(self.config, first_step=state.step + 1 if resumed else 0),
+                resume_step=state.step if resumed else None,
+                resume_stage=state.growth_stage if resumed else None,
+            )
+        except OSError as error:
+            raise TrainingError(
+                f"run.dir = {self._directory}: cannot be written",
+                found=f"{error.filename or self._directory}: {error.strerror or error}",
+                expected="a directory, or a name that is free, on a disk with space",
+                mend="set run.dir to another directory, or free space",
+            ) from error
+
+    def _write_config(self) -> None:
+        """Write config.yaml; one that was there and says something else is kept beside it."""
+        path, text = self._directory / "config.yaml", dump_config(self.config).encode()
+        if path.exists() and (before := path.read_bytes()) != text:
+            kept = free_name(path)
+            write_atomically(kept, before)
+            self.say(
+                f"{path} had other settings, which {kept} keeps; to go on with those: "
+                f"--config {kept}"
+            )
+        write_atomically(path, text)
+
+    def close(self) -> None:
+        """Close the log; may be called twice."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def ends_at(self, total_steps: int) -> None:
+        """The run has another last step than planned."""
+        self._progress.ends_at(total_steps)
+
+    def say(self, text: str) -> None:
+        """A line on the terminal."""
+        self._progress.say(text)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """A line in the log."""
+        if self._log is not None:
+            self._log.event(name, **fields)
+
+    def step(
+        self, state: RunState, *, loss: float, lr: float, grad_norm: float, seconds: float,
+        stage: Stage,
+    ) -> None:  # fmt: skip
+        """A step that left an update; `state` is the one after it."""
+        speed = stage.plan.tokens_per_step / seconds
+        if self._log is not None:
+            self._log.step(
+                step=state.step,
+                tokens=state.tokens,
+                flops=state.flops,
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                tokens_per_second=speed,
+                growth_stage=stage.index,
+            )
+        self._progress.step(
+            step=state.step,
+            loss=loss,
+            tokens_per_second=speed,
+            flops_per_second=stage.plan.flops_per_step / seconds,
+            growth_stage=stage.index,
+        )
+
+    def overflowed(self, state: RunState, *, scale: float) -> None:
+        """fp16 gradients overflowed, and the update was skipped."""
+        self.say(
+            f"step {state.step}: fp16 gradients overflowed, no update; "
+            f"the loss scale is {scale:g} now"
+        )
+
+    def passed_over(self, state: RunState, fault: str) -> None:
+        """A bad step left no update."""
+        self.event("passed_over", step=state.step, why=fault)
+        self.say(f"warning: step {state.step} is passed over, no update: {fault}")
+
+    def pace(self, state: RunState, busy: Sequence[float]) -> None:
+        """Which rank waits least for the others.
+
+        Args:
+            busy: per rank, the share of time in which it did not wait.
+        """
+        slowest = max(range(len(busy)), key=busy.__getitem__)
+        # Ranks that do almost nothing but wait must not make any other look slow.
+        ratio = busy[slowest] / max(statistics.median(busy), 0.05)
+        host = self.hosts[slowest]
+        if self._log is not None:
+            self._log.pace(step=state.step, rank=slowest, host=host, ratio=ratio)
+        if ratio >= STRAGGLER:
+            self.say(
+                f"step {state.step}: rank {slowest} on {host} is the slowest, busy "
+                f"{ratio:.1f} times as long as the median rank"
+            )
+
+    def lacks_validation(self, state: RunState) -> bool:
+        """Whether the log of a resumed run ends with the step of `state` and no validation of it.
+
+        A run that is asked to stop leaves after its step without the validation that was due.
+        """
+        if self._log is None:
+            return False
+        start = tail_start(self._log.path, step=state.step, stage=state.growth_stage)
+        found = {
+            line["event"]
+            for _, line in read_lines(self._log.path, start=start)
+            if line.get("step") == state.step
+        }
+        return "step" in found and "validation" not in found
+
+    def validation(self, state: RunState, loss: float, *, stage: Stage) -> None:
+        """The loss of the fixed validation samples."""
+        if self._log is not None:
+            self._log.validation(
+                step=state.step,
+                tokens=state.tokens,
+                flops=state.flops,
+                val_loss=loss,
+                growth_stage=stage.index,
+            )
+        self.say(f"step {state.step}: validation loss {loss:.4f}")
+
+    def average(self, state: RunState, loss: float, *, states: int, wanted: int) -> None:
+        """The loss of the mean of the last weights.
+
+        Args:
+            states: that are in the mean.
+            wanted: that would be, had the run not been resumed among them.
+        """
+        config = self.config.train.average
+        assert config is not None
+        self.event("average", step=state.step, val_loss=loss, last=config.last, states=states,
+                   wanted=wanted)  # fmt: skip
+        short = "" if states == wanted else f" (of {wanted}: the run was resumed among them)"
+        self.say(
+            f"step {state.step}: validation loss {loss:.4f} of the mean of {states} states{short}"
+        )
+
+    def diagnosed(self, state: RunState, found: Mapping[str, float]) -> None:
+        """What a look at the last update has shown (see `engine.probe`)."""
+        if self._log is not None:
+            self._log.diagnostics(step=state.step, tokens=state.tokens, found=found)
+
+    def mixed(self, state: RunState, loss: float) -> None:
+        """The mixing time of the last growth is over (see `schedule.mixing`)."""
+        assert state.mixing is not None and state.mixing.met is not None
+        tokens, foretold = state.mixing.met, state.mixing.foretold(state.tokens)
+        self.say(
+            f"step {state.step}: {tokens:,} tokens after its growth the run is where a fresh model "
+            f"is foretold to be (loss {loss:.4f}, foretold {foretold:.4f})"
+        )
+        if self._log is not None:
+            self._log.mixing(
+                step=state.step,
+                tokens=state.tokens,
+                growth_stage=state.growth_stage,
+                mixing_tokens=tokens,
+                loss=loss,
+                foretold=foretold,
+            )
+
+    def growth(
+        self,
+        state: RunState,
+        report: GrowthReport,
+        *,
+        stages: tuple[Stage, Stage],
+        losses: tuple[float, float],
+        parameters: tuple[int, int],
+    ) -> None:
+        """A growth; each pair is before and after it."""
+        old, new = stages
+        if new.growth is None or new.grow is None:
+            self.say(f"stage {new.index}: {old.layout} -> {new.layout}")
+        else:
+            self.say(
+                f"stage {new.index}: {told(new.grow)} "
+                f"({new.growth.policy.name}), {parameters[0]:,} -> {parameters[1]:,} parameters, "
+                f"loss {losses[0]:.4f} -> {losses[1]:.4f}, {report.seconds:.2f} s"
+            )
+            if report.fit_samples:
+                self.say(
+                    f"stage {new.index}: fitted on {report.fit_samples:,} samples, which are not "
+                    f"trained on again in this epoch; {report.fit_flops:.3g} FLOPs"
+                )
+            for caveat in new.growth.caveats(
+                grad_clip=new.optimizer.grad_clip, dropout=new.model.dropout
+            ):
+                self.say(caveat)
+        for line in in_words(self.config, new.index):
+            self.say(f"stage {new.index}: {line}")
+        if self._log is not None:
+            self._log.growth(
+                step=state.step,
+                tokens=state.tokens,
+                flops=state.flops,
+                operator=new.growth.operator.name if new.growth else "layout",
+                state_policy=new.growth.policy.name if new.growth else "identity",
+                loss_before=losses[0],
+                loss_after=losses[1],
+                parameters_before=parameters[0],
+                parameters_after=parameters[1],
+                growth_stage=new.index,
+                model=new.model.model_dump(),
+                layout=asdict(new.layout),
+                optimizer=new.optimizer.model_dump(),
+                **_foretold(state),
+                **asdict(report),
+            )
+
+    def saved(self, step: int, path: Path, *, is_new: bool) -> None:
+        """A checkpoint is committed."""
+        if is_new:
+            self.event("checkpoint", step=step, path=str(path))
+        lifeline.say("saved", step=step)
+
+    def save_failed(self, state: RunState, error: Exception, *, last_good: Path | None) -> None:
+        """A save failed, and the run goes on."""
+        self.event("save_failed", step=state.step, why=str(error))
+        self.say(
+            f"warning: {error}\nThe run goes on; its last good checkpoint is "
+            f"{last_good or 'none'}, and the next save is tried as usual."
+        )
+
+    def goes_back(self, bad: RollBack, *, to: Path, beyond: int, count: int) -> None:
+        """The run is about to go back to a checkpoint, for the `count`-th time."""
+        self.say(
+            f"warning: {bad.why}; the run goes back to {to} and passes over the samples up to "
+            f"{beyond:,} (recovery.rollback: {count} of {self.config.recovery.rollback})"
+        )
+
+    def end(
+        self, state: RunState, *, total_steps: int, signal: int, checkpoint: Path | None
+    ) -> None:
+        """This job is over, and with it the run, unless it was stopped before its last step.
+
+        Args:
+            total_steps: of the whole run.
+            signal: that asked for the end, or 0.
+            checkpoint: that the run can go on from.
+        """
+        self._progress.close()
+        if self._log is None:
+            return
+        reason = "all stages done" if state.step >= total_steps else "train.stop_after_steps"
+        if signal:
+            reason = signal_name(signal)
+        self.event("end", step=state.step, reason=reason, total_steps=total_steps)
+        self.close()
+        if signal:
+            self.say(
+                f"stopped by {reason} at step {state.step:,} of {total_steps:,}; {left(checkpoint)}"
+            )
+            self.say(
+                f"the exit status is {exit_status(signal)}; a launcher may report that as an error "
+                f'("exits with return code = {exit_status(signal)}"), which it is not'
+            )
+        self.say(f"checkpoint: {checkpoint or 'none'}")
+        try:
+            self.say(f"report: {write_report(self._directory)}")
+        except DataError as error:
+            # The run itself is whole: its state is saved, its log is closed.
+            self.say(f"warning: no report of the run: {error}")
+
+
+def _foretold(state: RunState) -> dict[str, Any]:
+    """The curve of a fresh model of the grown shape, where it is known (`schedule.mixing`)."""
+    mixing = state.mixing
+    if mixing is None or mixing.curve is None or mixing.born != state.tokens:
+        return {}
+    return {"foretold": {**mixing.curve._asdict(), "floor": mixing.floor}}

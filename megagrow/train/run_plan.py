@@ -1,0 +1,329 @@
+"""The plan of a run, worked out and checked before any process does any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megagrow.config import Config, GrowConfig, LayoutConfig, ModelConfig, OptimizerConfig
+from megagrow.engine.deepspeed.config import deepspeed_config
+from megagrow.errors import ConfigError, MegagrowError
+from megagrow.forecast.planned_ends import (
+    PlannedEnd,
+    planned_ends,
+    restart_ratio,
+    with_planned_ends,
+)
+from megagrow.growth.operators.ramp import Ramp
+from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
+from megagrow.growth.plan import Growth, plan_growth
+from megagrow.models.catalog import build_catalog
+from megagrow.models.common.parallel import require_tensor_parallel
+from megagrow.models.flops import forward_flops_by_place, train_flops_per_token
+from megagrow.schedule import LearningRate, StagePlan, learning_rate, resolve_stages
+from megagrow.schedule.batch import accumulation
+from megagrow.schedule.stages import sample_length, stage_batch, stage_optimizer
+from megagrow.state.catalog import ADAM_SLOTS, OPTIMIZER_SLOTS, Slot
+from megagrow.state.layout import Layout, make_layout
+from megagrow.state.placement import Placement
+from megagrow.train.fit import fit_flops
+from megagrow.train.rates import phases, require_settled_betas
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One growth stage, resolved: what it trains, how it is spread, how it comes about."""
+
+    plan: StagePlan
+    layout: Layout
+    growth: Growth | None
+    grow: GrowConfig | None
+    optimizer: OptimizerConfig
+    slots: tuple[Slot, ...] = ADAM_SLOTS
+
+    @property
+    def index(self) -> int:
+        """Number of the stage, from 0."""
+        return self.plan.index
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model of the stage."""
+        return self.plan.model
+
+    @property
+    def seen(self) -> ModelConfig:
+        """The model at the sequence length of the stage's samples."""
+        return self.plan.seen
+
+    def settings(self, config: Config) -> Config:
+        """The run's configuration with the batch and the optimizer's settings of the stage."""
+        return config.model_copy(update={"batch": self.plan.batch, "optimizer": self.optimizer})
+
+    def placement(self, rules: OptimizerRules) -> Placement:
+        """Who holds what in this stage, under the rules that growths have left."""
+        catalog = build_catalog(self.model)
+        by_flops = self.plan.layout.partition == "flops"
+        return Placement(
+            catalog,
+            self.layout,
+            group_keys(catalog, rules, self.slots),
+            forward_flops_by_place(self.model) if by_flops else None,
+        )
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All stages of a run and its learning rate.
+
+    Attributes:
+        stages: the growth stages.
+        learning_rate: over all of them.
+        planned: of stages that end where the planner says, what it says.
+    """
+
+    stages: tuple[Stage, ...]
+    learning_rate: LearningRate
+    slots: tuple[Slot, ...] = ADAM_SLOTS
+    planned: tuple[PlannedEnd, ...] = ()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.stages[-1].plan.end_step
+
+    def rules_at(self, index: int, *, strict: bool = False) -> OptimizerRules:
+        """What the growths up to a stage leave to the optimizer.
+
+        Young blocks count from the planned step of their growth, so this is for plans;
+        a run keeps its own rules.
+
+        Args:
+            index: of the stage.
+            strict: refuse what bias correction would get wrong.
+
+        Raises:
+            GrowthError, ConfigError: where that is so.
+        """
+        rules, counted = OptimizerRules(), 0  # `counted`: where the optimizer's steps count from
+        for before, stage in zip(self.stages[:index], self.stages[1 : index + 1], strict=True):
+            betas = stage.optimizer.bias_correction if strict else None
+            if stage.growth is not None and stage.growth.policy.restart_steps:
+                counted = stage.plan.start_step
+            step = stage.plan.start_step - counted
+            if stage.growth is not None:
+                rules = stage.growth.rules_after(rules, step=step, betas=betas)
+            if strict:
+                earlier = before.optimizer.bias_correction
+                require_settled_betas(stage.index, (earlier, betas), step=step, rules=rules)
+        return rules
+
+    def placement(self, index: int) -> Placement:
+        """Who holds what in a stage."""
+        return self.stages[index].placement(self.rules_at(index))
+
+
+def plan_run(
+    config: Config, *, world: int, vocabulary: int | None, ends: Sequence[int] = ()
+) -> RunPlan:
+    """Resolve a run for a number of processes.
+
+    Args:
+        config: the run.
+        world: number of processes.
+        vocabulary: of the tokenizer, where it is known; `model.vocab` overrides it.
+        ends: steps at which the first stages did end, in a run that is under way.
+
+    Raises:
+        ConfigError: stages, layouts or batch do not fit together, the vocabulary of the
+            model is smaller than the tokenizer's, or a passed-through DeepSpeed setting clashes.
+        GrowthError: an operator or a state policy that is unknown or does not fit.
+    """
+    config = with_vocabulary(config, vocabulary)
+    models, growths = _models(config)
+    layouts = _layouts(config, world)
+    layout_configs = [_layout_config(config, i) for i in range(len(config.stages))]
+    planned = planned_ends(config, models)
+    bounded = with_planned_ends(config, planned)
+    fitting = [_fit_flops(config, models, growths, i) for i in range(len(models))]
+
+    def resolved(ends: Sequence[int]) -> tuple[StagePlan, ...]:
+        return resolve_stages(
+            bounded,
+            models=models,
+            layouts=layout_configs,
+            flops_per_token=train_flops_per_token,
+            growth_flops=fitting,
+            ends=ends,
+        )
+
+    plans = resolved(ends)
+    own_rates = phases(config, plans)
+    slots = OPTIMIZER_SLOTS[config.optimizer.name]
+    stages = []
+    rewarms = []
+    restarts = []
+    for i, stage in enumerate(config.stages):
+        growth = growths[i]
+        if stage.schedule is not None and stage.schedule.warmup is not None:
+            rewarms.append((plans[i].start_step, stage.schedule.warmup))
+        if growth is not None and growth.policy.new_block_peak is None and growth.rewarm:
+            rewarms.append((plans[i].start_step, growth.rewarm))
+        if growth is not None and growth.ramp is not None:
+            _require_time(growth.ramp, plans[i])
+        if growth is not None and stage.grow is not None and stage.grow.restart is not None:
+            try:
+                ratio = restart_ratio(stage.grow, models[i - 1], models[i])
+            except ConfigError as error:
+                raise error.within(f"stages[{i}]", setting="grow") from None
+            restarts.append((plans[i].start_step, ratio))
+        layout = _as_run(config, layouts[i])
+        optimizer = stage_optimizer(config, i)
+        stages.append(Stage(plans[i], layout, growth, stage.grow, optimizer, slots))
+        of_stage = stages[i].settings(config)
+        accumulation(of_stage.batch, layouts[i])
+        _require_fit(plans[i].seen, layouts[i], layout_configs[i], key=_layout_key(config, i))
+        # Refused now, not when the stage begins.
+        deepspeed_config(of_stage, layouts[i], parameters=build_catalog(models[i]).parameters)
+    totals = [resolved(ends[:i])[-1].end_step for i in range(len(ends) + 1)]
+    rate = learning_rate(
+        config,
+        total_steps=plans[-1].end_step,
+        rewarms=rewarms,
+        restarts=restarts,
+        phases=own_rates,
+        moved=[
+            (step, before)
+            for stage, step, before, after in zip(
+                config.stages, ends, totals, totals[1:], strict=False
+            )
+            if stage.until.rule in ("slope", "marginal") and before != after
+        ],
+    )
+    plan = RunPlan(tuple(stages), rate, slots, planned)
+    for i in range(len(stages)):
+        plan.placement(i)  # refuses what the optimizer cannot follow
+    plan.rules_at(len(stages) - 1, strict=True)
+    return plan
+
+
+def with_vocabulary(config: Config, vocabulary: int | None) -> Config:
+    """The configuration with `model.vocab` set: its own, or the tokenizer's.
+
+    Raises:
+        ConfigError: neither is known, or the model's is smaller than the tokenizer's.
+    """
+    given = config.model.vocab
+    if given is None:
+        if vocabulary is None:
+            raise ConfigError(
+                "model.vocab is not set and no tokenizer tells it",
+                mend="set model.vocab, or give data.path",
+            )
+        model = config.model.model_copy(update={"vocab": vocabulary})
+        return config.model_copy(update={"model": model})
+    if vocabulary is not None and given < vocabulary:
+        raise ConfigError(
+            "model.vocab is smaller than the tokenizer's vocabulary",
+            found=given,
+            expected=f"at least {vocabulary}",
+            mend="leave model.vocab out: it is then taken from the tokenizer",
+        )
+    return config
+
+
+def _models(config: Config) -> tuple[list[ModelConfig], list[Growth | None]]:
+    """The model of each stage, and the growth at its start where there is one."""
+    model = config.model
+    models: list[ModelConfig] = [model]
+    growths: list[Growth | None] = [None]
+    for index, stage in enumerate(config.stages[1:], start=1):
+        growth = None
+        if stage.grow is not None:
+            try:
+                model, growth = plan_growth(stage.grow, model)
+            except MegagrowError as error:
+                raise error.within(f"stages[{index}]", setting="grow") from None
+        models.append(model)
+        growths.append(growth)
+    return models, growths
+
+
+def _fit_flops(
+    config: Config, models: list[ModelConfig], growths: list[Growth | None], index: int
+) -> int:
+    """Of fitting the growth into a stage: on samples of the stage before, in the new batch."""
+    growth = growths[index]
+    if growth is None or not growth.fit_steps:
+        return 0
+    return fit_flops(
+        growth,
+        model=models[index],
+        samples=stage_batch(config, index).global_,
+        sequence=sample_length(config, models[index - 1], index - 1),
+    )
+
+
+def _layout_config(config: Config, index: int) -> LayoutConfig:
+    """A stage's own layout section, else the last one given before it."""
+    given = [stage.layout for stage in config.stages[: index + 1] if stage.layout is not None]
+    return given[-1] if given else config.layout
+
+
+def _layouts(config: Config, world: int) -> list[Layout]:
+    layouts = []
+    for i in range(len(config.stages)):
+        wanted = _layout_config(config, i)
+        layouts.append(
+            make_layout(
+                world=world,
+                tensor=wanted.tensor,
+                pipeline=wanted.pipeline,
+                zero=wanted.zero,
+                key=_layout_key(config, i),
+            )
+        )
+    return layouts
+
+
+def _as_run(config: Config, layout: Layout) -> Layout:
+    """Without a second data rank ZeRO has nobody to share with, and costs copies: left out.
+
+    Where gradients are accumulated in fp32 in either case, and nothing is offloaded or passed
+    through for it.
+    """
+    asked_for = config.optimizer.offload != "none" or "zero_optimization" in config.deepspeed
+    if layout.data > 1 or config.precision.dtype != "fp32" or asked_for:
+        return layout
+    return replace(layout, zero=0)
+
+
+def _layout_key(config: Config, index: int) -> str:
+    """How a user writes the key of a stage's layout."""
+    given = [i for i in range(index + 1) if config.stages[i].layout is not None]
+    return f"stages[{given[-1]}].layout" if given else "layout"
+
+
+def _require_time(ramp: Ramp, stage: StagePlan) -> None:
+    """A stage must let all its new units in: its last checkpoint is of a plain model."""
+    steps = stage.end_step - stage.start_step
+    if steps < ramp.steps:
+        raise ConfigError(
+            f"stages[{stage.index}]: is over before all units of its growth are in",
+            found=f"{steps} steps, grow.ramp {ramp.steps}",
+            expected=f"at least {ramp.steps} steps",
+            mend=f"set stages[{stage.index}].grow.ramp={steps} or less, or until to more",
+        )
+
+
+def _require_fit(model: ModelConfig, layout: Layout, spread: LayoutConfig, *, key: str) -> None:
+    """Refuse a model that cannot be cut as its layout asks for."""
+    require_tensor_parallel(model, tensor=layout.tensor, sequence=spread.sequence_parallel, key=key)
+    entries = model.layers + 2
+    if layout.pipeline > entries:
+        raise ConfigError(
+            f"{key}.pipeline: more stages than the model has layers",
+            found=layout.pipeline,
+            expected=f"at most {entries} (embedding, {model.layers} blocks, head)",
+            mend=f"set {key}.pipeline={entries} or less",
+        )

@@ -1,0 +1,1 @@
+"""The one mover: state of one layout to another, through an operator."""
