@@ -29,7 +29,7 @@ from megagrow.checkpoint.convert.file_writer import LEAST_BUFFER_BYTES, write_pi
 from megagrow.checkpoint.convert.job import PIECE_BYTES
 from megagrow.checkpoint.convert.registry import FORMATS
 from megagrow.checkpoint.interface.format import Request, cut
-from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.config import ModelConfig
 from megagrow.errors import ConfigError
 from megagrow.models.catalog import build_catalog

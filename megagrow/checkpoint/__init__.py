@@ -4,13 +4,13 @@ The native format is a directory `step_<step>` with one safetensors file of
 boxes a rank and one `manifest.json`; see `shards`, `manifest` and `directory`.
 """
 
-from megagrow.checkpoint.io.files import list_steps, newest, step_path
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.native.collective import Group, SoloGroup
-from megagrow.checkpoint.native.manifest import CheckpointMeta
 from megagrow.checkpoint.native.retention import retire, set_aside
 from megagrow.checkpoint.native.save import save
 from megagrow.checkpoint.native.shard_file import Piece
 from megagrow.checkpoint.native.source import NativeCheckpoint
+from megagrow.checkpoint.native.steps import list_steps, newest, step_path
 
 __all__ = [
     "CheckpointMeta",

@@ -18,9 +18,8 @@ import torch
 
 from megagrow.checkpoint import CheckpointMeta, NativeCheckpoint, Piece, SoloGroup, save
 from megagrow.checkpoint.convert.registry import detect
-from megagrow.checkpoint.convert.summary import find
 from megagrow.checkpoint.interface.model_of import model_of
-from megagrow.checkpoint.io.files import step_of, step_path
+from megagrow.checkpoint.native.steps import find, step_of, step_path
 from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
 from megagrow.config.load import parse_config
 from megagrow.data.dataset import open_dataset, verify

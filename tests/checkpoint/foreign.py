@@ -4,7 +4,7 @@ import torch
 
 from megagrow.checkpoint.convert.file_writer import LEAST_BUFFER_BYTES, write_piece
 from megagrow.checkpoint.interface.format import Request, cut
-from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS

@@ -15,7 +15,7 @@ from toys import random_state, toy_model, toy_models
 
 from megagrow.checkpoint.formats.deepspeed import names
 from megagrow.checkpoint.formats.deepspeed import source as deepspeed
-from megagrow.checkpoint.formats.universal import source as universal
+from megagrow.checkpoint.formats.deepspeed import universal_source as universal
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import whole

@@ -11,7 +11,7 @@ import torch
 from worlds import CATALOG, CHUNK, meta, random_cuts, random_values, save_outcomes, save_world
 
 from megagrow.checkpoint import NativeCheckpoint, Piece, SoloGroup, list_steps, newest, save
-from megagrow.checkpoint.io import files as names
+from megagrow.checkpoint.native import steps
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, whole
 
@@ -262,7 +262,7 @@ def test_leftovers_are_invisible_and_removed_by_the_next_successful_save(root, m
 
 def test_a_directory_in_use_is_not_swept(root):
     live = leave(root)
-    with names.claim(live):
+    with steps.claim(live):
         save_world(root, 41)
         assert live.exists()
     save_world(root, 42)
@@ -321,7 +321,7 @@ def test_a_save_whose_directory_is_swept_fails_and_commits_nothing(root):
             self.calls += 1
             if self.calls == 2:
                 [live] = root.glob("*.tmp-*")
-                names.discard(live)
+                steps.discard(live)
             return [obj]
 
     with pytest.raises(CheckpointError, match="step_00000041"):

@@ -10,10 +10,10 @@ import safetensors.torch
 import torch
 from worlds import CHUNK, random_cuts, random_values, save_world
 
+from megagrow.checkpoint.io.checksum import checksum_count
 from megagrow.checkpoint.native.shard_file import (
     Part,
     Piece,
-    checksum_count,
     file_order,
     lay_out,
     part_of,

@@ -13,7 +13,7 @@ from toys import random_state, toy_model, toy_models
 
 from megagrow.checkpoint.containers.torch_reader import read_torch_file
 from megagrow.checkpoint.formats.deepspeed import source as deepspeed
-from megagrow.checkpoint.formats.universal import source as universal
+from megagrow.checkpoint.formats.deepspeed import universal_source as universal
 from megagrow.errors import CheckpointError
 from megagrow.models.catalog import build_catalog
 from megagrow.state.layout import Layout

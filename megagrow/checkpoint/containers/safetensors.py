@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
+from megagrow.checkpoint.io.dtypes import DTYPE_NAMES, DTYPES
 from megagrow.checkpoint.io.files import (
     READING,
     RESTORE,
     naming,
     open_regular,
     read_exactly,
-    read_small,
 )
-from megagrow.checkpoint.native.shard_file import DTYPE_NAMES, DTYPES
+from megagrow.checkpoint.io.strict_json import parse_json
 from megagrow.errors import CheckpointError
 
 _HEADER_LIMIT = 100_000_000  # as the safetensors library has it
@@ -82,25 +82,6 @@ def make_header(arrays: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> byt
     return len(text).to_bytes(8, "little") + text
 
 
-def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
-    """A JSON file whose value is an object (raises CheckpointError)."""
-    return parse_json(read_small(path, limit), where=str(path))
-
-
-def parse_json(text: bytes, *, where: str) -> dict[str, Any]:
-    """Parse an object; no key twice, no number out of range (raises CheckpointError)."""
-    try:
-        value = json.loads(text.decode(), object_pairs_hook=_no_duplicates, parse_int=_bounded)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
-        raise CheckpointError(
-            f"{where}: not valid JSON", found=reason[:200], mend=RESTORE
-        ) from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: not a JSON object", mend=RESTORE)
-    return value
-
-
 def _array(where: Path, file: str, name: str, entry: Any, first: int) -> StoredArray:
     if not isinstance(entry, Mapping) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _fault(where, f"tensor {name[:200]}: its entry is damaged")
@@ -130,19 +111,6 @@ def _exactly(path: Path, descriptor: int, start: int, count: int) -> bytes:
     if not read_exactly(descriptor, memoryview(data), start):
         raise _fault(path, "changed while it is read")
     return bytes(data)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key comes twice")
-    return content
-
-
-def _bounded(text: str) -> int:
-    if len(text) > 40:
-        raise ValueError(f"a number of {len(text)} digits")
-    return int(text)
 
 
 def _fault(path: Path, what: str, found: object = None, expected: object = None) -> CheckpointError:

@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 
 from megagrow.checkpoint.interface.format import FilePiece, Late, Mark, Source, Values, Zeros
-from megagrow.checkpoint.io.checksum import crc32
+from megagrow.checkpoint.io.checksum import CHUNK_BYTES, checksum, crc32
 from megagrow.checkpoint.io.direct_write import page_aligned, write_past_cache
 from megagrow.checkpoint.io.files import naming
-from megagrow.checkpoint.native.shard_file import CHUNK_BYTES, checksum
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, flat_range_boxes, split_box, whole
 

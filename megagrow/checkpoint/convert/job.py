@@ -27,15 +27,15 @@ from megagrow.checkpoint.interface.format import (
     Source,
     cut,
 )
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import catalog_for
 from megagrow.checkpoint.interface.own_tokenizer import (
     OwnTokenizer,
     own_tokenizer,
     require_own_tokenizer,
 )
+from megagrow.checkpoint.io.checksum import CHUNK_BYTES
 from megagrow.checkpoint.io.files import READING, naming
-from megagrow.checkpoint.native.manifest import CheckpointMeta
-from megagrow.checkpoint.native.shard_file import CHUNK_BYTES
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.state.catalog import slots_of
 from megagrow.state.layout import Layout

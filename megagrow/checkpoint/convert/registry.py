@@ -6,9 +6,9 @@ from pathlib import Path
 
 from megagrow.checkpoint.formats.dcp import source as dcp
 from megagrow.checkpoint.formats.deepspeed import source as deepspeed
+from megagrow.checkpoint.formats.deepspeed import universal_source as universal
 from megagrow.checkpoint.formats.huggingface import adapter as huggingface
 from megagrow.checkpoint.formats.megatron import source as megatron
-from megagrow.checkpoint.formats.universal import source as universal
 from megagrow.checkpoint.interface.format import Format
 from megagrow.checkpoint.native import sink as native
 from megagrow.errors import CheckpointError

@@ -38,6 +38,7 @@ from megagrow.checkpoint.convert.job import (
 from megagrow.checkpoint.convert.registry import get_format
 from megagrow.checkpoint.interface.format import FilePiece, Source
 from megagrow.checkpoint.interface.sidecar_checksums import write_seal
+from megagrow.checkpoint.io.checksum import CHUNK_BYTES, checksum
 from megagrow.checkpoint.io.files import (
     READING,
     naming,
@@ -45,7 +46,6 @@ from megagrow.checkpoint.io.files import (
     read_exactly,
     write_all,
 )
-from megagrow.checkpoint.native.shard_file import CHUNK_BYTES, checksum
 from megagrow.errors import CheckpointError
 from megagrow.files import sync_directory
 from megagrow.lock import holding_output

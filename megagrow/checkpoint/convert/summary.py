@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from megagrow.checkpoint.interface.accounting import enumerated, made_zeros, summary
 from megagrow.checkpoint.interface.format import Source
 from megagrow.checkpoint.interface.model_of import told_model
-from megagrow.checkpoint.io.files import list_steps, step_path
-from megagrow.checkpoint.native.manifest import NAME
 from megagrow.checkpoint.native.source import NativeCheckpoint
+from megagrow.checkpoint.native.steps import list_steps
 from megagrow.errors import CheckpointError
 from megagrow.state.catalog import slots_of
 
 _NO_CHECKSUMS = "none: the format has none, so flipped bits in values are not found"
-
-
-def find(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest of a run or a root of steps.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (path / NAME).is_file():
-        return path
-    for root in (path / "checkpoints", path):
-        steps = list_steps(root) if root.is_dir() else []
-        if steps:
-            return step_path(root, steps[-1])
-    raise CheckpointError(
-        f"{path}: no checkpoint",
-        expected="a checkpoint, or a run directory with a committed checkpoint in checkpoints/",
-    )
 
 
 def describe(source: Source, *, format_name: str, checksums: str) -> str:

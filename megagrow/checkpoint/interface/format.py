@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.errors import ConfigError
 from megagrow.state.boxes import Box, flat_range_boxes
 from megagrow.state.catalog import Catalog, Slot

@@ -14,9 +14,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megagrow.checkpoint.containers.safetensors import read_json
+from megagrow.checkpoint.io.checksum import CHUNK_BYTES, checksum_count
 from megagrow.checkpoint.io.files import RESTORE, naming, write_new
-from megagrow.checkpoint.native.shard_file import CHUNK_BYTES, checksum_count
+from megagrow.checkpoint.io.strict_json import read_json
 from megagrow.config.load import in_words
 from megagrow.errors import CheckpointError
 

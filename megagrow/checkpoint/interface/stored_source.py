@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from megagrow.checkpoint.interface.format import LeftOut
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.sidecar_checksums import MEND, SealedFile, read_seal
 from megagrow.checkpoint.interface.sidecar_checksums import NAME as SEAL
 from megagrow.checkpoint.io.checksum import crc32
 from megagrow.checkpoint.io.files import READING, RESTORE, naming, open_regular, read_exactly
-from megagrow.checkpoint.native.manifest import CheckpointMeta
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, flat_offset, flat_range_boxes, tiling_fault, whole
 from megagrow.state.catalog import Catalog, Slot, slots_of

@@ -12,18 +12,18 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import megagrow
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.io.files import RESTORE
 from megagrow.checkpoint.native.shard_file import Part, Plan
 from megagrow.config.load import in_words
 from megagrow.errors import CheckpointError
-from megagrow.state.catalog import Catalog, InitKind, Role, Slot, SlotKind
-from megagrow.state.layout import Layout
+from megagrow.state.catalog import InitKind, Role, SlotKind
 
 NAME = "manifest.json"
 FORMAT = "megagrow checkpoint"
@@ -41,28 +41,6 @@ Length = Annotated[int, Field(ge=1, lt=2**48)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Multiple = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Axes = Field(max_length=16)
-
-
-@dataclass(frozen=True)
-class CheckpointMeta:
-    """Everything that a checkpoint tells of its run, besides step and values.
-
-    Attributes:
-        catalog, slots, layout: of the state that is saved.
-        config: the resolved configuration.
-        fingerprints: of what the run must find again unchanged, e.g. ``tokenizer``, ``data``.
-        run_state: what the training loop needs to go on.
-
-    `config` and `run_state` hold what JSON holds: numbers (finite), texts, truth values,
-    None, lists and string-keyed dictionaries.  Tuples come back as lists.
-    """
-
-    catalog: Catalog
-    slots: tuple[Slot, ...]
-    layout: Layout
-    config: Mapping[str, Any]
-    fingerprints: Mapping[str, str]
-    run_state: Mapping[str, Any]
 
 
 # --- the schema ---------------------------------------------------------------------------

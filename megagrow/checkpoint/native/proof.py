@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megagrow.checkpoint.io.checksum import checksum_count
+from megagrow.checkpoint.io.dtypes import DTYPES
 from megagrow.checkpoint.native.manifest import FileRecord, Manifest, file_name, stamp
-from megagrow.checkpoint.native.shard_file import DTYPES, Part, checksum_count, lay_out
+from megagrow.checkpoint.native.shard_file import Part, lay_out
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, tiling_fault, whole
 from megagrow.state.catalog import Catalog, Init, LogicalTensor, Rates, Slot, slots_of

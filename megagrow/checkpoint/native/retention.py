@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from megagrow.checkpoint.io.files import discard, list_steps, put_aside, step_path
 from megagrow.checkpoint.native.source import NativeCheckpoint
+from megagrow.checkpoint.native.steps import discard, list_steps, put_aside, step_path
 from megagrow.errors import CheckpointError
 
 

@@ -16,35 +16,23 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.io.files import (
-    claim,
-    naming,
-    step_path,
-    sweep,
-    temporary_path,
-    write_new,
-)
+from megagrow.checkpoint.interface.meta import CheckpointMeta
+from megagrow.checkpoint.io.checksum import CHUNK_BYTES, checksum_count
+from megagrow.checkpoint.io.files import naming, write_new
 from megagrow.checkpoint.native import manifest as manifests
 from megagrow.checkpoint.native.collective import Group, together
-from megagrow.checkpoint.native.manifest import (
-    NO_CHECKSUM,
-    CheckpointMeta,
-    file_name,
-    file_record,
-    stamp,
-)
+from megagrow.checkpoint.native.manifest import NO_CHECKSUM, file_name, file_record, stamp
 from megagrow.checkpoint.native.proof import prove
 from megagrow.checkpoint.native.retention import free_bytes, free_room
 from megagrow.checkpoint.native.shard_file import (
-    CHUNK_BYTES,
     Piece,
     Plan,
-    checksum_count,
     file_order,
     lay_out,
     part_of,
     write_shard,
 )
+from megagrow.checkpoint.native.steps import claim, step_path, sweep, temporary_path
 from megagrow.errors import CheckpointError
 from megagrow.files import sync_directory
 

@@ -17,7 +17,6 @@ accidents, not against a forger, who could write new checksums as well.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,27 +24,13 @@ from pathlib import Path
 
 import torch
 
-from megagrow.checkpoint.io.checksum import crc32
+from megagrow.checkpoint.io.checksum import checksum
 from megagrow.checkpoint.io.direct_write import page_aligned, write_past_cache
+from megagrow.checkpoint.io.dtypes import DTYPE_NAMES, DTYPES
 from megagrow.checkpoint.io.files import naming
 from megagrow.state.boxes import Box, flat_range_boxes
 
-CHUNK_BYTES = 16 << 20
 _HEADER_LIMIT = 100_000_000  # the safetensors library reads no longer header
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -129,16 +114,6 @@ def lay_out(parts: Sequence[Part], stamp: Mapping[str, str]) -> Plan:
     head = len(text).to_bytes(8, "little") + text
     starts = tuple(len(head) + offset for offset in offsets[:-1])
     return Plan(head=head, starts=starts, size=len(head) + offsets[-1])
-
-
-def checksum(data: memoryview) -> str:
-    """CRC-32 of one chunk: 8 hexadecimal digits."""
-    return f"{crc32(data):08x}"
-
-
-def checksum_count(size: int, chunk_bytes: int) -> int:
-    """Number of chunks in a file."""
-    return math.ceil(size / chunk_bytes)
 
 
 def write_shard(path: Path, head: bytes, pieces: Iterable[Piece], *, chunk_bytes: int) -> list[str]:

@@ -6,25 +6,20 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megagrow.checkpoint.convert.summary import find
 from megagrow.checkpoint.interface.format import FilePlan, Format, Request, Segment, Source, Values
+from megagrow.checkpoint.interface.meta import CheckpointMeta
+from megagrow.checkpoint.interface.placed import placed
+from megagrow.checkpoint.io.checksum import CHUNK_BYTES
+from megagrow.checkpoint.io.dtypes import DTYPE_NAMES, DTYPES
 from megagrow.checkpoint.io.files import naming, write_new
 from megagrow.checkpoint.native import manifest as manifests
 from megagrow.checkpoint.native.manifest import file_name, file_record, stamp
 from megagrow.checkpoint.native.proof import prove
-from megagrow.checkpoint.native.shard_file import (
-    CHUNK_BYTES,
-    DTYPE_NAMES,
-    DTYPES,
-    Part,
-    Plan,
-    lay_out,
-)
+from megagrow.checkpoint.native.shard_file import Part, Plan, lay_out
 from megagrow.checkpoint.native.source import NativeCheckpoint
-from megagrow.errors import CheckpointError, ConfigError
-from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
-from megagrow.state.catalog import ADAM_SLOTS, Catalog, Slot, slots_of
-from megagrow.state.placement import Placement, split_axis
+from megagrow.checkpoint.native.steps import find
+from megagrow.errors import CheckpointError
+from megagrow.state.catalog import ADAM_SLOTS, Slot, slots_of
 
 
 class NativeSink:
@@ -76,49 +71,8 @@ class NativeSink:
             write_new(path, text)
 
 
-def _with_slots(request: Request, slots: Sequence[Slot]) -> manifests.CheckpointMeta:
+def _with_slots(request: Request, slots: Sequence[Slot]) -> CheckpointMeta:
     return dataclasses.replace(request.meta, slots=tuple(slots))
-
-
-def placed(catalog: Catalog, request: Request) -> Placement:
-    """Who holds what in the layout that is asked for, grouped as the run's optimizer groups.
-
-    Raises:
-        ConfigError: the model cannot be cut so.
-    """
-    layout = request.meta.layout
-    if layout.pipeline > 1 and layout.zero > 1:
-        raise ConfigError(
-            f"ZeRO {layout.zero} does not go with pipeline {layout.pipeline}",
-            mend="give --zero 0 or --zero 1, or --pipeline 1",
-        )
-    for tensor in catalog:
-        axis = split_axis(tensor)
-        if axis is None or tensor.axes[axis] == "vocab":
-            continue
-        if tensor.shape[axis] % layout.tensor:
-            raise ConfigError(
-                f"{tensor.name} cannot be cut into {layout.tensor} equal parts",
-                found=f"axis {tensor.axes[axis]} of length {tensor.shape[axis]}",
-                mend=f"give --tensor a divisor of {tensor.shape[axis]}",
-            )
-    placement = Placement(catalog, layout, group_keys(catalog, _rules(request), request.meta.slots))
-    try:
-        placement.cuts  # noqa: B018
-    except ValueError as error:
-        raise ConfigError(
-            f"the model's layers cannot be cut into {layout.pipeline} pipeline stages",
-            found=error,
-            mend="give a smaller --pipeline",
-        ) from None
-    return placement
-
-
-def _rules(request: Request) -> OptimizerRules:
-    try:
-        return OptimizerRules.from_json(request.meta.run_state["rules"])
-    except (KeyError, TypeError, ValueError):
-        return OptimizerRules()
 
 
 def _find(path: Path) -> Path | None:

@@ -11,21 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megagrow.checkpoint.interface.accounting import account, unread_files
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.stored_source import Record, StoredBox, StoredSource
+from megagrow.checkpoint.io.dtypes import DTYPES
 from megagrow.checkpoint.io.files import (
     READING,
     RESTORE,
-    is_temporary,
     naming,
     open_regular,
     read_exactly,
     read_small,
-    step_of,
 )
 from megagrow.checkpoint.native import manifest as manifests
-from megagrow.checkpoint.native.manifest import CheckpointMeta, file_name
+from megagrow.checkpoint.native.manifest import file_name
 from megagrow.checkpoint.native.proof import Contents, prove
-from megagrow.checkpoint.native.shard_file import DTYPES
+from megagrow.checkpoint.native.steps import is_temporary, step_of
 from megagrow.errors import CheckpointError
 from megagrow.state.layout import Layout
 

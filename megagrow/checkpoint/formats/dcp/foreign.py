@@ -23,7 +23,7 @@ from megagrow.checkpoint.containers.torch_reader import read_torch_file
 from megagrow.checkpoint.formats.dcp.metadata import Entry
 from megagrow.checkpoint.formats.dcp.sink import METADATA
 from megagrow.checkpoint.interface.format import LeftOut
-from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.errors import CheckpointError
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, Catalog, Init, LogicalTensor
 from megagrow.state.layout import Layout

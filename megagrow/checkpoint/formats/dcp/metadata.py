@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from megagrow.checkpoint.containers.pickle_reader import Opaque, brief, read_pickle
+from megagrow.checkpoint.io.dtypes import DTYPE_NAMES
 from megagrow.checkpoint.io.files import RESTORE, read_small
-from megagrow.checkpoint.native.shard_file import DTYPE_NAMES
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box
 

@@ -14,9 +14,9 @@ import torch
 
 from megagrow.checkpoint.containers.torch_writer import plan_archive, whole_values
 from megagrow.checkpoint.interface.format import FilePlan, Late, Mark, Request, Segment, Values
+from megagrow.checkpoint.interface.placed import placed
 from megagrow.checkpoint.io.files import naming, write_new
 from megagrow.checkpoint.native.manifest import plain
-from megagrow.checkpoint.native.sink import placed
 from megagrow.state.catalog import MASTER, slots_of
 
 METADATA, OURS = ".metadata", "megagrow.json"

@@ -17,21 +17,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megagrow.checkpoint.containers.pickle_reader import StoredTensor, brief
-from megagrow.checkpoint.containers.safetensors import read_json
 from megagrow.checkpoint.containers.torch_reader import read_torch_file
 from megagrow.checkpoint.formats.dcp.foreign import Foreign, read_foreign
 from megagrow.checkpoint.formats.dcp.metadata import Chunk, Entry, read_metadata
 from megagrow.checkpoint.formats.dcp.sink import METADATA, OURS, DcpSink, digest, stored_name
-from megagrow.checkpoint.formats.megatron.source import is_distributed
 from megagrow.checkpoint.interface.accounting import account, unread_files
 from megagrow.checkpoint.interface.format import Format
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.sidecar_checksums import NAME as SEAL
 from megagrow.checkpoint.interface.stored_source import Record, StoredBox, StoredSource
+from megagrow.checkpoint.interface.torch_dist import is_torch_dist
 from megagrow.checkpoint.io.files import (
     RESTORE,
     open_regular,
 )
-from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.checkpoint.io.strict_json import read_json
 from megagrow.errors import CheckpointError
 from megagrow.state.catalog import Catalog, LogicalTensor, Slot, slots_of
 from megagrow.state.layout import Layout
@@ -188,7 +188,7 @@ def _read_ours(path: Path, metadata: bytes) -> tuple[CheckpointMeta, int]:
 
 
 def _find(path: Path) -> Path | None:
-    if is_distributed(path):  # Megatron's, which has a .metadata as well
+    if is_torch_dist(path):  # Megatron's, which has a .metadata as well
         return None
     return path if (path / METADATA).is_file() else None
 

@@ -1,1 +1,1 @@
-"""Checkpoints as DeepSpeed's engine saves them."""
+"""Checkpoints as DeepSpeed's engine saves them, and its universal checkpoints."""

@@ -15,7 +15,7 @@ from megagrow.checkpoint.containers.pickle_reader import Opaque, StoredTensor
 from megagrow.checkpoint.containers.torch_writer import number
 from megagrow.checkpoint.formats.deepspeed.saved_optimizer import Saved, is_number, numbers_of
 from megagrow.checkpoint.interface.format import LeftOut
-from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.errors import CheckpointError, ConfigError
 
 KEY = "deepspeed"

@@ -13,9 +13,10 @@ from megagrow.checkpoint.containers.pickle_reader import Opaque
 from megagrow.checkpoint.containers.torch_writer import number, size_of
 from megagrow.checkpoint.formats.deepspeed import names
 from megagrow.checkpoint.formats.deepspeed.engine_state import EngineState
+from megagrow.checkpoint.interface.client_state import DTYPES, KEY, plain_json
 from megagrow.checkpoint.interface.format import Request, Segment, Values, Zeros
 from megagrow.checkpoint.interface.model_of import optimizer_of, refuse_ramp, section, told_model
-from megagrow.checkpoint.native.sink import placed
+from megagrow.checkpoint.interface.placed import placed
 from megagrow.config.schema import PrecisionConfig
 from megagrow.errors import ConfigError
 from megagrow.state.boxes import flat_range_boxes
@@ -23,7 +24,6 @@ from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Role, Slot
 from megagrow.state.placement import split_axis
 
 VERSION = "0.19.8"  # of the DeepSpeed whose files these are
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Plan:
@@ -210,7 +210,7 @@ class Plan:
             **head,
             "ds_config": {"zero_optimization": {"stage": layout.zero}},
             "ds_version": VERSION,
-            names.CLIENT: {
+            KEY: {
                 "step": self.request.step,
                 "config": plain_json(meta.config),
                 "run_state": plain_json(meta.run_state),
@@ -299,12 +299,3 @@ class Plan:
 
 def _trained(group: Sequence[LogicalTensor]) -> list[LogicalTensor]:
     return [tensor for tensor in group if tensor.role == "trained"]
-
-
-def plain_json(value: Any) -> Any:
-    """What JSON holds, with dictionaries and lists as such."""
-    if isinstance(value, Mapping):
-        return {str(key): plain_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_json(item) for item in value]
-    return value

@@ -13,8 +13,6 @@ from megagrow.config import ModelConfig
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import Catalog, Init, LogicalTensor
 
-# In the dictionary of a model_states file, where DeepSpeed keeps what its client adds.
-CLIENT = "megagrow"
 _UNTOLD_SEQUENCE = 2048  # LLaMA's tensors do not tell how long samples were
 _OURS = re.compile(r"(?:layers\.)?(\d+)\.(.+)")
 

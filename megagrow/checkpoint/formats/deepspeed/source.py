@@ -12,11 +12,9 @@ from DeepSpeed 0.19.8.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from megagrow.checkpoint.formats.deepspeed import names
 from megagrow.checkpoint.formats.deepspeed.engine_state import (
     KEY,
     EngineState,
@@ -35,10 +33,11 @@ from megagrow.checkpoint.formats.deepspeed.scheme import (
     with_roles,
 )
 from megagrow.checkpoint.formats.deepspeed.sink import DeepSpeedSink
+from megagrow.checkpoint.interface.client_state import client_state
 from megagrow.checkpoint.interface.format import Format, LeftOut, Source
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.stored_source import Record, StoredBox, StoredSource
 from megagrow.checkpoint.io.files import laid_out
-from megagrow.checkpoint.native.manifest import CheckpointMeta
 from megagrow.state.boxes import flat_offset, flat_range_boxes
 from megagrow.state.catalog import Catalog
 
@@ -118,15 +117,6 @@ def _engine(
             group += [scheme.names[name] for name in stored]
     slots = [slot.name for slot in tag.slots[1:]]
     return read_engine(saved, tag.head, groups=groups, slots=slots, zero=tag.zero)
-
-
-def client_state(head: Mapping[str, Any]) -> dict[str, Any]:
-    """What our own sink (or a run's client state) left: config, run_state, fingerprints, step."""
-    told = head.get(names.CLIENT)
-    told = told if isinstance(told, dict) else {}
-    parts = ("config", "run_state", "fingerprints")
-    found = {key: told[key] if isinstance(told.get(key), dict) else {} for key in parts}
-    return {**found, "step": told["step"] if type(told.get("step")) is int else None}
 
 
 def _boxes(

@@ -15,12 +15,7 @@ from pathlib import Path
 import torch
 
 from megagrow.checkpoint.containers.pickle_reader import StoredTensor
-from megagrow.checkpoint.containers.safetensors import (
-    StoredArray,
-    make_header,
-    read_header,
-    read_json,
-)
+from megagrow.checkpoint.containers.safetensors import StoredArray, make_header, read_header
 from megagrow.checkpoint.formats.huggingface.config import read_model, write_config
 from megagrow.checkpoint.formats.huggingface.names import Link, links
 from megagrow.checkpoint.formats.huggingface.tokenizer import carried, compare
@@ -36,6 +31,7 @@ from megagrow.checkpoint.interface.format import (
     Segment,
     Values,
 )
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import model_of, refuse_ramp
 from megagrow.checkpoint.interface.own_tokenizer import (
     COMPANIONS,
@@ -45,7 +41,7 @@ from megagrow.checkpoint.interface.own_tokenizer import (
 )
 from megagrow.checkpoint.interface.stored_source import StoredBox, StoredSource
 from megagrow.checkpoint.io.files import RESTORE, naming, read_small, write_new
-from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.checkpoint.io.strict_json import read_json
 from megagrow.config import InitConfig, ModelConfig
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.models.catalog import build_catalog

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.containers.safetensors import parse_json, read_json
 from megagrow.checkpoint.interface.own_tokenizer import LIMIT, OwnTokenizer
 from megagrow.checkpoint.io.files import read_small
+from megagrow.checkpoint.io.strict_json import parse_json, read_json
 from megagrow.data.tokenizer import Tokenizer
 from megagrow.data.tokenizer_json import as_trained, difference, from_sentencepiece
 from megagrow.errors import CheckpointError, DataError

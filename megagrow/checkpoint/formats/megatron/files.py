@@ -10,9 +10,9 @@ from typing import Any
 
 from megagrow.checkpoint.containers.pickle_reader import Opaque, StoredTensor
 from megagrow.checkpoint.containers.torch_reader import TorchFile, read_torch_file
-from megagrow.checkpoint.formats.deepspeed.source import client_state
 from megagrow.checkpoint.formats.megatron import names
 from megagrow.checkpoint.formats.megatron.sink import FILE
+from megagrow.checkpoint.interface.client_state import client_state
 from megagrow.checkpoint.io.files import READING, RESTORE, naming
 from megagrow.errors import CheckpointError
 from megagrow.state.layout import Layout

@@ -15,14 +15,13 @@ import torch
 
 from megagrow.checkpoint.containers.pickle_reader import Opaque
 from megagrow.checkpoint.containers.torch_writer import NewTensor, number, plan_archive
-from megagrow.checkpoint.formats.deepspeed import names as deepspeed_names
-from megagrow.checkpoint.formats.deepspeed.file_plan import DTYPES, plain_json
 from megagrow.checkpoint.formats.megatron import names
+from megagrow.checkpoint.interface.client_state import DTYPES, KEY, plain_json
 from megagrow.checkpoint.interface.format import FilePlan, LeftOut, Request, Segment, Values, Zeros
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import model_of, optimizer_of, refuse_ramp, section
+from megagrow.checkpoint.interface.placed import placed
 from megagrow.checkpoint.io.files import naming, write_new
-from megagrow.checkpoint.native.manifest import CheckpointMeta
-from megagrow.checkpoint.native.sink import placed
 from megagrow.config.schema import PrecisionConfig
 from megagrow.errors import ConfigError
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Rates, Slot
@@ -98,7 +97,7 @@ class MegatronSink:
         }
         if self._trained:
             file["optimizer"] = self._state(members, rank)
-        file[deepspeed_names.CLIENT] = {
+        file[KEY] = {
             "step": request.step,
             "config": plain_json(meta.config),
             "run_state": plain_json(meta.run_state),

@@ -22,9 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.containers.pickle_reader import StoredTensor, brief
-from megagrow.checkpoint.containers.safetensors import read_json
-from megagrow.checkpoint.formats.deepspeed.names import CLIENT
-from megagrow.checkpoint.formats.deepspeed.source import client_state
 from megagrow.checkpoint.formats.megatron import names
 from megagrow.checkpoint.formats.megatron.files import (
     RANK,
@@ -37,12 +34,15 @@ from megagrow.checkpoint.formats.megatron.files import (
 from megagrow.checkpoint.formats.megatron.optimizer import counts_of, has_moments, states_of
 from megagrow.checkpoint.formats.megatron.sink import FILE, LATEST, MegatronSink
 from megagrow.checkpoint.interface.accounting import account, unread_files
+from megagrow.checkpoint.interface.client_state import KEY, client_state
 from megagrow.checkpoint.interface.duplicates import same_values
 from megagrow.checkpoint.interface.format import NOTHING_TOLD, Format, LeftOut, ReadOptions, Source
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import replayed_model
 from megagrow.checkpoint.interface.stored_source import Record, StoredBox, StoredSource
+from megagrow.checkpoint.interface.torch_dist import METADATA, is_torch_dist
 from megagrow.checkpoint.io.files import RESTORE, laid_out
-from megagrow.checkpoint.native.manifest import CheckpointMeta
+from megagrow.checkpoint.io.strict_json import read_json
 from megagrow.errors import CheckpointError
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, Catalog, LogicalTensor
@@ -235,7 +235,7 @@ _OF_THE_RUN = {
     "opt_param_scheduler": "the schedule of the learning rate: a run's configuration tells it",
     "lr_scheduler": "the schedule of the learning rate: a run's configuration tells it",
 }
-_READ = {"args", "checkpoint_version", "iteration", "model", "optimizer", CLIENT}
+_READ = {"args", "checkpoint_version", "iteration", "model", "optimizer", KEY}
 _HYPERPARAMETERS = "hyperparameters of the optimizer: a run's configuration tells them"
 
 
@@ -280,16 +280,13 @@ def _left_out(rank: Rank, carried: set[str], moments: bool, told: bool) -> tuple
 # --- finding ------------------------------------------------------------------------------
 
 
-_METADATA = "metadata.json"  # of the formats that Megatron calls distributed
-
-
 def _refuse_distributed(path: Path) -> None:
-    if not is_distributed(path):
+    if not is_torch_dist(path):
         return
-    kind = read_json(path / _METADATA).get("sharded_backend")
+    kind = read_json(path / METADATA).get("sharded_backend")
     raise CheckpointError(
         f"{path}: is in Megatron's distributed format, which is not read",
-        found=f"sharded_backend {brief(kind)} in {_METADATA}",
+        found=f"sharded_backend {brief(kind)} in {METADATA}",
         expected=f"mp_rank_*/{FILE}, Megatron's --ckpt-format torch",
         mend="convert it with Megatron: start the training script as before with the options "
         "--load DIR --ckpt-convert-format torch --ckpt-convert-save NEW, then read NEW/torch",
@@ -312,17 +309,10 @@ def find(path: Path) -> Path | None:
 def _is_iteration(path: Path) -> bool:
     if not path.is_dir():
         return False
-    if is_distributed(path):
+    if is_torch_dist(path):
         return True  # to be refused by name
     ranks = (entry for entry in path.iterdir() if RANK.match(entry.name) and entry.is_dir())
     return any((rank / FILE).exists() for rank in ranks)
-
-
-def is_distributed(path: Path) -> bool:
-    """Whether a directory is in one of the formats that Megatron calls distributed."""
-    return (path / _METADATA).is_file() and any(
-        (path / name).exists() for name in ("common.pt", ".metadata")
-    )
 
 
 FORMAT = Format(

@@ -30,14 +30,14 @@ from megagrow.checkpoint.formats.deepspeed.engine_state import (
 from megagrow.checkpoint.formats.deepspeed.files import MODEL
 from megagrow.checkpoint.formats.deepspeed.saved_optimizer import MOMENTS, Saved
 from megagrow.checkpoint.formats.deepspeed.scheme import another_model
-from megagrow.checkpoint.formats.deepspeed.source import client_state
-from megagrow.checkpoint.formats.universal.sink import LATEST, UniversalSink
+from megagrow.checkpoint.formats.deepspeed.universal_sink import LATEST, UniversalSink
 from megagrow.checkpoint.interface.accounting import unread_files
+from megagrow.checkpoint.interface.client_state import client_state
 from megagrow.checkpoint.interface.format import Format, LeftOut, Source
+from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import replayed_model
 from megagrow.checkpoint.interface.stored_source import Record, StoredBox, StoredSource
 from megagrow.checkpoint.io.files import READING, RESTORE, laid_out, naming
-from megagrow.checkpoint.native.manifest import CheckpointMeta
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.models.catalog import build_catalog
