@@ -69,7 +69,7 @@ else
   # Those that test the emulator, or compile for other targets, belong to a CPU.
   step tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_kernels.py \
     tests/ops/test_adamw.py tests/ops/test_training.py tests/ops/test_parallel_loss.py \
-    tests/ops/test_alternatives.py
+    tests/ops/test_third_party.py
   step training 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/engine/test_gpu.py
   SIZE=1e9
 fi

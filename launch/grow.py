@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     if options.list:
-        from megagrow.growth.operators import table
+        from megagrow.growth import table
 
         print(table.markdown() if options.markdown else table.text())
         return

@@ -140,7 +140,7 @@ def growth_operators(names: str) -> list[str]:
         GrowthError: no operator has such a name.
     """
     from megagrow.errors import ConfigError
-    from megagrow.growth.operators.registry import find_operator
+    from megagrow.growth.registry import find_operator
 
     found = [find_operator(name.strip()).name for name in names.split(",") if name.strip()]
     kinds = [name.split("_")[0] for name in found]

@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from megagrow.cli import Parser, as_path_text
@@ -15,6 +16,8 @@ from megagrow.cluster.environment import require_one_task
 from megagrow.cluster.rank import under_supervision
 from megagrow.errors import ConfigError, MegagrowError
 from megagrow.train.health.signals import StoppedWhileStarting, StopRequest, exit_status
+
+_RANK_0_SPEAKS_SECONDS = 2.0
 
 EXAMPLES = """\
   # two processes on a CPU
@@ -172,6 +175,12 @@ def _world(options: argparse.Namespace) -> int:
     return int(options.world)
 
 
+def _joined() -> bool:
+    """Whether this process and the others know of each other, so that rank 0 tells for all."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_initialized())
+
+
 def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -192,6 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lifeline.say("failed", text=str(error), kind=type(error).__name__)
         if _is_first():
             print(f"error: {error}", file=sys.stderr)
+        elif not _joined():
+            # Rank 0 knows nothing of it, and would only miss this rank.  Where all ranks are
+            # refused alike, rank 0 says so first, and the launcher ends the others meanwhile.
+            time.sleep(_RANK_0_SPEAKS_SECONDS)
+            print(f"rank {os.environ['RANK']}: error: {error}", file=sys.stderr)
         return 1
     except LostContactError as lost:
         lifeline.say("failed", text=lost.found, follows=True)

@@ -138,7 +138,12 @@ def _commands(comm, commands, hook):
     if hook is not None:
         function, *arguments = hook
         function(comm.rank, *arguments)
-    return [main(command) for command in commands]
+    outcomes = []
+    for number, command in enumerate(commands):
+        if number:
+            comm.barrier()  # as jobs are: none begins before all ranks of the last have ended
+        outcomes.append(main(command))
+    return outcomes
 
 
 def train(world, config, *overrides, resume="auto"):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megagrow.growth.operators.table import markdown
+from megagrow.growth.table import markdown
 
 README = Path(__file__).parent.parent / "README.md"
 

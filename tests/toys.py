@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from megagrow.config import ModelConfig
-from megagrow.growth.operators.registry import OPERATORS
 from megagrow.growth.plan import grown_model, make_growth
+from megagrow.growth.registry import OPERATORS
 from megagrow.models.catalog import build_catalog
 from megagrow.models.common.masks import ramp_in
 from megagrow.models.transformer import Transformer, named_tensors

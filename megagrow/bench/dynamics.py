@@ -16,9 +16,9 @@ import torch
 from megagrow.config import GrowConfig, ModelConfig
 from megagrow.config.load import parse_settings
 from megagrow.engine.optimizers.blockwise import BlockAdamW, YoungShard
-from megagrow.growth.operators.registry import OPERATORS
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.growth.plan import plan_growth
+from megagrow.growth.registry import OPERATORS
 from megagrow.models.catalog import build_catalog
 from megagrow.models.transformer import Transformer, named_tensors
 from megagrow.report.axis import axis

@@ -22,7 +22,7 @@ from megagrow.checkpoint import step_path
 from megagrow.config import Config
 from megagrow.data.dataset import open_dataset
 from megagrow.engine.comm import Comm
-from megagrow.growth.operators.registry import OPERATORS
+from megagrow.growth.registry import OPERATORS
 from megagrow.report.axis import axis
 from megagrow.report.chart import COLOURS, Series, chart, standalone
 from megagrow.report.log import read_metrics

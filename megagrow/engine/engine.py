@@ -18,6 +18,7 @@ from torch import nn
 
 from megagrow import ops
 from megagrow.config import Config, LayoutConfig, ModelConfig
+from megagrow.config.batch import accumulation
 from megagrow.config.schema import OptimizerConfig
 from megagrow.engine.comm import Comm
 from megagrow.engine.deepspeed.config import deepspeed_config
@@ -39,7 +40,6 @@ from megagrow.growth.optimizer_rules import GroupKey, OptimizerRules
 from megagrow.models.common.masks import Masks, ramp_in
 from megagrow.models.common.parallel import TensorParallel, seed_random_numbers
 from megagrow.models.transformer import Transformer, named_tensors
-from megagrow.schedule.batch import accumulation
 from megagrow.state.catalog import OPTIMIZER_SLOTS
 from megagrow.state.placement import Placement
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from megagrow.config import Config
+from megagrow.config.batch import accumulation
 from megagrow.errors import ConfigError
-from megagrow.schedule.batch import accumulation
 from megagrow.state.layout import Layout
 
 # These would change a format behind the back of `precision`, which decides on it alone.

@@ -266,3 +266,12 @@ def fit_curve(s: Sequence[float], loss: Sequence[float], *, floor: float) -> Cur
     a, b, log_power = (float(value) for value in best[1])
     power = math.exp(log_power)
     return Curve(math.exp(a), math.exp(b / power), power)
+
+
+class Validated(NamedTuple):
+    """One validation of the stage."""
+
+    step: int
+    tokens: int
+    flops: int
+    loss: float

@@ -26,10 +26,10 @@ from typing import Annotated
 from pydantic import Field
 
 from megagrow.config import Config, ModelConfig
+from megagrow.config.batch import accumulation
 from megagrow.config.section import Positive, Section
 from megagrow.forecast.cost import Received
 from megagrow.models.flops import forward_flops_by_place, train_flops_per_token
-from megagrow.schedule.batch import accumulation
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
 

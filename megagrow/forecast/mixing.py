@@ -24,9 +24,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megagrow.forecast.fit import Curve, fit_curve
+from megagrow.forecast.fit import Curve, Validated, fit_curve
 from megagrow.forecast.scaling import ScalingLaw
-from megagrow.schedule.end_rules import Validated
 
 _MOST = 256  # validations remembered
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from megagrow.config import ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.new_blocks import is_whole
-from megagrow.growth.operators.operator import KEEPS, Block, Operator
+from megagrow.growth.operator import KEEPS, Block, Operator
 from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.transfer.state_map import AxisMap, Drawn, Fill, Level, Statistic, compose
 

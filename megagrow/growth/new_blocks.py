@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megagrow.growth.operators.operator import Block
+from megagrow.growth.operator import Block
 from megagrow.growth.optimizer_rules import Progression, YoungBlocks
 from megagrow.state.catalog import LogicalTensor
 from megagrow.transfer.state_map import AxisMap

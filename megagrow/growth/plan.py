@@ -11,13 +11,13 @@ from megagrow.config import GrowConfig, ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.compose import Composition, composed
 from megagrow.growth.new_blocks import carried, covers, is_whole, kept_by
-from megagrow.growth.operators.operator import Block, Operator
+from megagrow.growth.operator import Block, Operator
 from megagrow.growth.operators.ramp import Ramp, make_ramp
-from megagrow.growth.operators.registry import OPERATORS, find_operator, find_operators, find_policy
 from megagrow.growth.operators.width import reads
 from megagrow.growth.optimizer_rules import Factors, OptimizerRules, YoungBlocks, beyond_shape
 from megagrow.growth.policy import StatePolicy
 from megagrow.growth.rates import exact_factors
+from megagrow.growth.registry import OPERATORS, find_operator, find_operators, find_policy
 from megagrow.growth.settings import configured
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import Catalog, LogicalTensor, Slot

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megagrow.errors import GrowthError
-from megagrow.growth.operators.operator import Block
+from megagrow.growth.operator import Block
 from megagrow.state.catalog import SlotKind
 
 Moments = Literal["gradient", "copied gradient", "kept", "copy", "zero"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from megagrow.errors import GrowthError
-from megagrow.growth.operators.operator import Block
+from megagrow.growth.operator import Block
 from megagrow.growth.optimizer_rules import Factors
 from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.state.matrices import Matrix, matrices

@@ -8,8 +8,8 @@ from typing import Any
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.operators.operator import Operator
-from megagrow.growth.operators.registry import OPERATORS, find_operators
+from megagrow.growth.operator import Operator
+from megagrow.growth.registry import OPERATORS, find_operators
 
 # Of single operators, besides sizes.
 _SETTINGS = ("noise", "shrink", "sources", "keep_first", "keep_last")

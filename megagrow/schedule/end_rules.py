@@ -21,19 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megagrow.forecast.fit import Curve, fit_curve
+from megagrow.forecast.fit import Curve, Validated, fit_curve
 from megagrow.forecast.scaling import ScalingLaw
 
 _MOST = 256  # validations remembered; a stage rarely has as many
-
-
-class Validated(NamedTuple):
-    """One validation of the stage."""
-
-    step: int
-    tokens: int
-    flops: int
-    loss: float
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from megagrow.data.sampler import SampleIndex, rank_slice, validation_samples
 from megagrow.engine.comm import Comm
 from megagrow.engine.precision import Precisions
 from megagrow.errors import CheckpointError, DataError
+from megagrow.forecast.fit import Validated
 from megagrow.growth.plan import Growth
-from megagrow.schedule.end_rules import Validated
 from megagrow.train import checkpoints
 from megagrow.train.average import WeightAverage
 from megagrow.train.grow_live import GrowthReport, fill_fresh, grow, start_engine

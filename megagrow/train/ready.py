@@ -6,6 +6,7 @@ with the same words.
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,14 +137,22 @@ def open_data(config: Config, *, may_come: bool) -> PreparedData | None:
 def _require_directory(run_dir: Path) -> None:
     """Refuse a run.dir that cannot become a directory."""
     for path in (run_dir, *run_dir.absolute().parents):
-        if path.is_dir():
+        # One look: between two of them another process may make the directory.
+        try:
+            mode = path.stat().st_mode
+        except NotADirectoryError:
+            continue  # one of those above, which comes next
+        except OSError:
+            if not path.is_symlink():
+                continue
+            mode = 0
+        if stat.S_ISDIR(mode):
             return
-        if path.exists() or path.is_symlink():
-            raise TrainingError(
-                f"run.dir = {run_dir}: {path} is not a directory",
-                expected="a directory, or nothing yet",
-                mend="set run.dir to another, for instance run.dir=runs/new",
-            )
+        raise TrainingError(
+            f"run.dir = {run_dir}: {path} is not a directory",
+            expected="a directory, or nothing yet",
+            mend="set run.dir to another, for instance run.dir=runs/new",
+        )
 
 
 def _require_samples(config: Config, plan: RunPlan, data: PreparedData, index: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megagrow.config import Config, GrowConfig, LayoutConfig, ModelConfig, OptimizerConfig
+from megagrow.config.batch import accumulation
 from megagrow.engine.deepspeed.config import deepspeed_config
 from megagrow.errors import ConfigError, MegagrowError
 from megagrow.forecast.planned_ends import (
@@ -21,7 +22,6 @@ from megagrow.models.catalog import build_catalog
 from megagrow.models.common.parallel import require_tensor_parallel
 from megagrow.models.flops import forward_flops_by_place, train_flops_per_token
 from megagrow.schedule import LearningRate, StagePlan, learning_rate, resolve_stages
-from megagrow.schedule.batch import accumulation
 from megagrow.schedule.stages import sample_length, stage_batch, stage_optimizer
 from megagrow.state.catalog import ADAM_SLOTS, OPTIMIZER_SLOTS, Slot
 from megagrow.state.layout import Layout, make_layout

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from megagrow.bench import dynamics
-from megagrow.growth.operators.registry import OPERATORS
+from megagrow.growth.registry import OPERATORS
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -7,7 +7,7 @@ from jobs import dataset  # noqa: F401 - a fixture
 from ranks import run_ranks
 
 from megagrow.bench import operators as bench
-from megagrow.growth.operators.registry import OPERATORS
+from megagrow.growth.registry import OPERATORS
 
 _MODEL = {"family": "gpt2", "layers": 1, "hidden": 8, "heads": 2, "ffn": 16, "sequence": 8}
 _CASES = [

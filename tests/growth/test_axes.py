@@ -6,7 +6,7 @@ from toys import build, grow, mapped, random_state, token_batches, toy_model
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.operators.operator import resized
+from megagrow.growth.operator import resized
 from megagrow.growth.plan import plan_growth
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS

@@ -10,9 +10,9 @@ from toys import build, grow, random_state, token_batches
 from trained import Run
 
 from megagrow.config import GrowConfig
-from megagrow.growth.operators.registry import OPERATORS
 from megagrow.growth.optimizer_rules import Factors, OptimizerRules
 from megagrow.growth.plan import plan_growth
+from megagrow.growth.registry import OPERATORS
 from megagrow.models.catalog import build_catalog
 from megagrow.models.transformer import named_tensors
 from megagrow.state.boxes import whole

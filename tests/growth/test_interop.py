@@ -5,8 +5,8 @@ import torch
 from toys import mapped, token_batches
 
 from megagrow.config import GrowConfig, ModelConfig
-from megagrow.growth.operators.registry import OPERATORS
 from megagrow.growth.plan import plan_growth
+from megagrow.growth.registry import OPERATORS
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.transfer.whole_state import MemoryState

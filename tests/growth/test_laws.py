@@ -11,9 +11,9 @@ import torch
 from models import MODELS
 from toys import build, grow, growths, random_state, token_batches
 
-from megagrow.growth.operators.operator import KEEPS
-from megagrow.growth.operators.registry import OPERATORS
+from megagrow.growth.operator import KEEPS
 from megagrow.growth.policy import POLICIES
+from megagrow.growth.registry import OPERATORS
 from megagrow.models.catalog import build_catalog
 from megagrow.models.transformer import named_tensors
 from megagrow.state.boxes import whole

@@ -8,9 +8,9 @@ from trained import Run
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.operators.registry import OPERATORS
 from megagrow.growth.optimizer_rules import Factors, OptimizerRules, group_keys
 from megagrow.growth.plan import plan_growth
+from megagrow.growth.registry import OPERATORS
 from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS, Init, Rates

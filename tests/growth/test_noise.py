@@ -18,9 +18,9 @@ from toys import (
 from megagrow.config import GrowConfig
 from megagrow.config.load import parse_settings
 from megagrow.errors import ConfigError, GrowthError
-from megagrow.growth.operators.registry import OPERATORS
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.growth.plan import plan_growth
+from megagrow.growth.registry import OPERATORS
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.layout import Layout

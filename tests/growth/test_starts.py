@@ -9,9 +9,9 @@ from toys import build, mapped, random_state, token_batches, toy_model
 from megagrow.config import GrowConfig
 from megagrow.config.load import parse_settings
 from megagrow.errors import ConfigError, GrowthError
-from megagrow.growth.operators.registry import OPERATORS
 from megagrow.growth.optimizer_rules import OptimizerRules
 from megagrow.growth.plan import plan_growth
+from megagrow.growth.registry import OPERATORS
 from megagrow.growth.settings import told
 from megagrow.models.catalog import build_catalog
 from megagrow.models.transformer import named_tensors

@@ -14,8 +14,8 @@ from jobs import REPOSITORY, settings, stages, train, trajectory, write_config
 from megagrow.checkpoint import NativeCheckpoint, newest
 from megagrow.config import GrowConfig
 from megagrow.errors import CheckpointError, GrowthError
-from megagrow.growth.operators.registry import OPERATORS
 from megagrow.growth.plan import plan_growth
+from megagrow.growth.registry import OPERATORS
 from megagrow.state.boxes import whole
 from megagrow.train import grow_offline as offline
 from megagrow.train.grow_offline import plan_offline, write_offline

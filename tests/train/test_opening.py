@@ -1,19 +1,22 @@
 """What is said of a start before DeepSpeed is: it may not even be imported."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
-from jobs import REPOSITORY, files_below, settings, train, write_config
+from jobs import PRETRAIN, REPOSITORY, files_below, settings, train, write_config
 
 from megagrow.checkpoint import list_steps, newest, step_path
 from megagrow.checkpoint.native.retention import size_of
 from megagrow.config.load import load_config
 from megagrow.data.dataset import open_dataset
 from megagrow.errors import TrainingError
+from megagrow.train import ready
 from megagrow.train.opening import checkpoint_bytes, require_disk
 from megagrow.train.run_plan import plan_run, with_vocabulary
 
@@ -84,6 +87,34 @@ def test_a_finished_run_says_so_and_errors_of_files_are_told_before_deepspeed_st
         assert says in err, (says, err)
     assert files_below(run_dir) == before
     assert not (tmp_path / "new").exists()
+
+
+def test_a_directory_that_comes_meanwhile_is_not_refused(tmp_path):
+    """Another rank, or another job, may make run.dir at any moment."""
+    place, done = tmp_path / "run", threading.Event()
+
+    def come_and_go():
+        while not done.is_set():
+            place.mkdir()
+            place.rmdir()
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        for _ in range(20_000):
+            ready._require_directory(place)
+    finally:
+        done.set()
+        other.join()
+
+
+def test_a_rank_that_is_refused_alone_says_so_itself(tmp_path):
+    """Before the processes know of each other rank 0 cannot tell for it."""
+    command = [sys.executable, str(PRETRAIN), "--config", str(tmp_path / "absent.yaml")]
+    environment = {**os.environ, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("rank 3: error: ") and "absent.yaml" in done.stderr
 
 
 def test_a_run_that_was_killed_after_its_last_save_is_brought_to_its_end(finished, tmp_path):

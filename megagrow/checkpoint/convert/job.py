@@ -29,11 +29,8 @@ from megagrow.checkpoint.interface.format import (
 )
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import catalog_for
-from megagrow.checkpoint.interface.own_tokenizer import (
-    OwnTokenizer,
-    own_tokenizer,
-    require_own_tokenizer,
-)
+from megagrow.checkpoint.interface.own_tokenizer import own_tokenizer, require_own_tokenizer
+from megagrow.checkpoint.interface.tokenizer_files import OwnTokenizer
 from megagrow.checkpoint.io.checksum import CHUNK_BYTES
 from megagrow.checkpoint.io.files import READING, naming
 from megagrow.errors import CheckpointError, ConfigError

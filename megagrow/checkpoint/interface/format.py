@@ -19,18 +19,16 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from megagrow.checkpoint.interface.meta import CheckpointMeta
+from megagrow.checkpoint.interface.tokenizer_files import OwnTokenizer
 from megagrow.errors import ConfigError
 from megagrow.state.boxes import Box, flat_range_boxes
 from megagrow.state.catalog import Catalog, Slot
 from megagrow.state.layout import Layout
-
-if TYPE_CHECKING:
-    from megagrow.checkpoint.interface.own_tokenizer import OwnTokenizer
 
 # --- the face that is read ----------------------------------------------------------------
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from megagrow.config import Config
+from megagrow.config.batch import accumulation
 from megagrow.engine.precision import precision_settings, require_own_formats
 from megagrow.errors import ConfigError
-from megagrow.schedule.batch import accumulation
 from megagrow.state.layout import Layout
 
 # Elements. DeepSpeed allocates buckets of this size; its default of 5e8 is 2 GB in fp32.

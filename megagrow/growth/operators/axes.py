@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from megagrow.config import ModelConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.operators.operator import (
+from megagrow.growth.operator import (
     Block,
     Operator,
     growth_factor,

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megagrow.growth.operators.operator import Block, Operator, unchanged
+from megagrow.growth.operator import Block, Operator, unchanged
 from megagrow.growth.operators.width import own_noise
 from megagrow.state.catalog import Catalog, LogicalTensor
 

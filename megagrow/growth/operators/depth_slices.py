@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from megagrow.config import ModelConfig
 from megagrow.errors import GrowthError
+from megagrow.growth.operator import resized
 from megagrow.growth.operators.depth import Copies, from_layer, layer_count
-from megagrow.growth.operators.operator import resized
 from megagrow.state.catalog import Catalog, LogicalTensor
 
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megagrow.growth.operator import Block, Operator, growth_factor
 from megagrow.growth.operators.depth import layer_count, layer_of, stacked
-from megagrow.growth.operators.operator import Block, Operator, growth_factor
 from megagrow.growth.operators.width import (
     GROWING,
     WIDTH_SIZES,

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megagrow.errors import GrowthError
-from megagrow.growth.operators.operator import Block, Operator, require_no_less, require_same, same
+from megagrow.growth.operator import Block, Operator, require_no_less, require_same, same
 from megagrow.growth.operators.width import GROWING, WIDTH_SIZES
 from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.transfer.state_map import AxisMap, Fill

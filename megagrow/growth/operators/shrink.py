@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megagrow.growth.operators.operator import Block, Operator
+from megagrow.growth.operator import Block, Operator
 from megagrow.growth.operators.ramp import beside
 from megagrow.growth.operators.width import WIDTH_SIZES
 from megagrow.state.catalog import Catalog, LogicalTensor

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megagrow.config import ModelConfig
-from megagrow.growth.operators.operator import Block, Operator, resized, unchanged
+from megagrow.growth.operator import Block, Operator, resized, unchanged
 from megagrow.state.catalog import Catalog, LogicalTensor
 
 _EMBEDDING, _HEAD = "embedding.token", "output.weight"

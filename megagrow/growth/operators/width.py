@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from megagrow.errors import GrowthError
-from megagrow.growth.operators.operator import (
+from megagrow.growth.operator import (
     Block,
     Operator,
     growth_factor,

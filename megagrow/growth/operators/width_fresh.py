@@ -32,7 +32,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megagrow.config import ModelConfig
-from megagrow.growth.operators.operator import Block, Operator, resized
+from megagrow.growth.operator import Block, Operator, resized
 from megagrow.growth.operators.ramp import beside
 from megagrow.growth.operators.width import WIDTH_SIZES, reads
 from megagrow.state.catalog import Catalog, LogicalTensor

@@ -5,12 +5,12 @@ from __future__ import annotations
 from megagrow.config import Config
 from megagrow.engine.engine import Engine
 from megagrow.engine.probe import Probe
+from megagrow.forecast.fit import Validated
 from megagrow.forecast.mixing import Mixing
 from megagrow.forecast.planned_ends import run_law
 from megagrow.forecast.planner import size_of
 from megagrow.growth.diagnostics import Watched, watched
 from megagrow.growth.plan import Growth
-from megagrow.schedule.end_rules import Validated
 from megagrow.train.run_plan import RunPlan
 from megagrow.train.state import RunState
 

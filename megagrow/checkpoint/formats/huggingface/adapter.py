@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
+from megagrow.checkpoint.containers.duplicates import require_frequencies, same_values
 from megagrow.checkpoint.containers.pickle_reader import StoredTensor
 from megagrow.checkpoint.containers.safetensors import StoredArray, make_header, read_header
 from megagrow.checkpoint.formats.huggingface.config import read_model, write_config
 from megagrow.checkpoint.formats.huggingface.names import Link, links
 from megagrow.checkpoint.formats.huggingface.tokenizer import carried, compare
 from megagrow.checkpoint.interface.accounting import account, unread_files
-from megagrow.checkpoint.interface.duplicates import require_frequencies, same_values
 from megagrow.checkpoint.interface.format import (
     NOTHING_TOLD,
     FilePlan,
@@ -33,13 +33,9 @@ from megagrow.checkpoint.interface.format import (
 )
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import model_of, refuse_ramp
-from megagrow.checkpoint.interface.own_tokenizer import (
-    COMPANIONS,
-    FILES,
-    OwnTokenizer,
-    fingerprints_beside,
-)
+from megagrow.checkpoint.interface.own_tokenizer import fingerprints_beside
 from megagrow.checkpoint.interface.stored_source import StoredBox, StoredSource
+from megagrow.checkpoint.interface.tokenizer_files import COMPANIONS, FILES, OwnTokenizer
 from megagrow.checkpoint.io.files import RESTORE, naming, read_small, write_new
 from megagrow.checkpoint.io.strict_json import read_json
 from megagrow.config import InitConfig, ModelConfig

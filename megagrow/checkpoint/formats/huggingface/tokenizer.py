@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.interface.own_tokenizer import LIMIT, OwnTokenizer
+from megagrow.checkpoint.interface.tokenizer_files import LIMIT, OwnTokenizer
 from megagrow.checkpoint.io.files import read_small
 from megagrow.checkpoint.io.strict_json import parse_json, read_json
 from megagrow.data.tokenizer import Tokenizer

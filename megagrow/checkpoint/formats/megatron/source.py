@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megagrow.checkpoint.containers.duplicates import same_values
 from megagrow.checkpoint.containers.pickle_reader import StoredTensor, brief
 from megagrow.checkpoint.formats.megatron import names
 from megagrow.checkpoint.formats.megatron.files import (
@@ -35,7 +36,6 @@ from megagrow.checkpoint.formats.megatron.optimizer import counts_of, has_moment
 from megagrow.checkpoint.formats.megatron.sink import FILE, LATEST, MegatronSink
 from megagrow.checkpoint.interface.accounting import account, unread_files
 from megagrow.checkpoint.interface.client_state import KEY, client_state
-from megagrow.checkpoint.interface.duplicates import same_values
 from megagrow.checkpoint.interface.format import NOTHING_TOLD, Format, LeftOut, ReadOptions, Source
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import replayed_model

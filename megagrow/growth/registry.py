@@ -5,11 +5,11 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from megagrow.errors import GrowthError
+from megagrow.growth.operator import Operator
 from megagrow.growth.operators.axes import HEAD_DIM, KV_GROUPS, SEQUENCE, VOCAB
 from megagrow.growth.operators.depth import DEPTH_IDENTITY, DEPTH_INTERLEAVE, DEPTH_STACK
 from megagrow.growth.operators.depth_slices import DEPTH_SLICES
 from megagrow.growth.operators.ligo import LIGO
-from megagrow.growth.operators.operator import Operator
 from megagrow.growth.operators.ramp import WIDTH_RANDOM
 from megagrow.growth.operators.shrink import SHRINK_PAD_PERTURB
 from megagrow.growth.operators.untie import UNTIE

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megagrow.growth.operators.operator import Operator
-from megagrow.growth.operators.registry import OPERATORS
+from megagrow.growth.operator import Operator
 from megagrow.growth.policy import POLICIES
+from megagrow.growth.registry import OPERATORS
 
 _HEADINGS = ("operator", "what it does", "keeps", "symmetry breaker", "state policies", "source")
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from megagrow.forecast.fit import Validated
 from megagrow.forecast.scaling import ScalingLaw, when_to_grow
-from megagrow.schedule.end_rules import Seen, Sizes, Validated, marginal, next_stage, slope
+from megagrow.schedule.end_rules import Seen, Sizes, marginal, next_stage, slope
 
 LAW = ScalingLaw("toy", 1.5, 1e7, 0.3, 1e6, 0.5, "tokens", True)
 SMALL, LARGE = 1e6, 4e6

@@ -9,12 +9,12 @@ from toys import FAMILIES, build, grow, growths, larger, random_state, token_bat
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.operators.operator import Block
-from megagrow.growth.operators.registry import OPERATORS, find_operator, find_policy
+from megagrow.growth.operator import Block
 from megagrow.growth.operators.width import Width
 from megagrow.growth.optimizer_rules import Factors, OptimizerRules, YoungBlocks, group_keys
 from megagrow.growth.plan import grown_model, make_growth, plan_growth
 from megagrow.growth.policy import POLICIES
+from megagrow.growth.registry import OPERATORS, find_operator, find_policy
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.transfer.state_map import AxisMap

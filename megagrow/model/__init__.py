@@ -1,1 +1,0 @@
-"""The model: plain transformer blocks, their catalog of tensors, their FLOP count."""
