@@ -56,16 +56,16 @@ $(STAMP): setup.py constraints.txt
 	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(FITS)' 2>/dev/null; then \
 	  echo "megagrow needs Python 3.10, 3.11 or 3.12." >&2; \
 	  echo "  found: $$("$(or $(PYTHON),python3)" --version 2>&1 || true)" >&2; \
-	  echo "  mend:  install one of these and give it: make setup PYTHON=/path/to/python3.11" >&2; \
+	  echo "  fix:  install one of these and give it: make setup PYTHON=/path/to/python3.11" >&2; \
 	  exit 1; fi
 	@if ! command -v "$${CXX:-c++}" >/dev/null; then \
 	  echo "No C++ compiler ($${CXX:-c++}) on PATH: DeepSpeed compiles its communication op," >&2; \
 	  echo "and the tests compile the kernels (nvcc and CUDA are optional)." >&2; \
-	  echo "  mend: install one (Debian, Ubuntu: apt install g++) or set CXX" >&2; exit 1; fi
+	  echo "  fix: install one (Debian, Ubuntu: apt install g++) or set CXX" >&2; exit 1; fi
 	@include=$$("$(PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
 	if [ ! -e "$$include/Python.h" ]; then \
 	  echo "Python.h is not in $$include; DeepSpeed compiles against it." >&2; \
-	  echo "  mend: install Python's headers (Debian, Ubuntu: apt install python3-dev)" >&2; \
+	  echo "  fix: install Python's headers (Debian, Ubuntu: apt install python3-dev)" >&2; \
 	  exit 1; fi
 	@rm -f $@
 	@version='import sys; print(sys.version_info[:2])'; clear=; \
@@ -73,7 +73,7 @@ $(STAMP): setup.py constraints.txt
 	  then clear=--clear; fi; \
 	"$(PYTHON)" -m venv $$clear $(VENV) || { \
 	  echo "The virtual environment could not be made." >&2; \
-	  echo "  mend: install Python's venv (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	  echo "  fix: install Python's venv (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@echo "installing PyTorch, DeepSpeed and the rest into $(VENV) (minutes) ..."
 	@$(PIP) install -c constraints.txt --upgrade pip setuptools wheel ninja
 	@$(INSIDE); ninja --version >/dev/null || { echo "ninja does not run in $(VENV)" >&2; exit 1; }

@@ -224,7 +224,7 @@ def _require_option(name: str, target_format: str) -> None:
         raise ConfigError(
             f"--{name}: format {target_format} has no such thing",
             expected=f"one of {', '.join(able)} with it",
-            mend=f"leave --{name} out",
+            fix=f"leave --{name} out",
         )
 
 
@@ -263,7 +263,7 @@ def _run_to_be(path: str | None) -> tuple[Mapping[str, Any] | None, Mapping[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn an error that the user can mend into a message and a status."""
+    """Parse, run, and turn an error that the user can fix into a message and a status."""
     options = parse(arguments)
     try:
         return exit_status(lambda: run(options))

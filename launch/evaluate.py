@@ -71,12 +71,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     if not (options.wikitext or options.lambada or options.text or options.tasks):
         raise ConfigError(
-            "nothing to evaluate on", mend="give --wikitext, --lambada, --text or --tasks"
+            "nothing to evaluate on", fix="give --wikitext, --lambada, --text or --tasks"
         )
     given = [n for n in ("num_fewshot", "limit", "include_path") if getattr(options, n) is not None]
     if given and not options.tasks:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ConfigError(f"{names}: for --tasks alone", mend="give --tasks, or leave it out")
+        raise ConfigError(f"{names}: for --tasks alone", fix="give --tasks, or leave it out")
     device = evaluation.choose_device(options.device)
     model, shape, at = load_model(
         options.checkpoint, name=options.from_format, device=device, say=print

@@ -134,13 +134,13 @@ def _size(text: str) -> tuple[str, int]:
     key, _, number = text.partition("=")
     if not (number.isascii() and number.isdigit() and len(number) < 19):
         raise ConfigError(
-            f"--target {text}: not a size", expected="such as hidden=512", mend="see --help"
+            f"--target {text}: not a size", expected="such as hidden=512", fix="see --help"
         )
     return key, int(number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn an error that the user can mend into a message and a status."""
+    """Parse, run, and turn an error that the user can fix into a message and a status."""
     options = parse(arguments)
     return exit_status(lambda: run(options))
 

@@ -110,13 +110,13 @@ def check_numbers(options: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')}: not a number to plan with",
                 found=value,
                 expected=f"a finite number, {expected}",
-                mend=f"for instance {example}",
+                fix=f"for instance {example}",
             )
     if options.rank is not None and options.machine is None:
         raise ConfigError(
             "--rank counts the bytes of a growth on a machine, and none is given",
             found=f"--rank {options.rank}",
-            mend="add --machine FILE, or leave --rank out",
+            fix="add --machine FILE, or leave --rank out",
         )
 
 
@@ -128,7 +128,7 @@ def _refuse_options_of_a_search(options: argparse.Namespace) -> None:
         if getattr(options, name):
             raise ConfigError(
                 f"--{name.replace('_', '-')}: for a schedule alone, which is searched for a budget",
-                mend="add --tokens 1e10 or --flops 1e18, or leave it out",
+                fix="add --tokens 1e10 or --flops 1e18, or leave it out",
             )
 
 
@@ -149,7 +149,7 @@ def growth_operators(names: str) -> list[str]:
             "--operators: a plan takes one depth operator, one width operator, or one of each",
             found=names,
             expected="for instance depth_stack,width",
-            mend="leave --operators out for depth_stack,width",
+            fix="leave --operators out for depth_stack,width",
         )
     return found
 
@@ -185,7 +185,7 @@ def run(options: argparse.Namespace) -> str:
     if not searches and machine is None:
         raise ConfigError(
             "nothing to plan: neither a budget nor a machine is given",
-            mend="--tokens 1e10 or --flops 1e18 for a schedule, --machine FILE for costs at scale",
+            fix="--tokens 1e10 or --flops 1e18 for a schedule, --machine FILE for costs at scale",
         )
     operators = growth_operators(options.operators)
     if not searches:

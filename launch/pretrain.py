@@ -94,7 +94,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
         raise ConfigError(
             "--memory: only for --dry-run",
             found=f"--memory {options.memory}",
-            mend="add --dry-run, or leave --memory out",
+            fix="add --dry-run, or leave --memory out",
         )
     require_one_task(os.environ)
     with as_prepared_by(options.config, config.data.path):
@@ -170,7 +170,7 @@ def _world(options: argparse.Namespace) -> int:
             "--world: only for --dry-run; a real run has as many processes as are started",
             found=f"--world {options.world}",
             expected="a positive number, with --dry-run",
-            mend="leave --world out and start N processes: deepspeed --num_gpus N ...",
+            fix="leave --world out and start N processes: deepspeed --num_gpus N ...",
         )
     return int(options.world)
 
@@ -192,7 +192,7 @@ def _lost_contact(error: RuntimeError) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn an error that the user can mend into a message and a status."""
+    """Parse, run, and turn an error that the user can fix into a message and a status."""
     options = parse(arguments)
     try:
         with StopRequest(speaking=_is_first()).listening() as stop:
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(
                 f"error: rank {os.environ.get('RANK', '0')} lost contact with another rank, whose "
                 f"own message, if it could give one, tells why\n  found:    {lost.found}\n"
-                "  mend:     mend that, then go on from the last checkpoint with --resume auto",
+                "  fix:      fix that, then go on from the last checkpoint with --resume auto",
                 file=sys.stderr,
             )
         return 1

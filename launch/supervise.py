@@ -39,7 +39,7 @@ exit status:
   0   every rank has done its work
   75  stopped by SIGTERM or SIGUSR1 and saved: start it again (schedulers requeue on it)
   78  the configuration is wrong: starting again would not help
-  1   it failed, and --restarts did not mend it
+  1   it failed, and --restarts did not fix it
 """
 
 
@@ -154,7 +154,7 @@ def _node_job(options: argparse.Namespace, environ: Mapping[str, str]) -> NodeJo
             found=f"{', '.join(missing)} not given" if missing else "--hostfile as well",
             expected="--nnodes, --node-rank and --master, or --scheduler that tells them; "
             "MEGAGROW_TOKEN in the environment, the same on all nodes; no --hostfile",
-            mend="see --help",
+            fix="see --help",
         )
     if not 0 <= node < nodes:
         raise ConfigError("--node-rank", found=node, expected=f"0 to {nodes - 1} (--nnodes)")
@@ -177,7 +177,7 @@ def _slurm_master(environ: Mapping[str, str]) -> str | None:
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(
             "--scheduler slurm: the nodes of the step", found=f"scontrol: {error}",
-            mend="give --master HOST:PORT",
+            fix="give --master HOST:PORT",
         ) from error  # fmt: skip
     return f"{said[0]}:{20_000 + int(job) % 10_000}"
 
@@ -200,7 +200,7 @@ def _is_override(word: str) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Supervise; turn an error that the user can mend into a message and a status."""
+    """Supervise; turn an error that the user can fix into a message and a status."""
     options = parse(arguments)
     try:
         return run(options)

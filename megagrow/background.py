@@ -197,8 +197,8 @@ class Pool:
     """Threads that share out pieces of work; a context manager.
 
     The first error of a piece of work is raised where results are asked for, and ends the work.
-    Errors of other pieces are then reported, but for those that a user can mend: they follow
-    from the first, or come up again once it is mended.
+    Errors of other pieces are then reported, but for those that a user can fix: they follow
+    from the first, or come up again once it is fixed.
 
     Args:
         threads: how many.

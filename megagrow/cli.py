@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
                 setting = _SETTING.match(word)
                 if setting is not None:
                     key, value = setting[1], setting[2] or "=VALUE"
-                    message += f"\n  mend:     settings have no dashes: {key}{value}"
+                    message += f"\n  fix:      settings have no dashes: {key}{value}"
         super().error(message)
 
 

@@ -1,7 +1,7 @@
-"""Errors that a user can mend.
+"""Errors that a user can fix.
 
 Each says where the fault lies, what was found, what was expected and which
-command or setting mends it.  Everything else that is raised is a defect of
+command or setting fixes it.  Everything else that is raised is a defect of
 megagrow itself.
 """
 
@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 
 class MegagrowError(Exception):
-    """A fault that the user can mend.
+    """A fault that the user can fix.
 
     Args:
         where: the file, setting or object at fault, and what is wrong with it.
         found: what was there.
         expected: what should have been there.
-        mend: the command or the setting that mends it.
+        fix: the command or the setting that fixes it.
     """
 
     def __init__(
@@ -27,15 +27,15 @@ class MegagrowError(Exception):
         *,
         found: object | None = None,
         expected: object | None = None,
-        mend: str | None = None,
+        fix: str | None = None,
     ) -> None:
         parts = [where]
         if found is not None:
             parts.append(f"  found:    {found}")
         if expected is not None:
             parts.append(f"  expected: {expected}")
-        if mend is not None:
-            parts.append(f"  mend:     {mend}")
+        if fix is not None:
+            parts.append(f"  fix:      {fix}")
         super().__init__("\n".join(parts))
 
     def within(self, place: str, *, setting: str) -> MegagrowError:
@@ -43,8 +43,8 @@ class MegagrowError(Exception):
         dot = "." if str(self).startswith(f"{setting}.") else ": "
         return type(self)(f"{place}{dot}{self}")
 
-    def or_mend(self, other: str) -> MegagrowError:
-        """The same error, which ends with a way to mend it, with one more."""
+    def or_fix(self, other: str) -> MegagrowError:
+        """The same error, which ends with a way to fix it, with one more."""
         return type(self)(f"{self}\n            or {other}")
 
 
@@ -73,7 +73,7 @@ class TrainingError(MegagrowError):
 
 
 def exit_status(work: Callable[[], object]) -> int:
-    """Do a command's work: 0, or 1 once an error that the user can mend has been told."""
+    """Do a command's work: 0, or 1 once an error that the user can fix has been told."""
     try:
         work()
     except MegagrowError as error:

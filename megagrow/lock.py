@@ -139,7 +139,7 @@ class Lock:
                 f"{self.path.parent}: this job no longer has it to itself, and stops",
                 found=self._lost,
                 expected=f"the lock of {self._mine}",
-                mend="start it again once no other job writes there; what was saved before is "
+                fix="start it again once no other job writes there; what was saved before is "
                 "as it was, unless it was removed",
             )
 
@@ -242,7 +242,7 @@ def acquire(
             f"{of}: cannot be written",
             found=f"{error.filename or path}: {error.strerror or error}",
             expected="a directory, or a name that is free, on a disk with space",
-            mend=f"{elsewhere}, or free space",
+            fix=f"{elsewhere}, or free space",
         ) from error
     return Lock(path, mine, on_lost)
 
@@ -286,7 +286,7 @@ def _held(path: Path, found: _Found, *, of: str) -> LockError:
         found=f"{found.holder or 'a lock without a name'}; its last sign of life was "
         f"{found.age:.0f} s ago",
         expected="one job at a time",
-        mend="wait for that job to end, or end it; if it is sure to be gone, or shall stop, take "
+        fix="wait for that job to end, or end it; if it is sure to be gone, or shall stop, take "
         f"over: rm {shlex.quote(str(path))}",
     )
 

@@ -70,7 +70,7 @@ def test_a_report_goes_to_the_log_too_and_never_raises(capsys, monkeypatch):
         raise OSError("disk full")
 
     with also_reporting_to(broken), also_reporting_to(log.append):
-        report("a thread", DataError("no such file", mend="give another"))
+        report("a thread", DataError("no such file", fix="give another"))
         monkeypatch.setattr("sys.stderr", None)
         report("a thread", RuntimeError("defect"), times=10)
     monkeypatch.undo()

@@ -40,7 +40,7 @@ def standard_cases(world: int) -> list[Case]:
         raise ConfigError(
             "--pairs standard: is made for 4 processes",
             found=f"--ranks {world}",
-            mend="give --ranks 4, or --from-layout and --to-layout of your own",
+            fix="give --ranks 4, or --from-layout and --to-layout of your own",
         )
     data: dict[str, Any] = {"zero": 1}
     both: dict[str, Any] = {"tensor": 2, "zero": 1}

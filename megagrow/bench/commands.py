@@ -88,7 +88,7 @@ def throughput(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if under_launcher():
         raise ConfigError(
             "throughput: starts its own processes, since it compares different numbers of them",
-            mend="start it with plain python",
+            fix="start it with plain python",
         )
     model = _model(options)
     if options.batch % options.ranks:
@@ -142,7 +142,7 @@ def convert(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Conversion of a checkpoint; (for JSON, as text)."""
     if under_launcher():
         raise ConfigError(
-            "convert: the conversion is one process", mend="start it with plain python"
+            "convert: the conversion is one process", fix="start it with plain python"
         )
     result = converting.measure(options.parameters, options.directory, options.rounds)
     return result, converting.table(result)
@@ -242,7 +242,7 @@ def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"{options.json}: is no result of a benchmark: {error}",
-                mend="name another file with --json",
+                fix="name another file with --json",
             ) from None
         for part, numbers in earlier.items():
             if asked.get(part) is False:
@@ -286,7 +286,7 @@ def mfu(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if not options.dry_run and not torch.cuda.is_available():
         raise ConfigError(
             "mfu: there is no CUDA device",
-            mend="run this on a machine with a GPU, or add --dry-run",
+            fix="run this on a machine with a GPU, or add --dry-run",
         )
     result = run_job(1, utilisation.measure, options.dry_run)
     return {"benchmark": "mfu", **result}, utilisation.table(result)

@@ -75,7 +75,7 @@ def _join(world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> An
         raise ConfigError(
             "--ranks: the launcher started another number of processes",
             found=f"--ranks {world}, {comm.world} processes",
-            mend="give the launcher as many processes, or start without a launcher",
+            fix="give the launcher as many processes, or start without a launcher",
         )
     result = function(comm, *args)
     return result if comm.rank == 0 else None

@@ -34,7 +34,7 @@ def measure(*, dry_run: bool = False) -> dict[str, Any]:
     if not dry_run and not torch.cuda.is_available():
         raise ConfigError(
             "kernels: there is no CUDA device, and a CPU trains with PyTorch's own ops",
-            mend="run this on a machine with a GPU (kernels/README.md), or add --dry-run, which "
+            fix="run this on a machine with a GPU (kernels/README.md), or add --dry-run, which "
             "shows with emulated kernels that every step works",
         )
     device = Device("cpu", 512, 0, 1) if dry_run else Device("cuda")
@@ -151,7 +151,7 @@ def _row(case: Case, device: Device, copy: float) -> dict[str, Any]:
         except Exception as error:
             if name in ("own", "eager"):
                 raise
-            # A rival that fails is told and left out; it is not ours to mend.
+            # A rival that fails is told and left out; it is not ours to fix.
             failed.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
     row = {
         "op": case.op,

@@ -65,7 +65,7 @@ def require_one_task(environ: Mapping[str, str]) -> None:
                 found=f"{name}={count} in the environment, and no RANK",
                 expected="a launcher that sets RANK and WORLD_SIZE (deepspeed, torchrun, "
                 "launch/supervise.py), or one task",
-                mend="srun --ntasks-per-node 1 python launch/supervise.py --scheduler slurm "
+                fix="srun --ntasks-per-node 1 python launch/supervise.py --scheduler slurm "
                 "launch/pretrain.py --config FILE"
                 if slurm
                 else "start it by launch/supervise.py, deepspeed or torchrun, one on each node; "
@@ -104,7 +104,7 @@ def carried(environ: Mapping[str, str], *, also: Sequence[str] = ()) -> dict[str
                 f"environment variable {key} cannot be carried to the hosts",
                 found=f"a value of {len(value.splitlines())} lines",
                 expected="one line",
-                mend=f"unset {key}, or set it on the hosts themselves",
+                fix=f"unset {key}, or set it on the hosts themselves",
             )
     return found
 

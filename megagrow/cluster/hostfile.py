@@ -34,7 +34,7 @@ def read_hostfile(path: str | Path) -> tuple[Host, ...]:
             f"--hostfile {path}: cannot be read",
             found=getattr(error, "strerror", None) or error,
             expected="a text file with a host a line",
-            mend="write one (node1 slots=8), or leave --hostfile out to run on this machine alone",
+            fix="write one (node1 slots=8), or leave --hostfile out to run on this machine alone",
         ) from error
     hosts: dict[str, Host] = {}
     for number, line in enumerate(text.splitlines(), start=1):
@@ -47,7 +47,7 @@ def read_hostfile(path: str | Path) -> tuple[Host, ...]:
                 f"{path}:{number}: host {host.name} is there twice",
                 found=line.strip(),
                 expected="each host once",
-                mend="write one line for it, with all its slots",
+                fix="write one line for it, with all its slots",
             )
         hosts[host.name] = host
     if not hosts:
@@ -55,7 +55,7 @@ def read_hostfile(path: str | Path) -> tuple[Host, ...]:
             f"{path}: names no host",
             found=f"{len(text.splitlines())} lines, all empty or comments",
             expected=_EXAMPLE,
-            mend="add the hosts of the job",
+            fix="add the hosts of the job",
         )
     return tuple(hosts.values())
 
@@ -70,7 +70,7 @@ def _host(words: list[str], *, where: str) -> Host:
             f"{where}: the number of ranks is missing or is not alone",
             found=found,
             expected=_EXAMPLE,
-            mend=f"write: {name} slots=N, with N the number of its devices",
+            fix=f"write: {name} slots=N, with N the number of its devices",
         )
     slots = settings[0].removeprefix("slots=")
     if not (slots.isdecimal() and slots.isascii() and 0 < int(slots) <= 1024):

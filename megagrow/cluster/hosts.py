@@ -203,7 +203,7 @@ class OverSsh(_OneLauncher):
                 found="; ".join(f"{name}: {text}" for name, text in list(bad.items())[:8]),
                 expected="ssh without a password, the same directories and the same Python on "
                 "all hosts, and a way from them to this one",
-                mend=f"try: ssh -o BatchMode=yes {next(iter(bad))} hostname; or take the host "
+                fix=f"try: ssh -o BatchMode=yes {next(iter(bad))} hostname; or take the host "
                 "out of the hostfile",
             )
 

@@ -80,7 +80,7 @@ def over_ssh(
         raise ConfigError(
             "--hostfile needs pdsh, by which DeepSpeed's launcher reaches the hosts",
             found="no pdsh on PATH",
-            mend="install it (Debian, Ubuntu: apt install pdsh), or let a scheduler start one "
+            fix="install it (Debian, Ubuntu: apt install pdsh), or let a scheduler start one "
             "launch/supervise.py on each node (--nnodes), which needs no ssh",
         )
     here_is = Path.cwd()
@@ -89,7 +89,7 @@ def over_ssh(
             "the launcher cannot go to this working directory on the hosts",
             found=str(here_is),
             expected="a path of letters, digits and any of @+=:,./-_",
-            mend="start from another directory, or by a link to this one",
+            fix="start from another directory, or by a link to this one",
         )
     hostfile = directory / "hostfile"
     hostfile.write_text("".join(f"{h.name} slots={h.slots}\n" for h in hosts), encoding="utf-8")
@@ -167,7 +167,7 @@ def require_script(script: Sequence[str]) -> None:
             "the script to start is missing",
             found=script[0] if script else "nothing after the options",
             expected="a Python file and its arguments",
-            mend="python launch/supervise.py --ranks 2 launch/pretrain.py --config FILE",
+            fix="python launch/supervise.py --ranks 2 launch/pretrain.py --config FILE",
         )
 
 

@@ -264,7 +264,7 @@ def address_of(text: str) -> tuple[str, int, str]:
             f"{VARIABLE} is not an address",
             found=f"{len(text)} characters with {text.count(':')} colons",
             expected="host:port:token",
-            mend=f"start the job by launch/supervise.py, which sets it, or unset {VARIABLE}",
+            fix=f"start the job by launch/supervise.py, which sets it, or unset {VARIABLE}",
         )
     return host.strip("[]"), int(port), rest
 
@@ -300,7 +300,7 @@ def _connect(host: str, port: int) -> socket.socket:
             "the supervisor of this job cannot be reached",
             found=f"{host}:{port}: {error.strerror or error}",
             expected="the supervisor that started this rank",
-            mend="see whether it still runs; let the hosts reach each other on that port "
+            fix="see whether it still runs; let the hosts reach each other on that port "
             "(--port chooses it)",
         ) from error
 

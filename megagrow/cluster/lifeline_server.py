@@ -218,5 +218,5 @@ def _listen(port: int) -> socket.socket:
             f"port {port} of {socket.gethostname()}, for the lifelines of the ranks",
             found=error.strerror or error,
             expected="a port that is free",
-            mend="choose another one by --port, or leave it out",
+            fix="choose another one by --port, or leave it out",
         ) from error

@@ -120,7 +120,7 @@ def choose_gloo_interface(environ: MutableMapping[str, str]) -> str | None:
             found=f"the route's own address is {address}, the host name resolves to "
             f"{', '.join(found) or 'nothing'}",
             expected="an interface whose address the other hosts can reach",
-            mend="set GLOO_SOCKET_IFNAME, or mend /etc/hosts or the address of rank 0's host",
+            fix="set GLOO_SOCKET_IFNAME, or fix /etc/hosts or the address of rank 0's host",
         )
     environ["GLOO_SOCKET_IFNAME"] = name
     return name
@@ -143,7 +143,7 @@ def address_for(hosts: list[str]) -> str:
             f"no host of the job can be found from {socket.gethostname()}",
             found=f"{', '.join(hosts[:4])}: no address, or no route to it",
             expected="names that resolve, or addresses",
-            mend="mend /etc/hosts or DNS, or give --address, which the ranks reach this host by",
+            fix="fix /etc/hosts or DNS, or give --address, which the ranks reach this host by",
         )
     return loopback
 
@@ -180,6 +180,6 @@ def require_free_port(environ: MutableMapping[str, str]) -> None:
             f"rank 0 on {socket.gethostname()}: port {port} cannot be had",
             found=error.strerror or error,
             expected="a port of this job alone: the ranks of two jobs on one port would mix",
-            mend="choose another by --master_port (deepspeed) or --master-port (torchrun), or "
+            fix="choose another by --master_port (deepspeed) or --master-port (torchrun), or "
             "start by launch/supervise.py, which finds a free one",
         ) from error

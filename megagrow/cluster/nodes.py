@@ -241,7 +241,7 @@ class Agent:
                 "reached",
                 found=f"{job.master}:{job.port}: {error.strerror or error}",
                 expected="launch/supervise.py on node 0, with the same --master",
-                mend="see whether node 0 runs and lets this host reach that port",
+                fix="see whether node 0 runs and lets this host reach that port",
             ) from error
         hello = {"token": job.token, "event": "node", "node": job.node, "nodes": job.nodes,
                  "host": socket.gethostname()}  # fmt: skip

@@ -257,7 +257,7 @@ def _report(roll: Roll, logs: Path | None) -> None:
     if others > 0:
         lines.append(f"            {others} more failures followed from it or came after it")
     if logs is not None:
-        lines.append(f"  mend:     see {logs} ({ranklog.name(1)} and so on, console.log)")
+        lines.append(f"  fix:      see {logs} ({ranklog.name(1)} and so on, console.log)")
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 

@@ -22,6 +22,6 @@ def accumulation(batch: BatchConfig, layout: Layout) -> int:
             found=f"batch.global = {batch.global_}, batch.micro = {batch.micro}, "
             f"data-parallel size = {layout.data}",
             expected=f"a multiple of batch.micro * data-parallel size = {unit}",
-            mend=f"set batch.global={near}, or another batch.micro or number of processes",
+            fix=f"set batch.global={near}, or another batch.micro or number of processes",
         )
     return steps

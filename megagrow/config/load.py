@@ -76,8 +76,7 @@ def load_settings(
             f"{option} {_shortened(path)}: cannot be read",
             found=getattr(error, "strerror", None) or str(error),
             expected="a YAML file",
-            mend=f"give the path of an existing file, for instance {option} "
-            f"{_FOR_INSTANCE[option]}",
+            fix=f"give the path of an existing file, for instance {option} {_FOR_INSTANCE[option]}",
         ) from error
     data = read_yaml(text, source=str(path))
     if not isinstance(data, dict):
@@ -190,7 +189,7 @@ def _fault(schema: type[BaseModel], details: ErrorDetails) -> str:
         lines = [key, f"  found:    {_shown(value)}", f"  expected: {expected}"]
         glued = re.fullmatch(r"(\w+):(\S+)", value) if isinstance(value, str) else None
         if glued is not None and kind in ("model_type", "dict_type"):
-            lines.append(f"  mend:     a blank after the colon: {glued[1]}: {glued[2]}")
+            lines.append(f"  fix:      a blank after the colon: {glued[1]}: {glued[2]}")
     return "\n".join(f"  {line}" for line in lines)
 
 
@@ -210,13 +209,13 @@ def _suggestion(schema: type[BaseModel], key: str) -> list[str]:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     blank = re.match(r"(\w+):(\S+)$", name)
     if blank is not None and blank[1] in names:
-        return [f"  mend:     a blank after the colon: {blank[1]}: {blank[2]}"]
+        return [f"  fix:      a blank after the colon: {blank[1]}: {blank[2]}"]
     if near:
-        return [f"  mend:     did you mean {key.removesuffix(name)}{near[0]}?"]
+        return [f"  fix:      did you mean {key.removesuffix(name)}{near[0]}?"]
     elsewhere = [k for k in known if k.rpartition(".")[2] == name]
     elsewhere = [k for k in elsewhere if "[i]" not in k] or elsewhere  # the whole run's first
     if elsewhere:
-        return [f"  mend:     did you mean {' or '.join(elsewhere)}?"]
+        return [f"  fix:      did you mean {' or '.join(elsewhere)}?"]
     return [f"  expected: one of {', '.join(names)}"] if names else []
 
 

@@ -70,6 +70,6 @@ def _index(part: str, items: list[Any], *, key: str, where: str) -> int:
             f"override {key}=...: {where} is a list and has no item {part!r}",
             found=part,
             expected=f"an index, {last}",
-            mend=f"to change the length, give the whole list: {where}=[...]",
+            fix=f"to change the length, give the whole list: {where}=[...]",
         )
     return int(part)

@@ -95,7 +95,7 @@ def open_corpus(
         if form == "jsonl":
             raise DataError(
                 f"--input {STDLIB}: is source files, not JSON",
-                mend="leave out --text-key and --format",
+                fix="leave out --text-key and --format",
             )
         # What else lies there is not the library's text, and its sources are no records.
         paths, form = _walk(root, "*.py", exclude, _FOREIGN, {}), "text"

@@ -129,18 +129,18 @@ def read_manifest(directory: Path) -> tuple[Content, dict[str, Any]]:
         raise DataError(
             f"{directory}: not a prepared dataset",
             found=_instead(directory),
-            mend=_first_preparation(directory),
+            fix=_first_preparation(directory),
         )
-    mend = prepare_again({}, directory)
+    fix = prepare_again({}, directory)
     try:
         record = json.loads(path.read_bytes())
         content = dict(record["content"])
         made = dict(record["made"])
-        mend = prepare_again(made, directory)
+        fix = prepare_again(made, directory)
         version = content["format_version"]
         if version != FORMAT_VERSION:
             raise DataError(
-                f"{path}: unknown version", found=version, expected=FORMAT_VERSION, mend=mend
+                f"{path}: unknown version", found=version, expected=FORMAT_VERSION, fix=fix
             )
         for split in SPLITS:
             content[split] = _typed(Split, content[split])
@@ -150,7 +150,7 @@ def read_manifest(directory: Path) -> tuple[Content, dict[str, Any]]:
         return checked, made
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
-            f"{path}: damaged", found=f"{type(error).__name__}: {error}", mend=mend
+            f"{path}: damaged", found=f"{type(error).__name__}: {error}", fix=fix
         ) from error
 
 
@@ -191,7 +191,7 @@ def as_prepared_by(config: str | Path, data: str | Path) -> Iterator[None]:
             f"{data}: not a prepared dataset",
             found=_instead(Path(data)),
             expected=f"what {config} says it was made by",
-            mend=command,
+            fix=command,
         ) from error
 
 
@@ -252,10 +252,10 @@ def open_dataset(path: str | Path, tokenizer: str | Path | None = None) -> Prepa
     """
     directory = Path(path)
     content, made = read_manifest(directory)
-    mend = prepare_again(made, directory)
+    fix = prepare_again(made, directory)
 
     own = directory / content.tokenizer_file
-    _check(own, "tokenizer", _checksum(own, mend), content.tokenizer_sha256, mend)
+    _check(own, "tokenizer", _checksum(own, fix), content.tokenizer_sha256, fix)
     if tokenizer is not None:
         _check(
             Path(tokenizer),
@@ -269,9 +269,9 @@ def open_dataset(path: str | Path, tokenizer: str | Path | None = None) -> Prepa
         split: Split = getattr(content, name)
         data = splits[name] = IndexedDataset(directory / name, content.vocab_size)
         index = idx_path(data.prefix)
-        _check(index, "token type", data.dtype.name, content.dtype, mend)
-        _check(index, "number of documents", data.document_count, split.documents, mend)
-        _check(index, "number of tokens", data.total_tokens, split.tokens, mend)
+        _check(index, "token type", data.dtype.name, content.dtype, fix)
+        _check(index, "number of documents", data.document_count, split.documents, fix)
+        _check(index, "number of tokens", data.total_tokens, split.tokens, fix)
     return PreparedData(directory, content, made, **splits)
 
 
@@ -284,7 +284,7 @@ def verify(data: PreparedData) -> int:
     Raises:
         DataError: a file differs from what ``dataset.json`` says.
     """
-    mend = prepare_again(data.made, data.path)
+    fix = prepare_again(data.made, data.path)
     size = 0
     for name in SPLITS:
         split: Split = getattr(data.content, name)
@@ -292,20 +292,20 @@ def verify(data: PreparedData) -> int:
             (bin_path(data.path / name), split.bin_sha256),
             (idx_path(data.path / name), split.idx_sha256),
         ):
-            _check(file, "checksum", _checksum(file, mend), expected, mend)
+            _check(file, "checksum", _checksum(file, fix), expected, fix)
             size += file.stat().st_size
     return size
 
 
-def _checksum(path: Path, mend: str) -> str:
+def _checksum(path: Path, fix: str) -> str:
     try:
         return sha256_file(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read", found=error.strerror, mend=mend) from error
+        raise DataError(f"{path}: cannot be read", found=error.strerror, fix=fix) from error
 
 
-def _check(path: Path, what: str, found: object, expected: object, mend: str) -> None:
+def _check(path: Path, what: str, found: object, expected: object, fix: str) -> None:
     if found != expected:
         raise DataError(
-            f"{path}: {what}", found=found, expected=f"{expected} ({MANIFEST})", mend=mend
+            f"{path}: {what}", found=found, expected=f"{expected} ({MANIFEST})", fix=fix
         )

@@ -219,7 +219,7 @@ def _data_error(where: str, found: str, expected: str) -> DataError:
         where,
         found=found,
         expected=expected,
-        mend="correct or remove it; --text-key names the key of the text, and --format text "
+        fix="correct or remove it; --text-key names the key of the text, and --format text "
         "takes files as they are",
     )
 

@@ -84,7 +84,7 @@ def form_of(path: Path, *, wanted: str, key: str) -> Form:
             f"{path}: is no regular file",
             found=_type_of(path),
             expected="a file: it is read twice, and by several processes",
-            mend="write its content to a file and give that, or leave it out with --glob",
+            fix="write its content to a file and give that, or leave it out with --glob",
         )
     with open(path, "rb") as stream:
         start = stream.read(512)
@@ -104,7 +104,7 @@ def form_of(path: Path, *, wanted: str, key: str) -> Form:
                 f"{path}: is not JSON",
                 found=repr(head[:60].decode("utf-8", "replace")),
                 expected=f"JSON records with the text under {key!r}",
-                mend="leave the file out with --glob; or, for documents of plain text, "
+                fix="leave the file out with --glob; or, for documents of plain text, "
                 "--format text without --text-key",
             )
         return Form(kind or "jsonl", codec)
@@ -117,7 +117,7 @@ def form_of(path: Path, *, wanted: str, key: str) -> Form:
             "key, or itself a document",
             found=f"an object with the keys {keys}",
             expected=f"a string under {key!r}",
-            mend=f"--text-key names the key; else {WAYS}, or leave the file out with --glob",
+            fix=f"--text-key names the key; else {WAYS}, or leave the file out with --glob",
         )
     return Form(kind, codec)
 
@@ -158,7 +158,7 @@ def _open(path: Path, codec: str) -> BinaryIO:
             raise DataError(
                 f"{path}: the package that reads zstd is not installed",
                 found="no module 'zstandard'",
-                mend="pip install 'megagrow[zstd]', or decompress the file (zstd -d)",
+                fix="pip install 'megagrow[zstd]', or decompress the file (zstd -d)",
             ) from error
         return io.BufferedReader(_Zstd(open(path, "rb"), zstandard), _HEAD)
     return open(path, "rb")
@@ -202,7 +202,7 @@ def _damaged(path: Path, codec: str, error: Exception) -> DataError:
     return DataError(
         f"{path}: its {codec} data is damaged or cut off",
         found=str(error),
-        mend="get the file again, or leave it out with --glob",
+        fix="get the file again, or leave it out with --glob",
     )
 
 
@@ -215,7 +215,7 @@ def _refuse_containers(path: Path, head: bytes) -> None:
             f"{path}: {what}, which is not read",
             expected="text, JSON lines or JSON records; plain, or compressed by gzip, bzip2, xz "
             "or zstd",
-            mend="unpack or convert it, or leave it out with --glob",
+            fix="unpack or convert it, or leave it out with --glob",
         )
 
 

@@ -104,13 +104,13 @@ class IndexedDataset:
             self._map_tokens(bin_path(self.prefix))
         except OSError as error:
             raise DataError(
-                f"{error.filename or index}: cannot be read", found=error.strerror, mend=_REMAKE
+                f"{error.filename or index}: cannot be read", found=error.strerror, fix=_REMAKE
             ) from error
 
     def _read_index(self, path: Path, raw: Tokens) -> None:
         def require(holds: bool, what: str, found: object, expected: object) -> None:
             if not holds:
-                raise DataError(f"{path}: {what}", found=found, expected=expected, mend=_REMAKE)
+                raise DataError(f"{path}: {what}", found=found, expected=expected, fix=_REMAKE)
 
         require(
             len(raw) >= _HEADER.size, "header cut off", f"{len(raw)} bytes", f">= {_HEADER.size}"
@@ -156,7 +156,7 @@ class IndexedDataset:
                 f"{path}: length differs from what {idx_path(self.prefix).name} says",
                 found=f"{size} bytes",
                 expected=f"{expected} bytes ({self._total} tokens of {self.dtype.name})",
-                mend=_REMAKE,
+                fix=_REMAKE,
             )
         self.tokens: Tokens = _map(path, self.dtype)
 
@@ -222,7 +222,7 @@ class IndexedDataset:
                 found=f"{found[first]} at token {place(first)}; "
                 f"{len(wrong)} such in {len(found)} tokens",
                 expected=f"0 to {self.vocabulary - 1}",
-                mend=_REMAKE,
+                fix=_REMAKE,
             )
         return found
 
@@ -265,7 +265,7 @@ class IndexedWriter:
                 f"{self.prefix}: token ids do not fit {self.dtype.name}",
                 found=f"{values.min()} to {values.max()}",
                 expected=f"{bounds.min} to {bounds.max}",
-                mend="--dtype int32",
+                fix="--dtype int32",
             )
         self.add_documents(values, np.array([len(values)]))
 
@@ -291,7 +291,7 @@ class IndexedWriter:
                 f"{self.prefix}: a document is too long for the format",
                 found=f"{lengths.max()} tokens",
                 expected="below 2**31",
-                mend="split the file into several documents",
+                fix="split the file into several documents",
             )
         self._write(tokens)
         self._lengths.append(np.asarray(lengths, dtype=_LENGTH))

@@ -87,7 +87,7 @@ class Candidates:
             f"{self.path}: {asked} {name!r} cannot mark the borders of documents",
             found="an ordinary token, which text can contain" if token is not None else "no token",
             expected=f"one of its special tokens: {_listed(self.special)}",
-            mend="--eod NAME and --bos NAME choose among them",
+            fix="--eod NAME and --bos NAME choose among them",
         )
 
 
@@ -138,7 +138,7 @@ def _end(
         found=f"special tokens {_listed(candidates.special)}",
         expected="eos_token in a tokenizer_config.json beside it, or one special token of the "
         f"names {', '.join(_END_NAMES)}",
-        mend="--eod NAME says which of its special tokens it is"
+        fix="--eod NAME says which of its special tokens it is"
         if candidates.special
         else "add a special token to the tokenizer",
     )
@@ -188,7 +188,7 @@ def _json(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: cannot be read, though it tells of the tokenizer beside it",
             found=str(error),
-            mend="mend the file, or move the tokenizer away from it",
+            fix="fix the file, or move the tokenizer away from it",
         ) from error
     return found if isinstance(found, dict) else {}
 

@@ -11,7 +11,7 @@ All work is done in ``OUTPUT.work`` beside the output::
 
 A run with the same inputs and arguments goes on with the finished shards of one
 that was killed or stopped, or that lacked space; a run with others removes them.  A
-run that fails for its input removes all of it: once that is mended it is other input.
+run that fails for its input removes all of it: once that is fixed it is other input.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def prepare(request: Request) -> Outcome:
     except OSError as error:
         raise DataError(
             f"{error.filename or request.output}: {error.strerror or error}",
-            mend=f"free space or permit access, then {_AGAIN}",
+            fix=f"free space or permit access, then {_AGAIN}",
         ) from error
 
 
@@ -114,7 +114,7 @@ def _prepare(request: Request) -> Outcome:
             if _open_corpus(request, work).fingerprint != corpus.fingerprint:
                 raise DataError(
                     f"--input {request.input}: changed while it was being prepared",
-                    mend="run again when it no longer changes",
+                    fix="run again when it no longer changes",
                 )
             dataset.open_dataset(final)
         except StoppedError:
@@ -161,7 +161,7 @@ def _is_prepared(request: Request, made: dict[str, Any]) -> bool:
         raise DataError(
             f"--output {output}: exists and is no prepared dataset",
             expected="a name that is free, an empty directory, or a prepared dataset",
-            mend="another --output",
+            fix="another --output",
         )
     if request.overwrite:
         # A damaged output may be replaced as well.
@@ -176,7 +176,7 @@ def _is_prepared(request: Request, made: dict[str, Any]) -> bool:
         raise DataError(
             f"--output {output}: holds a dataset made from other text or with other arguments",
             found=_difference(found, made),
-            mend="--overwrite, or another --output",
+            fix="--overwrite, or another --output",
         )
     return True
 
@@ -218,7 +218,7 @@ def _require_ours(work: Path) -> None:
     (work / "lock").unlink(missing_ok=True)  # of versions that had it there
     strangers = [path.name for path in work.iterdir() if not path.name.startswith(("plan-", "old"))]
     if strangers:
-        raise DataError(f"{work}: is not ours", found=strangers, mend="another --output")
+        raise DataError(f"{work}: is not ours", found=strangers, fix="another --output")
 
 
 def _build(

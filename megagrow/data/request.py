@@ -59,7 +59,7 @@ class Request:
             raise DataError(
                 "--text-key: there is none in plain text",
                 found="--format text",
-                mend="leave out one of the two",
+                fix="leave out one of the two",
             )
         if self.tokenizer is not None:
             return
@@ -71,7 +71,7 @@ class Request:
                     f"{option}: only with --tokenizer",
                     found=value,
                     expected="a tokenizer that is trained here ends documents with its own token",
-                    mend=f"leave {option} out, or give a --tokenizer",
+                    fix=f"leave {option} out, or give a --tokenizer",
                 )
 
     @property
@@ -115,6 +115,6 @@ def require_dtype(dtype: str, vocab_size: int) -> str:
             f"--dtype {chosen}: too small for the vocabulary",
             found=f"{vocab_size} tokens",
             expected=f"at most {largest + 1}",
-            mend="--dtype int32",
+            fix="--dtype int32",
         )
     return chosen

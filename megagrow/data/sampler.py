@@ -192,5 +192,5 @@ def _require_window(dataset: IndexedDataset, sequence: int) -> None:
             f"{dataset.prefix}: too few tokens for one sample",
             found=f"{dataset.total_tokens} tokens",
             expected=f"at least {sequence + 1} (model.sequence + 1)",
-            mend="a shorter model.sequence, more text, or another --validation-fraction",
+            fix="a shorter model.sequence, more text, or another --validation-fraction",
         )

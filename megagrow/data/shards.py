@@ -161,7 +161,7 @@ def encode_all(
         raise StoppedError(
             "a worker process was killed or could not start",
             expected="memory for each worker",
-            mend="run again with fewer --workers: finished shards are kept",
+            fix="run again with fewer --workers: finished shards are kept",
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)

@@ -111,7 +111,7 @@ class SentencePieceTokenizer(_Marked):
             raise DataError(
                 f"{path}: cannot be read as a SentencePiece model",
                 found=str(error),
-                mend="give --tokenizer an intact .model, or none to train one",
+                fix="give --tokenizer an intact .model, or none to train one",
             ) from error
         self.vocab_size: int = self._model.get_piece_size()
         model = self._model
@@ -195,7 +195,7 @@ class HuggingFaceTokenizer(_Marked):
             raise DataError(
                 f"{path}: the package that reads tokenizer.json is not installed",
                 found="no module 'tokenizers'",
-                mend="pip install 'megagrow[hf]'",
+                fix="pip install 'megagrow[hf]'",
             ) from error
         self.path = path
         try:
@@ -205,7 +205,7 @@ class HuggingFaceTokenizer(_Marked):
             raise DataError(
                 f"{path}: cannot be read as a Hugging Face tokenizer",
                 found=str(error),
-                mend="give --tokenizer an intact tokenizer.json",
+                fix="give --tokenizer an intact tokenizer.json",
             ) from error
         self._model.no_truncation()
         self._model.no_padding()
@@ -279,7 +279,7 @@ def load_tokenizer(
     if not path.is_file():
         raise DataError(
             f"{path}: no such tokenizer file",
-            mend="give the path of a SentencePiece .model or a Hugging Face tokenizer.json",
+            fix="give the path of a SentencePiece .model or a Hugging Face tokenizer.json",
         )
     if path.suffix == ".model":
         return SentencePieceTokenizer(path, eod, bos)
@@ -341,7 +341,7 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
         raise DataError(
             f"training a tokenizer of {vocab_size} tokens failed",
             found=str(error),
-            mend="another --vocab-size, more text, or a ready --tokenizer",
+            fix="another --vocab-size, more text, or a ready --tokenizer",
         ) from error
     return content.getvalue()
 
@@ -367,7 +367,5 @@ def require_vocabulary(size: int) -> None:
         )
 
 
-def _unfit(size: int, expected: str, mend: str) -> DataError:
-    return DataError(
-        f"a tokenizer of {size} tokens cannot be trained", expected=expected, mend=mend
-    )
+def _unfit(size: int, expected: str, fix: str) -> DataError:
+    return DataError(f"a tokenizer of {size} tokens cannot be trained", expected=expected, fix=fix)

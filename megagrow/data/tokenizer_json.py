@@ -103,7 +103,7 @@ def from_sentencepiece(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: whether transformers would read the same ids cannot be seen",
             found="no module 'tokenizers'",
-            mend="pip install 'megagrow[hf]'",
+            fix="pip install 'megagrow[hf]'",
         ) from None
     for form in forms:
         made: Any = tokenizers.Tokenizer.from_str(json.dumps(form))
@@ -118,7 +118,7 @@ def from_sentencepiece(path: Path) -> dict[str, Any]:
         f"{path}: this kind of SentencePiece model cannot be written as tokenizer.json",
         found="other ids for blanks or characters that it rewrites",
         expected="a model without normalization, such as prepare_data.py trains",
-        mend="give a tokenizer.json of the same tokenizer, or leave the tokenizer out",
+        fix="give a tokenizer.json of the same tokenizer, or leave the tokenizer out",
     )
 
 

@@ -159,5 +159,5 @@ def require_own_formats(given: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"deepspeed.{section}.{key}: number formats are set by precision.dtype alone",
                 found=inside[key],
-                mend=f"remove deepspeed.{section}.{key}; set precision.dtype to fp32, bf16 or fp16",
+                fix=f"remove deepspeed.{section}.{key}; set precision.dtype to fp32, bf16 or fp16",
             )

@@ -39,20 +39,18 @@ def open_tokenizer(
     """
     kind, at = detect(checkpoint, source_format)
     found = own_tokenizer(kind.open_source(at), given, allow_other=allow_other)
-    mend = "give --tokenizer: a .model or tokenizer.json file, or a prepared dataset"
+    fix = "give --tokenizer: a .model or tokenizer.json file, or a prepared dataset"
     if isinstance(found, str):
-        raise ConfigError("the model's tokenizer is not found", found=found, mend=mend)
+        raise ConfigError("the model's tokenizer is not found", found=found, fix=fix)
     if found.file is None:
-        raise ConfigError(
-            f"{found.said}: a kind of tokenizer that megagrow does not read", mend=mend
-        )
+        raise ConfigError(f"{found.said}: a kind of tokenizer that megagrow does not read", fix=fix)
     tokenizer = found.load()
     if tokenizer.vocab_size > vocabulary:
         raise ConfigError(
             f"{found.file}: is not the tokenizer of this model",
             found=f"{tokenizer.vocab_size} tokens",
             expected=f"at most the model's {vocabulary}",
-            mend="give the right one with --tokenizer",
+            fix="give the right one with --tokenizer",
         )
     return tokenizer, found.said
 
@@ -109,7 +107,7 @@ def evaluate(
             "--tasks: the lm-evaluation-harness is not installed",
             found=error,
             expected="the package `lm_eval`",
-            mend="pip install lm-eval; --wikitext, --lambada and --text need no package",
+            fix="pip install lm-eval; --wikitext, --lambada and --text need no package",
         ) from error
     if tasks.include is not None and not tasks.include.is_dir():
         raise ConfigError(f"--include-path {tasks.include}: no such directory")
@@ -130,7 +128,7 @@ def evaluate(
     if not (target / "tokenizer_config.json").exists() and not (target / "vocab.json").exists():
         raise ConfigError(
             "--tasks: the model's tokenizer is not found",
-            mend="give --tokenizer: a .model or tokenizer.json file, or a prepared dataset",
+            fix="give --tokenizer: a .model or tokenizer.json file, or a prepared dataset",
         )
     try:
         found = lm_eval.simple_evaluate(
@@ -161,5 +159,5 @@ def _known(name: str, manager: Any) -> list[str]:
     raise ConfigError(
         f"--tasks {name}: the harness knows no such task",
         expected=f"for instance {', '.join(near)}" if near else None,
-        mend="lm-eval ls tasks lists all; --include-path adds a directory with others",
+        fix="lm-eval ls tasks lists all; --include-path adds a directory with others",
     )

@@ -150,7 +150,7 @@ def choose_device(name: str | None) -> torch.device:
         raise ConfigError(
             f"--device {name}: no such GPU",
             found=f"{there} GPUs that PyTorch can use",
-            mend="give --device cpu, or leave --device out",
+            fix="give --device cpu, or leave --device out",
         )
     return torch.device(name)
 
@@ -176,7 +176,7 @@ def score_text(
             "--stride: more new tokens than a window has",
             found=stride,
             expected=f"at most the model's sequence, {scorer.sequence}",
-            mend=f"--stride {scorer.sequence}, or less for more context",
+            fix=f"--stride {scorer.sequence}, or less for more context",
         )
     words = len(text.split())
     if words == 0:

@@ -122,7 +122,7 @@ def fit_law(
             "the runs do not determine a scaling law",
             found=f"{len(sizes)} sizes, {count} points at the peak learning rate",
             expected=f"at least {needed} sizes (4 are better) and {4 * (4 + floor)} points",
-            mend="give runs of more sizes, or longer ones"
+            fix="give runs of more sizes, or longer ones"
             + ("" if not floor else "; or leave out E: --no-floor needs one size less"),
         )
     n = np.concatenate([np.full(len(run.s), run.n) for run in runs])

@@ -64,7 +64,7 @@ def planned_ends(config: Config, models: Sequence[ModelConfig]) -> tuple[Planned
                 raise ConfigError(
                     f"stages[{index}].until: the planner foretells a run from its start only",
                     expected="planned: true in every stage before one that has it",
-                    mend="set planned: true here too, or take another rule later",
+                    fix="set planned: true here too, or take another rule later",
                 )
             break
         small, large = (size_of(models[i], law) for i in (index, index + 1))
@@ -75,7 +75,7 @@ def planned_ends(config: Config, models: Sequence[ModelConfig]) -> tuple[Planned
                 f"stages[{index}].until.planned: the law sees no saving in this stage",
                 found=f"{small.n:,} to {large.n:,} parameters, law {law.name}",
                 expected="a stage that is foretold to pay",
-                mend="leave the stage out, or end it by steps, tokens, flops or slope",
+                fix="leave the stage out, or end it by steps, tokens, flops or slope",
             )
         tokens += took
         begun = curves.tokens(large, growth.loss)
@@ -113,6 +113,6 @@ def restart_ratio(grow: GrowConfig, before: ModelConfig, after: ModelConfig) -> 
             "grow.restart: the paper has ratios for growths of depth and of width alone",
             found=f"paper, with operator {grow.operator}",
             expected="a growth of model.layers, model.hidden or model.ffn",
-            mend="give restart a number (at least 1), or leave it out",
+            fix="give restart a number (at least 1), or leave it out",
         )
     return _BOTH if deep and wide else _WIDTH if wide else _DEPTH

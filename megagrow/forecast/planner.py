@@ -194,7 +194,7 @@ def plan_schedule(
         raise ConfigError(
             "the target does not fit on the machines in any layout",
             found=f"{target.n:,} parameters",
-            mend="more machines, or more memory a device",
+            fix="more machines, or more memory a device",
         )
     growths = {
         (i, j): best_growth(curves, usable[i], usable[j], added_loss=added_loss)

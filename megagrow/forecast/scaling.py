@@ -98,7 +98,7 @@ def find_law(name: str) -> ScalingLaw:
             "--law: no such scaling law",
             found=name,
             expected=", ".join(PUBLISHED),
-            mend="name one of these, or give runs to fit one to: --fit RUN_DIR ...",
+            fix="name one of these, or give runs to fit one to: --fit RUN_DIR ...",
         )
     return PUBLISHED[name]
 

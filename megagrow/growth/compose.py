@@ -71,7 +71,7 @@ class Composition(Operator):
             if len(fills) > 1:
                 raise GrowthError(
                     f"grow.operator: {self.name} would fill parts of {tensor.name} in two ways",
-                    mend="grow in two stages",
+                    fix="grow in two stages",
                 )
             self._fills[tensor.name] = fills.pop()
 
@@ -103,7 +103,7 @@ class Composition(Operator):
                 f"grow.operator: {self.parts[last].name} depends on the values of {tensor.name}, "
                 "which the operators before it change",
                 found=self.name,
-                mend="grow in two stages",
+                fix="grow in two stages",
             )
         [block] = blocks
         scale = abs(block.param) if statistic.kind == "rms" else block.param
@@ -144,7 +144,7 @@ class Composition(Operator):
                 raise GrowthError(
                     f"grow.operator: {self.parts[last].name} would copy rows of {tensor.name} "
                     f"that {self.parts[last - 1].name} makes afresh",
-                    mend=f"name {self.parts[last - 1].name} last",
+                    fix=f"name {self.parts[last - 1].name} last",
                 )
             fills |= inner
         return fills
@@ -165,7 +165,7 @@ def composed(parts: Sequence[Operator], catalogs: Sequence[Catalog]) -> Composit
             raise GrowthError(
                 f"grow.operator: {part.name} is fitted on data and does not go with others",
                 found="+".join(part.name for part in parts),
-                mend="grow in two stages",
+                fix="grow in two stages",
             )
     first, *others = (part.policies for part in parts)
     return Composition(
@@ -194,7 +194,7 @@ def _joined(outer: Block, inner: Block, whole: Composition) -> Block | None:
     if inner.noise is not None or (noise and [axis.length for axis in axes] != lengths):
         raise GrowthError(
             f"grow.operator: {whole.name} would copy noise, which then no longer cancels",
-            mend="name the operator that adds noise last, after depth operators only",
+            fix="name the operator that adds noise last, after depth operators only",
         )
     grad = None if outer.grad is None or inner.grad is None else outer.grad * inner.grad
     return Block(

@@ -163,7 +163,7 @@ def require_same(name: str, meaning: str, small: int, large: int) -> None:
             f"{name}, axis {meaning}: this operator cannot grow it",
             found=f"from {small} to {large}",
             expected=str(small),
-            mend="name another size in grow.target, or add the operator that grows this axis",
+            fix="name another size in grow.target, or add the operator that grows this axis",
         )
 
 

@@ -184,7 +184,7 @@ def group_keys(
             raise GrowthError(
                 f"grow.state_policy: 'exact' does not go with optimizer.name muon here: the "
                 f"matrices of {tensor.name} would need a learning rate each",
-                mend="grow all axes of the model by one factor, or set grow.state_policy to "
+                fix="grow all axes of the model by one factor, or set grow.state_policy to "
                 "sparkling",
             )
         keys[tensor.name] = (not tensor.decay, *rates, orthogonal)

@@ -218,7 +218,7 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
                 + (f"both {' and '.join(names)} grow it" if names else "no operator grows it"),
                 found=f"grow.operator {grow.operator}",
                 expected=f"sizes among {reach}, each grown by one operator",
-                mend=f"leave grow.target.{key} out, or change grow.operator",
+                fix=f"leave grow.target.{key} out, or change grow.operator",
             )
     models = [model]
     for part in parts:
@@ -231,7 +231,7 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
             raise GrowthError(
                 f"grow.operator: {part.name} changes nothing here",
                 found=f"tie_embeddings {models[-1].tie_embeddings}",
-                mend="leave the operator out",
+                fix="leave the operator out",
             )
     catalogs = [build_catalog(m) for m in models]
     operator = parts[0] if len(parts) == 1 else composed(parts, catalogs[:-1])
@@ -249,7 +249,7 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
     if grow.mup and growth.policy.scale_rates:
         raise GrowthError(
             f"grow.mup: state policy {growth.policy.name!r} sets the rates itself",
-            mend="leave grow.mup out, or set grow.state_policy to another",
+            fix="leave grow.mup out, or set grow.state_policy to another",
         )
     return models[-1], replace(growth, mup=grow.mup)
 
@@ -260,14 +260,14 @@ def _require_mup(grow: GrowConfig, model: ModelConfig, grown: ModelConfig) -> No
         raise GrowthError(
             "grow.mup: the rates follow from the shape already, before a growth and after it",
             found=f"model.mup {model.mup.model_dump() if model.mup else None}",
-            mend="leave grow.mup out",
+            fix="leave grow.mup out",
         )
     if grown.head_dim != model.head_dim:
         raise GrowthError(
             "model.mup: wider heads have no rates of their own, since the scores' scale is "
             "1 / sqrt(head_dim), and queries, keys and values are one tensor",
             found=f"head_dim {model.head_dim} -> {grown.head_dim}",
-            mend="grow heads instead (grow.target.heads), or leave model.mup out",
+            fix="grow heads instead (grow.target.heads), or leave model.mup out",
         )
 
 
@@ -297,7 +297,7 @@ def make_growth(
     if not found.policies:
         raise GrowthError(
             f"grow.operator: no state policy serves all parts of {found.name}",
-            mend="grow in two stages",
+            fix="grow in two stages",
         )
     name = policy or found.policies[0]
     if name not in found.policies:
@@ -306,7 +306,7 @@ def make_growth(
             f"grow.state_policy: operator {found.name!r} does not support {name!r}",
             found=name,
             expected=" or ".join(found.policies),
-            mend=f"set grow.state_policy to {found.policies[0]}, or leave it out",
+            fix=f"set grow.state_policy to {found.policies[0]}, or leave it out",
         )
     rule = find_policy(name)
     if ramp is not None and not found.ramp:
@@ -345,7 +345,7 @@ def _before_ramp(operator: Operator, small: Catalog) -> Catalog:
 def _useless(key: str, why: str, found: Operator, others: Sequence[Operator]) -> GrowthError:
     return GrowthError(
         f"grow.{key}: operator {found.name!r} {why}",
-        mend=f"leave grow.{key} out, or set grow.operator to "
+        fix=f"leave grow.{key} out, or set grow.operator to "
         + " or ".join(operator.name for operator in others),
     )
 
@@ -374,7 +374,7 @@ def _too_young(growth: Growth, tensor: LogicalTensor, young: YoungBlocks, step: 
         f"grow.state_policy {growth.policy.name!r}: the new elements of {tensor.name} of the "
         "growth before would be copied among old ones, but AdamW still counts their own steps",
         found=f"a growth {step - young.born} optimizer steps after that one",
-        mend="set grow.state_policy to kept, sparkling or reset, or grow later",
+        fix="set grow.state_policy to kept, sparkling or reset, or grow later",
     )
 
 
@@ -383,5 +383,5 @@ def _scattered(growth: Growth, tensor: LogicalTensor) -> GrowthError:
     return GrowthError(
         f"state policy {growth.policy.name!r}: this growth scatters the old elements of "
         f"{tensor.name}, so that they cannot be told from the new ones by their indices",
-        mend=f"set grow.state_policy to {' or '.join(fitting) or 'reset'}",
+        fix=f"set grow.state_policy to {' or '.join(fitting) or 'reset'}",
     )

@@ -87,7 +87,7 @@ class StatePolicy:
             raise GrowthError(
                 f"state policy {self.name!r} follows the gradient, but the operator does not "
                 f"keep the loss and so states no gradient for {block.source}",
-                mend="set grow.state_policy to copy or reset",
+                fix="set grow.state_policy to copy or reset",
             )
         return block.grad if kind == "first_moment" else block.grad**2
 

@@ -27,7 +27,7 @@ def exact_factors(tensor: LogicalTensor, small: Catalog, blocks: Sequence[Block]
         raise GrowthError(
             f"state policy 'exact': the blocks of {tensor.name} differ in their coefficients, "
             "so no one learning rate retraces the small run",
-            mend="set grow.state_policy to sparkling or reset",
+            fix="set grow.state_policy to sparkling or reset",
         )
     rate, grad = pairs.pop()
     if grad is None:

@@ -53,7 +53,7 @@ def find_operator(name: str) -> Operator:
             "grow.operator: no such growth operator",
             found=name,
             expected=", ".join(sorted(OPERATORS)),
-            mend=_nearest(name, list(OPERATORS), "grow.operator"),
+            fix=_nearest(name, list(OPERATORS), "grow.operator"),
         )
     return OPERATORS[name]
 
@@ -70,7 +70,7 @@ def find_policy(name: str) -> StatePolicy:
             "grow.state_policy: no such state policy",
             found=name,
             expected=", ".join(sorted(POLICIES)),
-            mend=_nearest(name, list(POLICIES), "grow.state_policy"),
+            fix=_nearest(name, list(POLICIES), "grow.state_policy"),
         )
     return POLICIES[name]
 

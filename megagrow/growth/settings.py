@@ -34,7 +34,7 @@ def configured(parts: tuple[Operator, ...], grow: GrowConfig) -> tuple[Operator,
                 f"grow.{key}: " + (f"{both} both take it" if takers else "no operator takes it"),
                 found=f"grow.operator {grow.operator}",
                 expected="one of " + ", ".join(known),
-                mend=f"leave grow.{key} out, or " + ("grow in two stages" if takers else
+                fix=f"leave grow.{key} out, or " + ("grow in two stages" if takers else
                                                      "set grow.operator to one of those"),
             )  # fmt: skip
         [at] = takers

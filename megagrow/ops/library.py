@@ -108,7 +108,7 @@ def _choose(mode: str) -> Active:
             "MEGAGROW_KERNELS: no such choice",
             found=mode,
             expected=", ".join(MODES),
-            mend="unset MEGAGROW_KERNELS, or set it to one of these",
+            fix="unset MEGAGROW_KERNELS, or set it to one of these",
         )
     if mode == "reference":
         return Active(mode, {}, frozenset(), "PyTorch's own ops: MEGAGROW_KERNELS=reference")
@@ -121,7 +121,7 @@ def _choose(mode: str) -> Active:
     if mode == "cuda":
         raise ConfigError(
             f"MEGAGROW_KERNELS=cuda: {fault}",
-            mend="build them: python -m megagrow.ops --build cuda; or set MEGAGROW_KERNELS=auto",
+            fix="build them: python -m megagrow.ops --build cuda; or set MEGAGROW_KERNELS=auto",
         )
     return Active(mode, {}, frozenset(), f"PyTorch's own ops: {fault}")
 
@@ -133,7 +133,7 @@ def _emulated(mode: Mode) -> Active:
         raise ConfigError(
             "MEGAGROW_KERNELS=emulated: the emulator cannot be built",
             found=error,
-            mend="install a C++20 compiler (g++), or set MEGAGROW_KERNELS=reference",
+            fix="install a C++20 compiler (g++), or set MEGAGROW_KERNELS=reference",
         ) from error
     dtypes = _DTYPES | {torch.float64}
     return Active(

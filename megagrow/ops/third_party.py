@@ -29,14 +29,14 @@ class Backend:
         name: as `ops.backend` names it.
         installed: whether it is here.
         functions: its ops, with the signatures of `PLAIN`.
-        mend: how to get it.
+        fix: how to get it.
         device: what it runs on.
     """
 
     name: str
     installed: Callable[[], bool]
     functions: Mapping[str, Callable[..., Any]]
-    mend: str
+    fix: str
     device: str = "cuda"
 
 
@@ -157,11 +157,11 @@ def choose(name: str) -> None:
         raise ConfigError(
             f"ops.backend: {name} is not installed",
             expected="an installed library, since it was chosen",
-            mend=f"{backend.mend}; or set ops.backend=own",
+            fix=f"{backend.fix}; or set ops.backend=own",
         )
     if backend.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f"ops.backend: {name} needs a CUDA device", mend="set ops.backend=own"
+            f"ops.backend: {name} needs a CUDA device", fix="set ops.backend=own"
         )  # fmt: skip
     for op in backend.functions:
         fault = self_check(backend, op)
@@ -170,7 +170,7 @@ def choose(name: str) -> None:
                 f"ops.backend: {name} fails the numerical check of {op}",
                 found=fault,
                 expected="agreement with fp64",
-                mend=f"install another version of {name}, or set ops.backend=own",
+                fix=f"install another version of {name}, or set ops.backend=own",
             )
     _chosen = backend
 

@@ -30,7 +30,7 @@ _RANKS_COUNTED = 64  # beyond this many the bytes of a growth are counted for a 
 _SAMPLE = 16
 T = TypeVar("T")
 _ROWS = 8  # of a table; what is longer shows its first, greatest and last row
-_MEND = {
+_FIX = {
     "parameters": "raise layout.tensor or layout.pipeline, or set layout.zero=3",
     "gradients": "raise layout.zero to 2 or 3, or raise layout.tensor or layout.pipeline",
     "optimizer": "raise layout.zero, start more processes, or set optimizer.offload=cpu",
@@ -244,7 +244,7 @@ def check_memory(config: Config, *, world: int, memory: str | None) -> str:
                     f"stages[{stage.index}]{pipe}: does not fit into memory {peak.when}",
                     found=f"{human(total, 'B')} a rank, most of it {part} ({human(size, 'B')})",
                     expected=f"at most {human(limit, 'B')}: {given}",
-                    mend=_MEND[part]
+                    fix=_FIX[part]
                     + ("" if memory else "; for other machines say --memory, such as 80GB"),
                 )
     if not checked:

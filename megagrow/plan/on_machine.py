@@ -93,7 +93,7 @@ def require_layout(config: Config, model: ModelConfig, machine: MachineConfig) -
             f"{model.hidden} hidden",
             found=f"{machine.memory / 1e9:.0f} GB a device, batch.global "
             f"{config.batch.global_}, batch.micro {config.batch.micro}",
-            mend="more nodes, batch.micro=1, a larger batch.global, or "
+            fix="more nodes, batch.micro=1, a larger batch.global, or "
             "model.activation_checkpointing=full",
         )
     return found

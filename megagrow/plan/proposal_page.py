@@ -163,6 +163,6 @@ def write(directory: Path, proposal: Proposal, *, text: str, config: str) -> str
         raise DataError(
             f"--output {directory}: cannot be written",
             found=error.strerror,
-            mend="give another directory, or free space",
+            fix="give another directory, or free space",
         ) from error
     return f"written: {directory}/" + f", {directory}/".join(files)

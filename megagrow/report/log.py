@@ -120,7 +120,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             f"cannot read the run's log {path}",
             found=error.strerror,
             expected="a metrics.jsonl written by a training run",
-            mend="give the directory of a run (its `run.dir`)",
+            fix="give the directory of a run (its `run.dir`)",
         ) from error
 
 
@@ -170,7 +170,7 @@ def _damaged(path: Path, number: int, raw: bytes, error: Exception) -> DataError
         f"{path}, line {number}: the log is damaged",
         found=f"{shown!r} ({error})",
         expected='one JSON object a line, with an "event"',
-        mend=f"delete line {number}, or move the file away to begin a new log",
+        fix=f"delete line {number}, or move the file away to begin a new log",
     )
 
 

@@ -43,7 +43,7 @@ def write_report(run_dir: str | Path) -> Path:
             f"{run_dir} is not a run directory",
             found="neither metrics.jsonl nor config.yaml in it",
             expected="a directory that launch/pretrain.py wrote",
-            mend="give the run's `run.dir`",
+            fix="give the run's `run.dir`",
         )
     run = summarize(iter_metrics(log) if log.is_file() else (), most=_MOST)
     text = config.read_text("utf-8", errors="replace") if config.is_file() else None
@@ -56,7 +56,7 @@ def write_report(run_dir: str | Path) -> Path:
             f"cannot write the report {path}",
             found=error.strerror,
             expected="room on the disk and the right to write",
-            mend=f"free space, then python launch/report.py {run_dir}",
+            fix=f"free space, then python launch/report.py {run_dir}",
         ) from error
     return path
 

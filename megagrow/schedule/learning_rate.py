@@ -156,7 +156,7 @@ class LearningRate:
                 f"the run has {planned} steps{decays}",
                 found=self.warmup,
                 expected=f"at most {room}",
-                mend="set schedule.warmup lower, schedule.decay lower, or train longer (stages)",
+                fix="set schedule.warmup lower, schedule.decay lower, or train longer (stages)",
             )
 
     @property

@@ -118,7 +118,7 @@ def resolve_stages(
                 + "(bounds count from the start of the run)",
                 found=_shown(bound),
                 expected=f"{'more than' if last else 'at least'} {_shown(done)}",
-                mend=f"raise stages[{index}].until.{unit}"
+                fix=f"raise stages[{index}].until.{unit}"
                 + (", or end the stage before it earlier" if index else ""),
             )
         plan = StagePlan(
@@ -180,7 +180,7 @@ def sample_length(config: Config, model: ModelConfig, index: int) -> int:
             f"stages[{index}].sequence: samples longer than the model's sequence",
             found=wanted,
             expected=f"at most {model.sequence}",
-            mend="shorten it, or grow the model's sequence (operator: sequence)",
+            fix="shorten it, or grow the model's sequence (operator: sequence)",
         )
     return wanted
 

@@ -71,7 +71,7 @@ def make_layout(*, world: int, tensor: int, pipeline: int, zero: int, key: str) 
             f"{key}: {world} processes cannot be arranged as tensor {tensor} x pipeline {pipeline}",
             found=f"tensor * pipeline = {tensor * pipeline}, processes = {world}",
             expected="a number of processes that tensor * pipeline divides",
-            mend=f"start {tensor * pipeline} processes or a multiple, or change {key}",
+            fix=f"start {tensor * pipeline} processes or a multiple, or change {key}",
         )
     return Layout(data=data, tensor=tensor, pipeline=pipeline, zero=zero)
 

@@ -82,7 +82,7 @@ def is_saved(path: Path, state: RunState, *, run: str, known: Path | None) -> bo
         f"{path}: is there already, but is not the state that is to be saved",
         found=found,
         expected=f"run {run}" if theirs != run else ", ".join(f"{k} {mine[k]}" for k in differ),
-        mend=f"if it is no longer needed, move it away: mv {path} {path}.old",
+        fix=f"if it is no longer needed, move it away: mv {path} {path}.old",
     )
 
 
@@ -147,7 +147,7 @@ def _finite(pieces: Iterable[Piece]) -> Iterator[Piece]:
         if not _is_finite(piece.values):
             raise TrainingError(
                 f"{piece.slot} of {piece.tensor} is not finite: no state to go on from",
-                mend="resume from the last checkpoint with a lower optimizer.lr, "
+                fix="resume from the last checkpoint with a lower optimizer.lr, "
                 "a longer schedule.warmup, or optimizer.grad_clip of at most 1",
             )
         yield piece
@@ -185,14 +185,14 @@ def candidates(root: Path, resume: str) -> list[Path]:
             raise CheckpointError(
                 f"{root}: --resume never, but the run directory already holds checkpoints",
                 found=held,
-                mend="go on with --resume auto, or start elsewhere with run.dir=NEW",
+                fix="go on with --resume auto, or start elsewhere with run.dir=NEW",
             )
         return []
     path = Path(resume)
     if not path.is_dir():
         raise CheckpointError(
             f"--resume {resume}: no such checkpoint directory",
-            mend=f"give one of the directories below {root}, or --resume auto",
+            fix=f"give one of the directories below {root}, or --resume auto",
         )
     path = newest(path / DIRECTORY) or newest(path) or path
     own = {step_path(root, step).resolve(): step_path(root, step) for step in steps}
@@ -200,7 +200,7 @@ def candidates(root: Path, resume: str) -> list[Path]:
         raise CheckpointError(
             f"--resume {resume}: not a checkpoint of this run, which already has its own",
             found=f"{held} in {root}",
-            mend="start a new run from it with run.dir=NEW, or go on with --resume auto",
+            fix="start a new run from it with run.dir=NEW, or go on with --resume auto",
         )
     return [own.get(path.resolve(), path)]
 
@@ -232,13 +232,13 @@ def verify(path: Path) -> None:
 
 def _unusable(error: MegagrowError, path: Path) -> CheckpointError:
     before = [step for step in list_steps(path.parent) if step_path(path.parent, step) < path]
-    mend = (
+    fix = (
         f"--resume {step_path(path.parent, before[-1])} goes on from the checkpoint before it, "
         "and --resume good from the newest that is undamaged"
         if before
         else "there is no earlier checkpoint: start again with another run.dir"
     )
-    return CheckpointError(f"{path}: cannot be resumed from\n{error}", mend=mend)
+    return CheckpointError(f"{path}: cannot be resumed from\n{error}", fix=fix)
 
 
 def check_agreement(
@@ -261,18 +261,18 @@ def check_agreement(
             f"{where}: run.seed differs, so the order of samples would",
             found=config.run.seed,
             expected=seed,
-            mend=f"set run.seed={seed}",
+            fix=f"set run.seed={seed}",
         )
     try:
         state = RunState.from_json(checkpoint.run_state)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: the run state in its manifest is damaged: {error!r}",
-                              mend="resume from an earlier checkpoint") from error  # fmt: skip
+                              fix="resume from an earlier checkpoint") from error  # fmt: skip
     if state.growth_stage >= len(plan.stages):
         raise CheckpointError(
             f"{where}: is in growth stage {state.growth_stage}, which `stages` does not have",
             found=f"{len(plan.stages)} stages",
-            mend="resume with the stages that the run was started with",
+            fix="resume with the stages that the run was started with",
         )
     expected = build_catalog(plan.stages[state.growth_stage].model)
     if expected != checkpoint.catalog:
@@ -280,7 +280,7 @@ def check_agreement(
             f"{where}: holds another model than stage {state.growth_stage} of the configuration",
             found=_shape(checkpoint.catalog, _model_of(checkpoint)),
             expected=_shape(expected, plan.stages[state.growth_stage].model),
-            mend="resume with the model and stages that the run was started with"
+            fix="resume with the model and stages that the run was started with"
             + _without_it(checkpoint.path, config, "start a run of this model"),
         )
     changes = _changes(checkpoint.config, config.model_dump(mode="json", by_alias=True))
@@ -378,7 +378,7 @@ def _require_slots(checkpoint: NativeCheckpoint, engine: Engine) -> None:
             "optimizer.name: the checkpoint has no state of this optimizer",
             found=", ".join(stored),
             expected=", ".join(wanted),
-            mend="set optimizer.name to the run's own, or start a new run in another run.dir",
+            fix="set optimizer.name to the run's own, or start a new run in another run.dir",
         )
 
 

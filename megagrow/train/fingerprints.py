@@ -28,7 +28,7 @@ def require_run(checkpoint: Source) -> None:
         raise CheckpointError(
             f"{path}: belongs to no run: it was made without --config, so it tells of no data, "
             "seed or stages",
-            mend=f"python launch/convert.py --from {path} --to {path}-for-run --to-format native "
+            fix=f"python launch/convert.py --from {path} --to {path}-for-run --to-format native "
             "--config RUN.yaml, with the configuration of the run that is to start from it",
         )
 
@@ -46,7 +46,7 @@ def require_same_data(checkpoint: Source, data: PreparedData) -> None:
                 f"{checkpoint.path}: was trained on another {name} than data.path = {data.path}",
                 found=wanted,
                 expected=found,
-                mend="set data.path to the dataset of the run; or carry its weights into a run on "
+                fix="set data.path to the dataset of the run; or carry its weights into a run on "
                 f"this data: python launch/convert.py --from {checkpoint.path} --to "
                 f"{checkpoint.path}-for-run --to-format native --config RUN.yaml, with the "
                 "configuration of that run, which has a run.dir of its own",

@@ -105,7 +105,7 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
     if model == small:
         raise GrowthError(
             "the growth changes nothing: the model has these sizes already",
-            mend="give larger sizes with --target, or --factor",
+            fix="give larger sizes with --target, or --factor",
         )
     grown = _with_growth(config, state, grow)
     optimizer = stage_optimizer(grown, state.growth_stage + 1)
@@ -128,7 +128,7 @@ def _native(source: Path) -> Path:
         target = Path("imports") / source.resolve().name
         raise CheckpointError(
             f"{at}: a checkpoint of format {other.name}; a growth starts from one of a run",
-            mend=f"python launch/convert.py --from {at} --to {target} --to-format native "
+            fix=f"python launch/convert.py --from {at} --to {target} --to-format native "
             f"--config RUN.yaml, with the configuration of the run to be, then --from {target}",
         ) from None
 
@@ -177,7 +177,7 @@ def write_offline(plan: OfflineGrowth, root: Path, *, piece_bytes: int = PIECE_B
             raise CheckpointError(
                 f"{root}: cannot be synchronised, so {result.name} was not kept",
                 found=reason,
-                mend="see to the disk, then run the same command again",
+                fix="see to the disk, then run the same command again",
             ) from error
 
 

@@ -57,7 +57,7 @@ class Trainer:
         lock: of run.dir; by default nobody else writes there.
 
     Raises:
-        MegagrowError: on all ranks, for anything that the user can mend.
+        MegagrowError: on all ranks, for anything that the user can fix.
     """
 
     def __init__(

@@ -93,7 +93,7 @@ def require_disk(config: Config, plan: RunPlan) -> None:
         f"run.dir = {run_dir}: too little space on its disk",
         found=f"{human(usage.free, 'B')} free" + (f"; checkpoints {sizes}" if sizes else ""),
         expected=f"{human(needed, 'B')}, the size of the largest checkpoint of this run",
-        mend="free space"
+        fix="free space"
         + (", or lower checkpoint.keep to let older checkpoints go" if len(steps) > 1 else "")
         + ", or set run.dir to a larger disk",
     )

@@ -34,7 +34,7 @@ def phases(config: Config, plans: tuple[StagePlan, ...]) -> tuple[Phase, ...]:
                 f"stages[{plan.index}].schedule: warm-up and decay do not fit into the stage",
                 found=f"{asked.warmup or 0} + {decay} steps",
                 expected=f"at most {plan.steps}, the steps of the stage",
-                mend=f"lower stages[{plan.index}].schedule, or end the stage later",
+                fix=f"lower stages[{plan.index}].schedule, or end the stage later",
             )
         peak = stage_optimizer(config, plan.index).lr
         floor = config.schedule.floor if asked.floor is None else asked.floor
@@ -82,7 +82,7 @@ def require_settled_betas(
             f"that {min(wrong):,} updates have made, and it would be wrong under other betas",
             found=f"{list(before)} -> {list(after)}",
             expected="a change once beta^t is small under both",
-            mend=f"change the betas in a later stage, or set stages[{index}].grow.state_policy to "
+            fix=f"change the betas in a later stage, or set stages[{index}].grow.state_policy to "
             "reset, after which all moments start again",
         )
 

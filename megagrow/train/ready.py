@@ -130,7 +130,7 @@ def open_data(config: Config, *, may_come: bool) -> PreparedData | None:
         return open_dataset(path, config.data.tokenizer)
     except DataError as error:
         if may_come and missing:
-            raise error.or_mend("give model.vocab=N: a dry run then needs no data") from None
+            raise error.or_fix("give model.vocab=N: a dry run then needs no data") from None
         raise
 
 
@@ -151,7 +151,7 @@ def _require_directory(run_dir: Path) -> None:
         raise TrainingError(
             f"run.dir = {run_dir}: {path} is not a directory",
             expected="a directory, or nothing yet",
-            mend="set run.dir to another, for instance run.dir=runs/new",
+            fix="set run.dir to another, for instance run.dir=runs/new",
         )
 
 

@@ -218,7 +218,7 @@ def with_vocabulary(config: Config, vocabulary: int | None) -> Config:
         if vocabulary is None:
             raise ConfigError(
                 "model.vocab is not set and no tokenizer tells it",
-                mend="set model.vocab, or give data.path",
+                fix="set model.vocab, or give data.path",
             )
         model = config.model.model_copy(update={"vocab": vocabulary})
         return config.model_copy(update={"model": model})
@@ -227,7 +227,7 @@ def with_vocabulary(config: Config, vocabulary: int | None) -> Config:
             "model.vocab is smaller than the tokenizer's vocabulary",
             found=given,
             expected=f"at least {vocabulary}",
-            mend="leave model.vocab out: it is then taken from the tokenizer",
+            fix="leave model.vocab out: it is then taken from the tokenizer",
         )
     return config
 
@@ -312,7 +312,7 @@ def _require_time(ramp: Ramp, stage: StagePlan) -> None:
             f"stages[{stage.index}]: is over before all units of its growth are in",
             found=f"{steps} steps, grow.ramp {ramp.steps}",
             expected=f"at least {ramp.steps} steps",
-            mend=f"set stages[{stage.index}].grow.ramp={steps} or less, or until to more",
+            fix=f"set stages[{stage.index}].grow.ramp={steps} or less, or until to more",
         )
 
 
@@ -325,5 +325,5 @@ def _require_fit(model: ModelConfig, layout: Layout, spread: LayoutConfig, *, ke
             f"{key}.pipeline: more stages than the model has layers",
             found=layout.pipeline,
             expected=f"at most {entries} (embedding, {model.layers} blocks, head)",
-            mend=f"set {key}.pipeline={entries} or less",
+            fix=f"set {key}.pipeline={entries} or less",
         )

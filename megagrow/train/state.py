@@ -91,7 +91,7 @@ class RunState:
             raise GrowthError(
                 f"step {self.step}: the units of the growth before are not all in yet",
                 found=f"a mask of {self.ramp.progress(self.step):.3f}",
-                mend=f"train to step {self.ramp.born + self.ramp.steps} before the next growth",
+                fix=f"train to step {self.ramp.born + self.ramp.steps} before the next growth",
             )
         # A rule that ended the stage has entered its end already.
         ended = len(self.ends) > self.growth_stage

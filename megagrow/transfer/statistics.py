@@ -90,7 +90,7 @@ def measure(
         if not math.isfinite(peak_value):
             raise GrowthError(
                 f"{statistic.tensor} has values that are not finite, so it cannot be grown",
-                mend="go back to a checkpoint before the loss became NaN or infinite",
+                fix="go back to a checkpoint before the loss became NaN or infinite",
             )
     sums = _summed(needed, peaks, pieces, device)
     if channel is not None and channel.world > 1:

@@ -99,11 +99,11 @@ FAULTS = {
 
 @pytest.mark.parametrize("case", FAULTS)
 def test_a_failure_anywhere_fails_everywhere(root, monkeypatch, case):
-    function, code, on, mend = FAULTS[case]
+    function, code, on, fix = FAULTS[case]
     with monkeypatch.context() as patch:
         patch.setattr(os, function, fail(function, code, on))
         outcomes = save_outcomes(root, 41, cut())
-    all_refuse(outcomes, errno.errorcode[code], re.escape(mend), "step_00000041")
+    all_refuse(outcomes, errno.errorcode[code], re.escape(fix), "step_00000041")
     only_step_40(root)
     assert not isinstance(save_outcomes(root, 41, cut())[0], Exception)
 

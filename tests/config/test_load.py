@@ -90,13 +90,13 @@ def test_wrong_values(path, override, says):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("model.layer=3", "model.layer: unknown key\n    mend:     did you mean model.layers?"),
+        ("model.layer=3", "model.layer: unknown key\n    fix:      did you mean model.layers?"),
         ("batch.gloabl=3", "did you mean batch.global?"),
         ("batch.global_=3", "did you mean batch.global?"),
         ("stages.1.grow.operater=x", "stages[1].grow.operater: unknown key"),
         ("stages.1.grow.operater=x", "did you mean stages[1].grow.operator?"),
         ("model.init_std={embeding: 1}", "did you mean model.init_std.embedding?"),
-        ("optimiser.lr=1", "optimiser: unknown key\n    mend:     did you mean optimizer?"),
+        ("optimiser.lr=1", "optimiser: unknown key\n    fix:      did you mean optimizer?"),
         ("lr=1", "did you mean optimizer.lr?"),
         ("model.qqq=1", "expected: one of family, layers, hidden"),
     ],

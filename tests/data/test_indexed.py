@@ -145,7 +145,7 @@ def test_damaged_index_is_refused_by_name(tmp_path: Path, idx: bytes, word: str)
     write_raw(tmp_path / "d", idx)
     with pytest.raises(DataError, match=word) as caught:
         IndexedDataset(tmp_path / "d")
-    assert str(tmp_path) in str(caught.value) and "mend" in str(caught.value)
+    assert str(tmp_path) in str(caught.value) and "fix" in str(caught.value)
 
 
 @pytest.mark.parametrize("tokens", [BIN[:-1], BIN + b"\x00\x00", b""])

@@ -273,7 +273,7 @@ def test_rerun_is_done_at_once_and_other_arguments_are_refused(tmp_path: Path) -
         prepare(request(source, output, vocab_size=291))
 
 
-def test_overwrite_mends_a_damaged_output(tmp_path: Path) -> None:
+def test_overwrite_fixes_a_damaged_output(tmp_path: Path) -> None:
     source, output = small(tmp_path), tmp_path / "out"
     prepare(request(source, output, vocab_size=290))
     good = contents(output)

@@ -44,7 +44,7 @@ def test_a_vocabulary_that_does_not_fit_names_one_that_does(tmp_path: Path) -> N
             prepare(request(source, tmp_path / "out", vocab_size=asked))
         assert "INTERNAL" not in str(caught.value)
         assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
-        [better] = re.findall(r"mend: +--vocab-size (\d+)", str(caught.value))
+        [better] = re.findall(r"fix: +--vocab-size (\d+)", str(caught.value))
         data = prepare(request(source, tmp_path / f"for {asked}", vocab_size=int(better))).data
         assert data.vocab_size == int(better)
         shutil.rmtree(data.path)

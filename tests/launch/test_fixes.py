@@ -111,7 +111,7 @@ def state(tmp_path, dataset, monkeypatch):
 
 def proposed(error):
     """What an error says fixes it, in one line."""
-    found = re.search(r"  mend:     (.*)", str(error), re.DOTALL)
+    found = re.search(r"  fix:      (.*)", str(error), re.DOTALL)
     assert found, error
     return " ".join(found[1].split())
 
@@ -335,11 +335,11 @@ def known_options():
 
 
 def fixes():
-    """(file, line, text) of everything given as `mend=`."""
+    """(file, line, text) of everything given as `fix=`."""
     for path in SOURCES:
         for node in ast.walk(tree_of(path)):
             for keyword in node.keywords if isinstance(node, ast.Call) else ():
-                if keyword.arg == "mend" and skeleton(keyword.value):
+                if keyword.arg == "fix" and skeleton(keyword.value):
                     yield path.relative_to(REPOSITORY), node.lineno, skeleton(keyword.value)
 
 

@@ -227,6 +227,6 @@ def test_the_command_ends_with_status_1_where_it_does_not_fit(tmp_path):
     assert fits.status == 0 and "fits into 1 GB (--memory)" in fits.out
     small = main(["--config", path, "--dry-run", "--world", "2", "--memory", "10kB"])
     assert small.status == 1 and "stage 0" in small.out
-    assert "stages[0]: does not fit" in small.err and "mend:" in small.err
+    assert "stages[0]: does not fit" in small.err and "fix:" in small.err
     wrong = main(["--config", path, "--memory", "1GB"])
     assert wrong.status == 1 and "--dry-run" in wrong.err

@@ -208,7 +208,7 @@ def test_numbers_that_nothing_can_be_planned_with_are_refused(tmp_path, capsys, 
     config = write_config(tmp_path / "run.yaml", small_run().model_dump(mode="json", by_alias=True))
     assert plan_command(["--config", config, *arguments]) != 0
     error = capsys.readouterr().err
-    assert said in error and "mend:" in error and "Traceback" not in error
+    assert said in error and "fix:" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(("checkpointing", "times"), [("none", 4), ("selective", 4), ("full", 5)])

@@ -96,7 +96,7 @@ def test_a_damaged_newest_checkpoint(used, finished, damage):
     root = run_dir / "checkpoints"
     last, before = step_path(root, 10), step_path(root, 8)
     damage(last)
-    refusals(used, [([], [str(last), "cannot be resumed from", f"mend:     --resume {before} "])])
+    refusals(used, [([], [str(last), "cannot be resumed from", f"fix:      --resume {before} "])])
 
     damaged = files_below(last)
     lines = train(1, config, f"run.dir={run_dir}", resume=before)
@@ -113,8 +113,8 @@ def test_a_damaged_newest_checkpoint(used, finished, damage):
 def test_nothing_is_set_aside_for_a_checkpoint_that_turns_out_damaged(used):
     root = used[1] / "checkpoints"
     _flip_value(step_path(root, 8))
-    mend = f"--resume {step_path(root, list_steps(root)[0])} goes on"
-    refusals(used, [(["--resume", step_path(root, 8)], ["step_00000008", "damaged", mend])])
+    fix = f"--resume {step_path(root, list_steps(root)[0])} goes on"
+    refusals(used, [(["--resume", step_path(root, 8)], ["step_00000008", "damaged", fix])])
 
 
 def test_the_first_checkpoint_has_none_before_it(used):

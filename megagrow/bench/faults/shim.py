@@ -23,7 +23,7 @@ def build(directory: Path) -> Path:
     if compiler is None:
         raise ConfigError(
             "no C compiler on PATH: the faults of system calls are made by a small library",
-            mend="install one (Debian, Ubuntu: apt install gcc) or set CC",
+            fix="install one (Debian, Ubuntu: apt install gcc) or set CC",
         )
     library = directory / "faults.so"
     command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl"]

@@ -118,7 +118,7 @@ class System:
         [process] = started.start(script, arguments, world=0, log=log)
         process.join()
         if process.exitcode:
-            raise CheckpointError(f"{script} failed before any fault", mend=f"see {log}")
+            raise CheckpointError(f"{script} failed before any fault", fix=f"see {log}")
 
     # --- one command, one fault -----------------------------------------------------------
 
@@ -133,7 +133,7 @@ class System:
             raise CheckpointError(
                 f"{command.name}: failed undisturbed",
                 found=f"no end within {_OVER:g} s" if hung else f"exit statuses {statuses}",
-                mend=f"see {log}",
+                fix=f"see {log}",
             )
         calls = Counter(Path(f"{log}.calls").read_text())
         found = _Undisturbed(command.outcome(path), seconds, calls, _beside(path))

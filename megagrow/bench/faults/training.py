@@ -104,7 +104,7 @@ class Campaign:
         straight = self.directory / "undisturbed"
         if self._attempt(straight, None) != [0] * self.world:
             raise CheckpointError(f"{straight}: the undisturbed run failed",
-                                  mend=f"see {straight}.log")  # fmt: skip
+                                  fix=f"see {straight}.log")  # fmt: skip
         result = outcome(straight)
         while self._left(wanted) and time.monotonic() < end:
             self._one_run(wanted, end, result)

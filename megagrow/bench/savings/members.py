@@ -136,7 +136,7 @@ class Member:
                     f"{self.name}: no room for the decay of a budget after the last growth",
                     found=f"budget {budget:.3g} FLOPs, last growth at {last.start_flops:.3g}",
                     expected=f"a growth before {(1 - decay) * budget:.3g} FLOPs",
-                    mend="grow earlier, or leave the budget out",
+                    fix="grow earlier, or leave the budget out",
                 )
             found.append(Branch(budget, start, end))
         return found
@@ -305,7 +305,7 @@ def check(members: Members) -> None:
         raise ConfigError(
             "target.schedule.warmup: is not given, so every budget would have another",
             expected="a number of steps",
-            mend="set target.schedule.warmup",
+            fix="set target.schedule.warmup",
         )
     for name, variant in config.variants.items():
         at = len(variant.stages) - 1
@@ -313,7 +313,7 @@ def check(members: Members) -> None:
         if "decay" in own:
             raise ConfigError(
                 f"variants.{name}.stages[{at}].schedule.decay: the benchmark sets the last decay",
-                mend="leave it out, and set decay of the benchmark",
+                fix="leave it out, and set decay of the benchmark",
             )
     ends: dict[str, list[Stage]] = {}
     for name in (SCRATCH, *config.variants, *members.smalls):

@@ -67,7 +67,7 @@ def write(campaign: Campaign, result: Mapping[str, Any]) -> list[Path]:
             write_atomically(directory / name, content.encode())
     except OSError as error:
         raise DataError(
-            f"{directory}: cannot be written", found=error.strerror, mend="free space, or set dir"
+            f"{directory}: cannot be written", found=error.strerror, fix="free space, or set dir"
         ) from error
     return [directory / name for name in files]
 

@@ -99,7 +99,7 @@ def run_all(
         raise TrainingError(
             "a process that trains was killed or could not start",
             expected="memory for each of them",
-            mend="start it again with fewer --jobs: finished legs are kept",
+            fix="start it again with fewer --jobs: finished legs are kept",
         ) from error
     finally:
         # A failure or an interruption: what is running ends with its worker, and is resumed later.

@@ -37,7 +37,7 @@ def own_value(whole: Settings, name: str, values: Sequence[Any], *, key: str) ->
             f"{key}.{name}: lacks the target's own value, which the sweep starts from",
             found=", ".join(map(str, values)),
             expected=f"{found} among them",
-            mend=f"add {found} to {key}.{name}, or set target.{name} to one of its values",
+            fix=f"add {found} to {key}.{name}, or set target.{name} to one of its values",
         )
     return found
 

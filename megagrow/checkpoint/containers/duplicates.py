@@ -60,5 +60,5 @@ def _blocks(tensor: StoredTensor) -> Iterator[torch.Tensor]:
         for first in range(0, tensor.numel, _ELEMENTS):
             data = bytearray(width * min(_ELEMENTS, tensor.numel - first))
             if not read_exactly(file, memoryview(data), tensor.start + first * width):
-                raise CheckpointError(f"{tensor.path}: truncated", mend=RESTORE)
+                raise CheckpointError(f"{tensor.path}: truncated", fix=RESTORE)
             yield torch.frombuffer(data, dtype=tensor.dtype)

@@ -114,7 +114,7 @@ class StoredTensor:
         data = bytearray(self.dtype.itemsize)
         with open_regular(self.path) as (file, _), naming(self.path, "cannot be read", READING):
             if not read_exactly(file, memoryview(data), self.start):
-                raise CheckpointError(f"{self.path}: truncated", mend=RESTORE)
+                raise CheckpointError(f"{self.path}: truncated", fix=RESTORE)
         return float(torch.frombuffer(data, dtype=self.dtype).item())
 
 
@@ -251,12 +251,12 @@ class _Machine(_PYTHONS):
                 f"{self._path}: its pickle is refused; nothing of it was run",
                 found=str(reason)[:500],
                 expected="tensors and plain values",
-                mend="if you trust the file, load it where it was made and save plain tensors",
+                fix="if you trust the file, load it where it was made and save plain tensors",
             ) from None
         except Exception as error:
             found = f"{type(error).__name__}: {error}"[:500]
             raise CheckpointError(
-                f"{self._path}: its pickle is damaged", found=found, mend=RESTORE
+                f"{self._path}: its pickle is damaged", found=found, fix=RESTORE
             ) from None
 
     def find_class(self, module: str, name: str) -> Any:

@@ -114,4 +114,4 @@ def _exactly(path: Path, descriptor: int, start: int, count: int) -> bytes:
 
 
 def _fault(path: Path, what: str, found: object = None, expected: object = None) -> CheckpointError:
-    return CheckpointError(f"{path}: {what}", found=found, expected=expected, mend=RESTORE)
+    return CheckpointError(f"{path}: {what}", found=found, expected=expected, fix=RESTORE)

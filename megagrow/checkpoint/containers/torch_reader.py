@@ -80,7 +80,7 @@ def _list_records(path: Path, window: _Window) -> dict[str, Stretch]:
             f"{path}: not a file of torch.save, or damaged",
             found=str(error),
             expected="a zip archive",
-            mend=f"if a torch before 1.6 wrote it, save it again with a newer one; {RESTORE}",
+            fix=f"if a torch before 1.6 wrote it, save it again with a newer one; {RESTORE}",
         ) from None
     if not 0 < len(entries) <= _RECORD_LIMIT:
         raise _fault(path, "number of records", len(entries), f"1 to {_RECORD_LIMIT}")
@@ -127,7 +127,7 @@ def _read(path: Path, descriptor: int, start: int, data: memoryview) -> None:
 
 
 def _fault(path: Path, what: str, found: object = None, expected: object = None) -> CheckpointError:
-    return CheckpointError(f"{path}: {what}", found=found, expected=expected, mend=RESTORE)
+    return CheckpointError(f"{path}: {what}", found=found, expected=expected, fix=RESTORE)
 
 
 class _Window(io.RawIOBase):

@@ -214,7 +214,7 @@ def compare(
             raise CheckpointError(
                 f"{new.path}: tensor {tensor}, slot {slot}, box {box}: not what was converted",
                 expected=f"the values of {old.path}",
-                mend="convert again; if it recurs, look at the disk and the memory of this host",
+                fix="convert again; if it recurs, look at the disk and the memory of this host",
             )
         if source.dtype != kind:
             wide = torch.promote_types(source.dtype, torch.float32)

@@ -214,7 +214,7 @@ def _require_axes(job: Job) -> None:
             f"format {target.name} has no place for a layout's {', '.join(lost)}",
             found=found,
             expected=f"{' and '.join(target.axes) or 'no layout'}",
-            mend=f"leave out {found}: the result is the same for any",
+            fix=f"leave out {found}: the result is the same for any",
         )
 
 
@@ -225,7 +225,7 @@ def _require_whole_slots(source: Source, sink: Sink, job: Job) -> None:
         raise CheckpointError(
             f"{source.path}: its matrices have Muon's momentum and no {', '.join(sorted(partial))},"
             f" which format {job.target_format} wants of every tensor",
-            mend="convert to native, to dcp, or to huggingface (weights alone)",
+            fix="convert to native, to dcp, or to huggingface (weights alone)",
         )
 
 

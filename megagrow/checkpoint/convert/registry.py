@@ -57,5 +57,5 @@ def detect(path: Path, name: str | None = None) -> tuple[Format, Path]:
     raise CheckpointError(
         f"{path}: holds checkpoints of several formats",
         found=", ".join(fmt.name for fmt, _ in found),
-        mend="say which one to read with --from-format",
+        fix="say which one to read with --from-format",
     )

@@ -100,7 +100,7 @@ def convert(
                 f"{job.target.parent}: not enough disk space",
                 found=f"{about.free_bytes:,} bytes free",
                 expected=f"at least {missing:,} bytes free",
-                mend="free disk space, or convert to another disk",
+                fix="free disk space, or convert to another disk",
             )
         sums = dict(kept)
         todo = [i for i in range(len(opened.pieces)) if i not in kept]
@@ -135,7 +135,7 @@ def _refuse_existing(target: Path) -> None:
     if os.path.lexists(target):
         raise CheckpointError(
             f"{target}: something lies there already, and nothing is overwritten",
-            mend=f"give another --to, or move it away: mv {target} {target}.old",
+            fix=f"give another --to, or move it away: mv {target} {target}.old",
         )
 
 

@@ -368,7 +368,7 @@ class Format:
         if self.open_told is None:
             raise ConfigError(
                 f"format {self.name} tells everything itself",
-                mend="leave out --vocab-size and --ignore",
+                fix="leave out --vocab-size and --ignore",
             )
         return self.open_told(path, options)
 

@@ -98,7 +98,7 @@ def model_of(state: Described) -> ModelConfig:
         raise CheckpointError(
             "the checkpoint does not tell the shape of its model",
             expected="a section `model` in its configuration",
-            mend="convert to native or dcp, which need no shape",
+            fix="convert to native or dcp, which need no shape",
         )
     return model
 
@@ -134,7 +134,7 @@ def refuse_ramp(state: Described, *, program: str) -> None:
         raise CheckpointError(
             "new units of the last growth count in part only, by a mask that "
             f"no model of {program} has",
-            mend="train to the end of the ramp (grow.ramp) and convert that checkpoint",
+            fix="train to the end of the ramp (grow.ramp) and convert that checkpoint",
         )
 
 
@@ -167,7 +167,7 @@ def catalog_for(run: Described, source: Described) -> Catalog:
                     f"model.{setting}: the run's model is not the one of these parameters",
                     found=found,
                     expected=expected,
-                    mend=f"set model.{setting}: {expected} in the run's configuration",
+                    fix=f"set model.{setting}: {expected} in the run's configuration",
                 )
     return build_catalog(model)
 
@@ -181,7 +181,7 @@ def _require_vocabulary(run: Described, source: Described) -> None:
         "model.vocab: the run's vocabulary is not that of these weights",
         found=f"{wanted} (of model.vocab, or of the tokenizer of data.path)",
         expected=rows,
-        mend="prepare the data with the weights' own tokenizer: launch/prepare_data.py --tokenizer"
+        fix="prepare the data with the weights' own tokenizer: launch/prepare_data.py --tokenizer"
         + (f"; if it is that one, set model.vocab: {rows}" if larger else ""),
     )
 

@@ -69,7 +69,7 @@ def own_tokenizer(
             f"{file}: is not the tokenizer of this model",
             found=f"SHA-256 {sha256}",
             expected=f"{' or '.join(held)}, which {source.path} holds",
-            mend=(f"leave --tokenizer out: {own.file} is the model's own"
+            fix=(f"leave --tokenizer out: {own.file} is the model's own"
                   if isinstance(own, OwnTokenizer) else "give its own with --tokenizer")
             + f"; {OVERRIDE} takes another all the same",
         )  # fmt: skip
@@ -88,7 +88,7 @@ def require_own_tokenizer(source: Source, fingerprints: Mapping[str, str]) -> No
             f"{source.path}: these weights were trained with another tokenizer than the run's data",
             found=f"SHA-256 {wanted} in the dataset of the run",
             expected=" or ".join(held),
-            mend="prepare the data with the weights' own: launch/prepare_data.py --tokenizer; "
+            fix="prepare the data with the weights' own: launch/prepare_data.py --tokenizer; "
             f"{OVERRIDE} takes the other all the same",
         )
 

@@ -19,7 +19,7 @@ def placed(catalog: Catalog, request: Request) -> Placement:
     if layout.pipeline > 1 and layout.zero > 1:
         raise ConfigError(
             f"ZeRO {layout.zero} does not go with pipeline {layout.pipeline}",
-            mend="give --zero 0 or --zero 1, or --pipeline 1",
+            fix="give --zero 0 or --zero 1, or --pipeline 1",
         )
     for tensor in catalog:
         axis = split_axis(tensor)
@@ -29,7 +29,7 @@ def placed(catalog: Catalog, request: Request) -> Placement:
             raise ConfigError(
                 f"{tensor.name} cannot be cut into {layout.tensor} equal parts",
                 found=f"axis {tensor.axes[axis]} of length {tensor.shape[axis]}",
-                mend=f"give --tensor a divisor of {tensor.shape[axis]}",
+                fix=f"give --tensor a divisor of {tensor.shape[axis]}",
             )
     placement = Placement(catalog, layout, group_keys(catalog, _rules(request), request.meta.slots))
     try:
@@ -38,7 +38,7 @@ def placed(catalog: Catalog, request: Request) -> Placement:
         raise ConfigError(
             f"the model's layers cannot be cut into {layout.pipeline} pipeline stages",
             found=error,
-            mend="give a smaller --pipeline",
+            fix="give a smaller --pipeline",
         ) from None
     return placement
 

@@ -21,7 +21,7 @@ from megagrow.config.load import in_words
 from megagrow.errors import CheckpointError
 
 NAME = "megagrow.checksums.json"
-MEND = f"restore the file from a copy; if it was changed on purpose, delete {NAME}"
+FIX = f"restore the file from a copy; if it was changed on purpose, delete {NAME}"
 _LIMIT = 256 << 20
 
 
@@ -65,7 +65,7 @@ def read_seal(path: Path) -> tuple[dict[str, SealedFile], int]:
                 raise ValueError(f"number of checksums of {name}")
     except (KeyError, TypeError, ValueError, AttributeError, ValidationError) as error:
         raise CheckpointError(
-            f"{where}: damaged", found=in_words(error)[:300], mend=RESTORE
+            f"{where}: damaged", found=in_words(error)[:300], fix=RESTORE
         ) from None
     return files, CHUNK_BYTES
 

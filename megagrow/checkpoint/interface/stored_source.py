@@ -21,7 +21,7 @@ import torch
 
 from megagrow.checkpoint.interface.format import LeftOut
 from megagrow.checkpoint.interface.meta import CheckpointMeta
-from megagrow.checkpoint.interface.sidecar_checksums import MEND, SealedFile, read_seal
+from megagrow.checkpoint.interface.sidecar_checksums import FIX, SealedFile, read_seal
 from megagrow.checkpoint.interface.sidecar_checksums import NAME as SEAL
 from megagrow.checkpoint.io.checksum import crc32
 from megagrow.checkpoint.io.files import READING, RESTORE, naming, open_regular, read_exactly
@@ -307,7 +307,7 @@ class StoredSource:
                 f"{self.path / record.file}: {stored or self._at(record)}: damaged",
                 found=f"{record.bytes} bytes from {record.start} on have CRC-32 {crc:08x}",
                 expected=f"CRC-32 {record.crc32:08x}",
-                mend=RESTORE,
+                fix=RESTORE,
             )
         self._verified.add(record)
 
@@ -333,7 +333,7 @@ class StoredSource:
                     f"{path}: {stored or 'file'}: truncated, or changed while it is read",
                     found=f"{size} bytes",
                     expected=f"{self.files[file]} bytes",
-                    mend=RESTORE,
+                    fix=RESTORE,
                 )
 
 
@@ -347,7 +347,7 @@ def _sealed(
                 f"{path / name}: is not the file that {SEAL} tells of",
                 found=f"{size} bytes",
                 expected=f"{sealed[name].size} bytes" if name in sealed else "no such file",
-                mend=MEND,
+                fix=FIX,
             )
     for name, file in sealed.items():
         for number, told in enumerate(file.crc32):
@@ -377,7 +377,7 @@ def _proved(
                 f"{at}: reaches outside its file, which may be truncated",
                 found=f"bytes {item.start} to {item.start + item.bytes}",
                 expected=f"inside {sizes.get(item.file, 0)} bytes",
-                mend=RESTORE,
+                fix=RESTORE,
             )
         stored[item.tensor, item.slot].append(item)
     for (name, slot), items in stored.items():

@@ -38,7 +38,7 @@ READING = {
 
 
 @contextlib.contextmanager
-def naming(path: Path, fault: str, mends: Mapping[int, str] = _WRITING) -> Iterator[None]:
+def naming(path: Path, fault: str, fixes: Mapping[int, str] = _WRITING) -> Iterator[None]:
     """Turn an OSError into a CheckpointError that says `path: fault` and the system's reason."""
     try:
         yield
@@ -47,7 +47,7 @@ def naming(path: Path, fault: str, mends: Mapping[int, str] = _WRITING) -> Itera
         raise CheckpointError(
             f"{path}: {fault}",
             found=f"{error.strerror or error} ({code})",
-            mend=mends.get(error.errno or 0),
+            fix=fixes.get(error.errno or 0),
         ) from error
 
 
@@ -64,7 +64,7 @@ def laid_out(path: Path, how: str) -> Iterator[None]:
         raise CheckpointError(
             f"{path}: not laid out as {how}",
             found=f"{type(error).__name__}: {error}"[:300],
-            mend=RESTORE,
+            fix=RESTORE,
         ) from None
 
 
@@ -121,11 +121,11 @@ def read_small(path: Path, limit: int) -> bytes:
                 f"{path}: too long",
                 found=f"{size} bytes",
                 expected=f"at most {limit} bytes",
-                mend=RESTORE,
+                fix=RESTORE,
             )
         data = bytearray(size)
         if not read_exactly(descriptor, memoryview(data), 0):
-            raise CheckpointError(f"{path}: changed while it is read", mend=RESTORE)
+            raise CheckpointError(f"{path}: changed while it is read", fix=RESTORE)
         return bytes(data)
 
 

@@ -24,11 +24,9 @@ def parse_json(text: bytes, *, where: str) -> dict[str, Any]:
         value = json.loads(text.decode(), object_pairs_hook=_no_duplicates, parse_int=_bounded)
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
-        raise CheckpointError(
-            f"{where}: not valid JSON", found=reason[:200], mend=RESTORE
-        ) from None
+        raise CheckpointError(f"{where}: not valid JSON", found=reason[:200], fix=RESTORE) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: not a JSON object", mend=RESTORE)
+        raise CheckpointError(f"{where}: not a JSON object", fix=RESTORE)
     return value
 
 

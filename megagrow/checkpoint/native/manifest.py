@@ -235,7 +235,7 @@ def unseal(data: bytes, *, where: str) -> Manifest:
         raise CheckpointError(
             f"{where}: damaged, or not a manifest of megagrow",
             found="its content does not have the SHA-256 that it states",
-            mend=RESTORE,
+            fix=RESTORE,
         )
     try:
         content = json.loads(
@@ -256,7 +256,7 @@ def unseal(data: bytes, *, where: str) -> Manifest:
             f"{where}: format version is not known here",
             found=f"version {content.get('version')!r}, by megagrow {content.get('megagrow')!r}",
             expected=f"version {VERSION}",
-            mend="install the megagrow that wrote it",
+            fix="install the megagrow that wrote it",
         )
     try:
         return Manifest.model_validate(content)

@@ -80,7 +80,7 @@ def free_room(root: Path, *, needed: int, keep: int | None, say: Callable[[str],
             f"{root}: not enough disk space for the next checkpoint",
             found=f"{free:,} bytes free; {_held(root)}",
             expected=f"at least {needed:,} bytes free",
-            mend=_mend(root, int(needed - free)),
+            fix=_fix(root, int(needed - free)),
         )
 
 
@@ -109,7 +109,7 @@ def _held(root: Path) -> str:
     return f"older checkpoints: {', '.join(sizes)}" if sizes else "no older checkpoint"
 
 
-def _mend(root: Path, lacking: int) -> str:
+def _fix(root: Path, lacking: int) -> str:
     old = superseded(root, 1)
     enough = _enough(old, lacking)
     if enough:

@@ -146,7 +146,7 @@ def _refuse_existing(path: Path, step: int) -> None:
     raise CheckpointError(
         f"{path}: a committed checkpoint is never overwritten",
         found=f"step {step} is saved there already" if committed else "something else lies there",
-        mend=f"resume from it, or move it away: mv {path} {path}.old",
+        fix=f"resume from it, or move it away: mv {path} {path}.old",
     )
 
 

@@ -114,7 +114,7 @@ def _check_head(path: Path, size: int, head: bytes) -> None:
                 f"{path}: truncated, or of another checkpoint",
                 found=f"{found} bytes",
                 expected=f"{size} bytes",
-                mend=RESTORE,
+                fix=RESTORE,
             )
         data = bytearray(len(head))
         with naming(path, "cannot be read", READING):
@@ -123,7 +123,7 @@ def _check_head(path: Path, size: int, head: bytes) -> None:
             raise CheckpointError(
                 f"{path}: damaged, or of another checkpoint",
                 found="a header that disagrees with the manifest",
-                mend=RESTORE,
+                fix=RESTORE,
             )
 
 

@@ -68,7 +68,7 @@ def _require_sharded_state(layout: Layout) -> None:
             "optimizer.offload: DeepSpeed offloads sharded optimizer state only",
             found="layout.zero = 0",
             expected="layout.zero of 1, 2 or 3",
-            mend="set layout.zero=1, or optimizer.offload=none",
+            fix="set layout.zero=1, or optimizer.offload=none",
         )
 
 
@@ -85,7 +85,7 @@ def _merge(ours: Mapping[str, Any], given: Mapping[str, Any], path: str) -> dict
                 f"{where}: megagrow sets this itself",
                 found=value,
                 expected=ours[key],
-                mend=f"remove {where}, and use megagrow's own setting "
+                fix=f"remove {where}, and use megagrow's own setting "
                 "(layout, batch or optimizer) for it",
             )
     return merged

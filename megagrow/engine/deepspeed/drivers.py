@@ -95,7 +95,7 @@ class PipelineDriver:
             raise ConfigError(
                 "train.validation_samples is too small for the pipeline layout",
                 expected="at least one sample for each data-parallel rank",
-                mend="set train.validation_samples to a multiple of the data-parallel size",
+                fix="set train.validation_samples to a multiple of the data-parallel size",
             )
         size = max(n for n in range(1, micro + 1) if len(samples) % n == 0)
         batches = np.split(samples, len(samples) // size)
@@ -129,6 +129,6 @@ def validation_share(count: int, *, data_rank: int, data_size: int, equal: bool)
             "train.validation_samples: a pipeline validates in equal parts",
             found=f"{count} samples, data-parallel size {data_size}",
             expected=f"a multiple of {data_size}",
-            mend=f"set train.validation_samples={math.ceil(count / data_size) * data_size}",
+            fix=f"set train.validation_samples={math.ceil(count / data_size) * data_size}",
         )
     return range(count * data_rank // data_size, count * (data_rank + 1) // data_size)

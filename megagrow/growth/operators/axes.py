@@ -128,7 +128,7 @@ class KeyValueGroups(Operator):
                 f"{tensor.name}: the query heads of a group do not share out over {k} groups",
                 found=f"{queries} query heads to a key/value head, {part} afterwards",
                 expected="as many query heads in all as before, or a multiple in each group",
-                mend="keep model.heads when grow.target raises kv_heads",
+                fix="keep model.heads when grow.target raises kv_heads",
             )
         blocks = []
         for c, place in enumerate(repeated(groups, k)):

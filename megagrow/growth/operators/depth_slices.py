@@ -49,13 +49,13 @@ class DepthSlices(Copies):
                     "grow.keep_first and grow.keep_last leave no layer to copy",
                     found=f"{self.keep_first} and {self.keep_last} of {model.layers} layers",
                     expected=f"a sum below {model.layers}",
-                    mend="set them lower",
+                    fix="set them lower",
                 )
             return resized(model, sizes)
         if self.keep_first or self.keep_last:
             raise GrowthError(
                 "grow.sources lists every layer, so keep_first and keep_last have no meaning",
-                mend="leave grow.keep_first and grow.keep_last out, or grow.sources",
+                fix="leave grow.keep_first and grow.keep_last out, or grow.sources",
             )
         layers = set(range(model.layers))
         wrong = sorted(set(self.sources) - layers)
@@ -64,21 +64,21 @@ class DepthSlices(Copies):
                 f"grow.sources: there is no layer {', '.join(map(str, wrong))}",
                 found=f"a model of {model.layers} layers before this growth",
                 expected=f"numbers from 0 to {model.layers - 1}",
-                mend="correct the list",
+                fix="correct the list",
             )
         lost = sorted(layers - set(self.sources))
         if lost:
             raise GrowthError(
                 f"grow.sources leaves out layer {', '.join(map(str, lost))}",
                 expected="every layer of the model at least once: a growth drops none",
-                mend="add what is left out to the list",
+                fix="add what is left out to the list",
             )
         if sizes.get("layers", len(self.sources)) != len(self.sources):
             raise GrowthError(
                 "grow.target.layers is not the length of grow.sources",
                 found=sizes["layers"],
                 expected=len(self.sources),
-                mend="leave grow.target.layers out",
+                fix="leave grow.target.layers out",
             )
         return resized(model, {**sizes, "layers": len(self.sources)})
 

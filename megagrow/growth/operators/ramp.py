@@ -85,7 +85,7 @@ def beside(tensor: LogicalTensor, old: LogicalTensor) -> tuple[AxisMap, ...]:
             raise GrowthError(
                 f"{tensor.name}: fewer query heads to a key/value head than before",
                 expected="as many or more, since old ones stay with their key/value head",
-                mend="raise heads with kv_heads in grow.target, or set grow.operator to kv_groups",
+                fix="raise heads with kv_heads in grow.target, or set grow.operator to kv_groups",
             )
         require_no_less(tensor.name, meaning, n, large)
         axes.append(AxisMap(large - n, 1, 0, 1, n) if last else same(n))

@@ -202,7 +202,7 @@ def _pairs(tensor: LogicalTensor, block: _Duplicate) -> bool:
         raise GrowthError(
             f"{tensor.name}: copy i cannot read copy i alone, its axes grow unevenly: {factors}",
             expected="one factor for hidden, heads, kv_heads and ffn",
-            mend="set grow.operator to width, which takes a factor for each axis",
+            fix="set grow.operator to width, which takes a factor for each axis",
         )
     return read == written
 

@@ -71,7 +71,7 @@ def require_tensor_parallel(
                 f"{key}.tensor: model.{name} cannot be cut into {tensor} equal parts",
                 found=f"model.{name} = {count}, {key}.tensor = {tensor}",
                 expected=f"a {key}.tensor that divides {count}",
-                mend=f"set {key}.tensor to a divisor of {count}, "
+                fix=f"set {key}.tensor to a divisor of {count}, "
                 f"or model.{name} to a multiple of {tensor}",
             )
 

@@ -111,7 +111,7 @@ def require_agreement(
         "data": ("dataset", DataError, "copy the dataset of rank 0's host, or share it"),
     }
     first = facts[0]
-    for name, (what, kind, mend) in same.items():
+    for name, (what, kind, fix) in same.items():
         expected = getattr(first, name)
         others = [fact for fact in facts if getattr(fact, name) != expected]
         if not others:
@@ -125,7 +125,7 @@ def require_agreement(
             f"{what}: not the same on all hosts",
             found=found,
             expected=f"{expected}, as {first.where} has",
-            mend=mend,
+            fix=fix,
         )
 
 
@@ -137,7 +137,7 @@ def require_clocks(facts: Sequence[Facts]) -> None:
             f"the clocks of the hosts are {fast.clock - slow.clock:.0f} s apart",
             found=f"{_time(fast.clock)} for {fast.where}, {_time(slow.clock)} for {slow.where}",
             expected=f"at most {CLOCK_SKEW:g} s",
-            mend="let the hosts keep time by NTP (systemctl start systemd-timesyncd, or chrony)",
+            fix="let the hosts keep time by NTP (systemctl start systemd-timesyncd, or chrony)",
         )
 
 
@@ -166,7 +166,7 @@ def require_shared(run_dir: Path, *, comm: Comm, witnesses: Sequence[int]) -> No
     """
     here = socket.gethostname()
     expected = "the same directory on all hosts, on a shared file system, that all may write"
-    mend = f"set run.dir to such a directory, or mount it on {here}"
+    fix = f"set run.dir to such a directory, or mount it on {here}"
     base = Path(on_first(comm, lambda: str(existing(run_dir).resolve())))
     nonce = comm.broadcast(secrets.token_hex(8))
     place = base / f".megagrow-preflight-{nonce}"
@@ -179,7 +179,7 @@ def require_shared(run_dir: Path, *, comm: Comm, witnesses: Sequence[int]) -> No
                 f"run.dir = {run_dir}: cannot be written on {here}",
                 found=f"{path.parent}: {error.strerror}",
                 expected=expected,
-                mend=mend,
+                fix=fix,
             ) from error
 
     def see(rank: int, host: str) -> None:
@@ -190,7 +190,7 @@ def require_shared(run_dir: Path, *, comm: Comm, witnesses: Sequence[int]) -> No
                 found=f"what rank {rank} on {host} wrote in {base} is not there for rank "
                 f"{comm.rank} on {here}",
                 expected=expected,
-                mend=mend,
+                fix=fix,
             )
 
     def begin() -> None:
@@ -201,7 +201,7 @@ def require_shared(run_dir: Path, *, comm: Comm, witnesses: Sequence[int]) -> No
                 f"run.dir = {run_dir}: cannot be written on {here}",
                 found=f"{base}: {error.strerror}",
                 expected=expected,
-                mend=mend,
+                fix=fix,
             ) from error
         write(place / "from_rank_0")
 

@@ -131,6 +131,6 @@ def no_way_back(
         expected=f"numbers that are finite and no spikes, after {recovery.skip} steps passed "
         f"over (recovery.skip) and {rollbacks} of {recovery.rollback} returns to a "
         "checkpoint (recovery.rollback)",
-        mend=f"resume from the last good checkpoint ({last_good or 'none was saved yet'}) with a "
+        fix=f"resume from the last good checkpoint ({last_good or 'none was saved yet'}) with a "
         "lower optimizer.lr, a longer schedule.warmup, or optimizer.grad_clip of at most 1",
     )

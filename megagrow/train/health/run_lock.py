@@ -122,6 +122,6 @@ def run_id(directory: Path, *, new: bool = False) -> str:
             f"{path}: not the name of a run",
             found=repr(found[:80]),
             expected="up to 64 letters, digits, - and _",
-            mend=f"rm {path}: it is then made anew",
+            fix=f"rm {path}: it is then made anew",
         )
     return found

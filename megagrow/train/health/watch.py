@@ -231,7 +231,7 @@ class Watch:
             f"  found:    rank {self.rank} on {self._host} was doing: {self._doing}; {cause}\n"
             f"  expected: progress within watch.stall = {self.config.stall:g} s "
             f"(watch.slow = {self.config.slow:g} s while starting, growing and saving)\n"
-            f"  mend:     the stacks of all ranks are in {self.log.parent}; then go on from the "
+            f"  fix:      the stacks of all ranks are in {self.log.parent}; then go on from the "
             "last checkpoint with --resume auto, or raise watch.stall"
         )
         if self.speaks_first():

@@ -83,7 +83,7 @@ class Journal:
                 f"run.dir = {self._directory}: cannot be written",
                 found=f"{error.filename or self._directory}: {error.strerror or error}",
                 expected="a directory, or a name that is free, on a disk with space",
-                mend="set run.dir to another directory, or free space",
+                fix="set run.dir to another directory, or free space",
             ) from error
 
     def _write_config(self) -> None:

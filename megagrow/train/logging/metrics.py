@@ -246,7 +246,7 @@ class MetricsLog:
                 f"the run's log {self.path} is gone",
                 found=found,
                 expected="the file that this job has open",
-                mend="leave run.dir alone while its run trains; go on from the last checkpoint "
+                fix="leave run.dir alone while its run trains; go on from the last checkpoint "
                 "with --resume auto",
             )
 
@@ -262,7 +262,7 @@ class MetricsLog:
             f"cannot write the run's log {self.path}",
             found=found,
             expected="room on the disk and the right to write",
-            mend="free space, then go on from the last checkpoint with --resume auto",
+            fix="free space, then go on from the last checkpoint with --resume auto",
         )
 
     def _mirror(self, group: str, step: int, scalars: Mapping[str, float]) -> None:

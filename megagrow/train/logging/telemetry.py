@@ -100,7 +100,7 @@ class Prometheus:
                 f"train.prometheus_port = {port}: cannot be listened on",
                 found=f"{address}: {error.strerror or error}",
                 expected="a free port, and an address (train.prometheus_address), of rank 0's host",
-                mend="set train.prometheus_port to another, or to null",
+                fix="set train.prometheus_port to another, or to null",
             ) from error
         self._told = False
 
@@ -185,5 +185,5 @@ def _missing(key: str, package: str, off: str, error: ImportError) -> ConfigErro
         f"{key}: {package} is not installed",
         found=error,
         expected=f"the package `{package}`",
-        mend=f"pip install {package}, or set {key}={off}",
+        fix=f"pip install {package}, or set {key}={off}",
     )

@@ -72,7 +72,7 @@ def read_metadata(where: Path) -> tuple[bytes, dict[str, Entry], tuple[str, ...]
         entries = dict(_entries(told))
         names = [_text(name) for name in _state(told, "Metadata")["state_dict_metadata"]]
     except ValueError as error:
-        raise CheckpointError(f"{where}: refused or damaged", found=error, mend=RESTORE) from None
+        raise CheckpointError(f"{where}: refused or damaged", found=error, fix=RESTORE) from None
     return data, entries, tuple(name for name in names if name not in entries)
 
 

@@ -53,10 +53,10 @@ def open_source(path: Path) -> StoredSource:
         more = {*entries, *others} - {*state.names.values(), *aliases}
         if more:
             raise CheckpointError(
-                f"{where}: tensor {min(more)[:200]}: {OURS} knows none of that name", mend=RESTORE
+                f"{where}: tensor {min(more)[:200]}: {OURS} knows none of that name", fix=RESTORE
             )
     elif (path / SEAL).exists():
-        raise CheckpointError(f"{path / OURS}: missing", mend=RESTORE)
+        raise CheckpointError(f"{path / OURS}: missing", fix=RESTORE)
     else:
         state, step, aliases = read_foreign(path, entries, others), 0, set()
     meta = state.meta
@@ -115,7 +115,7 @@ def _require_aliases(where: Path, state: Foreign, entries: Mapping[str, Entry]) 
             own = entries.get(state.names[tensor.name, state.meta.slots[0].name])
             if own is None or name not in entries or entries[name].chunks != own.chunks:
                 raise CheckpointError(
-                    f"{where}: {name} is not {tensor.name}, with which it is tied", mend=RESTORE
+                    f"{where}: {name} is not {tensor.name}, with which it is tied", fix=RESTORE
                 )
             found.add(name)
     return found
@@ -135,7 +135,7 @@ def _locate(
             f"{at}: the file is truncated",
             found=f"{size} bytes",
             expected=f"at least {chunk.start + chunk.length} bytes",
-            mend=RESTORE,
+            fix=RESTORE,
         )
     try:
         file = read_torch_file(
@@ -145,13 +145,13 @@ def _locate(
         raise CheckpointError(f"{at}: damaged or refused\n{error}") from None
     found = file.value
     if not isinstance(found, StoredTensor):
-        raise CheckpointError(f"{at}: is no tensor", found=brief(found), mend=RESTORE)
+        raise CheckpointError(f"{at}: is no tensor", found=brief(found), fix=RESTORE)
     if found.dtype != entry.dtype or found.shape != chunk.box.shape:
         raise CheckpointError(
             f"{at}: is not what {METADATA} tells",
             found=f"shape {list(found.shape)} of {found.dtype}",
             expected=f"shape {list(chunk.box.shape)} of {entry.dtype}",
-            mend=RESTORE,
+            fix=RESTORE,
         )
     [record] = [r for r in file.records if r[0] <= found.start < r[0] + max(1, r[1])]
     box = StoredBox(
@@ -165,13 +165,13 @@ def _read_ours(path: Path, metadata: bytes) -> tuple[CheckpointMeta, int]:
     body = content.get("body")
     if content.get("sha256") != digest(body) or not isinstance(body, dict):
         raise CheckpointError(
-            f"{path}: damaged", found="another SHA-256 than it states", mend=RESTORE
+            f"{path}: damaged", found="another SHA-256 than it states", fix=RESTORE
         )
     if body.get("metadata_sha256") != hashlib.sha256(metadata).hexdigest():
         raise CheckpointError(
             f"{path.with_name(METADATA)}: damaged, or of another checkpoint",
             found=f"another SHA-256 than {OURS} states",
-            mend=RESTORE,
+            fix=RESTORE,
         )
     try:
         meta = CheckpointMeta(
@@ -184,7 +184,7 @@ def _read_ours(path: Path, metadata: bytes) -> tuple[CheckpointMeta, int]:
         )
         return meta, int(body["step"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged: {brief(error)}", mend=RESTORE) from None
+        raise CheckpointError(f"{path}: damaged: {brief(error)}", fix=RESTORE) from None
 
 
 def _find(path: Path) -> Path | None:

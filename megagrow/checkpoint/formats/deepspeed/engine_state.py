@@ -131,7 +131,7 @@ class EngineState:
                 f"group {index} of the optimizer: its tensors are not at one step, and with ZeRO "
                 "a group is one tensor",
                 found=f"{name}: {dict(own)}, others: {dict(group.numbers)}",
-                mend="give --zero 0",
+                fix="give --zero 0",
             )
         numbers = group.numbers if tensor is None else group.numbers_of(tensor)
         return {key: _value(value) for key, value in numbers.items()}

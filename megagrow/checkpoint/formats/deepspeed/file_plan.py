@@ -43,7 +43,7 @@ class Plan:
             raise ConfigError(
                 "DeepSpeed's files of a model that is not ours cannot be cut",
                 found=f"tensor {self.layout.tensor}, pipeline {self.layout.pipeline}",
-                mend="give --tensor 1 --pipeline 1",
+                fix="give --tensor 1 --pipeline 1",
             )
         self.optimizer = optimizer_of(meta)
         self.precision = section(PrecisionConfig, meta.config.get("precision"))

@@ -415,4 +415,4 @@ class Tag:
 
     def fault(self, what: str, found: object = None, expected: object = None) -> CheckpointError:
         """An error that names this checkpoint."""
-        return CheckpointError(f"{self.path}: {what}", found=found, expected=expected, mend=RESTORE)
+        return CheckpointError(f"{self.path}: {what}", found=found, expected=expected, fix=RESTORE)

@@ -124,7 +124,7 @@ def rules_for(
             if tensor > 1 or mapping.model is not None:
                 raise CheckpointError(
                     f"{where}: parameter {name}: no rule matches",
-                    mend="add a rule under `tensors`, for instance "
+                    fix="add a rule under `tensors`, for instance "
                     f"{{match: '{re.escape(name)}', split: 0}}; without `split` it is whole "
                     "on every rank",
                 )
@@ -220,7 +220,7 @@ def local_of_ours(
                 raise CheckpointError(
                     f"its order is not told: {tensor.name} is a fused matrix",
                     found=f"shape {list(stored)}",
-                    mend=_HOW[fused],
+                    fix=_HOW[fused],
                 )
             local = arranged(local, rule)
         elif (rule.order or rule.part) in _WORDS[fused]:
@@ -280,7 +280,7 @@ def _checked(local: Local, rule: Rule, fused: str) -> Local:
     """The same, if what a rule tells is told of this kind of matrix (CheckpointError)."""
     told = rule.order or rule.part
     if told is not None and told not in _WORDS[fused]:
-        raise CheckpointError(f"a rule tells of {told}, and the matrix has none", mend=_HOW[fused])
+        raise CheckpointError(f"a rule tells of {told}, and the matrix has none", fix=_HOW[fused])
     return local
 
 

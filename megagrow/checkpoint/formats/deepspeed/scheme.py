@@ -81,7 +81,7 @@ def recognised(tag: Tag, told: Mapping[str, Any]) -> Scheme:
         raise CheckpointError(
             f"{tag.path}: a model that is not ours, cut over tensor-parallel ranks: which way, "
             "nothing tells",
-            mend=f"tell it in a file {MAPPING} beside the files: see docs/formats.md",
+            fix=f"tell it in a file {MAPPING} beside the files: see docs/formats.md",
         )
     whole = {n: shape for shapes in reversed(tag.shapes) for n, shape in shapes.items()}
     whole |= {n: buffer.shape for kept in reversed(tag.buffers) for n, buffer in kept.items()}
@@ -109,7 +109,7 @@ def another_model(
         found=f"{len(set(found))} parameters"
         + (f"; in one of the two alone: {enumerated(odd)}" if odd else ", of other shapes"),
         expected=f"{len(told)}, for layout {layout}",
-        mend=RESTORE,
+        fix=RESTORE,
     )
 
 
@@ -261,7 +261,7 @@ def _told_order(
                 f"{tag.path}: which parameter is which tensor of the optimizer, nothing tells: it "
                 "numbers them, and their shapes leave several answers, or none",
                 found=f"{len(shapes)} parameters, groups of {[len(one) for one in members]}",
-                mend=f"list the names in each group under `groups` in a file {MAPPING} beside "
+                fix=f"list the names in each group under `groups` in a file {MAPPING} beside "
                 "the files, or save with ZeRO 1: see docs/formats.md",
             )
         order = found

@@ -287,7 +287,7 @@ def _optimizer(tag: _Tag, scheme: _Scheme, state: dict[str, Any]) -> Iterator[Le
 
 
 def _fault(path: Path, what: str, found: object = None) -> CheckpointError:
-    return CheckpointError(f"{path}: {what}", found=found, mend=RESTORE)
+    return CheckpointError(f"{path}: {what}", found=found, fix=RESTORE)
 
 
 def find(path: Path) -> Path | None:

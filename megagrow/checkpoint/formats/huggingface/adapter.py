@@ -70,7 +70,7 @@ def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
     """
     where = path / _CONFIG
     if told.vocabulary is not None:
-        raise ConfigError(f"{where} tells the vocabulary", mend="leave out --vocab-size")
+        raise ConfigError(f"{where} tells the vocabulary", fix="leave out --vocab-size")
     model, settings = read_model(read_json(where), where=str(where), ignore=told.ignore)
     arrays, sizes = _arrays(path)
     held = set(arrays)
@@ -87,7 +87,7 @@ def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
             raise CheckpointError(
                 f"{path}: tensor {link.stored} is missing",
                 expected=f"shape {list(link.shape)}",
-                mend=RESTORE,
+                fix=RESTORE,
             )
         if array.shape != link.shape:
             raise CheckpointError(
@@ -151,7 +151,7 @@ def _follows(
             raise CheckpointError(
                 f"{at}: is a head of its own, but {_CONFIG} says that it is the token table",
                 found="tie_word_embeddings: true, and other values in the head",
-                mend=f"set tie_word_embeddings: false in a copy of {_CONFIG} to keep the head, or "
+                fix=f"set tie_word_embeddings: false in a copy of {_CONFIG} to keep the head, or "
                 "save the model without it",
             )
         return True
@@ -167,7 +167,7 @@ def _run_fingerprints(path: Path) -> dict[str, str]:
         return {}
     found = read_json(path / _RUN).get("fingerprints")
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise CheckpointError(f"{path / _RUN}: damaged", mend=RESTORE)
+        raise CheckpointError(f"{path / _RUN}: damaged", fix=RESTORE)
     return found
 
 
@@ -183,14 +183,14 @@ def _arrays(path: Path) -> tuple[dict[str, StoredArray], dict[str, int]]:
             raise CheckpointError(
                 f"{path}: has no {_ONE}",
                 found=", ".join(sorted(p.name for p in path.iterdir())[:8]),
-                mend="save the model with transformers' save_pretrained, which writes safetensors",
+                fix="save the model with transformers' save_pretrained, which writes safetensors",
             )
         arrays, size = read_header(path, _ONE)
         return arrays, {_ONE: size}
     where = path / _INDEX
     files = read_json(where).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise CheckpointError(f"{where}: has no weight_map", mend=RESTORE)
+        raise CheckpointError(f"{where}: has no weight_map", fix=RESTORE)
     arrays, sizes = {}, {}
     names = sorted({str(file) for file in files.values()})
     for file in names:
@@ -206,7 +206,7 @@ def _arrays(path: Path) -> tuple[dict[str, StoredArray], dict[str, int]]:
             raise CheckpointError(
                 f"{path / file}: tensor {odd[:200]}: index and file disagree",
                 found=f"{_INDEX} {'names' if odd in named else 'does not name'} it there",
-                mend=RESTORE,
+                fix=RESTORE,
             )
         arrays.update(held)
     return arrays, sizes

@@ -157,7 +157,7 @@ def _settings_left_out(
             raise CheckpointError(
                 f"{where}: {key[:200]}: not a setting of a {family} model that megagrow knows",
                 found=repr(value)[:200],
-                mend=f"if it changes nothing of what the model computes: --ignore {key[:200]}",
+                fix=f"if it changes nothing of what the model computes: --ignore {key[:200]}",
             )
         yield LeftOut(f"config.json: {key[:200]}", reason)
 
@@ -168,7 +168,7 @@ def _read_gpt2(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{where}: {', '.join(_DROPOUTS)} differ, and megagrow has one dropout",
             found=dropouts,
-            mend="set them equal in a copy of config.json (they do not change the weights)",
+            fix="set them equal in a copy of config.json (they do not change the weights)",
         )
     return {
         "family": "gpt2",
@@ -259,7 +259,7 @@ def write_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
                 "Hugging Face's GPT-2 has one key/value head for each head, hidden / heads wide",
                 found=f"heads {model.heads}, kv_heads {model.kv_groups}, "
                 f"head_dim {model.head_dim}, hidden {model.hidden}",
-                mend="convert to native or dcp",
+                fix="convert to native or dcp",
             )
         return {
             "architectures": ["GPT2LMHeadModel"],

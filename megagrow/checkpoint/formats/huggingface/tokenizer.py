@@ -178,7 +178,7 @@ def compare(directory: Path, held: Carried) -> str:
         raise CheckpointError(
             f"{ours.path}: transformers cannot open what the export holds of it",
             found=f"{type(error).__name__}: {error}"[:300],
-            mend="convert without a tokenizer: --tokenizer none",
+            fix="convert without a tokenizer: --tokenizer none",
         ) from None
     loaded.model_max_length = 1 << 30  # or it warns of the probes
 
@@ -193,7 +193,7 @@ def compare(directory: Path, held: Carried) -> str:
         f"{ours.path}: transformers gives other ids than training had",
         found=f"{found[:12]} for {text[:40]!r}, by {type(loaded).__name__}",
         expected=str(wanted[:12]),
-        mend="give the tokenizer.json alone, without the tokenizer_config.json beside it: "
+        fix="give the tokenizer.json alone, without the tokenizer_config.json beside it: "
         f"--tokenizer {ours.path}",
     )
 
@@ -203,7 +203,7 @@ def _too_large(path: Path, tokenizer: Tokenizer, vocabulary: int) -> CheckpointE
         f"{path}: is not the tokenizer of this model",
         found=f"{tokenizer.vocab_size} tokens",
         expected=f"at most the model's {vocabulary}",
-        mend="give its own with --tokenizer",
+        fix="give its own with --tokenizer",
     )
 
 

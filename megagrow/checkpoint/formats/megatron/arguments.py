@@ -204,5 +204,5 @@ def require_known(
             raise CheckpointError(
                 f"{where}: {name}: not an argument that megagrow knows",
                 found=repr(value)[:200],
-                mend=f"if it changes nothing of what the model computes: --ignore {key}",
+                fix=f"if it changes nothing of what the model computes: --ignore {key}",
             )

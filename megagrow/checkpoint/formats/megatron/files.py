@@ -58,11 +58,11 @@ def read_ranks(path: Path) -> list[Rank]:
             raise CheckpointError(
                 f"{path / name}: a rank of a grid that is not tensor x pipeline",
                 expected="mp_rank_TT or mp_rank_TT_PPP",
-                mend="checkpoints of experts are not read",
+                fix="checkpoints of experts are not read",
             )
         grid[int(match[2] or 0), int(match[1])] = name
     if not grid:
-        raise CheckpointError(f"{path}: has no mp_rank_* directory", mend=RESTORE)
+        raise CheckpointError(f"{path}: has no mp_rank_* directory", fix=RESTORE)
     pipes, tensors = (1 + max(key[i] for key in grid) for i in (0, 1))
     missing = [(p, t) for p in range(pipes) for t in range(tensors) if (p, t) not in grid]
     if missing or len({"_" in n.removeprefix("mp_rank_") for n in grid.values()}) > 1:
@@ -70,7 +70,7 @@ def read_ranks(path: Path) -> list[Rank]:
         raise CheckpointError(
             f"{path}: its mp_rank directories do not make up one checkpoint",
             found=f"{at}: missing" if missing else "names with and without a stage",
-            mend=RESTORE,
+            fix=RESTORE,
         )
     ranks: list[Rank] = []
     first_layer = 0
@@ -94,7 +94,7 @@ def _parameters(file: TorchFile) -> dict[str, StoredTensor]:
         raise CheckpointError(
             f"{file.path}: has no `model`",
             found="an interleaved pipeline, `model0`" if parts else None,
-            mend="save it without --num-layers-per-virtual-pipeline-stage" if parts else RESTORE,
+            fix="save it without --num-layers-per-virtual-pipeline-stage" if parts else RESTORE,
         )
     return {
         name: tensor
@@ -117,7 +117,7 @@ def arguments_of(rank: Rank) -> Mapping[str, Any]:
     args = rank.value.get("args")
     if not isinstance(args, Opaque) or not isinstance(args.state, dict):
         raise CheckpointError(
-            f"{rank.where}: has no `args`, so nothing tells what the model is", mend=RESTORE
+            f"{rank.where}: has no `args`, so nothing tells what the model is", fix=RESTORE
         )
     return args.state
 
@@ -145,5 +145,5 @@ def check_rank(rank: Rank, first: Rank, layout: Layout, version: float) -> None:
                 f"{rank.where}: is of another save: {what}",
                 found=f"{found!r:.60}",
                 expected=f"{expected!r:.60}",
-                mend=RESTORE,
+                fix=RESTORE,
             )

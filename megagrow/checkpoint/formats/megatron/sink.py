@@ -47,7 +47,7 @@ class MegatronSink:
             raise ConfigError(
                 f"Megatron-LM shares out layers evenly: {self._model.layers} layers over "
                 f"{self._layout.pipeline} pipeline stages",
-                mend=f"give --pipeline a divisor of {self._model.layers}",
+                fix=f"give --pipeline a divisor of {self._model.layers}",
             )
         held = {slot.name for slot in meta.slots}
         self._trained = all(slot.name in held for slot in ADAM_SLOTS)

@@ -92,7 +92,7 @@ def _open(path: Path, options: ReadOptions) -> Source:
     if with_moments and len(with_moments) < len(ranks):
         bare = next(rank for rank in ranks if rank not in with_moments)
         raise CheckpointError(
-            f"{bare.where}: has no optimizer state, but {with_moments[0].where} has", mend=RESTORE
+            f"{bare.where}: has no optimizer state, but {with_moments[0].where} has", fix=RESTORE
         )
     moments = bool(with_moments)
     slots = ADAM_SLOTS if moments else (MASTER,)
@@ -184,7 +184,7 @@ class _Grid:
                         f"{rank.where}: {stored}, slot {slot}: shape",
                         found=list(found.shape),
                         expected=list(shape),
-                        mend=RESTORE,
+                        fix=RESTORE,
                     )
                 whole = box is not None and box.shape == tensor.shape
                 key = (name, slot, 0 if whole else rank.tensor)
@@ -207,7 +207,7 @@ class _Grid:
                 f"{rank.where}: {stored}, slot {slot}: is not the copy that it should be",
                 found=f"other values than in {first.path}",
                 expected="the same values, bit for bit",
-                mend=f"to take those of {first.path.parent.name}: --ignore {stored}",
+                fix=f"to take those of {first.path.parent.name}: --ignore {stored}",
             )
         name = f"{rank.file.path.parent.name}: {stored}, slot {slot}"
         self.differing.append(LeftOut(name, "differs from the first copy; ignored, as you asked"))
@@ -288,7 +288,7 @@ def _refuse_distributed(path: Path) -> None:
         f"{path}: is in Megatron's distributed format, which is not read",
         found=f"sharded_backend {brief(kind)} in {METADATA}",
         expected=f"mp_rank_*/{FILE}, Megatron's --ckpt-format torch",
-        mend="convert it with Megatron: start the training script as before with the options "
+        fix="convert it with Megatron: start the training script as before with the options "
         "--load DIR --ckpt-convert-format torch --ckpt-convert-save NEW, then read NEW/torch",
     )
 
