@@ -25,9 +25,9 @@ from typing import Any
 import psutil
 import torch
 
-from megagrow.checkpoint.convert.file_writer import LEAST_BUFFER_BYTES, write_piece
 from megagrow.checkpoint.convert.job import PIECE_BYTES
 from megagrow.checkpoint.convert.registry import FORMATS
+from megagrow.checkpoint.interface.file_writer import LEAST_BUFFER_BYTES, write_piece
 from megagrow.checkpoint.interface.format import Request, cut
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.config import ModelConfig

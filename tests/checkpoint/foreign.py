@@ -2,9 +2,10 @@
 
 import torch
 
-from megagrow.checkpoint.convert.file_writer import LEAST_BUFFER_BYTES, write_piece
+from megagrow.checkpoint.interface.file_writer import LEAST_BUFFER_BYTES, write_piece
 from megagrow.checkpoint.interface.format import Request, cut
 from megagrow.checkpoint.interface.meta import CheckpointMeta
+from megagrow.checkpoint.io.checksum import CHUNK_BYTES
 from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
@@ -40,10 +41,10 @@ def request_for(source, layout, **options):
     return Request(meta=meta, step=source.step, dtypes=dtypes, **options)
 
 
-def write_file(path, plan, source, *, limit=1 << 40):
+def write_file(path, plan, source, *, limit=1 << 40, chunk_bytes=CHUNK_BYTES):
     """Write a planned file, cut into pieces, the last one first; returns its checksums."""
     sums = [
-        write_piece(path, piece, source, buffer_bytes=LEAST_BUFFER_BYTES)
+        write_piece(path, piece, source, buffer_bytes=LEAST_BUFFER_BYTES, chunk_bytes=chunk_bytes)
         for piece in reversed(cut(plan, limit))
     ]
     return [text for part in reversed(sums) for text in part]

@@ -110,7 +110,8 @@ def test_dry_run_tells_bytes_and_writes_nothing(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from megagrow.checkpoint.convert import file_writer as writing, run as c
+from megagrow.checkpoint.convert import run as c
+from megagrow.checkpoint.interface import file_writer as writing
 from megagrow.state.layout import Layout
 from megagrow.models.catalog import build_catalog
 point, at = sys.argv[3], int(sys.argv[4])

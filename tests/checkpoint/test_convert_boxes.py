@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import logical
 
-from megagrow.checkpoint.convert import file_writer
 from megagrow.checkpoint.interface import stored_source
 from megagrow.checkpoint.interface.format import FilePlan, Late, Mark, Values, Zeros
 from megagrow.checkpoint.interface.meta import CheckpointMeta
@@ -94,10 +93,7 @@ def test_any_box_is_read_and_written(room, world, small, run, limit):
     assert torch.equal(found, turned.to(dtype).contiguous().view(-1))
 
 
-def test_segments_checksums_and_late_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        file_writer, "CHUNK_BYTES", 64
-    )  # records and chunks end at different places
+def test_segments_checksums_and_late_bytes(tmp_path):
     values = torch.arange(40.0).view(5, 8)
     source = source_of(tmp_path, [(whole((5, 8)), None, values)], (5, 8))
     seen = []
@@ -111,7 +107,8 @@ def test_segments_checksums_and_late_bytes(tmp_path, monkeypatch):
     segments = [b"head", Mark(), item, Late(4, late), b"gap", Mark(), Zeros(70), Mark(), missing,
                 Late(4, late)]  # fmt: skip
     plan = FilePlan("g", segments)
-    sums = write_file(tmp_path / "g", plan, source)
+    # Records and chunks end at different places.
+    sums = write_file(tmp_path / "g", plan, source, chunk_bytes=64)
     raw = values.numpy().tobytes()
     data = (tmp_path / "g").read_bytes()
     assert data == b"head" + raw + b"lategap" + bytes(70) + bytes(160) + b"late"

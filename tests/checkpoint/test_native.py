@@ -1,6 +1,7 @@
 """What was saved is read back, in any boxes; sources and properties tell the truth."""
 
 import random
+import threading
 
 import pytest
 import torch
@@ -8,8 +9,7 @@ from worlds import CATALOG, CHUNK, meta, random_box, random_cuts, random_values,
 from worlds import save_world as saved
 
 from megagrow.checkpoint import NativeCheckpoint, Piece, SoloGroup, save
-from megagrow.checkpoint.interface import stored_source
-from megagrow.checkpoint.native import shard_file
+from megagrow.checkpoint.interface import file_writer, stored_source
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, tiling_fault, whole
 from megagrow.state.catalog import ADAM_SLOTS
@@ -142,7 +142,8 @@ def test_memory_of_save_and_read_is_one_buffer(tmp_path, monkeypatch):
     values = random_values(0)
     [pieces] = random_cuts(values, 1, 0)
     made = []
-    for place, maker in ((torch, "empty"), (shard_file, "page_aligned")):
+    monkeypatch.setattr(file_writer, "_rooms", threading.local())  # no buffer of another test's
+    for place, maker in ((torch, "empty"), (file_writer, "page_aligned")):
         real = getattr(place, maker)
         monkeypatch.setattr(
             place, maker, lambda *a, _real=real, **k: made.append(_real(*a, **k)) or made[-1]

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 import megagrow
-from megagrow.checkpoint.convert.file_writer import LEAST_BUFFER_BYTES
 from megagrow.checkpoint.convert.registry import detect, get_format
 from megagrow.checkpoint.interface.accounting import made_zeros
+from megagrow.checkpoint.interface.file_writer import LEAST_BUFFER_BYTES
 from megagrow.checkpoint.interface.format import (
     NOTHING_TOLD,
     FilePiece,

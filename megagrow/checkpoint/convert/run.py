@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.background import Pool
-from megagrow.checkpoint.convert.file_writer import compare, write_piece
+from megagrow.checkpoint.convert.compare import compare
 from megagrow.checkpoint.convert.job import (
     BUFFER_BYTES,
     Job,
@@ -36,6 +36,7 @@ from megagrow.checkpoint.convert.job import (
     survey_of,
 )
 from megagrow.checkpoint.convert.registry import get_format
+from megagrow.checkpoint.interface.file_writer import write_piece
 from megagrow.checkpoint.interface.format import FilePiece, Source
 from megagrow.checkpoint.interface.sidecar_checksums import write_seal
 from megagrow.checkpoint.io.checksum import CHUNK_BYTES, checksum

@@ -125,6 +125,9 @@ class Source(Protocol):
     def checksums(self) -> int:
         """Number of checksums that the format has of its values."""
 
+    def holds(self, tensor: str, slot: str) -> bool:
+        """Whether a tensor has the slot."""
+
     def dtype(self, tensor: str, slot: str) -> torch.dtype:
         """The element type of a tensor's slot (CheckpointError where it has none)."""
 

@@ -81,6 +81,7 @@ class StoredSource:
         records: checksums, where the format has them; a seal beside the files takes their place.
         left_out: what the files hold beside these boxes; see `accounting.account`.
         zeros: element type of each (tensor, slot) of which the files hold nothing: read as zeros.
+        proved: the caller has proved that the boxes tile, and lie inside their files.
 
     Attributes:
         compare_when_read: whether reads compare checksums, each once.
@@ -100,13 +101,16 @@ class StoredSource:
         records: Iterable[Record] = (),
         left_out: Sequence[LeftOut] = (),
         zeros: Mapping[tuple[str, str], torch.dtype] = MappingProxyType({}),
+        proved: bool = False,
     ) -> None:
         self.path, self.step, self._meta = path, step, meta
         self.left_out = tuple(left_out)
         self.files = dict(sizes)
         self._number = {name: i for i, name in enumerate(self.files)}
         self.zeros = dict(zeros)
-        self._stored = _proved(path, meta, self.files, boxes, self.zeros)
+        self._stored = _by_slot(path, meta, self.files, boxes, self.zeros)
+        if not proved:
+            _prove_tiled(path, meta.catalog, self._stored)
         sealed, chunk = read_seal(path)
         if sealed:
             records = _sealed(path, self.files, sealed, chunk)
@@ -147,6 +151,10 @@ class StoredSource:
     def fingerprints(self) -> Mapping[str, str]:
         """Of what the run must find again unchanged."""
         return self._meta.fingerprints
+
+    def holds(self, tensor: str, slot: str) -> bool:
+        """Whether a tensor has the slot."""
+        return (tensor, slot) in self._stored or (tensor, slot) in self.zeros
 
     def dtype(self, tensor: str, slot: str) -> torch.dtype:
         """The element type of a tensor's slot."""
@@ -355,7 +363,7 @@ def _sealed(
             yield Record(name, start, min(chunk, file.size - start), int(told, 16))
 
 
-def _proved(
+def _by_slot(
     path: Path,
     meta: CheckpointMeta,
     sizes: Mapping[str, int],
@@ -380,17 +388,22 @@ def _proved(
                 fix=RESTORE,
             )
         stored[item.tensor, item.slot].append(item)
+    return stored
+
+
+def _prove_tiled(
+    path: Path, catalog: Catalog, stored: Mapping[tuple[str, str], Sequence[StoredBox]]
+) -> None:
     for (name, slot), items in stored.items():
-        fault = tiling_fault(meta.catalog[name].shape, [item.box for item in items])
+        fault = tiling_fault(catalog[name].shape, [item.box for item in items])
         if fault is None and len({item.dtype for item in items}) > 1:
             fault = f"element types differ: {sorted({str(item.dtype) for item in items})}"
         if fault is not None:
             raise CheckpointError(
                 f"{path}: tensor {name}, slot {slot} is not stored exactly once: {fault}",
                 found=", ".join(f"{i.box} in {i.file}" for i in items[:6]) or "no box at all",
-                expected=f"boxes that tile shape {list(meta.catalog[name].shape)}",
+                expected=f"boxes that tile shape {list(catalog[name].shape)}",
             )
-    return stored
 
 
 def _tail(shape: Sequence[int], inside: Box) -> int:

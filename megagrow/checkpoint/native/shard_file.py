@@ -17,18 +17,17 @@ accidents, not against a forger, who could write new checksums as well.
 from __future__ import annotations
 
 import json
-import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megagrow.checkpoint.io.checksum import checksum
-from megagrow.checkpoint.io.direct_write import page_aligned, write_past_cache
+from megagrow.checkpoint.interface.file_writer import LEAST_BUFFER_BYTES, write_piece
+from megagrow.checkpoint.interface.format import FilePlan, Values, cut
 from megagrow.checkpoint.io.dtypes import DTYPE_NAMES, DTYPES
-from megagrow.checkpoint.io.files import naming
-from megagrow.state.boxes import Box, flat_range_boxes
+from megagrow.state.boxes import Box
 
 _HEADER_LIMIT = 100_000_000  # the safetensors library reads no longer header
 
@@ -116,68 +115,41 @@ def lay_out(parts: Sequence[Part], stamp: Mapping[str, str]) -> Plan:
     return Plan(head=head, starts=starts, size=len(head) + offsets[-1])
 
 
-def write_shard(path: Path, head: bytes, pieces: Iterable[Piece], *, chunk_bytes: int) -> list[str]:
-    """Write a new file and push it to the disk; returns the checksum of each chunk.
+class Pieces:
+    """The pieces of a rank, as what a file is written from."""
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        self._pieces: dict[tuple[str, str], list[Piece]] = {}
+        for piece in pieces:
+            self._pieces.setdefault((piece.tensor, piece.slot), []).append(piece)
+
+    def holds(self, tensor: str, slot: str) -> bool:
+        """Whether there is a piece of the slot."""
+        return (tensor, slot) in self._pieces
+
+    def dtype(self, tensor: str, slot: str) -> torch.dtype:
+        """The element type of the pieces."""
+        return self._pieces[tensor, slot][0].values.dtype
+
+    def read(
+        self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A part of a piece; it may lie on any device, with any strides."""
+        piece = next(p for p in self._pieces[tensor, slot] if p.box.contains(box))
+        values = piece.values.detach()[box.relative_to(piece.box.offset).slices]
+        return values if out is None else out.copy_(values)
+
+
+def write_shard(path: Path, head: bytes, pieces: Sequence[Piece], *, chunk_bytes: int) -> list[str]:
+    """Write a rank's file and push it to the disk; returns the checksum of each chunk.
 
     Beyond the pieces it holds one buffer of `chunk_bytes` (a multiple of 8).
 
     Raises:
         CheckpointError: the system refused (no space, no right, a broken disk).
     """
-    with naming(path, "cannot be written"):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o666)
-        try:
-            stream = _ChunkStream(descriptor, chunk_bytes)
-            stream.put_bytes(head)
-            for piece in pieces:
-                stream.put(piece.values.detach())
-            stream.flush()
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    return stream.checksums
-
-
-class _ChunkStream:
-    """Fills a buffer of one chunk, then sums it up and writes it."""
-
-    def __init__(self, descriptor: int, chunk_bytes: int) -> None:
-        self.checksums: list[str] = []
-        self._descriptor = descriptor
-        self._buffer = page_aligned(chunk_bytes)
-        self._bytes = self._buffer.numpy().data
-        self._filled = 0
-
-    def put_bytes(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            taken = min(len(rest), len(self._bytes) - self._filled)
-            self._bytes[self._filled : self._filled + taken] = rest[:taken]
-            self._advance(taken)
-            rest = rest[taken:]
-
-    def put(self, values: torch.Tensor) -> None:
-        """Append values in row-major order, whatever their strides and device."""
-        width = values.element_size()
-        done, total = 0, values.numel()
-        while done < total:
-            count = min((len(self._bytes) - self._filled) // width, total - done)
-            room = self._buffer[self._filled : self._filled + count * width].view(values.dtype)
-            for box, start in flat_range_boxes(tuple(values.shape), done, done + count):
-                target = room[start - done : start - done + box.volume]
-                target.view(box.shape).copy_(values[box.slices])
-            self._advance(count * width)
-            done += count
-
-    def _advance(self, count: int) -> None:
-        self._filled += count
-        if self._filled == len(self._bytes):
-            self.flush()
-
-    def flush(self) -> None:
-        if self._filled:
-            data = self._bytes[: self._filled]
-            self.checksums.append(checksum(data))
-            write_past_cache(self._descriptor, data)
-            self._filled = 0
+    values = [Values(p.tensor, p.slot, p.box, p.values.dtype) for p in pieces]
+    (whole,) = cut(FilePlan(path.name, [head, *values]), sys.maxsize)
+    return write_piece(
+        path, whole, Pieces(pieces), buffer_bytes=LEAST_BUFFER_BYTES, chunk_bytes=chunk_bytes
+    )

@@ -50,6 +50,7 @@ class NativeCheckpoint(StoredSource):
             step=manifest.step,
             sizes={record.name: record.size for record in manifest.files},
             boxes=boxes,
+            proved=True,
             records=_records(contents),
             left_out=account(
                 (f"{name}@{slot}" for name, slot in contents.stored),

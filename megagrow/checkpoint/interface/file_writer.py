@@ -6,26 +6,42 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from megagrow.checkpoint.interface.format import FilePiece, Late, Mark, Source, Values, Zeros
+from megagrow.checkpoint.interface.format import FilePiece, Late, Mark, Values, Zeros
 from megagrow.checkpoint.io.checksum import CHUNK_BYTES, checksum, crc32
 from megagrow.checkpoint.io.direct_write import page_aligned, write_past_cache
 from megagrow.checkpoint.io.files import naming
-from megagrow.errors import CheckpointError
-from megagrow.state.boxes import Box, flat_range_boxes, split_box, whole
+from megagrow.state.boxes import Box, flat_range_boxes, split_box
 
 _READ_BYTES = 4 << 20  # what sources and the comparison need besides
 LEAST_BUFFER_BYTES = CHUNK_BYTES + 2 * _READ_BYTES
 
 
+class Boxes(Protocol):
+    """What the values of a file come from: a `Source`, or the live state of a rank."""
+
+    def holds(self, tensor: str, slot: str) -> bool:
+        """Whether it has the slot; where it has not, zeros are written."""
+
+    def dtype(self, tensor: str, slot: str) -> torch.dtype:
+        """The element type of a tensor's slot."""
+
+    def read(
+        self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The values of a box, in `out` if it is given."""
+
+
 def write_piece(
     path: Path,
     piece: FilePiece,
-    source: Source,
+    source: Boxes,
     *,
     buffer_bytes: int,
+    chunk_bytes: int = CHUNK_BYTES,
     moved: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
     """Write a piece of a file and push it to the disk; returns the CRC-32 of each chunk.
@@ -34,6 +50,7 @@ def write_piece(
 
     Args:
         buffer_bytes: memory for values, at least `LEAST_BUFFER_BYTES`.
+        chunk_bytes: size of the checksums' chunks, a multiple of 8.
         moved: told the number of bytes whenever some have been written.
 
     Raises:
@@ -45,7 +62,7 @@ def write_piece(
         with naming(path, "cannot be written"):
             os.ftruncate(descriptor, piece.file_bytes)
             os.lseek(descriptor, piece.start, os.SEEK_SET)
-        stream = _Stream(path, descriptor, source, buffer_bytes, moved)
+        stream = _Stream(path, descriptor, source, buffer_bytes, chunk_bytes, moved)
         for segment in piece.segments:
             stream.put(segment)
         stream.flush()
@@ -56,6 +73,13 @@ def write_piece(
     return stream.checksums
 
 
+def as_bytes(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values as bytes, row-major; as such NaN equals itself and 0.0 differs from -0.0."""
+    # Not `contiguous`: an axis of length 1 may keep an odd stride, which `view` refuses.
+    copied = torch.empty(values.shape, dtype=dtype).copy_(values)
+    return copied.view(-1).view(torch.uint8)
+
+
 def blocks(box: Box, bytes_an_element: int, limit: int) -> Iterator[Box]:
     """Cut a box into pieces of at most `limit` bytes (and at least one element)."""
     yield from split_box(box, max(1, limit // bytes_an_element))
@@ -64,11 +88,11 @@ def blocks(box: Box, bytes_an_element: int, limit: int) -> Iterator[Box]:
 _rooms = threading.local()
 
 
-def _buffer_of_this_thread() -> torch.Tensor:
+def _buffer_of_this_thread(chunk_bytes: int) -> torch.Tensor:
     """A chunk's bytes, the same at every call: the system is slow to give out new memory."""
     buffer: torch.Tensor | None = getattr(_rooms, "buffer", None)
-    if buffer is None or len(buffer) != CHUNK_BYTES:
-        buffer = _rooms.buffer = page_aligned(CHUNK_BYTES)
+    if buffer is None or len(buffer) != chunk_bytes:
+        buffer = _rooms.buffer = page_aligned(chunk_bytes)
     return buffer
 
 
@@ -79,17 +103,17 @@ class _Stream:
         self,
         path: Path,
         descriptor: int,
-        source: Source,
+        source: Boxes,
         buffer_bytes: int,
+        chunk_bytes: int,
         moved: Callable[[int], None],
     ) -> None:
         self.checksums: list[str] = []
         self._path, self._descriptor, self._source, self._moved = path, descriptor, source, moved
-        self._buffer = _buffer_of_this_thread()
+        self._buffer = _buffer_of_this_thread(chunk_bytes)
         self._bytes = self._buffer.numpy().data
         # A block is held twice where it is converted: as it is read and as it is written.
-        self._block_bytes = (buffer_bytes - CHUNK_BYTES - _READ_BYTES) // 2
-        self._slots = {slot.name: slot for slot in source.slots}
+        self._block_bytes = (buffer_bytes - chunk_bytes - _READ_BYTES) // 2
         self._filled = self._summed = 0
         self._crc: int | None = None  # of the record under way
         self._crcs: list[int] = []
@@ -111,8 +135,7 @@ class _Stream:
                 self._put_bytes(memoryview(data))
 
     def _put_values(self, values: Values) -> None:
-        slot = self._slots.get(values.slot)
-        if slot is None or not slot.of(self._source.catalog[values.tensor]):
+        if not self._source.holds(values.tensor, values.slot):
             return self._put_zeros(values.bytes)
         stored = self._source.dtype(values.tensor, values.slot)
         if values.axes is None and stored == values.dtype and self._aligned(stored.itemsize):
@@ -128,7 +151,7 @@ class _Stream:
             for place, axis in enumerate(axes):
                 origin[axis], shape[axis] = block.offset[place], block.shape[place]
             read = self._read(values, Box(tuple(origin), tuple(shape)))
-            self._put_bytes(_bytes(read.permute(axes), values.dtype).numpy().data)
+            self._put_bytes(as_bytes(read.permute(axes), values.dtype).numpy().data)
 
     def _aligned(self, width: int) -> bool:
         return self._filled % width == 0
@@ -188,45 +211,3 @@ class _Stream:
                 write_past_cache(self._descriptor, data)
             self._moved(self._filled)
             self._filled = self._summed = 0
-
-
-def compare(
-    old: Source, new: Source, tensor: str, slot: str, *, buffer_bytes: int
-) -> tuple[int, float]:
-    """Compare a slot of a tensor; a slot that `old` does not have must be zeros in `new`.
-
-    Returns:
-        Where the element type differs: the number of values that rounding changed, and the
-        greatest change relative to the greatest absolute value of the tensor.  Else (0, 0.0).
-
-    Raises:
-        CheckpointError: a value is not the old one, nor its rounding.
-    """
-    held = slot in {s.name for s in old.slots}
-    kind = new.dtype(tensor, slot)
-    width = max(kind.itemsize, old.dtype(tensor, slot).itemsize if held else 0, 4)
-    changed, greatest, largest = 0, 0.0, 0.0
-    for box in blocks(whole(new.catalog[tensor].shape), width, buffer_bytes // 8):
-        found = new.read(tensor, slot, box)
-        source = old.read(tensor, slot, box) if held else torch.zeros(box.shape)
-        rounded = source.to(kind)
-        if not torch.equal(_bytes(found, kind), _bytes(rounded, kind)):
-            raise CheckpointError(
-                f"{new.path}: tensor {tensor}, slot {slot}, box {box}: not what was converted",
-                expected=f"the values of {old.path}",
-                fix="convert again; if it recurs, look at the disk and the memory of this host",
-            )
-        if source.dtype != kind:
-            wide = torch.promote_types(source.dtype, torch.float32)
-            difference = (source.to(wide) - rounded.to(wide)).abs()
-            changed += int(torch.count_nonzero(difference))
-            greatest = max(greatest, float(difference.max()))
-            largest = max(largest, float(source.abs().max()))
-    return changed, greatest / largest if largest else 0.0
-
-
-def _bytes(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values as bytes, row-major; as such NaN equals itself and 0.0 differs from -0.0."""
-    # Not `contiguous`: an axis of length 1 may keep an odd stride, which `view` refuses.
-    copied = torch.empty(values.shape, dtype=dtype).copy_(values)
-    return copied.view(-1).view(torch.uint8)
