@@ -141,6 +141,7 @@ class ShardState:
     """
 
     def __init__(self, placement, rank, *, dtype=torch.float32, whole_state=None):
+        self._dtype = dtype
         self.boxes = {}
         for shard in placement.shards(rank):
             for slot in ADAM_SLOTS:
@@ -156,7 +157,12 @@ class ShardState:
                 return memory[box.relative_to(held.offset).slices]
         raise KeyError(f"{box} of {tensor} is not here")
 
-    read = view
+    def dtype(self, tensor, slot):
+        return self._dtype
+
+    def read(self, tensor, slot, box, *, out=None):
+        values = self.view(tensor, slot, box)
+        return values if out is None else out.copy_(values)
 
     def fault(self, whole_state):
         """The first box that is not, bit for bit, a slice of a whole state; None if all are."""

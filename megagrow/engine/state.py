@@ -54,9 +54,16 @@ class LiveState:
         whole = flat[first : first + shard.box.volume].view(shard.box.shape)
         return whole[box.relative_to(shard.box.offset).slices]
 
-    def read(self, tensor: str, slot: str, box: Box) -> torch.Tensor:
-        """The values of a box, as a view."""
-        return self.view(tensor, slot, box)
+    def dtype(self, tensor: str, slot: str) -> torch.dtype:
+        """The element type of a tensor's slot (KeyError where this rank holds none of it)."""
+        return self._memory[tensor, slot][1].dtype
+
+    def read(
+        self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The values of a box, as a view or in `out`."""
+        values = self.view(tensor, slot, box)
+        return values if out is None else out.copy_(values)
 
     def _shard_around(self, tensor: str, box: Box) -> Shard:
         shards = self._shards.get(tensor, [])

@@ -21,7 +21,7 @@ from megagrow.state.placement import Placement
 from megagrow.train.fit import Fit, fit_growth
 from megagrow.train.run_plan import Stage
 from megagrow.train.state import RunState
-from megagrow.transfer.ends import Reader, Writer
+from megagrow.transfer.ends import Source, Target
 from megagrow.transfer.execute import TransferReport, transfer_between_ranks
 from megagrow.transfer.state_map import FreshStart, Identity, StateMap
 from megagrow.transfer.whole_state import MemoryState
@@ -127,7 +127,7 @@ def grow(
     )
 
 
-class _Memory(Reader, Writer, Protocol):
+class _Memory(Source, Target, Protocol):
     """Boxes that can be read and written."""
 
 

@@ -7,17 +7,18 @@ run goes on from it with a configuration whose next stage has this `grow` sectio
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from megagrow.checkpoint import CheckpointMeta, NativeCheckpoint, Piece, SoloGroup, save
+from megagrow.checkpoint import NativeCheckpoint
 from megagrow.checkpoint.convert.registry import detect
+from megagrow.checkpoint.convert.run import BUFFER_BYTES, Job, convert
+from megagrow.checkpoint.interface.format import Source
 from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.checkpoint.native.steps import find, step_of, step_path
 from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
@@ -27,22 +28,20 @@ from megagrow.data.sampler import SampleIndex
 from megagrow.errors import CheckpointError, ConfigError, GrowthError
 from megagrow.growth.operators.ligo import Fitted
 from megagrow.growth.plan import Growth, plan_growth
-from megagrow.lock import holding_output
 from megagrow.schedule.stages import sample_length, stage_batch, stage_optimizer
-from megagrow.state.boxes import Box, split_box, whole
-from megagrow.state.catalog import MASTER, LogicalTensor, Slot, slots_of
+from megagrow.state.boxes import Box, whole
+from megagrow.state.catalog import MASTER, slots_of
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
 from megagrow.train.fingerprints import require_run, require_same_data
 from megagrow.train.fit import Fit, fit_growth
 from megagrow.train.state import RunState
-from megagrow.transfer.ends import Reader
+from megagrow.transfer.ends import Source as Ends
 from megagrow.transfer.moves import Locator
 from megagrow.transfer.read_through import Through
 from megagrow.transfer.state_map import StateMap
 from megagrow.transfer.whole_state import MemoryState
 
-PIECE_BYTES = 64 << 20
 _STAGING_BYTES = 16 << 20
 
 
@@ -65,18 +64,29 @@ class OfflineGrowth:
     state: RunState
     config: Config
 
+    def __call__(self, source: Source) -> Source:
+        """The grown checkpoint, as a source."""
+        return GrownCheckpoint(self, source)
+
+    def __str__(self) -> str:
+        """Equal for equal growths: a conversion that was killed is known by it."""
+        return json.dumps(
+            [self.config.model_dump(mode="json", by_alias=True), self.state.to_json()]
+        )
+
     @property
     def bytes(self) -> int:
         """Size of the values that will be written."""
         return sum(
-            tensor.volume * self.dtype(tensor, slot).itemsize
+            tensor.volume * self.dtype(tensor.name, slot.name).itemsize
             for tensor in self.growth.target
             for slot in slots_of(tensor, self.checkpoint.slots)
         )
 
-    def dtype(self, tensor: LogicalTensor, slot: Slot) -> torch.dtype:
-        """The element type of a target tensor's slot: that of what it is made of."""
-        return self.checkpoint.dtype(self.growth.blocks(tensor)[0].source, slot.name)
+    def dtype(self, tensor: str, slot: str) -> torch.dtype:
+        """The element type of a target tensor's slot: that of what the tensor is made of."""
+        made_of = self.growth.blocks(self.growth.target[tensor])[0].source
+        return self.checkpoint.dtype(made_of, slot)
 
 
 def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
@@ -133,14 +143,24 @@ def _native(source: Path) -> Path:
         ) from None
 
 
-def write_offline(plan: OfflineGrowth, root: Path, *, piece_bytes: int = PIECE_BYTES) -> Path:
-    """Write the grown checkpoint, in one file; returns its directory.
+def write_offline(
+    plan: OfflineGrowth,
+    root: Path,
+    *,
+    layout: Layout | None = None,
+    workers: int | None = None,
+    buffer_bytes: int = BUFFER_BYTES,
+) -> Path:
+    """Write the grown checkpoint; returns its directory.
 
-    Memory: one piece of `piece_bytes` at a time and constant buffers, whatever the model; but a
+    It is a conversion with the growth in it (`megagrow.checkpoint.convert.run`): in bounded
+    memory, by several threads, into any layout; killed and started again it goes on.  Only a
     growth that is fitted on data needs both models whole, and the data of the run.
 
     Args:
         root: the directory that will hold ``step_<step>``; such a name itself does as well.
+        layout: of the result; by default one file.
+        workers, buffer_bytes: as for a conversion.
 
     Raises:
         CheckpointError: the source is damaged, the target exists, or the system refused;
@@ -149,54 +169,88 @@ def write_offline(plan: OfflineGrowth, root: Path, *, piece_bytes: int = PIECE_B
     """
     if step_of(root) == plan.checkpoint.step:
         root = root.parent
-    reader, state = _reader(plan)
-    meta = CheckpointMeta(
-        catalog=plan.growth.target,
-        slots=plan.checkpoint.slots,
-        layout=Layout(),
-        config=plan.config.model_dump(mode="json", by_alias=True),
-        fingerprints=plan.checkpoint.fingerprints,
-        run_state=state.to_json(),
+    target = step_path(root, plan.checkpoint.step)
+    job = Job(
+        source=plan.checkpoint.path,
+        target=target,
+        target_format="native",
+        layout=layout or Layout(),
+        transform=plan,
     )
-    pieces = _pieces(plan, reader, piece_bytes)
-    step = plan.checkpoint.step
-    with holding_output(root):
-        result = step_path(root, step)
-        there = os.path.lexists(result)
-        try:
-            return save(root, step=step, pieces=pieces, meta=meta, group=SoloGroup())
-        except CheckpointError as error:
-            if there or not result.exists():
-                raise
-            # Only the directory's synchronisation failed.  A training run goes on and keeps what
-            # it has; here the same command can be run again, and must find its place free.
-            shutil.rmtree(result)
-            reason: BaseException = error
-            while reason.__cause__ is not None:
-                reason = reason.__cause__
-            raise CheckpointError(
-                f"{root}: cannot be synchronised, so {result.name} was not kept",
-                found=reason,
-                fix="see to the disk, then run the same command again",
-            ) from error
+    convert(job, workers=workers, buffer_bytes=buffer_bytes)
+    return target
 
 
-def _reader(plan: OfflineGrowth) -> tuple[Through, RunState]:
-    """What reads the grown state, and the run's state, with what a fitting has cost."""
-    state_map: StateMap = plan.growth
-    old: Reader = plan.checkpoint
-    locator: Locator = plan.checkpoint
-    state = plan.state
-    if plan.growth.fit_steps:
-        old, fit, sequence = _fitted(plan)
-        state_map, locator = Fitted(plan.growth.target), Placement(plan.growth.target, Layout())
-        state = replace(
-            state,
-            flops=state.flops + fit.flops,
-            position=state.position.after(fit.samples, sequence=sequence),
+class GrownCheckpoint:
+    """The checkpoint that a growth makes of another, as a source: read box by box, never whole."""
+
+    zeros: frozenset[tuple[str, str]] = frozenset()
+
+    def __init__(self, plan: OfflineGrowth, source: Source) -> None:
+        self._source = source
+        self.path, self.step, self.left_out = source.path, source.step, source.left_out
+        self.catalog, self.slots, self.layout = plan.growth.target, source.slots, source.layout
+        self.config = plan.config.model_dump(mode="json", by_alias=True)
+        self.fingerprints = source.fingerprints
+        state_map: StateMap = plan.growth
+        old: Ends = source
+        locator: Locator = source
+        state = plan.state
+        if plan.growth.fit_steps:
+            old, fit, sequence = _fitted(plan)
+            state_map, locator = Fitted(plan.growth.target), Placement(self.catalog, Layout())
+            state = replace(
+                state,
+                flops=state.flops + fit.flops,
+                position=state.position.after(fit.samples, sequence=sequence),
+            )
+        self.run_state = state.to_json()
+        self._values = Through(
+            state_map,
+            old,
+            locator,
+            slots=self.slots,
+            dtype=plan.dtype,
+            seed=plan.config.run.seed,
+            staging_bytes=_STAGING_BYTES,
         )
-    seed = plan.config.run.seed
-    return Through(state_map, old, locator, seed=seed, staging_bytes=_STAGING_BYTES), state
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Those of the checkpoint that is grown."""
+        return self._source.files
+
+    @property
+    def bytes(self) -> int:
+        """Size of those."""
+        return self._source.bytes
+
+    @property
+    def checksums(self) -> int:
+        """Number of checksums of those, which reads compare."""
+        return self._source.checksums
+
+    def holds(self, tensor: str, slot: str) -> bool:
+        """Whether a tensor has the slot."""
+        return self._values.holds(tensor, slot)
+
+    def dtype(self, tensor: str, slot: str) -> torch.dtype:
+        """The element type of a tensor's slot."""
+        return self._values.dtype(tensor, slot)
+
+    def sources(self, name: str, box: Box, *, reader: int) -> Iterator[tuple[int, Box]]:
+        """One holder of everything."""
+        yield 0, box
+
+    def read(
+        self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The grown values of a box."""
+        return self._values.read(tensor, slot, box, out=out)
+
+    def verify(self) -> None:
+        """Compare every checksum of the checkpoint that is grown."""
+        self._source.verify()
 
 
 def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, Fit, int]:
@@ -223,36 +277,6 @@ def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, Fit, int]:
         batch=stage_batch(plan.config, index),
     )
     return large, fit, sequence
-
-
-def _pieces(plan: OfflineGrowth, reader: Through, piece_bytes: int) -> Iterator[Piece]:
-    for tensor in plan.growth.target:
-        for slot in slots_of(tensor, plan.checkpoint.slots):
-            dtype = plan.dtype(tensor, slot)
-            for box in split_box(whole(tensor.shape), piece_bytes // dtype.itemsize):
-                values = _Deferred(reader, tensor.name, slot, box, dtype)
-                yield Piece(tensor.name, slot.name, box, cast(torch.Tensor, values))
-
-
-@dataclass(frozen=True)
-class _Deferred:
-    """Stands for a tensor until it is written: a save asks for `detach` last, and once."""
-
-    reader: Through
-    tensor: str
-    slot: Slot
-    box: Box
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.box.shape
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
-
-    def detach(self) -> torch.Tensor:
-        return self.reader.read(self.tensor, self.slot, self.box, dtype=self.dtype)
 
 
 def _with_growth(config: Config, state: RunState, grow: GrowConfig) -> Config:

@@ -11,15 +11,24 @@ from megagrow.state.boxes import Box
 Operation = Literal["sum", "max"]
 
 
-class Reader(Protocol):
-    """Something that can hand out a box it holds."""
+class Source(Protocol):
+    """Something that can hand out a box it holds: live state, whole tensors, or a checkpoint."""
 
-    def read(self, tensor: str, slot: str, box: Box) -> torch.Tensor:
-        """The values of a box, of its shape: a view where possible, not to be written to."""
+    def dtype(self, tensor: str, slot: str) -> torch.dtype:
+        """The element type of a tensor's slot."""
+        ...
+
+    def read(
+        self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The values of a box, of its shape, in `out` if it is given.
+
+        Without, they are a view where possible, not to be written to.
+        """
         ...
 
 
-class Writer(Protocol):
+class Target(Protocol):
     """Something whose boxes can be written in place."""
 
     def view(self, tensor: str, slot: str, box: Box) -> torch.Tensor:

@@ -23,7 +23,7 @@ from megagrow.state.boxes import Box, split_box
 from megagrow.state.catalog import Slot, slots_of
 from megagrow.state.fresh import fresh, normals
 from megagrow.state.placement import Placement
-from megagrow.transfer.ends import Channel, Reader, Writer
+from megagrow.transfer.ends import Channel, Source, Target
 from megagrow.transfer.moves import (
     Holder,
     Locator,
@@ -66,9 +66,9 @@ class TransferReport:
 def transfer_between_ranks(
     *,
     state_map: StateMap,
-    old: Reader,
+    old: Source,
     old_placement: Placement,
-    new: Writer,
+    new: Target,
     new_placement: Placement,
     slots: Sequence[Slot],
     channel: Channel,
@@ -147,9 +147,9 @@ def transfer_between_ranks(
 def transfer_from_storage(
     *,
     state_map: StateMap,
-    old: Reader,
+    old: Source,
     locator: Locator,
-    new: Writer,
+    new: Target,
     new_placement: Holder,
     slots: Sequence[Slot],
     rank: int,
@@ -176,8 +176,16 @@ def transfer_from_storage(
     moves = plan_receives(state_map, locator, new_placement, slots=slots, rank=rank)
     for batch in messages(list(moves), max(1, staging_bytes // 8)):
         for move in batch:
+            memory = _memory(new, move)
+            written += memory.numel() * memory.element_size()
+            if _reads_straight(move, old, memory):
+                box = move.source_box
+                old.read(move.copy.source, move.slot.name, box, out=memory)
+                if move.copy.coefficient != 1.0:
+                    memory.mul_(move.copy.coefficient)
+                _add_noise(move, memory, noise)
+                continue
             piece = _piece(old, move)
-            written += piece.numel() * piece.element_size()
             staged = max(staged, move.source_box.volume * piece.element_size())
             _land(move, piece, new, noise)
     return TransferReport(
@@ -188,7 +196,7 @@ def transfer_from_storage(
 def fill_uncovered(
     *,
     state_map: StateMap,
-    new: Writer,
+    new: Target,
     placement: Holder,
     slots: Sequence[Slot],
     rank: int,
@@ -268,15 +276,28 @@ def _fill_made(
     return longest * _FRESH_BYTES_AN_ELEMENT
 
 
-def _piece(old: Reader, move: Move) -> torch.Tensor:
+def _memory(new: Target, move: Move) -> torch.Tensor:
+    return new.view(move.tensor, move.slot.name, move.target_box)[move.target_index()]
+
+
+def _reads_straight(move: Move, old: Source, memory: torch.Tensor) -> bool:
+    """Whether a piece can be read to where it belongs: same shape, order and element type."""
+    return (
+        move.source_box.shape == tuple(memory.shape)
+        and all(part.step in (None, 1) for part in move.source_index())
+        and old.dtype(move.copy.source, move.slot.name) == memory.dtype
+    )
+
+
+def _piece(old: Source, move: Move) -> torch.Tensor:
     return old.read(move.copy.source, move.slot.name, move.source_box)[move.source_index()]
 
 
-def _land_all(landings: Sequence[Landing], new: Writer, noise: MakeNoise) -> None:
+def _land_all(landings: Sequence[Landing], new: Target, noise: MakeNoise) -> None:
     """Land pieces: by one kernel for many where one serves, else one after the other."""
     plain = [(m, p) for m, p in landings if m.copy.noise is None and ops.own("copy_boxes", p)]
     if plain:
-        memory = [new.view(m.tensor, m.slot.name, m.target_box)[m.target_index()] for m, _ in plain]
+        memory = [_memory(new, m) for m, _ in plain]
         same = {(p.dtype, p.device) for _, p in plain} | {(t.dtype, t.device) for t in memory}
         if len(same) == 1 and all(t.dim() <= ops.BOX_AXES for t in memory):
             ops.copy_boxes_(memory, [p for _, p in plain], [m.copy.coefficient for m, _ in plain])
@@ -285,8 +306,8 @@ def _land_all(landings: Sequence[Landing], new: Writer, noise: MakeNoise) -> Non
         _land(move, piece, new, noise)
 
 
-def _land(move: Move, piece: torch.Tensor, new: Writer, noise: MakeNoise) -> None:
-    memory = new.view(move.tensor, move.slot.name, move.target_box)[move.target_index()]
+def _land(move: Move, piece: torch.Tensor, new: Target, noise: MakeNoise) -> None:
+    memory = _memory(new, move)
     scale = move.copy.coefficient
     # Scaled in the precision it is kept in: the same product in every layout.
     if scale != 1.0 and piece.dtype == memory.dtype and piece.device == memory.device:
@@ -295,10 +316,15 @@ def _land(move: Move, piece: torch.Tensor, new: Writer, noise: MakeNoise) -> Non
         memory.copy_(piece)
         if scale != 1.0:
             memory.mul_(scale)
-    if move.copy.noise is not None:
-        for box in split_box(move.part, _NOISE_ELEMENTS):
-            inside = box.relative_to(move.part.offset).slices
-            memory[inside] += torch.from_numpy(noise(move.copy, box)).to(memory)
+    _add_noise(move, memory, noise)
+
+
+def _add_noise(move: Move, memory: torch.Tensor, noise: MakeNoise) -> None:
+    if move.copy.noise is None:
+        return
+    for box in split_box(move.part, _NOISE_ELEMENTS):
+        inside = box.relative_to(move.part.offset).slices
+        memory[inside] += torch.from_numpy(noise(move.copy, box)).to(memory)
 
 
 def _noise(copy: Copy, box: Box, *, seed: int, statistics: Statistics) -> np.ndarray:
@@ -316,7 +342,7 @@ def _buffer(
     return torch.empty(longest, dtype=dtype, device=device)
 
 
-def _pack(batch: Iterable[Move], old: Reader, buffer: torch.Tensor) -> torch.Tensor:
+def _pack(batch: Iterable[Move], old: Source, buffer: torch.Tensor) -> torch.Tensor:
     position = 0
     for move in batch:
         stop = position + move.part.volume
@@ -325,7 +351,7 @@ def _pack(batch: Iterable[Move], old: Reader, buffer: torch.Tensor) -> torch.Ten
     return buffer[:position]
 
 
-def _unpack(batch: Iterable[Move], buffer: torch.Tensor, new: Writer, noise: MakeNoise) -> int:
+def _unpack(batch: Iterable[Move], buffer: torch.Tensor, new: Target, noise: MakeNoise) -> int:
     """Land a message; returns the number of elements written."""
     position = written = 0
     landings: list[Landing] = []

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 
 from megagrow.state.boxes import Box
 from megagrow.state.catalog import Slot
 from megagrow.state.placement import Shard
-from megagrow.transfer.ends import Reader
+from megagrow.transfer.ends import Source
 from megagrow.transfer.execute import transfer_from_storage
 from megagrow.transfer.moves import Locator
 from megagrow.transfer.state_map import StateMap
@@ -18,47 +18,70 @@ from megagrow.transfer.statistics import Statistics, measure, required
 
 
 class Through:
-    """A state map over stored state, as a reader of what it makes.
+    """What a state map makes of stored state, as a source; several threads may read at once.
 
     Args:
         state_map: what is made.
         old: the state that it is made of.
         locator: who holds the boxes of `old`.
+        slots: of the state that is made.
+        dtype: the element type of a (tensor, slot) of it.
         seed: of the run, for values that are made afresh.
         staging_bytes: memory for a read besides the box itself.
     """
 
     def __init__(
-        self, state_map: StateMap, old: Reader, locator: Locator, *, seed: int, staging_bytes: int
+        self,
+        state_map: StateMap,
+        old: Source,
+        locator: Locator,
+        *,
+        slots: tuple[Slot, ...],
+        dtype: Callable[[str, str], torch.dtype],
+        seed: int,
+        staging_bytes: int,
     ) -> None:
         self._state_map, self._old, self._locator = state_map, old, locator
+        self._slots, self.dtype = {slot.name: slot for slot in slots}, dtype
         self._seed, self._staging_bytes = seed, staging_bytes
+        self._measured: Statistics | None = None
+        self._lock = threading.Lock()
 
-    def read(self, tensor: str, slot: Slot, box: Box, *, dtype: torch.dtype) -> torch.Tensor:
+    def holds(self, tensor: str, slot: str) -> bool:
+        """Whether a tensor has the slot."""
+        return slot in self._slots and self._slots[slot].of(self._state_map.target[tensor])
+
+    def read(
+        self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The values of a box of a target tensor's slot, bit for bit those of a transfer."""
-        one = _OneBox(tensor, box, torch.empty(box.shape, dtype=dtype))
+        if out is None:
+            out = torch.empty(box.shape, dtype=self.dtype(tensor, slot))
+        one = _OneBox(tensor, box, out)
         transfer_from_storage(
             state_map=self._state_map,
             old=self._old,
             locator=self._locator,
             new=one,
             new_placement=one,
-            slots=(slot,),
+            slots=(self._slots[slot],),
             rank=0,
             seed=self._seed,
             staging_bytes=self._staging_bytes,
-            statistics=self._statistics,
+            statistics=self._statistics(),
         )
-        return one.memory
+        return out
 
-    @cached_property
     def _statistics(self) -> Statistics:
-        return measure(
-            required(self._state_map),
-            old=self._old,
-            locator=self._locator,
-            staging_bytes=self._staging_bytes,
-        )
+        with self._lock:
+            if self._measured is None:
+                self._measured = measure(
+                    required(self._state_map),
+                    old=self._old,
+                    locator=self._locator,
+                    staging_bytes=self._staging_bytes,
+                )
+            return self._measured
 
 
 class _OneBox:

@@ -16,7 +16,7 @@ import torch
 from megagrow.errors import GrowthError
 from megagrow.state.boxes import Box, split_box, whole
 from megagrow.state.catalog import MASTER, Slot
-from megagrow.transfer.ends import Channel, Reader
+from megagrow.transfer.ends import Channel, Source
 from megagrow.transfer.moves import Locator
 from megagrow.transfer.state_map import Drawn, Level, StateMap, Statistic
 
@@ -45,7 +45,7 @@ def required(state_map: StateMap, slots: Sequence[Slot] = (MASTER,)) -> list[Sta
 def measure(
     needed: Sequence[Statistic],
     *,
-    old: Reader,
+    old: Source,
     locator: Locator,
     rank: int | None = None,
     channel: Channel | None = None,

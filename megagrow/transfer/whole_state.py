@@ -37,6 +37,13 @@ class MemoryState:
         """The memory of a box."""
         return self.tensors[tensor, slot][box.slices]
 
-    def read(self, tensor: str, slot: str, box: Box) -> torch.Tensor:
-        """The values of a box, as a view."""
-        return self.view(tensor, slot, box)
+    def dtype(self, tensor: str, slot: str) -> torch.dtype:
+        """The element type of a tensor's slot."""
+        return self.tensors[tensor, slot].dtype
+
+    def read(
+        self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The values of a box, as a view or in `out`."""
+        values = self.view(tensor, slot, box)
+        return values if out is None else out.copy_(values)

@@ -91,11 +91,11 @@ def test_memory_is_seen():
     before = tensor_bytes()
     with PeakMemory() as peak:
         start = resident_bytes()
-        block = torch.ones(16 << 18)
+        block = torch.ones(64 << 18)  # above what the C library keeps for reuse
         twin = block.view(2, -1)
         assert tensor_bytes() - before == block.numel() * 4 == twin.numel() * 4
         del block, twin
-    assert 15 << 20 < peak.bytes - start < 40 << 20
+    assert 60 << 20 < peak.bytes - start < 90 << 20
     assert copy_seconds(1 << 20, device=torch.device("cpu")) > 0
 
 

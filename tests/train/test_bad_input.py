@@ -153,9 +153,12 @@ def test_options_in_any_order_and_only_rank_0_speaks(tmp_path, dataset, monkeypa
     assert mixed.status == 1 and "run.seed" in mixed.err and "x" in mixed.err
     assert main(["--config", config, "--nonsense"]).status == 2
     monkeypatch.setenv("RANK", "1")
-    for arguments in (["--nonsense"], ["--config", config, "model.ffn=x"], ["--help"]):
+    for arguments in (["--nonsense"], ["--help"]):
         outcome = main(arguments)
         assert outcome.out == outcome.err == ""
+    # What only this rank may know, since the ranks have not joined yet.
+    alone = main(["--config", config, "model.ffn=x"])
+    assert (alone.status, alone.out) == (1, "") and alone.err.startswith("rank 1: error: ")
     dry = main(["--config", config, "--dry-run"])
     assert (dry.status, dry.out) == (0, "")
 

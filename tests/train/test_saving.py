@@ -67,9 +67,8 @@ def _write_only_when_told(rank, notes):
     from megagrow.engine.engine import Engine
     from megagrow.train.saving import Saver
 
-    saving = sys.modules[
-        "megagrow.checkpoint.native.save"
-    ]  # the package has a function of that name
+    # The package has a function of that name.
+    saving = sys.modules["megagrow.checkpoint.native.save"]
     news, seen = threading.Condition(), {"steps": 0, "at": 0, "awaited": False}
     write, step, save, wait = saving.write_shard, Engine.train_step, Saver.save, Saver.wait
 
@@ -117,16 +116,16 @@ def test_steps_go_on_while_files_are_written(tmp_path, straight):
 
 
 def _full_disk(rank, step):
-    import megagrow.checkpoint.native.shard_file as shards
+    from megagrow.checkpoint.interface import file_writer
 
-    write = shards.write_past_cache
+    write = file_writer.write_past_cache
 
     def refusing(descriptor, data):
         if rank == 1 and f"step_{step:08d}" in os.readlink(f"/proc/self/fd/{descriptor}"):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(descriptor, data)
 
-    shards.write_past_cache = refusing
+    file_writer.write_past_cache = refusing
 
 
 def test_a_failure_is_told_at_the_next_step(tmp_path, straight):

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ class Job:
         run_state: for a source that tells none, or a part of it.
         told: what the source's files do not tell.
         config, fingerprints: of a run that is to start from the result, in place of the source's.
+        transform: what the source is taken through, such as a growth; its text (`str`) tells two
+            that differ apart.
     """
 
     source: Path
@@ -74,6 +76,7 @@ class Job:
     told: ReadOptions = NOTHING_TOLD
     config: Mapping[str, Any] | None = None
     fingerprints: Mapping[str, str] | None = None
+    transform: Callable[[Source], Source] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,8 @@ def open_job(job: Job) -> Opened:
     _require_axes(job)
     source_format, path = detect(job.source, job.source_format)
     source = source_format.open(path, job.told)
+    if job.transform is not None:
+        source = job.transform(source)
     meta = CheckpointMeta(
         catalog=source.catalog,
         slots=source.slots,

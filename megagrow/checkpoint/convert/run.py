@@ -84,14 +84,12 @@ def convert(
         MegagrowError: as `survey`; or the system refused, or the verification failed.
         LockError: another conversion to the same target runs, or a run trains there.
     """
+    _refuse_existing(job.target)
     opened = open_job(job)
     about = survey_of(opened, workers, buffer_bytes)
-    _refuse_existing(job.target)
     work = job.target.with_name(f"{job.target.name}.converting-{opened.digest}")
-    with holding_output(job.target):
-        with naming(work, "cannot be made"):
-            (work / "out").mkdir(parents=True, exist_ok=True)
-        out, done = work / "out", work / "done.jsonl"
+    out, done = work / "out", work / "done.jsonl"
+    with holding_output(job.target), _working_in(out, done):
         begin = time.perf_counter()
         kept = _finished(opened.pieces, out, _recorded(done))
         moved(sum(opened.pieces[i].bytes for i in kept))
@@ -138,6 +136,19 @@ def _refuse_existing(target: Path) -> None:
             f"{target}: something lies there already, and nothing is overwritten",
             fix=f"give another --to, or move it away: mv {target} {target}.old",
         )
+
+
+@contextlib.contextmanager
+def _working_in(out: Path, done: Path) -> Iterator[None]:
+    """Makes the directory of the work; one that fails before any piece is done leaves none."""
+    with naming(out, "cannot be made"):
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not _recorded(done):
+            shutil.rmtree(done.parent, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -237,7 +248,12 @@ def _commit(out: Path, target: Path) -> None:
     _refuse_existing(target)
     with naming(target, "cannot be committed"):
         os.rename(out, target)
-        sync_directory(target.parent)
+        try:
+            sync_directory(target.parent)
+        except OSError:
+            # Back, so that the same command finds its place free and goes on with the work.
+            os.rename(target, out)
+            raise
 
 
 # --- the work -----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from megagrow.checkpoint.native.shard_file import Part, Plan, lay_out
 from megagrow.checkpoint.native.source import NativeCheckpoint
 from megagrow.checkpoint.native.steps import find
 from megagrow.errors import CheckpointError
-from megagrow.state.catalog import ADAM_SLOTS, Slot, slots_of
+from megagrow.state.catalog import ADAM_SLOTS, OPTIMIZER_SLOTS, Slot, slots_of
 
 
 class NativeSink:
@@ -28,9 +28,7 @@ class NativeSink:
     def __init__(self, request: Request) -> None:
         self._request, meta = request, request.meta
         placement = placed(meta.catalog, request)
-        # The training loop reads Adam's slots; one that the source lacks starts at zero.
-        held = {slot.name for slot in meta.slots}
-        self.slots = (*meta.slots, *(slot for slot in ADAM_SLOTS if slot.name not in held))
+        self.slots = _slots(meta)
         self._parts: list[list[Part]] = []
         self._plans: list[Plan] = []
         self.files: list[FilePlan] = []
@@ -69,6 +67,14 @@ class NativeSink:
         prove(manifests.unseal(text, where=str(path)), where=str(path))
         with naming(path, "cannot be written"):
             write_new(path, text)
+
+
+def _slots(meta: CheckpointMeta) -> tuple[Slot, ...]:
+    """What a run keeps: where the source has weights alone, its optimizer's slots, at zero."""
+    if any(slot.kind != "parameter" for slot in meta.slots):
+        return meta.slots
+    optimizer = meta.config.get("optimizer") or {}
+    return OPTIMIZER_SLOTS.get(optimizer.get("name", "adamw"), ADAM_SLOTS)
 
 
 def _with_slots(request: Request, slots: Sequence[Slot]) -> CheckpointMeta:
