@@ -16,19 +16,19 @@ import torch
 
 from megagrow.bench.cases import STEPS_BEFORE, Case, config_for
 from megagrow.bench.memory import PeakMemory, copy_seconds, resident_bytes, tensor_bytes
-from megagrow.checkpoint import CheckpointMeta, NativeCheckpoint, Piece, save
+from megagrow.checkpoint import CheckpointMeta, NativeCheckpoint, save
 from megagrow.config import Config, ModelConfig
 from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
 from megagrow.engine.state import LiveState
-from megagrow.forecast.cost import STATE_BYTES, received
+from megagrow.forecast.cost import STATE_BYTES
 from megagrow.state.catalog import ADAM_SLOTS, MASTER
 from megagrow.state.placement import Placement
-from megagrow.train.grow_live import fill_fresh, start_engine
+from megagrow.train.checkpoints import live_pieces, load_state
+from megagrow.train.grow_live import fill_fresh, grow, start_engine
 from megagrow.train.run_plan import Stage, plan_run
 from megagrow.train.state import RunState
-from megagrow.transfer.execute import TransferReport, transfer_between_ranks, transfer_from_storage
-from megagrow.transfer.state_map import StateMap
+from megagrow.transfer.execute import TransferReport
 
 _COPY_ROUNDS = 3
 
@@ -99,11 +99,11 @@ def measure(
         if checkpoint is not None:
             live = _checksum(engine.state, new_placement, comm.rank)
             with clock("load"):
-                _load(checkpoint, engine, growth, config, comm)
+                load_state(growth, NativeCheckpoint.open(checkpoint), engine, config=config)
+                engine.publish()
             differs = live != _checksum(engine.state, new_placement, comm.rank)
             same = not any(comm.all_gather(differs))
 
-    moved = received(growth, old_placement, new_placement, slots=ADAM_SLOTS, rank=comm.rank)
     ranks = comm.all_gather(
         {
             "old_state_bytes": _held(old_placement, comm.rank),
@@ -112,7 +112,7 @@ def measure(
             "local_bytes": report.bytes_written - report.bytes_received,
             "foreign_bytes": report.bytes_received,
             "crossed_bytes": report.bytes_crossed,
-            "least_bytes": moved.least,
+            "least_bytes": report.bytes_least,
             "staging_bytes": report.peak_staging_bytes,
         }
     )
@@ -139,41 +139,34 @@ def measure(
 def _grow_live(
     small: Engine, *, config: Config, stage: Stage, state: RunState, comm: Comm, clock: _Clock
 ) -> tuple[Engine, TransferReport, dict[str, Any]]:
-    """Grow, as `megagrow.train.grow_live` does, with an eye on clock and memory."""
-    assert stage.growth is not None
+    """Grow as a run does, with an eye on clock and memory."""
     gc.collect()
     besides = resident_bytes() - tensor_bytes()
-    with PeakMemory() as building:
-        with clock("close"):
-            old = small.close()
-        with clock("start"):
-            engine = start_engine(config=config, stage=stage, state=state, comm=comm)
-    with PeakMemory() as moving, clock("transfer"):
-        report = transfer_between_ranks(
-            state_map=stage.growth,
-            old=old,
-            old_placement=old.placement,
-            new=engine.state,
-            new_placement=engine.placement,
-            slots=ADAM_SLOTS,
-            channel=comm,
-            seed=config.run.seed,
-            staging_bytes=int(config.growth.staging_mib * 2**20),
-            device=comm.device,
-        )
-    settled = resident_bytes()
-    with PeakMemory() as publishing, clock("publish"):
-        engine.publish()
+    peaks: dict[str, PeakMemory] = {}
+    settled = 0
+
+    @contextlib.contextmanager
+    def phase(name: str) -> Iterator[None]:
+        nonlocal settled
+        with PeakMemory() as peaks[name], clock(name):
+            yield
+        if name == "transfer":
+            settled = resident_bytes()
+
+    engine, report = grow(
+        small, growth=stage.growth, config=config, stage=stage, state=state, comm=comm, phase=phase
+    )
     tensors = tensor_bytes()
+    building = max(peaks["close"].bytes, peaks["start"].bytes)
     memory = {
         # Old state, new state, and what the new engine needs besides: all that must be there.
         "tensor_bytes": tensors,
-        "transfer_above_bytes": moving.bytes - settled,
-        "start_above_bytes": building.bytes - besides - tensors,
-        "publish_above_bytes": publishing.bytes - besides - tensors,
-        "peak_is_exact": building.exact and moving.exact and publishing.exact,
+        "transfer_above_bytes": peaks["transfer"].bytes - settled,
+        "start_above_bytes": building - besides - tensors,
+        "publish_above_bytes": peaks["publish"].bytes - besides - tensors,
+        "peak_is_exact": all(peak.exact for peak in peaks.values()),
     }
-    return engine, report, memory
+    return engine, report.mine, memory
 
 
 def _scratch(comm: Comm, parent: str, held: contextlib.ExitStack) -> Path:
@@ -199,36 +192,15 @@ def _make_moments(state: LiveState, placement: Placement, rank: int) -> None:
 
 
 def _save(engine: Engine, config: Config, root: Path, comm: Comm) -> Path:
-    pieces = (
-        Piece(tensor, slot.name, box, engine.state.read(tensor, slot.name, box))
-        for tensor, box in ((s.tensor, s.box) for s in engine.placement.written_by(comm.rank))
-        for slot in ADAM_SLOTS
-    )
     meta = CheckpointMeta(
         catalog=engine.placement.catalog,
-        slots=ADAM_SLOTS,
+        slots=engine.slots,
         layout=engine.layout,
         config=config.model_dump(mode="json", by_alias=True),
         fingerprints={},
         run_state={},
     )
-    return save(root, step=0, pieces=pieces, meta=meta, group=comm)
-
-
-def _load(path: Path, engine: Engine, state_map: StateMap, config: Config, comm: Comm) -> None:
-    checkpoint = NativeCheckpoint.open(path)
-    transfer_from_storage(
-        state_map=state_map,
-        old=checkpoint,
-        locator=checkpoint,
-        new=engine.state,
-        new_placement=engine.placement,
-        slots=ADAM_SLOTS,
-        rank=comm.rank,
-        seed=config.run.seed,
-        staging_bytes=int(config.growth.staging_mib * 2**20),
-    )
-    engine.publish()
+    return save(root, step=0, pieces=live_pieces(engine, comm.rank), meta=meta, group=comm)
 
 
 def _checksum(state: LiveState, placement: Placement, rank: int) -> int:

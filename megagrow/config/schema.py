@@ -299,6 +299,11 @@ class GrowthConfig(Section):
     law: Literal["kaplan", "chinchilla", "epoch"] | LawConfig = "chinchilla"
     points: Annotated[int, Field(ge=2)] = 5
 
+    @property
+    def staging_bytes(self) -> int:
+        """`staging_mib` in bytes."""
+        return int(self.staging_mib * 2**20)
+
 
 class Config(Section):
     """A whole run."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from megagrow.state.boxes import Box
+from megagrow.state.boxes import Box, union_volume
 from megagrow.state.catalog import Slot
 from megagrow.state.placement import Placement
 from megagrow.transfer.moves import Locator, plan_receives
@@ -59,28 +57,3 @@ def received(
             by_holder[move.holder] += size
     least = sum(union_volume(box for box, _ in found) for found in boxes.values()) * STATE_BYTES
     return Received(local, foreign, sum(by_holder.values()), least, dict(by_holder))
-
-
-def union_volume(boxes: Iterable[Box]) -> int:
-    """Elements that lie in at least one of some boxes of one tensor."""
-    distinct = set(boxes)
-    if not distinct:
-        return 0
-    starts = np.array([box.offset for box in distinct], dtype=np.int64)
-    stops = np.array([box.stop for box in distinct], dtype=np.int64)
-    if starts.shape[1] == 0:
-        return 1
-    # On the grid of all their edges every box is a block of whole cells.
-    edges = [np.union1d(starts[:, axis], stops[:, axis]) for axis in range(starts.shape[1])]
-    covered = np.zeros([len(edge) - 1 for edge in edges], dtype=bool)
-    for start, stop in zip(starts, stops, strict=True):
-        covered[
-            tuple(
-                slice(int(np.searchsorted(edge, a)), int(np.searchsorted(edge, b)))
-                for edge, a, b in zip(edges, start, stop, strict=True)
-            )
-        ] = True
-    volume = covered.astype(np.int64)
-    for edge in reversed(edges):
-        volume = volume @ np.diff(edge)
-    return int(volume)

@@ -191,7 +191,7 @@ def growth_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
     old = [
         STATE_BYTES * slot_elements(placement, pipe, plan.slots) for pipe in range(before.pipeline)
     ]
-    staging = int(config.growth.staging_mib * 2**20)
+    staging = config.growth.staging_bytes
     peaks = []
     for peak in training_peaks(config, plan, index):
         first = after.rank(pipe=peak.pipe, data=0, tensor=0)
@@ -335,7 +335,7 @@ def sample_ranks(world: int) -> list[int]:
 
 def _moves_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     world = plan.stages[index].layout.world
-    staging = human(config.growth.staging_mib * 2**20, "B")
+    staging = human(config.growth.staging_bytes, "B")
     counts = moves(plan, index, ranks=sample_ranks(world))
     exact = len(counts) == world
     scale = world / len(counts)

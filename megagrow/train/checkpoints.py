@@ -35,7 +35,7 @@ from megagrow.train.health.run_lock import RunLock
 from megagrow.train.run_plan import RunPlan
 from megagrow.train.state import RunState
 from megagrow.transfer.execute import transfer_from_storage
-from megagrow.transfer.state_map import Identity
+from megagrow.transfer.state_map import Identity, StateMap
 
 if TYPE_CHECKING:  # they need DeepSpeed
     from megagrow.engine.comm import Comm
@@ -345,21 +345,32 @@ def load_run(checkpoint: NativeCheckpoint, engine: Engine, *, config: Config, co
     _require_slots(checkpoint, engine)
     failure: Exception | None = None
     try:
-        transfer_from_storage(
-            state_map=Identity(checkpoint.catalog),
-            old=checkpoint,
-            locator=checkpoint,
-            new=engine.state,
-            new_placement=engine.placement,
-            slots=engine.slots,
-            rank=comm.rank,
-            seed=config.run.seed,
-            staging_bytes=int(config.growth.staging_mib * 2**20),
-        )
+        load_state(Identity(checkpoint.catalog), checkpoint, engine, config=config)
     except MegagrowError as error:
         failure = _unusable(error, checkpoint.path)
     comm.agree(failure)
     engine.publish()
+
+
+def load_state(
+    state_map: StateMap, checkpoint: NativeCheckpoint, engine: Engine, *, config: Config
+) -> None:
+    """Make this rank's state of a checkpoint's, through a state map; it is not published yet.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged in what was read.
+    """
+    transfer_from_storage(
+        state_map=state_map,
+        old=checkpoint,
+        locator=checkpoint,
+        new=engine.state,
+        new_placement=engine.placement,
+        slots=engine.slots,
+        rank=engine.comm.rank,
+        seed=config.run.seed,
+        staging_bytes=config.growth.staging_bytes,
+    )
 
 
 def _require_slots(checkpoint: NativeCheckpoint, engine: Engine) -> None:

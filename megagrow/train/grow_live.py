@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +13,6 @@ from megagrow.data.sampler import SampleIndex
 from megagrow.engine.comm import Comm
 from megagrow.engine.deepspeed.loss_scale import LossScale
 from megagrow.engine.engine import Engine
-from megagrow.forecast.cost import received
 from megagrow.growth.operators.ligo import Fitted
 from megagrow.growth.plan import Growth
 from megagrow.state.catalog import MASTER, Slot
@@ -41,6 +41,7 @@ class GrowthReport:
         peak_staging_bytes: the largest staging memory of any rank.
         fit_flops: of fitting the growth's maps, by one rank (each does the same).
         fit_samples: that the fitting took; they do not come again.
+        mine: this rank's part of the transfer.
     """
 
     seconds: float
@@ -50,6 +51,11 @@ class GrowthReport:
     peak_staging_bytes: int
     fit_flops: int
     fit_samples: int
+    mine: TransferReport
+
+    def of_all_ranks(self) -> dict[str, float]:
+        """Its numbers without this rank's own."""
+        return {key: value for key, value in vars(self).items() if key != "mine"}
 
 
 def start_engine(
@@ -79,8 +85,18 @@ def start_engine(
 
 def fill_fresh(engine: Engine, *, config: Config, comm: Comm) -> None:
     """Give a run's first engine its initial state."""
-    _transfer(FreshStart(engine.placement.catalog), engine, engine, config=config, comm=comm)
+    placement = engine.placement
+    _transfer(
+        FreshStart(placement.catalog), engine.state, placement, engine, config=config, comm=comm
+    )
     engine.publish()
+
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+def _unwatched(phase: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def grow(
@@ -91,7 +107,8 @@ def grow(
     stage: Stage,
     state: RunState,
     comm: Comm,
-    samples: SampleIndex,
+    samples: SampleIndex | None = None,
+    phase: Phase = _unwatched,
 ) -> tuple[Engine, GrowthReport]:
     """Carry the state of a running engine into another.
 
@@ -100,42 +117,42 @@ def grow(
         growth: what is done to the state; None changes no tensor.
         stage, state: the growth stage and the run's state that the other engine is for.
         samples: of the run, for growths that are fitted on data.
+        phase: entered for each part by its name: ``close``, ``start``, ``transfer``, ``publish``.
     """
     begin = time.perf_counter()
-    scale = engine.loss_scale
-    engine.close()
-    old: _Holder = engine
-    state_map: StateMap = growth or Identity(engine.placement.catalog)
+    scale, placement = engine.loss_scale, engine.placement
+    with phase("close"):
+        old: Source = engine.close()
+    state_map: StateMap = growth or Identity(placement.catalog)
     flops = fit_samples = 0
     if growth is not None and growth.fit_steps:
-        old, fit = _fitted(engine, growth, config, stage, state, comm, samples)
+        assert samples is not None, "a growth that is fitted needs samples"
+        old, placement, fit = _fitted(old, placement, growth, config, stage, state, comm, samples)
         flops, fit_samples = fit.flops, fit.samples
         state_map = Fitted(growth.target)
-    grown = start_engine(config=config, stage=stage, state=state, comm=comm, loss_scale=scale)
-    report = _transfer(state_map, old, grown, config=config, comm=comm)
-    grown.publish()
-    seconds = max(comm.gather_floats(time.perf_counter() - begin))
-    needed = received(state_map, old.placement, grown.placement, slots=grown.slots, rank=comm.rank)
+    with phase("start"):
+        grown = start_engine(config=config, stage=stage, state=state, comm=comm, loss_scale=scale)
+    with phase("transfer"):
+        report = _transfer(state_map, old, placement, grown, config=config, comm=comm)
+    with phase("publish"):
+        grown.publish()
     return grown, GrowthReport(
-        seconds=seconds,
+        seconds=max(comm.gather_floats(time.perf_counter() - begin)),
         bytes_moved=comm.sum_ints(report.bytes_written),
         bytes_between_ranks=comm.sum_ints(report.bytes_crossed),
-        bytes_between_ranks_least=comm.sum_ints(needed.least),
+        bytes_between_ranks_least=comm.sum_ints(report.bytes_least),
         peak_staging_bytes=int(max(comm.gather_floats(report.peak_staging_bytes))),
         fit_flops=flops,
         fit_samples=fit_samples,
+        mine=report,
     )
 
 
-class _Memory(Source, Target, Protocol):
-    """Boxes that can be read and written."""
-
-
 class _Holder(Protocol):
-    """Where a state lies: in an engine, or as whole tensors on every rank."""
+    """Where a new state lies: in an engine, or as whole tensors on every rank."""
 
     @property
-    def state(self) -> _Memory:
+    def state(self) -> Target:
         """The boxes of this rank."""
         ...
 
@@ -158,19 +175,19 @@ class _Whole:
 
 
 def _fitted(
-    engine: Engine,
+    old: Source,
+    placement: Placement,
     growth: Growth,
     config: Config,
     stage: Stage,
     state: RunState,
     comm: Comm,
     samples: SampleIndex,
-) -> tuple[_Whole, Fit]:
+) -> tuple[MemoryState, Placement, Fit]:
     """The fitted parameters of the large model, and what they took on one process."""
     small = MemoryState.empty(growth.small, (MASTER,))
     everywhere = _Whole(small, Placement(growth.small, Layout(data=comm.world)))
-    identity = Identity(growth.small)
-    _transfer(identity, engine, everywhere, config=config, comm=comm)
+    _transfer(Identity(growth.small), old, placement, everywhere, config=config, comm=comm)
     for key, values in small.tensors.items():
         small.tensors[key] = values.to(comm.device)
     large, fit = fit_growth(
@@ -182,12 +199,13 @@ def _fitted(
         batch=stage.plan.batch,
     )
     # Under ZeRO 1 each value has one rank to come from, should processors round differently.
-    return _Whole(large, Placement(growth.target, Layout(data=comm.world, zero=1))), fit
+    return large, Placement(growth.target, Layout(data=comm.world, zero=1)), fit
 
 
 def _transfer(
     state_map: StateMap,
-    old: _Holder,
+    old: Source,
+    old_placement: Placement,
     new: _Holder,
     *,
     config: Config,
@@ -195,13 +213,13 @@ def _transfer(
 ) -> TransferReport:
     return transfer_between_ranks(
         state_map=state_map,
-        old=old.state,
-        old_placement=old.placement,
+        old=old,
+        old_placement=old_placement,
         new=new.state,
         new_placement=new.placement,
         slots=new.slots,
         channel=comm,
         seed=config.run.seed,
-        staging_bytes=int(config.growth.staging_mib * 2**20),
+        staging_bytes=config.growth.staging_bytes,
         device=comm.device,
     )

@@ -19,7 +19,7 @@ import torch
 
 from megagrow import ops
 from megagrow.background import Pool
-from megagrow.state.boxes import Box, split_box
+from megagrow.state.boxes import Box, split_box, union_volume
 from megagrow.state.catalog import Slot, slots_of
 from megagrow.state.fresh import fresh, normals
 from megagrow.state.placement import Placement
@@ -52,6 +52,7 @@ class TransferReport:
         bytes_written: of new state that was copied from old state.
         bytes_received: those of them that came from other ranks.
         bytes_crossed: what travelled for them; a value that lands twice travels once.
+        bytes_least: what must travel: every value that the rank needs and does not hold, once.
         peak_staging_bytes: the largest staging memory.
         seconds: wall time.
     """
@@ -59,6 +60,7 @@ class TransferReport:
     bytes_written: int = 0
     bytes_received: int = 0
     bytes_crossed: int = 0
+    bytes_least: int = 0
     peak_staging_bytes: int = 0
     seconds: float = 0.0
 
@@ -115,6 +117,7 @@ def transfer_between_ranks(
             if move.receiver != rank:
                 outgoing[move.receiver].append(move)
 
+    least = _least(move for moves in incoming.values() for move in moves)
     width = torch.empty((), dtype=dtype).element_size()
     limit = max(1, staging_bytes // (2 * width))
     received = crossed = 0
@@ -139,6 +142,7 @@ def transfer_between_ranks(
         bytes_written=written * width,
         bytes_received=received * width,
         bytes_crossed=crossed * width,
+        bytes_least=least * width,
         peak_staging_bytes=staged,
         seconds=time.perf_counter() - begin,
     )
@@ -274,6 +278,14 @@ def _fill_made(
             inside = piece.relative_to(box.offset)
             memory[inside.slices].copy_(place.view(piece.shape))
     return longest * _FRESH_BYTES_AN_ELEMENT
+
+
+def _least(moves: Iterable[Move]) -> int:
+    """Elements that some pieces are made of, each once."""
+    boxes: dict[tuple[str, str], set[Box]] = defaultdict(set)
+    for move in moves:
+        boxes[move.copy.source, move.slot.name].add(move.source_box)
+    return sum(map(union_volume, boxes.values()))
 
 
 def _memory(new: Target, move: Move) -> torch.Tensor:

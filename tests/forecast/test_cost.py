@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import toy_model
 
-from megagrow.forecast.cost import STATE_BYTES, received, union_volume
+from megagrow.forecast.cost import STATE_BYTES, received
 from megagrow.growth.plan import grown_model, make_growth
 from megagrow.models.catalog import build_catalog
-from megagrow.state.boxes import Box
+from megagrow.state.boxes import Box, union_volume
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement

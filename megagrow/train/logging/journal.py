@@ -284,7 +284,7 @@ class Journal:
                 layout=asdict(new.layout),
                 optimizer=new.optimizer.model_dump(),
                 **_foretold(state),
-                **asdict(report),
+                **report.of_all_ranks(),
             )
 
     def saved(self, step: int, path: Path, *, is_new: bool) -> None:
