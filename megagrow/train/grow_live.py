@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from megagrow.config import Config
 from megagrow.data.sampler import SampleIndex
@@ -53,7 +53,7 @@ class GrowthReport:
     fit_samples: int
     mine: TransferReport
 
-    def of_all_ranks(self) -> dict[str, float]:
+    def of_all_ranks(self) -> dict[str, Any]:
         """Its numbers without this rank's own."""
         return {key: value for key, value in vars(self).items() if key != "mine"}
 
