@@ -3,238 +3,32 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-import torch
 
-from megagrow import __version__, ops
-from megagrow.checkpoint import NativeCheckpoint
-from megagrow.cluster.environment import threads_of_a_rank
-from megagrow.config import Config
-from megagrow.data.dataset import PreparedData
-from megagrow.data.sampler import SampleIndex, rank_slice, validation_samples
-from megagrow.engine.comm import Comm
-from megagrow.engine.precision import Precisions
-from megagrow.errors import CheckpointError, DataError
+from megagrow.data.sampler import rank_slice
+from megagrow.errors import CheckpointError
 from megagrow.forecast.fit import Validated
 from megagrow.growth.plan import Growth
 from megagrow.train import checkpoints
-from megagrow.train.average import WeightAverage
-from megagrow.train.grow_live import GrowthReport, fill_fresh, grow, start_engine
-from megagrow.train.health.agree import on_all, on_first
-from megagrow.train.health.data_check import DataCheck, told_by_its_rank
-from megagrow.train.health.preflight import preflight
-from megagrow.train.health.recovery import RollBack, StepGuard, no_way_back, remember
-from megagrow.train.health.run_lock import RunLock
-from megagrow.train.health.signals import StopRequest, agreed
-from megagrow.train.health.watch import Watch, unwatched
-from megagrow.train.logging.diagnostics import Diagnostics
-from megagrow.train.logging.journal import Journal
-from megagrow.train.run_plan import RunPlan, Stage, plan_run
-from megagrow.train.saving import Saver
+from megagrow.train.grow_live import GrowthReport, grow
+from megagrow.train.health.agree import on_first
+from megagrow.train.health.data_check import told_by_its_rank
+from megagrow.train.health.recovery import RollBack, no_way_back, remember
+from megagrow.train.health.signals import agreed
+from megagrow.train.run import Run
+from megagrow.train.run_plan import Stage
 from megagrow.train.stage_rules import carry, decide
-from megagrow.train.state import RunState, step_seed
+from megagrow.train.state import step_seed
 
 
-class Trainer:
-    """One run on the processes of one job.
-
-    Args:
-        config: the run.
-        plan: its stages, resolved for this number of processes.
-        data: the prepared dataset.
-        comm: the processes.
-        resume: ``auto``, ``good``, ``never`` or the path of a checkpoint.
-        watch: is told what the run does; by default nobody watches.
-        stop: whether somebody asked for an end; by default nobody does.
-        lock: of run.dir; by default nobody else writes there.
-
-    Raises:
-        MegagrowError: on all ranks, for anything that the user can fix.
-    """
-
-    def __init__(
-        self,
-        *,
-        config: Config,
-        plan: RunPlan,
-        data: PreparedData,
-        comm: Comm,
-        resume: str,
-        watch: Watch | None = None,
-        stop: StopRequest | None = None,
-        lock: RunLock | None = None,
-    ) -> None:
-        self.config, self.plan, self.data, self.comm = config, plan, data, comm
-        self.watch = watch or unwatched(comm, config)
-        self.stop_request = stop or StopRequest()
-        self.lock = lock or RunLock(comm)
-        self.run_dir = Path(config.run.dir)
-        self.root = self.run_dir / checkpoints.DIRECTORY
-        self._asked = 0  # the signal that asked for an end
-        self._guard = StepGuard(config.recovery, scaled=config.precision.dtype == "fp16")
-        self._rollbacks = 0
-        self._average = WeightAverage(config.train.average)
-        self.diagnostics = Diagnostics(config)
-        check = DataCheck(config=config, data=data, comm=comm)
-        preflight(config=config, plan=plan, data=data, comm=comm)
-        torch.set_num_threads(threads_of_a_rank(os.environ, asked=config.train.threads))
-
-        self.journal = Journal(
-            config,
-            hosts=comm.all_gather(socket.gethostname()),
-            total_steps=plan.total_steps,
-            speaking=comm.rank == 0,
-        )
-        self.journal.say(f"fused ops: {ops.active().reason}")
-        if config.schedule.warmup is None:
-            warmup = plan.learning_rate.warmup
-            self.journal.say(f"warm-up: {warmup} steps, since schedule.warmup is not given")
-        self.state = RunState()
-        resumed = self._resume(resume)
-        if not resumed:
-            self._start(None)
-        try:
-            self.journal.say(check.settle(lambda what: self._begin(what, slow=True)))
-        except DataError:
-            self.engine.close()
-            raise
-        self._open_journal(resumed=resumed)
-        self.saver = Saver(
-            root=self.root,
-            config=config,
-            data=data,
-            comm=comm,
-            lock=self.lock,
-            run=self.journal.run_id,
-            say=self.journal.say,
-        )
-
-    # --- set-up ---------------------------------------------------------------------------
-
-    def _resume(self, resume: str) -> bool:
-        """Go on from the first checkpoint that can be; False where there is none to try.
-
-        Raises:
-            CheckpointError: none of them can be.
-        """
-        paths = on_first(self.comm, lambda: checkpoints.candidates(self.root, resume))
-        for number, path in enumerate(paths, start=1):
-            try:
-                self._go_on_from(path)
-                return True
-            except CheckpointError as error:
-                if number == len(paths):
-                    raise
-                self.journal.say(f"warning: {error}\nThe one before it is tried (--resume good).")
-        return False
-
-    def _go_on_from(self, path: Path) -> None:
-        checkpoint = on_all(self.comm, lambda: checkpoints.open_checkpoint(path))
-        self.state, changes = checkpoints.check_agreement(
-            checkpoint, config=self.config, data=self.data, plan=self.plan
-        )
-        self.journal.say(f"resuming from {path} (step {self.state.step})")
-        for line in changes:
-            self.journal.say(f"changed since then: {line}")
-        self._plan_from(self.state.ends)
-        self._start(checkpoint)
-        self.last_saved = path
-
-    def _start(self, checkpoint: NativeCheckpoint | None) -> None:
-        """The engine of `state`, with its tensors."""
-        self._begin(f"starting at step {self.state.step}", slow=True)
-        self._first_step = self.state.step
-        self._average.begin()
-        self._enter_stage()
-        self.engine = start_engine(
-            config=self.config,
-            stage=self.stage,
-            state=self.state,
-            comm=self.comm,
-            loss_scale=self.state.loss_scale,
-        )
-        self._say_precision(None)
-        if checkpoint is None:
-            fill_fresh(self.engine, config=self.config, comm=self.comm)
-        else:
-            try:
-                checkpoints.load_run(checkpoint, self.engine, config=self.config, comm=self.comm)
-            except CheckpointError:
-                self.engine.close()
-                raise
-            self._set_newer_aside(checkpoint.path)
-        self.comm.limit_collectives(self.config.watch.slow)
-
-    def _say_precision(self, before: Precisions | None) -> None:
-        """The number formats of the engine, where they are not those of the one before."""
-        formats = self.engine.precisions
-        if formats != before:
-            self.journal.say(f"precision: {formats}")
-            if formats.caveat is not None:
-                self.journal.say(f"warning: this {formats.caveat}")
-
-    def _set_newer_aside(self, path: Path) -> None:
-        """Of a run that went back; only once its new start is read and sound."""
-        if path.parent == self.root:
-            for moved in on_first(
-                self.comm, lambda: checkpoints.set_aside(self.root, self.state.step)
-            ):
-                self.journal.say(f"a newer checkpoint was set aside as {moved.name}")
-
-    def _open_journal(self, *, resumed: bool) -> None:
-        on_all(self.comm, lambda: self.journal.open(self.state, resumed=resumed))
-        self.journal.event(
-            "resume" if resumed else "run_start",
-            step=self.state.step,
-            version=__version__,
-            world=self.comm.world,
-            parameters=self.engine.placement.catalog.parameters,
-            model=self.stage.model.model_dump(),
-            layout=asdict(self.stage.layout),
-            optimizer=self.stage.optimizer.model_dump(),
-            growth_stage=self.state.growth_stage,
-            total_steps=self.plan.total_steps,
-            device=str(self.comm.device),
-        )
-        for end in () if resumed else self.plan.planned:
-            self.journal.event("stage_rule", step=0, rule="planned", **asdict(end))
-
-    def _begin(self, what: str, *, slow: bool = False) -> None:
-        self.watch.begin(what, step=self.state.step, slow=slow)
-
-    def _enter_stage(self) -> None:
-        """Everything that follows from the current stage's model."""
-        self.stage: Stage = self.plan.stages[self.state.growth_stage]
-        plan = self.stage.plan
-        self._open_samples()
-        # Always at the model's full length, so that losses compare from stage to stage.
-        self.validation = validation_samples(
-            self.data.validation,
-            sequence=plan.model.sequence,
-            count=self.config.train.validation_samples,
-        )
-        if len(self.validation) < self.config.train.validation_samples:
-            self.journal.say(
-                f"validation: {len(self.validation)} samples, all that the data has of "
-                f"{plan.model.sequence} tokens (train.validation_samples = "
-                f"{self.config.train.validation_samples})"
-            )
-
-    def _open_samples(self) -> None:
-        """Training samples of the stage's length, from where the run stands in the data."""
-        length = self.stage.plan.sequence
-        before, done = self.state.position.split(length)
-        self.samples = SampleIndex(self.data.train, length, self.config.run.seed, before)
-        if done == 0 and (recut := self.samples.recut) is not None:
-            self.journal.say(f"stage {self.stage.index}: {recut}")
+class Trainer(Run):
+    """Trains a run to its end."""
 
     # --- the run --------------------------------------------------------------------------
 
@@ -471,13 +265,6 @@ class Trainer:
         own = self.config.stages[stage.index].schedule
         return self.state.step > max(settled, start + ((own and own.warmup) or 0))
 
-    def _plan_from(self, ends: tuple[int, ...]) -> None:
-        """The plan again, after what really ended the stages so far."""
-        self.plan = plan_run(
-            self.config, world=self.comm.world, vocabulary=self.data.vocab_size, ends=ends
-        )
-        self.journal.ends_at(self.plan.total_steps)
-
     def _next_stage(self) -> None:
         stage = self.plan.stages[self.stage.index + 1]
         self._begin(f"growing into stage {stage.index}", slow=True)
@@ -499,15 +286,6 @@ class Trainer:
             losses=(before, after),
             parameters=(small, large),
         )
-
-    @property
-    def last_saved(self) -> Path | None:
-        """The newest checkpoint that the run can go on from."""
-        return self.stop_request.last_saved
-
-    @last_saved.setter
-    def last_saved(self, path: Path) -> None:
-        self.stop_request.last_saved = path
 
     # --- its parts ------------------------------------------------------------------------
 
