@@ -2,7 +2,7 @@
 
 No rank ever holds more than its old shard, its new shard and the staging
 buffers (the no-gather law).  A transfer talks to other ranks only through a
-`Channel`, so this room knows nothing of torch.distributed.
+`Channel`, so this package does not import torch.distributed.
 """
 
 from __future__ import annotations

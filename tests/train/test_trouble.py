@@ -168,7 +168,7 @@ def test_a_signal_to_one_rank_saves_the_run_and_tells_who_asked(tmp_path, config
 
 def _signal_in(_, places):
     """Let the process get SIGINT at the n-th call of these functions, one after the other."""
-    from megagrow.train import loop
+    from megagrow.train import loop, run
 
     def interrupting(owner, name, count):
         function = getattr(owner, name)
@@ -183,7 +183,7 @@ def _signal_in(_, places):
 
         setattr(owner, name, called)
 
-    for owner, name in ((loop, "start_engine"), (loop, "grow"), (loop.Trainer, "_validate")):
+    for owner, name in ((run, "start_engine"), (loop, "grow"), (loop.Trainer, "_validate")):
         interrupting(owner, name, 1)
 
 

@@ -1,6 +1,6 @@
 """The processes that save together, and how they agree on success or failure.
 
-The room needs three collectives; `Group` names them, so that it depends on no
+This package needs three collectives; `Group` names them, so that it depends on no
 communication library.  `together` is the only place that uses them.
 """
 
