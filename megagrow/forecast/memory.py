@@ -32,8 +32,9 @@ from dataclasses import dataclass, fields, replace
 
 from megagrow.config import Config, ModelConfig
 from megagrow.forecast.cost import STATE_BYTES
-from megagrow.state.catalog import OPTIMIZER_SLOTS, Slot
+from megagrow.state.catalog import Slot
 from megagrow.state.layout import Layout
+from megagrow.state.optimizers import OPTIMIZERS
 from megagrow.state.placement import FLAT_ALIGNMENT, Placement
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -110,8 +111,8 @@ def rank_memory(
     held = partition_size(layout, groups)
     largest = max(max(sizes) for sizes in groups)
     master = 0 if layout.zero == 0 and p == 4 else _MASTER * held
-    slots = OPTIMIZER_SLOTS[config.optimizer.name]
-    optimizer = master + STATE_BYTES * slot_elements(placement, pipe, slots[1:])
+    kind = OPTIMIZERS[config.optimizer.name]
+    optimizer = master + STATE_BYTES * slot_elements(placement, pipe, kind.slots[1:])
     step_copy = 4 * held
     # A bucket of gradients, and its copy in the type that they are reduced in.
     bucket_bytes = (p + (reduced if reduced != p else 0)) * bucket
@@ -143,7 +144,7 @@ def rank_memory(
     # Muon: the largest tensor of matrices whole, a matrix of it, and the iteration's own.
     buckets += 4 * _MASTER * max(
         (t.volume for _, tensors in placement.groups(pipe) for t in tensors
-         if not all(slot.of(t) for slot in slots)),
+         if kind.orthogonalises(t)),
         default=0,
     )  # fmt: skip
     return RankMemory(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megagrow.checkpoint.interface.format import FilePlan, Format, Request, Segment, Source, Values
 from megagrow.checkpoint.interface.meta import CheckpointMeta
+from megagrow.checkpoint.interface.model_of import optimizer_of
 from megagrow.checkpoint.interface.placed import placed
 from megagrow.checkpoint.io.checksum import CHUNK_BYTES
 from megagrow.checkpoint.io.dtypes import DTYPE_NAMES, DTYPES
@@ -19,7 +20,8 @@ from megagrow.checkpoint.native.shard_file import Part, Plan, lay_out
 from megagrow.checkpoint.native.source import NativeCheckpoint
 from megagrow.checkpoint.native.steps import find
 from megagrow.errors import CheckpointError
-from megagrow.state.catalog import ADAM_SLOTS, Slot, slots_of
+from megagrow.state.catalog import Slot, slots_of
+from megagrow.state.optimizers import OPTIMIZERS
 
 
 class NativeSink:
@@ -28,9 +30,10 @@ class NativeSink:
     def __init__(self, request: Request) -> None:
         self._request, meta = request, request.meta
         placement = placed(meta.catalog, request)
-        # The training loop reads Adam's slots; one that the source lacks starts at zero.
+        # A run reads the slots of its optimizer; one that the source lacks starts at zero.
         held = {slot.name for slot in meta.slots}
-        self.slots = (*meta.slots, *(slot for slot in ADAM_SLOTS if slot.name not in held))
+        wanted = OPTIMIZERS[optimizer_of(meta).name].slots
+        self.slots = (*meta.slots, *(slot for slot in wanted if slot.name not in held))
         self._parts: list[list[Part]] = []
         self._plans: list[Plan] = []
         self.files: list[FilePlan] = []

@@ -198,7 +198,7 @@ def with_roles(tag: Tag, scheme: Scheme, order: Sequence[Sequence[Sequence[str]]
         tuple(
             replace(
                 tensor,
-                role="buffer" if tensor.name in buffers else "frozen"
+                training="buffer" if tensor.name in buffers else "frozen"
                 if tensor.name in frozen else "trained",
                 aliases=tuple(aliases.get(tensor.name, ())),
             )

@@ -213,7 +213,7 @@ def _scheme(tag: _Tag, told: Mapping[str, Any]) -> _Scheme:
         tuple(
             replace(
                 tensor,
-                role="buffer"
+                training="buffer"
                 if tensor.name in tag.buffers
                 else "frozen"
                 if tensor.name in tag.frozen
