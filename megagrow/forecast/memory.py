@@ -246,10 +246,11 @@ def _block_bytes(
     heads = model.heads * model.head_dim / tensor
     keys = model.kv_groups * model.head_dim / tensor
     ffn = model.ffn / tensor
-    gated = model.family == "llama"
+    made = model.architecture
     # Input and output of both norms, then qkv, the output of attention, and the MLP's inside.
-    turned = heads + keys if gated else 0.0  # queries and keys after the rotation
-    qkv, inside = heads + 2 * keys, (4 if gated else 2) * ffn
+    # Queries and keys after the rotation.
+    turned = heads + keys if made.positions == "rotary" else 0.0
+    qkv, inside = heads + 2 * keys, (4 if made.gated else 2) * ffn
     core = width * turned + 4 * model.heads / tensor  # and the softmax's row sums, fp32
     rest = width * (4 * stream + qkv + heads + inside)
     masks = 2 * stream if model.dropout else 0.0

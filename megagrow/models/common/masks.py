@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from megagrow.config import ModelConfig
+from megagrow.models.common.blocks import MLP, Attention, Embedding
 from megagrow.models.common.layers import (
     AddLayerNorm,
     AddRMSNorm,
@@ -27,7 +28,6 @@ from megagrow.models.common.layers import (
     replicated,
 )
 from megagrow.models.common.parallel import SERIAL, TensorParallel
-from megagrow.models.transformer import MLP, Attention, Embedding
 
 
 class Masks:

@@ -119,7 +119,7 @@ def _vocabulary(tag: Tag, local: Mapping[str, tuple[int, ...]], layout: Layout) 
     rows = merging.get("original_vocab_size") if isinstance(merging, dict) else None
     if type(rows) is int and rows > 0:
         return rows
-    table = local.get("embedding.token")
+    table = local.get(names.TOKENS)
     return table[0] * layout.tensor if table else None
 
 
