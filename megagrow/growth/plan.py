@@ -293,8 +293,8 @@ def make_growth(
         rewarm, ramp, fit_steps: where they are not to be the policy's and the operator's own.
 
     Raises:
-        GrowthError: unknown names, a policy that the operator does not support, or a target
-            that the operator cannot reach.
+        GrowthError: unknown names, a policy that the operator does not support, a target that
+            the operator cannot reach, or a tensor that it cannot know what to do with.
     """
     found = find_operator(operator) if isinstance(operator, str) else operator
     if not found.policies:
@@ -329,6 +329,13 @@ def make_growth(
         ramp=make_ramp(_before_ramp(found, small), target, steps=ramp or found.ramp),
         fit_steps=fit_steps or found.fitted,
     )
+    unknown = [tensor.name for tensor in target if tensor.role == "other"]
+    if unknown:
+        raise GrowthError(
+            f"grow.operator: no operator knows what {unknown[0]} is in its model",
+            found=f"{len(unknown)} tensors with the role `other`",
+            fix="state their roles in the catalog of the family",
+        )
     if isinstance(found, Composition):
         found.check_fills(target)
     for tensor in target:

@@ -68,8 +68,12 @@ def test_a_family_checks_its_models():
 # --- a run --------------------------------------------------------------------------------
 
 
-def test_it_trains_and_grows_in_width_and_in_depth(tmp_path, dataset):  # noqa: F811
-    mapping = settings(dataset, tmp_path / "run")
+LAYOUTS = {"data": {"zero": 1}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_it_trains_and_grows_in_width_and_in_depth(layout, tmp_path, dataset):  # noqa: F811
+    mapping = settings(dataset, tmp_path / "run", layout=layout)
     mapping["model"]["family"] = "toy"
     config = write_config(tmp_path / "run.yaml", mapping)
     hook = (toy_family.register,)

@@ -84,11 +84,19 @@ def ramp_in(
     Args:
         module: the grown model, built plain.
         model, old, parallel: see `Masks`.
+
+    Raises:
+        TypeError: a family has norms or an embedding of its own, which would go unmasked.
     """
     masks = Masks(model, old, parallel=parallel, like=next(module.parameters()))
     for part in list(module.modules()):
         if type(part) in _RAMPED:
             _become(part, _RAMPED[type(part)], masks=masks)
+        elif isinstance(part, tuple(_RAMPED)):
+            raise TypeError(
+                f"a ramp has no mask for {type(part).__name__}, only for what it derives from: "
+                "see models/common/masks.py"
+            )
         elif isinstance(part, Attention):
             _become(part.out, _RampedProjection, masks=masks, inputs=masks.heads)
         elif isinstance(part, MLP):
