@@ -36,7 +36,7 @@ UNTIE = Untie(
     summary="the tied output head becomes a tensor of its own, a copy of the embedding",
     keeps="loss",
     breaker="embedding and head have different gradients",
-    source="modded-nanogpt, PR 178 (tied at 2/3 of the training, moments copied)",
+    source="modded-nanogpt, PR 178 (untied at 2/3 of the training, moments copied)",
     policies=("copy", "reset"),
     sizes=(),
 )
