@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from megagrow.state.roles import MATRICES, ROLES, Role, with_roles
@@ -192,17 +193,29 @@ class Catalog:
     def __len__(self) -> int:
         return len(self.tensors)
 
-    @property
+    @cached_property
     def layers(self) -> int:
         """Number of blocks."""
         return 1 + max((t.layer for t in self.tensors if t.layer is not None), default=-1)
 
     def of(self, role: Role) -> LogicalTensor | None:
         """The tensor of a role that a model has once at most; None where it has none."""
-        found = [tensor for tensor in self.tensors if tensor.role == role]
+        found = self._by_role.get(role, ())
         if len(found) > 1:
             raise ValueError(f"{len(found)} tensors have the role {role}")
         return found[0] if found else None
+
+    @cached_property
+    def centred(self) -> bool:
+        """Whether norms take the mean off what they normalise."""
+        return any(tensor.centred for tensor in self.tensors)
+
+    @cached_property
+    def _by_role(self) -> dict[Role, list[LogicalTensor]]:
+        found: dict[Role, list[LogicalTensor]] = {}
+        for tensor in self.tensors:
+            found.setdefault(tensor.role, []).append(tensor)
+        return found
 
     @property
     def parameters(self) -> int:

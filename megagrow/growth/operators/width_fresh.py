@@ -59,7 +59,7 @@ class WidthFresh(Operator):
             param = math.sqrt(old.volume / tensor.volume)
             grad = 1 / param
         behind = tensor.role in FINAL_NORM or tensor.role == "head"
-        mixed = _centred(small) and _widened(small, target) and not behind
+        mixed = small.centred and _widened(small, target) and not behind
         stated = None if mixed else grad
         return (Block(tensor.name, beside(tensor, old), param, stated),)
 
@@ -79,7 +79,7 @@ class WidthFresh(Operator):
         if tensor.role in GAINS:
             mean = Statistic(old.name, old.shape, "mean")
             return Level(mean, tuple(axes), math.sqrt(n / large))
-        if _centred(small) and tensor.role not in NORMS:
+        if small.centred and tensor.role not in NORMS:
             return Level(Statistic(old.name, old.shape, "mean", axis=at), tuple(axes))
         return "zeros"
 
@@ -94,11 +94,6 @@ WIDTH_FRESH = WidthFresh(
     sizes=WIDTH_SIZES,
     any_size=True,
 )
-
-
-def _centred(catalog: Catalog) -> bool:
-    """Whether norms subtract the mean: LayerNorm, and not RMSNorm."""
-    return any(tensor.centred for tensor in catalog)
 
 
 def _widened(small: Catalog, target: Catalog) -> bool:
