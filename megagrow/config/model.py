@@ -13,7 +13,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
+from megagrow.config.families import ARCHITECTURES, Architecture
 from megagrow.config.section import (
     SECTION,
     TEXT,
@@ -90,7 +92,7 @@ class ModelConfig(Section):
 
     model_config = ConfigDict(serialize_by_alias=True)
 
-    family: Literal["gpt2", "llama"] = "gpt2"
+    family: str = "gpt2"  # a name in `megagrow.config.families`
     layers: Layers
     hidden: Positive
     heads: Positive
@@ -102,7 +104,7 @@ class ModelConfig(Section):
     tie_embeddings: bool = True
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
-    rope_theta: Annotated[float, Field(gt=0.0)] = 1e4  # base of llama's rotary positions
+    rope_theta: Annotated[float, Field(gt=0.0)] = 1e4  # base of rotary positions
     # Of all fresh matrices and embeddings, or by their role.
     init_std: Annotated[
         Annotated[Std, Tag(VALUE)] | Annotated[InitConfig, Tag(SECTION)],
@@ -113,6 +115,15 @@ class ModelConfig(Section):
     # Recompute in the backward pass: the attention core alone, or the whole block.
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # each block by torch.compile
+
+    @field_validator("family")
+    @classmethod
+    def _a_known_family(cls, family: str) -> str:
+        if family not in ARCHITECTURES:
+            *names, last = map(repr, ARCHITECTURES)
+            expected = f"{', '.join(names)} or {last}"
+            raise PydanticKnownError("literal_error", {"expected": expected})
+        return family
 
     @field_validator("mup")
     @classmethod
@@ -146,11 +157,17 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _rotary_pairs(self) -> ModelConfig:
-        if self.family == "llama" and self.head_dim % 2:
+        if self.architecture.positions == "rotary" and self.head_dim % 2:
             raise ValueError(
                 f"head_dim = {self.head_dim} is odd, but rotary positions turn pairs of features; "
                 f"set model.head_dim to an even number, for instance {self.head_dim + 1}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _as_the_family_needs(self) -> ModelConfig:
+        if self.architecture.check is not None:
+            self.architecture.check(self)
         return self
 
     @model_validator(mode="after")
@@ -189,9 +206,14 @@ class ModelConfig(Section):
         return self.kv_heads or self.heads
 
     @property
+    def architecture(self) -> Architecture:
+        """What tells models of the family from others."""
+        return ARCHITECTURES[self.family]
+
+    @property
     def biases(self) -> bool:
-        """Whether linear layers and norms have biases."""
-        return self.family == "gpt2"
+        """Whether linear layers have biases."""
+        return self.architecture.biases
 
     @property
     def vocabulary(self) -> int:

@@ -40,7 +40,7 @@ from megagrow.growth.optimizer_rules import GroupKey, OptimizerRules
 from megagrow.models.common.masks import Masks, ramp_in
 from megagrow.models.common.parallel import TensorParallel, seed_random_numbers
 from megagrow.models.transformer import Transformer, named_tensors
-from megagrow.state.catalog import OPTIMIZER_SLOTS
+from megagrow.state.optimizers import OPTIMIZERS
 from megagrow.state.placement import Placement
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,7 +105,7 @@ class Engine:
         self.layout = layout = placement.layout
         self.accumulation = accumulation(config.batch, layout)
         self.coordinates = layout.coordinates(comm.rank)
-        self.slots = OPTIMIZER_SLOTS[config.optimizer.name]
+        self.slots = OPTIMIZERS[config.optimizer.name].slots
         groups = comm.groups(layout)
         parallel = groups.tensor_parallel(sequence=spread.sequence_parallel)
 

@@ -32,8 +32,9 @@ from dataclasses import dataclass, fields, replace
 
 from megagrow.config import Config, ModelConfig
 from megagrow.forecast.cost import STATE_BYTES
-from megagrow.state.catalog import OPTIMIZER_SLOTS, Slot
+from megagrow.state.catalog import Slot
 from megagrow.state.layout import Layout
+from megagrow.state.optimizers import OPTIMIZERS
 from megagrow.state.placement import FLAT_ALIGNMENT, Placement
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -110,8 +111,8 @@ def rank_memory(
     held = partition_size(layout, groups)
     largest = max(max(sizes) for sizes in groups)
     master = 0 if layout.zero == 0 and p == 4 else _MASTER * held
-    slots = OPTIMIZER_SLOTS[config.optimizer.name]
-    optimizer = master + STATE_BYTES * slot_elements(placement, pipe, slots[1:])
+    kind = OPTIMIZERS[config.optimizer.name]
+    optimizer = master + STATE_BYTES * slot_elements(placement, pipe, kind.slots[1:])
     step_copy = 4 * held
     # A bucket of gradients, and its copy in the type that they are reduced in.
     bucket_bytes = (p + (reduced if reduced != p else 0)) * bucket
@@ -143,7 +144,7 @@ def rank_memory(
     # Muon: the largest tensor of matrices whole, a matrix of it, and the iteration's own.
     buckets += 4 * _MASTER * max(
         (t.volume for _, tensors in placement.groups(pipe) for t in tensors
-         if not all(slot.of(t) for slot in slots)),
+         if kind.orthogonalises(t)),
         default=0,
     )  # fmt: skip
     return RankMemory(
@@ -245,10 +246,11 @@ def _block_bytes(
     heads = model.heads * model.head_dim / tensor
     keys = model.kv_groups * model.head_dim / tensor
     ffn = model.ffn / tensor
-    gated = model.family == "llama"
+    made = model.architecture
     # Input and output of both norms, then qkv, the output of attention, and the MLP's inside.
-    turned = heads + keys if gated else 0.0  # queries and keys after the rotation
-    qkv, inside = heads + 2 * keys, (4 if gated else 2) * ffn
+    # Queries and keys after the rotation.
+    turned = heads + keys if made.positions == "rotary" else 0.0
+    qkv, inside = heads + 2 * keys, (4 if made.gated else 2) * ffn
     core = width * turned + 4 * model.heads / tensor  # and the softmax's row sums, fp32
     rest = width * (4 * stream + qkv + heads + inside)
     masks = 2 * stream if model.dropout else 0.0

@@ -105,11 +105,11 @@ def size_of(model: ModelConfig, law: ScalingLaw, *, depth: int = 1, width: int =
 
 def parameters_for(law: ScalingLaw, model: ModelConfig) -> int:
     """N as the law counts it: with embeddings, or without."""
-    n = build_catalog(model).parameters
-    if not law.embeddings:
-        n -= model.vocabulary * model.hidden * (1 if model.tie_embeddings else 2)
-        n -= model.sequence * model.hidden if model.family == "gpt2" else 0
-    return n
+    catalog = build_catalog(model)
+    if law.embeddings:
+        return catalog.parameters
+    tables = ("embedding", "position", "head")
+    return catalog.parameters - sum(t.volume for t in catalog if t.role in tables)
 
 
 def sizes_towards(target: ModelConfig, law: ScalingLaw, *, operators: Sequence[str]) -> list[Size]:

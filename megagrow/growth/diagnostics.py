@@ -48,7 +48,7 @@ def watched(growth: Growth) -> tuple[Watched, ...]:
     """
     found: list[Watched] = []
     for tensor in growth.target:
-        if not tensor.is_matrix or tensor.role != "trained":
+        if not tensor.is_matrix or tensor.training != "trained":
             continue
         old = [block for block in growth.blocks(tensor) if not block.new]
         try:

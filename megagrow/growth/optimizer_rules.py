@@ -8,12 +8,13 @@ axis, so "the rest" needs no mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megagrow.errors import GrowthError
-from megagrow.state.catalog import ADAM_SLOTS, Catalog, LogicalTensor, Slot, slots_of
+from megagrow.state.catalog import Catalog, LogicalTensor
+from megagrow.state.optimizers import ADAMW, OptimizerKind
 
 Progression = tuple[int, int, int]  # start, step, count along one axis
 
@@ -155,7 +156,7 @@ GroupKey = tuple[bool, float, float, float, bool]
 
 
 def group_keys(
-    catalog: Catalog, rules: OptimizerRules, slots: Sequence[Slot] = ADAM_SLOTS
+    catalog: Catalog, rules: OptimizerRules, optimizer: OptimizerKind = ADAMW
 ) -> dict[str, GroupKey]:
     """The optimizer's parameter group of every tensor, by its own rates and what growths left.
 
@@ -165,7 +166,7 @@ def group_keys(
     Args:
         catalog: the tensors.
         rules: what growths left.
-        slots: what the optimizer keeps; a tensor that lacks some of it is one of Muon's.
+        optimizer: that steps them.
 
     Raises:
         GrowthError: no one learning rate of Muon follows the rules.
@@ -174,7 +175,7 @@ def group_keys(
     for tensor in catalog:
         f = rules.factors_of(tensor.name)
         own = tensor.rates
-        orthogonal = tensor.role == "trained" and len(slots_of(tensor, slots)) < len(slots)
+        orthogonal = optimizer.orthogonalises(tensor)
         if not orthogonal:
             rates = (f.lr * own.lr, f.weight_decay / own.lr, f.eps * own.eps)
         elif f.orthogonal is not None:

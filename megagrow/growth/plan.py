@@ -13,7 +13,6 @@ from megagrow.growth.compose import Composition, composed
 from megagrow.growth.new_blocks import carried, covers, is_whole, kept_by
 from megagrow.growth.operator import Block, Operator
 from megagrow.growth.operators.ramp import Ramp, make_ramp
-from megagrow.growth.operators.width import reads
 from megagrow.growth.optimizer_rules import Factors, OptimizerRules, YoungBlocks, beyond_shape
 from megagrow.growth.policy import StatePolicy
 from megagrow.growth.rates import exact_factors
@@ -21,6 +20,7 @@ from megagrow.growth.registry import OPERATORS, find_operator, find_operators, f
 from megagrow.growth.settings import configured
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import Catalog, LogicalTensor, Slot
+from megagrow.state.roles import FINAL_NORM
 from megagrow.transfer.state_map import Copy, Fill
 
 
@@ -180,12 +180,12 @@ class Growth:
         rate of a head that is not tied.  Weight decay is set against the rate, so that the decay
         of a step stays too.
         """
-        if tensor.name.startswith("final_norm.") and self._norm_carries:
+        if tensor.role in FINAL_NORM and self._norm_carries:
             inputs = frozenset(tensor.axes)
-        elif tensor.name == "output.weight" and self._norm_carries:
+        elif tensor.role == "head" and self._norm_carries:
             inputs = frozenset()
         else:
-            inputs = reads(tensor)
+            inputs = frozenset(tensor.reads)
         sizes = zip(tensor.axes, tensor.shape, old.shape, strict=True)
         k = math.prod(large / n for axis, large, n in sizes if axis in inputs)
         return Factors(lr=1 / k, weight_decay=k)
@@ -196,7 +196,10 @@ class Growth:
 
         Where its gradient grows by as much, it is the norm's input that has another scale.
         """
-        blocks = self._blocks["final_norm.weight"]
+        gain = self.target.of("final_norm_gain")
+        if gain is None:
+            return False
+        blocks = self._blocks[gain.name]
         moved = sum(b.param * (1.0 if b.grad is None else b.grad) * b.volume for b in blocks)
         return moved < (1 - 1e-9) * sum(b.volume for b in blocks)
 
@@ -290,8 +293,8 @@ def make_growth(
         rewarm, ramp, fit_steps: where they are not to be the policy's and the operator's own.
 
     Raises:
-        GrowthError: unknown names, a policy that the operator does not support, or a target
-            that the operator cannot reach.
+        GrowthError: unknown names, a policy that the operator does not support, a target that
+            the operator cannot reach, or a tensor that it cannot know what to do with.
     """
     found = find_operator(operator) if isinstance(operator, str) else operator
     if not found.policies:
@@ -326,6 +329,13 @@ def make_growth(
         ramp=make_ramp(_before_ramp(found, small), target, steps=ramp or found.ramp),
         fit_steps=fit_steps or found.fitted,
     )
+    unknown = [tensor.name for tensor in target if tensor.role == "other"]
+    if unknown:
+        raise GrowthError(
+            f"grow.operator: no operator knows what {unknown[0]} is in its model",
+            found=f"{len(unknown)} tensors with the role `other`",
+            fix="state their roles in the catalog of the family",
+        )
     if isinstance(found, Composition):
         found.check_fills(target)
     for tensor in target:

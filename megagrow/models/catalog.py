@@ -2,91 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 from megagrow.config import ModelConfig
-from megagrow.models.common.mup import scale_of
-from megagrow.state.catalog import Catalog, Init, LogicalTensor, Rates
-
-ZEROS, ONES = Init("zeros"), Init("ones")
+from megagrow.models.registry import family_of
+from megagrow.state.catalog import Catalog
 
 
 def build_catalog(model: ModelConfig) -> Catalog:
-    """All tensors of a model, with shapes, axes and initialisation.
-
-    Matrices and embeddings start at N(0, std) by their role (`ModelConfig.stds`); the two matrices
-    of a block that write to the residual stream are scaled by 1/sqrt(2 * layers) (Radford et al.,
-    GPT-2, section 2.3).  Weight decay acts on matrices and embeddings, not on norms and biases.
-    Under `model.mup` both the start and the rates of a tensor follow from the shape (`model.mup`).
+    """All tensors of a model, with shapes, axes, roles and initialisation, as its family has them.
 
     Raises:
         ValueError: the vocabulary size is not known yet.
     """
-    tensors: list[LogicalTensor] = []
-    stds, scale = model.stds, scale_of(model)
-    groups, queries = model.kv_groups, model.heads // model.kv_groups
-    embed = {"embed": model.hidden}
-    ffn = {"ffn": model.ffn}
-    up = ffn if model.family == "gpt2" else {"gate_up": 2, **ffn}
-    qkv = {"kv_group": groups, "projection": queries + 2, "head_dim": model.head_dim}
-    heads = {"kv_group": groups, "query": queries, "head_dim": model.head_dim}
-    last = model.layers + 1
-
-    def add(
-        name: str,
-        axes: dict[str, int],
-        init: Init,
-        rates: Rates,
-        *places: int,
-        decay: bool = False,
-    ) -> None:
-        shape, meaning = tuple(axes.values()), tuple(axes)
-        tensors.append(LogicalTensor(name, shape, meaning, init, decay, places, rates=rates))
-
-    def add_norm(name: str, gain: Init, rates: Rates, place: int) -> None:
-        add(f"{name}.weight", embed, gain, rates, place)
-        if model.biases:
-            add(f"{name}.bias", embed, ZEROS, rates, place)
-
-    def add_reader(name: str, out: dict[str, int], inner: float, place: int) -> None:
-        """A matrix whose inputs are the residual stream; `inner`: the scale of its outputs."""
-        std = _std(stds.matrices, embed, scale.hidden)
-        rates = scale.reader(inner)
-        add(f"{name}.weight", {**out, **embed}, Init("normal", std), rates, place, decay=True)
-        if model.biases:
-            add(f"{name}.bias", out, ZEROS, scale.reader_bias(inner), place)
-
-    def add_writer(name: str, inputs: dict[str, int], inner: float, place: int) -> None:
-        """One whose outputs go there; `inner`: the scale of its inputs."""
-        std = _std(stds.matrices, inputs, inner) / (2 * model.layers / scale.layers) ** 0.5
-        init = Init("normal", std / scale.layers)
-        add(f"{name}.weight", {**embed, **inputs}, init, scale.writer(inner), place, decay=True)
-        if model.biases:
-            add(f"{name}.bias", embed, ZEROS, scale.writer_bias, place)
-
-    token_places = (0, last) if model.tie_embeddings else (0,)
-    token_axes = {"vocab": model.vocabulary, **embed}
-    token = Init("normal", stds.embedding)
-    add("embedding.token", token_axes, token, scale.table, *token_places, decay=True)
-    if model.family == "gpt2":
-        axes = {"position": model.sequence, **embed}
-        add("embedding.position", axes, Init("normal", stds.position), scale.table, 0, decay=True)
-    for i in range(model.layers):
-        block, place = f"layers.{i}", i + 1
-        add_norm(f"{block}.attention.norm", ONES, scale.norm, place)
-        add_reader(f"{block}.attention.qkv", qkv, scale.heads, place)
-        add_writer(f"{block}.attention.out", heads, scale.heads, place)
-        add_norm(f"{block}.mlp.norm", ONES, scale.norm, place)
-        add_reader(f"{block}.mlp.up", up, scale.ffn, place)
-        add_writer(f"{block}.mlp.down", ffn, scale.ffn, place)
-    gain = ONES if scale.hidden == 1.0 else Init("constant", 1.0 / scale.hidden)
-    add_norm("final_norm", gain, scale.final_norm, last)
-    if not model.tie_embeddings:
-        head = Init("normal", stds.head)
-        add("output.weight", token_axes, head, scale.table, last, decay=True)
-    return Catalog(tuple(tensors))
-
-
-def _std(given: float | None, inputs: dict[str, int], scale: float) -> float:
-    """Of a matrix: what is given for the base shape, or by its own inputs."""
-    return 1 / math.prod(inputs.values()) ** 0.5 if given is None else given / scale**0.5
+    return family_of(model).catalog(model)

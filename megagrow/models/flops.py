@@ -10,6 +10,7 @@ activation checkpointing neither, since it is not work that the model asks for.
 from __future__ import annotations
 
 from megagrow.config import ModelConfig
+from megagrow.models.registry import family_of
 
 _FORWARD_AND_BACKWARD = 3
 
@@ -19,13 +20,7 @@ def forward_flops_by_place(model: ModelConfig) -> list[int]:
 
     The entries are the embedding, the blocks, and the final norm with the output head.
     """
-    heads_width = model.heads * model.head_dim
-    qkv = model.hidden * (model.heads + 2 * model.kv_groups) * model.head_dim
-    attention_out = heads_width * model.hidden
-    mlp = (2 if model.family == "gpt2" else 3) * model.hidden * model.ffn  # SwiGLU has a gate
-    attention = 2 * model.sequence * heads_width
-    block = 2 * (qkv + attention_out + mlp + attention)
-    return [0, *[block] * model.layers, 2 * model.hidden * model.vocabulary]
+    return family_of(model).flops(model)
 
 
 def forward_flops_per_token(model: ModelConfig) -> int:

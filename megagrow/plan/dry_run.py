@@ -89,7 +89,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
         f"({human(steps.end_tokens - steps.start_tokens, 'tokens')}, "
         f"{human(steps.end_flops - steps.start_flops, 'FLOP')})",
         *(f"  init std    {line}" for line in start_in_words(catalog) if index == 0),
-        *(f"  rates       {line}" for line in shape_in_words(model, catalog, plan.slots)),
+        *(f"  rates       {line}" for line in shape_in_words(model, catalog, plan.optimizer)),
         *_precision_lines(config, plan, index),
         *_memory_lines(config, plan, index),
     ]

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
+
+from megagrow.state.roles import MATRICES, ROLES, Role, with_roles
 
 InitKind = Literal["normal", "zeros", "ones", "constant"]
 SlotKind = Literal["parameter", "first_moment", "second_moment"]
-Role = Literal["trained", "frozen", "buffer"]
+Training = Literal["trained", "frozen", "buffer"]
+
+_OF_A_BLOCK = re.compile(r"layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,11 @@ class LogicalTensor:
         decay: whether weight decay applies.
         places: positions in the model's layer list that use it: 0 is the embedding,
             1..L the blocks, L+1 the final norm and head.  A tied tensor has two.
-        role: of a model that is not ours a tensor may also be a parameter that no optimizer
+        role: what it is in the model; see `megagrow.state.roles`.
+        reads: the axes that it sums its inputs over, which are its last; the others it writes,
+            scales or looks up.
+        centred: of a norm: whether that takes the mean off what it normalises (LayerNorm).
+        training: of a model that is not ours a tensor may also be a parameter that no optimizer
             trains, or a buffer; of these there is the value alone, in any element type.
         aliases: further names of the same tensor in such a model.
         rates: how it learns beside the others.
@@ -66,15 +76,22 @@ class LogicalTensor:
     init: Init
     decay: bool
     places: tuple[int, ...]
-    role: Role = "trained"
+    role: Role = "other"
+    reads: tuple[str, ...] = ()
+    centred: bool = False
+    training: Training = "trained"
     aliases: tuple[str, ...] = ()
     rates: Rates = Rates()
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
             raise ValueError(f"{self.name}: {len(self.shape)} axes but {len(self.axes)} names")
-        if self.role not in get_args(Role):
+        if self.role not in ROLES:
             raise ValueError(f"{self.name}: role {self.role!r:.40}")
+        if self.training not in get_args(Training):
+            raise ValueError(f"{self.name}: training {self.training!r:.40}")
+        if self.reads != self.axes[len(self.axes) - len(self.reads) :]:
+            raise ValueError(f"{self.name}: reads {self.reads!r:.80}, not its last axes")
 
     @property
     def volume(self) -> int:
@@ -83,14 +100,36 @@ class LogicalTensor:
 
     def to_json(self) -> dict[str, Any]:
         """A form that JSON holds; what is so by default is left out."""
-        defaults = {"role": "trained", "aliases": (), "rates": asdict(Rates())}
+        defaults = {
+            "reads": (),
+            "centred": False,
+            "training": "trained",
+            "aliases": (),
+            "rates": asdict(Rates()),
+        }
         return {k: v for k, v in asdict(self).items() if k not in defaults or v != defaults[k]}
 
     @property
     def is_matrix(self) -> bool:
         """Whether it holds linear maps of a block: no embedding, head, norm or bias."""
-        outside = {"vocab", "position"}
-        return len(self.axes) > 1 and "embed" in self.axes and outside.isdisjoint(self.axes)
+        return self.role in MATRICES
+
+    @property
+    def layer(self) -> int | None:
+        """The number of the block that it belongs to, from 0; None for the model's ends."""
+        match = _OF_A_BLOCK.fullmatch(self.name)
+        return int(match[1]) if match else None
+
+    @property
+    def inner(self) -> str:
+        """Its name inside its block, which the same tensor of another block has too."""
+        match = _OF_A_BLOCK.fullmatch(self.name)
+        return match[2] if match else self.name
+
+
+def of_layer(layer: int, inner: str) -> str:
+    """The name of a tensor of a block: inverse of `LogicalTensor.layer` and `inner`."""
+    return f"layers.{layer}.{inner}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +148,7 @@ class Slot:
 
     def of(self, tensor: LogicalTensor) -> bool:
         """Whether a tensor has this slot."""
-        if tensor.role != "trained":
+        if tensor.training != "trained":
             return self.kind == "parameter"
         return self.matrices or not tensor.is_matrix
 
@@ -122,8 +161,6 @@ MASTER = Slot("master", "parameter")
 ADAM_SLOTS = (MASTER, Slot("exp_avg", "first_moment"), Slot("exp_avg_sq", "second_moment"))
 # Muon keeps the momentum of matrices alone, and is AdamW for the other tensors.
 MUON_SLOTS = (*ADAM_SLOTS[:2], Slot("exp_avg_sq", "second_moment", matrices=False))
-# By optimizer.name.
-OPTIMIZER_SLOTS = {"adamw": ADAM_SLOTS, "lion": ADAM_SLOTS[:2], "muon": MUON_SLOTS}
 
 
 def slots_of(tensor: LogicalTensor, slots: Iterable[Slot]) -> tuple[Slot, ...]:
@@ -156,10 +193,34 @@ class Catalog:
     def __len__(self) -> int:
         return len(self.tensors)
 
+    @cached_property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return 1 + max((t.layer for t in self.tensors if t.layer is not None), default=-1)
+
+    def of(self, role: Role) -> LogicalTensor | None:
+        """The tensor of a role that a model has once at most; None where it has none."""
+        found = self._by_role.get(role, ())
+        if len(found) > 1:
+            raise ValueError(f"{len(found)} tensors have the role {role}")
+        return found[0] if found else None
+
+    @cached_property
+    def centred(self) -> bool:
+        """Whether norms take the mean off what they normalise."""
+        return any(tensor.centred for tensor in self.tensors)
+
+    @cached_property
+    def _by_role(self) -> dict[Role, list[LogicalTensor]]:
+        found: dict[Role, list[LogicalTensor]] = {}
+        for tensor in self.tensors:
+            found.setdefault(tensor.role, []).append(tensor)
+        return found
+
     @property
     def parameters(self) -> int:
         """Number of parameters; a tied tensor counts once, a buffer not at all."""
-        return sum(tensor.volume for tensor in self.tensors if tensor.role != "buffer")
+        return sum(tensor.volume for tensor in self.tensors if tensor.training != "buffer")
 
     def to_json(self) -> list[dict[str, Any]]:
         """A form that JSON holds; `from_json` is its inverse."""
@@ -177,11 +238,14 @@ class Catalog:
                     init=Init(item["init"]["kind"], float(item["init"]["std"])),
                     decay=bool(item["decay"]),
                     places=tuple(int(place) for place in item["places"]),
-                    role=item.get("role", "trained"),
+                    role=item["role"],
+                    reads=tuple(str(axis) for axis in item.get("reads", ())),
+                    centred=bool(item.get("centred", False)),
+                    training=item.get("training", "trained"),
                     aliases=tuple(str(name) for name in item.get("aliases", ())),
                     rates=Rates(**{k: float(v) for k, v in item.get("rates", {}).items()}),
                 )
-                for item in data
+                for item in with_roles(data)
             )
         )
 

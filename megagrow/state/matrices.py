@@ -52,7 +52,7 @@ def matrices(tensor: LogicalTensor) -> tuple[Matrix, ...]:
 
 
 def _matrix(tensor: LogicalTensor, index: tuple[slice, ...]) -> Matrix:
-    """Outputs come first; the stream is one axis, on either side."""
+    """Outputs come first, and what is read last."""
     sizes = [part.stop - part.start for part in index]
-    columns = math.prod(sizes[1:]) if tensor.axes[0] == "embed" else sizes[-1]
+    columns = math.prod(sizes[len(sizes) - len(tensor.reads) :])
     return Matrix(index, math.prod(sizes) // columns, columns)

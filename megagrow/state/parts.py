@@ -1,4 +1,4 @@
-"""Which part of a model a logical tensor is, by its axes and its places."""
+"""Which part of a model a logical tensor is: its role, with all norms and biases in one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from megagrow.state.catalog import LogicalTensor
 
 Part = Literal["embedding", "position", "head", "reader", "writer", "vector"]
 PARTS: tuple[Part, ...] = get_args(Part)
+
+_PARTS: dict[str, Part] = {part: part for part in PARTS}
 
 
 def part_of(tensor: LogicalTensor) -> Part:
@@ -21,18 +23,4 @@ def part_of(tensor: LogicalTensor) -> Part:
         writer: one whose outputs go to it;
         vector: a norm or a bias.
     """
-    if len(tensor.axes) == 1 or "embed" not in tensor.axes:  # a fused bias has several axes
-        return "vector"
-    if "position" in tensor.axes:
-        return "position"
-    if "vocab" in tensor.axes:
-        return "embedding" if 0 in tensor.places else "head"
-    return "writer" if tensor.axes[0] == "embed" else "reader"
-
-
-def is_gain(tensor: LogicalTensor) -> bool:
-    """Whether a norm multiplies by it: a vector that does not begin as 0, as all biases do.
-
-    It begins as 1, or under muP as what the shape asks for.
-    """
-    return part_of(tensor) == "vector" and tensor.init.kind != "zeros"
+    return _PARTS.get(tensor.role, "vector")

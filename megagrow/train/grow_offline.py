@@ -28,6 +28,7 @@ from megagrow.data.sampler import SampleIndex
 from megagrow.errors import CheckpointError, ConfigError, GrowthError
 from megagrow.growth.operators.ligo import Fitted
 from megagrow.growth.plan import Growth, plan_growth
+from megagrow.models.registry import family_of
 from megagrow.schedule.stages import sample_length, stage_batch, stage_optimizer
 from megagrow.state.boxes import Box, whole
 from megagrow.state.catalog import MASTER, slots_of
@@ -313,11 +314,10 @@ def describe_sizes(plan: OfflineGrowth) -> list[str]:
     if small.tie_embeddings != model.tie_embeddings:
         changed.append("tie_embeddings true -> false")
     lines = [", ".join(changed) + (f"; {', '.join(left)} as before" if left else "")]
-    if model.family == "gpt2" and model.heads * model.head_dim != model.hidden:
-        lines.append(
-            f"heads x head_dim is {model.heads * model.head_dim}, not hidden: Hugging Face has no "
-            "such GPT-2, so it cannot be exported"
-        )
+    stored = family_of(model).huggingface
+    refusal = None if stored is None else stored.refusal(model)
+    if refusal is not None:
+        lines.append(f"{refusal[0]}, so it cannot be exported (found: {refusal[1]})")
     return lines
 
 

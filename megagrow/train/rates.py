@@ -12,8 +12,10 @@ from megagrow.growth.optimizer_rules import OptimizerRules, YoungBlocks
 from megagrow.schedule import StagePlan
 from megagrow.schedule.learning_rate import Phase
 from megagrow.schedule.stages import stage_optimizer
-from megagrow.state.catalog import Catalog, Slot, slots_of
+from megagrow.state.catalog import Catalog
+from megagrow.state.optimizers import OptimizerKind
 from megagrow.state.parts import PARTS, part_of
+from megagrow.state.roles import FINAL_NORM
 
 _CLOSE = 0.01  # of the rate, as for young blocks
 
@@ -121,23 +123,21 @@ def start_in_words(catalog: Catalog) -> list[str]:
     return [_by_part([*normal, *gains])]
 
 
-def shape_in_words(model: ModelConfig, catalog: Catalog, slots: Sequence[Slot]) -> list[str]:
+def shape_in_words(model: ModelConfig, catalog: Catalog, optimizer: OptimizerKind) -> list[str]:
     """Rates that follow from the shape of a model, where it has a base shape (muP).
 
     Args:
         model: which it is.
         catalog: its tensors.
-        slots: of the optimizer; where some tensor lacks one, it is Muon that steps that.
+        optimizer: that steps them.
     """
     if model.mup is None:
         return []
-    final = max(place for tensor in catalog for place in tensor.places)
     rates = []
     for tensor in catalog:
-        of_head = part_of(tensor) == "vector" and tensor.places == (final,)
-        orthogonal = len(slots_of(tensor, slots)) < len(slots)
+        orthogonal = optimizer.orthogonalises(tensor)
         rate = tensor.rates.orthogonal if orthogonal else tensor.rates.lr
-        rates.append(("final norm" if of_head else part_of(tensor), rate))
+        rates.append(("final norm" if tensor.role in FINAL_NORM else part_of(tensor), rate))
     base = ", ".join(f"{key} {n:g}" for key, n in model.mup.model_dump(exclude_none=True).items())
     return [f"times {_by_part(rates)} (model.mup: {base})"]
 

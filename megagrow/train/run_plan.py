@@ -23,8 +23,9 @@ from megagrow.models.common.parallel import require_tensor_parallel
 from megagrow.models.flops import forward_flops_by_place, train_flops_per_token
 from megagrow.schedule import LearningRate, StagePlan, learning_rate, resolve_stages
 from megagrow.schedule.stages import sample_length, stage_batch, stage_optimizer
-from megagrow.state.catalog import ADAM_SLOTS, OPTIMIZER_SLOTS, Slot
+from megagrow.state.catalog import Slot
 from megagrow.state.layout import Layout, make_layout
+from megagrow.state.optimizers import ADAMW, OPTIMIZERS, OptimizerKind
 from megagrow.state.placement import Placement
 from megagrow.train.fit import fit_flops
 from megagrow.train.rates import phases, require_settled_betas
@@ -39,7 +40,6 @@ class Stage:
     growth: Growth | None
     grow: GrowConfig | None
     optimizer: OptimizerConfig
-    slots: tuple[Slot, ...] = ADAM_SLOTS
 
     @property
     def index(self) -> int:
@@ -67,7 +67,7 @@ class Stage:
         return Placement(
             catalog,
             self.layout,
-            group_keys(catalog, rules, self.slots),
+            group_keys(catalog, rules, OPTIMIZERS[self.optimizer.name]),
             forward_flops_by_place(self.model) if by_flops else None,
         )
 
@@ -79,13 +79,19 @@ class RunPlan:
     Attributes:
         stages: the growth stages.
         learning_rate: over all of them.
+        optimizer: that steps in all of them.
         planned: of stages that end where the planner says, what it says.
     """
 
     stages: tuple[Stage, ...]
     learning_rate: LearningRate
-    slots: tuple[Slot, ...] = ADAM_SLOTS
+    optimizer: OptimizerKind = ADAMW
     planned: tuple[PlannedEnd, ...] = ()
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What the optimizer keeps, the parameter first."""
+        return self.optimizer.slots
 
     @property
     def total_steps(self) -> int:
@@ -159,7 +165,6 @@ def plan_run(
 
     plans = resolved(ends)
     own_rates = phases(config, plans)
-    slots = OPTIMIZER_SLOTS[config.optimizer.name]
     stages = []
     rewarms = []
     restarts = []
@@ -179,7 +184,7 @@ def plan_run(
             restarts.append((plans[i].start_step, ratio))
         layout = _as_run(config, layouts[i])
         optimizer = stage_optimizer(config, i)
-        stages.append(Stage(plans[i], layout, growth, stage.grow, optimizer, slots))
+        stages.append(Stage(plans[i], layout, growth, stage.grow, optimizer))
         of_stage = stages[i].settings(config)
         accumulation(of_stage.batch, layouts[i])
         _require_fit(plans[i].seen, layouts[i], layout_configs[i], key=_layout_key(config, i))
@@ -200,7 +205,7 @@ def plan_run(
             if stage.until.rule in ("slope", "marginal") and before != after
         ],
     )
-    plan = RunPlan(tuple(stages), rate, slots, planned)
+    plan = RunPlan(tuple(stages), rate, OPTIMIZERS[config.optimizer.name], planned)
     for i in range(len(stages)):
         plan.placement(i)  # refuses what the optimizer cannot follow
     plan.rules_at(len(stages) - 1, strict=True)

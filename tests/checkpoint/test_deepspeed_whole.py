@@ -79,8 +79,8 @@ def test_every_result_has_all_of_a_users_model(fmt, layout, tmp_path, monkeypatc
     assert not back.left_out
     # ZeRO 0 lists parameters in the module's order, which is not that of the groups.
     of = {tensor.name: tensor for tensor in back.catalog}
-    assert {t.name: (t.role, t.aliases, t.shape) for t in source.catalog} == {
-        n: (t.role, t.aliases, t.shape) for n, t in of.items()
+    assert {t.name: (t.training, t.aliases, t.shape) for t in source.catalog} == {
+        n: (t.training, t.aliases, t.shape) for n, t in of.items()
     }
     wanted, found = everything(source), everything(back)
     assert set(wanted) == set(found)
@@ -92,7 +92,7 @@ def test_every_result_has_all_of_a_users_model(fmt, layout, tmp_path, monkeypatc
     assert [(tuple(g["tensors"]), g["options"]["lr"]) for g in same["groups"]] == [
         (("wte.weight", "h.weight"), 0.1), (("h.bias",), 0.2)
     ]  # fmt: skip
-    state = {t.name: t.role for t in source.catalog}
+    state = {t.name: t.training for t in source.catalog}
     assert state["frozen.weight"] == "frozen" and state["steps"] == state["scale"] == "buffer"
 
 

@@ -14,8 +14,9 @@ from megagrow.engine.engine import Engine
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.growth.plan import make_growth
 from megagrow.models.catalog import build_catalog
-from megagrow.state.catalog import OPTIMIZER_SLOTS, slots_of
+from megagrow.state.catalog import slots_of
 from megagrow.state.layout import Layout
+from megagrow.state.optimizers import OPTIMIZERS
 from megagrow.state.placement import Placement
 from megagrow.transfer.execute import transfer_between_ranks
 from megagrow.transfer.state_map import FreshStart, Identity
@@ -58,7 +59,7 @@ class Job:
             optimizer={"grad_clip": 1.0, "eps": 1e-6} | optimizer,
         )
         self.rules, self.step, self.optimizer_step = OptimizerRules(), 0, 0
-        self.slots = OPTIMIZER_SLOTS[self.config.optimizer.name]
+        self.optimizer = OPTIMIZERS[self.config.optimizer.name]
         self.losses, self.norms, self.reports = [], [], []
         vocab, length = self.model.vocabulary, self.model.sequence + 1
         # Each sample counts up in steps of its own, so there is something to learn.
@@ -77,7 +78,7 @@ class Job:
                 tensor=layout.tensor, pipeline=layout.pipeline, zero=layout.zero,
                 sequence_parallel=self.sequence and layout.tensor > 1,
             ),
-            placement=Placement(catalog, layout, group_keys(catalog, self.rules, self.slots)),
+            placement=Placement(catalog, layout, group_keys(catalog, self.rules, self.optimizer)),
             rules=self.rules, optimizer_step=self.optimizer_step, comm=self.comm,
         )  # fmt: skip
 

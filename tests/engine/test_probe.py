@@ -17,8 +17,9 @@ from megagrow.state.catalog import Init, LogicalTensor
 from megagrow.state.layout import Layout
 
 GATED = LogicalTensor(
-    "layers.0.mlp.up.weight", (2, 6, 5), ("gate_up", "ffn", "embed"), Init("zeros"), True, (1,)
-)
+    "layers.0.mlp.up.weight", (2, 6, 5), ("gate_up", "ffn", "embed"), Init("zeros"), True, (1,),
+    role="reader", reads=("embed",),
+)  # fmt: skip
 TWINS = ((0, 1), (2, 3), (4, 5))
 KEPT = ((0, 1, 2), (0, 2, 3), (0, 1, 3))
 
@@ -99,7 +100,9 @@ def test_numbers_are_what_they_are_said_to_be(parts, copies):
 
 
 def test_of_wide_matrices_ranks_and_cosines_are_estimates():
-    wide = LogicalTensor("up", (96, 512), ("ffn", "embed"), Init("zeros"), True, (1,))
+    wide = LogicalTensor(
+        "up", (96, 512), ("ffn", "embed"), Init("zeros"), True, (1,), "reader", ("embed",)
+    )
     random = torch.Generator().manual_seed(2)
     weight = torch.randn(96, 512, generator=random) @ torch.diag(torch.linspace(0.1, 2, 512))
     weight[1::2] = 0.6 * weight[::2] + 0.8 * weight[1::2]

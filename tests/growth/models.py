@@ -1,10 +1,23 @@
-"""The small models that all laws are tried on: both families, tied and untied, grouped queries."""
+"""The small models that all laws are tried on: all families, tied and untied, grouped queries.
 
+A family of the package is among them by being registered; so is one from outside.
+"""
+
+import toy_family
 from toys import FAMILIES, toy_model, toy_models
 
-MODELS = dict(toy_models()) | {
-    f"{family}-grouped": toy_model(
-        family=family, heads=12, kv_heads=2, head_dim=2, tie_embeddings=False
-    )
-    for family in FAMILIES
-}
+toy_family.register()
+
+MODELS = (
+    dict(toy_models())
+    | {
+        f"{family}-grouped": toy_model(
+            family=family, heads=12, kv_heads=2, head_dim=2, tie_embeddings=False
+        )
+        for family in FAMILIES
+    }
+    | {
+        "toy-tied": toy_model(family="toy"),
+        "toy-untied": toy_model(family="toy", tie_embeddings=False),
+    }
+)

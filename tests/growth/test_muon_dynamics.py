@@ -15,7 +15,7 @@ from megagrow.errors import GrowthError
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.growth.plan import plan_growth
 from megagrow.models.catalog import build_catalog
-from megagrow.state.catalog import MUON_SLOTS
+from megagrow.state.optimizers import MUON
 
 BORN, STEPS, LR = 5, 20, 2e-3
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
@@ -75,7 +75,7 @@ def test_exact_retraces_where_one_axis_grows():
 
 def test_width_by_one_factor_leaves_the_rate_of_matrices():
     large, growth = _start(MODELS["gpt2-tied"]).grown(operator="width", factor=2, policy="exact")
-    keys = group_keys(growth.target, large.rules, MUON_SLOTS)
+    keys = group_keys(growth.target, large.rules, MUON)
     assert keys["layers.0.mlp.up.weight"] == (False, 1.0, 1.0, 1.0, True)
     assert keys["embedding.token"] == (False, 1.0, 1.0, 0.5, False)
     assert OptimizerRules.from_json(large.rules.to_json()) == large.rules
@@ -103,7 +103,7 @@ def test_fused_matrices_that_need_different_rates_are_refused():
     assert OptimizerRules.from_json(rules.to_json()) == rules
     group_keys(growth.target, rules)  # AdamW has no such trouble
     with pytest.raises(GrowthError, match=r"(?s)optimizer.name muon.*qkv.*sparkling"):
-        group_keys(growth.target, rules, MUON_SLOTS)
+        group_keys(growth.target, rules, MUON)
 
 
 def test_sparkling_parts_the_copies_and_trains():

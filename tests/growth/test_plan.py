@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from megagrow.growth.plan import grown_model, make_growth, plan_growth
 from megagrow.growth.policy import POLICIES
 from megagrow.growth.registry import OPERATORS, find_operator, find_policy
 from megagrow.models.catalog import build_catalog
-from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.catalog import ADAM_SLOTS, Catalog
 from megagrow.transfer.state_map import AxisMap
 
 
@@ -266,3 +267,11 @@ def test_under_dropout_exact_does_not_retrace_the_small_run():
         with_none = build(one.model_copy(update={"dropout": 0.0}), values)
         assert with_none(batch).item() == with_none(batch).item() != losses[-1]
     assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def test_a_tensor_of_which_nothing_is_known_does_not_grow():
+    small, target = (build_catalog(toy_model(hidden=n)) for n in (8, 16))
+    odd = target.tensors[0]
+    target = Catalog((replace(odd, role="other"), *target.tensors[1:]))
+    with pytest.raises(GrowthError, match=f"no operator knows what {odd.name} is"):
+        make_growth(operator="width", policy=None, small=small, target=target)

@@ -10,8 +10,9 @@ from megagrow.growth.optimizer_rules import group_keys
 from megagrow.models.catalog import build_catalog
 from megagrow.models.transformer import named_tensors
 from megagrow.state.boxes import whole
-from megagrow.state.catalog import ADAM_SLOTS, OPTIMIZER_SLOTS
+from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.matrices import matrices
+from megagrow.state.optimizers import OPTIMIZERS
 from megagrow.transfer.whole_state import MemoryState
 
 LR, DECAY, EPS = 1e-2, 0.1, 1e-3
@@ -26,7 +27,7 @@ class Run:
         self.module = build(model, state)
         self.catalog = build_catalog(model)
         parameters = named_tensors(self.module)
-        keys = group_keys(self.catalog, rules, OPTIMIZER_SLOTS["muon" if muon else "adamw"])
+        keys = group_keys(self.catalog, rules, OPTIMIZERS["muon" if muon else "adamw"])
         groups = [
             {
                 "params": [parameters[t.name] for t in self.catalog if keys[t.name] == key],

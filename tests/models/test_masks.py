@@ -5,6 +5,7 @@ import torch
 from toys import build, grow, random_state, token_batches, toy_models
 
 from megagrow.models.catalog import build_catalog
+from megagrow.models.common.layers import AddRMSNorm
 from megagrow.models.common.masks import ramp_in
 from megagrow.models.transformer import named_tensors
 
@@ -62,3 +63,12 @@ def test_statistics_of_norms_weigh_units_by_their_mask(family):
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     # A rank of two has the units that its weights have.
     assert masks.ffn.tolist() == [1.0] * 12 + [0.25] * 12
+
+
+def test_a_norm_of_another_kind_does_not_go_unmasked():
+    model = dict(toy_models())["llama-tied"]
+    large, ramp, state = _grown(model)
+    module = build(large, state)
+    module.layers[1].mlp.norm.__class__ = type("OtherNorm", (AddRMSNorm,), {})
+    with pytest.raises(TypeError, match="no mask for OtherNorm"):
+        ramp_in(module, large, ramp.old)

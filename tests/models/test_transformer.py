@@ -7,9 +7,9 @@ from parts import gradients, module_with, random_parameters
 
 from megagrow.config import ModelConfig
 from megagrow.models.catalog import build_catalog
+from megagrow.models.common.blocks import Head
 from megagrow.models.common.parallel import SERIAL
 from megagrow.models.transformer import (
-    Head,
     Transformer,
     layer_list,
     layer_types,

@@ -9,8 +9,9 @@ from ranks import run_ranks
 
 from megagrow.config import ModelConfig
 from megagrow.models.catalog import build_catalog
+from megagrow.models.common.blocks import Attention
 from megagrow.models.common.parallel import TensorParallel
-from megagrow.models.transformer import Attention, Transformer, named_tensors
+from megagrow.models.transformer import Transformer, named_tensors
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement, split_axis
 

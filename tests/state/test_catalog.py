@@ -54,7 +54,8 @@ def test_stds_by_role(family, matrices):
             assert tensor.init.std == pytest.approx(std, rel=1e-12)
         else:
             assert tensor.init.std == stds[part]
-    assert seen == set(PARTS) - ({"position"} if family == "llama" else set())
+    rotary = model.architecture.positions == "rotary"
+    assert seen == set(PARTS) - ({"position"} if rotary else set())
 
 
 def test_fingerprints_tell_catalogs_apart():

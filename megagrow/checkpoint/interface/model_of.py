@@ -71,8 +71,8 @@ def told_model(state: Described) -> ModelConfig | None:
     Raises:
         CheckpointError: what is told is no model, or one with other tensors.
     """
-    rows = state.catalog["embedding.token"].shape[:1] if "embedding.token" in state.catalog else ()
-    model = replayed_model(state.config, state.run_state, vocabulary=rows[0] if rows else None)
+    vocabulary = _rows(state.catalog)
+    model = replayed_model(state.config, state.run_state, vocabulary=vocabulary)
     if model is None:
         return None
     wanted = {tensor.name: tensor.shape for tensor in build_catalog(model)}
@@ -161,7 +161,8 @@ def catalog_for(run: Described, source: Described) -> Catalog:
     if before is not None:
         for key in _FUNCTION:
             found, expected = getattr(model, key), getattr(before, key)
-            if found != expected and (key, model.family) != ("rope_theta", "gpt2"):
+            unused = key == "rope_theta" and model.architecture.positions != "rotary"
+            if found != expected and not unused:
                 setting = key.replace("kv_groups", "kv_heads")
                 raise CheckpointError(
                     f"model.{setting}: the run's model is not the one of these parameters",
@@ -198,7 +199,8 @@ def _growths(config: Mapping[str, Any], run_state: Mapping[str, Any]) -> list[Gr
 
 def _rows(catalog: Catalog) -> int | None:
     """Rows of the token table."""
-    return catalog["embedding.token"].shape[0] if "embedding.token" in catalog else None
+    tables = [tensor for tensor in catalog if tensor.role == "embedding"]
+    return tables[0].shape[0] if tables else None
 
 
 def _section(config: Mapping[str, Any]) -> Any:

@@ -23,7 +23,8 @@ from megagrow.checkpoint.io.files import RESTORE
 from megagrow.checkpoint.native.shard_file import Part, Plan
 from megagrow.config.load import in_words
 from megagrow.errors import CheckpointError
-from megagrow.state.catalog import InitKind, Role, SlotKind
+from megagrow.state.catalog import InitKind, SlotKind, Training
+from megagrow.state.roles import Role
 
 NAME = "manifest.json"
 FORMAT = "megagrow checkpoint"
@@ -74,7 +75,11 @@ class TensorRecord(_Record):
     init: InitRecord
     decay: bool
     places: list[Count]
-    role: Role = "trained"
+    # An earlier version had no roles, and said with this key what `training` says now.
+    role: Role | Training | None = None
+    reads: Annotated[list[Name], Axes] = []
+    centred: bool = False
+    training: Training = "trained"
     aliases: list[Name] = []
     rates: RatesRecord = RatesRecord()
 

@@ -16,7 +16,7 @@ from megagrow.checkpoint.native.manifest import FileRecord, Manifest, file_name,
 from megagrow.checkpoint.native.shard_file import Part, lay_out
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, tiling_fault, whole
-from megagrow.state.catalog import Catalog, Init, LogicalTensor, Rates, Slot, slots_of
+from megagrow.state.catalog import Catalog, Slot, slots_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +79,7 @@ def prove(manifest: Manifest, *, where: str) -> Contents:
 
 def _catalog(manifest: Manifest, where: str) -> Catalog:
     try:
-        return Catalog(
-            tuple(
-                LogicalTensor(
-                    name=t.name,
-                    shape=tuple(t.shape),
-                    axes=tuple(t.axes),
-                    init=Init(t.init.kind, t.init.std),
-                    decay=t.decay,
-                    places=tuple(t.places),
-                    role=t.role,
-                    aliases=tuple(t.aliases),
-                    rates=Rates(t.rates.lr, t.rates.eps, t.rates.orthogonal),
-                )
-                for t in manifest.catalog
-            )
-        )
+        return Catalog.from_json(tensor.model_dump() for tensor in manifest.catalog)
     except ValueError as error:
         raise CheckpointError(f"{where}: catalog: {error}") from None
 

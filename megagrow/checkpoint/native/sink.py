@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megagrow.checkpoint.interface.format import FilePlan, Format, Request, Segment, Source, Values
 from megagrow.checkpoint.interface.meta import CheckpointMeta
+from megagrow.checkpoint.interface.model_of import optimizer_of
 from megagrow.checkpoint.interface.placed import placed
 from megagrow.checkpoint.io.checksum import CHUNK_BYTES
 from megagrow.checkpoint.io.dtypes import DTYPE_NAMES, DTYPES
@@ -19,7 +20,8 @@ from megagrow.checkpoint.native.shard_file import Part, Plan, lay_out
 from megagrow.checkpoint.native.source import NativeCheckpoint
 from megagrow.checkpoint.native.steps import find
 from megagrow.errors import CheckpointError
-from megagrow.state.catalog import ADAM_SLOTS, OPTIMIZER_SLOTS, Slot, slots_of
+from megagrow.state.catalog import Slot, slots_of
+from megagrow.state.optimizers import OPTIMIZERS
 
 
 class NativeSink:
@@ -28,7 +30,10 @@ class NativeSink:
     def __init__(self, request: Request) -> None:
         self._request, meta = request, request.meta
         placement = placed(meta.catalog, request)
-        self.slots = _slots(meta)
+        # A run reads the slots of its optimizer; one that the source lacks starts at zero.
+        held = {slot.name for slot in meta.slots}
+        wanted = OPTIMIZERS[optimizer_of(meta).name].slots
+        self.slots = (*meta.slots, *(slot for slot in wanted if slot.name not in held))
         self._parts: list[list[Part]] = []
         self._plans: list[Plan] = []
         self.files: list[FilePlan] = []
@@ -67,14 +72,6 @@ class NativeSink:
         prove(manifests.unseal(text, where=str(path)), where=str(path))
         with naming(path, "cannot be written"):
             write_new(path, text)
-
-
-def _slots(meta: CheckpointMeta) -> tuple[Slot, ...]:
-    """What a run keeps: where the source has weights alone, its optimizer's slots, at zero."""
-    if any(slot.kind != "parameter" for slot in meta.slots):
-        return meta.slots
-    optimizer = meta.config.get("optimizer") or {}
-    return OPTIMIZER_SLOTS.get(optimizer.get("name", "adamw"), ADAM_SLOTS)
 
 
 def _with_slots(request: Request, slots: Sequence[Slot]) -> CheckpointMeta:

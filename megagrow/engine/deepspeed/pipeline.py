@@ -13,8 +13,9 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from megagrow.config import ModelConfig
 from megagrow.engine.groups import Groups
+from megagrow.models.common.blocks import Head
 from megagrow.models.common.parallel import TensorParallel
-from megagrow.models.transformer import Head, layer_types, next_token_loss
+from megagrow.models.transformer import layer_types, next_token_loss
 
 
 class PipelinedModel(PipelineModule):

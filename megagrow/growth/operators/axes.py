@@ -63,8 +63,13 @@ class HeadDim(Operator):
                 axes.append(projection if projection and meaning == "projection" else same(n))
             return Block(tensor.name, tuple(axes), param, grad, new=slot > 0)
 
-        if "projection" not in tensor.axes:  # the output projection, which sums over features
+        if "head_dim" in tensor.reads:  # the output projection
             return tuple(block(i, float(i == 0), 1.0) for i in range(k))
+        if "projection" not in tensor.axes:
+            raise GrowthError(
+                f"{tensor.name}: operator head_dim has no rule for a {tensor.role} of each feature",
+                fix="grow another size",
+            )
         queries = tensor.shape[tensor.axes.index("projection")] - 2
         query, shared = AxisMap(0, 1, 0, 1, queries), AxisMap(queries, 1, queries, 1, 2)
         return (

@@ -25,11 +25,10 @@ from dataclasses import dataclass
 
 from megagrow.growth.operator import Block, Operator, unchanged
 from megagrow.growth.operators.width import own_noise
-from megagrow.state.catalog import Catalog, LogicalTensor
+from megagrow.state.catalog import Catalog, LogicalTensor, of_layer
+from megagrow.state.roles import WRITERS
 
-_LAYERS = "layers."
 _SIZES = ("layers",)
-_TO_STREAM = ("attention.out.", "mlp.down.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ class Copies(Operator):
         old, noise = small[source], None
         if new and tensor.is_matrix:
             # By the number of layers too: a later growth is to have other numbers.
-            noise = own_noise(f"{tensor.name} of {layer_count(target)}", self.noise, old)
+            noise = own_noise(f"{tensor.name} of {target.layers}", self.noise, old)
         return (Block(source, unchanged(tensor, old), new=new, noise=noise),)
 
     def copied(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
@@ -114,7 +113,7 @@ class DepthIdentity(Operator):
         axes = unchanged(tensor, small[source])
         if not new:
             return (Block(source, axes, grad=1.0),)
-        if layer_of(tensor.name)[1].startswith(_TO_STREAM):
+        if tensor.role in WRITERS:
             return (Block(source, axes, param=0.0, new=True),)
         return (Block(source, axes, grad=0.0, new=True),)
 
@@ -133,7 +132,7 @@ DEPTH_IDENTITY = DepthIdentity(
 
 def stacked(tensor: LogicalTensor, small: Catalog) -> tuple[str, bool]:
     """(source, whether it is a copy): whole copies of the stack, end to end."""
-    depth = layer_count(small)
+    depth = small.layers
     return from_layer(tensor, lambda layer: (layer % depth, layer >= depth))
 
 
@@ -144,11 +143,10 @@ def from_layer(
 
     What belongs to no layer is itself.
     """
-    if not tensor.name.startswith(_LAYERS):
+    if tensor.layer is None:
         return tensor.name, False
-    layer, rest = layer_of(tensor.name)
-    number, new = source(layer)
-    return f"{_LAYERS}{number}.{rest}", new
+    number, new = source(tensor.layer)
+    return of_layer(number, tensor.inner), new
 
 
 def _interleaved(tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
@@ -156,7 +154,7 @@ def _interleaved(tensor: LogicalTensor, small: Catalog, target: Catalog) -> tupl
 
     Each is followed by its copies, as evenly as they share out.
     """
-    old, large = layer_count(small), layer_count(target)
+    old, large = small.layers, target.layers
 
     def source(layer: int) -> tuple[int, bool]:
         number = layer * old // large
@@ -164,14 +162,3 @@ def _interleaved(tensor: LogicalTensor, small: Catalog, target: Catalog) -> tupl
         return number, layer > first
 
     return from_layer(tensor, source)
-
-
-def layer_of(name: str) -> tuple[int, str]:
-    """``layers.3.mlp.up.weight`` -> (3, ``mlp.up.weight``)."""
-    number, _, rest = name.removeprefix(_LAYERS).partition(".")
-    return int(number), rest
-
-
-def layer_count(catalog: Catalog) -> int:
-    """Number of layers of a model."""
-    return 1 + max(layer_of(t.name)[0] for t in catalog if t.name.startswith(_LAYERS))

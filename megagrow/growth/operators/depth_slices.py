@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from megagrow.config import ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.operator import resized
-from megagrow.growth.operators.depth import Copies, from_layer, layer_count
+from megagrow.growth.operators.depth import Copies, from_layer
 from megagrow.state.catalog import Catalog, LogicalTensor
 
 
@@ -84,7 +84,7 @@ class DepthSlices(Copies):
 
     def copied(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
         """(source, whether it is a copy): a layer is old where its source is first used."""
-        order = self.sources or self._order(layer_count(small), layer_count(target))
+        order = self.sources or self._order(small.layers, target.layers)
         return from_layer(tensor, lambda layer: (order[layer], order.index(order[layer]) < layer))
 
     def _order(self, old: int, large: int) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from megagrow.growth.operator import Block, Operator, growth_factor
-from megagrow.growth.operators.depth import layer_count, layer_of, stacked
+from megagrow.growth.operators.depth import stacked
 from megagrow.growth.operators.width import (
     GROWING,
     WIDTH_SIZES,
@@ -31,9 +31,9 @@ from megagrow.growth.operators.width import (
     duplicates,
     equal_shares,
     is_new,
-    reads,
 )
-from megagrow.state.catalog import Catalog, LogicalTensor, Slot
+from megagrow.state.catalog import Catalog, LogicalTensor, Slot, of_layer
+from megagrow.state.roles import FINAL_NORM, NORMS
 from megagrow.transfer.state_map import Copy, Fill, Identity
 
 Tensors = Mapping[str, torch.Tensor]
@@ -79,7 +79,7 @@ class Maps(nn.Module):
     def __init__(self, small: Catalog, target: Catalog) -> None:
         super().__init__()
         self._small = small
-        self._kinds = [layer_of(t.name)[1] for t in small if t.name.startswith("layers.0.")]
+        self._kinds = [t.inner for t in small if t.layer == 0]
         self.units = nn.ParameterDict()
         for old in small:
             tensor = target[old.name]
@@ -90,7 +90,7 @@ class Maps(nn.Module):
                         n, large = n - 2, large - 2
                     if n != large and key not in self.units:
                         self.units[key] = nn.Parameter(_first_map(tensor, at, n, large))
-        first, last = layer_count(small), layer_count(target)
+        first, last = small.layers, target.layers
         stack = torch.eye(first).repeat(-(-last // first), 1)[:last]
         self.layers = nn.ParameterDict(
             {_key(kind): nn.Parameter(stack.clone()) for kind in self._kinds}
@@ -101,9 +101,9 @@ class Maps(nn.Module):
         wide = {tensor.name: self._widened(tensor, parameters[tensor.name])
                 for tensor in self._small}  # fmt: skip
         for kind in self._kinds:
-            old = [wide.pop(f"layers.{i}.{kind}") for i in range(layer_count(self._small))]
+            old = [wide.pop(of_layer(i, kind)) for i in range(self._small.layers)]
             grown = torch.tensordot(self.layers[_key(kind)], torch.stack(old), dims=1)
-            wide |= {f"layers.{i}.{kind}": values for i, values in enumerate(grown)}
+            wide |= {of_layer(i, kind): values for i, values in enumerate(grown)}
         return wide
 
     def _widened(self, tensor: LogicalTensor, values: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,7 @@ def _parts(tensor: LogicalTensor) -> tuple[str, ...]:
 
 def _mapped_axes(tensor: LogicalTensor, part: str) -> Iterator[tuple[int, str]]:
     """The axes of (a part of) a tensor that may have a map, and the map's name."""
-    layer = tensor.name.removesuffix(".weight").removesuffix(".bias")
+    layer = tensor.name.rpartition(".")[0]  # which a matrix and its bias share
     for at, axis in enumerate(tensor.axes):
         if axis == "embed":
             yield at, _stream_map(tensor)
@@ -135,11 +135,11 @@ def _mapped_axes(tensor: LogicalTensor, part: str) -> Iterator[tuple[int, str]]:
 
 def _stream_map(tensor: LogicalTensor) -> str:
     """The residual stream is one, so all layers share the maps that write, norm and read it."""
-    if "norm" in tensor.name:
-        return "final_norm" if tensor.name.startswith("final_norm.") else "norm"
-    if tensor.name == "output.weight":
+    if tensor.role in NORMS:
+        return "final_norm" if tensor.role in FINAL_NORM else "norm"
+    if tensor.role == "head":
         return "output"
-    return "read" if "embed" in reads(tensor) else "write"
+    return "read" if "embed" in tensor.reads else "write"
 
 
 def _first_map(tensor: LogicalTensor, at: int, n: int, large: int) -> torch.Tensor:
@@ -150,8 +150,8 @@ def _first_map(tensor: LogicalTensor, at: int, n: int, large: int) -> torch.Tens
     for copy in copies_along(axis, n, k):
         there = copy.target_start + torch.arange(n) * copy.target_step
         result[there, torch.arange(n)] = 1.0
-    shared = axis in reads(tensor) and tensor.name != "output.weight"
-    return result / k if shared or tensor.name.startswith("final_norm.") else result
+    shared = axis in tensor.reads and tensor.role != "head"
+    return result / k if shared or tensor.role in FINAL_NORM else result
 
 
 def _key(name: str) -> str:

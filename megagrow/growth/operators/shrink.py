@@ -19,6 +19,7 @@ from megagrow.growth.operator import Block, Operator
 from megagrow.growth.operators.ramp import beside
 from megagrow.growth.operators.width import WIDTH_SIZES
 from megagrow.state.catalog import Catalog, LogicalTensor
+from megagrow.state.roles import NORMS
 from megagrow.transfer.state_map import Fill, Noise
 
 
@@ -37,7 +38,7 @@ class ShrinkPadPerturb(Operator):
         noise = None
         if tensor.is_matrix:
             noise = Noise(f"{tensor.name} {list(tensor.shape)} perturbed", tensor.init.std)
-        param = 1.0 if "norm" in tensor.name else self.shrink
+        param = 1.0 if tensor.role in NORMS else self.shrink
         return (Block(tensor.name, beside(tensor, small[tensor.name]), param, noise=noise),)
 
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:

@@ -14,8 +14,6 @@ from megagrow.config import ModelConfig
 from megagrow.growth.operator import Block, Operator, resized, unchanged
 from megagrow.state.catalog import Catalog, LogicalTensor
 
-_EMBEDDING, _HEAD = "embedding.token", "output.weight"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Untie(Operator):
@@ -27,10 +25,10 @@ class Untie(Operator):
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """Every tensor as it was; the head from the embedding, where it is new."""
-        if tensor.name in small and not (tensor.name == _EMBEDDING and _HEAD not in small):
-            return (Block(tensor.name, unchanged(tensor, small[tensor.name]), grad=1.0),)
-        axes = unchanged(tensor, small[_EMBEDDING])
-        return (Block(_EMBEDDING, axes, new=tensor.name == _HEAD),)
+        table, tied = small.of("embedding"), small.of("head") is None
+        if table is not None and tied and tensor.role in ("embedding", "head"):
+            return (Block(table.name, unchanged(tensor, table), new=tensor.role == "head"),)
+        return (Block(tensor.name, unchanged(tensor, small[tensor.name]), grad=1.0),)
 
 
 UNTIE = Untie(

@@ -40,21 +40,11 @@ from megagrow.growth.operator import (
     tiled,
 )
 from megagrow.state.catalog import Catalog, LogicalTensor
+from megagrow.state.roles import FINAL_NORM, NORMS
 from megagrow.transfer.state_map import AxisMap, Noise, Statistic
 
 GROWING = ("embed", "kv_group", "query", "ffn")
 WIDTH_SIZES = ("hidden", "heads", "kv_heads", "ffn")
-
-
-def reads(tensor: LogicalTensor) -> frozenset[str]:
-    """The axes that a tensor sums over, its inputs; the others it writes, or scales."""
-    if tensor.name == "output.weight":
-        return frozenset({"embed"})
-    if len(tensor.axes) == 1 or tensor.name.startswith("embedding."):
-        return frozenset()
-    if tensor.axes[0] == "embed":
-        return frozenset(tensor.axes[1:])
-    return frozenset({"embed"} if tensor.axes[-1] == "embed" else ())
 
 
 @dataclass(frozen=True)
@@ -116,12 +106,12 @@ def _projections(name: str, n: int, large: int) -> list[tuple[AxisMap, dict[str,
 
 def equal_shares(tensor: LogicalTensor, block: _Duplicate) -> tuple[float, float]:
     """(param, grad) of a block where every copy is read with the same share."""
-    inputs = reads(tensor)
+    inputs = tensor.reads
     share = math.prod(1 / k for axis, (_, k) in block.copy.items() if axis in inputs)
     others = math.prod(1 / k for axis, (_, k) in block.copy.items() if axis not in inputs)
-    if tensor.name.startswith("final_norm."):
+    if tensor.role in FINAL_NORM:
         return others, 1.0
-    if tensor.name == "output.weight":
+    if tensor.role == "head":
         return 1.0, share
     return share, others
 
@@ -169,13 +159,11 @@ class WidthDiagonal(Operator):
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """All copies; those off the diagonal start at 0, but have the gradient of the others."""
-        inputs = reads(tensor)
-        matrix = bool(inputs) and tensor.name != "output.weight"
         blocks = []
         for block in duplicates(tensor, small[tensor.name]):
             share, grad = equal_shares(tensor, block)
             new = is_new(block)
-            param = float(_pairs(tensor, block)) if matrix else share
+            param = float(_pairs(tensor, block)) if tensor.is_matrix else share
             blocks.append(Block(tensor.name, block.axes, param, grad, new=new, rate=share))
         return tuple(blocks)
 
@@ -193,7 +181,7 @@ WIDTH_DIAG = WidthDiagonal(
 
 def _pairs(tensor: LogicalTensor, block: _Duplicate) -> bool:
     """Whether a block of a matrix has copy i read copy i."""
-    inputs = reads(tensor)
+    inputs = tensor.reads
     growing = {axis: copy for axis, copy in block.copy.items() if copy[1] > 1}
     read = [copy for axis, copy in growing.items() if axis in inputs]
     written = [copy for axis, copy in growing.items() if axis not in inputs]
@@ -213,18 +201,18 @@ class WidthSplit(Operator):
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """All copies of all grown axes."""
-        inputs = reads(tensor)
+        inputs = tensor.reads
         blocks = []
         for block in duplicates(tensor, small[tensor.name]):
             share = {axis: 2 * (c + 1) / (k * (k + 1)) for axis, (c, k) in block.copy.items()}
             param = math.prod(s for axis, s in share.items() if axis in inputs)
             others = {axis: s for axis, s in share.items() if axis not in inputs}
             grad: float | None = math.prod(others.values())
-            if tensor.name.startswith("final_norm."):
+            if tensor.role in FINAL_NORM:
                 param, grad = math.prod(others.values()), 1.0
-            elif tensor.name == "output.weight":
+            elif tensor.role == "head":
                 param, grad = 1.0, param
-            elif "embed" in others and ".norm." not in tensor.name:
+            elif "embed" in others and tensor.role not in NORMS:
                 grad = None if block.copy["embed"][1] > 1 else grad
             blocks.append(Block(tensor.name, block.axes, param=param, grad=grad, new=is_new(block)))
         return tuple(blocks)
@@ -254,8 +242,8 @@ class WidthNoise(Operator):
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """All copies of all grown axes; those that are read carry the noise."""
-        inputs, old = reads(tensor), small[tensor.name]
-        head = tensor.name == "output.weight"
+        inputs, old = tensor.reads, small[tensor.name]
+        head = tensor.role == "head"
         blocks = []
         for block in duplicates(tensor, old):
             param, grad = equal_shares(tensor, block)
@@ -269,7 +257,7 @@ class WidthNoise(Operator):
             if count > 1 and not head:
                 std = self.noise * param * _alternating(number, count)
                 noise = own_noise(f"{tensor.name} {list(tensor.shape)}{written}", std, old)
-            stated = grad if head or tensor.name.startswith("final_norm.") else None
+            stated = grad if head or tensor.role in FINAL_NORM else None
             new = is_new(block)
             blocks.append(Block(tensor.name, block.axes, param, stated, new=new, noise=noise))
         return tuple(blocks)

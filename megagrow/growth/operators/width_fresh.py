@@ -34,9 +34,9 @@ from dataclasses import dataclass
 from megagrow.config import ModelConfig
 from megagrow.growth.operator import Block, Operator, resized
 from megagrow.growth.operators.ramp import beside
-from megagrow.growth.operators.width import WIDTH_SIZES, reads
+from megagrow.growth.operators.width import WIDTH_SIZES
 from megagrow.state.catalog import Catalog, LogicalTensor
-from megagrow.state.parts import is_gain
+from megagrow.state.roles import FINAL_NORM, GAINS, NORMS
 from megagrow.transfer.state_map import AxisMap, Drawn, Fill, Level, Statistic
 
 
@@ -55,18 +55,18 @@ class WidthFresh(Operator):
         """The old elements."""
         old = small[tensor.name]
         param, grad = 1.0, 1.0
-        if is_gain(tensor):
+        if tensor.role in GAINS:
             param = math.sqrt(old.volume / tensor.volume)
             grad = 1 / param
-        behind = tensor.name.startswith(("final_norm.", "output."))  # the last norm and the head
-        mixed = _centred(small) and _widened(small, target) and not behind
+        behind = tensor.role in FINAL_NORM or tensor.role == "head"
+        mixed = small.centred and _widened(small, target) and not behind
         stated = None if mixed else grad
         return (Block(tensor.name, beside(tensor, old), param, stated),)
 
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
         """Readers at random, a mean for gains and a centred stream, zeros for the rest."""
         old = small[tensor.name]
-        if "embed" in reads(tensor):
+        if "embed" in tensor.reads:
             own = Statistic(old.name, old.shape, "rms")
             # The shape sets the numbers apart from those that the tensor began with.
             return Drawn(f"{tensor.name} {list(tensor.shape)}", 1.0, own)
@@ -76,10 +76,10 @@ class WidthFresh(Operator):
         n, large = old.shape[at], tensor.shape[at]
         axes = list(beside(tensor, old))
         axes[at] = AxisMap(n, 1, 0, 1, large - n)
-        if is_gain(tensor):
+        if tensor.role in GAINS:
             mean = Statistic(old.name, old.shape, "mean")
             return Level(mean, tuple(axes), math.sqrt(n / large))
-        if _centred(small) and "norm" not in tensor.name:
+        if small.centred and tensor.role not in NORMS:
             return Level(Statistic(old.name, old.shape, "mean", axis=at), tuple(axes))
         return "zeros"
 
@@ -96,11 +96,7 @@ WIDTH_FRESH = WidthFresh(
 )
 
 
-def _centred(catalog: Catalog) -> bool:
-    """Whether norms subtract the mean: LayerNorm, which has a bias, and not RMSNorm."""
-    return "final_norm.bias" in catalog
-
-
 def _widened(small: Catalog, target: Catalog) -> bool:
     """Whether the residual stream grows."""
-    return small["final_norm.weight"].shape != target["final_norm.weight"].shape
+    old, new = small.of("final_norm_gain"), target.of("final_norm_gain")
+    return old is None or new is None or old.shape != new.shape

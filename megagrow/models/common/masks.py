@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from megagrow.config import ModelConfig
+from megagrow.models.common.blocks import MLP, Attention, Embedding
 from megagrow.models.common.layers import (
     AddLayerNorm,
     AddRMSNorm,
@@ -27,7 +28,6 @@ from megagrow.models.common.layers import (
     replicated,
 )
 from megagrow.models.common.parallel import SERIAL, TensorParallel
-from megagrow.models.transformer import MLP, Attention, Embedding
 
 
 class Masks:
@@ -84,11 +84,19 @@ def ramp_in(
     Args:
         module: the grown model, built plain.
         model, old, parallel: see `Masks`.
+
+    Raises:
+        TypeError: a family has norms or an embedding of its own, which would go unmasked.
     """
     masks = Masks(model, old, parallel=parallel, like=next(module.parameters()))
     for part in list(module.modules()):
         if type(part) in _RAMPED:
             _become(part, _RAMPED[type(part)], masks=masks)
+        elif isinstance(part, tuple(_RAMPED)):
+            raise TypeError(
+                f"a ramp has no mask for {type(part).__name__}, only for what it derives from: "
+                "see models/common/masks.py"
+            )
         elif isinstance(part, Attention):
             _become(part.out, _RampedProjection, masks=masks, inputs=masks.heads)
         elif isinstance(part, MLP):

@@ -105,7 +105,7 @@ class EngineState:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"run state: {KEY}: damaged", found=repr(error)[:200]) from None
         named = sorted(name for group in found.groups for name in group.tensors)
-        trained = sorted(tensor.name for tensor in meta.catalog if tensor.role == "trained")
+        trained = sorted(tensor.name for tensor in meta.catalog if tensor.training == "trained")
         if named != trained:
             odd = sorted(set(named) ^ set(trained))[:3] or "a tensor in two groups"
             raise CheckpointError(f"run state: {KEY}: its groups are not the tensors", found=odd)

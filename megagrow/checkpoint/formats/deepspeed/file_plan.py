@@ -20,7 +20,7 @@ from megagrow.checkpoint.interface.placed import placed
 from megagrow.config.schema import PrecisionConfig
 from megagrow.errors import ConfigError
 from megagrow.state.boxes import flat_range_boxes
-from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Role, Slot
+from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Slot, Training
 from megagrow.state.placement import split_axis
 
 VERSION = "0.19.8"  # of the DeepSpeed whose files these are
@@ -94,13 +94,13 @@ class Plan:
         here = dict(self.placement.groups(stage))
         return [_trained(here.get(key, [])) for key in self.group_keys]
 
-    def untrained(self, role: Role) -> list[LogicalTensor]:
+    def untrained(self, training: Training) -> list[LogicalTensor]:
         """The frozen parameters, or the buffers; a model of ours has neither."""
-        return [tensor for tensor in self.catalog if tensor.role == role]
+        return [tensor for tensor in self.catalog if tensor.training == training]
 
     def dtype_of(self, tensor: LogicalTensor) -> torch.dtype:
         """The element type of a tensor in the module."""
-        return self.dtype if tensor.role == "trained" else self.stored_dtype(tensor)
+        return self.dtype if tensor.training == "trained" else self.stored_dtype(tensor)
 
     def stored_dtype(self, tensor: LogicalTensor) -> torch.dtype:
         """The element type of a tensor that is not trained: its own, unless another is asked."""
@@ -298,4 +298,4 @@ class Plan:
 
 
 def _trained(group: Sequence[LogicalTensor]) -> list[LogicalTensor]:
-    return [tensor for tensor in group if tensor.role == "trained"]
+    return [tensor for tensor in group if tensor.training == "trained"]

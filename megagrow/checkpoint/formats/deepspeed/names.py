@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping
 
 from megagrow.config import ModelConfig
 from megagrow.models.catalog import build_catalog
+from megagrow.models.registry import FAMILIES
 from megagrow.state.catalog import Catalog, Init, LogicalTensor
 
-_UNTOLD_SEQUENCE = 2048  # LLaMA's tensors do not tell how long samples were
+TOKENS = "embedding.token"
+_UNTOLD_SEQUENCE = 2048  # without a table of positions tensors do not tell how long samples were
 _OURS = re.compile(r"(?:layers\.)?(\d+)\.(.+)")
 
 
@@ -50,21 +52,32 @@ def last_place(modules: Iterable[str]) -> int:
 def recognised_model(shapes: Mapping[str, tuple[int, ...]], *, tensor: int) -> ModelConfig | None:
     """The model that the shapes of one tensor-parallel rank's parameters tell of, if any.
 
-    With several tensor-parallel ranks the vocabulary counts its padding, and of a LLaMA the
-    sequence length is a guess: no shape tells either.
+    With several tensor-parallel ranks the vocabulary counts its padding, and where positions are
+    rotary the sequence length is a guess: no shape tells either.
 
     Args:
         shapes: by logical name.
         tensor: number of tensor-parallel ranks.
     """
+    for family in FAMILIES:
+        model = _as_family(family, shapes, tensor=tensor)
+        if model is not None:
+            return model
+    return None
+
+
+def _as_family(
+    family: str, shapes: Mapping[str, tuple[int, ...]], *, tensor: int
+) -> ModelConfig | None:
+    """The model of a family that has parameters of these names and shapes."""
     try:
         groups, queries, head_dim, hidden = shapes["layers.0.attention.qkv.weight"]
-        up, token = shapes["layers.0.mlp.up.weight"], shapes["embedding.token"]
+        up, token = shapes["layers.0.mlp.up.weight"], shapes[TOKENS]
         position = shapes.get("embedding.position")
         blocks = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
         model = ModelConfig.model_validate(
             {
-                "family": "gpt2" if position else "llama",
+                "family": family,
                 "layers": len(blocks),
                 "hidden": hidden,
                 "heads": groups * tensor * (queries - 2),
@@ -78,7 +91,8 @@ def recognised_model(shapes: Mapping[str, tuple[int, ...]], *, tensor: int) -> M
         )
     except (KeyError, ValueError, IndexError):
         return None
-    return model if {t.name for t in build_catalog(model)} == set(shapes) else None
+    axes = {t.name: len(t.shape) for t in build_catalog(model)}
+    return model if axes == {name: len(shape) for name, shape in shapes.items()} else None
 
 
 def plain_catalog(shapes: Mapping[str, tuple[int, ...]], decayed: Mapping[str, bool]) -> Catalog:

@@ -119,7 +119,7 @@ def _vocabulary(tag: Tag, local: Mapping[str, tuple[int, ...]], layout: Layout) 
     rows = merging.get("original_vocab_size") if isinstance(merging, dict) else None
     if type(rows) is int and rows > 0:
         return rows
-    table = local.get("embedding.token")
+    table = local.get(names.TOKENS)
     return table[0] * layout.tensor if table else None
 
 
@@ -198,7 +198,7 @@ def with_roles(tag: Tag, scheme: Scheme, order: Sequence[Sequence[Sequence[str]]
         tuple(
             replace(
                 tensor,
-                role="buffer" if tensor.name in buffers else "frozen"
+                training="buffer" if tensor.name in buffers else "frozen"
                 if tensor.name in frozen else "trained",
                 aliases=tuple(aliases.get(tensor.name, ())),
             )

@@ -84,7 +84,7 @@ class DeepSpeedSink:
         module: dict[str, NewTensor] = {}
         for tensor in tensors:
             shape, dtype = plan.local_shape(tensor), plan.dtype_of(tensor)
-            if plan.layout.zero == 3 and tensor.role != "buffer":  # in the partitions alone
+            if plan.layout.zero == 3 and tensor.training != "buffer":  # in the partitions alone
                 parameter = NewTensor(dtype, (0,), ())
             else:
                 segments = tuple(plan.values(tensor, MASTER, rank, dtype=dtype))

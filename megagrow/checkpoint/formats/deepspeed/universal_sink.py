@@ -38,7 +38,7 @@ class UniversalSink:
         layout = plan.layout
         groups = (plan.groups(stage) for stage in range(layout.pipeline))
         group_of = {t.name: g for each in groups for g, group in enumerate(each) for t in group}
-        for tensor in (tensor for tensor in plan.catalog if tensor.role == "trained"):
+        for tensor in (tensor for tensor in plan.catalog if tensor.training == "trained"):
             stages = plan.placement.stages(tensor)
             axis = split_axis(tensor)
             about = {

@@ -196,7 +196,7 @@ def _scheme(tag: _Tag, told: Mapping[str, Any]) -> _Scheme:
         flat = len(shape) == 1 and math.prod(shapes.get(module, ())) == shape[0]
         found[module] = shapes[module] if flat and module in shapes else shape
     local = {logical[module]: shape for module, shape in reversed(found.items())}
-    rows = local["embedding.token"][0] if "embedding.token" in local else None
+    rows = local[names.TOKENS][0] if names.TOKENS in local else None
     written = replayed_model(told["config"], told["run_state"], vocabulary=rows)
     model = written or names.recognised_model(local, tensor=1)
     catalog = build_catalog(model) if model else None
@@ -213,7 +213,7 @@ def _scheme(tag: _Tag, told: Mapping[str, Any]) -> _Scheme:
         tuple(
             replace(
                 tensor,
-                role="buffer"
+                training="buffer"
                 if tensor.name in tag.buffers
                 else "frozen"
                 if tensor.name in tag.frozen

@@ -1,7 +1,7 @@
-"""Directories of Hugging Face: GPT-2 and LLaMA, parameters in safetensors files and config.json.
+"""Directories of Hugging Face: parameters in safetensors files and config.json.
 
-Each stored array is a box of one logical tensor with its axes in another order; the tables in
-`huggingface_names` say which.
+Each stored array is a box of one logical tensor with its axes in another order; each family has
+a table that says which.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from megagrow.checkpoint.containers.duplicates import require_frequencies, same_values
 from megagrow.checkpoint.containers.pickle_reader import StoredTensor
 from megagrow.checkpoint.containers.safetensors import StoredArray, make_header, read_header
-from megagrow.checkpoint.formats.huggingface.config import read_model, write_config
+from megagrow.checkpoint.formats.huggingface.config import read_model, stored_as, write_config
 from megagrow.checkpoint.formats.huggingface.names import Link, links
 from megagrow.checkpoint.formats.huggingface.tokenizer import carried, compare
 from megagrow.checkpoint.interface.accounting import account, unread_files
@@ -48,14 +48,6 @@ _CONFIG, _INDEX, _ONE = "config.json", "model.safetensors.index.json", "model.sa
 _RUN = "megagrow.json"  # fingerprints of what the model was trained with
 
 
-# Buffers that old versions stored along.
-_MASK = {
-    "gpt2": re.compile(r"(transformer\.)?h\.\d{1,6}\.attn\.(bias|masked_bias)"),
-    "llama": re.compile(r"(?!)"),
-}
-_FREQUENCIES = re.compile(r"model\.(layers\.\d{1,6}\.self_attn\.)?rotary_emb\.inv_freq")
-
-
 # --- reading ------------------------------------------------------------------------------
 
 
@@ -79,9 +71,9 @@ def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
             f"{where}: tells of {model.layers} layers, but there are {len(arrays)} tensors in all"
         )
     catalog = build_catalog(model)
-    boxes, carried = [], set()
-    for link in links(model, catalog):
-        name = _stored_name(link.stored, arrays)
+    stored, boxes, carried = stored_as(model), [], set()
+    for link in links(stored, model, catalog):
+        name = _stored_name(link.stored, arrays, prefix=stored.prefix)
         array = arrays.pop(name, None)
         if array is None:
             raise CheckpointError(
@@ -102,7 +94,7 @@ def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
             )
         )
     derived = {name for name, array in arrays.items() if _follows(path, name, array, model, boxes)}
-    masks = {name for name in set(arrays) - derived if _MASK[model.family].fullmatch(name)}
+    masks = {name for name in set(arrays) - derived if stored.masks.fullmatch(name)}
     odd = sorted(set(arrays) - derived - masks)
     if odd:
         raise CheckpointError(
@@ -144,8 +136,9 @@ def _follows(
     """
     at = f"{path / array.file}: tensor {name}"
     stored = StoredTensor(path / array.file, array.start, array.dtype, array.shape)
-    if name == "lm_head.weight" and model.tie_embeddings:
-        [box] = [box for box in boxes if box.tensor == "embedding.token"]
+    if model.tie_embeddings and name in _heads(model):
+        table = build_catalog(model).of("embedding")
+        [box] = [box for box in boxes if table is not None and box.tensor == table.name]
         token = StoredTensor(path / box.file, box.start, box.dtype, box.box.shape)
         if not same_values(stored, token):
             raise CheckpointError(
@@ -155,7 +148,7 @@ def _follows(
                 "save the model without it",
             )
         return True
-    if model.family == "llama" and _FREQUENCIES.fullmatch(name):
+    if stored_as(model).frequencies.fullmatch(name):
         require_frequencies(stored, model.rope_theta, model.head_dim, at=at)
         return True
     return False
@@ -171,9 +164,15 @@ def _run_fingerprints(path: Path) -> dict[str, str]:
     return found
 
 
-def _stored_name(name: str, arrays: Mapping[str, StoredArray]) -> str:
-    """The name as this directory spells it: GPT-2's release leaves its prefix out."""
-    return name if name in arrays else name.removeprefix("transformer.")
+def _heads(model: ModelConfig) -> set[str]:
+    """The stored names of a head of its own."""
+    apart = build_catalog(model.model_copy(update={"tie_embeddings": False})).of("head")
+    return {row.stored for row in stored_as(model).ends if apart and row.tensor == apart.name}
+
+
+def _stored_name(name: str, arrays: Mapping[str, StoredArray], *, prefix: str) -> str:
+    """The name as this directory spells it, which may leave the family's prefix out."""
+    return name if name in arrays else name.removeprefix(prefix)
 
 
 def _arrays(path: Path) -> tuple[dict[str, StoredArray], dict[str, int]]:
@@ -233,7 +232,7 @@ class HuggingFaceSink:
         shards: list[list[Link]] = [[]]
         filled = 0
         dtypes: set[torch.dtype] = set()
-        for link in links(model, request.meta.catalog):
+        for link in links(stored_as(model), model, request.meta.catalog):
             dtype = request.dtype_of(link.tensor, MASTER.name)
             size = math.prod(link.shape) * dtype.itemsize
             if shards[-1] and filled + size > request.file_bytes:
@@ -295,8 +294,8 @@ class HuggingFaceSink:
 
 def _not_told(model: ModelConfig) -> Iterator[LeftOut]:
     """Settings of the training that a config.json has no place for."""
-    if model.family == "llama" and model.dropout:
-        yield LeftOut(f"dropout {model.dropout}", "transformers' LLaMA has no dropout")
+    for what, reason in stored_as(model).untold(model):
+        yield LeftOut(what, reason)
     if isinstance(model.init_std, InitConfig):
         stds = model.init_std.model_dump(exclude_none=True)
         told = ", ".join(f"{role} {std}" for role, std in stds.items())

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from megagrow.checkpoint.formats.megatron.arguments import require_known
 from megagrow.checkpoint.interface.format import LeftOut, ReadOptions
 from megagrow.config import ModelConfig
+from megagrow.config.families import ARCHITECTURES, Architecture
 from megagrow.config.load import in_words
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box
@@ -48,8 +49,9 @@ _PARTS = {
     "mlp.dense_h_to_4h": "mlp.up",
     "mlp.dense_4h_to_h": "mlp.down",
 }
+TOKENS = "embedding.token"
 _ENDS = {
-    "embedding.word_embeddings.weight": "embedding.token",
+    "embedding.word_embeddings.weight": TOKENS,
     "embedding.position_embeddings.weight": "embedding.position",
     "output_layer.weight": "output.weight",
 }
@@ -74,6 +76,11 @@ def megatron_name(name: str, first_layer: int) -> str:
 def is_parameter(stored: str) -> bool:
     """Whether a name is one of a parameter, not of what a module keeps besides."""
     return _NO_PARAMETERS.fullmatch(stored) is None
+
+
+def decays(stored: str, axes: int) -> bool:
+    """Whether Megatron's optimizer has a parameter in the group with weight decay."""
+    return axes > 1 and not stored.endswith("bias")
 
 
 def local_layer(stored: str) -> int | None:
@@ -155,10 +162,7 @@ def read_model(
     rope = args.get("position_embedding_type") == "rope" or args.get(
         "use_rotary_position_embeddings"
     )
-    kinds = {
-        "llama": ("RMSNorm", True, True, False),
-        "gpt2": ("LayerNorm", False, False, True),
-    }
+    kinds = {name: _kind(made) for name, made in ARCHITECTURES.items() if _has(made)}
     kind = (
         args.get("normalization", "LayerNorm"),
         bool(rope),
@@ -239,18 +243,18 @@ def _require_alike(args: Mapping[str, Any], model: ModelConfig, where: str) -> N
     """What depends on the family, or on another argument."""
     fused = args.get("bias_gelu_fusion", args.get("bias_activation_fusion", True))
     wanted: dict[str, tuple[Any, ...]] = {"encoder_num_layers": (None, model.layers)}
-    if model.family == "gpt2":
+    if model.architecture.positions == "learned":
         wanted["add_position_embedding"] = (True,)
         wanted["position_embedding_type"] = ("learned_absolute",)
-        if not fused:
-            raise CheckpointError(
-                f"{where}: args.bias_gelu_fusion: megagrow's GELU is the tanh form",
-                found="False, with which Megatron computes the exact form",
-                expected="True",
-            )
     else:
         # Older versions say it with use_rotary_position_embeddings and leave this at its default.
         wanted["position_embedding_type"] = ("rope", "learned_absolute")
+    if model.architecture.activation == "gelu" and not fused:
+        raise CheckpointError(
+            f"{where}: args.bias_gelu_fusion: megagrow's GELU is the tanh form",
+            found="False, with which Megatron computes the exact form",
+            expected="True",
+        )
     for key, known in wanted.items():
         if args.get(key, known[0]) not in known:
             raise CheckpointError(
@@ -261,8 +265,17 @@ def _require_alike(args: Mapping[str, Any], model: ModelConfig, where: str) -> N
 
 
 def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, Any]:
-    """Megatron's arguments of a model: those that its loading compares or takes over."""
-    llama = model.family == "llama"
+    """Megatron's arguments of a model: those that its loading compares or takes over.
+
+    Raises:
+        CheckpointError: Megatron has no such MLP.
+    """
+    if not _has(model.architecture):
+        raise CheckpointError(
+            f"Megatron has no model of family {model.family}: its MLP is GELU's or SwiGLU",
+            fix="convert to native or dcp",
+        )
+    normalization, rotary, gated, biases = _kind(model.architecture)
     return {
         "num_layers": model.layers,
         "hidden_size": model.hidden,
@@ -274,18 +287,18 @@ def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, 
         "max_position_embeddings": model.sequence,
         "seq_length": model.sequence,
         "encoder_seq_length": model.sequence,
-        "position_embedding_type": "rope" if llama else "learned_absolute",
+        "position_embedding_type": "rope" if rotary else "learned_absolute",
         "add_position_embedding": True,
-        "use_rotary_position_embeddings": llama,
+        "use_rotary_position_embeddings": rotary,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
         # Megatron's own option takes whole numbers alone, its model any.
         "rotary_base": _whole_if_it_is(model.rope_theta),
-        "normalization": "RMSNorm" if llama else "LayerNorm",
+        "normalization": normalization,
         "norm_epsilon": model.norm_eps,
         "layernorm_epsilon": model.norm_eps,
-        "swiglu": llama,
-        "add_bias_linear": model.biases,
+        "swiglu": gated,
+        "add_bias_linear": biases,
         "add_qkv_bias": False,
         "untie_embeddings_and_output_weights": not model.tie_embeddings,
         "hidden_dropout": model.dropout,
@@ -303,6 +316,17 @@ def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, 
         "use_mcore_models": True,
         "transformer_impl": "local",
     }
+
+
+def _kind(made: Architecture) -> tuple[str, bool, bool, bool]:
+    """What tells models apart in Megatron: norm, rotary positions, SwiGLU, biases."""
+    norm = "LayerNorm" if made.norm == "layer" else "RMSNorm"
+    return norm, made.positions == "rotary", made.gated, made.biases
+
+
+def _has(made: Architecture) -> bool:
+    """Whether Megatron has such an MLP."""
+    return made.activation == ("silu" if made.gated else "gelu")
 
 
 def _whole_if_it_is(value: float) -> float:

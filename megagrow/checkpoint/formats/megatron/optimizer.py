@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megagrow.checkpoint.containers.pickle_reader import StoredTensor
+from megagrow.checkpoint.formats.megatron import names
 from megagrow.errors import CheckpointError
 from megagrow.state.catalog import ADAM_SLOTS, MASTER
 
@@ -50,7 +51,7 @@ def states_of(
     """
     at, optimizer, at_masters, masters = parts_of(value)
     states, groups = optimizer["state"], optimizer["param_groups"]
-    plain = {n for n, t in parameters.items() if n.endswith("bias") or len(t.shape) == 1}
+    plain = {n for n, t in parameters.items() if not names.decays(n, len(t.shape))}
     found: dict[str, dict[str, tuple[str, StoredTensor]]] = {}
     for number, group in enumerate(groups):
         members = list(parameters)

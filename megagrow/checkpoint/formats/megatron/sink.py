@@ -23,7 +23,7 @@ from megagrow.checkpoint.interface.model_of import model_of, optimizer_of, refus
 from megagrow.checkpoint.interface.placed import placed
 from megagrow.checkpoint.io.files import naming, write_new
 from megagrow.config.schema import PrecisionConfig
-from megagrow.errors import ConfigError
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Rates, Slot
 
 FILE = "model_optim_rng.pt"
@@ -56,7 +56,7 @@ class MegatronSink:
         precision = section(PrecisionConfig, meta.config.get("precision"))
         # Without an optimizer nothing else keeps what rounding would lose.
         asked = request.dtype or (DTYPES[precision.dtype] if self._trained else None)
-        self._dtype = asked or request.dtype_of("embedding.token", MASTER.name)
+        self._dtype = asked or request.dtype_of(names.TOKENS, MASTER.name)
         self._padded = names.padded_vocabulary(self._model.vocabulary, self._layout.tensor)
         told = meta.run_state.get("optimizer_step")
         self._optimizer_step = told if isinstance(told, int) else request.step
@@ -114,7 +114,12 @@ class MegatronSink:
             place = tensor.places[0]
             if not 0 < place <= self._model.layers:
                 return place, 0
-            part = tensor.name.split(".", 2)[2].rsplit(".", 1)[0]
+            part = tensor.inner.rpartition(".")[0]
+            if part not in names.IN_LAYER:
+                raise CheckpointError(
+                    f"Megatron has no place for {tensor.name} of family {self._model.family}",
+                    fix="convert to native or dcp",
+                )
             return place, list(names.IN_LAYER).index(part)
 
         for tensor in sorted(self._catalog, key=order):
@@ -122,7 +127,7 @@ class MegatronSink:
             ends = (place == 0 and pipe == 0) or (place == self._model.layers + 1 and pipe == last)
             if ends or first < place <= first + each:
                 yield names.megatron_name(tensor.name, first), tensor
-        tied = self._catalog["embedding.token"]
+        tied = self._catalog[names.TOKENS]
         if self._model.tie_embeddings and last > 0 and pipe == last:
             yield names.TIED_COPIES[0], tied
 
@@ -146,7 +151,7 @@ class MegatronSink:
             group = [
                 tensor
                 for name, tensor in members.items()
-                if (name.endswith("bias") or len(tensor.shape) == 1) != decay
+                if names.decays(name, len(tensor.shape)) == decay
             ]
             first = len(states)
             for tensor in group:

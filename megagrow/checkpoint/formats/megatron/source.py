@@ -169,7 +169,7 @@ class _Grid:
         file = rank.file.path.relative_to(self._path).as_posix()
         for stored, value in rank.parameters.items():
             copy = _is_copy(stored, self._catalog)
-            name = "embedding.token" if copy else names.logical_name(stored, rank.first_layer)
+            name = names.TOKENS if copy else names.logical_name(stored, rank.first_layer)
             if name is None or name not in self._catalog:
                 raise CheckpointError(f"{rank.where}: {stored[:200]}: not in the model of its args")
             tensor = self._catalog[name]
@@ -215,7 +215,7 @@ class _Grid:
 
 def _is_copy(stored: str, catalog: Catalog) -> bool:
     """Whether it is the last stage's copy of a tied token table."""
-    return "output.weight" not in catalog and stored.removeprefix("language_model.") in (
+    return catalog.of("head") is None and stored.removeprefix("language_model.") in (
         names.TIED_COPIES
     )
 

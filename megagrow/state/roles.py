@@ -1,0 +1,89 @@
+"""What a logical tensor is in its model: the one thing that code asks a tensor, never its name.
+
+    embedding                            the table of tokens; the head too where that is tied
+    position                             the table of learned positions
+    head                                 the output head's matrix of its own
+    reader, reader_bias                  a matrix of a block whose inputs are the residual stream
+    writer, writer_bias                  one whose outputs are added to it
+    norm_gain, norm_bias                 of a norm inside a block
+    final_norm_gain, final_norm_bias     of the norm before the head
+    other                                none of these, or not known
+
+A tensor that no optimizer trains has a role as well; `LogicalTensor.training` says the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+Role = Literal[
+    "embedding",
+    "position",
+    "head",
+    "reader",
+    "reader_bias",
+    "writer",
+    "writer_bias",
+    "norm_gain",
+    "norm_bias",
+    "final_norm_gain",
+    "final_norm_bias",
+    "other",
+]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+MATRICES: frozenset[Role] = frozenset({"reader", "writer"})
+WRITERS: frozenset[Role] = frozenset({"writer", "writer_bias"})
+GAINS: frozenset[Role] = frozenset({"norm_gain", "final_norm_gain"})
+FINAL_NORM: frozenset[Role] = frozenset({"final_norm_gain", "final_norm_bias"})
+NORMS: frozenset[Role] = GAINS | FINAL_NORM | {"norm_bias"}
+
+
+# --- files written before tensors had roles -------------------------------------------------
+
+# Their models were of two families with these names.
+_EARLIER: tuple[tuple[str, Role], ...] = (
+    (r"embedding\.token", "embedding"),
+    (r"embedding\.position", "position"),
+    (r"output\.weight", "head"),
+    (r"final_norm\.weight", "final_norm_gain"),
+    (r"final_norm\.bias", "final_norm_bias"),
+    (r"layers\.\d+\.(attention|mlp)\.norm\.weight", "norm_gain"),
+    (r"layers\.\d+\.(attention|mlp)\.norm\.bias", "norm_bias"),
+    (r"layers\.\d+\.(attention\.qkv|mlp\.up)\.weight", "reader"),
+    (r"layers\.\d+\.(attention\.qkv|mlp\.up)\.bias", "reader_bias"),
+    (r"layers\.\d+\.(attention\.out|mlp\.down)\.weight", "writer"),
+    (r"layers\.\d+\.(attention\.out|mlp\.down)\.bias", "writer_bias"),
+)
+
+
+def with_roles(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The tensors of a stored catalog, with roles also where an earlier version wrote it.
+
+    `role` said then what `training` says now.
+    """
+    found = [dict(item) for item in items]
+    if any(item.get("role") in ROLES for item in found):
+        return found
+    biased = any(item["name"] == "final_norm.bias" for item in found)
+    for item in found:
+        item["training"] = item.pop("role", None) or "trained"
+        role = _earlier_role(item["name"], item["axes"])
+        item["role"], item["reads"] = role, _earlier_reads(role, item["axes"])
+        item["centred"] = biased and role in NORMS
+    return found
+
+
+def _earlier_role(name: str, axes: Iterable[str]) -> Role:
+    if set(axes).isdisjoint(("embed", "ffn", "head_dim")):  # of a model that is not ours
+        return "other"
+    return next((role for pattern, role in _EARLIER if re.fullmatch(pattern, name)), "other")
+
+
+def _earlier_reads(role: Role, axes: Iterable[str]) -> tuple[str, ...]:
+    """A writer reads all axes but the stream, a reader the stream."""
+    if role == "writer":
+        return tuple(axis for axis in axes if axis != "embed")
+    return ("embed",) if role in ("reader", "head") else ()
