@@ -14,6 +14,7 @@ from typing import Literal
 
 from scipy import stats
 
+from megagrow import __version__
 from megagrow.bench.savings.members import Branch, Member
 from megagrow.checkpoint import step_path
 from megagrow.report.log import Line, last_line, read_metrics
@@ -129,6 +130,20 @@ def averaged(directory: Path, average: float, decay: float) -> float | None:
 def _average(path: Path, stamp: object) -> Line:
     found = [line for line in read_metrics(path) if line["event"] == "average"]
     return found[-1] if found else {}
+
+
+def made_by(*directories: Path) -> str:
+    """The version of megagrow that the first of some logs names; this one, where none does."""
+    for directory in directories:
+        if (directory / LOG).is_file() and (found := _version(directory / LOG, _stamp(directory))):
+            return found
+    return __version__
+
+
+@cache
+def _version(path: Path, stamp: object) -> str | None:
+    found = [line["version"] for line in read_metrics(path) if "version" in line]
+    return str(found[-1]) if found else None
 
 
 def stage_key(stage: Stage) -> str:
