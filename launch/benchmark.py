@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if jobs.is_first():
         print(text)
-        if options.json is not None:
+        if options.json is not None and result:  # a plan alone is no result
             write_json(options.json, result)
             print(f"\nwritten to {os.fspath(options.json)}")
     return 0

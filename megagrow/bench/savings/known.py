@@ -221,7 +221,7 @@ def read_known(result: Path | None, more: Sequence[Path]) -> Known:
         for curve in entries[1]:
             if curve.reach > (curves[curve.key].reach if curve.key in curves else -1.0):
                 curves[curve.key] = curve
-    return Known(points, curves, notes)
+    return Known(points, curves, tuple(notes))
 
 
 def differs(counts: EndPoint, other: EndPoint, whose: str) -> str:
