@@ -31,6 +31,10 @@ EXAMPLES = """\
   # the compute that growth saves against a tuned from-scratch run; started again, it goes on
   python launch/benchmark.py savings --config configs/bench/cpu_savings.yaml
 
+  # more seeds on top of a result that was made elsewhere: what it knows is not trained again
+  python launch/benchmark.py savings --config configs/bench/cpu_2x48.yaml \
+      --known benchmarks/savings_2x48.json --json runs/more.json 'seeds=[1,2,3,4,5,6,7,8]'
+
   # every growth operator with every state policy, the same data; goes on where it was stopped
   python launch/benchmark.py operators --data data/stdlib --work runs/operators --minutes 45
 
@@ -128,6 +132,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--clock", action="store_true", help="measure the models' speeds in turns, for wall times")
     add("--collect", action="store_true", help="train nothing: report what is finished")
     add("--dry-run", action="store_true", help="say what would be trained, and what it costs")
+    add(
+        "--known",
+        type=as_path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a result whose end points are not trained again; may be given several times, and the "
+        "file of --json is one by itself",
+    )
     add("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
 
     compared = add_kind("operators", "operators and policies side by side")
@@ -234,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if jobs.is_first():
         print(text)
-        if options.json is not None:
+        if options.json is not None and result:  # a plan alone is no result
             write_json(options.json, result)
             print(f"\nwritten to {os.fspath(options.json)}")
     return 0

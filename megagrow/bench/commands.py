@@ -35,6 +35,7 @@ from megagrow.engine.comm import start
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.files import write_atomically
 from megagrow.lock import holding_output
+from megagrow.train.health.agree import on_first
 from megagrow.train.health.run_lock import holding_together
 
 # Fixes for a benchmark's directory, by what the system said.
@@ -189,6 +190,7 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from megagrow.bench.savings import campaign as saving
     from megagrow.bench.savings import clock, page, result, table
     from megagrow.bench.savings.config import SavingsConfig
+    from megagrow.bench.savings.known import Known, read_known
     from megagrow.bench.savings.members import check
 
     config = load_settings(SavingsConfig, options.config, options.overrides)
@@ -196,14 +198,22 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     world = 1 if comm is None else comm.world
     data = parse_config({**config.target, "stages": [{"until": {"steps": 1}}]}).data
     with as_prepared_by(options.config, data.path):
-        vocab = open_dataset(data.path, data.tokenizer).vocab_size
-    campaign = saving.Campaign(config, world=world, vocab=vocab)
+        dataset = open_dataset(data.path, data.tokenizer)
+    vocab = dataset.vocab_size
+    campaign = saving.Campaign(config, world=world, vocab=vocab, data=dataset.fingerprint)
     check(campaign.members)
+
+    def known() -> Known:
+        return read_known(options.json, options.known)
+
     if options.dry_run:
+        campaign.known = known()
         return {}, table.plan_text(campaign) if is_first() else ""
     until = None if options.minutes is None else time.time() + 60 * options.minutes
     home = Path(config.dir)
     with holding_together(home, comm), naming(home, "cannot be written or read", _DISK):
+        # Here, since another job that writes the same result may have had the directory until now.
+        campaign.known = known() if comm is None else on_first(comm, known)
         if not options.collect:
             at_once = 1 if torch.cuda.is_available() else os.cpu_count() or 1
             saving.train(campaign, comm=comm, jobs=options.jobs or at_once, until=until)

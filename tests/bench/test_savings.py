@@ -4,11 +4,12 @@ import errno
 import importlib.util
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -23,11 +24,13 @@ from ranks import run_ranks
 from megagrow.bench.savings import campaign as campaigns
 from megagrow.bench.savings.bound import Bound, bound, falling
 from megagrow.bench.savings.config import SavingsConfig, SweepConfig, VariantStage
+from megagrow.bench.savings.known import EndPoint, read_known
 from megagrow.bench.savings.members import Members, check, eps_follows_width
 from megagrow.bench.savings.result import VERSION, collect
 from megagrow.bench.savings.results import Point, Saving, cost_at, interval, saving
 from megagrow.bench.savings.summary import compared, summarised, why_not
 from megagrow.bench.savings.sweep import edges, search
+from megagrow.bench.savings.table import origin, plan_text, table
 from megagrow.config import StageConfig
 from megagrow.config.load import parse_settings
 from megagrow.errors import ConfigError
@@ -693,6 +696,251 @@ def test_the_processes_of_a_launcher_train_together(data, tmp_path):
     [directory] = (tmp_path / "runs/scratch").glob("lr_0.02-seed_1-*")
     log = log_of(None, f"run.dir={directory}/stable")
     assert [line["world"] for line in log if line["event"] == "run_start"] == [2]
+
+
+# --- what files know ----------------------------------------------------------------------
+
+
+def bench_of(mapping, *files, result=None, data="da7a"):
+    return campaigns.Campaign(
+        parse(mapping), world=1, vocab=320, data=data, known=read_known(result, files)
+    )
+
+
+def pretend(bench, *, worse=0.0, version="0.0.9", diverges=()):
+    """All that is missing becomes known with a made-up loss, as if trained; (name, seed) of each.
+
+    The second seed of a name in `diverges` has no loss.
+    """
+    trained = []
+    while tasks := bench.missing():
+        for task in tasks:
+            one = task.member
+            for branch in task.wanted:
+                key = bench.key(one, branch)
+                loss = 9.0 - math.log10(branch.budget) + one.seed / 100 + worse
+                loss += abs(one.point.get("optimizer.lr", 0.02) - 0.02)
+                if one.name in diverges and one.seed == 2:
+                    point = Point(branch.budget, branch.budget, math.nan, math.nan, math.inf, 0, 0)
+                else:
+                    point = Point(branch.budget, branch.budget + 1.0, 10.0, 0.1, loss, 0.01, 1.0,
+                                  loss + 0.5)  # fmt: skip
+                bench.known = replace(
+                    bench.known,
+                    points={**bench.known.points, key: EndPoint(key, point, version)},
+                )
+                trained.append((one.name, one.seed))
+    return trained
+
+
+def written(bench, file):
+    file.write_text(json.dumps({**collect(bench)}, allow_nan=False))
+    return json.loads(file.read_text())
+
+
+@pytest.fixture
+def known(data, tmp_path):
+    """(settings, the file of a pretended benchmark with them, its result)."""
+    mapping = settings(data, tmp_path / "runs") | {"seeds": [1, 2]}
+    bench = bench_of(mapping)
+    pretend(bench)
+    return mapping, tmp_path / "known.json", written(bench, tmp_path / "known.json")
+
+
+def test_what_is_known_is_not_trained_on_another_machine(data, tmp_path, capsys):
+    """Trained, deleted, collected again from the file alone: the same numbers everywhere."""
+    mapping = settings(data, tmp_path / "runs") | {"seeds": [1, 2]}
+    mapping["sweep"]["lr"] = [0.02]
+    path, runs, file = tmp_path / "bench.yaml", tmp_path / "runs", tmp_path / "result.json"
+    path.write_text(yaml.safe_dump(mapping))
+    before = result_of(path, tmp_path, "--jobs", 2)
+    assert before["complete"] and before["from_files"]["points"] == 0
+    assert len(before["known"]["points"]) == 12 and len(before["known"]["curves"]) == 3
+    drawn = {name: (runs / name).read_bytes() for name in ("savings.svg", "losses.svg")}
+    # Another decay is another result, though its directory is the same.
+    other = bench_of({**mapping, "decay": 0.4})
+    assert {t.member.name for t in other.missing()} == {"scratch", "small_2x8"}
+    # The runs that are here count, and what is known otherwise is told of.
+    wrong = json.loads(file.read_text())
+    wrong["known"]["points"][0]["loss"] += 1.0
+    file.write_text(json.dumps(wrong))
+    capsys.readouterr()
+    again = result_of(path, tmp_path)
+    run = wrong["known"]["points"][0]["run"]
+    assert f"{run}, decay over steps" in capsys.readouterr().out
+    assert again["runs"] == before["runs"] and again["known"] == before["known"]
+
+    file.rename(tmp_path / "known.json")
+    shutil.rmtree(runs)
+    after = result_of(path, tmp_path, "--known", tmp_path / "known.json")
+    assert not logs_of(runs)
+    said = capsys.readouterr().out
+    assert "12 of 12 end points come from files (megagrow 0.1.0: 12)" in said
+    assert "come from files" in (runs / "report.html").read_text()
+    differs = {key for key in before if before[key] != after[key]}
+    assert differs <= {"command", "time", "machine", "from_files"}
+    assert drawn == {name: (runs / name).read_bytes() for name in drawn}
+    # The file of --json is known by itself.
+    assert result_of(path, tmp_path)["known"] == before["known"] and not logs_of(runs)
+
+
+def test_a_new_seed_or_budget_trains_nothing_else(known):
+    mapping, file, result = known
+    assert not bench_of(mapping, file).missing()
+    more = bench_of(mapping | {"seeds": [1, 2, 3]}, file)
+    assert {task.member.seed for task in more.missing()} == {3}
+    assert "known from files" in plan_text(more)
+    assert set(pretend(more, version="0.2.0")) == {
+        (name, 3) for name in ("scratch", "small_2x8", "stack")
+    }
+    found = collect(more)
+    row = next(row for row in found["rows"] if row["name"] == "stack")
+    assert found["complete"] and row["against_scratch"]["flops"]["seeds"] == 2
+    assert found["from_files"]["versions"] == {"0.0.9": len(result["known"]["points"]),
+                                               "0.2.0": 6}  # fmt: skip
+    # A budget more: the others' decays stay.
+    longer = mapping | {"budgets": [1.0e7, 2.0e7, 3.0e7]}
+    assert {b.budget for task in bench_of(longer, file).missing() for b in task.wanted} == {3.0e7}
+
+
+def test_a_changed_setting_never_meets_a_known_result(known):
+    mapping, file, _ = known
+
+    def trained(change=lambda m: None, data="da7a"):
+        other = json.loads(json.dumps(mapping))
+        change(other)
+        return set(pretend(bench_of(other, file, data=data)))
+
+    everything = {(name, seed) for name in ("scratch", "small_2x8", "stack") for seed in (1, 2)}
+    assert trained() == set()
+    assert trained(lambda m: m.update(decay=0.4)) == everything
+    assert trained(lambda m: m.update(average=0.5)) == everything
+    assert trained(lambda m: m["target"]["optimizer"].update(weight_decay=0.3)) == everything
+    assert trained(lambda m: m["target"]["train"].update(validation_samples=9)) == everything
+    assert trained(data="0ther") == everything
+    stack = {(name, seed) for name, seed in everything if name == "stack"}
+    later = {"flops": 5.0e6}
+    assert trained(lambda m: m["variants"]["stack"]["stages"][0].update(until=later)) == stack
+    # What no result depends on changes nothing: where the runs are, how often they log.
+    assert trained(lambda m: m.update(dir="elsewhere")) == set()
+    assert trained(lambda m: m["target"]["train"].update(log_every=3)) == set()
+
+
+def test_nothing_that_is_known_is_lost(known, tmp_path):
+    mapping, file, result = known
+    less = mapping | {"seeds": [1]}
+    less["sweep"] = {"lr": [0.02]}
+    bench = bench_of(less, result=file)
+    assert not bench.missing()
+    found = written(bench, file)
+    assert found["known"] == result["known"]
+    assert found["from_files"]["points"] == 6 < len(result["known"]["points"])
+    assert not bench_of(mapping, file).missing()
+
+
+def test_of_two_files_the_first_counts_and_the_other_is_told_of(known, tmp_path):
+    mapping, file, result = known
+    other = bench_of(mapping)
+    pretend(other, worse=1.0)
+    second = written(other, tmp_path / "second.json")
+    both = bench_of(mapping, tmp_path / "second.json", result=file)
+    found = collect(both)
+    assert found["runs"] == result["runs"] != second["runs"]
+    told = origin(found)
+    assert f"the one of {tmp_path / 'second.json'} is" in told[1]
+    assert len(told) == 10 and "more such lines" in told[-1]
+    assert len(found["from_files"]["notes"]) == len(result["known"]["points"])
+    # The same file by both options is one.
+    assert not read_known(file, [file]).notes
+
+
+def test_a_run_that_diverged_is_known_as_such(data, tmp_path):
+    mapping = settings(data, tmp_path / "runs") | {"seeds": [1, 2]}
+    bench = bench_of(mapping)
+    pretend(bench, diverges=("stack",))
+    result = written(bench, tmp_path / "known.json")
+    again = bench_of(mapping, tmp_path / "known.json")
+    assert not again.missing()
+    assert collect(again)["rows"] == result["rows"] and collect(again)["runs"] == result["runs"]
+    row = next(row for row in result["rows"] if row["name"] == "stack")
+    assert row["losses"]["2"] is None and "a run diverged" in row["why_not"][0]
+    assert {one.name for one in fields(Point)} <= set(result["known"]["points"][0])
+
+
+def test_an_older_result_is_taken_as_knowing_nothing(data, tmp_path, capsys):
+    mapping = settings(data, tmp_path / "runs")
+    path, file = tmp_path / "bench.yaml", tmp_path / "result.json"
+    path.write_text(yaml.safe_dump(mapping))
+    older = json.loads((REPOSITORY / "benchmarks/savings_2x48.json").read_text())
+    older.pop("known", None)
+    file.write_text(json.dumps(older))
+    assert command(path, "--json", file, "--dry-run", "--collect") == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "older result" in line]
+    assert str(file) in line and "knowing nothing" in line
+    assert json.loads(file.read_text()) == older  # a plan writes nothing
+    found = collect(bench_of(mapping, result=file))
+    assert "older result" in table(found) and found["known"]["points"] == []
+
+
+def entry(result):
+    return result["known"]["points"][0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda r: r.update(benchmark="growth"), "of another kind.*a result of 'growth'"),
+        (lambda r: r.pop("benchmark"), "of another kind.*no benchmark's result"),
+        (lambda r: r.pop("version"), "another version of the benchmark.*version 1.*version 2"),
+        (lambda r: r.update(version=3), "another version of the benchmark.*version 3.*version 2"),
+        (lambda r: r.update(known=None), "section 'known' is damaged"),
+        (lambda r: r["known"].pop("curves"), "is damaged.*curves: missing"),
+        (lambda r: entry(r).pop("loss"), r"is damaged.*points\[0\].loss: missing"),
+        (lambda r: entry(r).update(loss="low"), r"points\[0\].loss: expected a valid number"),
+        (lambda r: entry(r).update(loss=math.nan), r"points\[0\].loss"),
+        (lambda r: entry(r).update(loss=-1.0), r"points\[0\].loss"),
+        (lambda r: entry(r).update(los=1.0), r"points\[0\].los: unknown"),
+        (lambda r: r["known"]["points"].append(entry(r)), "one is there twice"),
+        (lambda r: r["known"]["curves"].append(
+            {"run": "a/b", "data": "", "kind": "training", "samples": None, "version": "1",
+             "flops": [1.0], "loss": [1.0, 2.0], "growths": []}), "is damaged"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_such_result_is_refused(known, damage, said):
+    mapping, file, result = known
+    damage(result)
+    file.write_text(json.dumps(result))
+    for option, files in (("--known", {"files": [file]}), ("--json", {"result": file})):
+        with pytest.raises(ConfigError, match=f"(?s){option}.*{file.name}: .*{said}.*fix: "):
+            bench_of(mapping, *files.get("files", ()), result=files.get("result"))
+
+
+def test_a_file_that_cannot_be_read_is_refused_before_anything_is_trained(known, tmp_path, capsys):
+    mapping, file, _ = known
+    path, half = tmp_path / "bench.yaml", file.read_bytes()[:3000]
+    path.write_text(yaml.safe_dump(mapping))
+    file.write_bytes(half)
+    for words, said in (
+        (["--known", file], "is damaged, or no result"),
+        (["--json", file], "is damaged, or no result"),
+        (["--known", tmp_path / "none.json"], "No such file"),
+        (["--known", tmp_path], "Is a directory"),
+    ):
+        assert command(path, *words) == 1
+        told = capsys.readouterr().err
+        assert said in told and "expected:" in told and "fix:" in told
+    assert file.read_bytes() == half and not logs_of(tmp_path)
+
+
+def test_seconds_that_were_measured_here_are_not_given_to_known_points(known):
+    mapping, file, result = known
+    bench = bench_of(mapping, file)
+    bench.speeds = {"": 1.0}
+    keys = bench.stage_keys(*bench.run("stack", 1, 2.0e7))
+    bench.speeds = dict.fromkeys(keys, 1.0)
+    assert len(keys) == 2
+    found = collect(bench)
+    assert found["runs"] == result["runs"] and found["rows"] == result["rows"]
 
 
 # --- committed results --------------------------------------------------------------------

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megagrow.bench.savings.config import SCRATCH, SavingsConfig, SweepConfig
+from megagrow.bench.savings.known import EndPoint, Key, Known, differs
 from megagrow.bench.savings.members import Branch, Member, Members
 from megagrow.bench.savings.results import (
     SPEEDS,
     Point,
     is_done,
+    made_by,
     read_point,
     stage_key,
 )
 from megagrow.bench.savings.runs import Task, run_all
 from megagrow.bench.savings.sweep import Search, search
 from megagrow.engine.comm import Comm
+
+_FINGERPRINT = 16  # characters of the dataset's that are kept
 
 
 class Campaign:
@@ -33,15 +38,28 @@ class Campaign:
         config: the benchmark.
         world: processes of each run.
         vocab: of the dataset.
+        data: the dataset's fingerprint.
+        known: what files know, besides what the benchmark's directory holds.
     """
 
-    def __init__(self, config: SavingsConfig, *, world: int, vocab: int) -> None:
+    def __init__(
+        self,
+        config: SavingsConfig,
+        *,
+        world: int,
+        vocab: int,
+        data: str = "",
+        known: Known | None = None,
+    ) -> None:
         self.config = config
         self.members = Members(config, world=world, vocab=vocab)
         self.budgets = self.members.budgets
         self.smalls = list(self.members.smalls)
         path = Path(config.dir) / SPEEDS
         self.speeds: dict[str, float] = json.loads(path.read_bytes()) if path.is_file() else {}
+        self.known = known or Known()
+        self.data = data[:_FINGERPRINT]
+        self._found: dict[Key, tuple[Member, Branch]] = {}
         self._own: dict[str, dict[str, Any]] = {}
         self._stage_keys: dict[Path, list[str]] = {}
 
@@ -54,7 +72,7 @@ class Campaign:
         """
         found: dict[Path, tuple[Member, list[Branch]]] = {}
         for one, branch in self._wanted():
-            if not is_done(one, branch):
+            if not is_done(one, branch) and self.key(one, branch) not in self.known.points:
                 branches = found.setdefault(one.directory, (one, []))[1]
                 if branch not in branches:
                     branches.append(branch)
@@ -161,14 +179,44 @@ class Campaign:
         best = self.best(name if name not in self.config.variants else SCRATCH, budget)
         return None if best is None else self._point(*self._run(name, seed, budget, best))
 
-    def directory(self, name: str, seed: int, budget: float) -> Path | None:
-        """Where the runs of a baseline, small model or variant are; None before it is tuned."""
+    def member(self, name: str, seed: int, budget: float) -> Member | None:
+        """Whose runs count for a baseline, small model or variant; None before it is tuned."""
         best = self.best(name if name not in self.config.variants else SCRATCH, budget)
-        return None if best is None else self._run(name, seed, budget, best)[0].directory
+        return None if best is None else self._run(name, seed, budget, best)[0]
 
     def _point(self, one: Member, branch: Branch) -> Point | None:
+        key = self.key(one, branch)
+        found = self._trained_here(one, branch)
+        if found is None and key in self.known.points:
+            found = replace(self.known.points[key].point, budget=branch.budget)
+        if found is not None:
+            self._found[key] = (one, branch)
+        return found
+
+    def _trained_here(self, one: Member, branch: Branch) -> Point | None:
         speeds = [self.speeds.get(key) for key in self.stage_keys(one, branch)]
         return read_point(one, branch, speeds=speeds)
+
+    def key(self, one: Member, branch: Branch) -> Key:
+        """What tells an end point from every other, on any machine."""
+        return Key(one.run, self.data, branch.start, branch.end, one.average)
+
+    def end_points(self) -> tuple[list[EndPoint], list[EndPoint], list[str]]:
+        """All that was asked for and is finished: trained here, and known from files.
+
+        The third is a line for each that was trained here and is known with another loss.
+        """
+        here, files, notes = [], [], []
+        for key, (one, branch) in self._found.items():
+            point, known = self._trained_here(one, branch), self.known.points.get(key)
+            if point is None and known is not None:
+                files.append(replace(known, point=replace(known.point, budget=branch.budget)))
+            elif point is not None:
+                own = EndPoint(key, point, made_by(one.place(branch), one.stable(branch)))
+                here.append(own)
+                if known is not None and known.point.loss != point.loss:
+                    notes.append(differs(own, known, "the known one"))
+        return here, files, notes
 
     def stage_keys(self, one: Member, branch: Branch) -> list[str]:
         """What the speeds of a member's stages are called."""

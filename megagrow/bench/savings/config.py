@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from megagrow.config import StageConfig, UntilConfig
 from megagrow.config.section import PathText, Positive, Section
 
+VERSION = 2  # of the benchmark's rules, and of its results
 SCRATCH, SMALL = "scratch", "small"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 AboveZero = Annotated[float, Field(gt=0)]

@@ -86,6 +86,11 @@ class Member:
             "stable", until={"steps": steps}, schedule={"name": "constant"}, train=train
         )
 
+    @property
+    def run(self) -> str:
+        """What it is called wherever the benchmark's directory is."""
+        return f"{self.name}/{self.directory.name}"
+
     def place(self, branch: Branch) -> Path:
         """The directory of a branch's run."""
         return self.directory / f"budget_{branch.budget:.4e}"

@@ -10,8 +10,8 @@ from typing import Any
 
 from megagrow.bench.savings.campaign import Campaign
 from megagrow.bench.savings.config import SCRATCH
-from megagrow.bench.savings.results import read_log
-from megagrow.bench.savings.table import rows_table, sweeps_table, table, words
+from megagrow.bench.savings.curves import stable_curve
+from megagrow.bench.savings.table import origin, rows_table, sweeps_table, table, words
 from megagrow.config.yamltext import write_yaml
 from megagrow.errors import DataError
 from megagrow.files import write_atomically
@@ -47,7 +47,7 @@ def write(campaign: Campaign, result: Mapping[str, Any]) -> list[Path]:
     )
     called = [row for row in result["rows"] if row.get("called")]
     title = f"Savings: {len(called)} called" if called else "Savings: none is called"
-    verdict = " ".join(words(result))
+    verdict = " ".join([*words(result), *origin(result)])
     body = (
         '<header><p class="eyebrow">megagrow savings benchmark</p>'
         f'<h1>{escape(title)}</h1><p class="sub">{escape(verdict)}</p></header>'
@@ -146,22 +146,14 @@ def _curves(campaign: Campaign) -> str:
     series: list[Series] = []
     markers: list[Marker] = []
     for name in (SCRATCH, *campaign.smalls, *config.variants):
-        directory = campaign.directory(name, config.seeds[0], largest)
-        run = None if directory is None else read_log(directory / "stable")
-        if run is None:
+        curve = stable_curve(campaign, name, largest)
+        if curve is None:
             continue
-        points = [(one.flops, one.loss) for one in run.validations]
-        if name in config.variants or not config.curve.points:
-            every = max(1, len(run.steps) // 150)
-            blocks = [run.steps[i : i + every] for i in range(0, len(run.steps), every)]
-            points = [
-                (block[-1].flops, statistics.fmean(step.loss for step in block)) for block in blocks
-            ]
-        points = [point for point in points if point[0] >= least]
+        points = [point for point in curve.points if point[0] >= least]
         series.append(Series(name, points, COLOURS[len(series) % len(COLOURS)]))
         markers += [
-            Marker(growth.flops, name, f"{name} grows after {human(growth.flops, 'FLOPs')}")
-            for growth in run.growths
+            Marker(flops, name, f"{name} grows after {human(flops, 'FLOPs')}")
+            for flops in curve.growths
         ]
     return chart(
         title="Loss in the stable phase",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from megagrow.bench.savings.bound import Bound, Curve, bound
 from megagrow.bench.savings.campaign import Campaign
-from megagrow.bench.savings.config import SCRATCH
-from megagrow.bench.savings.results import Point, read_log
+from megagrow.bench.savings.config import SCRATCH, VERSION
+from megagrow.bench.savings.curves import all_curves, stable_curve
+from megagrow.bench.savings.known import SECTION, plain_point, section
 from megagrow.bench.savings.summary import Curves, compared, why_not
 from megagrow.bench.savings.sweep import Search, edges, search
 
 Plain = dict[str, Any]
-VERSION = 2
 
 
 def collect(campaign: Campaign) -> Plain:
@@ -25,7 +26,8 @@ def collect(campaign: Campaign) -> Plain:
         `version`; `config`; `parameters` of the target (`megagrow.models.flops.matrix_parameters`);
         `budgets`; `smalls`, the small models with the variants that begin with them; `sweeps`;
         `runs`, every run that counts or chose; `bounds`; `rows`, one for each run at each budget,
-        those of variants with `called` and `why_not`; `complete`.
+        those of variants with `called` and `why_not`; `complete`; `from_files`, what of it was
+        not trained here; `known`, all of it and what else files know, for another machine.
     """
     config, members = campaign.config, campaign.members
     curves = _curves(campaign)
@@ -52,7 +54,7 @@ def collect(campaign: Campaign) -> Plain:
         "sweeps": sweeps,
         "tokens_per_second": campaign.speeds,
         "runs": [
-            {"name": name, "seed": seed, **_plain(point)}
+            {"name": name, "seed": seed, **plain_point(point)}
             for (name, seed), own in curves.items()
             for point in own
         ],
@@ -62,6 +64,7 @@ def collect(campaign: Campaign) -> Plain:
         ],
         "rows": _rows(campaign, curves, sweeps, bounds, starts),
         "complete": campaign.complete(),
+        **_known(campaign),
     }
 
 
@@ -75,11 +78,6 @@ def _curves(campaign: Campaign) -> Curves:
             if own:
                 found[name, seed] = own
     return found
-
-
-def _plain(point: Point) -> Plain:
-    """Without numbers that JSON does not have: a run that diverged has no loss."""
-    return {key: value if math.isfinite(value) else None for key, value in asdict(point).items()}
 
 
 def _sweeps(campaign: Campaign) -> list[Plain]:
@@ -129,11 +127,24 @@ def _bounds(campaign: Campaign) -> dict[tuple[str, float], Bound]:
 
 def _stable(campaign: Campaign, name: str, budget: float) -> Curve:
     """Validation losses along the stable phase of the first seed, at a budget's best settings."""
-    directory = campaign.directory(name, campaign.config.seeds[0], budget)
-    run = None if directory is None else read_log(directory / "stable")
-    if run is None:
-        return []
-    return [(one.flops, one.loss) for one in run.validations if one.step > 0]
+    found = stable_curve(campaign, name, budget)
+    return [] if found is None else found.points
+
+
+def _known(campaign: Campaign) -> Plain:
+    """What counts, and what else files know: nothing is lost by writing over one of them."""
+    here, files, notes = campaign.end_points()
+    by_key = {**campaign.known.points, **{one.key: one for one in (*files, *here)}}
+    curves = {**campaign.known.curves, **{one.key: one for one in all_curves(campaign)}}
+    return {
+        "from_files": {
+            "points": len(files),
+            "of": len(files) + len(here),
+            "versions": dict(sorted(Counter(one.version for one in files).items())),
+            "notes": [*campaign.known.notes, *notes],
+        },
+        SECTION: section(by_key.values(), curves.values()),
+    }
 
 
 def _rows(
@@ -155,7 +166,7 @@ def _rows(
         finalists = campaign.finalists(budget)
         for name in (SCRATCH, *campaign.smalls, *campaign.config.variants):
             losses = {
-                str(seed): _plain(point)["loss"]
+                str(seed): plain_point(point)["loss"]
                 for seed in seeds
                 for point in curves.get((name, seed), ())
                 if point.budget == budget

@@ -14,9 +14,10 @@ from typing import Literal
 
 from scipy import stats
 
+from megagrow import __version__
 from megagrow.bench.savings.members import Branch, Member
 from megagrow.checkpoint import step_path
-from megagrow.report.log import Line, last_line, read_metrics
+from megagrow.report.log import Line, iter_metrics, last_line, read_metrics
 from megagrow.report.run import Run, summarize
 from megagrow.report.thin import Step
 from megagrow.train.checkpoints import DIRECTORY
@@ -106,6 +107,21 @@ def finished(directory: Path, end: int) -> bool:
     return line["event"] == DIVERGED or (line["event"] == "end" and line.get("step") == end)
 
 
+def decayed(directory: Path, branch: Branch) -> bool:
+    """Whether a branch's run is finished, and left the stable run where this branch does.
+
+    The directory's name does not tell: with another `decay` it is the same.
+    """
+    return finished(directory, branch.end) and begun_at(directory) == branch.start
+
+
+def begun_at(directory: Path) -> int | None:
+    """The step at which a run began; None before its log says."""
+    path = directory / LOG
+    line = next(iter_metrics(path), None) if path.is_file() else None
+    return None if line is None else line.get("step")
+
+
 def diverged(directory: Path) -> bool:
     """Whether a run ended with numbers that are not finite, and cannot go on."""
     path = directory / LOG
@@ -131,6 +147,20 @@ def _average(path: Path, stamp: object) -> Line:
     return found[-1] if found else {}
 
 
+def made_by(*directories: Path) -> str:
+    """The version of megagrow that the first of some logs names; this one, where none does."""
+    for directory in directories:
+        if (directory / LOG).is_file() and (found := _version(directory / LOG, _stamp(directory))):
+            return found
+    return __version__
+
+
+@cache
+def _version(path: Path, stamp: object) -> str | None:
+    found = [line["version"] for line in read_metrics(path) if "version" in line]
+    return str(found[-1]) if found else None
+
+
 def stage_key(stage: Stage) -> str:
     """What the speed of a growth stage depends on, as text."""
     facts = {**stage.seen.model_dump(), "batch": stage.plan.batch.global_}
@@ -140,7 +170,7 @@ def stage_key(stage: Stage) -> str:
 def is_done(member: Member, branch: Branch) -> bool:
     """Whether nothing is left to train for a budget of a member."""
     here = member.place(branch)
-    if finished(here, branch.end):
+    if decayed(here, branch):
         whole = member.average is None or diverged(here)
         return whole or averaged(here, member.average or 0.0, branch.decay) is not None
     # A stable run that diverged beyond a branch that is still wanted says nothing of that one.
@@ -161,7 +191,7 @@ def read_point(
     here, trunk = member.place(branch), member.stable(branch)
     if not is_done(member, branch):
         return None
-    if not finished(here, branch.end) or diverged(here):
+    if not decayed(here, branch) or diverged(here):
         unknown = math.nan
         return Point(branch.budget, branch.budget, unknown, unknown, math.inf, 0.0, 0.0)
     found = _read(trunk, here, branch, tuple(speeds), _stamp(trunk), _stamp(here))

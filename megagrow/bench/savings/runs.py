@@ -22,7 +22,7 @@ import torch
 
 from megagrow.background import be_a_worker
 from megagrow.bench.savings.members import Branch, Member
-from megagrow.bench.savings.results import diverged, finished, is_done
+from megagrow.bench.savings.results import begun_at, diverged, finished, is_done
 from megagrow.checkpoint import list_steps, step_path
 from megagrow.config import Config
 from megagrow.data.dataset import open_dataset
@@ -156,8 +156,10 @@ def run_member(task: Task, *, comm: Comm, until: float | None) -> bool:
 
 def _decay(member: Member, branch: Branch, at: Path, *, comm: Comm, log: Path) -> None:
     here = member.place(branch) / DIRECTORY
-    if comm.rank == 0 and finished(here.parent, branch.end):
-        shutil.rmtree(here.parent)  # its weights were not averaged as they are to be
+    if comm.rank == 0 and (
+        finished(here.parent, branch.end) or begun_at(here.parent) not in (None, branch.start)
+    ):
+        shutil.rmtree(here.parent)  # its decay or its average is not the one that is wanted
     begun = comm.broadcast(bool(list_steps(here)))
     _train(member.branch(branch), comm=comm, log=log, resume="auto" if begun else str(at))
     if comm.rank == 0 and is_done(member, branch):  # nothing goes on from its end

@@ -10,6 +10,7 @@ from megagrow.bench.savings.campaign import Campaign
 from megagrow.report.units import human
 
 NONE = "–"
+_NOTES = 8  # lines about files that are shown
 
 
 def plan_text(campaign: Campaign) -> str:
@@ -29,6 +30,10 @@ def plan_text(campaign: Campaign) -> str:
         point = ", ".join(f"{key} {value}" for key, value in one.point.items())
         lines.append(f"  {one.name}, seed {one.seed}, {point}: decays over steps {ends}")
     names = ", ".join(["scratch", *campaign.smalls, *config.variants])
+    known = campaign.known
+    if known.points:
+        lines.append(f"{len(known.points)} end points are known from files")
+    lines += known.notes
     lines.append(f"then, as soon as sweeps and the first seed say how: {names}, at every budget")
     lines.append(f"seeds: {config.seeds[0]} tunes and chooses, {len(config.seeds) - 1} measure")
     return "\n".join(lines)
@@ -37,6 +42,7 @@ def plan_text(campaign: Campaign) -> str:
 def table(result: Mapping[str, Any]) -> str:
     """Markdown, for a terminal or a page."""
     parts = [markdown(rows_table(result)), markdown(sweeps_table(result)), *words(result)]
+    parts += origin(result)
     if not result.get("complete", True):
         parts.append("Not finished: the same command goes on from here.")
     return "\n\n".join(part for part in parts if part)
@@ -58,6 +64,22 @@ def words(result: Mapping[str, Any]) -> list[str]:
         else:
             found.append(f"{where}: no saving is called: {'; '.join(row['why_not'])}.")
     return found
+
+
+def origin(result: Mapping[str, Any]) -> list[str]:
+    """What was not trained here, and what is to be said of the files that know it."""
+    found = result.get("from_files", {})
+    notes = list(found.get("notes", ()))
+    said = []
+    if found.get("points"):
+        by = ", ".join(f"megagrow {version}: {n}" for version, n in found["versions"].items())
+        said.append(
+            f"{found['points']} of {found['of']} end points come from files ({by}), "
+            "with the seconds that they took where they were trained."
+        )
+    if len(notes) > _NOTES:
+        notes[_NOTES:] = [f"and {len(notes) - _NOTES} more such lines: from_files in the JSON"]
+    return said + notes
 
 
 def rows_table(result: Mapping[str, Any]) -> list[list[str]]:
