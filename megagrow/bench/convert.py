@@ -163,12 +163,12 @@ def _write(source: _Noise, name: str, path: Path) -> None:
 
 def _commands(sources: Mapping[str, Path], target: Path) -> dict[str, list[str]]:
     """The contenders by name."""
-    python, launch = sys.executable, Path(__file__).parents[2] / "launch" / "convert.py"
+    python = sys.executable
     layout = [f"--{axis}={getattr(AFTER, axis)}" for axis in ("tensor", "pipeline", "data", "zero")]
 
     def ours(source: str, fmt: str, *more: str) -> list[str]:
         to = ["--from", str(sources[source]), "--to", str(target), "--to-format", fmt]
-        return [python, str(launch), *to, *more]
+        return [python, "-m", "megagrow", "convert", *to, *more]
 
     def copied(source: str) -> list[str]:
         script = 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +'

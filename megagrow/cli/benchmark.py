@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagrow.cli import Parser, as_path, as_path_text, number, sections, whole
+from megagrow.arguments import Parser, as_path, as_path_text, number, sections, whole
+from megagrow.files import SHIPPED
 
 EXAMPLES = """\
   # live growth on four processes, over the standard pairs of layouts
@@ -169,11 +170,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         )
     faults = add_kind("faults", "faults of every command that writes: nothing is lost")
     add = faults.add_argument
-    home = Path(__file__).resolve().parents[1]
     add(
         "--config",
         type=as_path,
-        default=home / "configs" / "bench" / "faults.yaml",
+        default=SHIPPED / "configs" / "bench" / "faults.yaml",
         help="the run that is killed",
     )
     add("--kills", type=whole(0), default=200, help="SIGKILLs of ranks (default %(default)s)")
@@ -238,7 +238,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_json(options.json, result)
             print(f"\nwritten to {os.fspath(options.json)}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

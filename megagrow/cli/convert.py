@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Convert a checkpoint between formats and layouts."""
 
 from __future__ import annotations
@@ -6,17 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megagrow.checkpoint.convert.registry import FORMATS, detect
-from megagrow.checkpoint.convert.run import BUFFER_BYTES, Job, Report, Survey, convert, survey
-from megagrow.checkpoint.interface.accounting import enumerated, summary
-from megagrow.checkpoint.interface.format import ReadOptions
-from megagrow.cli import Parser, as_path, as_path_text, number, whole
+from megagrow.arguments import Parser, as_path, as_path_text, number, whole
 from megagrow.errors import ConfigError, exit_status
-from megagrow.state.layout import Layout
 
-_EXAMPLES = """\
+if TYPE_CHECKING:  # they need PyTorch, whose import takes a second: not for --help
+    from megagrow.checkpoint.convert.run import Job, Report, Survey
+    from megagrow.checkpoint.interface.format import ReadOptions
+    from megagrow.state.layout import Layout
+
+EXAMPLES = """\
   # another layout: from the run's own to tensor 2 x pipeline 2
   python launch/convert.py --from runs/quickstart --to runs/other/checkpoints/step_00000400 \\
       --to-format native --tensor 2 --pipeline 2 --verify
@@ -30,12 +29,23 @@ _EXAMPLES = """\
       --config configs/quickstart.yaml
 """
 _DTYPES = ("float32", "bfloat16", "float16")
+# Those of `megagrow.checkpoint.convert.registry`, in its order.
+FORMATS = {
+    "native": "megagrow's own, in any layout",
+    "huggingface": "GPT-2 and LLaMA directories of Hugging Face: parameters in safetensors, "
+    "config.json",
+    "deepspeed": "what DeepSpeed's engine saves, ZeRO 0 to 3, pipelines",
+    "universal": "DeepSpeed's universal checkpoint, for load_universal",
+    "megatron": "Megatron-LM's classic mp_rank_* grid (--ckpt-format torch)",
+    "dcp": "torch.distributed.checkpoint with full names",
+}
+_BUFFER_MIB = 64
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    formats = "\n".join(f"  {name:<12} {fmt.about}" for name, fmt in FORMATS.items())
-    parser = Parser(description=__doc__, examples=f"{_EXAMPLES}\nformats:\n{formats}")
+    formats = "\n".join(f"  {name:<12} {about}" for name, about in FORMATS.items())
+    parser = Parser(description=__doc__, examples=f"{EXAMPLES}\nformats:\n{formats}")
     add = parser.add_argument
     add(
         "--from",
@@ -109,9 +119,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--buffer-mib",
         type=whole(1, 2**30),
-        default=BUFFER_BYTES >> 20,
+        default=_BUFFER_MIB,
         metavar="N",
-        help=f"memory for values in each thread (default {BUFFER_BYTES >> 20})",
+        help="memory for values in each thread (default %(default)s)",
     )
     add("--dry-run", action="store_true", help="print bytes, disk and memory needed, and end")
     add("--verify", action="store_true", help="read the result back and compare every value")
@@ -121,14 +131,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for."""
+    from tqdm import tqdm
+
+    from megagrow.checkpoint.convert.run import convert, survey
+
     job = _job(options)
     settings = {"workers": options.workers, "buffer_bytes": options.buffer_mib << 20}
     about = survey(job, **settings)
     print(describe(about, job))
     if options.dry_run:
         return
-    from tqdm import tqdm
-
     with tqdm(
         total=about.bytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False
     ) as bar:
@@ -155,6 +167,8 @@ def describe(about: Survey, job: Job) -> str:
 
 def _differences(about: Survey) -> list[str]:
     """What the source holds and the result will not, and the other way round."""
+    from megagrow.checkpoint.interface.accounting import enumerated, summary
+
     lines = [f"left out: {line}" for line in summary(about.left_out)]
     if about.made:
         lines.append(f"zeros: {enumerated(about.made)} (the source has none)")
@@ -190,6 +204,7 @@ def conclusion(report: Report, job: Job) -> str:
 def _job(options: argparse.Namespace) -> Job:
     import torch
 
+    from megagrow.checkpoint.convert.run import Job
     from megagrow.train.state import RunState
 
     for name in ("tensor", "pipeline", "data", "zero", "tokenizer", "shard-gib"):
@@ -214,13 +229,17 @@ def _job(options: argparse.Namespace) -> Job:
 
 
 def _told(options: argparse.Namespace) -> ReadOptions:
+    from megagrow.checkpoint.interface.format import ReadOptions
+
     return ReadOptions(vocabulary=options.vocab_size, ignore=tuple(sorted(options.ignore)))
 
 
 def _require_option(name: str, target_format: str) -> None:
     """Refuse what would make no difference."""
-    if name not in FORMATS[target_format].options:
-        able = [fmt.name for fmt in FORMATS.values() if name in fmt.options]
+    from megagrow.checkpoint.convert import registry
+
+    if name not in registry.FORMATS[target_format].options:
+        able = [fmt.name for fmt in registry.FORMATS.values() if name in fmt.options]
         raise ConfigError(
             f"--{name}: format {target_format} has no such thing",
             expected=f"one of {', '.join(able)} with it",
@@ -233,11 +252,14 @@ def _layout(options: argparse.Namespace) -> Layout | None:
 
     Where nothing is asked for it is the source's, as far as the format has a place for it.
     """
+    from megagrow.checkpoint.convert import registry
+    from megagrow.state.layout import Layout
+
     sizes = {axis: getattr(options, axis) for axis in ("tensor", "pipeline", "data")}
     if options.zero is None and not any(sizes.values()):
         return None
-    held = FORMATS[options.to_format].axes
-    fmt, path = detect(options.source, options.from_format)
+    held = registry.FORMATS[options.to_format].axes
+    fmt, path = registry.detect(options.source, options.from_format)
     before = fmt.open(path, _told(options)).layout
     if not any(sizes.values()):
         sizes = {axis: getattr(before, axis) for axis in held}
@@ -270,7 +292,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

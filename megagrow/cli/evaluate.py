@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megagrow.cli import Parser, as_path, number, whole
+from megagrow.arguments import Parser, as_file, as_path, number, whole
 from megagrow.errors import exit_status
 
 EXAMPLES = """\
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="samples a task (below 1: the fraction of them)",
     )
     add("--include-path", type=as_path, metavar="DIR", help="descriptions of further tasks")
-    add("--tokenizer", type=as_path, metavar="PATH", help="default: the model's own")
+    add("--tokenizer", type=as_file, metavar="PATH", help="default: the model's own")
     add(
         "--allow-other-tokenizer",
         action="store_true",
@@ -155,7 +155,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and evaluate; returns the exit status."""
     options = parse(arguments)
     return exit_status(lambda: run(options))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,14 +1,12 @@
-#!/usr/bin/env python3
 """Grow a checkpoint offline, or list the growth operators; see --help."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from megagrow.cli import Parser, as_path
+from megagrow.arguments import Parser, as_path
 from megagrow.errors import exit_status
 
 EXAMPLES = """\
@@ -143,7 +141,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn an error that the user can fix into a message and a status."""
     options = parse(arguments)
     return exit_status(lambda: run(options))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,68 +1,48 @@
-#!/usr/bin/env python3
 """Show what a checkpoint of any format holds, and check it."""
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Sequence
 
-if __name__ == "inspect":
-    # A script of this directory has the directory first in its search path, so `import inspect`
-    # finds this file. What was meant is the standard library's module: put it in our place.
-    import importlib.machinery
-    import importlib.util
-    import os
+from megagrow.arguments import Parser, as_path
+from megagrow.errors import exit_status
 
-    _here = os.path.dirname(os.path.abspath(__file__))
-    _elsewhere = [path for path in sys.path if os.path.abspath(path or ".") != _here]
-    _spec = importlib.machinery.PathFinder.find_spec("inspect", _elsewhere)
-    assert _spec is not None and _spec.loader is not None
-    sys.modules["inspect"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["inspect"])
-
-_EXAMPLES = """\
+EXAMPLES = """\
   python launch/inspect.py runs/quickstart
   python launch/inspect.py runs/quickstart/checkpoints/step_00000400 --verify
   python launch/inspect.py MODEL --tensors
 """
 
 
-def main() -> int:
-    """Parse arguments, print the summary; returns the exit status."""
-    import argparse
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(description=__doc__, examples=EXAMPLES)
+    add = parser.add_argument
+    add("path", type=as_path, metavar="PATH", help="a checkpoint, or a run directory: its newest")
+    add("--format", help="by default what it looks like")
+    add("--tensors", action="store_true", help="list names, shapes, element types")
+    add("--verify", action="store_true", help="read all files, compare checksums")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
 
-    from megagrow.cli import Parser, as_path
 
-    parser = Parser(description=__doc__, examples=_EXAMPLES)
-    parser.add_argument(
-        "path",
-        type=as_path,
-        metavar="PATH",
-        help="a checkpoint, or a run directory: its newest one",
-    )
-    parser.add_argument("--format", help="by default what it looks like")
-    parser.add_argument("--tensors", action="store_true", help="list names, shapes, element types")
-    parser.add_argument("--verify", action="store_true", help="read all files, compare checksums")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
     from megagrow.checkpoint.convert.registry import detect
     from megagrow.checkpoint.convert.summary import describe, list_tensors
-    from megagrow.errors import MegagrowError
 
-    try:
-        fmt, path = detect(arguments.path, arguments.format)
-        source = fmt.open_source(path)
-        if arguments.verify:
-            source.verify()
-    except MegagrowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    checksums = "all correct" if arguments.verify else "not compared"
+    fmt, path = detect(options.path, options.format)
+    source = fmt.open_source(path)
+    if options.verify:
+        source.verify()
+    checksums = "all correct" if options.verify else "not compared"
     print(describe(source, format_name=fmt.name, checksums=checksums))
-    if arguments.tensors:
+    if options.tensors:
         print(f"\n{list_tensors(source)}")
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and show; returns the exit status."""
+    options = parse(arguments)
+    return exit_status(lambda: run(options))

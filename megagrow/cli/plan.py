@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from megagrow.cli import Parser, as_path, as_path_text
+from megagrow.arguments import Parser, as_path, as_path_text
 from megagrow.errors import exit_status
 
 EXAMPLES = """\
@@ -232,7 +231,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, plan, print; returns the exit status."""
     options = parse(arguments)
     return exit_status(lambda: print(run(options)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

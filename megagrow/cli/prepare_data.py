@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from megagrow.cli import Parser, as_path, as_path_text, whole
+from megagrow.arguments import Parser, as_file, as_path, as_path_text, whole
 from megagrow.data.formats import FORMATS
-from megagrow.data.prepare import prepare
 from megagrow.data.request import DTYPES, Request
-from megagrow.data.summary import summary
-from megagrow.errors import MegagrowError
+from megagrow.errors import exit_status
 
 EXAMPLES = """\
   # the source files of Python's standard library, about 30 MB of text
@@ -27,8 +26,12 @@ until then its work lies in OUTPUT.work, which may be removed.
 """
 
 
-def parse(arguments: list[str] | None = None) -> Request:
-    """The command line as a request."""
+def parse(arguments: Sequence[str] | None = None) -> Request:
+    """The command line as a request.
+
+    Raises:
+        DataError: options are out of range, or exclude each other.
+    """
     parser = Parser(
         description="Make a tokenizer and an indexed dataset (Megatron's .bin/.idx) from text.",
         examples=EXAMPLES,
@@ -43,7 +46,7 @@ def parse(arguments: list[str] | None = None) -> Request:
     )
     add("--output", required=True, type=as_path, help="directory to make")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--tokenizer", type=as_path, help="a .model or tokenizer.json to use")
+    kind.add_argument("--tokenizer", type=as_file, help="a .model or tokenizer.json to use")
     kind.add_argument(
         "--vocab-size",
         type=whole(1, 2**31 - 1),
@@ -116,19 +119,19 @@ def parse(arguments: list[str] | None = None) -> Request:
     return Request(**vars(parser.parse_args(arguments)))
 
 
-def main() -> int:
-    """Prepare; returns the exit status."""
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line asks for."""
+    request = parse(arguments)
+    from megagrow.data.prepare import prepare
+    from megagrow.data.summary import summary
+
+    print("\n".join(summary(prepare(request))))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and prepare; returns the exit status."""
     try:
-        outcome = prepare(parse())
-    except MegagrowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_status(lambda: run(arguments))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    print("\n".join(summary(outcome)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Sequence
 
-from megagrow.cli import Parser, as_path
-from megagrow.errors import MegagrowError
-from megagrow.report import write_report
+from megagrow.arguments import Parser, as_path
+from megagrow.errors import exit_status
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write the report and print its path; the exit status is 0 only on success."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = Parser(description=__doc__, examples="  python launch/report.py runs/quickstart\n")
     parser.add_argument("run_dir", metavar="RUN_DIR", type=as_path, help="directory of the run")
-    try:
-        path = write_report(parser.parse_args(arguments).run_dir)
-    except MegagrowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(path)
-    return 0
+    return parser.parse_args(arguments)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    from megagrow.report import write_report
+
+    print(write_report(options.run_dir))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, write the report and print its path; returns the exit status."""
+    options = parse(arguments)
+    return exit_status(lambda: run(options))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megagrow.cli import Parser, as_path, number, whole
+from megagrow.arguments import Parser, as_path, number, whole
 from megagrow.cluster import launchers
 from megagrow.cluster.hosts import Fleet, Here, OverSsh
 from megagrow.cluster.nodes import Agent, NodeJob, Nodes, master_of
@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     default = Limits()
     parser = Parser(
-        usage="%(prog)s [options] SCRIPT [its arguments]",
+        usage="%(prog)s [options] SCRIPT|train [its arguments]",
         description="Start a job, watch every rank over a line of its own, end it when it "
         "fails, start it again from its last checkpoint.",
         examples=EXAMPLES,
@@ -209,7 +209,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return STATUS_CONFIG if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

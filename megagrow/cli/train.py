@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megagrow.cli import Parser, as_path_text
+from megagrow.arguments import Parser, as_path_text
 from megagrow.cluster import lifeline
 from megagrow.cluster.environment import require_one_task
 from megagrow.cluster.rank import under_supervision
@@ -192,6 +192,11 @@ def _lost_contact(error: RuntimeError) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Be a rank, or the whole job: the exit status, which a supervisor is told if there is one."""
+    return under_supervision(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     """Parse, run, and turn an error that the user can fix into a message and a status."""
     options = parse(arguments)
     try:
@@ -226,7 +231,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         return exit_status(stopped.signal)
-
-
-if __name__ == "__main__":
-    sys.exit(under_supervision(main))

@@ -1,0 +1,11 @@
+"""Convert a checkpoint between formats and layouts; see --help."""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]  # as in pretrain.py
+    from megagrow.cli.convert import main
+
+    sys.exit(main())

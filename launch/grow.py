@@ -1,0 +1,11 @@
+"""Grow a checkpoint offline, or list the growth operators; see --help."""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]  # as in pretrain.py
+    from megagrow.cli.grow import main
+
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""Show what a checkpoint of any format holds, and check it; see --help."""
+
+import os
+import sys
+
+here = os.path.dirname(os.path.realpath(__file__))
+elsewhere = [path for path in sys.path if os.path.realpath(path) != here]
+if __name__ == "__main__":
+    sys.path[:] = elsewhere  # as in pretrain.py
+    from megagrow.cli.inspect_checkpoint import main
+
+    sys.exit(main())
+else:
+    # The scripts beside this one leave its directory out of their search.  One of your own that
+    # does not, and imports `inspect`, means the standard library's: this module becomes that.
+    from importlib.machinery import PathFinder
+
+    found = PathFinder.find_spec("inspect", elsewhere)
+    assert found is not None and found.loader is not None
+    found.loader.exec_module(sys.modules[__name__])

@@ -1,0 +1,11 @@
+"""Plan when to grow, how much it saves, and what it costs on a machine; see --help."""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]  # as in pretrain.py
+    from megagrow.cli.plan import main
+
+    sys.exit(main())

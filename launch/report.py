@@ -1,0 +1,11 @@
+"""Make the report of a run again; see --help."""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]  # as in pretrain.py
+    from megagrow.cli.report import main
+
+    sys.exit(main())

@@ -1,0 +1,11 @@
+"""Start a job, watch it, end it when it fails, start it again; see --help."""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]  # as in pretrain.py
+    from megagrow.cli.supervise import main
+
+    sys.exit(main())
