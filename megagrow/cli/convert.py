@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megagrow.arguments import Parser, as_path, as_path_text, number, whole
-from megagrow.errors import ConfigError, exit_status
+from megagrow.errors import exit_status
 
 if TYPE_CHECKING:  # they need PyTorch, whose import takes a second: not for --help
     from megagrow.checkpoint.convert.run import Job, Report, Survey
-    from megagrow.checkpoint.interface.format import ReadOptions
-    from megagrow.state.layout import Layout
 
 EXAMPLES = """\
   # another layout: from the run's own to tensor 2 x pipeline 2
@@ -40,6 +38,8 @@ FORMATS = {
     "dcp": "torch.distributed.checkpoint with full names",
 }
 _BUFFER_MIB = 64
+# Options that do not tell what the result is to be.
+_OWN = ("workers", "buffer_mib", "dry_run", "verify", "local_rank")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -134,8 +134,10 @@ def run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from megagrow.checkpoint.convert.run import convert, survey
+    from megagrow.train.conversion import conversion
 
-    job = _job(options)
+    asked = {name: value for name, value in vars(options).items() if name not in _OWN}
+    job = conversion(**asked)
     settings = {"workers": options.workers, "buffer_bytes": options.buffer_mib << 20}
     about = survey(job, **settings)
     print(describe(about, job))
@@ -199,89 +201,6 @@ def conclusion(report: Report, job: Job) -> str:
             lines.append("not compared: the tokenizer's files")
         lines += _differences(report.survey)
     return "\n".join(lines)
-
-
-def _job(options: argparse.Namespace) -> Job:
-    import torch
-
-    from megagrow.checkpoint.convert.run import Job
-    from megagrow.train.state import RunState
-
-    for name in ("tensor", "pipeline", "data", "zero", "tokenizer", "shard-gib"):
-        if getattr(options, name.replace("-", "_")) is not None:
-            _require_option(name, options.to_format)
-    config, fingerprints = _run_to_be(options.config)
-    return Job(
-        source=options.source,
-        source_format=options.from_format,
-        target=options.target,
-        target_format=options.to_format,
-        layout=_layout(options),
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
-        tokenizer=options.tokenizer,
-        told=_told(options),
-        allow_other_tokenizer=options.allow_other_tokenizer,
-        file_bytes=int((options.shard_gib or 5.0) * 2**30),
-        run_state=RunState().to_json(),
-        config=config,
-        fingerprints=fingerprints,
-    )
-
-
-def _told(options: argparse.Namespace) -> ReadOptions:
-    from megagrow.checkpoint.interface.format import ReadOptions
-
-    return ReadOptions(vocabulary=options.vocab_size, ignore=tuple(sorted(options.ignore)))
-
-
-def _require_option(name: str, target_format: str) -> None:
-    """Refuse what would make no difference."""
-    from megagrow.checkpoint.convert import registry
-
-    if name not in registry.FORMATS[target_format].options:
-        able = [fmt.name for fmt in registry.FORMATS.values() if name in fmt.options]
-        raise ConfigError(
-            f"--{name}: format {target_format} has no such thing",
-            expected=f"one of {', '.join(able)} with it",
-            fix=f"leave --{name} out",
-        )
-
-
-def _layout(options: argparse.Namespace) -> Layout | None:
-    """The layout asked for: sizes that are not given are 1, the ZeRO stage is the source's.
-
-    Where nothing is asked for it is the source's, as far as the format has a place for it.
-    """
-    from megagrow.checkpoint.convert import registry
-    from megagrow.state.layout import Layout
-
-    sizes = {axis: getattr(options, axis) for axis in ("tensor", "pipeline", "data")}
-    if options.zero is None and not any(sizes.values()):
-        return None
-    held = registry.FORMATS[options.to_format].axes
-    fmt, path = registry.detect(options.source, options.from_format)
-    before = fmt.open(path, _told(options)).layout
-    if not any(sizes.values()):
-        sizes = {axis: getattr(before, axis) for axis in held}
-    zero = options.zero
-    if zero is None:
-        zero = before.zero if "data" in held else 0
-    return Layout(**{axis: size or 1 for axis, size in sizes.items()}, zero=zero)
-
-
-def _run_to_be(path: str | None) -> tuple[Mapping[str, Any] | None, Mapping[str, str] | None]:
-    """Configuration and fingerprints of the run that is to start from the result."""
-    if path is None:
-        return None, None
-    from megagrow.config.load import load_config
-    from megagrow.data.dataset import open_dataset
-    from megagrow.train.fingerprints import fingerprints
-    from megagrow.train.run_plan import with_vocabulary
-
-    config = load_config(path, [])
-    data = open_dataset(config.data.path, config.data.tokenizer)
-    config = with_vocabulary(config, data.vocab_size)
-    return config.model_dump(mode="json", by_alias=True), fingerprints(data)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ COMMANDS = {
     "benchmark": ("benchmark", "measure growth, operators, speed, compute saved"),
     "configs": ("configs", "list the configurations that come along, or print one"),
 }
-_EPILOG = """\
+_EXAMPLES = """\
   megagrow prepare --input stdlib --output data/stdlib --vocab-size 4096
   megagrow train --config configs/quickstart.yaml
   megagrow train --help
@@ -32,8 +33,6 @@ _EPILOG = """\
   deepspeed --num_gpus 8 --module megagrow train --config configs/quickstart.yaml
   torchrun --nproc-per-node 8 -m megagrow train --config configs/quickstart.yaml
   megagrow supervise --ranks 8 train --config configs/quickstart.yaml
-
-commands:
 """
 
 
@@ -46,11 +45,12 @@ def parse(arguments: Sequence[str]) -> tuple[str, list[str]]:
     parser = Parser(
         prog="megagrow",
         usage="megagrow COMMAND ...",
-        description="Pretraining in which a language model grows while it trains.",
-        examples=f"{_EPILOG}{lines}\n",
+        description="Pretraining in which a language model grows while it trains.\n\n"
+        f"commands (megagrow COMMAND --help tells more):\n{lines}",
+        examples=_EXAMPLES,
     )
     parser.add_argument("--version", action="version", version=f"megagrow {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     return parser.parse_args(words[:1]).command, launcher + words[1:]
 
 

@@ -16,6 +16,7 @@ from megagrow.cluster.environment import require_one_task
 from megagrow.cluster.rank import under_supervision
 from megagrow.errors import ConfigError, MegagrowError
 from megagrow.train.health.signals import StoppedWhileStarting, StopRequest, exit_status
+from megagrow.train.job import LostContactError, run_job
 
 _RANK_0_SPEAKS_SECONDS = 2.0
 
@@ -75,6 +76,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     """Do what the command line asks for; returns the exit status."""
     from megagrow.config.load import load_config
     from megagrow.data.dataset import as_prepared_by
+    from megagrow.train.opening import look_ahead
     from megagrow.train.ready import ready
 
     config = load_config(options.config, options.overrides)
@@ -101,9 +103,6 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
         found = ready(config, world=world)
     assert found.data is not None
 
-    # DeepSpeed takes seconds to import: not before everything that can be refused has been.
-    from megagrow.train.opening import look_ahead
-
     over = look_ahead(
         found.config, plan=found.plan, data=found.data, world=world, resume=options.resume
     )
@@ -111,54 +110,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
         if _is_first():
             print(over, file=sys.stderr)
         return 0
-
-    from megagrow.engine import comm
-    from megagrow.train.health.run_lock import holding_run
-    from megagrow.train.health.watch import watching
-    from megagrow.train.loop import Trainer
-
-    try:
-        try:
-            ranks = comm.start(config.watch.slow)
-        except RuntimeError as error:  # which torch.distributed's own errors are
-            cause = f"not all ranks came within watch.slow = {config.watch.slow:g} s"
-            raise LostContactError(error, cause, told=False) from error
-        with holding_run(config, ranks) as lock, watching(ranks, config) as watch:
-            try:
-                stop.deferring = True
-                trainer = Trainer(
-                    config=found.config,
-                    plan=found.plan,
-                    data=found.data,
-                    comm=ranks,
-                    resume=options.resume,
-                    watch=watch,
-                    stop=stop,
-                    lock=lock,
-                )
-                return exit_status(trainer.run())
-            except RuntimeError as error:
-                if not _lost_contact(error):
-                    raise
-                raise LostContactError(
-                    error, watch.explain(), told=not watch.speaks_first()
-                ) from error
-    finally:
-        comm.stop()
-
-
-class LostContactError(Exception):
-    """A collective failed because another process is gone.
-
-    Attributes:
-        found: what this process saw, and which rank is the cause.
-        told: whether another rank tells already.
-    """
-
-    def __init__(self, error: RuntimeError, cause: str, *, told: bool) -> None:
-        self.found = "; ".join(filter(None, [cause, str(error).splitlines()[0]]))
-        self.told = told
-        super().__init__(self.found)
+    return exit_status(run_job(found, resume=options.resume, stop=stop).signal)
 
 
 def _world(options: argparse.Namespace) -> int:
@@ -183,12 +135,6 @@ def _joined() -> bool:
 
 def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _lost_contact(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone."""
-    text = str(error)
-    return any(sign in text for sign in ("by peer", "gloo/transport", "NCCL", "Broken pipe"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
