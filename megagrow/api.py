@@ -6,6 +6,7 @@ imported when a function needs them, not before.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,8 +45,9 @@ def train_model(config: Config, resume: str | Path = "auto") -> Outcome:
     """Train a run to its end, or go on with it.
 
     This process is the whole job, or the rank of one that a launcher has started (then every
-    rank calls it).  SIGTERM, SIGUSR1 and Ctrl-C end the training at the next safe point, with a
-    checkpoint, as they do for the command; they are listened to in the main thread alone.
+    rank calls it).  It stays in the job, so several runs may follow each other.  SIGTERM, SIGUSR1
+    and Ctrl-C end the training at the next safe point, with a checkpoint, as they do for the
+    command; they are listened to in the main thread alone.
 
     Args:
         config: the run.
@@ -69,7 +71,7 @@ def train_model(config: Config, resume: str | Path = "auto") -> Outcome:
     from megagrow.cluster.environment import require_one_task
     from megagrow.train.checkpoints import DIRECTORY, newest
     from megagrow.train.health.signals import StopRequest
-    from megagrow.train.job import Outcome, run_job
+    from megagrow.train.job import Outcome, leave_job, run_job
     from megagrow.train.opening import look_ahead
     from megagrow.train.ready import ready
 
@@ -84,6 +86,8 @@ def train_model(config: Config, resume: str | Path = "auto") -> Outcome:
         )
         if over is not None:
             return Outcome(newest(Path(config.run.dir) / DIRECTORY))
+        atexit.unregister(leave_job)
+        atexit.register(leave_job)
         return run_job(found, resume=resume, stop=stop)
 
 

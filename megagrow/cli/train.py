@@ -16,7 +16,7 @@ from megagrow.cluster.environment import require_one_task
 from megagrow.cluster.rank import under_supervision
 from megagrow.errors import ConfigError, MegagrowError
 from megagrow.train.health.signals import StoppedWhileStarting, StopRequest, exit_status
-from megagrow.train.job import LostContactError, run_job
+from megagrow.train.job import LostContactError, leave_job, run_job
 
 _RANK_0_SPEAKS_SECONDS = 2.0
 
@@ -110,7 +110,10 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
         if _is_first():
             print(over, file=sys.stderr)
         return 0
-    return exit_status(run_job(found, resume=options.resume, stop=stop).signal)
+    try:
+        return exit_status(run_job(found, resume=options.resume, stop=stop).signal)
+    finally:
+        leave_job()
 
 
 def _world(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""A run on the processes of one job: they join, train, and leave."""
+"""Runs on the processes of one job: they join, train, and leave."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ class LostContactError(Exception):
 def run_job(found: Ready, *, resume: str, stop: StopRequest) -> Outcome:
     """Train a run that can start, on the processes that a launcher started or on this one alone.
 
+    The process stays in the job, and may train again in it; `leave_job` ends that.
+
     Args:
         found: what `ready` has found; with data.
         resume: as for `Trainer`.
@@ -60,34 +62,37 @@ def run_job(found: Ready, *, resume: str, stop: StopRequest) -> Outcome:
     config, data = found.config, found.data
     assert data is not None
     try:
+        ranks = comm.start(config.watch.slow)
+    except RuntimeError as error:  # which torch.distributed's own errors are
+        cause = f"not all ranks came within watch.slow = {config.watch.slow:g} s"
+        raise LostContactError(error, cause, told=False) from error
+    with holding_run(config, ranks) as lock, watching(ranks, config) as watch:
         try:
-            ranks = comm.start(config.watch.slow)
-        except RuntimeError as error:  # which torch.distributed's own errors are
-            cause = f"not all ranks came within watch.slow = {config.watch.slow:g} s"
-            raise LostContactError(error, cause, told=False) from error
-        with holding_run(config, ranks) as lock, watching(ranks, config) as watch:
-            try:
-                stop.deferring = True
-                trainer = Trainer(
-                    config=config,
-                    plan=found.plan,
-                    data=data,
-                    comm=ranks,
-                    resume=resume,
-                    watch=watch,
-                    stop=stop,
-                    lock=lock,
-                )
-                signal = trainer.run()
-                return Outcome(trainer.last_saved, signal)
-            except RuntimeError as error:
-                if not _lost_contact(error):
-                    raise
-                raise LostContactError(
-                    error, watch.explain(), told=not watch.speaks_first()
-                ) from error
-    finally:
-        comm.stop()
+            stop.deferring = True
+            trainer = Trainer(
+                config=config,
+                plan=found.plan,
+                data=data,
+                comm=ranks,
+                resume=resume,
+                watch=watch,
+                stop=stop,
+                lock=lock,
+            )
+            signal = trainer.run()
+            return Outcome(trainer.last_saved, signal)
+        except RuntimeError as error:
+            if not _lost_contact(error):
+                raise
+            told = not watch.speaks_first()
+            raise LostContactError(error, watch.explain(), told=told) from error
+
+
+def leave_job() -> None:
+    """Leave the job that `run_job` has joined, once and for all: DeepSpeed joins no second one."""
+    from megagrow.engine import comm
+
+    comm.stop()
 
 
 def _lost_contact(error: RuntimeError) -> bool:
