@@ -86,15 +86,15 @@ def as_path(text: str) -> Path:
     return Path(text)
 
 
-def as_file(text: str) -> Path:
-    """An argparse type: the path of a file, or the name of one that comes with megagrow."""
-    return or_shipped(as_path(text))
-
-
 def as_path_text(text: str) -> str:
     """The same, which stays text."""
     as_path(text)
     return text
+
+
+def as_file(text: str) -> Path:
+    """An argparse type: the path of a file, or the name of one that comes with megagrow."""
+    return or_shipped(as_path(text))
 
 
 def _range(least: int, most: int) -> str:

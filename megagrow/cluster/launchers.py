@@ -177,7 +177,7 @@ def require_script(script: Sequence[str]) -> None:
         raise MegagrowError(
             "the script to start is missing",
             found=script[0] if script else "nothing after the options",
-            expected="a Python file, or `train` for that of `megagrow train`, and its arguments",
+            expected="a Python file, or `train` for `megagrow train`, and its arguments",
             fix="python launch/supervise.py --ranks 2 launch/pretrain.py --config FILE",
         )
 
