@@ -76,7 +76,6 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     """Do what the command line asks for; returns the exit status."""
     from megagrow.config.load import load_config
     from megagrow.data.dataset import as_prepared_by
-    from megagrow.train.opening import look_ahead
     from megagrow.train.ready import ready
 
     config = load_config(options.config, options.overrides)
@@ -98,6 +97,8 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
             found=f"--memory {options.memory}",
             fix="add --dry-run, or leave --memory out",
         )
+    from megagrow.train.opening import look_ahead
+
     require_one_task(os.environ)
     with as_prepared_by(options.config, config.data.path):
         found = ready(config, world=world)
