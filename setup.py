@@ -1,18 +1,47 @@
 """Packaging of megagrow; tools are configured in pyproject.toml, exact pins in constraints.txt."""
 
 import importlib.util
+import os
 import re
 import shutil
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(
     r'^__version__ = "([^"]+)"', (HERE / "megagrow/__init__.py").read_text("utf-8"), re.MULTILINE
 )[1]
 README = HERE / "README.md"
+
+
+# Beside the package in a checkout, and inside it once it is installed.
+SHIPPED = ("configs", "kernels/csrc")
+
+
+class BuildPackage(build_py):
+    """Put the configurations and the kernels' sources into the package; into an sdist as well."""
+
+    def run(self):  # noqa: D102
+        super().run()
+        if not self.editable_mode:
+            for source, target in self._shipped().items():
+                self.mkpath(os.path.dirname(target))
+                self.copy_file(source, target, preserve_mode=False)
+
+    def get_source_files(self):  # noqa: D102
+        return [*super().get_source_files(), *self._shipped()]
+
+    def get_outputs(self, include_bytecode=True):  # noqa: D102
+        copied = [] if self.editable_mode else [*self._shipped().values()]
+        return [*super().get_outputs(include_bytecode), *copied]
+
+    def _shipped(self):
+        """Where each file goes, by where it is."""
+        paths = [p for top in SHIPPED for p in sorted(Path(top).rglob("*")) if p.is_file()]
+        return {str(p): os.path.join(self.build_lib, "megagrow", p) for p in paths}
 
 
 class BuildKernels(build_ext):
@@ -52,9 +81,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megagrow", "megagrow.*"]),
-    package_data={"megagrow.ops": ["*.json"], "megagrow.bench.faults": ["*.c"]},
+    package_data={
+        "megagrow": ["py.typed"],
+        "megagrow.ops": ["*.json"],
+        "megagrow.bench.faults": ["*.c"],
+    },
+    entry_points={"console_scripts": ["megagrow = megagrow.cli.main:main"]},
     ext_modules=[Extension("megagrow.ops.kernels", sources=[])],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage},
     python_requires=">=3.10,<3.13",
     install_requires=[
         "torch>=2.11",

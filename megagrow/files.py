@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and those that come with megagrow."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+# What holds `configs/`: the package itself where setup.py has put them into it, else the checkout.
+SHIPPED = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
+
+
+def or_shipped(path: str | Path) -> Path:
+    """A path, or where nothing is there the file of megagrow's own that has this name.
+
+    So `configs/quickstart.yaml` names the same configuration from any working directory.
+    """
+    given = Path(path)
+    if given.parts[:1] == ("configs",) and ".." not in given.parts and not os.path.lexists(given):
+        own = SHIPPED / given
+        return own if own.is_file() else given
+    return given
 
 
 def sync_directory(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Whole training jobs inside a test: small data, small models, `launch/pretrain.py` itself."""
+"""Whole training jobs inside a test: small data, small models, `megagrow train` itself."""
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import os
 import random
@@ -100,12 +100,10 @@ def write_config(path, mapping):
     return path
 
 
-def pretrain():
-    """`launch/pretrain.py` as a module."""
-    spec = importlib.util.spec_from_file_location("megagrow_pretrain", PRETRAIN)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def command(script):
+    """The module of the command that a script of `launch/` is."""
+    text = (REPOSITORY / "launch" / f"{script}.py").read_text(encoding="utf-8")
+    return importlib.import_module(re.search(r"from (megagrow\.cli\.\w+) import main", text)[1])
 
 
 def main(arguments):
@@ -113,7 +111,7 @@ def main(arguments):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = pretrain().main([str(a) for a in arguments])
+            status = command("pretrain").main([str(a) for a in arguments])
         except SystemExit as stop:
             status = stop.code
     return Outcome(status, out.getvalue(), err.getvalue())

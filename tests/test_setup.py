@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from importlib import metadata
 from pathlib import Path
 
@@ -161,3 +162,104 @@ def test_set_up_that_was_interrupted_is_not_taken_for_done(fresh):
     assert make("--question", "setup", cwd=fresh).returncode == 0
     os.utime(fresh / "constraints.txt", (4e9, 4e9))
     assert make("--question", "setup", cwd=fresh).returncode == 1
+
+
+# --- outside a checkout -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A wheel of this checkout, installed into a directory of its own."""
+    home = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", home]
+    build += ["build", "--build-base", home / "build"]
+    build += ["bdist_wheel", "--bdist-dir", home / "wheel", "--dist-dir", home]
+    subprocess.run(
+        build,
+        cwd=ROOT,
+        env={**os.environ, "MEGAGROW_CUDA": "0"},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    (wheel,) = home.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "--no-deps", "--no-index", "--target", home / "site", wheel],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    return home / "site"
+
+
+def outside(installed, directory, *words, status=0):
+    """What a command of the installed package prints, run where no checkout is."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_installed_package_is_whole(installed, tmp_path):
+    found = outside(
+        installed, tmp_path, "-c",
+        "import megagrow, megagrow.files, megagrow.ops.build as build\n"
+        "print(megagrow.__file__, build.SOURCES, megagrow.files.SHIPPED, sep='\\n')",
+    ).split()  # fmt: skip
+    package = installed / "megagrow"
+    assert found == [str(package / "__init__.py"), str(package / "kernels/csrc"), str(package)]
+    for top, target in ("configs", "configs"), ("kernels/csrc", "kernels/csrc"):
+        ours = {p.relative_to(ROOT / top) for p in (ROOT / top).rglob("*") if p.is_file()}
+        there = {p.relative_to(package / target) for p in (package / target).rglob("*")
+                 if p.is_file()}  # fmt: skip
+        assert ours == there
+    for pattern in ("*.py", "*.json", "*.c", "py.typed"):
+        ours = {p.relative_to(ROOT) for p in (ROOT / "megagrow").rglob(pattern)}
+        assert ours == {
+            p.relative_to(installed) for p in package.rglob(pattern)
+            if p.relative_to(package).parts[0] not in ("configs", "kernels")
+        }  # fmt: skip
+
+
+def test_commands_outside_a_checkout(installed, tmp_path):
+    command = (installed / "bin" / "megagrow").read_text()
+    assert "from megagrow.cli.main import main" in command
+    said = outside(installed, tmp_path, installed / "bin" / "megagrow", "--help")
+    assert said == outside(installed, tmp_path, "-m", "megagrow", "--help")
+    assert said.startswith("usage: megagrow COMMAND ...")
+    said = outside(installed, tmp_path, "-m", "megagrow", "inspect", "--help")
+    assert said.startswith("usage: megagrow inspect ")
+    run = ["-m", "megagrow", "train", "--config", "configs/llama/1b.yaml", "data.path=nowhere"]
+    said = outside(installed, tmp_path, *run, "--dry-run", "--world", "8", "--memory", "80GB")
+    assert "stage 0: 4 layers" in said and "fits into" in said
+    machine = ["--machine", "configs/machines/h100.yaml", "data.path=nowhere"]
+    run = ["-m", "megagrow", "plan", "--config", "configs/scale/gpt175b_1024.yaml", *machine]
+    assert "MFU" in outside(installed, tmp_path, *run)
+    listed = outside(installed, tmp_path, "-m", "megagrow", "configs").split()
+    assert "configs/quickstart.yaml" in listed and "configs/tokenizers/bytes.json" in listed
+    made = ["--input", "stdlib", "--glob", "a*.py", "--output", "data",
+            "--tokenizer", "configs/tokenizers/bytes.json"]  # fmt: skip
+    assert "data" in outside(installed, tmp_path, "-m", "megagrow", "prepare", *made)
+    assert list(tmp_path.iterdir()) == [tmp_path / "data"]
+
+
+def test_a_source_distribution_has_what_the_wheel_is_made_of(tmp_path):
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path,
+         "sdist", "--dist-dir", tmp_path],
+        cwd=ROOT, check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    for top in ("configs", "kernels/csrc"):
+        for path in (ROOT / top).rglob("*"):
+            assert path.relative_to(ROOT).as_posix() in names
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "megagrow/py.typed"} <= names

@@ -163,12 +163,14 @@ def _write(source: _Noise, name: str, path: Path) -> None:
 
 def _commands(sources: Mapping[str, Path], target: Path) -> dict[str, list[str]]:
     """The contenders by name."""
-    python, launch = sys.executable, Path(__file__).parents[2] / "launch" / "convert.py"
-    layout = [f"--{axis}={getattr(AFTER, axis)}" for axis in ("tensor", "pipeline", "data", "zero")]
+    python = sys.executable
 
-    def ours(source: str, fmt: str, *more: str) -> list[str]:
+    def ours(source: str, fmt: str) -> list[str]:
         to = ["--from", str(sources[source]), "--to", str(target), "--to-format", fmt]
-        return [python, str(launch), *to, *more]
+        axes = [axis for axis in ("tensor", "pipeline", "data", "zero")
+                if axis in FORMATS[fmt].options]  # fmt: skip
+        layout = [f"--{axis}={getattr(AFTER, axis)}" for axis in axes]
+        return [python, "-m", "megagrow", "convert", *to, *layout]
 
     def copied(source: str) -> list[str]:
         script = 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +'
@@ -178,10 +180,10 @@ def _commands(sources: Mapping[str, Path], target: Path) -> dict[str, list[str]]
     theirs = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(tag)]
     return {
         "cp native": copied("native"),
-        "native to native": ours("native", "native", *layout),
+        "native to native": ours("native", "native"),
         "cp deepspeed": copied("deepspeed"),
-        "deepspeed to deepspeed": ours("deepspeed", "deepspeed", *layout),
-        "deepspeed to universal": ours("deepspeed", "universal", *layout),
+        "deepspeed to deepspeed": ours("deepspeed", "deepspeed"),
+        "deepspeed to universal": ours("deepspeed", "universal"),
         "ds_to_universal": [python, *theirs, "--output_folder", str(target)],
     }
 

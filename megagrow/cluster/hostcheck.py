@@ -8,11 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megagrow.cluster.launchers import is_installed
+
 
 def faults(options: argparse.Namespace) -> list[str]:
     """What would keep the job from starting here, in words."""
     found = []
-    if not Path(options.script).is_file():
+    if not Path(options.script).is_file() and not is_installed(options.script):
         found.append(f"{options.script} is not there: the directory is not shared")
     try:
         socket.create_connection((options.address, options.port), timeout=5).close()

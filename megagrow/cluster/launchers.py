@@ -51,7 +51,7 @@ def here(
     words = [*_DEEPSPEED, "--quiet", "--hostfile", "none", "--master_port", str(port)]
     if ranks is not None:
         words += ["--num_gpus", str(ranks)]
-    return Command((*words, *script), environ)
+    return Command((*words, *_started(script, "--module")), environ)
 
 
 def over_ssh(
@@ -105,7 +105,7 @@ def over_ssh(
     options = " ".join(f"-o {option}" for option in SSH_OPTIONS)
     given = environ.get("PDSH_SSH_ARGS_APPEND", "")
     return Command(
-        (*words, *map(remote_argument, script)),
+        (*words, *map(remote_argument, _started(script, "--module"))),
         {
             **environ,
             "DS_ENV_FILE": str(directory / "environment"),
@@ -134,7 +134,7 @@ def on_node(
         "--max-restarts", "0", "--monitor-interval", "1",
     ]  # fmt: skip
     # Torchrun would set one thread a rank, and say so.
-    return Command((*words, *script), {"OMP_NUM_THREADS": "1", **environ})
+    return Command((*words, *_started(script, "-m")), {"OMP_NUM_THREADS": "1", **environ})
 
 
 def resumed(script: Sequence[str]) -> list[str]:
@@ -156,22 +156,44 @@ def ssh(host: str, words: Sequence[str]) -> list[str]:
     return ["ssh", *options, host, command]
 
 
+def is_installed(script: str) -> bool:
+    """Whether it is no file but `train`, the command of megagrow wherever that is installed."""
+    return script == TRAIN and not os.path.isfile(script)
+
+
+def _started(script: Sequence[str], module: str) -> list[str]:
+    """The words by which a launcher starts a script, or a command after its option `module`."""
+    return [module, "megagrow", *script] if is_installed(script[0]) else list(script)
+
+
 def require_script(script: Sequence[str]) -> None:
     """Refuse a script that is not there.
 
     Raises:
         MegagrowError: with what to write.
     """
-    if not script or not os.path.isfile(script[0]):  # False also for what is no path at all
+    # False also for what is no path at all.
+    if not script or not (os.path.isfile(script[0]) or is_installed(script[0])):
         raise MegagrowError(
             "the script to start is missing",
             found=script[0] if script else "nothing after the options",
-            expected="a Python file and its arguments",
+            expected="a Python file, or `train` for `megagrow train`, and its arguments",
             fix="python launch/supervise.py --ranks 2 launch/pretrain.py --config FILE",
         )
 
 
+TRAIN = "train"
 _DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
 _TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
-__all__ = ["MARK", "Command", "here", "on_node", "over_ssh", "require_script", "resumed", "ssh"]
+__all__ = [
+    "MARK",
+    "Command",
+    "here",
+    "is_installed",
+    "on_node",
+    "over_ssh",
+    "require_script",
+    "resumed",
+    "ssh",
+]

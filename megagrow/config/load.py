@@ -19,6 +19,7 @@ from megagrow.config.schema import Config
 from megagrow.config.section import SECTION, TEXT, VALUE
 from megagrow.config.yamltext import read_yaml, write_yaml
 from megagrow.errors import ConfigError
+from megagrow.files import or_shipped
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -64,13 +65,16 @@ def load_settings(
 ) -> S:
     """The same for any kind of configuration; `option` is what named the file.
 
+    A name such as `configs/quickstart.yaml` is that of a file that comes with megagrow, where
+    there is no such file here.
+
     Raises:
         ConfigError: the file is missing, unreadable, not YAML or not a mapping; an override
             is malformed; or settings are unknown, missing or out of range.  All wrong settings
             are named at once, each by its dotted key.
     """
     try:
-        text = Path(path).read_bytes()
+        text = or_shipped(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: no name of a file can be so
         raise ConfigError(
             f"{option} {_shortened(path)}: cannot be read",

@@ -29,6 +29,7 @@ from megagrow.data.indexed import IndexedDataset, bin_path, idx_path
 from megagrow.data.markers import NONE
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer
 from megagrow.errors import DataError
+from megagrow.files import or_shipped
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
@@ -198,7 +199,7 @@ def as_prepared_by(config: str | Path, data: str | Path) -> Iterator[None]:
 def _recipe(config: Path, data: str) -> str | None:
     """The command in the comments of a file that prepares a directory; lines end in a backslash."""
     try:
-        text = config.read_text(encoding="utf-8")
+        text = or_shipped(config).read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
     comments = "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megagrow.data.files import sha256_file
 from megagrow.data.formats import FORMATS
-from megagrow.data.indexed import dtype_for
 from megagrow.data.markers import Markers
-from megagrow.data.tokenizer import require_vocabulary
 from megagrow.errors import DataError
+
+# NumPy and the tokenizers are imported where they are used: a command line needs only the defaults.
 
 DTYPES = ("auto", "uint16", "int32")
 
@@ -63,6 +61,8 @@ class Request:
             )
         if self.tokenizer is not None:
             return
+        from megagrow.data.tokenizer import require_vocabulary
+
         require_vocabulary(self.vocab_size)
         require_dtype(self.dtype, self.vocab_size)
         for option, value in (("--eod", self.eod), ("--bos", self.bos)):
@@ -108,6 +108,10 @@ class Request:
 
 def require_dtype(dtype: str, vocab_size: int) -> str:
     """The token type; refuses one that is too small for the vocabulary (DataError)."""
+    import numpy as np
+
+    from megagrow.data.indexed import dtype_for
+
     chosen = dtype_for(vocab_size) if dtype == "auto" else dtype
     largest = np.iinfo(np.dtype(chosen)).max
     if vocab_size - 1 > largest:

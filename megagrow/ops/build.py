@@ -18,7 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = HERE.parent.parent / "kernels" / "csrc"
+# Of the checkout, or in the package where setup.py has put them into it.
+_PLACES = [base / "kernels" / "csrc" for base in (HERE.parent, HERE.parent.parent)]
+SOURCES = next((place for place in _PLACES if place.is_dir()), _PLACES[-1])
 CUDA_LIBRARY = HERE / "lib" / "libmegagrow_cuda.so"
 
 # Two units of about equal cost: headers are read once in each, and two cores are busy.
@@ -200,7 +202,7 @@ def run_compilers(commands: Sequence[Sequence[str | Path]]) -> list[str]:
 
 def _require(sources: Path) -> None:
     if not (sources / "cuda").is_dir():
-        raise BuildError(f"the kernels' sources are not in {sources} (a wheel has none)")
+        raise BuildError(f"the kernels' sources are not in {sources}")
 
 
 def _build(  # type: ignore[no-untyped-def]

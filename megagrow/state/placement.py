@@ -90,6 +90,7 @@ class Placement:
         self.layout = layout
         self._weights = weights
         self._group_of = group_of or dict.fromkeys((t.name for t in catalog), 0)
+        self._stages_at: dict[tuple[int, ...], tuple[int, ...]] = {}  # by the places of a tensor
 
     # --- pipeline and tensor parallel -----------------------------------------------------
 
@@ -106,7 +107,11 @@ class Placement:
 
     def stages(self, tensor: LogicalTensor) -> tuple[int, ...]:
         """Pipeline stages that hold a tensor; the first is its home."""
-        return tuple(sorted({bisect_right(self.cuts, place) - 1 for place in tensor.places}))
+        places = tensor.places
+        if places not in self._stages_at:
+            at = {bisect_right(self.cuts, place) - 1 for place in places}
+            self._stages_at[places] = tuple(sorted(at))
+        return self._stages_at[places]
 
     def local(self, tensor: LogicalTensor, tensor_rank: int) -> Local:
         """The tensor-parallel slice of one rank."""

@@ -1,6 +1,6 @@
 """What must hold before a run's first step and needs no other process: one check for all.
 
-`launch/pretrain.py` refuses by it before DeepSpeed is imported, and its dry run refuses the same
+`megagrow train` refuses by it before DeepSpeed is imported, and its dry run refuses the same
 with the same words.
 """
 
@@ -96,7 +96,7 @@ def start_lines(found: Ready, resume: str) -> list[str]:
     root = Path(found.config.run.dir) / "checkpoints"
     if resume in ("auto", "good", "never") and not root.exists():
         return ["start: from fresh weights"]
-    # This takes DeepSpeed along, whose import takes seconds.
+    # Not at the top: a dry run of a fresh start does without.
     from megagrow.train import checkpoints
 
     paths = checkpoints.candidates(root, resume)

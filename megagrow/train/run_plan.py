@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from megagrow.config import Config, GrowConfig, LayoutConfig, ModelConfig, OptimizerConfig
 from megagrow.config.batch import accumulation
@@ -87,6 +87,9 @@ class RunPlan:
     learning_rate: LearningRate
     optimizer: OptimizerKind = ADAMW
     planned: tuple[PlannedEnd, ...] = ()
+    _placements: dict[int, Placement] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -126,7 +129,9 @@ class RunPlan:
 
     def placement(self, index: int) -> Placement:
         """Who holds what in a stage."""
-        return self.stages[index].placement(self.rules_at(index))
+        if index not in self._placements:  # of thousands of ranks it takes a while
+            self._placements[index] = self.stages[index].placement(self.rules_at(index))
+        return self._placements[index]
 
 
 def plan_run(

@@ -1,6 +1,5 @@
 """The fault campaigns: that they disturb, and that they would see what a fault spoils."""
 
-import importlib.util
 import json
 import signal
 from collections import Counter
@@ -12,6 +11,7 @@ from megagrow.bench.faults import system, training
 from megagrow.bench.faults.commands import Command, _losses, write_savings
 from megagrow.bench.savings.config import SavingsConfig
 from megagrow.checkpoint import list_steps, step_path
+from megagrow.cli import benchmark
 from megagrow.config.load import load_settings
 from megagrow.errors import CheckpointError
 
@@ -72,7 +72,7 @@ def files(path):
 def test_what_a_command_leaves_beside_its_result_is_seen(tmp_path):
     """A result that differs, and a file that stays beside it, are each named."""
     every = system.System(CONFIG, tmp_path / "work", seed=1)
-    command = Command("x", "x.py", lambda path: [], files)
+    command = Command("x", "x", lambda path: [], files)
     known = system._Undisturbed({"out": b"right"}, 1.0, Counter("ww"), frozenset({"out"}))
     place = tmp_path / "attempt"
     place.mkdir()
@@ -115,10 +115,6 @@ def test_the_savings_benchmark_that_is_disturbed_is_one(tmp_path):
 
 
 def test_a_part_that_is_not_run_stays_as_it_was(tmp_path, capsys):
-    file = CONFIG.parents[2] / "launch" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("launch_benchmark", file)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     file = tmp_path / "faults.json"
     file.write_text(json.dumps({"benchmark": "faults", "training": {"faults": [], "signals": 3}}))
     nothing = ["faults", "--kills", "0", "--interrupts", "0", "--stops", "0", "--strikes", "0"]

@@ -7,11 +7,12 @@ import re
 import pytest
 from ranks import run_ranks
 
-from megagrow.bench import commands, growth_table
+from megagrow.bench import growth_table
 from megagrow.bench.cases import Case, check, config_for, model_for, read_layout, standard_cases
 from megagrow.bench.growth import measure
 from megagrow.bench.machine import write_json
 from megagrow.bench.memory import PeakMemory, copy_seconds, resident_bytes, tensor_bytes
+from megagrow.cli import benchmark
 from megagrow.config import LayoutConfig
 from megagrow.errors import ConfigError, GrowthError
 from megagrow.growth.plan import grown_model
@@ -100,22 +101,15 @@ def test_memory_is_seen():
 
 
 def test_a_job_starts_its_own_processes(capsys, tmp_path, monkeypatch):
-    import importlib.util
-    from pathlib import Path
-
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    path = Path(commands.__file__).parents[2] / "launch" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("megagrow_benchmark", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     out = tmp_path / "growth.json"
-    status = script.main(
+    status = benchmark.main(
         ["growth", "--ranks", "2", "--parameters", "1e5", "--from-layout", "data=2,zero=1",
          "--to-layout", "tensor=2,zero=0", "--json", str(out), "--files", str(tmp_path)]
     )  # fmt: skip
     said = capsys.readouterr().out
     assert status == 0 and re.search(r"width x2, zero=1 -> tensor=2,zero=0", said)
     assert json.loads(out.read_text())["results"][0]["files_give_the_same"] is True
-    assert script.main(["growth", "--ranks", "2", "--to-layout", "tensor=7"]) == 1
+    assert benchmark.main(["growth", "--ranks", "2", "--to-layout", "tensor=7"]) == 1
     assert "--to-layout" in capsys.readouterr().err

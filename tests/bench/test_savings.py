@@ -1,7 +1,6 @@
 """The savings benchmark: its arithmetic by hand, its plan, and a whole one in miniature."""
 
 import errno
-import importlib.util
 import json
 import math
 import shutil
@@ -31,6 +30,7 @@ from megagrow.bench.savings.results import Point, Saving, cost_at, interval, sav
 from megagrow.bench.savings.summary import compared, summarised, why_not
 from megagrow.bench.savings.sweep import edges, search
 from megagrow.bench.savings.table import origin, plan_text, table
+from megagrow.cli import benchmark
 from megagrow.config import StageConfig
 from megagrow.config.load import parse_settings
 from megagrow.errors import ConfigError
@@ -511,10 +511,6 @@ def test_bounds_are_never_averaged_as_values():
 
 
 def command(path, *more):
-    file = REPOSITORY / "launch/benchmark.py"
-    spec = importlib.util.spec_from_file_location("megagrow_benchmark", file)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     return benchmark.main(["savings", "--config", str(path), *map(str, more)])
 
 

@@ -1,7 +1,6 @@
 """Nothing in a source is dropped without a word: every name is carried, left out and printed, or
 refused."""
 
-import importlib.util
 import json
 import pickle
 import shutil
@@ -9,7 +8,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from jobs import REPOSITORY
+from jobs import command
 from safetensors.torch import load_file, save_file
 from states import opened, save_model, to
 from toys import toy_model
@@ -240,16 +239,6 @@ def test_inspect_and_evaluate_print_what_is_left_out(tmp_path, capsys, monkeypat
     text.write_text("a few words")
     assert command("evaluate").main([str(path), "--text", str(text)]) == 1  # has no tokenizer
     assert "left out: note.txt (no file that this format reads)" in capsys.readouterr().out
-
-
-def command(name):
-    """A command of launch/ as a module; its file is no package's."""
-    spec = importlib.util.spec_from_file_location(
-        f"launch_{name}", REPOSITORY / f"launch/{name}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_setting_that_the_target_has_no_place_for_is_named(tmp_path):

@@ -1,7 +1,6 @@
 """Wrong values for every option of every command and every setting of a run."""
 
 import contextlib
-import importlib.util
 import io
 import os
 import re
@@ -11,11 +10,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import REPOSITORY
+from jobs import command
 
 from megagrow.errors import MegagrowError
 
-LAUNCH = REPOSITORY / "launch"
 SECONDS = 60  # after which a command hangs
 # Written as YAML and as words of a command line.  `{directory}` and the like are made for a case.
 VALUES = {
@@ -75,11 +73,8 @@ class Said:
 
 
 def load(name):
-    """A command of launch/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"fuzzed_{name}", LAUNCH / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module of a command of launch/."""
+    return command(name)
 
 
 def call(module, arguments):

@@ -1,6 +1,5 @@
 """launch/evaluate.py: the protocols against arithmetic done by hand, on every format."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -8,7 +7,7 @@ import types
 
 import pytest
 import torch
-from jobs import REPOSITORY, make_dataset
+from jobs import command, make_dataset
 from states import save_model, to
 from toys import build, toy_model
 
@@ -35,12 +34,7 @@ def saved(tmp_path_factory, data):
 
 
 def evaluate(*arguments):
-    spec = importlib.util.spec_from_file_location(
-        "megagrow_evaluate", REPOSITORY / "launch/evaluate.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(argument) for argument in arguments])
+    return command("evaluate").main([str(argument) for argument in arguments])
 
 
 def log_probabilities(model, ids):

@@ -18,7 +18,7 @@ from fuzz import (
     make_places,
     snapshot,
 )
-from jobs import WIDTH, settings, write_config
+from jobs import REPOSITORY, WIDTH, settings, write_config
 from states import save_model, to
 
 from megagrow.config.load import known_keys, load_config
@@ -56,7 +56,7 @@ def home(tmp_path_factory, dataset):
         fingerprints=fingerprints(data), run_state=RunState().to_json(),
     )  # fmt: skip
     (home / "machine.yaml").write_text(
-        (fuzz.REPOSITORY / "configs" / "machines" / "h100.yaml").read_text()
+        (REPOSITORY / "configs" / "machines" / "h100.yaml").read_text()
     )
     (home / "job.py").write_text("")
     return home
@@ -108,7 +108,7 @@ def commands(home):
            ("growth", "throughput", "operators", "convert", "kernels", "mfu", "faults",
             "dynamics")},
         "benchmark savings": [
-            "savings", "--config", str(fuzz.REPOSITORY / "configs/bench/cpu_savings.yaml"),
+            "savings", "--config", str(REPOSITORY / "configs/bench/cpu_savings.yaml"),
             "--dry-run",
         ],
     }  # fmt: skip

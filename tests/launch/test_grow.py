@@ -1,7 +1,6 @@
 """launch/grow.py: a checkpoint grown offline is the one that a live growth would have made."""
 
 import errno
-import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from jobs import REPOSITORY, settings, stages, train, trajectory, write_config
+from jobs import command, settings, stages, train, trajectory, write_config
 
 from megagrow.checkpoint import NativeCheckpoint, newest
 from megagrow.config import GrowConfig
@@ -22,16 +21,8 @@ from megagrow.train.grow_offline import plan_offline, write_offline
 from megagrow.transfer.read_through import Through
 
 
-def _module():
-    where = REPOSITORY / "launch" / "grow.py"
-    spec = importlib.util.spec_from_file_location("megagrow_grow", where)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _grow(*arguments):
-    return _module().main([str(a) for a in arguments])
+    return command("grow").main([str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +128,7 @@ def test_what_a_second_growth_starts_from(small, tmp_path):
     ],
 )  # fmt: skip
 def test_settings_of_single_operators_have_options(options, section):
-    module = _module()
+    module = command("grow")
     parsed = module.parse(["--from", "here", "--to", "there", "--operator", *options])
     assert module.grow_section(parsed) == GrowConfig(operator=options[0], **section)
 

@@ -1,16 +1,15 @@
 """A model of Hugging Face is imported, grown before its first step, trained and exported."""
 
-import importlib.util
 import re
 import shlex
 from dataclasses import replace
 
+import jobs
 import pytest
 import torch
 import yaml
 from jobs import (  # noqa: F401 - a fixture among them
     DEPTH,
-    REPOSITORY,
     WIDTH,
     dataset,
     make_dataset,
@@ -43,10 +42,7 @@ LLAMA = {
 
 def command(name, *arguments):
     """`main` of a command, in this process."""
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "launch" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(argument) for argument in arguments])
+    return jobs.command(name).main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,9 @@
 """The command line of launch/supervise.py: what it refuses before it starts anything."""
 
-import importlib.util
 import re
 
 import pytest
-from jobs import PRETRAIN, REPOSITORY, settings, write_config
+from jobs import PRETRAIN, command, settings, write_config
 
 from megagrow.cluster.launchers import resumed
 from megagrow.errors import ConfigError
@@ -12,11 +11,7 @@ from megagrow.errors import ConfigError
 
 @pytest.fixture(scope="module")
 def supervise():
-    path = REPOSITORY / "launch" / "supervise.py"
-    spec = importlib.util.spec_from_file_location("megagrow_supervise", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return command("supervise")
 
 
 def node_job(supervise, *words, **environ):

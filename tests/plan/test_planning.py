@@ -1,12 +1,11 @@
 """Costs on a machine, and the planner's command."""
 
-import importlib.util
 import subprocess
 import sys
 
 import pytest
 import yaml
-from jobs import REPOSITORY, launch, main, make_dataset, settings, write_config
+from jobs import REPOSITORY, command, launch, main, make_dataset, settings, write_config
 
 from megagrow.config import Config, UntilConfig
 from megagrow.config.load import load_config, load_settings
@@ -20,10 +19,7 @@ CONFIGS = REPOSITORY / "configs"
 
 
 def plan_command(arguments):
-    spec = importlib.util.spec_from_file_location("megagrow_plan", REPOSITORY / "launch/plan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(argument) for argument in arguments])
+    return command("plan").main([str(argument) for argument in arguments])
 
 
 def small_run(**sections):

@@ -1,6 +1,5 @@
 import math
 import re
-import runpy
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -9,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megagrow.cli.report import main
 from megagrow.errors import DataError
 from megagrow.report import write_report
 from megagrow.report.curves import running_mean
@@ -336,7 +336,6 @@ def test_the_command_rewrites_the_report(tmp_path, capsys):
     report_of(tmp_path, two_stage_run())
     report = tmp_path / "run" / "report.html"
     report.unlink()
-    main = runpy.run_path(str(ROOT / "launch" / "report.py"))["main"]
     assert main([str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.strip() == str(report)
     assert report.exists()

@@ -23,7 +23,7 @@ class Command:
 
     Attributes:
         name: in tables.
-        script: of `launch/`.
+        command: of `megagrow`.
         arguments: for a run that writes below a directory.
         outcome: what it wrote there, for comparing.
         world: ranks of a training job; 0 for a command without a job.
@@ -32,7 +32,7 @@ class Command:
     """
 
     name: str
-    script: str
+    command: str
     arguments: Callable[[Path], Sequence[str]]
     outcome: Callable[[Path], Mapping[str, Any]]
     world: int = 0
@@ -61,7 +61,7 @@ def commands(base: Path, config: Path) -> list[Command]:
         *(
             Command(
                 f"prepare, {workers} worker{'s' * (workers > 1)}",
-                "prepare_data.py",
+                "prepare",
                 lambda path, n=workers: [  # type: ignore[misc]
                     f"--input={base / 'text'}", f"--output={path / 'out'}", "--vocab-size=512",
                     "--glob=*.py", "--validation-fraction=0.1", f"--workers={n}",
@@ -74,7 +74,7 @@ def commands(base: Path, config: Path) -> list[Command]:
         *(
             Command(
                 f"convert to {fmt}, {workers} worker{'s' * (workers > 1)}",
-                "convert.py",
+                "convert",
                 lambda path, fmt=fmt, n=workers, more=more: [  # type: ignore[misc]
                     *convert, f"--to={path / 'out'}", f"--to-format={fmt}", f"--workers={n}", *more
                 ],
@@ -88,14 +88,14 @@ def commands(base: Path, config: Path) -> list[Command]:
         ),
         Command(
             "grow",
-            "grow.py",
+            "grow",
             lambda path: [f"--from={base / 'large'}", f"--to={path / 'out'}", "--operator=width"],
             lambda path: _checkpoint(next((path / "out").glob("step_*"))),
             faults=FILES,
         ),
         Command(
             "train, saving beside the steps",
-            "pretrain.py",
+            "train",
             lambda path: [*training, f"run.dir={path / 'out'}", "checkpoint.asynchronous=true"],
             lambda path: trained(path / "out"),
             world=2,
@@ -104,7 +104,7 @@ def commands(base: Path, config: Path) -> list[Command]:
         ),
         Command(
             "train, log",
-            "pretrain.py",
+            "train",
             lambda path: [*training, f"run.dir={path / 'out'}"],
             lambda path: trained(path / "out"),
             world=2,
@@ -113,7 +113,7 @@ def commands(base: Path, config: Path) -> list[Command]:
         ),
         Command(
             "savings",
-            "benchmark.py",
+            "benchmark",
             lambda path: [
                 "savings", f"--config={base / 'savings.yaml'}", "--jobs=1",
                 f"--json={path / 'out.json'}", f"dir={path / 'out'}",

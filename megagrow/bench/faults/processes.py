@@ -1,4 +1,4 @@
-"""The processes of a fault campaign: commands of `launch/`, forked from one that has imported all.
+"""The processes of a fault campaign: commands of `megagrow`, forked from one that has imported all.
 
 An import takes longer than the small commands that are disturbed.  The fault shim is preloaded
 into the process that forks, and does nothing until an attempt's own environment asks for it.
@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from megagrow.bench.jobs import rank_environment
 
-LAUNCH = Path(__file__).resolve().parents[3] / "launch"
 CONTEXT = multiprocessing.get_context("forkserver")
 # The second is what the first engine of a process imports, in two seconds.
 _PRELOAD = ["megagrow.train.loop", "torch._dynamo", "megagrow.checkpoint.convert.run",
@@ -44,7 +43,7 @@ def begin(shim: Path) -> None:
 
 
 def start(
-    script: str,
+    command: str,
     arguments: Sequence[str],
     *,
     world: int,
@@ -55,7 +54,7 @@ def start(
     """Start a command as `world` ranks of a job, or for `world` 0 as a process without a job.
 
     Args:
-        script: a file of `launch/`.
+        command: of `megagrow`.
         log: takes what they print.
         phases: an array of a number a rank, which tells what the rank of a training job does.
         environment: more variables, such as the shim's.
@@ -72,7 +71,7 @@ def start(
         if store is not None:
             more |= rank_environment(rank, world, store.port)
         process = CONTEXT.Process(
-            target=_main, args=(script, list(arguments), more, rank, phases, str(log))
+            target=_main, args=(command, list(arguments), more, rank, phases, str(log))
         )
         process.start()
         process.store = store  # type: ignore[attr-defined]  # lives as long as the process
@@ -81,7 +80,7 @@ def start(
 
 
 def _main(
-    script: str,
+    command: str,
     arguments: list[str],
     environment: dict[str, str],
     rank: int,
@@ -99,9 +98,10 @@ def _main(
         )
     if phases is not None:
         _tell_phases(rank, phases)
-    sys.argv = [str(LAUNCH / script), *arguments]
+    sys.argv = ["megagrow", command, *arguments]
     try:
-        status = runpy.run_path(sys.argv[0])["main"]()
+        runpy.run_module("megagrow", run_name="__main__")
+        status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:

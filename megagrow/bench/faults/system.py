@@ -101,11 +101,11 @@ class System:
         for path in sorted(Path(os.__file__).parent.glob("*.py"))[:40]:  # text that all have
             shutil.copy(path, text)
         prepare = commands(base, self.config)[0]
-        self._must(prepare.script, prepare.arguments(base / "prepared"), base / "prepared.log")
+        self._must(prepare.command, prepare.arguments(base / "prepared"), base / "prepared.log")
         (base / "prepared" / "out").rename(base / "data")
         sizes = ("layers=4", "hidden=128", "heads=4", "ffn=512", "sequence=64")
         self._must(
-            "pretrain.py",
+            "train",
             [f"--config={self.config}", f"run.dir={base / 'large'}",
              f"data.path={base / 'data'}", *(f"model.{size}" for size in sizes),
              "stages=[{until: {steps: 4}}]", "schedule.warmup=1"],
@@ -114,11 +114,11 @@ class System:
         write_savings(base)
 
     @staticmethod
-    def _must(script: str, arguments: Sequence[str], log: Path) -> None:
-        [process] = started.start(script, arguments, world=0, log=log)
+    def _must(command: str, arguments: Sequence[str], log: Path) -> None:
+        [process] = started.start(command, arguments, world=0, log=log)
         process.join()
         if process.exitcode:
-            raise CheckpointError(f"{script} failed before any fault", fix=f"see {log}")
+            raise CheckpointError(f"{command} failed before any fault", fix=f"see {log}")
 
     # --- one command, one fault -----------------------------------------------------------
 
@@ -250,7 +250,7 @@ class System:
     @staticmethod
     def _start(command: Command, path: Path, environment: dict[str, str]) -> list[BaseProcess]:
         return started.start(
-            command.script,
+            command.command,
             command.arguments(path),
             world=command.world,
             log=path / "log",

@@ -1,6 +1,6 @@
 """Signals to the processes of a run at random moments, again and again: nothing may be lost.
 
-Each attempt is a job of real processes that run `launch/pretrain.py`.  In a phase that was drawn
+Each attempt is a job of real processes that run `megagrow train`.  In a phase that was drawn
 (starting, training, validating, saving or growing) one or all of them get a SIGKILL, all of them
 a SIGINT as from a terminal, or one a SIGSTOP, after which the job must end by itself.  Then the
 run is started again, until it comes to its end.
@@ -159,7 +159,7 @@ class Campaign:
         if drawn is not None and drawn.signal is signal.SIGSTOP:
             arguments += _IMPATIENT
         processes = started.start(
-            "pretrain.py",
+            "train",
             arguments,
             world=self.world,
             log=path.with_suffix(".log"),

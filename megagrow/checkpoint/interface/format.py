@@ -345,7 +345,6 @@ class Format:
 
     Attributes:
         name: as the command line knows it.
-        about: one line for `--help`.
         find: the checkpoint of this format that a path means (itself, or one inside it, for
             instance the newest), or None.  Looks at names, and at no more of a file than it must.
         open_source: open what `find` returned (CheckpointError).
@@ -356,7 +355,6 @@ class Format:
     """
 
     name: str
-    about: str
     find: Callable[[Path], Path | None]
     open_source: Callable[[Path], Source]
     open_sink: Callable[[Request], Sink]

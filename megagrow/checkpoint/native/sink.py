@@ -91,7 +91,6 @@ def _open(path: Path) -> Source:
 
 FORMAT = Format(
     name="native",
-    about="megagrow's own, in any layout",
     find=_find,
     open_source=_open,
     open_sink=NativeSink,

@@ -195,7 +195,6 @@ def _find(path: Path) -> Path | None:
 
 FORMAT = Format(
     name="dcp",
-    about="torch.distributed.checkpoint with full names",
     find=_find,
     open_source=open_source,
     open_sink=DcpSink,

@@ -168,7 +168,6 @@ def _is_tag(path: Path) -> bool:
 
 FORMAT = Format(
     name="deepspeed",
-    about="what DeepSpeed's engine saves, ZeRO 0 to 3, pipelines",
     find=find,
     open_source=open_source,
     open_sink=DeepSpeedSink,

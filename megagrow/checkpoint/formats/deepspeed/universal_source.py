@@ -304,7 +304,6 @@ def find(path: Path) -> Path | None:
 
 FORMAT = Format(
     name="universal",
-    about="DeepSpeed's universal checkpoint, for load_universal",
     find=find,
     open_source=open_source,
     open_sink=UniversalSink,

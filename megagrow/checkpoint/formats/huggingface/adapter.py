@@ -330,7 +330,6 @@ def _find(path: Path) -> Path | None:
 
 FORMAT = Format(
     name="huggingface",
-    about="GPT-2 and LLaMA directories of Hugging Face: parameters in safetensors, config.json",
     find=_find,
     open_source=open_source,
     open_sink=HuggingFaceSink,

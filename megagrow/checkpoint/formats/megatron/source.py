@@ -317,7 +317,6 @@ def _is_iteration(path: Path) -> bool:
 
 FORMAT = Format(
     name="megatron",
-    about="Megatron-LM's classic mp_rank_* grid (--ckpt-format torch)",
     find=find,
     open_source=open_source,
     open_sink=MegatronSink,

@@ -1,4 +1,4 @@
-"""What the command lines of `launch/` share: numbers with a range, and errors that help."""
+"""What all command lines share: numbers with a range, examples, and errors that help."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megagrow.files import or_shipped
+
 _SETTING = re.compile(r"^--([A-Za-z_]\w*(?:\.\w+)+)(=.*)?$", re.DOTALL)
 _NO_VALUE = re.compile(r"^--[a-z][\w-]*=--$")
 _LONGEST_NAME = 255  # bytes; of Linux's file systems
 _SHOWN = 60  # characters of a wrong value
+_INSTALLED = {"pretrain": "train", "prepare_data": "prepare"}  # the others have the same name
 
 
 class Parser(argparse.ArgumentParser):
     """A parser with examples below its options, which knows how settings are given.
 
     Args:
-        examples: lines that follow the heading "examples:".
+        examples: lines that follow the heading "examples:", as for the scripts of `launch/`;
+            of the command `megagrow` they are shown as it takes them.
         options: those of `argparse.ArgumentParser`.
     """
 
@@ -30,6 +34,8 @@ class Parser(argparse.ArgumentParser):
                 "formatter_class": argparse.RawDescriptionHelpFormatter,
             }
         super().__init__(**options)
+        if self.epilog and self.prog.startswith("megagrow "):
+            self.epilog = as_installed(self.epilog)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; but `--option=--` is a wrong value and not an empty list."""
@@ -86,6 +92,11 @@ def as_path_text(text: str) -> str:
     return text
 
 
+def as_file(text: str) -> Path:
+    """An argparse type: the path of a file, or the name of one that comes with megagrow."""
+    return or_shipped(as_path(text))
+
+
 def _range(least: int, most: int) -> str:
     return f"at least {least}" if most >= 2**63 - 1 else f"{least} to {most}"
 
@@ -110,3 +121,18 @@ def sections(text: str, *, name: str) -> str:
     return (
         "\n\n".join(part for part in text.strip("\n").split("\n\n") if wanted.search(part)) + "\n"
     )
+
+
+def as_installed(examples: str) -> str:
+    """Examples of the scripts of `launch/` as the command `megagrow` takes them."""
+    parts = []
+    for part in examples.split("\n\n"):
+        # `supervise` takes a command in the place of a script; other launchers start a module.
+        train = "train" if "supervise.py" in part else "--module megagrow train"
+        part = re.sub(
+            r"python launch/(\w+)\.py",
+            lambda found: f"megagrow {_INSTALLED.get(found[1], found[1])}",
+            part,
+        )
+        parts.append(part.replace("launch/pretrain.py", train))
+    return "\n\n".join(parts)

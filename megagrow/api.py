@@ -1,0 +1,226 @@
+"""What Python programs call: the functions that `import megagrow` offers.
+
+Each is a thin layer over what the command of the same purpose does.  PyTorch and DeepSpeed are
+imported when a function needs them, not before.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megagrow.checkpoint.convert.job import Report
+    from megagrow.checkpoint.interface.format import Source
+    from megagrow.config import Config
+    from megagrow.train.job import Outcome
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and check the configuration of a run.
+
+    Args:
+        path: a YAML file; a name such as ``configs/quickstart.yaml`` is that of a file that comes
+            with megagrow, where there is no such file.
+        overrides: ``key.sub=value``, in order, as on the command line.
+
+    Raises:
+        ConfigError: the file cannot be read, or settings are unknown, missing or out of range;
+            all of them are named.
+
+    Example:
+        >>> config = megagrow.load_config("configs/quickstart.yaml", ["run.dir=runs/mine"])
+        >>> config.model.layers
+        3
+    """
+    from megagrow.config.load import load_config
+
+    return load_config(path, overrides)
+
+
+def train_model(config: Config, resume: str | Path = "auto") -> Outcome:
+    """Train a run to its end, or go on with it.
+
+    This process is the whole job, or the rank of one that a launcher has started (then every
+    rank calls it).  It stays in the job, so several runs may follow each other.  SIGTERM, SIGUSR1
+    and Ctrl-C end the training at the next safe point, with a checkpoint, as they do for the
+    command; they are listened to in the main thread alone.
+
+    Args:
+        config: the run.
+        resume: ``auto`` goes on from the newest checkpoint of ``run.dir`` if there is one,
+            ``good`` from the newest that is undamaged; ``never``, or the path of a checkpoint.
+
+    Returns:
+        The newest checkpoint of the run, and the signal that ended it early, if one did.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, GrowthError: what the run is refused for.
+        LockError: another job trains in ``run.dir``.
+        TrainingError: the training had to stop.
+        LostContactError: another rank of the job is gone.
+
+    Example:
+        >>> outcome = megagrow.train_model(config)
+        >>> outcome.checkpoint
+        PosixPath('runs/mine/checkpoints/step_00001200')
+    """
+    from megagrow.cluster.environment import require_one_task
+    from megagrow.train.checkpoints import DIRECTORY, newest
+    from megagrow.train.health.signals import StopRequest
+    from megagrow.train.job import Outcome, leave_job, run_job
+    from megagrow.train.opening import look_ahead
+    from megagrow.train.ready import ready
+
+    resume = os.fspath(resume)
+    with StopRequest(speaking=os.environ.get("RANK", "0") == "0").listening() as stop:
+        require_one_task(os.environ)
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        found = ready(config, world=world)
+        assert found.data is not None
+        over = look_ahead(
+            found.config, plan=found.plan, data=found.data, world=world, resume=resume
+        )
+        if over is not None:
+            return Outcome(newest(Path(config.run.dir) / DIRECTORY))
+        atexit.unregister(leave_job)
+        atexit.register(leave_job)
+        return run_job(found, resume=resume, stop=stop)
+
+
+def grow_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    *,
+    operator: str,
+    factor: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+    state_policy: str | None = None,
+    **more: Any,
+) -> Path:
+    """Grow the checkpoint of a run into that of a larger model, without a job.
+
+    Args:
+        source: a native checkpoint, or a run directory: its newest one.
+        target: the directory that will hold ``step_<step>`` of the grown model.
+        operator: the name of a growth operator, or several joined by ``+``.
+        factor: how many times larger; 2 where no `sizes` are given either.
+        sizes: of the grown model instead of a factor, such as ``{"hidden": 512, "layers": 12}``.
+        state_policy: what becomes of the optimizer state; by default the operator's first one.
+        more: further settings of a ``grow`` section, such as ``rewarm`` or ``noise``.
+
+    Returns:
+        The grown checkpoint.
+
+    Raises:
+        ConfigError: the settings do not go together.
+        CheckpointError: there is no such checkpoint, it is damaged, or it belongs to no run; or
+            the result is there already.
+        GrowthError: the growth does not fit the model.
+
+    Example:
+        >>> megagrow.grow_checkpoint("runs/mine", "grown", operator="width", factor=2)
+        PosixPath('grown/step_00001200')
+    """
+    from megagrow.config import GrowConfig
+    from megagrow.config.load import parse_settings
+    from megagrow.train.grow_offline import plan_offline, write_offline
+
+    target_sizes = None if sizes is None else dict(sizes)
+    given = {"operator": operator, "factor": factor, "target": target_sizes,
+             "state_policy": state_policy, **more}  # fmt: skip
+    grow = parse_settings(GrowConfig, given, source="this growth cannot be")
+    return write_offline(plan_offline(Path(source), grow), Path(target))
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to_format: str,
+    from_format: str | None = None,
+    tensor: int | None = None,
+    pipeline: int | None = None,
+    data: int | None = None,
+    zero: int | None = None,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    config: str | Path | None = None,
+    verify: bool = False,
+) -> Report:
+    """Convert a checkpoint to another format or layout; the target appears complete or not at all.
+
+    Args:
+        source: a checkpoint of any format, or a run directory: its newest one.
+        target: the directory to make; nothing may be there.
+        to_format: ``native``, ``huggingface``, ``deepspeed``, ``universal``, ``megatron`` or
+            ``dcp``.
+        from_format: by default what the source looks like.
+        tensor, pipeline, data, zero: the layout of the result; without any, the source's.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; by default nothing is rounded.
+        tokenizer: a file or a directory to carry along; by default the model's own.
+        config: the configuration file of a run that is to start from the result.
+        verify: whether to read the result back and compare every value.
+
+    Returns:
+        What was done: bytes, seconds, what was rounded, left out and compared.
+
+    Raises:
+        ConfigError: an option that the format has no use for.
+        CheckpointError: the source is missing or damaged, has no place in the format, or the
+            target is taken; or the comparison failed.
+
+    Example:
+        >>> report = megagrow.convert_checkpoint("runs/mine", "export", to_format="huggingface")
+        >>> report.survey.bytes
+        4327680
+    """
+    from megagrow.checkpoint.convert.run import convert
+    from megagrow.train.conversion import conversion
+
+    job = conversion(
+        Path(source),
+        Path(target),
+        to_format=to_format,
+        from_format=from_format,
+        tensor=tensor,
+        pipeline=pipeline,
+        data=data,
+        zero=zero,
+        dtype=dtype,
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+        config=config,
+    )
+    return convert(job, verify=verify)
+
+
+def open_checkpoint(path: str | Path, *, from_format: str | None = None) -> Source:
+    """Open a checkpoint of any format for reading, by any number of threads.
+
+    Args:
+        path: a checkpoint, or a run directory: its newest one.
+        from_format: by default what it looks like.
+
+    Returns:
+        The checkpoint: its ``step``, ``layout``, ``config``, and the logical tensors of its
+        ``catalog``, of each of which ``read`` gives any box.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+
+    Example:
+        >>> checkpoint = megagrow.open_checkpoint("runs/mine")
+        >>> checkpoint.step, checkpoint.catalog.parameters
+        (1200, 1081920)
+        >>> from megagrow.state.boxes import whole
+        >>> tensor = checkpoint.catalog["embedding.token"]
+        >>> checkpoint.read(tensor.name, "master", whole(tensor.shape)).shape
+        torch.Size([4096, 96])
+    """
+    from megagrow.checkpoint.convert.registry import detect
+
+    fmt, found = detect(Path(path), from_format)
+    return fmt.open_source(found)

@@ -1,0 +1,143 @@
+"""Grow a checkpoint offline, or list the growth operators; see --help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from megagrow.arguments import Parser, as_path
+from megagrow.errors import exit_status
+
+EXAMPLES = """\
+  # twice the width; the result is OUT/step_<step>, to go on from with pretrain.py --resume OUT
+  python launch/grow.py --from runs/quickstart --to OUT --operator width --factor 2
+
+  # a given model, by two operators in one growth
+  python launch/grow.py --from runs/quickstart --to OUT --operator width+depth_stack \\
+      --target hidden=512 heads=8 ffn=2048 layers=12 --state-policy sparkling
+
+  # what there is
+  python launch/grow.py --list
+"""
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(
+        description="Grow a native checkpoint into the checkpoint of a larger model.",
+        examples=EXAMPLES,
+    )
+    add = parser.add_argument
+    add("--list", action="store_true", help="print the operators and state policies, and end")
+    add("--markdown", action="store_true", help="with --list: as Markdown tables")
+    add("--from", dest="source", type=as_path, metavar="CKPT",
+        help="a checkpoint, or a run directory: its newest one")  # fmt: skip
+    add("--to", dest="target", type=as_path, metavar="DIR",
+        help="where step_<step> of the grown model is to lie")  # fmt: skip
+    add("--operator", metavar="NAME", help="an operator of --list, or several joined by +")
+    add("--factor", type=int, metavar="K", help="how many times larger (2)")
+    add("--target", dest="sizes", nargs="+", metavar="SIZE=N",
+        help="sizes of the grown model instead of a factor: hidden=512 layers=12")  # fmt: skip
+    add("--state-policy", metavar="P", help="what becomes of optimizer state (the first listed)")
+    add("--rewarm", type=int, metavar="STEPS", help="steps of re-warming (the policy's own)")
+    add("--ramp", type=int, metavar="STEPS", help="steps to let new units in (the operator's own)")
+    add("--fit-steps", type=int, metavar="N", help="steps of fitting ligo (the operator's own)")
+    add("--noise", type=float, metavar="S",
+        help="noise on copies, in units of their root mean square (operator's own)")  # fmt: skip
+    add("--shrink", type=float, metavar="S", help="of shrink_pad_perturb, on old weights (0.4)")
+    add("--sources", type=int, nargs="+", metavar="I",
+        help="of depth_slices: the old layer that each new one copies")  # fmt: skip
+    add("--keep-first", type=int, metavar="N", help="of depth_slices: so many are not copied")
+    add("--keep-last", type=int, metavar="N", help="the same, of the last layers")
+    add("--mup", action="store_true", help="divide matrices' rates by the growth of their inputs")
+    add("--dry-run", action="store_true", help="check and print sizes; write nothing")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if not options.list:
+        wanted = {"--from": options.source, "--operator": options.operator}
+        if not options.dry_run:
+            wanted["--to"] = options.target
+        missing = [name for name, value in wanted.items() if value is None]
+        if missing:
+            parser.error(f"{' and '.join(missing)} must be given (or --list)")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    if options.list:
+        from megagrow.growth import table
+
+        print(table.markdown() if options.markdown else table.text())
+        return
+    from megagrow.checkpoint.interface.accounting import summary
+    from megagrow.config.yamltext import write_yaml
+    from megagrow.report.units import human
+    from megagrow.train.grow_offline import (
+        describe_sizes,
+        plan_offline,
+        stages_to_go_on,
+        write_offline,
+    )
+
+    plan = plan_offline(options.source, grow_section(options))
+    growth, old = plan.growth, plan.checkpoint
+    print(f"from        {old.path} (step {old.step})")
+    for line in summary(old.left_out):
+        print(f"left out    {line}")
+    print(f"growth      {growth.operator.name}, state policy {growth.policy.name}")
+    for line in growth.caveats(
+        grad_clip=plan.config.optimizer.grad_clip, dropout=plan.model.dropout
+    ):
+        print(f"            {line}")
+    for line in describe_sizes(plan):
+        print(f"sizes       {line}")
+    print(f"parameters  {growth.small.parameters:,} -> {growth.target.parameters:,}")
+    print(f"bytes       {human(old.bytes, 'B')} -> {human(plan.bytes, 'B')}")
+    if options.dry_run:
+        return
+    path = write_offline(plan, options.target)
+    print(f"written     {path}")
+    print(f"\ngo on with  launch/pretrain.py --resume {path} run.dir=NEW and these stages:\n")
+    print(write_yaml({"stages": stages_to_go_on(plan)}))
+
+
+def grow_section(options: argparse.Namespace) -> Any:
+    """The `grow` section that the options stand for; raises ConfigError where they clash."""
+    from megagrow.config import GrowConfig
+    from megagrow.config.load import parse_settings
+
+    given = {
+        "operator": options.operator,
+        "factor": options.factor,
+        "target": None if options.sizes is None else dict(map(_size, options.sizes)),
+        "state_policy": options.state_policy,
+        "rewarm": options.rewarm,
+        "ramp": options.ramp,
+        "fit_steps": options.fit_steps,
+        "noise": options.noise,
+        "shrink": options.shrink,
+        "sources": options.sources,
+        "keep_first": options.keep_first,
+        "keep_last": options.keep_last,
+        "mup": options.mup,
+    }
+    return parse_settings(GrowConfig, given, source="this growth cannot be")
+
+
+def _size(text: str) -> tuple[str, int]:
+    from megagrow.errors import ConfigError
+
+    key, _, number = text.partition("=")
+    if not (number.isascii() and number.isdigit() and len(number) < 19):
+        raise ConfigError(
+            f"--target {text}: not a size", expected="such as hidden=512", fix="see --help"
+        )
+    return key, int(number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn an error that the user can fix into a message and a status."""
+    options = parse(arguments)
+    return exit_status(lambda: run(options))

@@ -1,0 +1,48 @@
+"""Show what a checkpoint of any format holds, and check it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from megagrow.arguments import Parser, as_path
+from megagrow.errors import exit_status
+
+EXAMPLES = """\
+  python launch/inspect.py runs/quickstart
+  python launch/inspect.py runs/quickstart/checkpoints/step_00000400 --verify
+  python launch/inspect.py MODEL --tensors
+"""
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(description=__doc__, examples=EXAMPLES)
+    add = parser.add_argument
+    add("path", type=as_path, metavar="PATH", help="a checkpoint, or a run directory: its newest")
+    add("--format", help="by default what it looks like")
+    add("--tensors", action="store_true", help="list names, shapes, element types")
+    add("--verify", action="store_true", help="read all files, compare checksums")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    from megagrow.checkpoint.convert.registry import detect
+    from megagrow.checkpoint.convert.summary import describe, list_tensors
+
+    fmt, path = detect(options.path, options.format)
+    source = fmt.open_source(path)
+    if options.verify:
+        source.verify()
+    checksums = "all correct" if options.verify else "not compared"
+    print(describe(source, format_name=fmt.name, checksums=checksums))
+    if options.tensors:
+        print(f"\n{list_tensors(source)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and show; returns the exit status."""
+    options = parse(arguments)
+    return exit_status(lambda: run(options))

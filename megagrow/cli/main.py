@@ -1,0 +1,65 @@
+"""The command `megagrow`: it imports the module of the command that is asked for, and no other."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from megagrow import __version__
+from megagrow.arguments import Parser
+
+# The module below `megagrow.cli` of each command, and what it does.
+COMMANDS = {
+    "train": ("train", "train a language model that grows while it trains"),
+    "supervise": ("supervise", "start a job, watch it, end it when it fails, start it again"),
+    "prepare": ("prepare_data", "make a tokenizer and a dataset from text"),
+    "plan": ("plan", "plan when to grow, how much it saves, what it costs on a machine"),
+    "grow": ("grow", "grow a checkpoint offline, or list the growth operators"),
+    "convert": ("convert", "convert a checkpoint between formats and layouts"),
+    "inspect": ("inspect_checkpoint", "show what a checkpoint holds, and check it"),
+    "evaluate": ("evaluate", "score a checkpoint: perplexity, last words, bits per byte, tasks"),
+    "report": ("report", "make the report of a run again"),
+    "benchmark": ("benchmark", "measure growth, operators, speed, compute saved"),
+    "configs": ("configs", "list the configurations that come along, or print one"),
+}
+_EXAMPLES = """\
+  megagrow prepare --input stdlib --output data/stdlib --vocab-size 4096
+  megagrow train --config configs/quickstart.yaml
+  megagrow train --help
+
+  # several processes: any launcher that starts a Python module
+  deepspeed --num_gpus 8 --module megagrow train --config configs/quickstart.yaml
+  torchrun --nproc-per-node 8 -m megagrow train --config configs/quickstart.yaml
+  megagrow supervise --ranks 8 train --config configs/quickstart.yaml
+"""
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that is asked for, and its own arguments."""
+    words = list(arguments)
+    # DeepSpeed's launcher puts it before everything that it was given.
+    launcher = [words.pop(0)] if words and words[0].startswith("--local_rank=") else []
+    lines = "\n".join(f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items())
+    parser = Parser(
+        prog="megagrow",
+        usage="megagrow COMMAND ...",
+        description="Pretraining in which a language model grows while it trains.\n\n"
+        f"commands (megagrow COMMAND --help tells more):\n{lines}",
+        examples=_EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"megagrow {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser.parse_args(words[:1]).command, launcher + words[1:]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what a command line asks for; returns the exit status.
+
+    `sys.argv` becomes that of the command, as if it were a program called `megagrow COMMAND`.
+    """
+    name, words = parse(sys.argv[1:] if arguments is None else arguments)
+    sys.argv = [f"megagrow {name}", *words]
+    module = importlib.import_module(f"megagrow.cli.{COMMANDS[name][0]}")
+    return int(module.main(words))

@@ -1,0 +1,137 @@
+"""Text to a tokenizer and an indexed dataset; see --help."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from megagrow.arguments import Parser, as_file, as_path, as_path_text, whole
+from megagrow.data.formats import FORMATS
+from megagrow.data.request import DTYPES, Request
+from megagrow.errors import exit_status
+
+EXAMPLES = """\
+  # the source files of Python's standard library, about 30 MB of text
+  python launch/prepare_data.py --input stdlib --output data/stdlib --workers 2
+
+  # one text file: one document, the end of which validates
+  python launch/prepare_data.py --input BOOK.txt --output data/book
+
+  # JSONL with a ready tokenizer
+  python launch/prepare_data.py --input CORPUS.jsonl --text-key text \\
+      --tokenizer TOKENIZER.json --output data/corpus --workers 16
+
+A run that was stopped goes on where it was when the same command is given again;
+until then its work lies in OUTPUT.work, which may be removed.
+"""
+
+
+def parse(arguments: Sequence[str] | None = None) -> Request:
+    """The command line as a request.
+
+    Raises:
+        DataError: options are out of range, or exclude each other.
+    """
+    parser = Parser(
+        description="Make a tokenizer and an indexed dataset (Megatron's .bin/.idx) from text.",
+        examples=EXAMPLES,
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        type=as_path_text,
+        required=True,
+        help="text or JSON records, a file or a directory of such, plain or compressed (gzip, "
+        "bzip2, xz, zstd); or 'stdlib'",
+    )
+    add("--output", required=True, type=as_path, help="directory to make")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--tokenizer", type=as_file, help="a .model or tokenizer.json to use")
+    kind.add_argument(
+        "--vocab-size",
+        type=whole(1, 2**31 - 1),
+        default=Request.vocab_size,
+        help="of the tokenizer to train (default %(default)s)",
+    )
+    add(
+        "--tokenizer-sample",
+        type=whole(1, 2**40),
+        default=Request.tokenizer_sample,
+        metavar="CHARACTERS",
+        help="of text to train the tokenizer on (default %(default)s)",
+    )
+    add(
+        "--validation-fraction",
+        type=float,
+        default=Request.validation_fraction,
+        help="of the tokens (default %(default)s)",
+    )
+    add(
+        "--seed",
+        type=whole(0),
+        default=Request.seed,
+        help="of split and sample (default %(default)s)",
+    )
+    add(
+        "--workers",
+        type=whole(1, 4096),
+        default=Request.workers,
+        help="processes (default %(default)s)",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default=Request.dtype,
+        help="token type; auto is uint16 for vocabularies below 65500",
+    )
+    add("--glob", default=Request.glob, help="files of a directory (default %(default)r)")
+    add(
+        "--format",
+        choices=FORMATS,
+        default=Request.format,
+        help="what all files are: text as it stands, or JSON records, one a line or an array of "
+        "them; auto looks into each file, and asks where it could be either",
+    )
+    add(
+        "--text-key",
+        metavar="KEY",
+        help="of the text in a JSON record (default 'text'); given, all files must be JSON",
+    )
+    add(
+        "--documents",
+        choices=("file", "paragraph"),
+        default=Request.documents,
+        help="a text file is one document, or many parted by blank lines (default %(default)s)",
+    )
+    add(
+        "--eod",
+        metavar="NAME",
+        help="special token of --tokenizer that ends a document (default: what the tokenizer or "
+        "the tokenizer_config.json beside it tells)",
+    )
+    add(
+        "--bos",
+        metavar="NAME",
+        help="special token that begins a document, or 'none' (default: the one that the "
+        "tokenizer itself puts there, if it does)",
+    )
+    add("--overwrite", action="store_true", help="replace a dataset made otherwise")
+    return Request(**vars(parser.parse_args(arguments)))
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line asks for."""
+    request = parse(arguments)
+    from megagrow.data.prepare import prepare
+    from megagrow.data.summary import summary
+
+    print("\n".join(summary(prepare(request))))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and prepare; returns the exit status."""
+    try:
+        return exit_status(lambda: run(arguments))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130

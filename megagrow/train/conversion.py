@@ -1,0 +1,122 @@
+"""A conversion as a person asks for it: what its words stand for, refused where they clash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megagrow.checkpoint.convert.registry import FORMATS, detect, get_format
+from megagrow.checkpoint.convert.run import Job
+from megagrow.checkpoint.interface.format import ReadOptions
+from megagrow.config.load import load_config
+from megagrow.data.dataset import open_dataset
+from megagrow.errors import ConfigError
+from megagrow.state.layout import Layout
+from megagrow.train.fingerprints import fingerprints
+from megagrow.train.run_plan import with_vocabulary
+from megagrow.train.state import RunState
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def conversion(
+    source: Path,
+    target: Path,
+    *,
+    to_format: str,
+    from_format: str | None = None,
+    tensor: int | None = None,
+    pipeline: int | None = None,
+    data: int | None = None,
+    zero: int | None = None,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    allow_other_tokenizer: bool = False,
+    vocab_size: int | None = None,
+    ignore: Sequence[str] = (),
+    config: str | Path | None = None,
+    shard_gib: float | None = None,
+) -> Job:
+    """The job that the options of `megagrow convert` ask for; nothing is read but what it takes.
+
+    Raises:
+        ConfigError: an option that the target's format has no use for, or no such element type.
+        CheckpointError: no such format, or there is no checkpoint at `source`.
+    """
+    layout = {"tensor": tensor, "pipeline": pipeline, "data": data, "zero": zero}
+    given = {**layout, "tokenizer": tokenizer, "shard-gib": shard_gib}
+    for name, value in given.items():
+        if value is not None:
+            _require_option(name, to_format)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(
+            "--dtype: not an element type of checkpoints", found=dtype, expected=", ".join(DTYPES)
+        )
+    told = ReadOptions(vocabulary=vocab_size, ignore=tuple(sorted(ignore)))
+    run, held = _run_to_be(config)
+    return Job(
+        source=source,
+        source_format=from_format,
+        target=target,
+        target_format=to_format,
+        layout=_layout(source, from_format, told, to_format=to_format, **layout),
+        dtype=getattr(torch, dtype) if dtype else None,
+        tokenizer=tokenizer,
+        told=told,
+        allow_other_tokenizer=allow_other_tokenizer,
+        file_bytes=int((shard_gib or 5.0) * 2**30),
+        run_state=RunState().to_json(),
+        config=run,
+        fingerprints=held,
+    )
+
+
+def _require_option(name: str, to_format: str) -> None:
+    """Refuse what would make no difference."""
+    if name not in get_format(to_format).options:
+        able = [fmt.name for fmt in FORMATS.values() if name in fmt.options]
+        raise ConfigError(
+            f"--{name}: format {to_format} has no such thing",
+            expected=f"one of {', '.join(able)} with it",
+            fix=f"leave --{name} out",
+        )
+
+
+def _layout(
+    source: Path,
+    from_format: str | None,
+    told: ReadOptions,
+    *,
+    to_format: str,
+    zero: int | None,
+    **sizes: int | None,
+) -> Layout | None:
+    """The layout asked for: sizes that are not given are 1, the ZeRO stage is the source's.
+
+    Where nothing is asked for it is the source's, as far as the format has a place for it.
+    """
+    if zero is None and not any(sizes.values()):
+        return None
+    held = FORMATS[to_format].axes
+    fmt, path = detect(source, from_format)
+    before = fmt.open(path, told).layout
+    if not any(sizes.values()):
+        sizes = {axis: getattr(before, axis) for axis in held}
+    if zero is None:
+        zero = before.zero if "data" in held else 0
+    return Layout(**{axis: size or 1 for axis, size in sizes.items()}, zero=zero)
+
+
+def _run_to_be(
+    path: str | Path | None,
+) -> tuple[Mapping[str, Any] | None, Mapping[str, str] | None]:
+    """Configuration and fingerprints of the run that is to start from the result."""
+    if path is None:
+        return None, None
+    config = load_config(path)
+    data = open_dataset(config.data.path, config.data.tokenizer)
+    config = with_vocabulary(config, data.vocab_size)
+    return config.model_dump(mode="json", by_alias=True), fingerprints(data)

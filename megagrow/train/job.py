@@ -1,0 +1,101 @@
+"""Runs on the processes of one job: they join, train, and leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megagrow.train.health.signals import StopRequest
+
+if TYPE_CHECKING:
+    from megagrow.train.ready import Ready
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended that nothing went wrong in.
+
+    Attributes:
+        checkpoint: the newest one, which the run can go on from; None where it saved none.
+        signal: the number of the signal that asked for an end before the last step, or 0.
+    """
+
+    checkpoint: Path | None
+    signal: int = 0
+
+
+class LostContactError(Exception):
+    """A collective failed because another process is gone.
+
+    Attributes:
+        found: what this process saw, and which rank is the cause.
+        told: whether another rank tells already.
+    """
+
+    def __init__(self, error: RuntimeError, cause: str, *, told: bool) -> None:
+        self.found = "; ".join(filter(None, [cause, str(error).splitlines()[0]]))
+        self.told = told
+        super().__init__(self.found)
+
+
+def run_job(found: Ready, *, resume: str, stop: StopRequest) -> Outcome:
+    """Train a run that can start, on the processes that a launcher started or on this one alone.
+
+    The process stays in the job, and may train again in it; `leave_job` ends that.
+
+    Args:
+        found: what `ready` has found; with data.
+        resume: as for `Trainer`.
+        stop: whether somebody asked for an end.
+
+    Raises:
+        MegagrowError: on all ranks, for anything that the user can fix.
+        LostContactError: another rank is gone.
+    """
+    # DeepSpeed takes seconds to import: not before everything that can be refused has been.
+    from megagrow.engine import comm
+    from megagrow.train.health.run_lock import holding_run
+    from megagrow.train.health.watch import watching
+    from megagrow.train.loop import Trainer
+
+    config, data = found.config, found.data
+    assert data is not None
+    try:
+        ranks = comm.start(config.watch.slow)
+    except RuntimeError as error:  # which torch.distributed's own errors are
+        cause = f"not all ranks came within watch.slow = {config.watch.slow:g} s"
+        raise LostContactError(error, cause, told=False) from error
+    with holding_run(config, ranks) as lock, watching(ranks, config) as watch:
+        try:
+            stop.deferring = True
+            trainer = Trainer(
+                config=config,
+                plan=found.plan,
+                data=data,
+                comm=ranks,
+                resume=resume,
+                watch=watch,
+                stop=stop,
+                lock=lock,
+            )
+            signal = trainer.run()
+            return Outcome(trainer.last_saved, signal)
+        except RuntimeError as error:
+            if not _lost_contact(error):
+                raise
+            told = not watch.speaks_first()
+            raise LostContactError(error, watch.explain(), told=told) from error
+
+
+def leave_job() -> None:
+    """Leave the job that `run_job` has joined, once and for all: DeepSpeed joins no second one."""
+    from megagrow.engine import comm
+
+    comm.stop()
+
+
+def _lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone."""
+    text = str(error)
+    return any(sign in text for sign in ("by peer", "gloo/transport", "NCCL", "Broken pipe"))
