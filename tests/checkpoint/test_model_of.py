@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 from grown import HISTORIES, save_grown
-from states import opened
+from states import opened, save_model
+from toys import toy_model
 
 from megagrow.checkpoint.convert.load_model import load_model
 from megagrow.checkpoint.convert.summary import describe
 from megagrow.checkpoint.interface.model_of import model_of, told_model
 from megagrow.config.growths import GrowConfig
 from megagrow.errors import CheckpointError
+from megagrow.models.catalog import build_catalog
+from megagrow.state.catalog import LogicalTensor
 from megagrow.train.grow_offline import plan_offline, write_offline
 
 ROOT = Path(__file__).parent.parent.parent
@@ -83,3 +86,17 @@ def test_a_configuration_that_does_not_lead_to_the_tensors_is_refused(tmp_path):
     assert told_model(Changed) is None
     with pytest.raises(CheckpointError, match="does not tell the shape"):
         model_of(Changed)
+
+
+def test_a_checkpoint_from_before_tensors_had_roles_is_read_as_today(tmp_path, monkeypatch):
+    model = toy_model(tie_embeddings=False)
+    today = LogicalTensor.to_json
+
+    def before(tensor):
+        return {k: v for k, v in today(tensor).items() if k not in ("role", "reads", "centred")}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LogicalTensor, "to_json", before)
+        path, _ = save_model(tmp_path, model)
+    assert '"role"' not in (path / "manifest.json").read_text()
+    assert opened(path).catalog == build_catalog(model)
