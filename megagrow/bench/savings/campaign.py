@@ -1,13 +1,14 @@
 """The order of a savings benchmark: what is to be trained next, given what is finished.
 
-The first seed tunes (the sweeps) and chooses (the finalists); all other seeds measure.  At every
-budget the baseline and the variants have the settings that were best for the baseline there, the
-small models those that were best for them.
+The first seed tunes (in the sweeps, perhaps with some of the others) and chooses (the finalists);
+all others measure.  At every budget the baseline and the variants have the settings that were best
+for the baseline there, the small models those that were best for them.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +97,8 @@ class Campaign:
             for name in names:
                 at = self.sweep_budget(name, budget)
                 for point in self._search(name, at).missing:
-                    yield self._run(name, first, at, point)
+                    for seed in self._tuning(name):
+                        yield self._run(name, seed, at, point)
                 best = self.best(name, budget)
                 if best is not None:
                     yield self._run(name, first, budget, best)
@@ -153,9 +155,14 @@ class Campaign:
         return self._own[name]
 
     def loss(self, name: str, budget: float, point: dict[str, Any]) -> float | None:
-        """Of a baseline or small model with the first seed; None where it is not trained."""
-        found = self._point(*self._run(name, self.config.seeds[0], budget, point))
-        return None if found is None else found.loss
+        """Of a baseline or small model, over the seeds that tune; None before all are trained."""
+        found = [self._point(*self._run(name, seed, budget, point)) for seed in self._tuning(name)]
+        losses = [one.loss for one in found if one is not None]
+        return statistics.fmean(losses) if len(losses) == len(found) else None
+
+    def _tuning(self, name: str) -> list[int]:
+        """The seeds that the sweep of a baseline or small model is decided by."""
+        return self.config.seeds[: self.sweep_of(name)[0].seeds]
 
     def run(self, name: str, seed: int, budget: float) -> tuple[Member, Branch]:
         """A member's run for a budget, at the best settings, or those that sweeps begin at."""

@@ -64,19 +64,22 @@ class SweepConfig(Section):
             round changes nothing.
         budgets: at which of the budgets, in their unit; by default all.  A budget that is not
             named takes the best of the next larger one that is, or of the largest.
+        seeds: it is decided by the mean loss of so many of the benchmark's first seeds.  What is
+            best with one is often not with the next.
     """
 
     values: dict[str, Annotated[list[Any], Field(min_length=1)]]
     by: Literal["coordinate", "grid"] = "coordinate"
     rounds: Positive = 2
     budgets: list[AboveZero] | None = None
+    seeds: Positive = 1
 
     @model_validator(mode="before")
     @classmethod
     def _settings_by_name(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        own = {key: data[key] for key in data if key in ("by", "rounds", "budgets")}
+        own = {key: data[key] for key in data if key in ("by", "rounds", "budgets", "seeds")}
         values = dict(data["values"]) if isinstance(data.get("values"), dict) else {}
         rest = {key: data[key] for key in data if key not in (*own, "values")}
         for name, found in _flat(rest):
