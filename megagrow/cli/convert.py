@@ -25,6 +25,10 @@ EXAMPLES = """\
   # weights to start a run from: configs/quickstart.yaml then goes on with --resume imports/model
   python launch/convert.py --from MODEL --to imports/model --to-format native \\
       --config configs/quickstart.yaml
+
+  # twice as deep on the way, from one format to another
+  python launch/convert.py --from MODEL --to exports/deeper --to-format huggingface \\
+      --grow operator=depth_stack factor=2
 """
 _DTYPES = ("float32", "bfloat16", "float16")
 # Those of `megagrow.checkpoint.convert.registry`, in its order.
@@ -123,6 +127,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="memory for values in each thread (default %(default)s)",
     )
+    add(
+        "--grow",
+        nargs="+",
+        default=(),
+        metavar="KEY=VALUE",
+        help="grow the model on the way: a `grow` section, such as operator=width_fresh factor=2",
+    )
     add("--dry-run", action="store_true", help="print bytes, disk and memory needed, and end")
     add("--verify", action="store_true", help="read the result back and compare every value")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -190,7 +201,8 @@ def conclusion(report: Report, job: Job) -> str:
                      "greatest")  # fmt: skip
     if report.verified:
         how = "rounded to the new element type" if report.rounded else "bit for bit"
-        lines.append(f"verified: every value that the result holds is the source's, {how}")
+        whose = "the source's" if job.transform is None else "what the growth makes of the source"
+        lines.append(f"verified: every value that the result holds is {whose}, {how}")
         same = [what for what, equal in report.described.items() if equal]
         other = [what for what, equal in report.described.items() if not equal]
         if same:

@@ -11,11 +11,14 @@ import torch
 from megagrow.checkpoint.convert.registry import FORMATS, detect, get_format
 from megagrow.checkpoint.convert.run import Job
 from megagrow.checkpoint.interface.format import ReadOptions
-from megagrow.config.load import load_config
+from megagrow.config import GrowConfig
+from megagrow.config.load import load_config, parse_settings
+from megagrow.config.overrides import apply_overrides
 from megagrow.data.dataset import open_dataset
 from megagrow.errors import ConfigError
 from megagrow.state.layout import Layout
 from megagrow.train.fingerprints import fingerprints
+from megagrow.train.grow_offline import Grow
 from megagrow.train.run_plan import with_vocabulary
 from megagrow.train.state import RunState
 
@@ -39,6 +42,7 @@ def conversion(
     ignore: Sequence[str] = (),
     config: str | Path | None = None,
     shard_gib: float | None = None,
+    grow: Sequence[str] = (),
 ) -> Job:
     """The job that the options of `megagrow convert` ask for; nothing is read but what it takes.
 
@@ -71,7 +75,16 @@ def conversion(
         run_state=RunState().to_json(),
         config=run,
         fingerprints=held,
+        transform=_growth(grow),
     )
+
+
+def _growth(settings: Sequence[str]) -> Grow | None:
+    """A `grow` section given as `key=value`."""
+    if not settings:
+        return None
+    section = apply_overrides({}, settings)
+    return Grow(parse_settings(GrowConfig, section, source="--grow"))
 
 
 def _require_option(name: str, to_format: str) -> None:

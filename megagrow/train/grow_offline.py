@@ -8,8 +8,8 @@ run goes on from it with a configuration whose next stage has this `grow` sectio
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from megagrow.checkpoint import NativeCheckpoint
 from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.convert.run import BUFFER_BYTES, Job, convert
 from megagrow.checkpoint.interface.format import Source
+from megagrow.checkpoint.interface.grown import GrownCheckpoint
 from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.checkpoint.native.steps import find, step_of, step_path
 from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
@@ -30,7 +31,7 @@ from megagrow.growth.operators.ligo import Fitted
 from megagrow.growth.plan import Growth, plan_growth
 from megagrow.models.registry import family_of
 from megagrow.schedule.stages import sample_length, stage_batch, stage_optimizer
-from megagrow.state.boxes import Box, whole
+from megagrow.state.boxes import whole
 from megagrow.state.catalog import MASTER, slots_of
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
@@ -58,7 +59,7 @@ class OfflineGrowth:
         config: the run's configuration, with the growth in it.
     """
 
-    checkpoint: NativeCheckpoint
+    checkpoint: Source
     growth: Growth
     small: ModelConfig
     model: ModelConfig
@@ -67,7 +68,35 @@ class OfflineGrowth:
 
     def __call__(self, source: Source) -> Source:
         """The grown checkpoint, as a source."""
-        return GrownCheckpoint(self, source)
+        state_map: StateMap = self.growth
+        old: Ends = source
+        locator: Locator = source
+        state = self.state
+        if self.growth.fit_steps:
+            old, fit, sequence = _fitted(self)
+            target = self.growth.target
+            state_map, locator = Fitted(target), Placement(target, Layout())
+            state = replace(
+                state,
+                flops=state.flops + fit.flops,
+                position=state.position.after(fit.samples, sequence=sequence),
+            )
+        values = Through(
+            state_map,
+            old,
+            locator,
+            slots=source.slots,
+            dtype=self.dtype,
+            seed=self.config.run.seed,
+            staging_bytes=_STAGING_BYTES,
+        )
+        return GrownCheckpoint(
+            source,
+            values,
+            catalog=self.growth.target,
+            config=self.config.model_dump(mode="json", by_alias=True),
+            run_state=state.to_json(),
+        )
 
     def __str__(self) -> str:
         """Equal for equal growths: a conversion that was killed is known by it."""
@@ -86,8 +115,11 @@ class OfflineGrowth:
 
     def dtype(self, tensor: str, slot: str) -> torch.dtype:
         """The element type of a target tensor's slot: that of what the tensor is made of."""
-        made_of = self.growth.blocks(self.growth.target[tensor])[0].source
-        return self.checkpoint.dtype(made_of, slot)
+        return _dtype(self.growth, self.checkpoint, tensor, slot)
+
+
+def _dtype(growth: Growth, source: Source, tensor: str, slot: str) -> torch.dtype:
+    return source.dtype(growth.blocks(growth.target[tensor])[0].source, slot)
 
 
 def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
@@ -100,7 +132,11 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
         CheckpointError: there is none, it is damaged, or it is not one of a training run.
         GrowthError: the growth does not fit the model.
     """
-    checkpoint = NativeCheckpoint.open(_native(source))
+    return plan_of_run(NativeCheckpoint.open(_native(source)), grow)
+
+
+def plan_of_run(checkpoint: Source, grow: GrowConfig) -> OfflineGrowth:
+    """The same for a checkpoint of a run that is open, of any format."""
     require_run(checkpoint)
     try:
         config = parse_config(checkpoint.config, source=f"{checkpoint.path}: its configuration")
@@ -112,12 +148,7 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
     small = model_of(checkpoint)
     length = sample_length(config, small, state.growth_stage)
     state = replace(state, position=state.position.measured(length))
-    model, growth = plan_growth(grow, small)
-    if model == small:
-        raise GrowthError(
-            "the growth changes nothing: the model has these sizes already",
-            fix="give larger sizes with --target, or --factor",
-        )
+    model, growth = _planned(grow, small)
     grown = _with_growth(config, state, grow)
     optimizer = stage_optimizer(grown, state.growth_stage + 1)
     return OfflineGrowth(
@@ -128,6 +159,65 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
         state=state.after_growth(growth, betas=optimizer.bias_correction),
         config=grown,
     )
+
+
+def _planned(grow: GrowConfig, small: ModelConfig) -> tuple[ModelConfig, Growth]:
+    model, growth = plan_growth(grow, small)
+    if model == small:
+        raise GrowthError(
+            "the growth changes nothing: the model has these sizes already",
+            fix="give larger sizes as its target, or a factor",
+        )
+    return model, growth
+
+
+@dataclass(frozen=True)
+class Grow:
+    """Takes a checkpoint of any format through a growth: what `Job.transform` wants.
+
+    One of a run becomes that of the grown run; weights without a run become those of the grown
+    model.
+    """
+
+    grow: GrowConfig
+
+    def __call__(self, source: Source) -> Source:
+        """The grown checkpoint, as a source.
+
+        Raises:
+            CheckpointError: it has optimizer state and is of no run, or does not say its model.
+            GrowthError: the growth does not fit the model, or needs the data of a run.
+        """
+        if "stages" in source.config:
+            return plan_of_run(source, self.grow)(source)
+        moments = [slot.name for slot in source.slots if slot.kind != "parameter"]
+        if moments:
+            raise CheckpointError(
+                f"{source.path}: has optimizer state but is of no run, so the rates that a growth "
+                "gives to old and new parameters could not be kept",
+                found=", ".join(moments),
+                fix="convert its weights alone (--to-format huggingface), and grow those",
+            )
+        small = model_of(source)
+        model, growth = _planned(self.grow, small)
+        if growth.fit_steps:
+            raise GrowthError(
+                f"{growth.operator.name} is fitted on the data of a run, which weights do not have",
+                fix="give another operator, or start a run from the weights and grow in it",
+            )
+        values = Through(
+            growth,
+            source,
+            source,
+            slots=source.slots,
+            dtype=partial(_dtype, growth, source),
+            seed=0,
+            staging_bytes=_STAGING_BYTES,
+        )
+        config = {**source.config, "model": model.model_dump(mode="json", by_alias=True)}
+        return GrownCheckpoint(
+            source, values, catalog=growth.target, config=config, run_state=source.run_state
+        )
 
 
 def _native(source: Path) -> Path:
@@ -180,78 +270,6 @@ def write_offline(
     )
     convert(job, workers=workers, buffer_bytes=buffer_bytes)
     return target
-
-
-class GrownCheckpoint:
-    """The checkpoint that a growth makes of another, as a source: read box by box, never whole."""
-
-    zeros: frozenset[tuple[str, str]] = frozenset()
-
-    def __init__(self, plan: OfflineGrowth, source: Source) -> None:
-        self._source = source
-        self.path, self.step, self.left_out = source.path, source.step, source.left_out
-        self.catalog, self.slots, self.layout = plan.growth.target, source.slots, source.layout
-        self.config = plan.config.model_dump(mode="json", by_alias=True)
-        self.fingerprints = source.fingerprints
-        state_map: StateMap = plan.growth
-        old: Ends = source
-        locator: Locator = source
-        state = plan.state
-        if plan.growth.fit_steps:
-            old, fit, sequence = _fitted(plan)
-            state_map, locator = Fitted(plan.growth.target), Placement(self.catalog, Layout())
-            state = replace(
-                state,
-                flops=state.flops + fit.flops,
-                position=state.position.after(fit.samples, sequence=sequence),
-            )
-        self.run_state = state.to_json()
-        self._values = Through(
-            state_map,
-            old,
-            locator,
-            slots=self.slots,
-            dtype=plan.dtype,
-            seed=plan.config.run.seed,
-            staging_bytes=_STAGING_BYTES,
-        )
-
-    @property
-    def files(self) -> Mapping[str, int]:
-        """Those of the checkpoint that is grown."""
-        return self._source.files
-
-    @property
-    def bytes(self) -> int:
-        """Size of those."""
-        return self._source.bytes
-
-    @property
-    def checksums(self) -> int:
-        """Number of checksums of those, which reads compare."""
-        return self._source.checksums
-
-    def holds(self, tensor: str, slot: str) -> bool:
-        """Whether a tensor has the slot."""
-        return self._values.holds(tensor, slot)
-
-    def dtype(self, tensor: str, slot: str) -> torch.dtype:
-        """The element type of a tensor's slot."""
-        return self._values.dtype(tensor, slot)
-
-    def sources(self, name: str, box: Box, *, reader: int) -> Iterator[tuple[int, Box]]:
-        """One holder of everything."""
-        yield 0, box
-
-    def read(
-        self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The grown values of a box."""
-        return self._values.read(tensor, slot, box, out=out)
-
-    def verify(self) -> None:
-        """Compare every checksum of the checkpoint that is grown."""
-        self._source.verify()
 
 
 def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, Fit, int]:

@@ -28,6 +28,7 @@ from megagrow.config.load import parse_config
 from megagrow.data.dataset import open_dataset
 from megagrow.errors import CheckpointError
 from megagrow.growth.plan import plan_growth
+from megagrow.state.boxes import whole
 from megagrow.train import checkpoints
 from megagrow.train.grow_offline import OfflineGrowth, describe_sizes, plan_offline, write_offline
 
@@ -43,6 +44,14 @@ LLAMA = {
 def command(name, *arguments):
     """`main` of a command, in this process."""
     return jobs.command(name).main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory, dataset):  # noqa: F811
+    base = tmp_path_factory.mktemp("small")
+    stages = [{"until": {"steps": 3}}]
+    train(1, write_config(base / "run.yaml", settings(dataset, base / "run", stages=stages)))
+    return base / "run"
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +215,60 @@ def test_an_option_that_the_format_has_no_use_for_is_refused(
     assert command("convert", "--from", theirs, *out, *option) == 1
     assert f"{option[0]}: format {target} has no such thing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# --- growth on the way of a conversion -----------------------------------------------------
+
+
+def logits(path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    tokens = torch.arange(16).reshape(2, 8) * 7 % 320
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def test_weights_are_grown_from_format_to_format(theirs, tmp_path, capsys):
+    """A growth that keeps the loss keeps the logits, as transformers computes them."""
+    target = tmp_path / "wide"
+    grow = ["--grow", "operator=depth_identity+width_fresh", "factor=2"]
+    options = ["--from", theirs, "--to", target, "--to-format", "huggingface", *grow, "--verify"]
+    assert command("convert", *options, "--tokenizer", "none") == 0
+    assert "is what the growth makes of the source, bit for bit" in capsys.readouterr().out
+    shape = transformers.AutoConfig.from_pretrained(target)
+    assert (shape.hidden_size, shape.num_hidden_layers) == (16, 4)
+    torch.testing.assert_close(logits(target), logits(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_is_grown_on_the_way_as_it_is_grown_by_itself(small_run, tmp_path):
+    options = ["--from", small_run, "--to-format", "native"]
+    way = ["--grow", "operator=depth_stack", "factor=2"]
+    layout = ["--tensor", "2", "--data", "2", "--zero", "1"]
+    assert command("convert", *options, "--to", tmp_path / "way", *way, *layout) == 0
+    plan = plan_offline(small_run, GrowConfig(operator="depth_stack", factor=2))
+    alone = NativeCheckpoint.open(write_offline(plan, tmp_path / "alone"))
+    found = NativeCheckpoint.open(tmp_path / "way")
+    assert found.layout.world == 4 and found.layout.tensor == 2
+    assert (found.config, found.run_state, found.slots) == (
+        alone.config, alone.run_state, alone.slots
+    )  # fmt: skip
+    for tensor in alone.catalog:
+        for slot in alone.slots:
+            values = [c.read(tensor.name, slot.name, whole(tensor.shape)) for c in (found, alone)]
+            assert torch.equal(*values)
+
+
+@pytest.mark.parametrize(
+    ("grow", "says"),
+    [
+        (["operator=ligo", "fit_steps=2"], "is fitted on the data of a run"),
+        (["operator=width", "target={hidden: 8}"], "larger"),
+        (["operator=widht"], "widht"),
+        (["operator"], "operator"),
+    ],
+)
+def test_a_growth_on_the_way_that_cannot_be(theirs, tmp_path, grow, says, capsys):
+    options = ["--from", theirs, "--to", tmp_path / "x", "--to-format", "huggingface"]
+    assert command("convert", *options, "--tokenizer", "none", "--grow", *grow) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error
+    assert not list(tmp_path.iterdir())
