@@ -86,7 +86,7 @@ setup(
         "megagrow.ops": ["*.json"],
         "megagrow.bench.faults": ["*.c"],
     },
-    entry_points={"console_scripts": ["megagrow = megagrow.cli.main:main"]},
+    entry_points={"console_scripts": ["megagrow = megagrow.cli.main:program"]},
     ext_modules=[Extension("megagrow.ops.kernels", sources=[])],
     cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage},
     python_requires=">=3.10,<3.13",

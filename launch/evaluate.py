@@ -7,5 +7,6 @@ if __name__ == "__main__":
     here = os.path.dirname(os.path.realpath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]  # as in pretrain.py
     from megagrow.cli.evaluate import main
+    from megagrow.cli.program import run_program
 
-    sys.exit(main())
+    run_program(main)

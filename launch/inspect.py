@@ -8,8 +8,9 @@ elsewhere = [path for path in sys.path if os.path.realpath(path) != here]
 if __name__ == "__main__":
     sys.path[:] = elsewhere  # as in pretrain.py
     from megagrow.cli.inspect_checkpoint import main
+    from megagrow.cli.program import run_program
 
-    sys.exit(main())
+    run_program(main)
 else:
     # The scripts beside this one leave its directory out of their search.  One of your own that
     # does not, and imports `inspect`, means the standard library's: this module becomes that.

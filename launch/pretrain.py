@@ -8,6 +8,7 @@ if __name__ == "__main__":
     # evaluate.py that are here for the modules of these names.
     here = os.path.dirname(os.path.realpath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]
+    from megagrow.cli.program import run_program
     from megagrow.cli.train import main
 
-    sys.exit(main())
+    run_program(main)

@@ -6,6 +6,7 @@ import sys
 if __name__ == "__main__":
     here = os.path.dirname(os.path.realpath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]  # as in pretrain.py
+    from megagrow.cli.program import run_program
     from megagrow.cli.report import main
 
-    sys.exit(main())
+    run_program(main)

@@ -1,8 +1,6 @@
 """`python -m megagrow COMMAND ...`, which is what the command `megagrow` does."""
 
-import sys
-
-from megagrow.cli.main import main
+from megagrow.cli.main import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from megagrow import __version__
 from megagrow.arguments import Parser
+from megagrow.cli.program import run_program
 
 # The module below `megagrow.cli` of each command, and what it does.
 COMMANDS = {
@@ -52,6 +53,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, list[str]]:
     parser.add_argument("--version", action="version", version=f"megagrow {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     return parser.parse_args(words[:1]).command, launcher + words[1:]
+
+
+def program() -> None:
+    """The installed command."""
+    run_program(main)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
