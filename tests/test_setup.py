@@ -230,7 +230,7 @@ def test_the_installed_package_is_whole(installed, tmp_path):
 
 def test_commands_outside_a_checkout(installed, tmp_path):
     command = (installed / "bin" / "megagrow").read_text()
-    assert "from megagrow.cli.main import main" in command
+    assert "from megagrow.cli.main import program" in command
     said = outside(installed, tmp_path, installed / "bin" / "megagrow", "--help")
     assert said == outside(installed, tmp_path, "-m", "megagrow", "--help")
     assert said.startswith("usage: megagrow COMMAND ...")
