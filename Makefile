@@ -106,9 +106,10 @@ check: setup
 	@$(VENV)/bin/ruff check $(CODE)
 	@$(VENV)/bin/ruff format --check $(CODE)
 	@$(VENV)/bin/mypy megagrow launch
+	@$(VENV)/bin/codespell megagrow launch kernels configs docs benchmarks *.md setup.py Makefile
 
 test: check
-	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
+	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=15 \
 	  -m 'not slow and not cluster and not gpu' tests
 
 test-slow: setup

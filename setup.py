@@ -107,6 +107,7 @@ setup(
     ],
     extras_require={
         "dev": [
+            "codespell",
             "hypothesis",
             # A real reader of our Megatron checkpoints; wheels are for Linux alone.
             "megatron-core; sys_platform == 'linux' and platform_machine == 'x86_64'",
