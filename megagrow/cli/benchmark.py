@@ -34,7 +34,7 @@ EXAMPLES = """\
 
   # more seeds on top of a result that was made elsewhere: what it knows is not trained again
   python launch/benchmark.py savings --config configs/bench/cpu_2x48.yaml \\
-      --known first.json --json more.json 'seeds=[1,2,3,4,5,6,7,8]'
+      --known benchmarks/savings_2x48.json --json runs/more.json 'seeds=[1,2,3,4,5,6,7,8]'
 
   # every growth operator with every state policy, the same data; goes on where it was stopped
   python launch/benchmark.py operators --data data/stdlib --work runs/operators --minutes 45

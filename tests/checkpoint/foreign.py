@@ -25,6 +25,9 @@ class WholeSource:
     def dtype(self, tensor, slot):
         return self._state.tensors[tensor, slot].dtype
 
+    def holds(self, tensor, slot):
+        return any(held.name == slot and held.of(self.catalog[tensor]) for held in self.slots)
+
     def read(self, tensor, slot, box, *, out=None):
         values = self._state.view(tensor, slot, box)
         return values.clone() if out is None else out.copy_(values)

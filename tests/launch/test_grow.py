@@ -227,7 +227,7 @@ def test_a_result_that_cannot_be_synchronised_is_not_kept(small, tmp_path, monke
         patch.setattr(os, "fsync", fails_at_root)
         with pytest.raises(CheckpointError, match=r"cannot be committed\n.*EIO"):
             write_offline(plan, root)
-    assert not list(root.glob("step_*[0-9]"))
+    assert not (root / "step_00000003").exists()
     NativeCheckpoint.open(write_offline(plan, root)).verify()
     assert [path.name for path in root.iterdir()] == ["step_00000003"]
 
