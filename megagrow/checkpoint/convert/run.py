@@ -2,8 +2,8 @@
 
 The work happens in a directory next to the target, which one rename then moves into place:
 
-TARGET.converting-<digest>/out/         the checkpoint being written
-TARGET.converting-<digest>/done.jsonl   one line per finished piece of a file: its checksums
+    TARGET.converting-<digest>/out/         the checkpoint being written
+    TARGET.converting-<digest>/done.jsonl   one line per finished piece of a file: its checksums
 
 The digest is of what is converted and how, so the same command finds the work of an interrupted
 run and resumes it after comparing the checksums of what was written.  The workers are threads:
