@@ -54,7 +54,7 @@ Processes are started here, or by torchrun or the deepspeed launcher: then give 
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(
         description="Measure megagrow; every number is a ratio within one run.",
         examples=EXAMPLES + _LAUNCHERS,
@@ -228,7 +228,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for kind in (growth, speed, savings, compared, departing, faults, conversion, fused, step):
         kind.add_argument("--json", type=as_path, metavar="FILE", help="write all numbers there")
         kind.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    # Overrides and options may come in any order.
+    # Overrides and options may be mixed in any order.
     return parser.parse_args(arguments)
 
 
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if jobs.is_first():
         print(text)
-        if options.json is not None and result:  # a plan alone is no result
+        if options.json is not None and result:  # a plan alone is not a result
             write_json(options.json, result)
             print(f"\nwritten to {os.fspath(options.json)}")
     return 0

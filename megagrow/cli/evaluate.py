@@ -28,7 +28,7 @@ EXAMPLES = """\
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(description="Evaluate a checkpoint of any format.", examples=EXAMPLES)
     add = parser.add_argument
     add("checkpoint", type=as_path, metavar="PATH", help="a checkpoint, or a run: its newest one")
@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Do what the command line asks for, and say it; returns the scores."""
+    """Evaluate, print and return the scores."""
     from tqdm import tqdm
 
     from megagrow.checkpoint.convert.load_model import load_model

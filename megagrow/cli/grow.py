@@ -23,7 +23,7 @@ EXAMPLES = """\
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(
         description="Grow a native checkpoint into the checkpoint of a larger model.",
         examples=EXAMPLES,
@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    """Run the command."""
     if options.list:
         from megagrow.growth import table
 
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def grow_section(options: argparse.Namespace) -> Any:
-    """The `grow` section that the options stand for; raises ConfigError where they clash."""
+    """The `grow` section for the options; raises ConfigError if they conflict."""
     from megagrow.config import GrowConfig
     from megagrow.config.load import parse_settings
 
@@ -138,6 +138,6 @@ def _size(text: str) -> tuple[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn an error that the user can fix into a message and a status."""
+    """Parse and run; turns an error that the user can fix into a message and an exit status."""
     options = parse(arguments)
     return exit_status(lambda: run(options))

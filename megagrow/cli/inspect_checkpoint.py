@@ -1,4 +1,4 @@
-"""Show what a checkpoint of any format holds, and check it."""
+"""Show the contents of a checkpoint of any format, and check it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXAMPLES = """\
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__, examples=EXAMPLES)
     add = parser.add_argument
     add("path", type=as_path, metavar="PATH", help="a checkpoint, or a run directory: its newest")
@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    """Run the command."""
     from megagrow.checkpoint.convert.registry import detect
     from megagrow.checkpoint.convert.summary import describe, list_tensors
 

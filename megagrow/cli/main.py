@@ -1,4 +1,4 @@
-"""The command `megagrow`: it imports the module of the command that is asked for, and no other."""
+"""The `megagrow` command: imports only the module of the requested subcommand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from megagrow import __version__
 from megagrow.arguments import Parser
 
-# The module below `megagrow.cli` of each command, and what it does.
+# Each command's module in `megagrow.cli`, and its description.
 COMMANDS = {
     "train": ("train", "train a language model that grows while it trains"),
     "supervise": ("supervise", "start a job, watch it, end it when it fails, start it again"),
@@ -37,9 +37,9 @@ _EXAMPLES = """\
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The command that is asked for, and its own arguments."""
+    """The requested command and its own arguments."""
     words = list(arguments)
-    # DeepSpeed's launcher puts it before everything that it was given.
+    # DeepSpeed's launcher puts this option before all other arguments.
     launcher = [words.pop(0)] if words and words[0].startswith("--local_rank=") else []
     lines = "\n".join(f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items())
     parser = Parser(
@@ -55,9 +55,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what a command line asks for; returns the exit status.
+    """Run a command line; returns the exit status.
 
-    `sys.argv` becomes that of the command, as if it were a program called `megagrow COMMAND`.
+    `sys.argv` is set as if the command were a program called `megagrow COMMAND`.
     """
     name, words = parse(sys.argv[1:] if arguments is None else arguments)
     sys.argv = [f"megagrow {name}", *words]

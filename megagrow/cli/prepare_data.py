@@ -1,4 +1,4 @@
-"""Text to a tokenizer and an indexed dataset; see --help."""
+"""Prepare a tokenizer and an indexed dataset from text; see --help."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ until then its work lies in OUTPUT.work, which may be removed.
 
 
 def parse(arguments: Sequence[str] | None = None) -> Request:
-    """The command line as a request.
+    """Parse the command line into a request.
 
     Raises:
-        DataError: options are out of range, or exclude each other.
+        DataError: options are out of range, or mutually exclusive.
     """
     parser = Parser(
         description="Make a tokenizer and an indexed dataset (Megatron's .bin/.idx) from text.",
@@ -120,7 +120,7 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line asks for."""
+    """Run the command."""
     request = parse(arguments)
     from megagrow.data.prepare import prepare
     from megagrow.data.summary import summary

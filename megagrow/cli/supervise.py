@@ -1,4 +1,4 @@
-"""Start a job, watch it, end it when it fails, start it again; see --help."""
+"""Start a job, watch it, end it when it fails, and restart it; see --help."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ exit status:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     default = Limits()
     parser = Parser(
         usage="%(prog)s [options] SCRIPT|train [its arguments]",
@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what the command line asks for; the exit status."""
+    """Run the command; returns the exit status."""
     launchers.require_script(options.script)
     limits = Limits(start=options.start, silence=options.silence, grace=options.grace,
                     stop=options.stop, restarts=options.restarts,
@@ -127,10 +127,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _node_job(options: argparse.Namespace, environ: Mapping[str, str]) -> NodeJob | None:
-    """The job that this is a node of; None where it is none.
+    """The job that this is a node of; None if it is none.
 
     Raises:
-        ConfigError: something is missing, or options exclude each other.
+        ConfigError: something is missing, or options are mutually exclusive.
     """
     nodes, node, master = options.nnodes, options.node_rank, options.master
     token = environ.get("MEGAGROW_TOKEN")
@@ -166,7 +166,7 @@ def _node_job(options: argparse.Namespace, environ: Mapping[str, str]) -> NodeJo
 
 
 def _slurm_master(environ: Mapping[str, str]) -> str | None:
-    """The first node of the step, and a port that follows from the job's number."""
+    """The first node of the step, and a port derived from the job's number."""
     nodes, job = environ.get("SLURM_STEP_NODELIST"), environ.get("SLURM_JOB_ID")
     if nodes is None or job is None:
         return None
@@ -183,7 +183,7 @@ def _slurm_master(environ: Mapping[str, str]) -> str | None:
 
 
 def _logs_of(script: Sequence[str]) -> Path | None:
-    """The logs of a run that is told by --config, below its directory; else none."""
+    """The `logs` directory of the run given by --config; None without one."""
     from megagrow.config.load import load_config
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -200,7 +200,7 @@ def _is_override(word: str) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Supervise; turn an error that the user can fix into a message and a status."""
+    """Supervise; turns an error that the user can fix into a message and an exit status."""
     options = parse(arguments)
     try:
         return run(options)

@@ -19,7 +19,7 @@ WINDOW = 32  # number of recent losses that a new one is compared with
 _ENOUGH = 8
 
 
-class RollBack(Exception):  # not an error: the run rolls back and continues
+class RollBack(Exception):  # noqa: N818 - not an error: the run rolls back
     """Leaves the step loop to return to the last checkpoint.
 
     Attributes:
