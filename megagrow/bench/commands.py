@@ -40,8 +40,8 @@ from megagrow.train.health.run_lock import holding_together
 
 # Fixes for errors in a benchmark's directory, by system error.
 _DISK = {
-    errno.ENOSPC: "free disk space, and give the same command again: it goes on",
-    errno.EDQUOT: "free disk space within your quota, and give the same command again: it goes on",
+    errno.ENOSPC: "free disk space, and run the same command again to continue",
+    errno.EDQUOT: "free disk space within your quota, and run the same command again to continue",
     errno.EROFS: "mount it writable, or set dir to a directory that is",
     errno.EACCES: "give this user the right to write there, or set dir to another directory",
     errno.EEXIST: "name a directory, or a name that is free",
@@ -136,7 +136,10 @@ def operators(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             path = options.svg.with_name(f"{options.svg.stem}_{name}.svg")
             write_atomically(path, drawn.encode())
     text = comparing.table(found)
-    return result, text if complete else text + "\n\nNot all is trained: run it again to go on."
+    return (
+        result,
+        text if complete else text + "\n\nNot everything is trained: run it again to continue.",
+    )
 
 
 def convert(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -296,8 +296,8 @@ def table(found: Sequence[Result]) -> str:
     """Cases by their difference from the small model that continues, in Markdown."""
     small = next((one for one in found if one["operator"] == SMALL), None)
     lines = [
-        "| case | parameters | loss jumps by | final loss | against the small model going on "
-        "| seeds |",
+        "| case | parameters | loss jumps by | final loss "
+        "| difference to the small model, continued | seeds |",
         "|---|---|---|---|---|---|",
     ]
     for grown in _GROWN:

@@ -19,8 +19,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(description=__doc__, examples=EXAMPLES)
     add = parser.add_argument
-    add("path", type=as_path, metavar="PATH", help="a checkpoint, or a run directory: its newest")
-    add("--format", help="by default what it looks like")
+    add(
+        "path", type=as_path, metavar="PATH", help="a checkpoint, or a run directory for its newest"
+    )
+    add("--format", help="of the checkpoint; detected by default")
     add("--tensors", action="store_true", help="list names, shapes, element types")
     add("--verify", action="store_true", help="read all files, compare checksums")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)

@@ -13,16 +13,16 @@ from megagrow.arguments import Parser
 # Each command's module in `megagrow.cli`, and its description.
 COMMANDS = {
     "train": ("train", "train a language model that grows while it trains"),
-    "supervise": ("supervise", "start a job, watch it, end it when it fails, start it again"),
+    "supervise": ("supervise", "start a job, watch it, end it when it fails, and restart it"),
     "prepare": ("prepare_data", "make a tokenizer and a dataset from text"),
     "plan": ("plan", "plan when to grow, how much it saves, what it costs on a machine"),
     "grow": ("grow", "grow a checkpoint offline, or list the growth operators"),
     "convert": ("convert", "convert a checkpoint between formats and layouts"),
     "inspect": ("inspect_checkpoint", "show what a checkpoint holds, and check it"),
     "evaluate": ("evaluate", "score a checkpoint: perplexity, last words, bits per byte, tasks"),
-    "report": ("report", "make the report of a run again"),
+    "report": ("report", "rebuild the report of a run"),
     "benchmark": ("benchmark", "measure growth, operators, speed, compute saved"),
-    "configs": ("configs", "list the configurations that come along, or print one"),
+    "configs": ("configs", "list the bundled configurations, or print one"),
 }
 _EXAMPLES = """\
   megagrow prepare --input stdlib --output data/stdlib --vocab-size 4096
@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, list[str]]:
         prog="megagrow",
         usage="megagrow COMMAND ...",
         description="Pretraining in which a language model grows while it trains.\n\n"
-        f"commands (megagrow COMMAND --help tells more):\n{lines}",
+        f"commands (see megagrow COMMAND --help):\n{lines}",
         examples=_EXAMPLES,
     )
     parser.add_argument("--version", action="version", version=f"megagrow {__version__}")

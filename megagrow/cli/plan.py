@@ -40,9 +40,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     budget.add_argument(
         "--tokens",
         type=float,
-        help="find the best schedule for the FLOPs that the target takes on so many tokens",
+        help="find the best schedule for the FLOPs of training the target on this many tokens",
     )
-    budget.add_argument("--flops", type=float, help="find the best schedule for so many FLOPs")
+    budget.add_argument("--flops", type=float, help="find the best schedule for this many FLOPs")
     laws = parser.add_mutually_exclusive_group()
     laws.add_argument("--law", help="kaplan, chinchilla (default) or epoch")
     laws.add_argument(
@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--machine",
         type=as_path_text,
         metavar="FILE",
-        help="nodes, memory, bandwidths: what it costs there",
+        help="nodes, memory, bandwidths; adds the cost there",
     )
     add("--rank", type=int, help="count the bytes of a growth for this rank alone")
     add(

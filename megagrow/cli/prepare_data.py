@@ -21,8 +21,8 @@ EXAMPLES = """\
   python launch/prepare_data.py --input CORPUS.jsonl --text-key text \\
       --tokenizer TOKENIZER.json --output data/corpus --workers 16
 
-A run that was stopped goes on where it was when the same command is given again;
-until then its work lies in OUTPUT.work, which may be removed.
+The same command resumes an interrupted run;
+until then its work is in OUTPUT.work, which may be removed.
 """
 
 
@@ -101,13 +101,13 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
         "--documents",
         choices=("file", "paragraph"),
         default=Request.documents,
-        help="a text file is one document, or many parted by blank lines (default %(default)s)",
+        help="a text file is one document, or many separated by blank lines (default %(default)s)",
     )
     add(
         "--eod",
         metavar="NAME",
-        help="special token of --tokenizer that ends a document (default: what the tokenizer or "
-        "the tokenizer_config.json beside it tells)",
+        help="special token of --tokenizer that ends a document (default: from the tokenizer or "
+        "its tokenizer_config.json)",
     )
     add(
         "--bos",
@@ -133,5 +133,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return exit_status(lambda: run(arguments))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command continues from here", file=sys.stderr)
         return 130

@@ -48,13 +48,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     default = Limits()
     parser = Parser(
         usage="%(prog)s [options] SCRIPT|train [its arguments]",
-        description="Start a job, watch every rank over a line of its own, end it when it "
-        "fails, start it again from its last checkpoint.",
+        description="Start a job, watch every rank over its own connection, end it when it "
+        "fails, and restart it from its last checkpoint.",
         examples=EXAMPLES,
     )
     where = parser.add_argument_group("where")
     add = where.add_argument
-    add("--ranks", type=whole(1), metavar="N", help="on each node; default: one a device")
+    add("--ranks", type=whole(1), metavar="N", help="on each node; default: one per device")
     add("--hostfile", type=as_path, metavar="FILE", help="hosts, to be reached by ssh")
     add("--nnodes", type=whole(1), metavar="N", help="nodes, each started by a scheduler")
     add("--node-rank", type=whole(0), metavar="I", help="which of them this is, from 0")
@@ -82,9 +82,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--logs", type=as_path, metavar="DIR", help="of a log for each rank; default: RUN/logs")
     when = parser.add_argument_group("when (seconds)")
     for name, text in (
-        ("start", "until all ranks are there"),
-        ("silence", "without a sign of life from a rank that trains"),
-        ("grace", "after the first failure, for others to tell"),
+        ("start", "until all ranks have started"),
+        ("silence", "without a sign of life from a training rank"),
+        ("grace", "after the first failure, for other ranks to report"),
         ("stop", "after a signal, to save"),
         ("backoff", "before the first restart; doubled for each further one"),
     ):
@@ -152,7 +152,7 @@ def _node_job(options: argparse.Namespace, environ: Mapping[str, str]) -> NodeJo
         raise ConfigError(
             "a job of several nodes, each started by a scheduler",
             found=f"{', '.join(missing)} not given" if missing else "--hostfile as well",
-            expected="--nnodes, --node-rank and --master, or --scheduler that tells them; "
+            expected="--nnodes, --node-rank and --master, or --scheduler, which gives them; "
             "MEGAGROW_TOKEN in the environment, the same on all nodes; no --hostfile",
             fix="see --help",
         )

@@ -61,7 +61,7 @@ def require_one_task(environ: Mapping[str, str]) -> None:
         if count.isdecimal() and int(count) > 1:
             slurm = name.startswith("SLURM")
             raise ConfigError(
-                f"one of {count} tasks of {launcher}, but no RANK tells which",
+                f"one of {count} tasks of {launcher}, but no RANK says which",
                 found=f"{name}={count} in the environment, and no RANK",
                 expected="a launcher that sets RANK and WORLD_SIZE (deepspeed, torchrun, "
                 "launch/supervise.py), or one task",

@@ -30,7 +30,7 @@ def divert_output() -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
-        print(f"rank {rank}: no log of its own: {path}: {error.strerror}", file=sys.stderr)
+        print(f"rank {rank}: cannot open its log: {path}: {error.strerror}", file=sys.stderr)
         return None
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -225,7 +225,7 @@ def _left_alone(ended: str | None, roll: Roll) -> Failure:
     elif roll.ranks:
         found = f"of {roll.world} ranks, {_some(roll.missing())} never started"
     else:
-        found = "no rank has started; what it said is above"
+        found = "no rank has started; see the output above"
     return Failure(ended or "the launcher ended", found)
 
 

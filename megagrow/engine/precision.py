@@ -67,8 +67,8 @@ class Precisions:
         if self.accumulation == "fp32" or self.micro_batches == 1:
             return None
         return (
-            f"sums {self.micro_batches} gradients in {self.accumulation}, which drops what is "
-            "small beside the sum; layout.zero=1 without optimizer.offload sums in fp32"
+            f"sums {self.micro_batches} gradients in {self.accumulation}, which drops "
+            "small terms; layout.zero=1 without optimizer.offload sums in fp32"
         )
 
 

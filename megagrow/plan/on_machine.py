@@ -168,7 +168,7 @@ def _table(placed: list[PlacedStage], growths: list[GrowthTime], *, sampled: str
     for index, growth in enumerate(growths, start=1):
         lines.append(
             f"growth into stage {index}: rank {growth.rank} ({sampled}) copies "
-            f"{human(growth.local, 'B')} of its own, receives {human(growth.intra, 'B')} within "
+            f"{human(growth.local, 'B')} locally, receives {human(growth.intra, 'B')} within "
             f"its node and {human(growth.inter, 'B')} from others, {growth.seconds:.3g} s; through "
             f"files {growth.files_seconds:.3g} s"
         )

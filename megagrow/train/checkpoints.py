@@ -146,7 +146,7 @@ def _finite(pieces: Iterable[Piece]) -> Iterator[Piece]:
     for piece in pieces:
         if not _is_finite(piece.values):
             raise TrainingError(
-                f"{piece.slot} of {piece.tensor} is not finite: no state to go on from",
+                f"{piece.slot} of {piece.tensor} is not finite, so the state cannot be resumed",
                 fix="resume from the last checkpoint with a lower optimizer.lr, "
                 "a longer schedule.warmup, or optimizer.grad_clip of at most 1",
             )
@@ -185,7 +185,7 @@ def candidates(root: Path, resume: str) -> list[Path]:
             raise CheckpointError(
                 f"{root}: --resume never, but the run directory already holds checkpoints",
                 found=held,
-                fix="go on with --resume auto, or start elsewhere with run.dir=NEW",
+                fix="resume with --resume auto, or start elsewhere with run.dir=NEW",
             )
         return []
     path = Path(resume)
@@ -200,7 +200,7 @@ def candidates(root: Path, resume: str) -> list[Path]:
         raise CheckpointError(
             f"--resume {resume}: not a checkpoint of this run, which already has its own",
             found=f"{held} in {root}",
-            fix="start a new run from it with run.dir=NEW, or go on with --resume auto",
+            fix="start a new run from it with run.dir=NEW, or resume with --resume auto",
         )
     return [own.get(path.resolve(), path)]
 
@@ -233,8 +233,8 @@ def verify(path: Path) -> None:
 def _unusable(error: MegagrowError, path: Path) -> CheckpointError:
     before = [step for step in list_steps(path.parent) if step_path(path.parent, step) < path]
     fix = (
-        f"--resume {step_path(path.parent, before[-1])} goes on from the checkpoint before it, "
-        "and --resume good from the newest that is undamaged"
+        f"--resume {step_path(path.parent, before[-1])} resumes from the checkpoint before it, "
+        "and --resume good from the newest undamaged one"
         if before
         else "there is no earlier checkpoint: start again with another run.dir"
     )
@@ -288,7 +288,7 @@ def check_agreement(
     if state.position.measured(lengths[-1]) != state.position and len(set(lengths)) > 1:
         changes.append(
             f"data position: an earlier version counted {state.position.samples:,} samples of any "
-            f"length ({', '.join(map(str, lengths))}); the run goes on as it would have"
+            f"length ({', '.join(map(str, lengths))}); the run continues as it would have"
         )
     changes += validation_changes(checkpoint.fingerprints)
     return replace(state, position=state.position.measured(lengths[-1])), changes
@@ -321,7 +321,7 @@ def _model_of(checkpoint: NativeCheckpoint) -> ModelConfig | None:
 def _shape(catalog: Catalog, model: ModelConfig | None) -> str:
     keys = ("layers", "hidden", "heads", "ffn") if model else ()
     sizes = ", ".join(f"{key} {getattr(model, key)}" for key in keys)
-    return f"{catalog.parameters:,} parameters; {sizes or 'sizes not told'}"
+    return f"{catalog.parameters:,} parameters; {sizes or 'sizes unknown'}"
 
 
 def _changes(before: Any, now: Any, key: str = "") -> list[str]:

@@ -26,7 +26,7 @@ def require_run(checkpoint: Source) -> None:
     if "stages" not in checkpoint.config:
         path = checkpoint.path
         raise CheckpointError(
-            f"{path}: belongs to no run: it was made without --config, so it tells of no data, "
+            f"{path}: belongs to no run: it was converted without --config, so it has no data, "
             "seed or stages",
             fix=f"python launch/convert.py --from {path} --to {path}-for-run --to-format native "
             "--config RUN.yaml, with the configuration of the run that is to start from it",
@@ -49,5 +49,5 @@ def require_same_data(checkpoint: Source, data: PreparedData) -> None:
                 fix="set data.path to the dataset of the run; or carry its weights into a run on "
                 f"this data: python launch/convert.py --from {checkpoint.path} --to "
                 f"{checkpoint.path}-for-run --to-format native --config RUN.yaml, with the "
-                "configuration of that run, which has a run.dir of its own",
+                "configuration of that run, with its own run.dir",
             )

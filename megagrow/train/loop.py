@@ -254,7 +254,7 @@ class Trainer(Run):
             if self.plan.total_steps != before:
                 self.journal.say(
                     f"the run ends at step {self.plan.total_steps:,} now, not {before:,}; the "
-                    "learning rate goes on from where it is"
+                    "learning rate continues from its current value"
                 )
             self.stage = self.plan.stages[stage.index]
 

@@ -227,7 +227,7 @@ def with_vocabulary(config: Config, vocabulary: int | None) -> Config:
     if given is None:
         if vocabulary is None:
             raise ConfigError(
-                "model.vocab is not set and no tokenizer tells it",
+                "model.vocab is not set and there is no tokenizer to take it from",
                 fix="set model.vocab, or give data.path",
             )
         model = config.model.model_copy(update={"vocab": vocabulary})

@@ -886,8 +886,8 @@ def entry(result):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda r: r.update(benchmark="growth"), "of another kind.*a result of 'growth'"),
-        (lambda r: r.pop("benchmark"), "of another kind.*no benchmark's result"),
+        (lambda r: r.update(benchmark="growth"), "not a result of this.*a result of 'growth'"),
+        (lambda r: r.pop("benchmark"), "not a result of this.*no benchmark's result"),
         (lambda r: r.pop("version"), "another version of the benchmark.*version 1.*version 2"),
         (lambda r: r.update(version=3), "another version of the benchmark.*version 3.*version 2"),
         (lambda r: r.update(known=None), "section 'known' is damaged"),

@@ -123,7 +123,7 @@ def test_a_file_of_another_checkpoint_is_found(copy, tmp_path, step):
     name = "rank_00001.safetensors"
     assert (other / name).stat().st_size == (copy / name).stat().st_size
     shutil.copy(other / name, copy / name)
-    with pytest.raises(CheckpointError, match=r"rank_00001.*of another checkpoint"):
+    with pytest.raises(CheckpointError, match=r"rank_00001.*from another checkpoint"):
         NativeCheckpoint.open(copy)
 
 

@@ -344,7 +344,7 @@ def test_a_mapping_onto_a_model_of_ours(tmp_path):
         ]
         head["module"] = {n.replace("layers.", "net."): v for n, v in head["module"].items()}
         torch.save(head, file)
-    with pytest.raises(CheckpointError, match="not ours"):
+    with pytest.raises(CheckpointError, match="an unknown model"):
         open_checkpoint(FORMAT, path)
     last = model.layers + 1
     rules = [{"match": r"net\.0\.(.+)", "name": "embedding.{1}"}]

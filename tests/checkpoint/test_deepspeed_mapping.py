@@ -215,8 +215,8 @@ def test_an_imported_model_gives_the_logits_of_the_users_module(tmp_path, llama,
 @pytest.mark.parametrize(
     ("llama", "change", "says"),
     [
-        (False, {"order": None}, r"blocks\.0\.fused\.weight.*order is not told.*`order: qkv`"),
-        (True, {"order": None}, r"order is not told"),
+        (False, {"order": None}, r"blocks\.0\.fused\.weight.*order is not specified.*`order: qkv`"),
+        (True, {"order": None}, r"order is not specified"),
         (False, {"order": "gate_up"}, "tells of gate_up"),
         (False, {"order": None, "part": "q"}, r"shape.*part q"),
         (False, {"part": "q"}, "order .of the whole. or part, not both"),

@@ -119,7 +119,7 @@ def test_a_directorys_own_configuration_is_carried_and_compared(tmp_path):
     # One that leads transformers to other ids, as GPT-2's class does here, is refused.
     theirs["tokenizer_class"] = "GPT2Tokenizer"
     (shelf / "tokenizer_config.json").write_text(json.dumps(theirs | {"add_prefix_space": True}))
-    with pytest.raises(CheckpointError, match="transformers gives other ids than training had"):
+    with pytest.raises(CheckpointError, match="transformers gives other ids than in training"):
         convert(Job(path, tmp_path / "other", "huggingface", tokenizer=shelf))
     assert not (tmp_path / "other").exists()
 
@@ -157,7 +157,7 @@ def test_a_dataset_that_was_made_again_does_not_lend_its_tokenizer(tmp_path, dat
     own = byte_level(tmp_path / "tokenizer.json")
     path = saved(tmp_path, own, data=dataset)
     [note] = convert(Job(path, tmp_path / "hf", "huggingface")).notes
-    assert "another than the model's, by its SHA-256" in note and "does not stop" in note
+    assert "is not the model's: its SHA-256 differs" in note and "does not stop" in note
     assert not (tmp_path / "hf/tokenizer.json").exists()
 
 

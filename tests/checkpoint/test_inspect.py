@@ -39,7 +39,7 @@ def test_a_run_directory_shows_its_newest_checkpoint(run_directory):
     files = sorted((run_directory / "checkpoints" / "step_00000040").glob("rank_*"))
     assert rows["bytes"] == f"{sum(f.stat().st_size for f in files):,} in 2 files"
     assert rows["checksums"].endswith("not compared")
-    assert rows["steps beside it"] == "10, 40"
+    assert rows["other steps"] == "10, 40"
 
 
 def test_damage_ends_with_status_1_only_where_it_is_looked_for(run_directory):

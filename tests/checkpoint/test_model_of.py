@@ -84,7 +84,7 @@ def test_a_configuration_that_does_not_lead_to_the_tensors_is_refused(tmp_path):
         told_model(Changed)
     Changed.config = {}
     assert told_model(Changed) is None
-    with pytest.raises(CheckpointError, match="does not tell the shape"):
+    with pytest.raises(CheckpointError, match="does not say which model it holds"):
         model_of(Changed)
 
 

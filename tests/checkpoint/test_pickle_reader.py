@@ -119,7 +119,7 @@ def test_hostile_pickles_are_refused_by_name_and_not_run(tmp_path):
     ]
     for call in calls:
         path = save(tmp_path / "hostile.pt", {"module": Hostile(*call)})
-        with pytest.raises(CheckpointError, match="nothing of it was run") as caught:
+        with pytest.raises(CheckpointError, match="none of its code was run") as caught:
             read_torch_file(path)
         assert str(path) in str(caught.value)
     assert not proof.exists()
@@ -180,13 +180,13 @@ EXPENSIVE = {
         "a storage of",
     ),
     "what is called": (DOUBLED + b")R.", "it calls"),
-    "a plain value": (DOUBLED + b".", "references that stand for more than"),
+    "a plain value": (DOUBLED + b".", "references that expand to more than"),
     "attributes": (
         b"cargparse\nNamespace\n)\x81}X\1\0\0\0a" + DOUBLED + b"sb.",
-        "references that stand for more than",
+        "references that expand to more than",
     ),
     "arguments": (
-        b")" + b"q\0cnumpy.x\ny\nh\0h\0\x86R" * 40 + b".", "references that stand for more than",
+        b")" + b"q\0cnumpy.x\ny\nh\0h\0\x86R" * 40 + b".", "references that expand to more than",
     ),
     "sizes": (
         b"]q\0(" + b"K\1" * 50_000 + b"e0" + b"ctorch\nSize\nh\0\x85R0" * 9 + b"N.", "50000 axes",

@@ -57,7 +57,7 @@ def test_something_else_in_the_way_is_left_alone(root, kind):
         path.mkdir()
     else:
         path.symlink_to("nowhere")
-    all_refuse(save_outcomes(root, 41, cut()), "something else lies there")
+    all_refuse(save_outcomes(root, 41, cut()), "something else is there")
     assert len(list(root.iterdir())) == 2 and os.path.lexists(path)
 
 

@@ -128,7 +128,9 @@ def test_weights_without_a_run_are_not_grown_and_the_advice_works(
 
 def test_a_resume_of_weights_without_a_run_names_the_cause(theirs, imported, dataset, tmp_path):  # noqa: F811
     path = to(theirs, tmp_path / "native", "native")
-    with pytest.raises(CheckpointError, match="belongs to no run: it was made without --config"):
+    with pytest.raises(
+        CheckpointError, match="belongs to no run: it was converted without --config"
+    ):
         checkpoints.check_agreement(
             NativeCheckpoint.open(path),
             config=parse_config(imported[1], source="run"),

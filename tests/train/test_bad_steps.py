@@ -69,7 +69,7 @@ def test_a_bad_step_leaves_no_update(tmp_path, dataset, world, layout, dtype):
     command = ["--config", config, "train.stop_after_steps=5"]
     [outcomes] = launch(world, command, hook=spoil)
     assert [o.status for o in outcomes] == [0] * world, outcomes[0].err
-    assert "step 3 is passed over" in outcomes[0].err
+    assert "step 3 is skipped" in outcomes[0].err
     lines = log_of(config)
     assert [line["step"] for line in events(lines, "passed_over")] == [3]
     good = events(lines, "step")
@@ -99,8 +99,8 @@ def test_too_many_bad_steps_in_a_row_go_back_to_a_checkpoint(tmp_path, config):
     [outcomes] = launch(2, command, hook=(_spoil, 1, {5, 6}, math.nan))
     assert [o.status for o in outcomes] == [0, 0], outcomes[0].err
     error = outcomes[0].err
-    assert "step 5 is passed over" in error and "step 6: the loss is not finite" in error
-    assert "the run goes back to" in error and "step_00000004" in error
+    assert "step 5 is skipped" in error and "step 6: the loss is not finite" in error
+    assert "the run rolls back to" in error and "step_00000004" in error
     lines = log_of(config)
     [back] = events(lines, "rollback")
     assert (back["step"], back["from_step"]) == (4, 5) and back["ranks"] == ["nan on rank 1"]

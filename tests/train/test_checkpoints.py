@@ -113,7 +113,7 @@ def test_a_damaged_newest_checkpoint(used, finished, damage):
 def test_nothing_is_set_aside_for_a_checkpoint_that_turns_out_damaged(used):
     root = used[1] / "checkpoints"
     _flip_value(step_path(root, 8))
-    fix = f"--resume {step_path(root, list_steps(root)[0])} goes on"
+    fix = f"--resume {step_path(root, list_steps(root)[0])} resumes"
     refusals(used, [(["--resume", step_path(root, 8)], ["step_00000008", "damaged", fix])])
 
 
@@ -148,7 +148,7 @@ def test_settings_that_changed_and_may_are_told(used):
     assert (first.status, second.status, second.err) == (0, 0, "")
     # Nothing is left to train for the first; the second trains, and the old settings are kept.
     kept = run_dir / "config.1.yaml"
-    assert further.status == 0 and f"to go on with those: --config {kept}" in further.err
+    assert further.status == 0 and f"to continue with those: --config {kept}" in further.err
     assert load_config(kept) == before != load_config(run_dir / "config.yaml")
     told = [line for line in first.err.splitlines() if line.startswith("changed since then: ")]
     assert [line.partition(": ")[2] for line in told] == [

@@ -99,7 +99,7 @@ def test_a_server_of_metrics_that_has_ended_is_told_once(capsys):
     mirror.close()
     for step in (2, 3):
         mirror.scalars("train", step, {"loss": 1.0})
-    assert capsys.readouterr().err.count("goes on without it") == 1
+    assert capsys.readouterr().err.count("continues without it") == 1
 
 
 def test_the_id_of_a_run_is_random_and_stays_in_its_directory(tmp_path, monkeypatch):
@@ -121,7 +121,7 @@ def test_the_id_of_a_run_is_random_and_stays_in_its_directory(tmp_path, monkeypa
 
 def test_a_damaged_id_of_a_run_is_refused(tmp_path):
     (tmp_path / "run_id").write_text("no id/\n")
-    with pytest.raises(TrainingError, match=r"run_id: not the name of a run"):
+    with pytest.raises(TrainingError, match=r"run_id: not a valid run id"):
         run_id(tmp_path)
 
 

@@ -73,7 +73,7 @@ def test_files_that_may_not_grow(tmp_path, config):
     assert outcome.status == 1 and outcome.err.count("error: ") == 1
     for step in ("04", "06", "07", "08", "10"):
         assert f"step_000000{step}: not saved" in outcome.err
-    assert outcome.err.count("The run goes on") == 4 and "EFBIG" in outcome.err
+    assert outcome.err.count("The run continues") == 4 and "EFBIG" in outcome.err
     assert str(step_path(root, 3)) in outcome.err  # the last good one
     assert files_below(root) == before and sound(root) == [2, 3]
     whole = train(1, config, f"run.dir={tmp_path / 'straight'}")
@@ -109,7 +109,7 @@ def test_a_full_disk(tmp_path, config):
         error = outcomes[0].err
         assert "not saved" in error and "disk space" in error and "checkpoint.keep" in error
         # It trained to its end; only that it could not save the end makes it fail.
-        assert "step 10/10" in error and "The run goes on" in error
+        assert "step 10/10" in error and "The run continues" in error
         steps = sound(disk / "run" / "checkpoints")
         assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 2
         # With fewer checkpoints kept there is room, and the run goes on to its end.
@@ -196,7 +196,7 @@ def test_ctrl_c_is_kept_for_the_next_safe_point_and_what_is_said_of_checkpoints_
     [[starting], [validating], [growing], [last]] = launch(1, *[command] * 4, hook=hook)
     assert [o.status for o in (starting, validating, growing, last)] == [130, 130, 130, 0]
     assert "at step 0 of 10; it has no checkpoint" in starting.err
-    assert "checkpoint: none" in starting.err and "goes on" not in starting.err
+    assert "checkpoint: none" in starting.err and "continues" not in starting.err
     # At 0, at 3 before the growth, and at 4.
     assert "at step 4 of 10; its last checkpoint" in validating.err
     assert "step_00000004" in validating.err

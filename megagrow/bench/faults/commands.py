@@ -94,7 +94,7 @@ def commands(base: Path, config: Path) -> list[Command]:
             faults=FILES,
         ),
         Command(
-            "train, saving beside the steps",
+            "train, saving in the background",
             "train",
             lambda path: [*training, f"run.dir={path / 'out'}", "checkpoint.asynchronous=true"],
             lambda path: trained(path / "out"),

@@ -234,7 +234,7 @@ def differs(counts: EndPoint, other: EndPoint, whose: str) -> str:
 def _entries(path: Path, option: str) -> tuple[list[EndPoint], list[StableCurve]] | None:
     """The entries of a file; None if it is older than the section."""
     fix = {
-        "--json": "name another file with --json, or move this one away to start anew",
+        "--json": "name another file with --json, or move this one away to start over",
         "--known": "name a file that savings --json wrote, or leave this --known out",
     }[option]
     expected = f"a result of the savings benchmark, version {VERSION}"
@@ -251,10 +251,13 @@ def _entries(path: Path, option: str) -> tuple[list[EndPoint], list[StableCurve]
     if kind != "savings":
         what = "no benchmark's result" if kind is None else f"a result of {str(kind)[:40]!r}"
         raise ConfigError(
-            f"{option} {path}: is of another kind", found=what, expected=expected, fix=fix
+            f"{option} {path}: is not a result of this benchmark",
+            found=what,
+            expected=expected,
+            fix=fix,
         )
     if found.get("version") != VERSION:
-        raise ConfigError(f"{option} {path}: is of another version of the benchmark",
+        raise ConfigError(f"{option} {path}: is from another version of the benchmark",
                           found=f"version {str(found.get('version', 1))[:40]}",
                           expected=expected, fix=fix)  # fmt: skip
     if SECTION not in found:

@@ -44,7 +44,7 @@ def table(result: Mapping[str, Any]) -> str:
     parts = [markdown(rows_table(result)), markdown(sweeps_table(result)), *words(result)]
     parts += origin(result)
     if not result.get("complete", True):
-        parts.append("Not finished: the same command goes on from here.")
+        parts.append("Not finished: the same command continues from here.")
     return "\n\n".join(part for part in parts if part)
 
 

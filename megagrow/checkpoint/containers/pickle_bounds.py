@@ -57,7 +57,7 @@ def require_tree(
             below = [known.get(id(part), (1, 1)) for part in parts_of(item)]
             parts, depth = 1 + sum(n for n, _ in below), 1 + max((d for _, d in below), default=0)
             if parts > most:
-                raise RefusedError(f"references that stand for more than {most:,} values")
+                raise RefusedError(f"references that expand to more than {most:,} values")
             if depth > _DEEPEST:
                 raise RefusedError(f"values nested deeper than {_DEEPEST} levels")
             known[this] = parts, depth

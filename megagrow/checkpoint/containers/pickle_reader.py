@@ -248,7 +248,7 @@ class _Machine(_PYTHONS):
             return value
         except RefusedError as reason:
             raise CheckpointError(
-                f"{self._path}: its pickle is refused; nothing of it was run",
+                f"{self._path}: its pickle is refused, and none of its code was run",
                 found=str(reason)[:500],
                 expected="tensors and plain values",
                 fix="if you trust the file, load it where it was made and save plain tensors",

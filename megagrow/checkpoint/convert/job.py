@@ -217,7 +217,7 @@ def _require_axes(job: Job) -> None:
     if lost:
         found = " ".join(f"--{axis} {n}" for axis, n in lost.items())
         raise ConfigError(
-            f"format {target.name} has no place for a layout's {', '.join(lost)}",
+            f"format {target.name} cannot express a layout's {', '.join(lost)}",
             found=found,
             expected=f"{' and '.join(target.axes) or 'no layout'}",
             fix=f"leave out {found}: the result is the same for any",

@@ -133,7 +133,7 @@ def convert(
 def _refuse_existing(target: Path) -> None:
     if os.path.lexists(target):
         raise CheckpointError(
-            f"{target}: something lies there already, and nothing is overwritten",
+            f"{target}: already exists, and nothing is overwritten",
             fix=f"give another --to, or move it away: mv {target} {target}.old",
         )
 

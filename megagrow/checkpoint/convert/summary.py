@@ -35,7 +35,7 @@ def describe(source: Source, *, format_name: str, checksums: str) -> str:
         "bytes": f"{source.bytes:,} in {len(source.files):,} files",
         "checksums": f"{source.checksums:,}, {checksums}" if source.checksums else _NO_CHECKSUMS,
         "fingerprints": ", ".join(f"{k} {v}" for k, v in source.fingerprints.items()) or "none",
-        "steps beside it": ", ".join(map(str, steps)) or "none",
+        "other steps": ", ".join(map(str, steps)) or "none",
     }
     if source.zeros:
         made = made_zeros(source, [slot.name for slot in source.slots])
@@ -52,7 +52,7 @@ def _model(source: Source) -> str:
     except CheckpointError as error:
         return f"unknown: {str(error).splitlines()[0]}"
     if model is None:
-        return "unknown: the checkpoint tells of none"
+        return "unknown: the checkpoint does not say"
     sizes = model.model_dump(mode="json", by_alias=True)
     grown = source.run_state.get("growth_stage", 0)
     stage = f", in growth stage {grown}" if grown else ""

@@ -131,7 +131,7 @@ class _Stream:
                 self._crc = 0
             else:
                 data = segment.make(tuple(self._crcs))
-                assert len(data) == segment.bytes, f"{self._path}: a segment of another size"
+                assert len(data) == segment.bytes, f"{self._path}: a segment has the wrong size"
                 self._put_bytes(memoryview(data))
 
     def _put_values(self, values: Values) -> None:

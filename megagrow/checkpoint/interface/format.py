@@ -369,7 +369,7 @@ class Format:
             return self.open_source(path)
         if self.open_told is None:
             raise ConfigError(
-                f"format {self.name} tells everything itself",
+                f"format {self.name} does not use --vocab-size or --ignore",
                 fix="leave out --vocab-size and --ignore",
             )
         return self.open_told(path, options)

@@ -96,9 +96,9 @@ def model_of(state: Described) -> ModelConfig:
     model = told_model(state)
     if model is None:
         raise CheckpointError(
-            "the checkpoint does not tell the shape of its model",
+            "the checkpoint does not say which model it holds",
             expected="a section `model` in its configuration",
-            fix="convert to native or dcp, which need no shape",
+            fix="convert to native or dcp, which do not need it",
         )
     return model
 

@@ -56,7 +56,7 @@ def own_tokenizer(
         )
     file, companions, sha256, (eod, bos) = found
     if not held or not sha256:
-        why = "cannot be compared" if held else f"{source.path} does not tell which is its own"
+        why = "cannot be compared" if held else f"{source.path} does not record which is its own"
         said = f"{file or given} (not compared: {why})"
     elif sha256 in held:
         said = f"{file} (the model's own, by its SHA-256)"
@@ -108,12 +108,12 @@ def _own(source: Source) -> OwnTokenizer | str:
             continue
         file, companions, sha256, (eod, bos) = found
         if held and sha256 not in held:
-            reasons.append(f"{file or place} is another than the model's, by its SHA-256")
+            reasons.append(f"{file or place} is not the model's: its SHA-256 differs")
             continue
-        compared = "the model's own, by its SHA-256" if held else "beside the weights"
+        compared = "the model's own, by its SHA-256" if held else "next to the weights"
         said = f"{file or place} ({compared})"
         return OwnTokenizer(file, companions, sha256, eod, said, bos)
-    return "; ".join(reasons) or f"{source.path} does not tell its tokenizer"
+    return "; ".join(reasons) or f"{source.path} does not record its tokenizer"
 
 
 def _places(source: Source) -> Iterator[Path]:

@@ -102,7 +102,7 @@ def _prove_file(
     """Add a file's parts to `stored`; returns the header that the file must have."""
     at = f"{where}: file {file_name(rank)}"
     if record.name != file_name(rank):
-        raise CheckpointError(f"{at}: bears another name", found=repr(record.name[:200]))
+        raise CheckpointError(f"{at}: has the wrong name", found=repr(record.name[:200]))
     parts = []
     for entry in record.entries:
         box = Box(tuple(entry.offset), tuple(entry.shape))
@@ -114,7 +114,7 @@ def _prove_file(
         spans = len(entry.offset) == len(entry.shape) == len(shape)
         if not spans or not whole(shape).contains(box):
             raise CheckpointError(
-                f"{at}: tensor {entry.tensor}, slot {entry.slot}: a box lies outside the tensor",
+                f"{at}: tensor {entry.tensor}, slot {entry.slot}: a box is outside the tensor",
                 found=f"offset {entry.offset}, shape {entry.shape}",
                 expected=f"inside shape {list(shape)}",
             )

@@ -145,7 +145,7 @@ def _refuse_existing(path: Path, step: int) -> None:
     committed = (path / manifests.NAME).is_file()
     raise CheckpointError(
         f"{path}: a committed checkpoint is never overwritten",
-        found=f"step {step} is saved there already" if committed else "something else lies there",
+        found=f"step {step} is saved there already" if committed else "something else is there",
         fix=f"resume from it, or move it away: mv {path} {path}.old",
     )
 

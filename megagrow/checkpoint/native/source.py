@@ -84,7 +84,7 @@ class NativeCheckpoint(StoredSource):
         named = step_of(path)
         if named is not None and named != contents.manifest.step:
             raise CheckpointError(
-                f"{where}: of another step than the directory's name tells",
+                f"{where}: its step is not that of the directory's name",
                 found=f"step {contents.manifest.step}",
                 expected=f"step {named}",
             )
@@ -112,7 +112,7 @@ def _check_head(path: Path, size: int, head: bytes) -> None:
     with open_regular(path) as (descriptor, found):
         if found != size:
             raise CheckpointError(
-                f"{path}: truncated, or of another checkpoint",
+                f"{path}: truncated, or from another checkpoint",
                 found=f"{found} bytes",
                 expected=f"{size} bytes",
                 fix=RESTORE,
@@ -122,7 +122,7 @@ def _check_head(path: Path, size: int, head: bytes) -> None:
             complete = read_exactly(descriptor, memoryview(data), 0)
         if not complete or data != head:
             raise CheckpointError(
-                f"{path}: damaged, or of another checkpoint",
+                f"{path}: damaged, or from another checkpoint",
                 found="a header that disagrees with the manifest",
                 fix=RESTORE,
             )

@@ -134,7 +134,7 @@ class BlockOptimizer(torch.optim.Optimizer):
     def _step_in_pieces(self, group: Mapping[str, Any], parameter: torch.Tensor) -> None:
         state = self.state[parameter]
         if not state:
-            raise RuntimeError("young blocks need optimizer state: call make_state first")
+            raise RuntimeError("new blocks need optimizer state: call make_state first")
         before = int(state["step"])
         tensors = (parameter, parameter.grad, *(state[name] for name in self.moments))
         flat = [t.view(-1) for t in tensors if t is not None]

@@ -126,11 +126,11 @@ def no_way_back(
         rollbacks: how many times the run has rolled back.
     """
     return TrainingError(
-        f"{bad.why}; the run stops, and nothing of this step is saved",
+        f"{bad.why}; the run stops without saving this step",
         found=", ".join(bad.ranks) or bad.why,
-        expected=f"numbers that are finite and no spikes, after {recovery.skip} steps passed "
-        f"over (recovery.skip) and {rollbacks} of {recovery.rollback} returns to a "
-        "checkpoint (recovery.rollback)",
+        expected=f"numbers that are finite and no spikes, after {recovery.skip} skipped "
+        f"steps (recovery.skip) and {rollbacks} of {recovery.rollback} rollbacks "
+        "(recovery.rollback)",
         fix=f"resume from the last good checkpoint ({last_good or 'none was saved yet'}) with a "
         "lower optimizer.lr, a longer schedule.warmup, or optimizer.grad_clip of at most 1",
     )

@@ -119,9 +119,9 @@ def run_id(directory: Path, *, new: bool = False) -> str:
     found = path.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[\w-]{1,64}", found):
         raise TrainingError(
-            f"{path}: not the name of a run",
+            f"{path}: not a valid run id",
             found=repr(found[:80]),
             expected="up to 64 letters, digits, - and _",
-            fix=f"rm {path}: it is then made anew",
+            fix=f"rm {path}: a new one is then created",
         )
     return found

@@ -155,7 +155,7 @@ def left(checkpoint: Path | None) -> str:
     """The checkpoint that an ended run can resume from, in words."""
     if checkpoint is None:
         return "it has no checkpoint, so the next start begins at step 0"
-    return f"its last checkpoint is {checkpoint}, from which --resume auto goes on"
+    return f"its last checkpoint is {checkpoint}, from which --resume auto continues"
 
 
 def signal_name(number: int) -> str:

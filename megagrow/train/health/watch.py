@@ -175,7 +175,7 @@ class Watch:
         except _STORE_ERRORS:
             return True  # there is no rank to ask
         except Exception as error:
-            background.report("the watch, asking who tells of the failure", error)
+            background.report("the watch, choosing who reports the failure", error)
             return True
 
     # --- the thread -------------------------------------------------------------------------
@@ -230,7 +230,7 @@ class Watch:
             f"  found:    rank {self.rank} on {self._host} was doing: {self._doing}; {cause}\n"
             f"  expected: progress within watch.stall = {self.config.stall:g} s "
             f"(watch.slow = {self.config.slow:g} s while starting, growing and saving)\n"
-            f"  fix:      the stacks of all ranks are in {self.log.parent}; then go on from the "
+            f"  fix:      the stacks of all ranks are in {self.log.parent}; then resume from the "
             "last checkpoint with --resume auto, or raise watch.stall"
         )
         if self.speaks_first():

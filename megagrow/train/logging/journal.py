@@ -93,8 +93,7 @@ class Journal:
             kept = free_name(path)
             write_atomically(kept, before)
             self.say(
-                f"{path} had other settings, which {kept} keeps; to go on with those: "
-                f"--config {kept}"
+                f"{path} had other settings, now in {kept}; to continue with those: --config {kept}"
             )
         write_atomically(path, text)
 
@@ -152,7 +151,7 @@ class Journal:
     def passed_over(self, state: RunState, fault: str) -> None:
         """Record a bad step whose update was not applied."""
         self.event("passed_over", step=state.step, why=fault)
-        self.say(f"warning: step {state.step} is passed over, no update: {fault}")
+        self.say(f"warning: step {state.step} is skipped, no update: {fault}")
 
     def pace(self, state: RunState, busy: Sequence[float]) -> None:
         """Report which rank waits least for the others.
@@ -297,14 +296,14 @@ class Journal:
         """Record a failed save; the run continues."""
         self.event("save_failed", step=state.step, why=str(error))
         self.say(
-            f"warning: {error}\nThe run goes on; its last good checkpoint is "
+            f"warning: {error}\nThe run continues; its last good checkpoint is "
             f"{last_good or 'none'}, and the next save is tried as usual."
         )
 
     def goes_back(self, bad: RollBack, *, to: Path, beyond: int, count: int) -> None:
         """Record that the run is about to roll back to a checkpoint, for the `count`-th time."""
         self.say(
-            f"warning: {bad.why}; the run goes back to {to} and passes over the samples up to "
+            f"warning: {bad.why}; the run rolls back to {to} and skips the samples up to "
             f"{beyond:,} (recovery.rollback: {count} of {self.config.recovery.rollback})"
         )
 

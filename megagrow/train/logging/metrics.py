@@ -195,7 +195,7 @@ class MetricsLog:
                 self._empty_pending()
                 if self._pending:
                     raise self._unwritable(
-                        f"{len(self._pending):,} bytes that the disk has no room for"
+                        f"{len(self._pending):,} bytes that do not fit on the disk"
                     )
             finally:
                 self._file.close()
@@ -246,8 +246,8 @@ class MetricsLog:
                 f"the run's log {self.path} is gone",
                 found=found,
                 expected="the file that this job has open",
-                fix="leave run.dir alone while its run trains; go on from the last checkpoint "
-                "with --resume auto",
+                fix="leave run.dir alone while its run trains; resume from the last "
+                "checkpoint with --resume auto",
             )
 
     @contextlib.contextmanager
@@ -261,8 +261,8 @@ class MetricsLog:
         return TrainingError(
             f"cannot write the run's log {self.path}",
             found=found,
-            expected="room on the disk and the right to write",
-            fix="free space, then go on from the last checkpoint with --resume auto",
+            expected="free disk space and write permission",
+            fix="free space, then resume from the last checkpoint with --resume auto",
         )
 
     def _mirror(self, group: str, step: int, scalars: Mapping[str, float]) -> None:

@@ -109,7 +109,7 @@ class Prometheus:
         if not self._thread.is_alive() and not self._told:
             self._told = True
             print("warning: the thread that serves train.prometheus_port has ended; the run "
-                  "goes on without it", file=sys.stderr)  # fmt: skip
+                  "continues without it", file=sys.stderr)  # fmt: skip
         for name, value in {"step": step, **values}.items():
             full = re.sub(r"\W", "_", f"megagrow_{group}_{name}")
             if full not in self._gauges:

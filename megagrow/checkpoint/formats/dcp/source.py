@@ -53,7 +53,7 @@ def open_source(path: Path) -> StoredSource:
         more = {*entries, *others} - {*state.names.values(), *aliases}
         if more:
             raise CheckpointError(
-                f"{where}: tensor {min(more)[:200]}: {OURS} knows none of that name", fix=RESTORE
+                f"{where}: tensor {min(more)[:200]}: not listed in {OURS}", fix=RESTORE
             )
     elif (path / SEAL).exists():
         raise CheckpointError(f"{path / OURS}: missing", fix=RESTORE)
@@ -71,7 +71,7 @@ def open_source(path: Path) -> StoredSource:
             entry = entries.get(state.names[tensor.name, slot.name])
             if entry is None or entry.shape != tensor.shape:
                 raise CheckpointError(
-                    f"{where}: tensor {tensor.name}, slot {slot.name}: missing or of another shape",
+                    f"{where}: tensor {tensor.name}, slot {slot.name}: missing or misshapen",
                     found=None if entry is None else list(entry.shape),
                     expected=list(tensor.shape),
                 )
@@ -165,12 +165,12 @@ def _read_ours(path: Path, metadata: bytes) -> tuple[CheckpointMeta, int]:
     body = content.get("body")
     if content.get("sha256") != digest(body) or not isinstance(body, dict):
         raise CheckpointError(
-            f"{path}: damaged", found="another SHA-256 than it states", fix=RESTORE
+            f"{path}: damaged", found="a SHA-256 that differs from its own record", fix=RESTORE
         )
     if body.get("metadata_sha256") != hashlib.sha256(metadata).hexdigest():
         raise CheckpointError(
-            f"{path.with_name(METADATA)}: damaged, or of another checkpoint",
-            found=f"another SHA-256 than {OURS} states",
+            f"{path.with_name(METADATA)}: damaged, or from another checkpoint",
+            found=f"a SHA-256 that differs from the one in {OURS}",
             fix=RESTORE,
         )
     try:

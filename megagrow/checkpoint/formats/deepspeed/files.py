@@ -198,7 +198,7 @@ class Tag:
             for what in ("global_steps", "dp_world_size", "mp_world_size"):
                 if value.get(what) != self.head.get(what):
                     raise self.fault(
-                        f"{self._models[key]} is of another save: {what}",
+                        f"{self._models[key]} is from another save: {what}",
                         f"{value.get(what)!r:.40}",
                         f"{self.head.get(what)!r:.40}",
                     )
@@ -249,7 +249,7 @@ class Tag:
             if tensor == 0:
                 for name in self._dictionary(file):
                     if f"{place}.{name}" not in self._seen:
-                        reason = "of a pipeline, what is not trained, or tied, is not told apart"
+                        reason = "in a pipeline, untrained and tied tensors cannot be told apart"
                         self.left_out.append(LeftOut(f"{file}: {name}", reason))
 
     def _module(self, mp: int) -> dict[str, StoredTensor]:

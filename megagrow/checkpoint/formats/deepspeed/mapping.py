@@ -218,7 +218,7 @@ def local_of_ours(
         if fused in tensor.axes:
             if rule.order is None and rule.part is None and tuple(stored) != local.shape:
                 raise CheckpointError(
-                    f"its order is not told: {tensor.name} is a fused matrix",
+                    f"its order is not specified: {tensor.name} is a fused matrix",
                     found=f"shape {list(stored)}",
                     fix=_HOW[fused],
                 )
@@ -280,7 +280,9 @@ def _checked(local: Local, rule: Rule, fused: str) -> Local:
     """The same, after checking that the rule applies to this kind of matrix (CheckpointError)."""
     told = rule.order or rule.part
     if told is not None and told not in _WORDS[fused]:
-        raise CheckpointError(f"a rule tells of {told}, and the matrix has none", fix=_HOW[fused])
+        raise CheckpointError(
+            f"a rule names {told}, which the matrix does not have", fix=_HOW[fused]
+        )
     return local
 
 

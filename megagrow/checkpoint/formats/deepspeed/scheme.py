@@ -79,9 +79,8 @@ def recognised(tag: Tag, told: Mapping[str, Any]) -> Scheme:
         raise another_model(tag.path, build_catalog(written), local, layout)
     if layout.tensor > 1:
         raise CheckpointError(
-            f"{tag.path}: a model that is not ours, cut over tensor-parallel ranks: which way, "
-            "nothing tells",
-            fix=f"tell it in a file {MAPPING} beside the files: see docs/formats.md",
+            f"{tag.path}: an unknown model, split over tensor-parallel ranks in an unknown way",
+            fix=f"describe it in a file {MAPPING} next to the files: see docs/formats.md",
         )
     whole = {n: shape for shapes in reversed(tag.shapes) for n, shape in shapes.items()}
     whole |= {n: buffer.shape for kept in reversed(tag.buffers) for n, buffer in kept.items()}
@@ -105,7 +104,7 @@ def another_model(
     """
     odd = sorted({tensor.name for tensor in told} ^ set(found))
     return CheckpointError(
-        f"{path}: its client state describes another model than its parameters are",
+        f"{path}: its client state describes a model that its parameters do not match",
         found=f"{len(set(found))} parameters"
         + (f"; in one of the two alone: {enumerated(odd)}" if odd else ", of other shapes"),
         expected=f"{len(told)}, for layout {layout}",
@@ -155,7 +154,7 @@ def mapped(tag: Tag, mapping: MappingFile, where: Path) -> Scheme:
         absent = name in placement.catalog
         raise CheckpointError(
             f"{where}: tensor {name}: "
-            + ("no parameter is mapped to it" if absent else "the model has none of that name")
+            + ("no parameter is mapped to it" if absent else "the model has no such tensor")
         )
 
     def local(name: str, tensor: LogicalTensor, rank: int) -> Local:
@@ -258,10 +257,10 @@ def _told_order(
         found = assign(shapes, [[saved.shape_of(number) for number in one] for one in members])
         if found is None:
             raise CheckpointError(
-                f"{tag.path}: which parameter is which tensor of the optimizer, nothing tells: it "
-                "numbers them, and their shapes leave several answers, or none",
+                f"{tag.path}: which parameter is which tensor of the optimizer is unknown: it "
+                "numbers them, and their shapes allow several answers, or none",
                 found=f"{len(shapes)} parameters, groups of {[len(one) for one in members]}",
-                fix=f"list the names in each group under `groups` in a file {MAPPING} beside "
+                fix=f"list the names in each group under `groups` in a file {MAPPING} next to "
                 "the files, or save with ZeRO 1: see docs/formats.md",
             )
         order = found
@@ -269,7 +268,7 @@ def _told_order(
         name not in shapes for one in order for name in one
     ):
         raise tag.fault(
-            "its optimizer's groups are not those that are told",
+            "its optimizer's groups do not match the listed ones",
             f"{[len(one) for one in members]} tensors",
             f"{[len(one) for one in order]}, each a parameter of the module",
         )

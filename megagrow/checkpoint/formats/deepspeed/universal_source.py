@@ -283,7 +283,7 @@ def _optimizer(tag: _Tag, scheme: _Scheme, state: dict[str, Any]) -> Iterator[Le
         engine = read_engine(saved, tag.head, groups=groups, slots=kept, zero=1)
         state[KEY] = engine.to_json()
     else:
-        yield LeftOut("param_groups", "a universal checkpoint does not tell their settings")
+        yield LeftOut("param_groups", "a universal checkpoint does not hold their settings")
 
 
 def _fault(path: Path, what: str, found: object = None) -> CheckpointError:

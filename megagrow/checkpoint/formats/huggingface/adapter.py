@@ -62,7 +62,9 @@ def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
     """
     where = path / _CONFIG
     if told.vocabulary is not None:
-        raise ConfigError(f"{where} tells the vocabulary", fix="leave out --vocab-size")
+        raise ConfigError(
+            f"{where} already gives the vocabulary size", fix="leave out --vocab-size"
+        )
     model, settings = read_model(read_json(where), where=str(where), ignore=told.ignore)
     arrays, sizes = _arrays(path)
     held = set(arrays)
@@ -142,7 +144,7 @@ def _follows(
         token = StoredTensor(path / box.file, box.start, box.dtype, box.box.shape)
         if not same_values(stored, token):
             raise CheckpointError(
-                f"{at}: is a head of its own, but {_CONFIG} says that it is the token table",
+                f"{at}: is an untied head, but {_CONFIG} says that it is the token table",
                 found="tie_word_embeddings: true, and other values in the head",
                 fix=f"set tie_word_embeddings: false in a copy of {_CONFIG} to keep the head, or "
                 "save the model without it",
@@ -195,7 +197,7 @@ def _arrays(path: Path) -> tuple[dict[str, StoredArray], dict[str, int]]:
     for file in names:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors", file):
             raise CheckpointError(
-                f"{where}: names a file that is none of this directory", found=repr(file[:200])
+                f"{where}: names a file outside this directory", found=repr(file[:200])
             )
     for file in names:
         held, sizes[file] = read_header(path, file)
@@ -304,7 +306,7 @@ def _not_told(model: ModelConfig) -> Iterator[LeftOut]:
             reason = "initializer_range is one number: transformers' default, 0.02"
         yield LeftOut(f"init_std by role ({told}), of fresh parameters", reason)
     if model.mup is not None:
-        reason = "of a run that goes on; the weights are those of a plain model"
+        reason = "only for further training; the weights are those of a plain model"
         yield LeftOut("mup: initialisation and rates by the shape", reason)
 
 

@@ -24,7 +24,7 @@ from megagrow.models.registry import FAMILIES, family_of
 
 _TOKENS = "the tokenizer says which tokens begin, end and fill texts"
 _GENERATION = "a setting of text generation"
-_NOTHING = "changes nothing of what the model computes"
+_NOTHING = "does not affect what the model computes"
 _UNSET = "not set"
 _LEFT_OUT: Mapping[str, str] = {
     **dict.fromkeys(
@@ -81,7 +81,7 @@ def read_model(
     told, known = config.get("model_type"), _known()
     if not isinstance(told, str) or told not in known:
         raise CheckpointError(
-            f"{where}: model_type is none that megagrow can express",
+            f"{where}: megagrow does not support this model_type",
             found=repr(told)[:80],
             expected=", ".join(known),
         )
@@ -121,7 +121,7 @@ def _settings_left_out(
                 f"{where}: {key[:200]}: not a setting of a {family.model_type} model that "
                 "megagrow knows",
                 found=repr(value)[:200],
-                fix=f"if it changes nothing of what the model computes: --ignore {key[:200]}",
+                fix=f"if it does not affect what the model computes: --ignore {key[:200]}",
             )
         yield LeftOut(f"config.json: {key[:200]}", reason)
 

@@ -133,7 +133,7 @@ def _as_it_is(own: OwnTokenizer, vocabulary: int, note: str) -> Carried:
     generation = read_json(place / GENERATION) if (place / GENERATION).is_file() else {}
     files[GENERATION] = _text({**ids, **generation, "eos_token_id": ids["eos_token_id"]})
     if ids["eos_token_id"] is None:
-        notes.append("the files do not tell which token ends a text: generate() does not stop")
+        notes.append("the files do not say which token ends a text, so generate() does not stop")
     return Carried(files, ids, tokenizer, False, tuple(notes))
 
 
@@ -190,10 +190,10 @@ def compare(directory: Path, held: Carried) -> str:
         return "ids of the tokenizer: the same by transformers, on probe texts"
     text, found, wanted = other
     raise CheckpointError(
-        f"{ours.path}: transformers gives other ids than training had",
+        f"{ours.path}: transformers gives other ids than in training",
         found=f"{found[:12]} for {text[:40]!r}, by {type(loaded).__name__}",
         expected=str(wanted[:12]),
-        fix="give the tokenizer.json alone, without the tokenizer_config.json beside it: "
+        fix="pass only the tokenizer.json, without its tokenizer_config.json: "
         f"--tokenizer {ours.path}",
     )
 

@@ -169,7 +169,7 @@ _FAMILIES = tuple(
         "yarn_ test_data"
     )
 )
-_TRAINING = "an argument of training, which changes nothing of what the model computes"
+_TRAINING = "a training argument, which does not affect what the model computes"
 
 
 def require_known(
@@ -204,5 +204,5 @@ def require_known(
             raise CheckpointError(
                 f"{where}: {name}: not an argument that megagrow knows",
                 found=repr(value)[:200],
-                fix=f"if it changes nothing of what the model computes: --ignore {key}",
+                fix=f"if it does not affect what the model computes: --ignore {key}",
             )

@@ -116,9 +116,7 @@ def arguments_of(rank: Rank) -> Mapping[str, Any]:
     """Megatron's arguments in a file (CheckpointError if there are none)."""
     args = rank.value.get("args")
     if not isinstance(args, Opaque) or not isinstance(args.state, dict):
-        raise CheckpointError(
-            f"{rank.where}: has no `args`, so nothing tells what the model is", fix=RESTORE
-        )
+        raise CheckpointError(f"{rank.where}: has no `args`, so the model is unknown", fix=RESTORE)
     return args.state
 
 
@@ -142,7 +140,7 @@ def check_rank(rank: Rank, first: Rank, layout: Layout, version: float) -> None:
     for what, (found, expected) in told.items():
         if found != expected:
             raise CheckpointError(
-                f"{rank.where}: is of another save: {what}",
+                f"{rank.where}: is from another save: {what}",
                 found=f"{found!r:.60}",
                 expected=f"{expected!r:.60}",
                 fix=RESTORE,

@@ -208,7 +208,7 @@ def read_model(
     _require_alike(args, model, where)
     if model.vocab == padded and told.vocabulary is None and args.get("vocab_size") is None:
         name = f"args.vocab_size, unset: all {padded} rows count as tokens"
-        left_out.append(LeftOut(name, "--vocab-size tells how many there are"))
+        left_out.append(LeftOut(name, "set --vocab-size to the true number"))
     elif model.vocabulary < padded:
         name = f"rows {model.vocabulary} to {padded - 1} of the token table"
         left_out.append(LeftOut(name, "padding of the vocabulary"))

@@ -117,7 +117,7 @@ class MegatronSink:
             part = tensor.inner.rpartition(".")[0]
             if part not in names.IN_LAYER:
                 raise CheckpointError(
-                    f"Megatron has no place for {tensor.name} of family {self._model.family}",
+                    f"Megatron has no equivalent of {tensor.name} of family {self._model.family}",
                     fix="convert to native or dcp",
                 )
             return place, list(names.IN_LAYER).index(part)

@@ -232,18 +232,18 @@ def _qkv_axes(tensor: LogicalTensor, version: float) -> tuple[int, ...] | None:
 
 _OF_THE_RUN = {
     "rng_state": "random states: a run of megagrow derives its own",
-    "opt_param_scheduler": "the schedule of the learning rate: a run's configuration tells it",
-    "lr_scheduler": "the schedule of the learning rate: a run's configuration tells it",
+    "opt_param_scheduler": "the learning-rate schedule: it is in a run's configuration",
+    "lr_scheduler": "the learning-rate schedule: it is in a run's configuration",
 }
 _READ = {"args", "checkpoint_version", "iteration", "model", "optimizer", KEY}
-_HYPERPARAMETERS = "hyperparameters of the optimizer: a run's configuration tells them"
+_HYPERPARAMETERS = "optimizer hyperparameters: they are in a run's configuration"
 
 
 def _left_out(rank: Rank, carried: set[str], moments: bool, told: bool) -> tuple[LeftOut, ...]:
     """What a file holds and is not carried."""
     held = [key for key in rank.value if key not in {"model", "optimizer"}]
     left = [
-        LeftOut(key, _OF_THE_RUN.get(key, "megagrow keeps nothing of the kind"))
+        LeftOut(key, _OF_THE_RUN.get(key, "megagrow has no equivalent"))
         for key in held
         if key not in _READ
     ]
@@ -257,7 +257,7 @@ def _left_out(rank: Rank, carried: set[str], moments: bool, told: bool) -> tuple
     optimizer = rank.value.get("optimizer")
     if optimizer is not None and not moments:
         held.append("optimizer")
-        where = "distributed: its moments lie in files of their own"
+        where = "distributed: its moments are in separate files"
         apart = arguments_of(rank).get("use_distributed_optimizer")
         left.append(LeftOut("optimizer", where if apart else "has no moments of Adam"))
     elif optimizer is not None:
