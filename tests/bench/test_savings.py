@@ -136,7 +136,7 @@ def sweep_of(**more):
 
 
 def train_all(sweep, own, loss):
-    """Follow a search to its end; (best, how often each point was trained)."""
+    """Run a search to its end; returns (best, how often each point was trained)."""
     known, asked = {}, []
     for _ in range(100):
         found = search(sweep, own, lambda p: known.get(tuple(sorted(p.items()))))
@@ -279,7 +279,7 @@ def test_stages_of_variants_take_what_stages_of_runs_take():
 
 
 def test_a_variants_own_settings_reach_its_runs(data, tmp_path):
-    """Rate, batch, sequence: what a variant says comes before what the sweep found."""
+    """Rate, batch, sequence: a variant's own settings take precedence over the sweep's."""
     mapping = settings(data, tmp_path)
     stack = mapping["variants"]["stack"]
     stack["settings"] = {"optimizer": {"lr": 0.005}, "schedule": {"warmup": 3}}
@@ -615,7 +615,7 @@ def test_a_benchmark_in_miniature(data, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", [True, False])
 def test_budgets_and_sweeps_that_come_later_redo_nothing(data, tmp_path, keep):
-    """A budget between those that are finished, whose state was not kept, and a wider sweep."""
+    """A budget between finished ones whose state was not kept, and a wider sweep."""
     mapping = settings(data, tmp_path / "runs")
     mapping |= {"seeds": [1, 2], "small_sweep": {"lr": [0.02]}, "keep_states": keep}
     path = tmp_path / "bench.yaml"
@@ -705,7 +705,7 @@ def bench_of(mapping, *files, result=None, data="da7a"):
 
 
 def pretend(bench, *, worse=0.0, version="0.0.9", diverges=()):
-    """All that is missing becomes known with a made-up loss, as if trained; (name, seed) of each.
+    """Make everything missing known with a synthetic loss, as if trained; (name, seed) of each.
 
     The second seed of a name in `diverges` has no loss.
     """

@@ -1,4 +1,4 @@
-"""Fused matrices under a mapping: what is imported computes what the user's own module did."""
+"""Fused matrices under a mapping: the import computes what the user's own module did."""
 
 import math
 
@@ -19,7 +19,7 @@ HEADS, KV, DIM, HIDDEN, FFN, VOCAB, LENGTH = 4, 2, 4, 16, 12, 13, 6
 
 
 class UsersBlock(torch.nn.Module):
-    """Pre-norm attention with one fused linear layer, in an ordinary order, and an MLP."""
+    """Pre-norm attention with one fused linear layer in ordinary order, and an MLP."""
 
     def __init__(self, llama, qkv, mlp):
         super().__init__()
@@ -129,7 +129,7 @@ def rules(llama, qkv, mlp):
 
 
 def save(root, module, *, tensor):
-    """ZeRO 1 with two data ranks; with tensor parallelism each part of a fused matrix is shared."""
+    """ZeRO 1 with two data ranks; under tensor parallelism each part of a fused matrix is split."""
     tag = root / "global_step3"
     tag.mkdir(parents=True)
     for rank in range(tensor):
@@ -173,7 +173,7 @@ def shared(name, values, module, rank, tensor):
 
 
 def imported(root, llama, qkv, mlp, *, tensor, told):
-    """(the user's module, the path of its checkpoint with a mapping beside it)."""
+    """(the user's module, the path of its checkpoint with a mapping file)."""
     torch.manual_seed(5)
     module = UsersTransformer(llama, qkv, mlp)
     for parameter in module.parameters():

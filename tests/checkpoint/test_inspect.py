@@ -75,7 +75,7 @@ def test_no_checkpoint_and_help(tmp_path):
 
 
 def test_scripts_beside_it_still_get_the_standard_inspect(tmp_path):
-    """The directory of a script is first in its search path, and this file is named `inspect`."""
+    """A script's directory is first in its search path, and this file is named `inspect`."""
     (tmp_path / "inspect.py").write_text((LAUNCH / "inspect.py").read_text())
     (tmp_path / "other.py").write_text(
         "import dataclasses, inspect\n"

@@ -1,4 +1,4 @@
-"""What was saved is read back, in any boxes; sources and properties tell the truth."""
+"""What was saved is read back, in any boxes; sources and properties are correct."""
 
 import random
 import threading

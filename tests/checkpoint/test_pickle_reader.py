@@ -1,4 +1,4 @@
-"""Files of torch.save: read as torch reads them, hostile ones refused and never run."""
+"""torch.save files: read as torch reads them, hostile ones refused and never run."""
 
 import argparse
 import collections
@@ -199,7 +199,7 @@ EXPENSIVE = {
 
 @pytest.mark.parametrize("what", EXPENSIVE)
 def test_a_small_pickle_cannot_stand_for_endless_work(what):
-    """Each of these made a reader hash, print, compare or walk 2**40 parts, or fall."""
+    """Each of these made a reader hash, print, compare or walk 2**40 parts, or crash."""
     text, says = EXPENSIVE[what]
     with pytest.raises(CheckpointError, match=says):
         read_pickle(b"\x80\4" + text, where=Path("hostile.pt"))
@@ -238,7 +238,7 @@ def test_damaged_archives_are_refused_or_read_alike(tmp_path):
             assert "bad.pt" in refused
             continue
         value = read_torch_file(bad).value
-        # What is not refused is damage to a tensor's own values, or to bytes that mean nothing.
+        # Accepted damage is only in a tensor's own values, or in bytes without meaning.
         assert value["b"][1] == "text" and value["a"].shape == (64,)
 
 
