@@ -757,7 +757,7 @@ def test_what_is_known_is_not_trained_on_another_machine(data, tmp_path, capsys)
     # Another decay is another result, though its directory is the same.
     other = bench_of({**mapping, "decay": 0.4})
     assert {t.member.name for t in other.missing()} == {"scratch", "small_2x8"}
-    # The runs that are here count, and what is known otherwise is told of.
+    # Local runs take precedence, and differing known results are reported.
     wrong = json.loads(file.read_text())
     wrong["known"]["points"][0]["loss"] += 1.0
     file.write_text(json.dumps(wrong))

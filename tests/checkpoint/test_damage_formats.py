@@ -216,7 +216,7 @@ def test_a_forged_seal_is_refused(sound, tmp_path):
             assert seal.NAME in refused(copy)
         body = {"chunk_bytes": content["chunk_bytes"], "files": {}}
         side.write_text(json.dumps({"sha256": seal._digest(body), **body}))
-        opened(copy)  # nothing is told, nothing compared
+        opened(copy)  # no checksums, so nothing to check
         name = next(iter(content["files"]))
         body["files"] = {name: {"size": 5, "crc32": ["00000000"]}}
         side.write_text(json.dumps({"sha256": seal._digest(body), **body}))

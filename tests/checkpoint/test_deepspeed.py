@@ -298,7 +298,7 @@ def test_a_model_that_is_not_ours_is_mapped(tmp_path):
         assert torch.equal(source.read(name, "exp_avg", box), values * 2), name
         assert torch.equal(source.read(name, "exp_avg_sq", box), values**2), name
     one = tmp_path / "one"
-    tensors = foreign_ranks(one, tensor=1)  # without tensor parallelism nothing need be told
+    tensors = foreign_ranks(one, tensor=1)  # without tensor parallelism no rule is needed
     assert torch.equal(
         open_checkpoint(FORMAT, one).read("h.0.ln.weight", "master", whole((4,))),
         tensors["h.0.ln.weight"],
@@ -322,7 +322,7 @@ def test_a_model_that_is_not_ours_is_mapped(tmp_path):
 def test_a_mapping_that_does_not_fit_is_refused_by_name(change, says, tmp_path):
     foreign_ranks(tmp_path, tensor=2)
     (tmp_path / "megagrow.mapping.yaml").write_text(MAPPING.replace(*change))
-    if change == ("split: 1", "split: 0"):  # a whole of another shape: nothing can tell
+    if change == ("split: 1", "split: 0"):  # another full shape: undetectable
         source = open_checkpoint(FORMAT, tmp_path)
         assert source.catalog["h.0.down.weight"].shape == (8, 3)
         return

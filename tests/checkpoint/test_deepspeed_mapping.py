@@ -264,7 +264,7 @@ def test_a_mapped_model_is_converted_to_other_layouts(tmp_path):
     ("parameters", "groups", "found"),
     [
         ("a33 b3 c33 d3", "33 33, 3 3", "a c, b d"),
-        ("a33 b3 c33 d3", "33, 3 3", None),  # one of two is frozen, and nothing tells which
+        ("a33 b3 c33 d3", "33, 3 3", None),  # one of two is frozen: ambiguous
         ("a33 b3 c34 d3", "34, 3 3", "c, b d"),
         ("a33 b33", "33, 33", None),
         ("a33 b33", "33 33", "a b"),

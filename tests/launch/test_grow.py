@@ -114,7 +114,7 @@ def test_what_a_second_growth_starts_from(small, tmp_path):
     checkpoint = NativeCheckpoint.open(path)
     assert checkpoint.run_state["growth_stage"] == 2
     ends = [stage["until"]["steps"] for stage in checkpoint.config["stages"]]
-    assert ends == [3, 3, 6]  # which a run goes on with: see test_grow_imports.py
+    assert ends == [3, 3, 6]  # a run resumes with these: see test_grow_imports.py
 
 
 @pytest.mark.parametrize(
