@@ -72,7 +72,7 @@ def describe(config: Config, *, world: int, resume: str = "auto") -> str:
 
 
 def vocabulary(config: Config) -> int | None:
-    """Of the dataset; None if it does not exist yet and the model sets its own."""
+    """The dataset's vocabulary size; None if it does not exist yet and the model sets its own."""
     data = open_data(config, may_come=True)
     return None if data is None else data.vocab_size
 
