@@ -285,7 +285,7 @@ RENAMED = {"wte.weight": "embedding", "h.0.glu.weight": "blocks.1.glu"}
 
 def test_a_model_that_is_not_ours_is_mapped(tmp_path):
     tensors = foreign_ranks(tmp_path, tensor=2)
-    with pytest.raises(CheckpointError, match=r"not ours.*nothing tells(.|\n)*mapping\.yaml"):
+    with pytest.raises(CheckpointError, match=r"an unknown model.*unknown way(.|\n)*mapping\.yaml"):
         open_checkpoint(FORMAT, tmp_path)
     (tmp_path / "megagrow.mapping.yaml").write_text(MAPPING)
     source = open_checkpoint(FORMAT, tmp_path)

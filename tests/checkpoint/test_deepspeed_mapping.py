@@ -217,7 +217,7 @@ def test_an_imported_model_gives_the_logits_of_the_users_module(tmp_path, llama,
     [
         (False, {"order": None}, r"blocks\.0\.fused\.weight.*order is not specified.*`order: qkv`"),
         (True, {"order": None}, r"order is not specified"),
-        (False, {"order": "gate_up"}, "tells of gate_up"),
+        (False, {"order": "gate_up"}, "names gate_up"),
         (False, {"order": None, "part": "q"}, r"shape.*part q"),
         (False, {"part": "q"}, "order .of the whole. or part, not both"),
         (False, {"order": "vqk"}, "order"),
@@ -237,7 +237,7 @@ def test_a_fused_matrix_whose_order_nothing_tells_is_refused(tmp_path, llama, ch
 def test_gate_and_up_and_other_matrices_must_be_told_and_fit(tmp_path):
     told = rules(True, "qkv", None)
     _, path = imported(tmp_path / "a", True, "qkv", "gate_up", tensor=1, told=told)
-    with pytest.raises(CheckpointError, match=r"(?s)wide\.weight.*not told.*`order: gate_up`"):
+    with pytest.raises(CheckpointError, match=r"(?s)wide\.weight.*not specified.*`order: gate_up`"):
         opened(path)
     told = rules(False, "qkv", None)
     next(r for r in told if ".down" in r["match"])["order"] = "qkv"
