@@ -12,8 +12,8 @@ if __name__ == "__main__":
 
     run_program(main)
 else:
-    # The scripts beside this one leave its directory out of their search.  One of your own that
-    # does not, and imports `inspect`, means the standard library's: this module becomes that.
+    # The scripts next to this one drop its directory from their search path.  One of your own that
+    # does not, and imports `inspect`, means the standard library's, so this module becomes that.
     from importlib.machinery import PathFinder
 
     found = PathFinder.find_spec("inspect", elsewhere)

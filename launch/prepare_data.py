@@ -1,4 +1,4 @@
-"""Text to a tokenizer and an indexed dataset; see --help."""
+"""Prepare a tokenizer and an indexed dataset from text; see --help."""
 
 import os
 import sys

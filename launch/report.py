@@ -1,4 +1,4 @@
-"""Make the report of a run again; see --help."""
+"""Rebuild the report of a run; see --help."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Start a job, watch it, end it when it fails, start it again; see --help."""
+"""Start a job, watch it, end it when it fails, and restart it; see --help."""
 
 import os
 import sys

@@ -1,1 +1,1 @@
-"""Measurements: what `launch/benchmark.py` runs, always as ratios within one run."""
+"""The benchmarks of `launch/benchmark.py`; results are always ratios within one run."""

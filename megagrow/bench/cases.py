@@ -1,4 +1,4 @@
-"""Which growths the benchmark measures: layouts, operator and model."""
+"""The growths that the benchmark measures: layouts, operator and model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megagrow.models.common.parallel import require_tensor_parallel
 from megagrow.state.layout import make_layout
 from megagrow.train.run_plan import plan_run
 
-STEPS_BEFORE = 10  # optimizer steps that count as done before the growth
+STEPS_BEFORE = 10  # optimizer steps assumed done before the growth
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Case:
 
 
 def standard_cases(world: int) -> list[Case]:
-    """Pairs of layouts with a growth each, as a run that scales out would meet them."""
+    """Pairs of layouts with a growth each, as in a run that scales out."""
     if world != 4:
         raise ConfigError(
             "--pairs standard: is made for 4 processes",
@@ -64,10 +64,10 @@ def standard_cases(world: int) -> list[Case]:
 
 
 def read_layout(text: str, *, world: int, option: str) -> LayoutConfig:
-    """A layout from `tensor=2,pipeline=1,zero=1`; `data` may be named, and must then fit.
+    """Parse a layout such as `tensor=2,pipeline=1,zero=1`; `data` is optional, and must then match.
 
     Raises:
-        ConfigError: it cannot be read or does not fit the number of processes.
+        ConfigError: it cannot be parsed or does not match the number of processes.
     """
     settings = dict(item.partition("=")[::2] for item in text.split(",") if item)
     data = settings.pop("data", None)
@@ -103,9 +103,9 @@ def _short(layout: LayoutConfig) -> str:
 def model_for(
     parameters: float, *, operator: str, factor: int, family: str = "gpt2", vocab: int = 8192
 ) -> ModelConfig:
-    """A model that has at least so many parameters once an operator has grown it.
+    """A model with at least this many parameters after an operator has grown it.
 
-    Heads are 64 wide and there is about one layer for each 64 of width, as in GPT-2 XL.
+    Heads have width 64, and there is about one layer per 64 of hidden size, as in GPT-2 XL.
     """
     unit = 128 * factor  # so that tensor parallelism divides the small model's heads too
     hidden = max(1, round((parameters * 64 / 12) ** (1 / 3) / unit)) * unit
@@ -127,7 +127,7 @@ def model_for(
 
 
 def config_for(case: Case, model: ModelConfig, *, world: int, staging_mib: float) -> Config:
-    """A run of two stages with the growth between them."""
+    """A two-stage run with the growth between the stages."""
     grow = {"operator": case.operator, "factor": case.factor, "state_policy": case.policy}
     return parse_config(
         {
@@ -150,11 +150,11 @@ def config_for(case: Case, model: ModelConfig, *, world: int, staging_mib: float
 
 
 def check(case: Case, model: ModelConfig, *, world: int) -> None:
-    """Refuse what cannot be measured before any process is started.
+    """Reject what cannot be measured before any process is started.
 
     Raises:
         ConfigError: the model does not divide over a layout.
-        GrowthError: an operator or state policy that is unknown or does not fit.
+        GrowthError: an operator or state policy is unknown or does not fit.
     """
     config = config_for(case, model, world=world, staging_mib=1.0)
     for stage in plan_run(config, world=world, vocabulary=None).stages:

@@ -1,4 +1,4 @@
-"""What the kinds of `launch/benchmark.py` do with their options: measure, and say it."""
+"""Run each benchmark of `launch/benchmark.py` from its options, and format the result."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from megagrow.lock import holding_output
 from megagrow.train.health.agree import on_first
 from megagrow.train.health.run_lock import holding_together
 
-# Fixes for a benchmark's directory, by what the system said.
+# Fixes for errors in a benchmark's directory, by system error.
 _DISK = {
-    errno.ENOSPC: "free disk space, and give the same command again: it goes on",
-    errno.EDQUOT: "free disk space within your quota, and give the same command again: it goes on",
+    errno.ENOSPC: "free disk space, and run the same command again to continue",
+    errno.EDQUOT: "free disk space within your quota, and run the same command again to continue",
     errno.EROFS: "mount it writable, or set dir to a directory that is",
     errno.EACCES: "give this user the right to write there, or set dir to another directory",
     errno.EEXIST: "name a directory, or a name that is free",
@@ -51,7 +51,7 @@ _DISK = {
 
 
 def growth(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Live growth, one case or several; (for JSON, as text)."""
+    """Live growth, one or several cases; returns (JSON data, text)."""
     world = options.ranks
     if options.pairs is not None:
         cases = wanted.standard_cases(world)
@@ -85,7 +85,7 @@ def growth(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def throughput(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The training step, alone and in layouts; (for JSON, as text)."""
+    """The training step, alone and in layouts; returns (JSON data, text)."""
     if under_launcher():
         raise ConfigError(
             "throughput: starts its own processes, since it compares different numbers of them",
@@ -118,7 +118,7 @@ def throughput(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def operators(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Every operator and policy side by side; (for JSON, as Markdown)."""
+    """Every operator and policy compared; returns (JSON data, Markdown)."""
     protocol = comparing.Protocol(options.data)
     until = None if options.minutes is None else time.time() + 60 * options.minutes
     with holding_output(options.work), naming(options.work, "cannot be written or read", _DISK):
@@ -136,11 +136,14 @@ def operators(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             path = options.svg.with_name(f"{options.svg.stem}_{name}.svg")
             write_atomically(path, drawn.encode())
     text = comparing.table(found)
-    return result, text if complete else text + "\n\nNot all is trained: run it again to go on."
+    return (
+        result,
+        text if complete else text + "\n\nNot everything is trained: run it again to continue.",
+    )
 
 
 def convert(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Conversion of a checkpoint; (for JSON, as text)."""
+    """Checkpoint conversion; returns (JSON data, text)."""
     if under_launcher():
         raise ConfigError(
             "convert: the conversion is one process", fix="start it with plain python"
@@ -150,7 +153,7 @@ def convert(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def dynamics(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Grown runs beside the small run; (for JSON, as Markdown)."""
+    """Grown runs compared with the small run; returns (JSON data, Markdown)."""
     measured = {"factor": options.factor, "before": options.before, "steps": options.steps}
     found = [
         one for family in ("gpt2", "llama") for one in departing.measure(family=family, **measured)
@@ -176,7 +179,7 @@ def _model(options: argparse.Namespace) -> ModelConfig:
 
 
 def _layouts(world: int) -> list[LayoutConfig]:
-    """Every way to use `world` processes for one kind of parallelism."""
+    """Layouts that use all `world` processes for one kind of parallelism."""
     return [
         *(LayoutConfig(zero=zero) for zero in range(4)),
         LayoutConfig(tensor=world, zero=0),
@@ -186,7 +189,7 @@ def _layouts(world: int) -> list[LayoutConfig]:
 
 
 def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """What growth saves against a tuned from-scratch run; (for JSON, as text)."""
+    """What growth saves against a tuned from-scratch run; returns (JSON data, text)."""
     from megagrow.bench.savings import campaign as saving
     from megagrow.bench.savings import clock, page, result, table
     from megagrow.bench.savings.config import SavingsConfig
@@ -212,7 +215,8 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     until = None if options.minutes is None else time.time() + 60 * options.minutes
     home = Path(config.dir)
     with holding_together(home, comm), naming(home, "cannot be written or read", _DISK):
-        # Here, since another job that writes the same result may have had the directory until now.
+        # Only here, since another job writing the same result may have held the directory until
+        # now.
         campaign.known = known() if comm is None else on_first(comm, known)
         if not options.collect:
             at_once = 1 if torch.cuda.is_available() else os.cpu_count() or 1
@@ -227,10 +231,10 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Signals to a small run, and faults of every command that writes; (for JSON, as text).
+    """Signals to a small run, and faults in every command that writes; returns (JSON data, text).
 
     Raises:
-        CheckpointError: something did not end as it does undisturbed.
+        CheckpointError: some outcome differs from the undisturbed one.
     """
     from megagrow.bench.faults import processes, shim, system, training
 
@@ -286,13 +290,13 @@ def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def kernels(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Every fused op on a GPU; (for JSON, as text)."""
+    """Every fused op on a GPU; returns (JSON data, text)."""
     result = fused.measure(dry_run=options.dry_run)
     return result, fused.table(result)
 
 
 def mfu(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The training step with own kernels and without; (for JSON, as text)."""
+    """The training step with and without our kernels; returns (JSON data, text)."""
     if not options.dry_run and not torch.cuda.is_available():
         raise ConfigError(
             "mfu: there is no CUDA device",

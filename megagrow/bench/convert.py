@@ -1,10 +1,10 @@
-"""Conversion of a training state: against `cp` of the same bytes, and DeepSpeed's own converter.
+"""Conversion of a training state, compared with `cp` and with DeepSpeed's own converter.
 
-A GPT-2 with Adam's state is made up and written twice, in our format and as DeepSpeed's engine
-would have saved it.  Each contender is a command of its own, timed from start to end, start-up
-included; beside its time stand the most memory that its processes held together and the most
-disk that it took beyond what it left.  `cp` is followed by `sync` of every file, as the
-conversions push theirs to the disk; DeepSpeed's does not, and is not made to.
+A synthetic GPT-2 with Adam's state is written twice, in our format and as DeepSpeed's engine would
+save it.  Each contender is a separate command, timed from start to end, start-up included;
+reported with the peak memory of all its processes together and the peak disk space that it used
+beyond its output.  `cp` is followed by `sync` of every file, because the conversions fsync theirs;
+DeepSpeed's does not, and is not made to.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _NOISE = 1 << 20  # values of noise
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of a contender; CPU time is that of all its processes."""
+    """One run of a contender; CPU time is summed over its processes."""
 
     seconds: float
     cpu_seconds: float
@@ -55,7 +55,7 @@ class Measured:
 
 
 class _Noise:
-    """A state of any size whose values follow from their places."""
+    """A state of any size whose values are a function of their position."""
 
     def __init__(self, model: ModelConfig) -> None:
         self.path, self.step, self.layout = Path("noise"), 100, Layout()
@@ -71,7 +71,7 @@ class _Noise:
     def read(
         self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        # A row of noise, moved by what the other axes count: cheap, and no two places are alike.
+        # A row of noise, shifted by the other indices: cheap, and no two positions are alike.
         shape = self.catalog[tensor].shape
         number = 3 * list(self.catalog).index(self.catalog[tensor])
         number += [s.name for s in self.slots].index(slot)
@@ -87,7 +87,7 @@ class _Noise:
 
 
 def model_of(parameters: float) -> ModelConfig:
-    """A GPT-2 with about so many parameters; for 350e6 that of GPT-2 medium."""
+    """A GPT-2 with about this many parameters; for 350e6 it is GPT-2 medium."""
     layers, vocab = (24, 50257) if parameters >= 100e6 else (4, 4001)
     hidden = 64
     while 12 * layers * hidden**2 + (vocab + 1024) * hidden < parameters:
@@ -97,12 +97,12 @@ def model_of(parameters: float) -> ModelConfig:
 
 
 def measure(parameters: float, directory: Path, rounds: int) -> dict[str, Any]:
-    """Measure all contenders by turns.
+    """Measure all contenders in turn.
 
     Args:
-        parameters: of the model, about.
-        directory: on the disk that is to be measured; what is made there is deleted.
-        rounds: turns of each contender; DeepSpeed's converter has one.
+        parameters: approximate size of the model.
+        directory: on the disk to be measured; its contents are deleted afterwards.
+        rounds: turns per contender; DeepSpeed's converter has one.
 
     Raises:
         ConfigError: the disk has too little space.
@@ -162,7 +162,7 @@ def _write(source: _Noise, name: str, path: Path) -> None:
 
 
 def _commands(sources: Mapping[str, Path], target: Path) -> dict[str, list[str]]:
-    """The contenders by name."""
+    """The contenders' commands, by name."""
     python = sys.executable
 
     def ours(source: str, fmt: str) -> list[str]:
@@ -189,7 +189,7 @@ def _commands(sources: Mapping[str, Path], target: Path) -> dict[str, list[str]]
 
 
 def _run(command: Sequence[str], room: Path) -> Measured:
-    """Run a command and watch its memory and the disk that it takes."""
+    """Run a command and monitor its memory and disk usage."""
     os.sync()
     before = _tree_bytes(room)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
@@ -219,7 +219,7 @@ def _children_seconds() -> float:
 
 
 def _resident(process: psutil.Process) -> int:
-    """Resident bytes of a process and all below it; what they share is counted for each."""
+    """Resident bytes of a process and its descendants; shared memory is counted for each."""
     total = 0
     try:
         for each in (process, *process.children(recursive=True)):
@@ -243,7 +243,7 @@ def _tree_bytes(path: Path) -> int:
 def _summary(
     results: Mapping[str, Sequence[Measured]], sizes: Mapping[str, int]
 ) -> dict[str, dict[str, float]]:
-    """What the targets speak of: rates, ratios to the copy and to DeepSpeed's converter."""
+    """Rates, and ratios to the copy and to DeepSpeed's converter."""
     seconds = {name: statistics.median(r.seconds for r in runs) for name, runs in results.items()}
     rate = {name: results[name][0].disk_bytes / seconds[name] / 1e9 for name in results}
     summary = {}
@@ -265,7 +265,7 @@ def _summary(
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The summary in lines for a person to read."""
+    """The summary as lines of text."""
     lines = [
         f"{result['parameters']:,} parameters with Adam's state, {' -> '.join(result['layouts'])}",
         f"{'':<24}{'seconds':>9}{'CPU s':>8}{'GB/s':>7}{'of cp':>7}"

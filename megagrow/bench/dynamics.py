@@ -1,8 +1,8 @@
-"""How far a grown run departs from the small run that it came from, policy by policy.
+"""How far a grown run departs from the small run that it started from, for each policy.
 
-One process, fp64, AdamW without clipping.  A small model trains for some steps; then it goes on,
-and beside it every grown model, on the same batches.  Under the `exact` policy the losses are the
-same but for rounding; under all others the difference says how much they depart from it.
+One process, fp64, AdamW without clipping.  A small model trains for some steps and then continues;
+every grown model trains on the same batches from that point.  Under the `exact` policy the losses
+are the same up to rounding; under all others the difference shows how far they depart.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from megagrow.transfer.whole_state import MemoryState
 Result = dict[str, Any]
 SEED, SAMPLES = 0, 8
 LR, DECAY, EPS, BETAS = 1e-3, 0.1, 1e-8, (0.9, 0.95)
-_ROUNDING = 1e-17  # stands for a difference of 0 on a logarithmic axis
+_ROUNDING = 1e-17  # plotted in place of 0 on a logarithmic axis
 
 
 def model(family: str) -> ModelConfig:
-    """Small, with every kind of tensor."""
+    """A small model with every kind of tensor."""
     sizes = {"layers": 2, "hidden": 32, "heads": 4, "ffn": 64, "sequence": 32, "vocab": 61}
     return ModelConfig.model_validate({"family": family, **sizes})
 
 
 def measure(*, family: str, factor: int, before: int, steps: int) -> list[Result]:
-    """Every operator that keeps the loss and can be exact, under all of its policies.
+    """Measure every loss-preserving operator that can be exact, under all its policies.
 
     Args:
         family: of the model.
         factor: of the growth.
-        before: steps of the small model up to the growth.
-        steps: steps after it.
+        before: steps of the small model before the growth.
+        steps: steps after the growth.
     """
     small = _Run(model(family), None, OptimizerRules(), step=0)
     batches = _batches(small.model, before + steps)
@@ -103,7 +103,7 @@ def table(found: Sequence[Result]) -> str:
 
 
 def figure(found: Sequence[Result], *, operator: str, family: str) -> str:
-    """One operator's policies over the steps, as an SVG file's text."""
+    """Plot one operator's policies over the steps; returns the SVG text."""
     chosen = [one for one in found if (one["operator"], one["family"]) == (operator, family)]
     series = [
         Series(
@@ -126,7 +126,7 @@ def figure(found: Sequence[Result], *, operator: str, family: str) -> str:
 
 
 class _Run:
-    """Training in fp64, all of it in memory."""
+    """Training in fp64, entirely in memory."""
 
     def __init__(
         self, model: ModelConfig, state: MemoryState | None, rules: OptimizerRules, *, step: int
@@ -178,7 +178,7 @@ class _Run:
         )
 
     def losses(self, batches: np.ndarray) -> np.ndarray:
-        """One step a batch; the losses before each."""
+        """Take one step per batch; returns the losses before each step."""
         found = []
         self._optimizer.set_learning_rate(LR)
         for batch in batches:
@@ -191,7 +191,7 @@ class _Run:
 
 
 def _mapped(state_map: StateMap, small: Any, state: MemoryState | None) -> MemoryState:
-    """A state map carried out in memory."""
+    """Apply a state map in memory."""
     new = MemoryState.empty(state_map.target, ADAM_SLOTS, dtype=torch.float64)
     transfer_between_ranks(
         state_map=state_map,
@@ -209,7 +209,7 @@ def _mapped(state_map: StateMap, small: Any, state: MemoryState | None) -> Memor
 
 
 def _batches(model: ModelConfig, count: int) -> np.ndarray:
-    """[count, samples, sequence + 1]: each sample counts up in steps of its own."""
+    """[count, samples, sequence + 1]: each sample counts up with its own increment."""
     draw = np.random.default_rng(SEED)
     shape = (count, SAMPLES, 1)
     first, stride = draw.integers(0, model.vocabulary, shape), draw.integers(1, 5, shape)

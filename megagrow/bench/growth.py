@@ -1,4 +1,4 @@
-"""Live growth, measured: time, bytes and memory, against a plain copy of the new state."""
+"""Measure live growth: time, bytes and memory, compared with a plain copy of the new state."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _COPY_ROUNDS = 3
 
 
 class _Clock:
-    """Seconds of the parts of something that all ranks do together: the slowest rank's."""
+    """Seconds of the phases of a collective operation, on the slowest rank."""
 
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
@@ -59,9 +59,9 @@ def measure(
         comm: the processes.
         case: the growth.
         model: the small model.
-        staging_mib: staging memory of the transfer.
-        scratch: directory for the checkpoint that the growth is compared with; None leaves the
-            comparison out.
+        staging_mib: staging memory of the transfer, in MiB.
+        scratch: directory for the checkpoint that the growth is compared with; None skips the
+            comparison.
     """
     config = config_for(case, model, world=comm.world, staging_mib=staging_mib)
     before, after = plan_run(config, world=comm.world, vocabulary=None).stages
@@ -139,7 +139,7 @@ def measure(
 def _grow_live(
     small: Engine, *, config: Config, stage: Stage, state: RunState, comm: Comm, clock: _Clock
 ) -> tuple[Engine, TransferReport, dict[str, Any]]:
-    """Grow as a run does, with an eye on clock and memory."""
+    """Grow as a run does, while measuring time and memory."""
     gc.collect()
     besides = resident_bytes() - tensor_bytes()
     peaks: dict[str, PeakMemory] = {}
@@ -159,7 +159,7 @@ def _grow_live(
     tensors = tensor_bytes()
     building = max(peaks["close"].bytes, peaks["start"].bytes)
     memory = {
-        # Old state, new state, and what the new engine needs besides: all that must be there.
+        # Old state, new state, and the new engine's other tensors: the unavoidable minimum.
         "tensor_bytes": tensors,
         "transfer_above_bytes": peaks["transfer"].bytes - settled,
         "start_above_bytes": building - besides - tensors,
@@ -184,7 +184,7 @@ def _held(placement: Placement, rank: int) -> int:
 
 
 def _make_moments(state: LiveState, placement: Placement, rank: int) -> None:
-    """Moments as after some steps: a transfer of zeros would prove nothing."""
+    """Fill the moments as after some steps: a transfer of zeros would prove nothing."""
     for shard in placement.shards(rank):
         for slot in ADAM_SLOTS[1:]:
             memory = state.view(shard.tensor, slot.name, shard.box)
@@ -204,7 +204,7 @@ def _save(engine: Engine, config: Config, root: Path, comm: Comm) -> Path:
 
 
 def _checksum(state: LiveState, placement: Placement, rank: int) -> int:
-    """A number that hardly stays when a bit of the rank's state changes."""
+    """A number that almost certainly changes if any bit of the rank's state changes."""
     total = 0
     for shard in placement.shards(rank):
         for slot in ADAM_SLOTS:

@@ -1,4 +1,4 @@
-"""What the growth benchmark measured, as text."""
+"""Format the results of the growth benchmark as text."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from megagrow.report.units import binary_bytes
 
 _PARTS = ("close", "start", "transfer", "publish")
-OVERHEAD_BYTES = 64 * 2**20  # what the no-gather law allows besides staging: allocator, plan
+OVERHEAD_BYTES = 64 * 2**20  # allowed overhead besides staging: allocator, plan
 
 
 def _above(rank: Mapping[str, Any]) -> int:
-    """The most memory above old state and new engine, while starting, moving or publishing."""
+    """Peak memory beyond old state and new engine, while starting, moving or publishing."""
     return max(0, *(rank[f"{part}_above_bytes"] for part in ("start", "transfer", "publish")))
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """What was measured, as text."""
+    """The results as text."""
     head = (
         f"{'growth':<58}{'transfer':>10}{'x copy':>8}{'close':>8}{'start':>8}"
         f"{'publish':>9}{'whole':>9}{'x copy':>8}{'x files':>9}"

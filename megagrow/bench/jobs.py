@@ -24,27 +24,27 @@ def under_launcher() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process speaks."""
+    """Whether this process prints the output."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def run_job(world: int, function: Callable[..., Any], *args: Any) -> Any:
-    """Run `function(comm, *args)` on every rank of a job; rank 0's result, None elsewhere.
+    """Run `function(comm, *args)` on every rank of a job; returns rank 0's result, None elsewhere.
 
-    Under a launcher its processes are used, else new ones are started for this call alone.
-    The function is a module-level one; it, its arguments and its result are pickled.
+    Uses the launcher's processes if there are any, else starts new ones for this call alone.
+    The function must be module-level; it, its arguments and its result are pickled.
 
     Raises:
-        ConfigError: the launcher started another number of processes.
+        ConfigError: the launcher started a different number of processes.
     """
     if under_launcher():
         return _join(world, function, args)
-    # As torchrun does it: the parent holds the store, on a port that the system picks.
+    # As in torchrun: the parent holds the store, on a port that the system picks.
     store = dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", 0, is_master=True, wait_for_workers=False
     )
     results: SimpleQueue[Any] = multiprocessing.get_context("spawn").SimpleQueue()
-    # Fewer threads than cores for each, or the ranks take the cores from one another.
+    # Fewer threads per rank than cores, or the ranks compete for the cores.
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // world)))
     work = pickle.dumps((function, args))
     torch.multiprocessing.spawn(  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ def run_job(world: int, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank of a job on this host whose store the parent holds."""
+    """The variables that torchrun sets for a rank on this host whose parent holds the store."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -87,7 +87,7 @@ def _rank_main(
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.update(rank_environment(rank, world, port))
-    # DeepSpeed finds ninja there, also where the environment is not activated.
+    # So that DeepSpeed finds ninja even if the environment is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     torch.set_num_threads(threads)
     from megagrow.engine.comm import start, stop

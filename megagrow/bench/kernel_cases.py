@@ -1,4 +1,4 @@
-"""What the benchmark of kernels runs: each op at a size, the bytes it must move, and its rivals."""
+"""The cases of the kernel benchmark: each op at a size, the bytes it must move, and its rivals."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Device:
-    """Where and how large.
+    """The device and problem size.
 
     Attributes:
-        name: of the torch device.
+        name: torch's name of the device.
         scale: divides the sizes.
-        warm_ups: calls before the clock runs.
-        calls: that are timed.
+        warm_ups: untimed calls first.
+        calls: number of timed calls.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Case:
     """One op, forward or backward.
 
     Attributes:
-        op: as `library.own` names it.
+        op: its name in `library.own`.
         pass_: ``forward``, ``backward``, ``both`` or ``update``.
-        bytes: that must be moved.
-        own: the own kernel.
+        bytes: minimum number of bytes moved.
+        own: our kernel.
         eager: PyTorch's own ops.
-        compiled: the same under torch.compile, if that is a rival.
+        compiled: the same under torch.compile, if compared.
         others: other libraries' calls, by name.
     """
 
@@ -67,7 +67,7 @@ class Case:
 
 
 def every_case(device: Device) -> Iterator[Case]:
-    """Cases one after the other, so that few tensors live at a time."""
+    """Yield the cases one at a time, so that few tensors are alive at once."""
     for make in (
         _norm_cases,
         _activation_cases,
@@ -82,7 +82,7 @@ def every_case(device: Device) -> Iterator[Case]:
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """By torch.compile; eager in a dry run, where compiling would take minutes."""
+    """Apply torch.compile; eager in a dry run, where compiling would take minutes."""
     if library.active().mode == "emulated":
         return function
     return torch.compile(function, dynamic=False)
@@ -98,7 +98,7 @@ def _autograd_cases(
     bytes_: tuple[int, int],
     other: Callable[..., Any] | None = None,
 ) -> Iterator[Case]:
-    """Forward and backward of a function that returns one tensor or several."""
+    """Forward and backward of a function that returns one or several tensors."""
     leaves = tuple(x.clone().requires_grad_() for x in inputs)
     compiled = _compiled(function)
     rivals: dict[str, Callable[..., Any]] = {"eager": function, "compiled": compiled}
@@ -107,7 +107,7 @@ def _autograd_cases(
             rivals[name] = lambda *x, call=backend.functions[op]: other(call, *x)
 
     def forward(call: Callable[..., Any]) -> Call:
-        # As in training, what the backward pass needs is kept.
+        # As in training, keep what the backward pass needs.
         return lambda: call(*leaves)
 
     def backward(call: Callable[..., Any]) -> Call:
@@ -235,14 +235,14 @@ def _loss_cases(device: Device) -> Iterator[Case]:
 
     def both(function: Callable[[Tensor], Tensor]) -> Call:
         def run() -> None:
-            # The own kernel writes its gradient over the logits; how large they are is all one.
+            # Our kernel overwrites the logits with its gradient; their values do not matter.
             leaf = logits.detach().requires_grad_()
             torch.autograd.grad(function(leaf), leaf)
 
         return run
 
     compiled = _compiled(plain)
-    # Two passes read the logits, one writes the gradient over them.
+    # Two passes read the logits, one overwrites them with the gradient.
     yield Case(
         "cross_entropy",
         "both",
@@ -262,7 +262,7 @@ def _adamw_cases(device: Device) -> Iterator[Case]:
     step = torch.tensor(99.0, device=device.name)
 
     def chain() -> None:
-        """What is done without the kernel: cast the gradient, update, cast the parameters."""
+        """The steps without the kernel: cast the gradient, update, cast the parameters."""
         torch._fused_adamw_(
             [p], [g.float()], [m], [v], [], [step], lr=1e-4, beta1=0.9, beta2=0.95,
             weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False,
@@ -296,7 +296,7 @@ def _adamw_cases(device: Device) -> Iterator[Case]:
         lambda: compiled(p, g, m, v, low),
         others,
     )
-    # Young blocks in half of the partition: matrices whose old quarter is one block.
+    # New blocks in half of the partition: matrices whose old quarter is one block.
     side = device.size(4096)
     count = max(1, n // (2 * side * side))
     old = (slice(0, side // 2), slice(0, side // 2))

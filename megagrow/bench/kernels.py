@@ -1,10 +1,10 @@
-"""Each fused op on a GPU: its bytes against the measured copy, and its time against its rivals.
+"""Each fused op on a GPU: bandwidth against the measured copy, and time against its rivals.
 
-Rivals are eager PyTorch, torch.compile, and apex, Transformer Engine and Liger where installed.
+Rivals are eager PyTorch, torch.compile, and apex, Transformer Engine and Liger if installed.
 
-Bytes are those that an op must move, whatever it does move.  Tensors are much larger than the
-second-level cache.  `dry_run` takes tiny sizes on the CPU with the emulated kernels: it shows that
-every step works, and its times mean nothing.
+Bytes are the minimum that an op must move, whatever it actually moves.  Tensors are much larger
+than the L2 cache.  `dry_run` uses tiny sizes on the CPU with the emulated kernels: it shows that
+every step works, and its times are meaningless.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from megagrow.bench.kernel_cases import Call, Case, Device, every_case
 from megagrow.errors import ConfigError
 from megagrow.ops import library
 
-_WIN = 1.05  # an own op stays under torch.compile where it is at least this much faster
+_WIN = 1.05  # our op is used under torch.compile if it is at least this much faster
 
 
 def measure(*, dry_run: bool = False) -> dict[str, Any]:
-    """The table of all ops.
+    """Measure all ops.
 
     Raises:
         ConfigError: there is no CUDA device, or the kernels are not built.
@@ -38,7 +38,7 @@ def measure(*, dry_run: bool = False) -> dict[str, Any]:
             "shows with emulated kernels that every step works",
         )
     device = Device("cpu", 512, 0, 1) if dry_run else Device("cuda")
-    # Graphs are walked more than once, so their buffers must outlive a backward pass.
+    # Graphs are traversed more than once, so their buffers must outlive a backward pass.
     functorch_config.donated_buffer = False
     with library.using("emulated" if dry_run else "cuda"):
         copy = _copy_bandwidth(device)
@@ -54,7 +54,7 @@ def measure(*, dry_run: bool = False) -> dict[str, Any]:
 
 
 def wins(rows: list[dict[str, Any]]) -> list[str]:
-    """The ops whose own kernels beat torch.compile in every pass that was compared."""
+    """The ops whose own kernels beat torch.compile in every pass compared."""
     ratios: dict[str, list[float]] = {}
     for row in rows:
         if "compiled" in row["milliseconds"]:
@@ -93,11 +93,11 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# --- the clock ------------------------------------------------------------------------------
+# --- timing ---------------------------------------------------------------------------------
 
 
 def _time(call: Call, device: Device) -> dict[str, float]:
-    """Milliseconds of a call: median, tenth and ninetieth percentile."""
+    """Time of a call in milliseconds: median, tenth and ninetieth percentile."""
     for _ in range(device.warm_ups):
         call()
     times: list[float] = []
@@ -121,7 +121,7 @@ def _time(call: Call, device: Device) -> dict[str, float]:
 
 
 def _extra_bytes(call: Call, device: Device) -> int:
-    """Memory that a call takes at its peak, above what was taken before."""
+    """Peak memory of a call, beyond what was already allocated."""
     if device.name != "cuda":
         return 0
     torch.cuda.synchronize()
@@ -151,7 +151,7 @@ def _row(case: Case, device: Device, copy: float) -> dict[str, Any]:
         except Exception as error:
             if name in ("own", "eager"):
                 raise
-            # A rival that fails is told and left out; it is not ours to fix.
+            # A rival that fails is reported and skipped; it is not ours to fix.
             failed.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
     row = {
         "op": case.op,

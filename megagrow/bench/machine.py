@@ -1,4 +1,4 @@
-"""What measured: the facts without which a number means nothing."""
+"""Facts about the machine and software, recorded with every result."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def facts() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The name of the CPU, with its family and model where the name says little."""
+    """The name of the CPU, with family and model if the name alone is vague."""
     found: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -65,6 +65,6 @@ def _version(package: str) -> str | None:
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a result with the facts about the machine, whole or not at all."""
+    """Write a result with the facts about the machine, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps({**facts(), **result}, indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""Memory of this process: what it holds, the most it held, and how fast it copies."""
+"""Memory of this process: current, peak, and copy speed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COPY_BYTES = 256 * 2**20
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is resident now."""
+    """Current resident memory of this process."""
     return _status("VmRSS")
 
 
@@ -30,10 +30,10 @@ def _status(field: str) -> int:
 
 
 class PeakMemory:
-    """The most resident memory of this process inside a `with`: `bytes` afterwards.
+    """Peak resident memory of this process inside a `with`: `bytes` afterwards.
 
-    The kernel's own mark is used where it may be set back, else a thread looks every
-    2 ms (`exact` is then False).
+    Uses the kernel's own peak counter if it can be reset; otherwise a thread samples every 2 ms
+    (`exact` is then False).
     """
 
     def __enter__(self) -> PeakMemory:
@@ -64,21 +64,21 @@ class PeakMemory:
 
 
 def tensor_bytes() -> int:
-    """Bytes of all tensors of this process, memory that several share counted once."""
+    """Bytes of all tensors of this process, with shared memory counted once."""
     storages: dict[int, int] = {}
     for item in gc.get_objects():
         if isinstance(item, torch.Tensor):
             for tensor in (item, item.grad if item.is_leaf else None):
                 if tensor is not None and tensor.layout == torch.strided:
                     storage = tensor.untyped_storage()
-                    # Another storage may share the beginning of this one's memory.
+                    # Another storage may share the start of this one's memory.
                     known = storages.get(storage.data_ptr(), 0)
                     storages[storage.data_ptr()] = max(known, storage.nbytes())
     return sum(storages.values())
 
 
 def copy_seconds(size: int, *, device: torch.device) -> float:
-    """Time to copy `size` bytes from memory to memory, all pages touched before."""
+    """Time to copy `size` bytes in memory, with all pages touched first."""
     length = max(1, min(size, _COPY_BYTES) // 4)
     source = torch.ones(length, device=device)
     target = torch.zeros_like(source)

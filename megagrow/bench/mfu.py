@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation of the training step in bf16: own kernels or not, compiled or not."""
+"""Model FLOPs utilisation of the bf16 training step, with and without our kernels and compile."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from megagrow.train.grow_live import start_engine
 from megagrow.train.run_plan import plan_run
 from megagrow.train.state import RunState
 
-# Dense bf16 multiply-adds a second, two FLOPs each, as NVIDIA states them.
+# Peak dense bf16 FLOP/s, a multiply-add being two FLOPs, as NVIDIA states them.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 
-# Name: (shape, samples in a step).
+# Name: (model, samples per step).
 SHAPES: Mapping[str, tuple[dict[str, Any], int]] = {
     "GPT-2 medium, 0.35 B": (
         {
@@ -51,7 +51,7 @@ _TINY = {
 }
 
 
-# Name: (what serves the ops, whether blocks go through torch.compile).
+# Name: (implementation of the ops, whether blocks are compiled).
 WAYS: Mapping[str, tuple[library.Mode, bool]] = {
     "kernels": ("cuda", False),
     "PyTorch": ("reference", False),
@@ -60,7 +60,7 @@ WAYS: Mapping[str, tuple[library.Mode, bool]] = {
 
 
 def measure(comm: Comm, dry_run: bool, rounds: int = 3, steps: int = 5) -> dict[str, Any]:
-    """Time some training steps of each shape: kernels and PyTorch's own ops, compiled and not."""
+    """Time training steps of each shape: our kernels and PyTorch's own ops, compiled and not."""
     if dry_run:
         rounds = steps = 1
     device = torch.cuda.get_device_name() if comm.device.type == "cuda" else "cpu"
@@ -69,7 +69,7 @@ def measure(comm: Comm, dry_run: bool, rounds: int = 3, steps: int = 5) -> dict[
     for name, (shape, batch) in SHAPES.items():
         model = ModelConfig.model_validate(shape | (_TINY if dry_run else {}))
         ways: dict[str, dict[str, Any]] = {}
-        # Compiled or not is another engine; kernels or not takes turns in one.
+        # Compilation needs a separate engine; kernels can be toggled within one.
         for compiled in (False,) if dry_run else (False, True):
             modes: dict[str, library.Mode] = {
                 way: "emulated" if dry_run and mode == "cuda" else mode
@@ -140,7 +140,7 @@ def _measure_engine(
 
 
 def _fill(engine: Engine, comm: Comm) -> None:
-    """Random parameters, made on the device: which they are is all one for the time of a step."""
+    """Random parameters, created on the device: their values do not affect the step's time."""
     for shard in engine.placement.shards(comm.rank):
         memory = engine.state.view(shard.tensor, MASTER.name, shard.box)
         init = engine.placement.catalog[shard.tensor].init
@@ -157,7 +157,7 @@ def _forget_peak(comm: Comm) -> None:
 
 
 def _peak(comm: Comm) -> int:
-    """The most memory of the device since then; 0 on a CPU."""
+    """Peak device memory since the last reset; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if comm.device.type == "cuda" else 0
 
 

@@ -1,6 +1,6 @@
-"""A GPT in plain PyTorch, as small as it can be said: the yardstick of the training step.
+"""A minimal GPT in plain PyTorch: the baseline for the training step.
 
-The shape of GPT-2 as nanoGPT has it (pre-norm, learned positions, GELU, tied head, biases, fused
+The GPT-2 architecture as in nanoGPT (pre-norm, learned positions, GELU, tied head, biases, fused
 attention), with torch's own layers and none of megagrow's.
 """
 
@@ -37,7 +37,7 @@ class MinimalGPT(nn.Module):
     """Token ids [B, S + 1] in, mean next-token loss in nats out.
 
     Args:
-        model: a GPT-2 shape, without dropout.
+        model: a GPT-2 configuration, without dropout.
     """
 
     def __init__(self, model: ModelConfig) -> None:

@@ -1,9 +1,9 @@
-"""Every growth operator with every state policy, side by side: the same small model, the same data.
+"""Compare every growth operator under every state policy, on the same small model and data.
 
-For each seed a small model is trained; from its one checkpoint every case goes on: grown by an
-operator under a policy, or not at all, for the same number of tokens.  Beside them stand models
-of the grown sizes that were trained from scratch on all the tokens.  All of them are ordinary
-runs of `Trainer`, each with a directory of its own, and what is finished is not done again.
+For each seed a small model is trained; every case continues from its one checkpoint: grown by an
+operator under a policy, or not at all, for the same number of tokens.  They are compared with
+models of the grown sizes trained from scratch on all the tokens.  All are ordinary
+runs of `Trainer`, each with its own directory, and finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Result = dict[str, Any]
 SCRATCH, SMALL = "from scratch", "not grown"
 
 # 1.2 million parameters with a vocabulary of 4096; twice the width and four times the depth
-# are about as many, 3.9 and 3.5 million.
+# come to about the same, 3.9 and 3.5 million.
 _MODEL: dict[str, Any] = {
     "family": "llama", "layers": 5, "hidden": 112, "heads": 7, "ffn": 304, "sequence": 64,
     "tie_embeddings": True,
@@ -53,14 +53,14 @@ class Protocol:
 
     Attributes:
         data: the prepared dataset.
-        seeds: each of data order and initial values.
+        seeds: each sets data order and initial values.
         small_steps: steps of the small model before the growth.
         grown_steps: steps after it.
-        batch: samples in a step.
+        batch: samples per step.
         lr: the learning rate, the same for all sizes, constant after a warm-up over a tenth of
             the small steps.
-        rewarm, ramp, fit_steps: steps of re-warming, of letting new units in, and of fitting maps,
-            where a case has them.
+        rewarm, ramp, fit_steps: steps of re-warming, of the ramp, and of fitting maps, for the
+            cases that have them.
     """
 
     data: Path
@@ -76,13 +76,13 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Case:
-    """One run beside the others.
+    """One run of the comparison.
 
     Attributes:
         axis: what grows: `width` or `depth`.
         operator: of the growth, or `SCRATCH` or `SMALL`.
         policy: of the growth.
-        mup: whether matrices learn at 1 / (growth of their inputs) of the rate after it.
+        mup: whether, after it, a matrix's learning rate is divided by the growth of its inputs.
     """
 
     axis: str
@@ -92,13 +92,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As in the table."""
+        """Its name in the table."""
         which = self.axis if self.operator == SCRATCH else self.policy
         return f"{self.operator} {which}{' mup' if self.mup else ''}".strip()
 
     @property
     def directory(self) -> str:
-        """Of its run, below that of its seed."""
+        """The run's directory, relative to its seed's."""
         return self.name.replace(" ", "-")
 
     @property
@@ -120,15 +120,15 @@ def cases() -> list[Case]:
 
 
 def train_all(comm: Comm, protocol: Protocol, work: Path, until: float | None) -> bool:
-    """Train what is not finished yet; whether all of it is now.
+    """Train what is not finished yet; returns whether everything now is.
 
-    In waves, each over all seeds (see `_wave`), so that time that runs out leaves what can be
-    compared.
+    In waves, each over all seeds (see `_wave`), so that comparable results exist even if time runs
+    out.
 
     Args:
         comm: a job of one process.
         work: the runs' directory.
-        until: time (seconds since 1970) after which no further run begins.
+        until: time (seconds since 1970) after which no more runs are started.
     """
     plan = [(case, seed) for seed in protocol.seeds for case in cases()]
     for case, seed in sorted(plan, key=lambda one: _wave(one[0])):
@@ -144,14 +144,14 @@ def train_all(comm: Comm, protocol: Protocol, work: Path, until: float | None) -
 
 
 def _wave(case: Case) -> int:
-    """Operators under their first policies and all policies of one; the rest; the dearest."""
+    """Operators under their first policies and all policies of one; the rest; the costliest."""
     if case.operator == SCRATCH:
         return 2
     return 0 if case.first or case.operator == "width" else 1
 
 
 def _config(protocol: Protocol, seed: int, case: Case | None, run_dir: Path) -> Config:
-    """A run; without a case the small model's first part."""
+    """The configuration of a run; without a case, of the small model's first part."""
     total = protocol.small_steps + protocol.grown_steps
     stages: list[dict[str, Any]] = [{"until": {"steps": protocol.small_steps}}]
     model = dict(_MODEL)
@@ -193,16 +193,16 @@ def _config(protocol: Protocol, seed: int, case: Case | None, run_dir: Path) -> 
 
 
 def _train(comm: Comm, config: Config, *, until: float | None, start: Path | None = None) -> bool:
-    """One run, unless it is finished or it is too late; whether it is finished now.
+    """Train one run unless it is finished or it is too late; returns whether it is finished.
 
-    The checkpoints of a run that starts at another's are removed at its end: they are many.
+    The checkpoints of a run that starts from another's are removed at its end: they are many.
     """
     run_dir = Path(config.run.dir)
     if finished(run_dir):
         return True
     if until is not None and time.time() > until:
         return False
-    # What was interrupted begins again: a run is short.
+    # An interrupted run starts over: it is short.
     shutil.rmtree(run_dir, ignore_errors=True)
     run_dir.mkdir(parents=True)
     data = open_dataset(config.data.path, None)
@@ -229,7 +229,7 @@ def _spoken_into(path: Path) -> Iterator[None]:
 
 
 def finished(run_dir: Path) -> bool:
-    """Whether a run has come to its end; one that was stopped before it has not."""
+    """Whether a run has reached its end; a run that was stopped early has not."""
     log = run_dir / "metrics.jsonl"
     return log.is_file() and _read(run_dir).complete
 
@@ -242,7 +242,7 @@ def _read(run_dir: Path) -> Run:
 
 
 def results(protocol: Protocol, work: Path) -> list[Result]:
-    """What is finished, case by case: validation losses by seed and step."""
+    """Finished results, case by case: validation losses by seed and step."""
     found = []
     for case in cases():
         runs = {
@@ -277,7 +277,7 @@ def _result(case: Case, runs: Mapping[int, Run]) -> Result:
 
 
 def _curve(run: Run) -> list[Result]:
-    """Validation losses, the first right after the growth where there is one."""
+    """Validation losses, starting right after the growth if there is one."""
     grown = [{"step": g.step, "tokens": g.tokens, "loss": g.loss_after} for g in run.growths]
     return grown + [{"step": v.step, "tokens": v.tokens, "loss": v.loss} for v in run.validations]
 
@@ -293,11 +293,11 @@ def against(one: Result, other: Result) -> tuple[float, float] | None:
 
 
 def table(found: Sequence[Result]) -> str:
-    """Cases by their distance from the small model that goes on, in Markdown."""
+    """Cases by their difference from the small model that continues, in Markdown."""
     small = next((one for one in found if one["operator"] == SMALL), None)
     lines = [
-        "| case | parameters | loss jumps by | final loss | against the small model going on "
-        "| seeds |",
+        "| case | parameters | loss jumps by | final loss "
+        "| difference to the small model, continued | seeds |",
         "|---|---|---|---|---|---|",
     ]
     for grown in _GROWN:
@@ -305,7 +305,7 @@ def table(found: Sequence[Result]) -> str:
         for one in found:
             if one["axis"] == grown:
                 gap = against(one, small) if small is not None else None
-                # Means over other seeds say little beside one another, differences do.
+                # Means over different seeds are not comparable, differences are.
                 rows.append((one["final"] if gap is None else gap[0], one, gap))
         for _, one, gap in sorted(rows, key=lambda row: row[0]):
             lines.append(

@@ -1,7 +1,7 @@
-"""Tokens a second of one training step: megagrow's engine, its model in a plain loop, others' GPTs.
+"""Tokens/s of a training step: megagrow's engine, its model in a plain loop, and other GPTs.
 
-Everybody gets the same samples, shapes, threads, precision (fp32), fused AdamW and gradient
-clipping, and takes turns within one run, so that what else the machine does hits all alike.
+All contenders get the same samples, shapes, threads, precision (fp32), fused AdamW and gradient
+clipping, and take turns within one run, so that other load on the machine affects all alike.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def measure_alone(
 
     Args:
         comm: the job of one process.
-        model: the shape, of family gpt2.
-        batch: samples in a step.
-        rounds: turns that each contender has, after one to warm up.
-        steps: training steps in a turn.
+        model: the configuration, of family gpt2.
+        batch: samples per step.
+        rounds: timed turns per contender, after one to warm up.
+        steps: training steps per turn.
         rivals: names of `RIVALS` to compare with.
     """
     samples = _samples(model, batch)
@@ -67,8 +67,8 @@ def measure_layouts(
 ) -> dict[str, Any]:
     """Several processes: the engine in each layout, against the minimal GPT under torch's DDP.
 
-    Engines of different layouts do not live at the same time, so each layout is set up anew for
-    every round.  `batch` is that of all processes together.
+    Engines of different layouts cannot exist at the same time, so each layout is set up again for
+    every round.  `batch` is the total over all processes.
     """
     samples = _samples(model, batch)
     share = batch // comm.world
@@ -91,7 +91,7 @@ def measure_layouts(
 
 
 def describe(layout: LayoutConfig, world: int) -> str:
-    """A layout in few words."""
+    """A short description of a layout."""
     data = world // (layout.tensor * layout.pipeline)
     sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": data}
     cut = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
@@ -222,14 +222,14 @@ def _take_turns(
         _timed(step, comm, steps=1)
     for number in range(rounds):
         order = list(contenders.items())
-        # Nobody always comes first, or after the same one.
+        # Rotate the order, so that no contender is always first or always follows the same one.
         for name, step in order[number % len(order) :] + order[: number % len(order)]:
             seconds[name].append(_timed(step, comm, steps=steps))
     return _summary(seconds, steps=steps, tokens=tokens, comm=comm)
 
 
 def _timed(step: Step, comm: Comm, *, steps: int) -> float:
-    """Seconds of some steps, the slowest rank's."""
+    """Seconds for some steps, on the slowest rank."""
     if dist.get_world_size() > 1:
         comm.barrier()
     _synchronize(comm)
@@ -267,7 +267,7 @@ def _summary(
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Tokens a second, and how each contender compares with every plain loop.
+    """Tokens/s, and how each contender compares with every plain loop.
 
     A ratio is the median of the rounds' own ratios.
     """

@@ -1,7 +1,7 @@
 """Checkpoints on disk.
 
-The native format is a directory `step_<step>` with one safetensors file of
-boxes a rank and one `manifest.json`; see `shards`, `manifest` and `directory`.
+The native format is a directory `step_<step>` with one safetensors file of boxes per rank and
+one `manifest.json`; see `native.shard_file`, `native.manifest` and `native.steps`.
 """
 
 from megagrow.checkpoint.interface.meta import CheckpointMeta

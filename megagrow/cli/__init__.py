@@ -1,1 +1,1 @@
-"""The commands of `megagrow`, a module each; the scripts of `launch/` are the same commands."""
+"""The commands of `megagrow`, one module each; the scripts of `launch/` are the same commands."""

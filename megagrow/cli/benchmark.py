@@ -29,14 +29,14 @@ EXAMPLES = """\
   # tokens a second of a training step, against plain PyTorch and Hugging Face
   python launch/benchmark.py throughput
 
-  # the compute that growth saves against a tuned from-scratch run; started again, it goes on
+  # the compute that growth saves against a tuned from-scratch run; started again, it continues
   python launch/benchmark.py savings --config configs/bench/cpu_savings.yaml
 
-  # more seeds on top of a result that was made elsewhere: what it knows is not trained again
+  # more seeds on top of a result from elsewhere: what it contains is not trained again
   python launch/benchmark.py savings --config configs/bench/cpu_2x48.yaml \\
       --known benchmarks/savings_2x48.json --json runs/more.json 'seeds=[1,2,3,4,5,6,7,8]'
 
-  # every growth operator with every state policy, the same data; goes on where it was stopped
+  # every growth operator with every state policy, the same data; continues where it was stopped
   python launch/benchmark.py operators --data data/stdlib --work runs/operators --minutes 45
 
   # conversion of 4.2 GB of training state, against cp and DeepSpeed's ds_to_universal
@@ -45,7 +45,7 @@ EXAMPLES = """\
   # how far grown runs depart from the small run, for the exact policy and the others
   python launch/benchmark.py dynamics --svg runs/dynamics.svg
 
-  # signals, full and broken disks, second jobs: every command that writes comes to the same end
+  # signals, full and broken disks, second jobs: every command that writes gives the same result
   python launch/benchmark.py faults --kills 200 --strikes 400
 """
 _LAUNCHERS = """
@@ -54,7 +54,7 @@ Processes are started here, or by torchrun or the deepspeed launcher: then give 
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(
         description="Measure megagrow; every number is a ratio within one run.",
         examples=EXAMPLES + _LAUNCHERS,
@@ -132,7 +132,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=number(above=0), metavar="M", help="begin no further leg after so long")
     add("--clock", action="store_true", help="measure the models' speeds in turns, for wall times")
     add("--collect", action="store_true", help="train nothing: report what is finished")
-    add("--dry-run", action="store_true", help="say what would be trained, and what it costs")
+    add("--dry-run", action="store_true", help="print what would be trained, and what it costs")
     add(
         "--known",
         type=as_path,
@@ -144,7 +144,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
 
-    compared = add_kind("operators", "operators and policies side by side")
+    compared = add_kind("operators", "operators and policies compared")
     add = compared.add_argument
     add("--data", type=as_path, default=Path("data/stdlib"), help="prepared (default %(default)s)")
     add(
@@ -154,7 +154,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="directory of the runs; what is finished there is kept (default %(default)s)",
     )
     add(
-        "--minutes", type=number(above=0), help="begin no run after so long, and show what there is"
+        "--minutes",
+        type=number(above=0),
+        help="start no run after this time, and show what is finished",
     )
 
     conversion = add_kind("convert", "conversion of a checkpoint")
@@ -169,10 +171,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--directory",
         type=as_path,
         default=Path(tempfile.gettempdir()),
-        help="on the disk to measure; what is made there is deleted (default %(default)s)",
+        help="on the disk to measure; its contents are deleted afterwards (default %(default)s)",
     )
     add("--rounds", type=whole(1), default=3, help="turns of each contender (default %(default)s)")
-    departing = add_kind("dynamics", "grown runs beside the small run")
+    departing = add_kind("dynamics", "grown runs compared with the small run")
     add = departing.add_argument
     add("--factor", type=whole(2), default=2, help="of the growth (default %(default)s)")
     add("--before", type=whole(1), default=30, help="steps up to the growth (default %(default)s)")
@@ -228,7 +230,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for kind in (growth, speed, savings, compared, departing, faults, conversion, fused, step):
         kind.add_argument("--json", type=as_path, metavar="FILE", help="write all numbers there")
         kind.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    # Overrides and options may come in any order.
+    # Overrides and options may be mixed in any order.
     return parser.parse_args(arguments)
 
 
@@ -247,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if jobs.is_first():
         print(text)
-        if options.json is not None and result:  # a plan alone is no result
+        if options.json is not None and result:  # a plan alone is not a result
             write_json(options.json, result)
             print(f"\nwritten to {os.fspath(options.json)}")
     return 0

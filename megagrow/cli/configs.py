@@ -21,14 +21,14 @@ the working directory, the one that comes with megagrow is read.
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__, examples=EXAMPLES)
     parser.add_argument("name", type=as_path_text, nargs="?", help="of one that is to be printed")
     return parser.parse_args(arguments)
 
 
 def names() -> list[str]:
-    """Of all that come along, as `--config` takes them."""
+    """Names of the bundled configurations, as `--config` accepts them."""
     return sorted(f"configs/{path}" for path in _below(SHIPPED / "configs"))
 
 
@@ -37,7 +37,7 @@ def _below(folder: Path) -> list[str]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    """Run the command."""
     if options.name is None:
         print("\n".join(names()))
         return

@@ -28,12 +28,14 @@ EXAMPLES = """\
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(description="Evaluate a checkpoint of any format.", examples=EXAMPLES)
     add = parser.add_argument
-    add("checkpoint", type=as_path, metavar="PATH", help="a checkpoint, or a run: its newest one")
-    add("--from-format", metavar="F", help="of the checkpoint; default: what it looks like")
-    add("--wikitext", type=as_path, metavar="FILE", help="word perplexity; its marks are undone")
+    add(
+        "checkpoint", type=as_path, metavar="PATH", help="a checkpoint, or a run for its newest one"
+    )
+    add("--from-format", metavar="F", help="of the checkpoint; detected by default")
+    add("--wikitext", type=as_path, metavar="FILE", help="word perplexity of detokenized text")
     add("--lambada", type=as_path, metavar="FILE", help="accuracy on last words")
     add("--text", type=as_path, nargs="+", metavar="FILE", help="bits per byte of any text")
     add("--tasks", help="of lm-evaluation-harness, joined by commas")
@@ -60,7 +62,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Do what the command line asks for, and say it; returns the scores."""
+    """Evaluate, print and return the scores."""
     from tqdm import tqdm
 
     from megagrow.checkpoint.convert.load_model import load_model

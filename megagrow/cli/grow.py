@@ -10,7 +10,7 @@ from megagrow.arguments import Parser, as_path
 from megagrow.errors import exit_status
 
 EXAMPLES = """\
-  # twice the width; the result is OUT/step_<step>, to go on from with pretrain.py --resume OUT
+  # twice the width; the result is OUT/step_<step>, to resume with pretrain.py --resume OUT
   python launch/grow.py --from runs/quickstart --to OUT --operator width --factor 2
 
   # a given model, by two operators in one growth
@@ -23,7 +23,7 @@ EXAMPLES = """\
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(
         description="Grow a native checkpoint into the checkpoint of a larger model.",
         examples=EXAMPLES,
@@ -32,24 +32,29 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--list", action="store_true", help="print the operators and state policies, and end")
     add("--markdown", action="store_true", help="with --list: as Markdown tables")
     add("--from", dest="source", type=as_path, metavar="CKPT",
-        help="a checkpoint, or a run directory: its newest one")  # fmt: skip
+        help="a checkpoint, or a run directory for its newest one")  # fmt: skip
     add("--to", dest="target", type=as_path, metavar="DIR",
-        help="where step_<step> of the grown model is to lie")  # fmt: skip
+        help="directory for step_<step> of the grown model")  # fmt: skip
     add("--operator", metavar="NAME", help="an operator of --list, or several joined by +")
     add("--factor", type=int, metavar="K", help="how many times larger (2)")
     add("--target", dest="sizes", nargs="+", metavar="SIZE=N",
         help="sizes of the grown model instead of a factor: hidden=512 layers=12")  # fmt: skip
     add("--state-policy", metavar="P", help="what becomes of optimizer state (the first listed)")
     add("--rewarm", type=int, metavar="STEPS", help="steps of re-warming (the policy's own)")
-    add("--ramp", type=int, metavar="STEPS", help="steps to let new units in (the operator's own)")
+    add("--ramp", type=int, metavar="STEPS", help="steps to fade new units in (the operator's own)")
     add("--fit-steps", type=int, metavar="N", help="steps of fitting ligo (the operator's own)")
     add("--noise", type=float, metavar="S",
         help="noise on copies, in units of their root mean square (operator's own)")  # fmt: skip
     add("--shrink", type=float, metavar="S", help="of shrink_pad_perturb, on old weights (0.4)")
     add("--sources", type=int, nargs="+", metavar="I",
         help="of depth_slices: the old layer that each new one copies")  # fmt: skip
-    add("--keep-first", type=int, metavar="N", help="of depth_slices: so many are not copied")
-    add("--keep-last", type=int, metavar="N", help="the same, of the last layers")
+    add(
+        "--keep-first",
+        type=int,
+        metavar="N",
+        help="of depth_slices: this many first layers are not copied",
+    )
+    add("--keep-last", type=int, metavar="N", help="the same for the last layers")
     add("--mup", action="store_true", help="divide matrices' rates by the growth of their inputs")
     add("--dry-run", action="store_true", help="check and print sizes; write nothing")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -65,7 +70,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    """Run the command."""
     if options.list:
         from megagrow.growth import table
 
@@ -99,12 +104,12 @@ def run(options: argparse.Namespace) -> None:
         return
     path = write_offline(plan, options.target)
     print(f"written     {path}")
-    print(f"\ngo on with  launch/pretrain.py --resume {path} run.dir=NEW and these stages:\n")
+    print(f"\nresume with  launch/pretrain.py --resume {path} run.dir=NEW and these stages:\n")
     print(write_yaml({"stages": stages_to_go_on(plan)}))
 
 
 def grow_section(options: argparse.Namespace) -> Any:
-    """The `grow` section that the options stand for; raises ConfigError where they clash."""
+    """The `grow` section for the options; raises ConfigError if they conflict."""
     from megagrow.config import GrowConfig
     from megagrow.config.load import parse_settings
 
@@ -138,6 +143,6 @@ def _size(text: str) -> tuple[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn an error that the user can fix into a message and a status."""
+    """Parse and run; turns an error that the user can fix into a message and an exit status."""
     options = parse(arguments)
     return exit_status(lambda: run(options))

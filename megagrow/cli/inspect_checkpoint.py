@@ -1,4 +1,4 @@
-"""Show what a checkpoint of any format holds, and check it."""
+"""Show the contents of a checkpoint of any format, and check it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ EXAMPLES = """\
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__, examples=EXAMPLES)
     add = parser.add_argument
-    add("path", type=as_path, metavar="PATH", help="a checkpoint, or a run directory: its newest")
-    add("--format", help="by default what it looks like")
+    add(
+        "path", type=as_path, metavar="PATH", help="a checkpoint, or a run directory for its newest"
+    )
+    add("--format", help="of the checkpoint; detected by default")
     add("--tensors", action="store_true", help="list names, shapes, element types")
     add("--verify", action="store_true", help="read all files, compare checksums")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -28,7 +30,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    """Run the command."""
     from megagrow.checkpoint.convert.registry import detect
     from megagrow.checkpoint.convert.summary import describe, list_tensors
 

@@ -1,4 +1,4 @@
-"""The command `megagrow`: it imports the module of the command that is asked for, and no other."""
+"""The `megagrow` command: imports only the module of the requested subcommand."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from megagrow import __version__
 from megagrow.arguments import Parser
 from megagrow.cli.program import run_program
 
-# The module below `megagrow.cli` of each command, and what it does.
+# Each command's module in `megagrow.cli`, and its description.
 COMMANDS = {
     "train": ("train", "train a language model that grows while it trains"),
-    "supervise": ("supervise", "start a job, watch it, end it when it fails, start it again"),
+    "supervise": ("supervise", "start a job, watch it, end it when it fails, and restart it"),
     "prepare": ("prepare_data", "make a tokenizer and a dataset from text"),
     "plan": ("plan", "plan when to grow, how much it saves, what it costs on a machine"),
     "grow": ("grow", "grow a checkpoint offline, or list the growth operators"),
     "convert": ("convert", "convert a checkpoint between formats and layouts"),
     "inspect": ("inspect_checkpoint", "show what a checkpoint holds, and check it"),
     "evaluate": ("evaluate", "score a checkpoint: perplexity, last words, bits per byte, tasks"),
-    "report": ("report", "make the report of a run again"),
+    "report": ("report", "rebuild the report of a run"),
     "benchmark": ("benchmark", "measure growth, operators, speed, compute saved"),
-    "configs": ("configs", "list the configurations that come along, or print one"),
+    "configs": ("configs", "list the bundled configurations, or print one"),
 }
 _EXAMPLES = """\
   megagrow prepare --input stdlib --output data/stdlib --vocab-size 4096
@@ -38,16 +38,16 @@ _EXAMPLES = """\
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The command that is asked for, and its own arguments."""
+    """The requested command and its own arguments."""
     words = list(arguments)
-    # DeepSpeed's launcher puts it before everything that it was given.
+    # DeepSpeed's launcher puts this option before all other arguments.
     launcher = [words.pop(0)] if words and words[0].startswith("--local_rank=") else []
     lines = "\n".join(f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items())
     parser = Parser(
         prog="megagrow",
         usage="megagrow COMMAND ...",
         description="Pretraining in which a language model grows while it trains.\n\n"
-        f"commands (megagrow COMMAND --help tells more):\n{lines}",
+        f"commands (see megagrow COMMAND --help):\n{lines}",
         examples=_EXAMPLES,
     )
     parser.add_argument("--version", action="version", version=f"megagrow {__version__}")
@@ -61,9 +61,9 @@ def program() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what a command line asks for; returns the exit status.
+    """Run a command line; returns the exit status.
 
-    `sys.argv` becomes that of the command, as if it were a program called `megagrow COMMAND`.
+    `sys.argv` is set as if the command were a program called `megagrow COMMAND`.
     """
     name, words = parse(sys.argv[1:] if arguments is None else arguments)
     sys.argv = [f"megagrow {name}", *words]

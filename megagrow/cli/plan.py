@@ -23,7 +23,7 @@ EXAMPLES = """\
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(
         description="Plan when to grow, how much it saves, and what it costs on a machine.",
         examples=EXAMPLES,
@@ -40,9 +40,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     budget.add_argument(
         "--tokens",
         type=float,
-        help="find the best schedule for the FLOPs that the target takes on so many tokens",
+        help="find the best schedule for the FLOPs of training the target on this many tokens",
     )
-    budget.add_argument("--flops", type=float, help="find the best schedule for so many FLOPs")
+    budget.add_argument("--flops", type=float, help="find the best schedule for this many FLOPs")
     laws = parser.add_mutually_exclusive_group()
     laws.add_argument("--law", help="kaplan, chinchilla (default) or epoch")
     laws.add_argument(
@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--machine",
         type=as_path_text,
         metavar="FILE",
-        help="nodes, memory, bandwidths: what it costs there",
+        help="nodes, memory, bandwidths; adds the cost there",
     )
     add("--rank", type=int, help="count the bytes of a growth for this rank alone")
     add(
@@ -87,10 +87,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_numbers(options: argparse.Namespace) -> None:
-    """Refuse numbers that nothing can be planned with.
+    """Reject numbers that nothing can be planned with.
 
     Raises:
-        ConfigError: a budget, a count or a loss that is out of range, or a rank without a machine.
+        ConfigError: a budget, a count or a loss is out of range, or a rank without a machine.
     """
     from megagrow.errors import ConfigError
 
@@ -120,7 +120,7 @@ def check_numbers(options: argparse.Namespace) -> None:
 
 
 def _refuse_options_of_a_search(options: argparse.Namespace) -> None:
-    """Refuse what only a search for a schedule makes use of, where there is none."""
+    """Reject options that only a search for a schedule uses, if there is no search."""
     from megagrow.errors import ConfigError
 
     for name in ("law", "fit", "no_floor", "output"):
@@ -132,11 +132,11 @@ def _refuse_options_of_a_search(options: argparse.Namespace) -> None:
 
 
 def growth_operators(names: str) -> list[str]:
-    """The operators to plan with, of a list separated by commas.
+    """The operators to plan with, from a comma-separated list.
 
     Raises:
         ConfigError: none, more than one of a kind, or one that grows neither depth nor width.
-        GrowthError: no operator has such a name.
+        GrowthError: unknown operator.
     """
     from megagrow.errors import ConfigError
     from megagrow.growth.registry import find_operator
@@ -154,7 +154,7 @@ def growth_operators(names: str) -> list[str]:
 
 
 def run(options: argparse.Namespace) -> str:
-    """Do what the command line asks for; returns what to print."""
+    """Run the command; returns the text to print."""
     from megagrow.config.load import load_config, load_settings, parse_config
     from megagrow.config.yamltext import write_yaml
     from megagrow.errors import ConfigError

@@ -1,4 +1,4 @@
-"""Text to a tokenizer and an indexed dataset; see --help."""
+"""Prepare a tokenizer and an indexed dataset from text; see --help."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ EXAMPLES = """\
   python launch/prepare_data.py --input CORPUS.jsonl --text-key text \\
       --tokenizer TOKENIZER.json --output data/corpus --workers 16
 
-A run that was stopped goes on where it was when the same command is given again;
-until then its work lies in OUTPUT.work, which may be removed.
+The same command resumes an interrupted run;
+until then its work is in OUTPUT.work, which may be removed.
 """
 
 
 def parse(arguments: Sequence[str] | None = None) -> Request:
-    """The command line as a request.
+    """Parse the command line into a request.
 
     Raises:
-        DataError: options are out of range, or exclude each other.
+        DataError: options are out of range, or mutually exclusive.
     """
     parser = Parser(
         description="Make a tokenizer and an indexed dataset (Megatron's .bin/.idx) from text.",
@@ -101,13 +101,13 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
         "--documents",
         choices=("file", "paragraph"),
         default=Request.documents,
-        help="a text file is one document, or many parted by blank lines (default %(default)s)",
+        help="a text file is one document, or many separated by blank lines (default %(default)s)",
     )
     add(
         "--eod",
         metavar="NAME",
-        help="special token of --tokenizer that ends a document (default: what the tokenizer or "
-        "the tokenizer_config.json beside it tells)",
+        help="special token of --tokenizer that ends a document (default: from the tokenizer or "
+        "its tokenizer_config.json)",
     )
     add(
         "--bos",
@@ -120,7 +120,7 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line asks for."""
+    """Run the command."""
     request = parse(arguments)
     from megagrow.data.prepare import prepare
     from megagrow.data.summary import summary
@@ -133,5 +133,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return exit_status(lambda: run(arguments))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command continues from here", file=sys.stderr)
         return 130

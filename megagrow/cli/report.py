@@ -1,4 +1,4 @@
-"""Make the report of a run again: report.html in its run directory."""
+"""Rebuild the report of a run: report.html in its run directory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from megagrow.errors import exit_status
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__, examples="  python launch/report.py runs/quickstart\n")
     parser.add_argument("run_dir", metavar="RUN_DIR", type=as_path, help="directory of the run")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    """Run the command."""
     from megagrow.report import write_report
 
     print(write_report(options.run_dir))

@@ -1,4 +1,4 @@
-"""Start a job, watch it, end it when it fails, start it again; see --help."""
+"""Start a job, watch it, end it when it fails, and restart it; see --help."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ exit status:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     default = Limits()
     parser = Parser(
         usage="%(prog)s [options] SCRIPT|train [its arguments]",
-        description="Start a job, watch every rank over a line of its own, end it when it "
-        "fails, start it again from its last checkpoint.",
+        description="Start a job, watch every rank over its own connection, end it when it "
+        "fails, and restart it from its last checkpoint.",
         examples=EXAMPLES,
     )
     where = parser.add_argument_group("where")
     add = where.add_argument
-    add("--ranks", type=whole(1), metavar="N", help="on each node; default: one a device")
+    add("--ranks", type=whole(1), metavar="N", help="on each node; default: one per device")
     add("--hostfile", type=as_path, metavar="FILE", help="hosts, to be reached by ssh")
     add("--nnodes", type=whole(1), metavar="N", help="nodes, each started by a scheduler")
     add("--node-rank", type=whole(0), metavar="I", help="which of them this is, from 0")
@@ -82,9 +82,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--logs", type=as_path, metavar="DIR", help="of a log for each rank; default: RUN/logs")
     when = parser.add_argument_group("when (seconds)")
     for name, text in (
-        ("start", "until all ranks are there"),
-        ("silence", "without a sign of life from a rank that trains"),
-        ("grace", "after the first failure, for others to tell"),
+        ("start", "until all ranks have started"),
+        ("silence", "without a sign of life from a training rank"),
+        ("grace", "after the first failure, for other ranks to report"),
         ("stop", "after a signal, to save"),
         ("backoff", "before the first restart; doubled for each further one"),
     ):
@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what the command line asks for; the exit status."""
+    """Run the command; returns the exit status."""
     launchers.require_script(options.script)
     limits = Limits(start=options.start, silence=options.silence, grace=options.grace,
                     stop=options.stop, restarts=options.restarts,
@@ -127,10 +127,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _node_job(options: argparse.Namespace, environ: Mapping[str, str]) -> NodeJob | None:
-    """The job that this is a node of; None where it is none.
+    """The job that this is a node of; None if it is none.
 
     Raises:
-        ConfigError: something is missing, or options exclude each other.
+        ConfigError: something is missing, or options are mutually exclusive.
     """
     nodes, node, master = options.nnodes, options.node_rank, options.master
     token = environ.get("MEGAGROW_TOKEN")
@@ -152,7 +152,7 @@ def _node_job(options: argparse.Namespace, environ: Mapping[str, str]) -> NodeJo
         raise ConfigError(
             "a job of several nodes, each started by a scheduler",
             found=f"{', '.join(missing)} not given" if missing else "--hostfile as well",
-            expected="--nnodes, --node-rank and --master, or --scheduler that tells them; "
+            expected="--nnodes, --node-rank and --master, or --scheduler, which gives them; "
             "MEGAGROW_TOKEN in the environment, the same on all nodes; no --hostfile",
             fix="see --help",
         )
@@ -166,7 +166,7 @@ def _node_job(options: argparse.Namespace, environ: Mapping[str, str]) -> NodeJo
 
 
 def _slurm_master(environ: Mapping[str, str]) -> str | None:
-    """The first node of the step, and a port that follows from the job's number."""
+    """The first node of the step, and a port derived from the job's number."""
     nodes, job = environ.get("SLURM_STEP_NODELIST"), environ.get("SLURM_JOB_ID")
     if nodes is None or job is None:
         return None
@@ -183,7 +183,7 @@ def _slurm_master(environ: Mapping[str, str]) -> str | None:
 
 
 def _logs_of(script: Sequence[str]) -> Path | None:
-    """The logs of a run that is told by --config, below its directory; else none."""
+    """The `logs` directory of the run given by --config; None without one."""
     from megagrow.config.load import load_config
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -200,7 +200,7 @@ def _is_override(word: str) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Supervise; turn an error that the user can fix into a message and a status."""
+    """Supervise; turns an error that the user can fix into a message and an exit status."""
     options = parse(arguments)
     try:
         return run(options)

@@ -1,5 +1,5 @@
-"""The hosts of a job: launching on them, watching them, ending what is left on them.
+"""The hosts of a job: launching ranks, monitoring them, killing leftover processes.
 
-This package starts and watches processes that train; it imports neither PyTorch nor DeepSpeed, so
-that a supervisor starts at once and runs where no accelerator is.
+This package starts and monitors training processes; it imports neither PyTorch nor DeepSpeed, so
+that a supervisor starts instantly and runs on machines without an accelerator.
 """

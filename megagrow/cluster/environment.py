@@ -1,8 +1,8 @@
-"""The environment of a job: what goes along to its hosts, and what a rank is told there.
+"""The environment of a job: the variables passed on to its hosts, and those set for a rank.
 
-Neither ssh nor DeepSpeed's launcher carries the first: the launcher exports what starts with
-PYTHON and a few more prefixes, and what a file (DS_ENV_FILE) says.  That file takes no comment and
-no blank line, and its values pass through a remote shell.
+Neither ssh nor DeepSpeed's launcher passes the first: the launcher exports only names with the
+prefix PYTHON and a few others, and the contents of a file (DS_ENV_FILE).  That file allows no
+comments and no blank lines, and its values pass through a remote shell.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ NAMES = (
     "CUDA_HOME", "CUDA_LAUNCH_BLOCKING", "DS_ACCELERATOR", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH",
     "TOKENIZERS_PARALLELISM", "http_proxy", "https_proxy", "no_proxy",
 )  # fmt: skip
-# They belong to one process.
+# Specific to one process.
 _OWN = frozenset({"TORCHELASTIC_RUN_ID", "MEGAGROW_TOKEN"})
 
 
 def ranks_here(environ: Mapping[str, str]) -> int | None:
-    """How many ranks of the job this host has, as its launcher says; None without a launcher."""
-    # torchrun and the deepspeed launcher call it differently.
+    """Number of the job's ranks on this host, from the launcher's variables; None without one."""
+    # torchrun and the deepspeed launcher use different names.
     told = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
     return int(told) if told else None
 
 
-# How launchers of MPI's kind tell a process how many of them there are.
+# Variables with which MPI-style launchers tell a process how many tasks there are.
 _TASKS = {
     "SLURM_STEP_NUM_TASKS": "srun",
     "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
@@ -46,13 +46,13 @@ _TASKS = {
 
 
 def require_one_task(environ: Mapping[str, str]) -> None:
-    """Refuse to be a job of one process beside others that were started as its ranks.
+    """Refuse to run as a single-process job if other tasks were started with this one.
 
-    Without RANK a process trains alone.  A launcher that starts several but sets no RANK would
-    have each of them train the whole run, in the same directory.
+    Without RANK a process trains alone.  A launcher that starts several tasks without setting RANK
+    would make each of them train the whole run, in the same directory.
 
     Raises:
-        ConfigError: there is no RANK, but one of several tasks.
+        ConfigError: there is no RANK, but this is one of several tasks.
     """
     if "RANK" in environ:
         return
@@ -61,7 +61,7 @@ def require_one_task(environ: Mapping[str, str]) -> None:
         if count.isdecimal() and int(count) > 1:
             slurm = name.startswith("SLURM")
             raise ConfigError(
-                f"one of {count} tasks of {launcher}, but no RANK tells which",
+                f"one of {count} tasks of {launcher}, but no RANK says which",
                 found=f"{name}={count} in the environment, and no RANK",
                 expected="a launcher that sets RANK and WORLD_SIZE (deepspeed, torchrun, "
                 "launch/supervise.py), or one task",
@@ -74,7 +74,7 @@ def require_one_task(environ: Mapping[str, str]) -> None:
 
 
 def threads_of_a_rank(environ: Mapping[str, str], *, asked: int | None) -> int:
-    """CPU threads of this rank: what is asked for, what OMP says, or its share of the cores."""
+    """CPU threads of this rank: as requested, from OMP_NUM_THREADS, or its share of the cores."""
     if asked is not None:
         return asked
     if "OMP_NUM_THREADS" in environ:
@@ -83,13 +83,13 @@ def threads_of_a_rank(environ: Mapping[str, str], *, asked: int | None) -> int:
 
 
 def carried(environ: Mapping[str, str], *, also: Sequence[str] = ()) -> dict[str, str]:
-    """What of this environment every rank shall see.
+    """The variables of this environment that every rank should see.
 
     Args:
-        also: further names or prefixes (ending with ``_``) that the user asks for.
+        also: additional names or prefixes (ending with ``_``) that the user requests.
 
     Raises:
-        ConfigError: a value of them has several lines, which the launcher cannot carry.
+        ConfigError: one of the values has several lines, which the launcher cannot pass on.
     """
     names = {*NAMES, *also}
     prefixes = PREFIXES + tuple(name for name in also if name.endswith("_"))
@@ -110,7 +110,7 @@ def carried(environ: Mapping[str, str], *, also: Sequence[str] = ()) -> dict[str
 
 
 def users_file(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the user's own file for DeepSpeed's launcher says, which ours takes the place of."""
+    """The contents of the user's own file for DeepSpeed's launcher, which ours replaces."""
     name = environ.get("DS_ENV_FILE", ".deepspeed_env")
     values: dict[str, str] = {}
     for directory in (Path.home(), Path.cwd()):
@@ -125,22 +125,22 @@ def users_file(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_launcher_file(path: Path, values: Mapping[str, str]) -> None:
-    """Write a file for DS_ENV_FILE, for this user's eyes alone: it holds the lifeline's token."""
+    """Write a DS_ENV_FILE, readable only by this user: it holds the lifeline's token."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w", encoding="utf-8") as stream:
         stream.write("\n".join(f"{k}={_as_launcher_quotes(v)}" for k, v in values.items()))
 
 
 def _as_launcher_quotes(value: str) -> str:
-    """Such that it arrives whole: the launcher writes it between double quotes, then pdsh reads."""
+    """Quote a value to arrive intact: the launcher adds double quotes, then pdsh reads it."""
     return re.sub(r'([\\"$`])', r"\\\1", value).replace("%", "%%")
 
 
 def remote_argument(text: str) -> str:
-    """An argument of the script, such that it arrives whole.
+    """Quote an argument of the script so that it arrives intact.
 
-    The launcher joins all by spaces for a remote shell.  One with a space it puts between double
-    quotes, after escaping those in it; pdsh takes ``%`` for a format.
+    The launcher joins all arguments with spaces for a remote shell.  It double-quotes those with a
+    space, after escaping the quotes inside; pdsh interprets ``%`` as a format.
     """
     if " " in text:
         return re.sub(r"([\\$`])", r"\\\1", text).replace("%", "%%")

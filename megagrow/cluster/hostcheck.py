@@ -12,7 +12,7 @@ from megagrow.cluster.launchers import is_installed
 
 
 def faults(options: argparse.Namespace) -> list[str]:
-    """What would keep the job from starting here, in words."""
+    """What would prevent the job from starting here, in words."""
     found = []
     if not Path(options.script).is_file() and not is_installed(options.script):
         found.append(f"{options.script} is not there: the directory is not shared")
@@ -34,7 +34,7 @@ def faults(options: argparse.Namespace) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what is wrong, on one line; 0 where nothing is."""
+    """Print the faults on one line; returns 0 if there are none."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address", required=True, help="of the supervisor")
     parser.add_argument("--port", type=int, required=True)

@@ -1,4 +1,4 @@
-"""Hostfiles: one host a line with its number of ranks, as DeepSpeed and MPI read them."""
+"""Hostfiles: one host per line with its number of ranks, as for DeepSpeed and MPI."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _EXAMPLE = "a line such as: node1 slots=8"
 
 @dataclass(frozen=True)
 class Host:
-    """A host by name or address, and how many ranks it runs."""
+    """A host's name or address, and its number of ranks."""
 
     name: str
     slots: int
 
 
 def read_hostfile(path: str | Path) -> tuple[Host, ...]:
-    """The hosts of a file, in its order: the first one holds rank 0.
+    """Read the hosts of a file, in order: the first one holds rank 0.
 
     Raises:
-        ConfigError: with the line, where the file is missing, empty or wrong.
+        ConfigError: the file is missing, empty or invalid; names the line.
     """
     path = Path(path)
     try:

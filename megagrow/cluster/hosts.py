@@ -1,4 +1,4 @@
-"""The hosts of a job as one thing that is started and ended: this machine, or many by ssh."""
+"""Start and end the ranks of a job: on this machine, or on many over ssh."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from megagrow.cluster.ranklog import VARIABLE as LOGS
 from megagrow.cluster.roster import Failure
 from megagrow.errors import MegagrowError
 
-_AT_ONCE = 64  # ssh connections
+_AT_ONCE = 64  # concurrent ssh connections
 _SSH_SECONDS = 30.0
-_PORTS = (20_000, 30_000)  # below those that systems give to outgoing connections
+_PORTS = (20_000, 30_000)  # below the range of ephemeral ports
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Attempt:
     """What the ranks of one attempt must know.
 
     Attributes:
-        script: with its arguments.
-        port, token: of the exchange that their lifelines lead to.
-        logs: directory for a log of each rank, or None.
+        script: the script and its arguments.
+        port, token: of the exchange that their lifelines connect to.
+        logs: directory for each rank's log, or None.
     """
 
     script: Sequence[str]
@@ -43,24 +43,24 @@ class Attempt:
     logs: Path | None
 
     def environ(self, address: str) -> dict[str, str]:
-        """For the ranks, which reach the supervisor at that address."""
+        """The variables for ranks that reach the supervisor at this address."""
         values = {LIFELINE: f"{address}:{self.port}:{self.token}"}
         return values | ({LOGS: str(self.logs)} if self.logs is not None else {})
 
 
 class Fleet(Protocol):
-    """Starts and ends the ranks of attempts, one after the other."""
+    """Starts and ends the ranks of successive attempts."""
 
     def start(self, attempt: Attempt) -> None:
-        """Start the ranks; MegagrowError where they cannot be started."""
+        """Start the ranks; raises MegagrowError if they cannot be started."""
         ...
 
     def poll(self) -> list[Failure]:
-        """What failed besides the ranks themselves, since the last call."""
+        """Failures other than the ranks' own since the last call."""
         ...
 
     def signals(self) -> list[int]:
-        """Signals that reached other parts of the supervisor, since the last call."""
+        """Signals received by other parts of the supervisor since the last call."""
         ...
 
     def ended(self) -> str | None:
@@ -68,26 +68,26 @@ class Fleet(Protocol):
         ...
 
     def end(self) -> list[str]:
-        """End all that is left of the attempt; the hosts where that could not be done."""
+        """End everything left of the attempt; returns the hosts where that failed."""
         ...
 
     def finish(self, status: int) -> None:
-        """No attempt follows."""
+        """Called when no attempt follows."""
         ...
 
 
 class _OneLauncher:
-    """What the fleets of one launcher have in common."""
+    """Shared by the fleets with one launcher."""
 
     def __init__(self) -> None:
         self._launcher: Launcher | None = None
 
     def poll(self) -> list[Failure]:
-        """Nothing: the launcher's own end is told by `ended`."""
+        """Nothing: the launcher's own end is reported by `ended`."""
         return []
 
     def signals(self) -> list[int]:
-        """None: this process is all of the supervisor."""
+        """None: this process is the whole supervisor."""
         return []
 
     def ended(self) -> str | None:
@@ -96,7 +96,7 @@ class _OneLauncher:
         return None if status is None else f"the launcher ended with status {status}"
 
     def finish(self, status: int) -> None:
-        """Nothing is left to be told."""
+        """Nothing to do."""
 
     def _end_launcher(self) -> list[str]:
         if self._launcher is None:
@@ -110,7 +110,7 @@ class Here(_OneLauncher):
     """This machine alone.
 
     Args:
-        ranks: how many, or None for one a device.
+        ranks: number of ranks, or None for one per device.
         environ: of the launcher and the ranks.
     """
 
@@ -119,7 +119,7 @@ class Here(_OneLauncher):
         self._ranks, self._environ = ranks, environ
 
     def start(self, attempt: Attempt) -> None:
-        """Start DeepSpeed's launcher here, on a port that is free."""
+        """Start DeepSpeed's launcher here, on a free port."""
         command = launchers.here(
             attempt.script, ranks=self._ranks, port=network.free_port(), environ=self._environ
         )
@@ -139,10 +139,10 @@ class OverSsh(_OneLauncher):
 
     Args:
         hostfile: its path.
-        environ: of the launcher; `environment.carried` tells what the ranks see of it.
-        also: further names for that.
-        address: by which the hosts reach this one; None finds it.
-        master_port: for rank 0; None takes one by chance.
+        environ: of the launcher; `environment.carried` selects what the ranks see of it.
+        also: additional names for that.
+        address: this machine's address as the hosts reach it; None detects it.
+        master_port: for rank 0; None picks a random one.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class OverSsh(_OneLauncher):
     def _on_hosts(
         self, words: Sequence[str], *, extra: Mapping[str, Sequence[str]] | None = None
     ) -> dict[str, str | None]:
-        """Run Python on all hosts at once; per host None, or why it went wrong."""
+        """Run Python on all hosts at once; returns None per host, or why it failed."""
         names = [host.name for host in self._hosts]
         more = extra or {}
 
@@ -238,6 +238,6 @@ class OverSsh(_OneLauncher):
 
 
 def _python() -> list[str]:
-    """This Python with this package, on a host that has both at the same place."""
+    """This Python with this package, on a host that has both at the same paths."""
     package = Path(megagrow.__file__).resolve().parent.parent
     return ["env", f"PYTHONPATH={package}", sys.executable]

@@ -1,7 +1,7 @@
-"""Ends what is left of a job on this host: `python -m megagrow.cluster.kill_leftovers MARK`.
+"""Kill what is left of a job on this host: `python -m megagrow.cluster.kill_leftovers MARK`.
 
-Every process of a job has the job's mark in its environment, and so have those that it starts.
-A name (`pkill -f pretrain.py`) would meet other jobs, and no process that changed its name.
+Every process of a job has the job's mark in its environment, and its children inherit it.
+A name (`pkill -f pretrain.py`) would match other jobs, and miss processes that changed their name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ VARIABLE = "MEGAGROW_JOB"
 
 
 def marked(mark: str) -> list[int]:
-    """The processes of this user on this host that have the mark, this one aside."""
+    """This user's processes on this host that have the mark, except this one."""
     wanted = f"{VARIABLE}={mark}".encode()
     found = []
     for entry in Path("/proc").iterdir():
@@ -24,7 +24,7 @@ def marked(mark: str) -> list[int]:
             continue
         try:
             environment = (entry / "environ").read_bytes()
-        except OSError:  # ended meanwhile, or another user's
+        except OSError:  # already ended, or another user's
             continue
         if wanted in environment.split(b"\0"):
             found.append(int(entry.name))
@@ -32,10 +32,10 @@ def marked(mark: str) -> list[int]:
 
 
 def sweep(mark: str, *, seconds: float = 5.0) -> tuple[int, list[int]]:
-    """SIGKILL all of them, also those that they start meanwhile.
+    """SIGKILL all of them, including those that they start meanwhile.
 
     Returns:
-        How many were killed, and which are still there when the time is over.
+        How many were killed, and which still exist when the time is up.
     """
     killed: set[int] = set()
     deadline = time.monotonic() + seconds

@@ -21,15 +21,15 @@ from megagrow.cluster.hostfile import Host
 from megagrow.cluster.kill_leftovers import VARIABLE as MARK
 from megagrow.errors import ConfigError, MegagrowError
 
-# A host that is switched off or cut off is given up after these seconds; without them ssh waits
-# for hours.  What the user asks for comes first, and ssh takes the first.
+# A host that is switched off or unreachable is given up after these seconds; without them ssh
+# waits for hours.  The user's own options come first, and ssh uses the first.
 SSH_OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5",
                "ServerAliveCountMax=4")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Command:
-    """What to run, and in which environment.
+    """A command and its environment.
 
     Attributes:
         prefixes: what the launcher writes before each line of a host's output.
@@ -40,14 +40,14 @@ class Command:
     prefixes: tuple[str, ...] = ()
 
     def with_environ(self, **values: str) -> Command:
-        """The same with more in its environment."""
+        """The same with additional environment variables."""
         return replace(self, environ={**self.environ, **values})
 
 
 def here(
     script: Sequence[str], *, ranks: int | None, port: int, environ: Mapping[str, str]
 ) -> Command:
-    """DeepSpeed's launcher on this machine; without a number, a rank for every device."""
+    """DeepSpeed's launcher on this machine; without a number, one rank per device."""
     words = [*_DEEPSPEED, "--quiet", "--hostfile", "none", "--master_port", str(port)]
     if ranks is not None:
         words += ["--num_gpus", str(ranks)]
@@ -69,12 +69,12 @@ def over_ssh(
     Args:
         hosts: of the job; the first one holds rank 0.
         master: its address, as the others reach it.
-        environ: of the launcher; `carried` tells what the ranks see of it.
-        also: further names for `carried`.
+        environ: of the launcher; `carried` selects what the ranks see of it.
+        also: additional names for `carried`.
         directory: for the files that the launcher reads; private to this user.
 
     Raises:
-        ConfigError: pdsh is missing, or the working directory's name does not survive a shell.
+        ConfigError: pdsh is missing, or the working directory's name cannot be quoted for a shell.
     """
     if shutil.which("pdsh", path=environ.get("PATH")) is None:
         raise ConfigError(
@@ -94,12 +94,12 @@ def over_ssh(
     hostfile = directory / "hostfile"
     hostfile.write_text("".join(f"{h.name} slots={h.slots}\n" for h in hosts), encoding="utf-8")
     values = users_file(environ) | carried(environ, also=also)
-    # DeepSpeed would put the working directory first, but only into its own value.
+    # DeepSpeed would prepend the working directory, but only to its own value.
     values["PYTHONPATH"] = ":".join(filter(None, [str(here_is), values.get("PYTHONPATH")]))
     write_launcher_file(directory / "environment", values)
     words = [
         *_DEEPSPEED, "--quiet", "--hostfile", str(hostfile), "--launcher", "pdsh", "--force_multi",
-        # Ours asks all hosts, at once, and for more.
+        # Our own check tests all hosts at once, and more thoroughly.
         "--no_ssh_check", "--master_addr", master, "--master_port", str(port),
     ]  # fmt: skip
     options = " ".join(f"-o {option}" for option in SSH_OPTIONS)
@@ -133,12 +133,12 @@ def on_node(
         "--master-addr", master, "--master-port", str(port),
         "--max-restarts", "0", "--monitor-interval", "1",
     ]  # fmt: skip
-    # Torchrun would set one thread a rank, and say so.
+    # Torchrun would set one thread per rank, and print a warning.
     return Command((*words, *_started(script, "-m")), {"OMP_NUM_THREADS": "1", **environ})
 
 
 def resumed(script: Sequence[str]) -> list[str]:
-    """The script's words for a start again: from the newest checkpoint that is undamaged."""
+    """The script's arguments for a restart: from the newest undamaged checkpoint."""
     words, out = list(script), []
     while words:
         word = words.pop(0)
@@ -150,29 +150,29 @@ def resumed(script: Sequence[str]) -> list[str]:
 
 
 def ssh(host: str, words: Sequence[str]) -> list[str]:
-    """The command that runs words on a host, in the directory where we are."""
+    """The command that runs words on a host, in the current directory."""
     options = [part for option in SSH_OPTIONS for part in ("-o", option)]
     command = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(words)}"
     return ["ssh", *options, host, command]
 
 
 def is_installed(script: str) -> bool:
-    """Whether it is no file but `train`, the command of megagrow wherever that is installed."""
+    """Whether the script is not a file but `train`, the command of an installed megagrow."""
     return script == TRAIN and not os.path.isfile(script)
 
 
 def _started(script: Sequence[str], module: str) -> list[str]:
-    """The words by which a launcher starts a script, or a command after its option `module`."""
+    """How a launcher starts a script, or a command after its option `module`."""
     return [module, "megagrow", *script] if is_installed(script[0]) else list(script)
 
 
 def require_script(script: Sequence[str]) -> None:
-    """Refuse a script that is not there.
+    """Reject a script that does not exist.
 
     Raises:
-        MegagrowError: with what to write.
+        MegagrowError: says what to write instead.
     """
-    # False also for what is no path at all.
+    # Also False for something that is not a path at all.
     if not script or not (os.path.isfile(script[0]) or is_installed(script[0])):
         raise MegagrowError(
             "the script to start is missing",

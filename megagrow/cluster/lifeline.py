@@ -1,10 +1,10 @@
-"""The lifeline: a TCP line from every rank to the supervisor of its job.
+"""The lifeline: a TCP connection from every rank to the supervisor of its job.
 
-A launcher's exit status tells little: a killed pdsh looks like success, a host that is cut off
-looks like patience.  So every rank tells the supervisor itself what it does and how it ended,
-and the supervisor can reach every rank without ssh.  Either end notices when the other is gone:
-the system closes the line of a process that dies, and both send an empty line every few seconds,
-whose absence tells of a host that is cut off, frozen or without power.
+A launcher's exit status says little: a killed pdsh looks like success, an unreachable host looks
+like a slow one.  So every rank reports to the supervisor directly what it does and how it ended,
+and the supervisor can reach every rank without ssh.  Each end notices when the other is gone:
+the system closes the connection of a process that dies, and both send an empty line every few
+seconds, whose absence reveals a host that is unreachable, frozen or without power.
 
 Each message is one line of JSON.  From a rank: ``start`` (rank, world, host, pid), ``beat`` (step,
 doing), ``saved`` (step) and one last word: ``done``, ``stopped`` (saved after a signal) or
@@ -33,30 +33,30 @@ from megagrow import background
 from megagrow.errors import MegagrowError
 
 VARIABLE = "MEGAGROW_LIFELINE"  # host:port:token, in the environment of every rank
-STATUS_STOPPED = 75  # sysexits.h: a temporary failure; schedulers start such a job again
-STATUS_INTERRUPTED = 130  # as shells have it: ended by Ctrl-C
+STATUS_STOPPED = 75  # sysexits.h: a temporary failure; schedulers restart such a job
+STATUS_INTERRUPTED = 130  # as in shells: ended by Ctrl-C
 LAST_WORDS = frozenset({"done", "stopped", "failed"})
 
 _CONNECT_SECONDS = 15.0
-_FLUSH_SECONDS = 2.0  # for a last word to leave
-_WAITING_LINES = 1000  # of a line that does not move; older ones are dropped
+_FLUSH_SECONDS = 2.0  # time for a last word to be sent
+_WAITING_LINES = 1000  # send queue of a stalled connection; older lines are dropped
 _TEXT = 16_000  # characters of one field
-# Until the supervisor's welcome tells better.
+# Until the supervisor's welcome sets them.
 _PING, _SILENCE = 2.0, 60.0
 
 
 class Lifeline:
-    """A rank's end of the line, served by a thread of its own.
+    """A rank's end of the connection, served by its own thread.
 
     Args:
         connection: connected to the supervisor.
         hello: the first message, with the token.
-        on_lost: called in the line's thread, with the reason, when the supervisor is gone;
-            the rank must then end within seconds, since nobody watches or ends it any more.
-        on_stop: called in the line's thread, with a signal's number, when the supervisor
+        on_lost: called in the lifeline's thread, with the reason, when the supervisor is gone;
+            the rank must then end within seconds, since nothing monitors or ends it any more.
+        on_stop: called in the lifeline's thread, with a signal's number, when the supervisor
             passes that signal on.
-        on_end: called in the line's thread, with the reason, when the supervisor ends the job.
-        on_other: called in the line's thread with any further order.
+        on_end: called in the lifeline's thread, with the reason, when the supervisor ends the job.
+        on_other: called in the lifeline's thread with any other message.
     """
 
     def __init__(
@@ -86,15 +86,15 @@ class Lifeline:
         self._queue(hello)
         self._thread = background.Loop("lifeline", self._serve, every=0.0)
         self._thread.start()
-        # A forked child that held the line open would hide this rank's death.
+        # A forked child that held the connection open would hide this rank's death.
         os.register_at_fork(after_in_child=self._forget)
 
     @classmethod
     def from_environment(cls) -> Lifeline | None:
-        """The line of this process, connected at the first call; None without a supervisor.
+        """This process's lifeline, connected on the first call; None without a supervisor.
 
         Raises:
-            MegagrowError: the supervisor cannot be reached, or its address makes no sense.
+            MegagrowError: the supervisor cannot be reached, or its address is malformed.
         """
         global _current
         if _current is None and VARIABLE in os.environ:
@@ -103,10 +103,10 @@ class Lifeline:
         return _current
 
     def say(self, event: str, **fields: Any) -> None:
-        """Tell the supervisor; never raises, and returns at once.
+        """Send a message to the supervisor; never raises, and returns at once.
 
-        Only the last words (done, stopped, failed) wait until they have left, two seconds at
-        most, because the process may end right after.
+        Only the last words (done, stopped, failed) wait until they have been sent, for two seconds
+        at most, because the process may end right after.
         """
         with contextlib.suppress(Exception):
             if event in LAST_WORDS and self.last_word is None:
@@ -116,7 +116,7 @@ class Lifeline:
                 self._flush()
 
     def close(self) -> None:
-        """Let what was said leave, and hang up; the end of a line is no loss of it."""
+        """Send what is queued, and close; closing is not reported as a loss."""
         with contextlib.suppress(Exception):
             self._flush()
             self._closing = True
@@ -132,7 +132,7 @@ class Lifeline:
         self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # full: it is awake already
+        with contextlib.suppress(OSError):  # buffer full: it is awake already
             os.write(self._wake_write, b"x")
 
     def _flush(self) -> None:
@@ -147,7 +147,7 @@ class Lifeline:
             )
 
     def _send(self) -> None:
-        """Send what waits, as far as the line takes it."""
+        """Send queued data, as far as the socket accepts it."""
         while self._unsent or self._waiting:
             self._unsent = self._unsent or self._waiting.popleft()
             try:
@@ -161,12 +161,12 @@ class Lifeline:
     # --- the thread -----------------------------------------------------------------------
 
     def _serve(self) -> bool:
-        """The thread's one turn; True, unless `on_lost` fails and has to be called again."""
+        """One iteration of the thread; True, unless `on_lost` fails and has to be called again."""
         try:
             reason = self._exchange()
         except OSError as error:
             reason = f"the line to the supervisor broke: {error.strerror or error}"
-        except Exception as error:  # a defect here must not leave a rank that nobody can end
+        except Exception as error:  # a bug here must not leave a rank that nothing can end
             background.report("the lifeline", error, then="this rank loses its supervisor")
             reason = f"the lifeline failed: {type(error).__name__}: {error}"
         with contextlib.suppress(OSError):
@@ -178,7 +178,7 @@ class Lifeline:
         return True
 
     def _exchange(self) -> str | None:
-        """Talk until this end hangs up (None) or the supervisor is gone (why)."""
+        """Run the connection until this end closes (None) or the supervisor is gone (why)."""
         poll = select.poll()
         poll.register(self._wake_read, select.POLLIN)
         heard = pinged = time.monotonic()
@@ -217,17 +217,17 @@ class Lifeline:
         elif self.on_other is not None:
             self.on_other(order)
 
-    # --- what happens by default ----------------------------------------------------------
+    # --- defaults -------------------------------------------------------------------------
 
     def _leave(self, reason: str) -> None:
-        """End this process at once: its main thread may hang in a collective."""
+        """End this process at once, since its main thread may hang in a collective."""
         with contextlib.suppress(Exception):
             rank = os.environ.get("RANK", "0")
             print(f"rank {rank}: {reason}; this rank ends", file=sys.stderr, flush=True)
         os._exit({"done": 0, "stopped": STATUS_STOPPED}.get(self.last_word or "", 1))
 
     def _take_signal(self, number: int) -> None:
-        """Give this process the signal; where nobody handles it yet, nothing is trained yet."""
+        """Send the signal to this process; if nothing handles it yet, nothing is trained yet."""
         if signal.getsignal(number) is not signal.SIG_DFL:
             os.kill(os.getpid(), number)
             return
@@ -235,7 +235,7 @@ class Lifeline:
         os._exit(STATUS_STOPPED)
 
     def _forget(self) -> None:
-        """In a forked child: it is no rank."""
+        """In a forked child, which is not a rank."""
         global _current
         _current = None
         with contextlib.suppress(OSError):
@@ -246,16 +246,16 @@ _current: Lifeline | None = None
 
 
 def say(event: str, **fields: Any) -> None:
-    """Tell the supervisor of this process; nothing without one."""
+    """Send a message to this process's supervisor, if there is one."""
     if _current is not None:
         _current.say(event, **fields)
 
 
 def address_of(text: str) -> tuple[str, int, str]:
-    """Host, port and token of ``host:port:token``; the host may be an IPv6 address.
+    """Parse ``host:port:token``; the host may be an IPv6 address.
 
     Raises:
-        MegagrowError: it is not of that form.
+        MegagrowError: it does not have that form.
     """
     host, _, rest = text.rpartition(":")
     host, _, port = host.rpartition(":")
@@ -270,7 +270,7 @@ def address_of(text: str) -> tuple[str, int, str]:
 
 
 def connect(host: str, port: int, *, seconds: float) -> socket.socket:
-    """Connect, trying again until the time is over.
+    """Connect, retrying until the time is up.
 
     Raises:
         OSError: the last failure.
@@ -279,7 +279,7 @@ def connect(host: str, port: int, *, seconds: float) -> socket.socket:
     while True:
         try:
             connection = socket.create_connection((host, port), timeout=min(5.0, seconds))
-            # A port that nobody listens on may, by chance, connect to itself.
+            # Connecting to a port without a listener may, by chance, connect to itself.
             if connection.getsockname() == connection.getpeername():
                 connection.close()
                 raise ConnectionRefusedError("nobody listens")

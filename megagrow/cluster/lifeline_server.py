@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from megagrow.errors import MegagrowError
 
-_LINE = 1 << 16  # bytes of one message, and of what waits for a peer that does not read
-_HELLO_SECONDS = 10.0  # for a stranger to show the token
+_LINE = 1 << 16  # maximum bytes of one message, and of what is queued for a peer that does not read
+_HELLO_SECONDS = 10.0  # for an unknown peer to present the token
 
 
 @dataclass(eq=False)
@@ -22,7 +22,7 @@ class Peer:
     """One connection.
 
     Attributes:
-        hello: its first message, once it has shown the token.
+        hello: its first message, once it has presented the token.
         heard: when it was last heard (monotonic seconds).
         patience: seconds without a sign of life after which it counts as silent.
     """
@@ -39,7 +39,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Event:
-    """Something a peer said, or that it is gone (its line is closed) or silent."""
+    """A peer's message, or that it is gone (its connection is closed) or silent."""
 
     peer: Peer
     kind: Literal["said", "gone", "silent"]
@@ -47,17 +47,17 @@ class Event:
 
 
 class Exchange:
-    """Where lifelines end.
+    """The server of the lifelines.
 
     Args:
-        token: what a peer must show first; others are hung up on.
-        port: to listen on; 0 takes a free one.
+        token: what a peer must present first; other peers are disconnected.
+        port: to listen on; 0 picks a free one.
         ping: seconds between signs of life.
-        silence: seconds after which a peer shall take the supervisor for gone.
-        patience: of new peers with each other's silence; `Peer.patience` changes it.
+        silence: seconds after which a peer is to consider the supervisor gone.
+        patience: initial `Peer.patience` of new peers.
 
     Raises:
-        MegagrowError: the port is taken.
+        MegagrowError: the port is in use.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Exchange:
         self._polled = self._pinged = time.monotonic()
 
     def poll(self, seconds: float) -> list[Event]:
-        """What has happened; waits for something to happen, at most so many seconds."""
+        """Return what has happened; waits for an event for at most this many seconds."""
         events: list[Event] = []
         for key, ready in self._selector.select(min(seconds, self._ping / 2)):
             if key.data is None:
@@ -92,20 +92,20 @@ class Exchange:
         return events + self._keep_time()
 
     def tell(self, peer: Peer, event: str, **fields: Any) -> None:
-        """Send one message, as soon as the peer takes it."""
-        # What waits for a peer that does not read is bounded; it will be silent soon.
+        """Queue one message for a peer."""
+        # The queue of a peer that does not read is bounded; it will soon count as silent.
         if peer.open and len(peer.unsent) < _LINE:
             peer.unsent += json.dumps({"event": event} | fields).encode() + b"\n"
             self._write(peer)
 
     def tell_all(self, event: str, **fields: Any) -> None:
-        """Send one message to every peer that has shown the token."""
+        """Queue one message for every peer that has presented the token."""
         for peer in self.peers:
             if peer.hello is not None:
                 self.tell(peer, event, **fields)
 
     def close(self) -> None:
-        """Hang up on all."""
+        """Disconnect all peers."""
         for peer in list(self.peers):
             self._drop(peer)
         self._selector.close()
@@ -142,12 +142,12 @@ class Exchange:
                 message = json.loads(line)
                 self._introduce(peer, message)
                 events.append(Event(peer, "said", message))
-        except (ValueError, RecursionError):  # a stranger, or garbage
+        except (ValueError, RecursionError):  # an unknown peer, or garbage
             events += self._gone(peer)
         return events
 
     def _introduce(self, peer: Peer, message: Any) -> None:
-        """Raise ValueError unless the peer has shown the token, now or before."""
+        """Raise ValueError unless the peer has presented the token, now or before."""
         if not isinstance(message, dict):
             raise ValueError("a message is an object")
         if peer.hello is None:
@@ -164,7 +164,7 @@ class Exchange:
         except BlockingIOError:
             pass
         except OSError:
-            peer.unsent = b""  # reading tells that it is gone
+            peer.unsent = b""  # reading will show that it is gone
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.unsent else 0)
         self._selector.modify(peer.connection, wanted, peer)
         return []
@@ -183,9 +183,9 @@ class Exchange:
     # --- time -----------------------------------------------------------------------------
 
     def _keep_time(self) -> list[Event]:
-        """Pings, strangers who show nothing, and peers of whom nothing is heard."""
+        """Send pings; drop peers that never present a token or have gone silent."""
         now = time.monotonic()
-        # Where this process itself stood still, it heard nobody: no fault of theirs.
+        # If this process itself stood still, it heard nobody; that is not the peers' fault.
         away = now - self._polled > max(5.0, 2 * self._ping)
         self._polled = now
         events: list[Event] = []

@@ -1,4 +1,4 @@
-"""Which address and which interface leads from here to the other hosts."""
+"""Find the address and the interface that lead from here to the other hosts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
 
 def addresses_of(host: str) -> list[str]:
-    """What a name resolves to; empty where it does not."""
+    """What a name resolves to; empty if it does not."""
     with contextlib.suppress(OSError):
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         return list(dict.fromkeys(str(entry[4][0]) for entry in found))
@@ -30,16 +30,16 @@ def is_loopback(address: str) -> bool:
 
 
 def own_address(toward: str) -> str | None:
-    """This host's address on the route to another one; None where there is no route.
+    """This host's address on the route to another one; None without a route.
 
-    Toward this host itself it is the address that was asked for, if possible one that others
+    Toward this host itself it is the address that was given, preferably one that others can
     reach as well.
     """
     loopback = None
     for address in addresses_of(toward):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # of a datagram socket: chooses the route, sends nothing
+            probe.connect((address, 9))  # on a datagram socket: selects the route, sends nothing
             mine = str(probe.getsockname()[0])
             if not is_loopback(mine):
                 return mine
@@ -48,20 +48,20 @@ def own_address(toward: str) -> str | None:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has an address of this host."""
+    """The network interface with one of this host's addresses."""
     if ":" in address:
         return _interface_of_ipv6(address)
     return next((name for name, has in _interfaces() if has == address), None)
 
 
 def only_interface() -> str | None:
-    """The one interface that leads away from this host, where there is one alone."""
+    """The only non-loopback interface, if there is exactly one."""
     names = [name for name, address in _interfaces() if not is_loopback(address)]
     return names[0] if len(names) == 1 else None
 
 
 def _interfaces() -> list[tuple[str, str]]:
-    """All interfaces that have an IPv4 address, with it."""
+    """All interfaces that have an IPv4 address, with the address."""
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -83,22 +83,22 @@ def _interface_of_ipv6(address: str) -> str | None:
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on now."""
+    """A port of this host that is free now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
 def choose_gloo_interface(environ: MutableMapping[str, str]) -> str | None:
-    """Set GLOO_SOCKET_IFNAME where gloo would bind an address that other hosts cannot reach.
+    """Set GLOO_SOCKET_IFNAME if gloo would bind an address that other hosts cannot reach.
 
-    Gloo binds what the host's own name resolves to.  Where that is the loopback address (as
+    Gloo binds what the host's own name resolves to.  If that is the loopback address (as
     Debian's installer writes it into /etc/hosts), an address that this host does not have, or
     nothing, ranks on other hosts wait for it in vain.
 
     Returns:
-        The interface, or None where nothing had to be done: one host alone, a setting of the
-        user's own, or a name that resolves well.
+        The interface, or None if nothing had to be done: a single host, the user's own setting, or
+        a name that resolves correctly.
 
     Raises:
         MegagrowError: no interface leads to MASTER_ADDR.
@@ -130,7 +130,7 @@ def address_for(hosts: list[str]) -> str:
     """This host's address as the hosts of a job see it.
 
     Raises:
-        ConfigError: none of them can be found.
+        ConfigError: none of them can be resolved.
     """
     loopback = None
     for host in hosts:
@@ -149,9 +149,9 @@ def address_for(hosts: list[str]) -> str:
 
 
 def master_address(host: str, others: list[str]) -> str:
-    """An address of rank 0's host that the other hosts reach.
+    """An address of rank 0's host that the other hosts can reach.
 
-    Its name may resolve to the loopback address here, where the job is started from it.
+    Its name may resolve to the loopback address here, if the job is started from that host.
     """
     found = addresses_of(host)
     good = [address for address in found if not is_loopback(address)]
@@ -161,10 +161,10 @@ def master_address(host: str, others: list[str]) -> str:
 
 
 def require_free_port(environ: MutableMapping[str, str]) -> None:
-    """Refuse a port for rank 0 that another job on this host has: its ranks would join us.
+    """Reject a port for rank 0 that another job on this host uses: its ranks would join ours.
 
     Raises:
-        MegagrowError: the port is taken.
+        MegagrowError: the port is in use.
     """
     if environ.get("RANK", "0") != "0" or environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return  # torchrun's agent listens there for its ranks

@@ -1,7 +1,7 @@
-"""A job whose scheduler starts every node: one supervisor a node, no ssh.
+"""A job whose scheduler starts every node: one supervisor per node, no ssh.
 
-Node 0's decides; those of the other nodes are its agents.  They join it on one port, start
-torchrun when it says so, and end what is left when it says so.
+Node 0's supervisor decides; those on the other nodes are its agents.  They connect to it on one
+port, and start torchrun and end what is left on its orders.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class NodeJob:
     """What every node knows from the start.
 
     Attributes:
-        nodes: how many.
-        node: which one this is, from 0.
-        master: node 0's name or address, as all reach it.
-        port: where its supervisor listens.
-        token: the same on all nodes; keeps two jobs apart.
-        ranks: on each node; None for one a device.
-        join: seconds within which all nodes must be there.
-        silence: without a sign of life from a node.
+        nodes: number of nodes.
+        node: index of this one, from 0.
+        master: node 0's name or address, as all nodes reach it.
+        port: of its supervisor.
+        token: the same on all nodes; keeps jobs apart.
+        ranks: on each node; None for one per device.
+        join: seconds within which all nodes must have joined.
+        silence: seconds without a sign of life after which a node counts as lost.
     """
 
     nodes: int
@@ -75,7 +75,7 @@ class Nodes:
     """The fleet of node 0: itself and its agents.
 
     Raises:
-        MegagrowError: the port is taken.
+        MegagrowError: the port is in use.
     """
 
     def __init__(self, job: NodeJob) -> None:
@@ -92,12 +92,12 @@ class Nodes:
         self._mark = ""
 
     def start(self, attempt: Attempt) -> None:
-        """Start as soon as all nodes are there; `poll` does it."""
+        """Start as soon as all nodes have joined; done by `poll`."""
         self._attempt, self._waiting_since = attempt, time.monotonic()
         self._statuses = {}
 
     def poll(self) -> list[Failure]:
-        """Hear the agents."""
+        """Process the agents' messages."""
         failures = []
         for event in self._exchange.poll(0.0):
             failures += self._hear(event)
@@ -119,7 +119,7 @@ class Nodes:
         return failures
 
     def signals(self) -> list[int]:
-        """Signals that reached the agents."""
+        """Signals received by the agents."""
         heard, self._signals = self._signals, []
         return heard
 
@@ -152,7 +152,7 @@ class Nodes:
         return left + [f"node {node}" for node in sorted(missing)]
 
     def finish(self, status: int) -> None:
-        """Tell the agents the job's status, which they end with."""
+        """Send the job's exit status to the agents, which exit with it."""
         self._exchange.tell_all("finish", status=status)
         end = time.monotonic() + _FINISH_SECONDS
         while self._agents and time.monotonic() < end:
@@ -171,7 +171,7 @@ class Nodes:
     def _launch(self) -> None:
         assert self._attempt is not None
         self._waiting_since, self._mark = None, secrets.token_hex(8)
-        # As the others have reached it: its own name may resolve to loopback here.
+        # As the others reached it: its own name may resolve to loopback here.
         seen = [peer.connection.getsockname()[0] for peer in self._agents.values()]
         master = seen[0].removeprefix("::ffff:") if seen else self._job.master
         order = {
@@ -255,7 +255,7 @@ class Agent:
         self._told = True
 
     def run(self) -> int:
-        """Obey until the job is over; its exit status."""
+        """Follow orders until the job is over; returns its exit status."""
         with taking(SIGNALS, self._heard):
             try:
                 while True:
@@ -284,7 +284,7 @@ class Agent:
             left = self._clear()
             if not left:
                 self._line.say("cleared")
-        elif event == "signalled":  # a signal handler itself must not touch the line's locks
+        elif event == "signalled":  # a signal handler must not touch the lifeline's locks
             self._line.say("signal", signal=order["signal"])
         elif event == "finish":
             return int(order["status"])
@@ -308,10 +308,10 @@ class Agent:
 
 
 def master_of(text: str) -> tuple[str, int]:
-    """Host and port of ``host:port``.
+    """Parse ``host:port``.
 
     Raises:
-        MegagrowError: it is not of that form.
+        MegagrowError: it does not have that form.
     """
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:

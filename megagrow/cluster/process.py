@@ -1,4 +1,4 @@
-"""A launcher as a process: its output passed on, and all that it started ended with it."""
+"""A launcher as a process: forwards its output, and ends everything that it started."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _OUTPUT_SECONDS = 2.0
 
 
 class Launcher:
-    """Runs one command in a session of its own.
+    """Runs one command in its own session.
 
     Args:
-        command: what to run; its host prefixes are taken off its output.
-        mark: put into the environment of all that it starts, to find them again.
-        log: a file that gets a copy of the output, besides this process's own stdout.
+        command: the command; its host prefixes are removed from its output.
+        mark: set in the environment of everything that it starts, to find those processes again.
+        log: a file that gets a copy of the output, in addition to this process's stdout.
     """
 
     def __init__(self, command: Command, *, mark: str, log: Path | None = None) -> None:
@@ -40,30 +40,30 @@ class Launcher:
         )
         assert self._process.stdout is not None
         self._output = self._process.stdout
-        # Whatever happens to a line, the next one is read: a full pipe would stop the job.
+        # Whatever happens to a line, keep reading: a full pipe would block the job.
         self._pump = Loop("launcher output", self._pass_on, every=0.0)
         self._pump.start()
 
     @property
     def pid(self) -> int:
-        """Of the launcher itself."""
+        """The launcher's process id."""
         return self._process.pid
 
     def status(self) -> int | None:
-        """Its exit status (negative: the signal that killed it), None while it runs."""
+        """Its exit status (negative: the signal that killed it), or None while it runs."""
         return self._process.poll()
 
     def end(self) -> list[int]:
-        """End it and everything on this host that it started.
+        """End it and everything that it started on this host.
 
         Returns:
-            Processes that outlived SIGKILL: they hang inside the system, as on a dead disk.
+            Processes that survived SIGKILL: they hang in the kernel, as on a dead disk.
         """
-        # Its ranks are told already, so that it ends by itself soon.
+        # Its ranks have already been told, so it will end by itself soon.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_PATIENCE_SECONDS)
-        # Not SIGTERM: DeepSpeed's launcher would then end every job of its own kind on the hosts
-        # (`pkill -f`), other people's of the same account included.
+        # Not SIGTERM: DeepSpeed's launcher would then end every job of its kind on the hosts
+        # (`pkill -f`), including other people's under the same account.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         _, left = sweep(self.mark)
@@ -72,7 +72,7 @@ class Launcher:
         return left
 
     def _pass_on(self) -> bool:
-        """One turn of the pump: a line; True after the last one."""
+        """Forward one line; True after the last one."""
         line = self._output.readline()
         if not line:
             if self._log is not None:

@@ -1,4 +1,4 @@
-"""What a rank does first and last: its line to the supervisor, its own log."""
+"""Start-up and exit of a rank: its lifeline and its own log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORDS = {
 
 
 def under_supervision(main: Callable[[], int]) -> int:
-    """Run a rank's `main`, and tell the supervisor of this job, if there is one, how it ended."""
+    """Run a rank's `main`, and report its outcome to the job's supervisor, if there is one."""
     try:
         line = lifeline.Lifeline.from_environment()
     except MegagrowError as error:

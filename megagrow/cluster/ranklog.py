@@ -1,4 +1,4 @@
-"""A log for each rank, so that rank 0's words on the terminal stay readable."""
+"""A log for each rank, so that rank 0's output on the terminal stays readable."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ VARIABLE = "MEGAGROW_LOGS"  # a directory, in the environment of every rank
 
 
 def name(rank: int) -> str:
-    """Of a rank's log."""
+    """The name of a rank's log."""
     return f"rank_{rank:05}.log"
 
 
 def divert_output() -> Path | None:
-    """Send what this rank and its children write to its own log; rank 0 keeps the terminal.
+    """Redirect the output of this rank and its children to its own log, except on rank 0.
 
-    Done on the level of the system, so that C++ libraries and the traces of a crash go along.
+    Works on file descriptors, so that C++ libraries and crash traces are included.
 
     Returns:
-        The log, or None for rank 0, without a supervisor, or where it cannot be written.
+        The log, or None for rank 0, without a supervisor, or if it cannot be written.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or VARIABLE not in os.environ:
@@ -30,7 +30,7 @@ def divert_output() -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
-        print(f"rank {rank}: no log of its own: {path}: {error.strerror}", file=sys.stderr)
+        print(f"rank {rank}: cannot open its log: {path}: {error.strerror}", file=sys.stderr)
         return None
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

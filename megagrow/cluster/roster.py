@@ -1,4 +1,4 @@
-"""The roll of an attempt: which ranks are there, what they do, how they ended."""
+"""The state of an attempt's ranks: which have started, what they do, how they ended."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from megagrow.cluster.lifeline import LAST_WORDS, STATUS_STOPPED
 from megagrow.cluster.lifeline_server import Event, Peer
 
 STATUS_FAILED = 1
-STATUS_CONFIG = 78  # sysexits.h: starting again would not help
+STATUS_CONFIG = 78  # sysexits.h: restarting would not help
 _HOPELESS = frozenset({"ConfigError", "DataError"})  # of megagrow.errors
 
 
 @dataclass(eq=False)
 class Rank:
-    """One rank, as far as it has told."""
+    """One rank, as far as it has reported."""
 
     number: int
     host: str
@@ -29,12 +29,12 @@ class Rank:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """The rank and its host, in words."""
         return f"rank {self.number} on {self.host} (pid {self.pid})"
 
     @property
     def was(self) -> str:
-        """What it did last, in words."""
+        """What it last did, in words."""
         at = [self.doing] if self.doing else []
         if self.step is not None and "step" not in self.doing:
             at.append(f"step {self.step}")
@@ -47,9 +47,9 @@ class Failure:
 
     Attributes:
         where: who failed, and how.
-        found: what it told or did last.
-        kind: the class of the rank's error, where it told one.
-        follows: whether it only tells that another rank is gone.
+        found: what it last reported or did.
+        kind: the class of the rank's error, if it reported one.
+        follows: whether it only reports that another rank is gone.
     """
 
     where: str
@@ -59,23 +59,23 @@ class Failure:
 
 
 class Roll:
-    """What the lifelines of one attempt tell.
+    """The state of one attempt, collected from its lifelines.
 
     Args:
-        silence: seconds without a sign of life that a training rank may take.
+        silence: seconds without a sign of life that a training rank is allowed.
     """
 
     def __init__(self, *, silence: float) -> None:
         self.ranks: dict[int, Rank] = {}
         self.world: int | None = None
         self.failures: list[Failure] = []
-        self.saved = -1  # the newest step that was saved
+        self.saved = -1  # the newest step saved
         self.trained = False
         self._silence = silence
         self._of: dict[Peer, Rank] = {}
 
     def hear(self, event: Event) -> None:
-        """Take in what happened on a line."""
+        """Process an event of a lifeline."""
         if event.kind == "said" and event.message.get("event") == "start":
             self._start(event.peer, event.message)
             return
@@ -99,7 +99,7 @@ class Roll:
             self._take(rank, event.message)
 
     def fail(self, failure: Failure) -> None:
-        """Note a failure."""
+        """Record a failure."""
         self.failures.append(failure)
 
     def all_here(self) -> bool:
@@ -111,7 +111,7 @@ class Roll:
         return sorted(set(range(self.world or 0)) - set(self.ranks))
 
     def all_ended(self) -> bool:
-        """Whether no rank has more to tell: each said its last word, or is gone."""
+        """Whether every rank has said its last word or is gone."""
         return self.all_here() and not self.busy()
 
     def busy(self) -> list[Rank]:
@@ -119,12 +119,12 @@ class Roll:
         return [r for r in self.ranks.values() if r.here and r.last_word is None]
 
     def cause(self) -> Failure | None:
-        """The first failure that is not the consequence of another."""
+        """The first failure that is not a consequence of another."""
         causes = [failure for failure in self.failures if not failure.follows]
         return next(iter(causes or self.failures), None)
 
     def verdict(self) -> int:
-        """The exit status that is true: 0 only where every rank said done."""
+        """The job's true exit status: 0 only if every rank said done."""
         cause = self.cause()
         if cause is not None and cause.kind in _HOPELESS:
             return STATUS_CONFIG
@@ -154,7 +154,7 @@ class Roll:
             rank.step = message["step"]
         if event in ("beat", "saved"):
             rank.doing = str(message.get("doing", rank.doing))
-            # Before its first beat it may load libraries for minutes in one call.
+            # Before its first heartbeat it may load libraries for minutes in one call.
             rank.peer.patience = self._silence
             if rank.first_step is None:
                 rank.first_step = rank.step

@@ -1,4 +1,4 @@
-"""Signals, taken for a while."""
+"""Temporary signal handlers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from types import FrameType
 def taking(
     numbers: Iterable[int], heard: Callable[[int, FrameType | None], None]
 ) -> Iterator[None]:
-    """Call `heard` for these signals while it lasts; what they did before is put back afterwards.
+    """Call `heard` for these signals within the block; restores the previous handlers afterwards.
 
     Raises:
-        ValueError: not in the main thread, which alone may take signals.
+        ValueError: not called in the main thread, the only one that may handle signals.
     """
     before = {number: signal.signal(number, heard) for number in numbers}
     try:

@@ -1,7 +1,7 @@
-"""Starts a job, watches its lifelines, ends it when it fails, and starts it again.
+"""Starts a job, monitors its lifelines, ends it when it fails, and restarts it.
 
-Its exit status is the truth about the job: 0 where every rank said that it is done, 75 where all
-were stopped by a signal and have saved, 78 where starting again would not help, else 1.
+Its exit status is the truth about the job: 0 if every rank reported that it is done, 75 if all
+were stopped by a signal and have saved, 78 if restarting would not help, else 1.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from megagrow.errors import MegagrowError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_SECONDS = 0.1
-_LAUNCHER_SECONDS = 20.0  # for a launcher to end after its last rank
+_LAUNCHER_SECONDS = 20.0  # time for a launcher to end after its last rank
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Patience, in seconds, and how often to start again.
+    """Time limits in seconds, and the number of restarts.
 
     Attributes:
-        start: from the start until every rank is there.
-        silence: without a sign of life from a rank that trains; a rank that does not hear the
-            supervisor for so long ends itself.
-        grace: from the first failure until the other ranks are ended, to tell what they know.
+        start: from the start until every rank has reported.
+        silence: without a sign of life from a training rank; a rank that does not hear the
+            supervisor for this long ends itself.
+        grace: from the first failure until the other ranks are ended, so that they can report.
         stop: from a signal until all ranks have saved.
-        restarts: without a newer checkpoint in between.
-        backoff: before the first of them; each further one waits twice as long.
-        longest: that one waits.
+        restarts: maximum number without a newer checkpoint in between.
+        backoff: before the first restart; doubled for each further one.
+        longest: maximum backoff.
     """
 
     start: float = 600.0
@@ -57,10 +57,10 @@ class Supervisor:
 
     Args:
         script: what every rank runs, with its arguments.
-        fleet: where.
-        limits: patience.
-        port: for the lifelines; 0 takes a free one for each attempt.
-        logs: a directory; each attempt gets one below it.
+        fleet: where the ranks run.
+        limits: time limits and number of restarts.
+        port: for the lifelines; 0 picks a free one for each attempt.
+        logs: a directory; each attempt gets a subdirectory.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Supervisor:
         self._cut_off: list[str] = []
 
     def run(self) -> int:
-        """Start, and start again, until the job is done or cannot go on; the exit status."""
+        """Start and restart until the job is done or cannot continue; returns the exit status."""
         with taking(SIGNALS, self._heard):
             status = self._attempts()
             self._fleet.finish(status)
@@ -111,10 +111,10 @@ class Supervisor:
             self._script = launchers.resumed(self._script)
 
     def _wait_before(self, number: int) -> bool:
-        """Wait before a restart; False where a signal came meanwhile."""
+        """Wait before a restart; False if a signal arrived meanwhile."""
         wait = min(self._limits.backoff * 2 ** (number - 1), self._limits.longest)
         if self._cut_off:
-            # Ranks that nobody could reach end themselves after so long.
+            # Ranks that could not be reached end themselves after this time.
             wait = max(wait, 1.5 * self._limits.silence)
         _say(
             f"starting again from the last checkpoint in {wait:g} s "
@@ -147,7 +147,7 @@ class Supervisor:
         return roll
 
     def _watch(self, exchange: Exchange, roll: Roll) -> None:
-        """Until the job is over, one way or another."""
+        """Monitor the job until it is over, one way or another."""
         limits, begin = self._limits, time.monotonic()
         failed = asked = over = None
         while True:
@@ -174,7 +174,7 @@ class Supervisor:
             if over is not None:
                 if roll.all_ended() and (self._fleet.ended() or now - over > _LAUNCHER_SECONDS):
                     return
-                # What ranks said last may still be on its way when their launcher is gone.
+                # The ranks' last words may still arrive after their launcher has ended.
                 if not roll.all_ended() and now - over > 2.0:
                     over = None
                     roll.fail(_left_alone(self._fleet.ended(), roll))
@@ -191,7 +191,7 @@ class Supervisor:
         end = time.monotonic() + 1.0
         while exchange.peers and time.monotonic() < end:
             exchange.poll(_POLL_SECONDS)
-        # The lines break now, and with them every rank that has not heard.
+        # This closes the connections, and thereby ends every rank that got no order.
         exchange.close()
         self._cut_off = self._fleet.end()
         if self._cut_off:
@@ -204,8 +204,8 @@ class Supervisor:
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice by hand: at once, without saving
-        # Python's own SIGINT would show a traceback in each rank; they know SIGTERM.
+            raise KeyboardInterrupt  # asked twice by hand: end at once, without saving
+        # Python's own SIGINT would print a traceback in each rank; they handle SIGTERM.
         self._signal = self._signal or (signal.SIGTERM if number == signal.SIGINT else number)
 
 
@@ -225,7 +225,7 @@ def _left_alone(ended: str | None, roll: Roll) -> Failure:
     elif roll.ranks:
         found = f"of {roll.world} ranks, {_some(roll.missing())} never started"
     else:
-        found = "no rank has started; what it said is above"
+        found = "no rank has started; see the output above"
     return Failure(ended or "the launcher ended", found)
 
 
@@ -246,7 +246,7 @@ def _some(numbers: Sequence[int]) -> str:
 
 
 def _report(roll: Roll, logs: Path | None) -> None:
-    """Say why it failed, as errors of megagrow do."""
+    """Report why it failed, in the form of megagrow's errors."""
     cause = roll.cause()
     if cause is None:
         return
@@ -262,7 +262,7 @@ def _report(roll: Roll, logs: Path | None) -> None:
 
 
 def _next_directory(logs: Path | None) -> Path | None:
-    """A new directory below `logs`; None where none can be made: that is no reason to stop."""
+    """A new directory in `logs`; None if it cannot be created, which is no reason to stop."""
     if logs is None:
         return None
     try:

@@ -1,1 +1,1 @@
-"""DeepSpeed as the engine: its configuration, its life cycle, its state as source and sink."""
+"""DeepSpeed as the engine: its configuration, its life cycle, and its state as source and sink."""

@@ -1,4 +1,4 @@
-"""The processes of a job: start-up, small objects, and point-to-point messages."""
+"""The ranks of a job: start-up, small-object collectives and point-to-point messages."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _STORE_SECONDS = 10.0  # how long the store's host may take to answer
 
 
 class Comm:
-    """All ranks of the job; the `Channel` of transfers and the `Group` of checkpoints.
+    """All ranks of the job; implements `Channel` for transfers and `Group` for checkpoints.
 
     Attributes:
-        rank: this process, from 0.
+        rank: the global rank of this process.
         world: number of processes.
-        local_rank: this process among those of its host.
+        local_rank: the rank of this process on its host.
         device: where this rank's model lives.
     """
 
@@ -45,7 +45,7 @@ class Comm:
         self.device = torch.device("cuda", self.local_rank) if on_gpu() else torch.device("cpu")
 
     def groups(self, layout: Layout) -> Groups:
-        """The process groups of a layout; made once for each shape of the grid."""
+        """The process groups of a layout, created once for each grid shape."""
         shape = (layout.data, layout.tensor, layout.pipeline)
         if shape not in self._groups:
             self._groups[shape] = make_groups(layout, self.rank)
@@ -65,23 +65,23 @@ class Comm:
                 work.wait()
 
     def reduce(self, values: torch.Tensor, *, operation: Operation) -> None:
-        """Replace a tensor by the sum or the maximum of all ranks', element by element."""
+        """Reduce a tensor over all ranks, in place, with an elementwise sum or maximum."""
         dist.all_reduce(values, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation])
 
     def gather(self, item: Any) -> list[Any] | None:
-        """A small object of every rank, on rank 0; None elsewhere."""
+        """Gather a small object from every rank on rank 0; returns None elsewhere."""
         items = [None] * self.world if self.rank == 0 else None
         dist.gather_object(item, items, dst=0)
         return items
 
     def all_gather(self, item: Any) -> list[Any]:
-        """A small object of every rank, on all."""
+        """Gather a small object from every rank on every rank."""
         items: list[Any] = [None] * self.world
         dist.all_gather_object(items, item)
         return items
 
     def broadcast(self, item: Any) -> Any:
-        """Rank 0's small object, on all."""
+        """Broadcast a small object from rank 0."""
         box = [item]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
@@ -91,11 +91,11 @@ class Comm:
         dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
 
     def gather_floats(self, value: float) -> list[float]:
-        """One number of every rank, on all."""
+        """Gather one number from every rank on every rank."""
         return [row[0] for row in self.gather_rows([value])]
 
     def gather_rows(self, values: Sequence[float]) -> list[list[float]]:
-        """Some numbers of every rank, on all: a row a rank."""
+        """Gather several numbers from every rank on every rank, one row per rank."""
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
         out = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(out, mine)
@@ -103,21 +103,21 @@ class Comm:
         return rows
 
     def store(self) -> Any:
-        """The job's key-value store, by a connection of the caller's own.
+        """The job's key-value store, on a connection that belongs to the caller.
 
-        Any thread may use it, also while another waits in a collective.
+        Safe to use from any thread, even while another thread waits in a collective.
         """
         store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         store.set_timeout(timedelta(seconds=_STORE_SECONDS))
         return store
 
     def limit_collectives(self, seconds: float) -> None:
-        """Let every collective of every group fail after so long; call when groups were made."""
+        """Set a timeout for every collective of every group; call again after creating groups."""
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def sum_ints(self, value: int) -> int:
-        """The sum over all ranks."""
+        """Sum an integer over all ranks."""
         total = torch.tensor([value], dtype=torch.int64, device=self.device)
         dist.all_reduce(total)
         return int(total)
@@ -127,10 +127,10 @@ class Comm:
         dist.all_reduce(values)
 
     def agree(self, failure: Exception | None) -> None:
-        """Raise on every rank if any rank failed, so that none waits for one that is gone.
+        """Raise on every rank if any rank failed, so that no rank waits for one that has exited.
 
         Raises:
-            MegagrowError: the first failure, of this rank's own kind where it is its own.
+            MegagrowError: the first failure; on the rank that failed, its own exception type.
         """
         failures = self.all_gather(None if failure is None else (type(failure), str(failure)))
         for rank, found in enumerate(failures):
@@ -144,29 +144,29 @@ class Comm:
 
 
 def start(seconds: float = 600.0) -> Comm:
-    """Join the job that a launcher started, or be a job of one process.
+    """Join the job that a launcher started, or create a single-process job.
 
     Args:
-        seconds: how long the other ranks may take to come, and each collective after that.
+        seconds: timeout for the other ranks to join, and for each later collective.
 
     Raises:
-        MegagrowError: rank 0's port is taken, or no network leads to its host; or several tasks
-            were started without a RANK.
+        MegagrowError: rank 0's port is in use, its host is unreachable, or several tasks were
+            started without a RANK.
     """
     require_one_task(os.environ)
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone | {"MASTER_PORT": str(free_port())})
-    # Moments of rarely seen tokens decay into denormal numbers, which a CPU is slow on.
+    # Adam moments of rare tokens decay into denormals, which are slow on a CPU.
     torch.set_flush_denormal(True)
-    # DeepSpeed 0.19 calls collectives by names that PyTorch 2.13 warns of at every first use.
+    # DeepSpeed 0.19 calls collectives by names for which PyTorch 2.13 warns at every first use.
     warnings.filterwarnings("ignore", "`torch.distributed", category=FutureWarning)
-    # DeepSpeed would compile a shared-memory op that only its inference uses.  That takes a
-    # minute and a lock file, and a job that is killed meanwhile leaves the lock behind: every
-    # later one would wait for it for ever.
+    # Otherwise DeepSpeed compiles a shared-memory op that only its inference uses.  That takes a
+    # minute and a lock file, and a job killed during the build leaves the lock behind, so every
+    # later job would hang on it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not on_gpu():
-        # DeepSpeed asks for fp16 instructions, which few CPUs have; PyTorch does without them.
+        # DeepSpeed requires fp16 instructions, which few CPUs have; PyTorch works without them.
         get_accelerator().is_fp16_supported = lambda: True
     if not dist.is_initialized():
         if on_gpu():
@@ -191,11 +191,11 @@ def stop() -> None:
 
 
 def _settle_imports() -> None:
-    """Keep the half million objects of the imported libraries out of garbage collections.
+    """Exclude the half million objects of the imported libraries from garbage collection.
 
-    Each growth needs one, to let go of DeepSpeed's old engine, and it would take a second.
+    Each growth runs one collection to free the old DeepSpeed engine; it would take a second.
     """
-    # The first engine would import this, and PyTorch's compiler with it.
+    # Otherwise the first engine imports this, and PyTorch's compiler with it.
     importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     gc.collect()
     gc.freeze()

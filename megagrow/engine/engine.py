@@ -48,13 +48,12 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step gave.
+    """The result of one optimizer step.
 
     Attributes:
-        loss: mean loss in nats, of this data rank or (pipeline) of all.
-        grad_norm: norm of the whole gradient before clipping.
-        applied: False where the update was skipped: fp16 gradients overflowed, or the step was
-            not accepted.
+        loss: mean loss in nats: of this data rank, or with a pipeline of all data ranks.
+        grad_norm: global gradient norm before clipping.
+        applied: False if the update was skipped: fp16 gradients overflowed, or `accept` said no.
     """
 
     loss: float
@@ -62,25 +61,25 @@ class StepResult:
     applied: bool
 
 
-# From the mean loss over all ranks and the gradient's norm, whether to apply the update.
+# Given the mean loss over all ranks and the gradient norm: whether to apply the update.
 Accept = Callable[[float, float], bool]
 
 
 class Engine:
     """A model on a layout under DeepSpeed.
 
-    Fresh, its parameters are NaN and its optimizer state is zero: a transfer into
-    `state`, then `publish`, makes it ready.
+    When created, its parameters are NaN and its optimizer state is zero: a transfer into
+    `state`, followed by `publish`, makes it ready.
 
     Args:
         config: the run.
-        model: the shape of this growth stage's model.
-        spread: the configuration of this growth stage's layout.
+        model: the model configuration of this growth stage.
+        spread: the parallelism settings of this growth stage.
         placement: who holds what.
-        rules: what earlier growths left to the optimizer.
-        optimizer_step: the step count that the optimizer goes on from.
-        ramp: of new units that are on their way in; then `set_progress` says how far they are.
-        loss_scale: of the engine before, for fp16.
+        rules: per-tensor rules that earlier growths left to the optimizer.
+        optimizer_step: the step count that the optimizer continues from.
+        ramp: of new units that are being faded in; `set_progress` then sets how far they are.
+        loss_scale: the previous engine's, for fp16.
         comm: the processes.
 
     Raises:
@@ -162,7 +161,7 @@ class Engine:
     def _build_module(
         self, config: Config, groups: Groups, parallel: TensorParallel, ramp: Ramp | None
     ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-        """This rank's part of the model, not initialised, and its parameters by logical name."""
+        """This rank's part of the model, uninitialised, and its parameters by logical name."""
         module: nn.Module
         with torch.device(self.comm.device):
             if self.layout.pipeline > 1:
@@ -179,13 +178,13 @@ class Engine:
             self._masks = ramp_in(module, self.model, ramp.old, parallel=parallel)
         for name, parameter in parameters.items():
             if self.placement.is_split(self.placement.catalog[name]):
-                # So DeepSpeed knows that each rank's part counts in the gradient norm.
+                # So that DeepSpeed counts each rank's part in the gradient norm.
                 parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         return module, parameters
 
     def _start_deepspeed(self, settings: dict[str, Any], module: nn.Module, groups: Groups) -> Any:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # DeepSpeed remembers the last engine's groups; a layout of data alone must not see them.
+        # DeepSpeed keeps the last engine's groups; a purely data-parallel layout must not see them.
         deepspeed.utils.groups.mpu = None
         plain = self.layout.tensor == 1 or self.layout.pipeline > 1
         with lean_start():
@@ -197,23 +196,23 @@ class Engine:
                 dist_init_required=False,
             )
         if self.layout.data == 1 and self.layout.zero == 0:
-            # Nobody to average gradients with; DeepSpeed would copy them out and back.
+            # No ranks to average gradients with; DeepSpeed would copy them out and back.
             engine.enable_backward_allreduce = False
             engine.pipeline_enable_backward_allreduce = False
         return engine
 
     def publish(self) -> None:
-        """Bring the parameters that the model computes with up to date with `state`."""
+        """Copy the master weights in `state` into the model's parameters."""
         publish(self._deepspeed)
 
     def set_progress(self, progress: float) -> None:
-        """Say what new units count from now on, under a ramp: from 0 to 1."""
+        """Under a ramp, set the weight of the new units from now on: 0 to 1."""
         if self._masks is not None:
             self._masks.set(progress)
 
     @property
     def loss_scale(self) -> LossScale:
-        """State of dynamic loss scaling; empty without it."""
+        """State of dynamic loss scaling; empty if it is off."""
         return get_loss_scale(self._deepspeed)
 
     def train_step(
@@ -230,10 +229,10 @@ class Engine:
         Args:
             batches: this data rank's micro-batches, each [micro, sequence + 1] token ids.
             lr: the run's learning rate for this update.
-            seed: of the step's random numbers (dropout), which no earlier step influences;
-                the same on ranks that share a tensor-parallel group.
-            accept: asked on every rank, with the same numbers, before the update is applied.
-            probe: looks at the update.
+            seed: seeds the step's random numbers (dropout), independent of earlier steps; the
+                same on all ranks of a tensor-parallel group.
+            accept: called on every rank, with the same numbers, before the update is applied.
+            probe: observes the update.
         """
         self._optimizer.probe = probe
         seed_random_numbers(seed, self.comm.device)
@@ -245,7 +244,7 @@ class Engine:
         return StepResult(loss, self._grad_norm(), applied=applied)
 
     def probe(self, watched: Sequence[Watched]) -> Probe:
-        """What looks at an update of these matrices (`train_step`)."""
+        """A probe of one update of these matrices, for `train_step`."""
         shards = held_shards(
             engine=self._deepspeed,
             parameters=named_tensors(self._deepspeed.module),
@@ -258,12 +257,12 @@ class Engine:
     def _grad_norm(self) -> float:
         if self._clipper is not None:
             return self._clipper.norm
-        # DeepSpeed's engine learns the norm after the update, its optimizer before it.
+        # DeepSpeed's engine knows the norm only after the update, its optimizer before it.
         norm = float(getattr(self._deepspeed.optimizer, "_global_grad_norm", None) or 0.0)
-        return norm if norm >= 0 else math.inf  # DeepSpeed's -1: some gradient is not finite
+        return norm if norm >= 0 else math.inf  # DeepSpeed returns -1 if a gradient is not finite
 
     def _accepted(self) -> bool:
-        """The optimizer asks, under ZeRO for every parameter group; the step has one answer."""
+        """Under ZeRO the optimizer asks once per parameter group; cache one answer per step."""
         if self._verdict is None and self._accept is None:
             self._verdict = math.isfinite(self._grad_norm())
         elif self._verdict is None and self._accept is not None:
@@ -278,7 +277,7 @@ class Engine:
 
         Args:
             samples: all validation samples, [n, sequence + 1] token ids.
-            micro: samples in one forward pass at most.
+            micro: maximum number of samples in one forward pass.
         """
         share = validation_share(
             len(samples),
@@ -289,7 +288,7 @@ class Engine:
         return self._driver.evaluate(samples[share.start : share.stop], micro=micro)
 
     def close(self) -> LiveState:
-        """Take the engine down but keep its state, for a transfer into the next one."""
+        """Tear down the engine but keep its state, for a transfer into the next one."""
         self._deepspeed.destroy()
         for parameter in self._deepspeed.module.parameters():
             parameter.grad = None
@@ -324,10 +323,10 @@ def _parameter_groups(
     parameters: dict[str, nn.Parameter],
     module: nn.Module,
 ) -> list[dict[str, Any]]:
-    """The optimizer's groups: on every pipeline stage as many, in the same order.
+    """The optimizer's groups: the same number, in the same order, on every pipeline stage.
 
-    DeepSpeed's ZeRO adds gradient norms up over the stages group by group, so a stage
-    that lacks a group would leave the others waiting; it gets one that holds a single zero.
+    DeepSpeed's ZeRO sums gradient norms over the stages group by group, so a stage that
+    lacked a group would make the others hang; it gets a placeholder group holding a single zero.
     """
     here = dict(placement.groups(stage))
     every = {key for s in range(placement.layout.pipeline) for key, _ in placement.groups(s)}

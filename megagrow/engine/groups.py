@@ -15,16 +15,16 @@ from megagrow.state.layout import Layout
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's process groups in one layout; where it would be alone there is none.
+    """This rank's process groups in one layout; None for a group of one rank.
 
     Attributes:
         layout: the process grid.
         rank: this rank.
-        tensor: ranks that share a layer: same pipeline stage, same data.
-        data: ranks that hold the same parameters and see different data; never None.
+        tensor: tensor-parallel ranks: same pipeline stage, same data.
+        data: data-parallel ranks: same parameters, different data; never None.
         model: ranks that together hold one copy of the model: all stages, all tensor ranks.
-        ends: ranks of the first and the last pipeline stage that hold the same vocabulary rows;
-            None on the stages between.
+        ends: the ranks on the first and the last pipeline stage that hold the same vocabulary
+            rows; None on the stages between.
     """
 
     layout: Layout
@@ -35,9 +35,9 @@ class Groups:
     ends: dist.ProcessGroup | None
 
     def add_shards(self, values: torch.Tensor, *, zero: int) -> None:
-        """Add up, in place, over the ranks that share out the state of one pipeline stage.
+        """Sum in place over the ranks that shard the state of one pipeline stage.
 
-        Groups serve layouts of all ZeRO stages, so `zero` tells it.
+        The same groups serve every ZeRO stage of a layout, so the caller passes `zero`.
         """
         if zero > 0 and self.layout.data > 1:
             dist.all_reduce(values, group=self.data)
@@ -45,13 +45,13 @@ class Groups:
             dist.all_reduce(values, group=self.tensor)
 
     def tensor_parallel(self, *, sequence: bool) -> TensorParallel:
-        """The tensor-parallel group, as the model's layers want it."""
+        """The tensor-parallel group in the form the model's layers expect."""
         at = self.layout.coordinates(self.rank)
         return TensorParallel(self.tensor, at.tensor, self.layout.tensor, sequence)
 
 
 def make_groups(layout: Layout, rank: int) -> Groups:
-    """Create the groups of a layout; all ranks of the job call together, in the same order."""
+    """Create the groups of a layout; collective: all ranks call it in the same order."""
     pipes, datas, tensors = range(layout.pipeline), range(layout.data), range(layout.tensor)
 
     def ranks(p: Iterable[int], d: Iterable[int], t: Iterable[int]) -> list[int]:
@@ -81,22 +81,22 @@ def _mine(rank: int, members: list[list[int]], *, alone: bool = False) -> dist.P
 
 
 class ModelParallelUnit:
-    """The `mpu` object through which DeepSpeed asks for groups of tensor and data parallelism."""
+    """The `mpu` object that DeepSpeed queries for tensor- and data-parallel groups."""
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
         self._at = groups.layout.coordinates(groups.rank)
 
     def get_tensor_model_parallel_rank(self) -> int:
-        """This rank among those that share its layers."""
+        """This rank's index in its tensor-parallel group."""
         return self._at.tensor
 
     def get_tensor_model_parallel_world_size(self) -> int:
-        """How many ranks share a layer."""
+        """Size of the tensor-parallel group."""
         return self._groups.layout.tensor
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share its layers."""
+        """The tensor-parallel group."""
         return self._groups.tensor
 
     get_model_parallel_rank = get_tensor_model_parallel_rank
@@ -104,13 +104,13 @@ class ModelParallelUnit:
     get_model_parallel_group = get_tensor_model_parallel_group
 
     def get_data_parallel_rank(self) -> int:
-        """This rank among those that hold the same parameters."""
+        """This rank's index in its data-parallel group."""
         return self._at.data
 
     def get_data_parallel_world_size(self) -> int:
-        """How many ranks hold the same parameters."""
+        """Size of the data-parallel group."""
         return self._groups.layout.data
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold the same parameters; a group also where this rank is alone."""
+        """The data-parallel group; never None, even for a single rank."""
         return self._groups.data

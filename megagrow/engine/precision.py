@@ -1,7 +1,7 @@
-"""In which number formats a run computes, as DeepSpeed's configuration for it decides.
+"""The number formats that a run computes in, as its DeepSpeed configuration implies them.
 
-One rule for what the configuration asks of DeepSpeed and for what the dry run and the log say,
-so that neither can differ from the other.
+The DeepSpeed configuration, the dry run and the log all use this one rule, so they cannot
+disagree.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megagrow.config.batch import accumulation
 from megagrow.errors import ConfigError
 from megagrow.state.layout import Layout
 
-# These would change a format behind the back of `precision`, which decides on it alone.
+# These would override formats that only `precision` may set.
 _REFUSED = (
     ("torch_autocast", "enabled"),
     ("amp", "enabled"),
@@ -63,30 +63,30 @@ class Precisions:
 
     @property
     def caveat(self) -> str | None:
-        """What a sum of many gradients in 16 bit loses, if there is such a sum."""
+        """What summing many gradients in 16 bit loses; None if the run does no such sum."""
         if self.accumulation == "fp32" or self.micro_batches == 1:
             return None
         return (
-            f"sums {self.micro_batches} gradients in {self.accumulation}, which drops what is "
-            "small beside the sum; layout.zero=1 without optimizer.offload sums in fp32"
+            f"sums {self.micro_batches} gradients in {self.accumulation}, which drops "
+            "small terms; layout.zero=1 without optimizer.offload sums in fp32"
         )
 
 
 def precision_settings(config: Config, layout: Layout) -> dict[str, Any]:
-    """The part of DeepSpeed's configuration that decides on number formats.
+    """The part of DeepSpeed's configuration that decides the number formats.
 
     Gradients of 16-bit models are summed in fp32 wherever DeepSpeed 0.19.8 can: over data ranks
-    always, over micro-batches not at ZeRO 0, where it refuses to, and not with offload at ZeRO 1
-    and 2, where it passes the sum through a 16-bit buffer.  What `config.deepspeed` says of either
-    sum goes before.
+    always; over micro-batches not at ZeRO 0, which it rejects, and not with offload at ZeRO 1 and
+    2, where it passes the sum through a 16-bit buffer.  Settings for either sum in
+    `config.deepspeed` take precedence.
     """
     precision = config.precision
     if precision.dtype == "fp32":
         return {}
     settings: dict[str, Any] = {}
     if precision.dtype == "bf16":
-        # Every parameter's gradient would be looked at by itself, in half a dozen kernels; the
-        # norm of all tells as well, and the engine takes no step on one that is not finite.
+        # This would check every parameter's gradient separately, in half a dozen kernels; the
+        # global norm shows it as well, and the engine skips steps whose norm is not finite.
         settings["bf16"] = {"enabled": True, "check_grad_overflow": False}
     else:
         settings["fp16"] = {
@@ -98,7 +98,7 @@ def precision_settings(config: Config, layout: Layout) -> dict[str, Any]:
     if "data_types" not in config.deepspeed and _sums_in_fp32(config, layout):
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         if precision.dtype == "bf16" and layout.zero == 1:
-            # Into the fp32 sum as soon as a gradient is there; it is not kept in bf16 as well.
+            # Add each gradient to the fp32 sum as soon as it is ready; do not also keep it in bf16.
             settings["bf16"]["immediate_grad_update"] = True
     if "communication_data_type" not in config.deepspeed:
         settings["communication_data_type"] = "fp32"
@@ -106,17 +106,17 @@ def precision_settings(config: Config, layout: Layout) -> dict[str, Any]:
 
 
 def _sums_in_fp32(config: Config, layout: Layout) -> bool:
-    """Whether there is a sum over micro-batches, and DeepSpeed can keep it in fp32."""
+    """Whether micro-batches are summed at all, and DeepSpeed can do it in fp32."""
     offloads_whole_sums = config.optimizer.offload == "cpu" and layout.zero < 3
     several = accumulation(config.batch, layout) > 1
     return several and layout.zero > 0 and not offloads_whole_sums
 
 
 def precisions(settings: Mapping[str, Any], *, muon: bool, gpu: bool) -> Precisions:
-    """The formats that an engine with some settings computes in.
+    """The formats in which an engine with these settings computes.
 
     Args:
-        settings: the whole configuration for `deepspeed.initialize`.
+        settings: the full configuration for `deepspeed.initialize`.
         muon: whether the optimizer is Muon.
         gpu: whether the model is on a GPU.
     """
@@ -134,10 +134,11 @@ def precisions(settings: Mapping[str, Any], *, muon: bool, gpu: bool) -> Precisi
 
 
 def newton_schulz_format(compute: str, *, gpu: bool) -> str:
-    """The format of Muon's iteration: fp16 on a GPU beside a 16-bit model, otherwise fp32.
+    """The format of Muon's iteration: fp16 for 16-bit models on a GPU, otherwise fp32.
 
-    DeepSpeed takes fp16 wherever the processor has it, also in fp32 runs, whose updates are then
-    off by 2e-2 instead of 4e-6; and on CPUs that differ in this the same run would differ.
+    DeepSpeed uses fp16 wherever the processor supports it, even in fp32 runs, whose updates are
+    then off by 2e-2 instead of 4e-6; and the same run would differ between CPUs with and without
+    fp16.
     """
     return "fp16" if gpu and compute != "fp32" else "fp32"
 
@@ -148,7 +149,7 @@ def on_gpu() -> bool:
 
 
 def require_own_formats(given: Mapping[str, Any]) -> None:
-    """Refuse settings passed through to DeepSpeed that change a format which `precision` sets.
+    """Reject pass-through DeepSpeed settings that change a format which `precision` sets.
 
     Raises:
         ConfigError: there is one.

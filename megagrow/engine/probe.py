@@ -1,15 +1,15 @@
-"""A look at one update of a grown model: shares of gradient and update, twins, ranks, dead units.
+"""Measures one update of a grown model: gradient and update shares, twins, rank, dead units.
 
-It works on whatever part of a matrix a rank holds, under ZeRO and tensor and pipeline parallelism,
-and puts no matrix together.  A matrix W of [outputs, inputs] is seen through W Z, where Z is
-[inputs, k] with orthonormal columns times sqrt(inputs / k): each rank adds its own part to it, and
-one sum over all ranks makes it whole.  Where k = inputs all that follows from it is exact;
-elsewhere inner products of rows are estimates (Johnson and Lindenstrauss), and so is the
+It works on whatever part of a matrix a rank holds, under ZeRO, tensor and pipeline parallelism,
+and never assembles a matrix.  A matrix W of [outputs, inputs] is observed through W Z, where Z is
+[inputs, k] with orthonormal columns times sqrt(inputs / k): each rank adds its own part, and one
+sum over all ranks completes it.  If k = inputs, everything derived from it is exact;
+otherwise inner products of rows are estimates (Johnson and Lindenstrauss), and so is the
 participation ratio, from Hutchinson's estimate of tr (W^T W)^2 = E |W^T W z|^2.  Sums of squares
 are exact.
 
-Memory: a copy of this rank's part of the matrices that are looked at, and at most `_STAGING`
-bytes of sketches.
+Memory: a copy of this rank's part of the watched matrices, and at most `_STAGING` bytes of
+sketches.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from megagrow.engine.optimizers.blockwise import regions
 from megagrow.growth.diagnostics import UNITS, Watched
 from megagrow.state.boxes import Box
 
-_COLUMNS = 64  # of a sketch at most
+_COLUMNS = 64  # maximum number of sketch columns
 _STAGING = 2**24
 _DEAD = 1e-3  # of the median unit's gradient
 Sum = Callable[[torch.Tensor], None]
-# Of each matrix: how many elements, and the sums of their squares; each of all and of the new.
+# Per matrix: number of elements and sums of squares, each for all elements and for the new ones.
 _PARAMETERS, _GRADIENT, _UPDATE, _WEIGHT = range(4)
 
 
 class Probe:
-    """Sees one update of the optimizer's, and tells what it was.
+    """Observes one update of the optimizer and reports on it.
 
     Args:
-        watched: the matrices to look at, the same on every rank.
-        shards: what of them the optimizer's tensors hold here: (name, box in logical coordinates,
-            flat position), each contiguous there.
-        device: where sums over the ranks are taken.
+        watched: the matrices to observe, the same on every rank.
+        shards: the parts of them in this rank's optimizer tensors: (name, box in logical
+            coordinates, flat position), each contiguous there.
+        device: where sums over the ranks are computed.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class Probe:
         self._seen = False
 
     def _sketch(self, one: Watched) -> torch.Tensor:
-        """Zeros of W Z: [outputs..., k]."""
+        """Zeros for W Z: [outputs..., k]."""
         *outputs, inputs = one.tensor.shape
         return torch.zeros(*outputs, min(self._columns, inputs))
 
     @contextmanager
     def update(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-        """Around the update of some parameter groups, with the gradient in ``.grad``."""
+        """Wraps the update of parameter groups whose gradients are in ``.grad``."""
         before: list[tuple[str, Box, torch.Tensor, torch.Tensor]] = []
         for parameter in (p for group in groups for p in group["params"]):
             for name, box, start in self._shards.get(parameter, ()):
@@ -108,17 +108,17 @@ class Probe:
         sketch[box.slices[:-1]] += (values @ z).cpu()
 
     def finish(self, total: Sum) -> dict[str, float]:
-        """What the update was; all ranks call it together, after a step.
+        """Report on the update; collective: all ranks call it after a step.
 
         Args:
-            total: adds a tensor up over all ranks, in place.
+            total: sums a tensor over all ranks, in place.
 
         Returns:
-            Nothing where no update was applied.  Else
-            parameter_share, gradient_share, update_share: of the new elements, in the number of
-            elements and in the sums of squares of the gradient and of the update;
-            twin_cosine: mean over pairs of copies, and over the matrices that have any, of the
-            cosine between their rows; participation: mean of (tr G)^2 / tr G^2, G = W^T W, between
+            Empty if no update was applied.  Otherwise
+            parameter_share, gradient_share, update_share: the share of the new elements, in the
+            number of elements and in the sums of squares of the gradient and of the update;
+            twin_cosine: mean cosine between the rows of a unit and its copy, over all pairs and all
+            matrices that have any; participation: mean of (tr G)^2 / tr G^2, G = W^T W, between
             1 and the number of inputs; dead_units: share of units whose gradient is less than a
             thousandth of the median unit's.
         """
@@ -127,7 +127,7 @@ class Probe:
         sums = torch.stack([*self._sums.values()]).to(self._device)
         total(sums)
         sums = sums.cpu()
-        # Each element lies on as many ranks as it was counted.
+        # Each element was counted once for every rank that holds it.
         copies = {
             name: float(sums[i, _PARAMETERS, 0]) / one.tensor.volume
             for i, (name, one) in enumerate(self._watched.items())
@@ -152,7 +152,7 @@ class Probe:
     def _whole(
         self, parts: dict[str, torch.Tensor], copies: Mapping[str, float], total: Sum
     ) -> None:
-        """Make sums over all ranks of tensors of which each has its part, in one message."""
+        """Sum partial tensors over all ranks, in one message."""
         flat = torch.cat([part.reshape(-1) for part in parts.values()]).to(self._device)
         total(flat)
         pieces = flat.cpu().split([part.numel() for part in parts.values()])
@@ -160,7 +160,7 @@ class Probe:
             parts[name] = piece.view(part.shape) / copies[name]
 
     def _rows(self, sketch: torch.Tensor, name: str) -> torch.Tensor:
-        """A sketch by unit: [units, the rest]."""
+        """A sketch with one row per unit: [units, the rest]."""
         at = self._watched[name].tensor.axes.index(UNITS)
         return sketch.movedim(at, 0).flatten(1)
 
@@ -184,7 +184,7 @@ class Probe:
     def _participation(
         self, squares: Mapping[str, float], copies: Mapping[str, float], total: Sum
     ) -> float | None:
-        """From W^T (W Z): each rank's own part again, and one more sum."""
+        """From W^T (W Z): each rank's own part again, and a second sum."""
         found = {
             name: torch.zeros(self._watched[name].tensor.shape[-1], sketch.shape[-1])
             for name, sketch in self._weights.items()
@@ -216,6 +216,6 @@ def _squares(parts: Sequence[torch.Tensor]) -> float:
 
 
 def _share(rows: torch.Tensor) -> float | None:
-    """Of the new in all: [matrices, (all, new)]."""
+    """The share of the new elements in all: [matrices, (all, new)]."""
     every, new = rows.sum(0).tolist()
     return new / every if every > 0 else None

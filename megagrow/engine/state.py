@@ -2,7 +2,7 @@
 
 A rank's part of a parameter and of its optimizer state is a flat range of the
 local parameter, held in one flat tensor; `LiveState` finds those ranges and
-hands out views, so a transfer reads and writes DeepSpeed's memory in place.
+returns views, so a transfer reads and writes DeepSpeed's memory in place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megagrow.state.placement import Placement, Shard
 
 
 class LiveState:
-    """The optimizer's view of the state of one rank, readable and writable box by box.
+    """One rank's state as the optimizer sees it, readable and writable box by box.
 
     Holds references to the tensors, so it stays readable after its engine is gone.
     """
@@ -43,7 +43,7 @@ class LiveState:
             self._shards.setdefault(shard.tensor, []).append(shard)
 
     def view(self, tensor: str, slot: str, box: Box) -> torch.Tensor:
-        """The memory of a box that lies inside one of the rank's shards.
+        """The memory of a box that is inside one of the rank's shards.
 
         Raises:
             KeyError: this rank holds no such box.
@@ -55,7 +55,7 @@ class LiveState:
         return whole[box.relative_to(shard.box.offset).slices]
 
     def dtype(self, tensor: str, slot: str) -> torch.dtype:
-        """The element type of a tensor's slot (KeyError where this rank holds none of it)."""
+        """The element type of a tensor's slot (KeyError if this rank holds none of it)."""
         return self._memory[tensor, slot][1].dtype
 
     def read(
@@ -67,7 +67,8 @@ class LiveState:
 
     def _shard_around(self, tensor: str, box: Box) -> Shard:
         shards = self._shards.get(tensor, [])
-        # Shards of a flat range lie in row-major order, so the last that begins no later is it.
+        # Shards of a flat range are in row-major order, so this is the last one that starts by
+        # `box`.
         at = bisect_right([shard.box.offset for shard in shards], box.offset) - 1
         if at < 0 or not shards[at].box.contains(box):
             raise KeyError(f"box {box} of {tensor} is not on this rank")
@@ -84,29 +85,29 @@ def live_state(
     rules: OptimizerRules,
     optimizer_step: int,
 ) -> LiveState:
-    """Make the optimizer state of a fresh engine and open all of its state for a transfer.
+    """Allocate the optimizer state of a new engine and open all of its state for a transfer.
 
     Args:
         engine: a DeepSpeedEngine that has not stepped yet.
         parameters: the module's parameters by logical name.
-        placement: the arithmetic that says who holds what; checked against the engine.
+        placement: the computed placement; checked against the engine.
         rank: this rank.
-        slots: the parameter and what the optimizer keeps beside it.
-        rules: young blocks, handed on to the optimizer.
-        optimizer_step: the step count that the optimizer goes on from.
+        slots: the parameter and its optimizer slots.
+        rules: rules for new blocks, passed on to the optimizer.
+        optimizer_step: the step count that the optimizer continues from.
 
     Raises:
-        RuntimeError: the engine holds other ranges than the placement says (a new
-            DeepSpeed that partitions in another way).
+        RuntimeError: the engine's ranges are not those of the placement (a new DeepSpeed
+            version that partitions differently).
     """
     optimizer: BlockOptimizer = engine.basic_optimizer
     fragments = find_fragments(engine, parameters)
     # Several parameters may share an owner; each owner's state is made once.
     owners = {id(f.owner): f.owner for f in fragments.values()}
-    # Those of groups that stand in for another stage's are in no fragment.
+    # Placeholder parameters (for groups that only other pipeline stages use) have no fragment.
     owners |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
     kept: dict[int, tuple[str, ...]] = {
-        # What shares an owner is of one group, and has the same slots.
+        # Parameters that share an owner are in one group, and so have the same slots.
         id(f.owner): tuple(s.name for s in slots_of(placement.catalog[name], slots[1:]))
         for name, f in fragments.items()
     }
@@ -149,10 +150,10 @@ def shared_tensors(
     rank: int,
     rules: OptimizerRules,
 ) -> dict[torch.Tensor, list[SharedTensor]]:
-    """The tensors that a parameter group of Muon's shares out, by what the optimizer steps.
+    """The sharded tensors of a Muon parameter group, keyed by the tensor that the optimizer steps.
 
-    In the order of the catalog, on every rank of the pipeline stage: also those that this rank
-    has no part of.
+    In catalog order, on every rank of the pipeline stage, including tensors of which this rank
+    holds no part.
     """
     fragments = find_fragments(engine, parameters)
     found: dict[torch.Tensor, list[SharedTensor]] = {}
@@ -178,9 +179,9 @@ def held_shards(
     rank: int,
     names: Sequence[str],
 ) -> dict[torch.Tensor, list[tuple[str, Box, int]]]:
-    """What this rank has of some tensors, by the tensor that the optimizer steps.
+    """This rank's parts of some tensors, keyed by the tensor that the optimizer steps.
 
-    Each as (name, box in logical coordinates, flat position), contiguous there.
+    Each part is (name, box in logical coordinates, flat position), contiguous there.
     """
     found: dict[torch.Tensor, list[tuple[str, Box, int]]] = {}
     here = {name: parameters[name] for name in names if name in parameters}
@@ -194,7 +195,7 @@ def held_shards(
 def _check_range(
     name: str, expected: tuple[int, int], fragment: Fragment | None, rank: int
 ) -> None:
-    """The arithmetic must be DeepSpeed's own, up to padding behind the parameter's end."""
+    """Check that the placement matches DeepSpeed's range, up to padding at the parameter's end."""
     start, stop = expected
     if fragment is None:
         holds = start == stop

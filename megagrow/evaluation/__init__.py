@@ -1,1 +1,1 @@
-"""Scores of a trained model: perplexity, LAMBADA, and EleutherAI's harness."""
+"""Evaluate a trained model: perplexity, LAMBADA, and EleutherAI's harness."""

@@ -1,12 +1,12 @@
-"""WikiText's tokenized text back in ordinary spelling.
+"""Convert WikiText's tokenized text back to ordinary spelling.
 
-WikiText sets every mark of punctuation between blanks and joins numbers and hyphens by `@-@`,
-`@,@` and `@.@`.  The rules and their order are those of the published detokenizer that reported
-perplexities go by (Megatron-LM, tasks/zeroshot_gpt/detokenizer.py; lm-evaluation-harness has the
-same), possessives first, with three differences where it makes text that nobody writes:
+WikiText puts spaces around every punctuation mark and joins numbers and hyphens by `@-@`, `@,@`
+and `@.@`.  The rules and their order are those of the detokenizer behind published perplexities
+(Megatron-LM, tasks/zeroshot_gpt/detokenizer.py; lm-evaluation-harness has the same), possessives
+first, with three differences where it produces text that nobody writes:
 
-* It puts the apostrophe of `soldiers '` to its word, and then takes it for the opening quote of
-  the next apostrophe.  Here a possessive is no quote, and a quote needs its partner.
+* It attaches the apostrophe of `soldiers '` to its word, and then takes it for the opening quote
+  of the next apostrophe.  Here a possessive is not a quote, and a quote needs a partner.
 * It turns the word `N` into 1, a rule for another corpus.
 * It leaves `does n't`; here it is `doesn't`.
 """
@@ -43,10 +43,10 @@ def wikitext_detokenized(text: str) -> str:
 
 
 def _apostrophes(line: str) -> str:
-    """Put each apostrophe that stands alone to its word: a possessive, or one of two quotes.
+    """Attach each free-standing apostrophe to its word: a possessive, or one of two quotes.
 
-    After a word in s it may be either; after another word it is a quote.  Where those are odd in
-    number, one of the doubtful ones is the missing partner: the one that makes quotes short.
+    After a word ending in s it may be either; after any other word it is a quote.  If the number of
+    quotes is odd, the missing partner is the ambiguous apostrophe that makes the quotes shortest.
     """
     words = line.split(" ")
     alone = [at for at, word in enumerate(words) if word == "'"]

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, and tasks of EleutherAI's lm-evaluation-harness on its export."""
+"""A checkpoint's tokenizer, and EleutherAI's lm-evaluation-harness on an export."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def open_tokenizer(
     source_format: str | None = None,
     allow_other: bool = False,
 ) -> tuple[Tokenizer, str]:
-    """The tokenizer of a model: the one given, or its own; and where it is from, for a person.
+    """The tokenizer of a model: the given one, or its own; and a description of its origin.
 
     Args:
-        checkpoint: of any format.
-        given: a tokenizer's file, or a directory or dataset with one.
-        vocabulary: of the model.
-        source_format: of the checkpoint; None for what it looks like.
-        allow_other: take what is given even if the checkpoint holds the SHA-256 of another.
+        checkpoint: in any format.
+        given: a tokenizer file, or a directory or dataset with one.
+        vocabulary: size of the model's.
+        source_format: the checkpoint's; detected if None.
+        allow_other: accept `given` even if the checkpoint holds the SHA-256 of another.
 
     Raises:
-        ConfigError: there is none, or it knows more tokens than the model.
-        CheckpointError: it is another model's.
+        ConfigError: there is none, or it has more tokens than the model.
+        CheckpointError: it belongs to another model.
         DataError: it is damaged.
     """
     kind, at = detect(checkpoint, source_format)
@@ -57,13 +57,13 @@ def open_tokenizer(
 
 @dataclass(frozen=True)
 class Tasks:
-    """What the harness is to do; the names of its own command line.
+    """Options of the harness, under the names of its own command line.
 
     Attributes:
-        names: of tasks, groups or tags, or patterns of names.
-        fewshot: examples before each question; None for each task's own number.
-        limit: samples of each task (below 1: the fraction of them); None for all.
-        include: a directory with descriptions of further tasks.
+        names: tasks, groups or tags, or name patterns.
+        fewshot: examples before each question; None for each task's default.
+        limit: samples per task (below 1: the fraction of them); None for all.
+        include: a directory with descriptions of additional tasks.
     """
 
     names: Sequence[str]
@@ -83,20 +83,20 @@ def evaluate(
     batch: int,
     allow_other: bool = False,
 ) -> dict[str, Any]:
-    """Export for transformers and let the harness evaluate; its results by task.
+    """Export for transformers and run the harness; returns its results by task.
 
     Args:
-        checkpoint: of any format.
-        tasks: what to do.
-        tokenizer: to carry along; None for the model's own.
+        checkpoint: in any format.
+        tasks: the tasks and their options.
+        tokenizer: to export; None for the model's own.
         scratch: a directory for the export.
-        source_format: of the checkpoint; None for what it looks like.
-        device: as torch names it.
-        batch: samples at a time.
+        source_format: the checkpoint's; detected if None.
+        device: torch's name of the device.
+        batch: batch size.
         allow_other: as in `open_tokenizer`.
 
     Raises:
-        ConfigError: the harness is not installed, or knows no such task.
+        ConfigError: the harness is not installed, or has no such task.
         CheckpointError: the checkpoint cannot be exported, or the tokenizer is another model's.
     """
     try:
@@ -141,7 +141,7 @@ def evaluate(
             device=device,
             batch_size=batch,
         )
-    except OSError as error:  # a dataset that is not there, or no network to get it by
+    except OSError as error:  # a missing dataset, or no network to download it
         raise ConfigError(
             f"--tasks {','.join(tasks.names)}: the harness cannot get what they need",
             found=f"{type(error).__name__}: {error}"[:300],
@@ -151,7 +151,7 @@ def evaluate(
 
 
 def _known(name: str, manager: Any) -> list[str]:
-    """The tasks that a name or pattern stands for."""
+    """The tasks that a name or pattern matches."""
     matched: list[str] = manager.match_tasks([name])
     if matched:
         return matched

@@ -1,17 +1,17 @@
-"""What a model is worth: word-level perplexity, last-word accuracy, bits per byte.
+"""Metrics of a model: word-level perplexity, last-word accuracy, bits per byte.
 
-Perplexity by words, as for WikiText (Radford et al., "Language Models are Unsupervised Multitask
-Learners", 2019: the log probability of the text divided by its canonical units): the text is put
-back into ordinary spelling, every token of it is predicted, the first from the token that ends a
-document, and
+Word perplexity, as for WikiText (Radford et al., "Language Models are Unsupervised Multitask
+Learners", 2019: the log probability of the text divided by its canonical units): the text is
+detokenized to ordinary spelling, every token of it is predicted, the first from the end-of-document
+token, and
 
     word perplexity = exp(-log p(text) / words of the published file, split at white space)
 
-so it does not depend on the tokenizer.  Long texts are read in windows of the model's sequence;
-with a stride below it each token has at least `sequence - stride` tokens before it.
+so it does not depend on the tokenizer.  Long texts are read in windows of the model's sequence
+length; with a smaller stride each token has at least `sequence - stride` tokens of context.
 
-LAMBADA (Paperno et al., arXiv 1606.06031): a passage counts if every token of its last word is the
-most probable one.
+LAMBADA (Paperno et al., arXiv 1606.06031): a passage is correct if every token of its last word
+is the most probable one.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Scorer:
     """A model that scores token ids.
 
     Attributes:
-        model: on some device.
-        sequence: the longest input.
+        model: on any device.
+        sequence: the maximum input length.
         device: the model's.
-        batch: windows at a time.
-        track: passes on what it is given, and may show how far it is (such as tqdm).
+        batch: number of windows per forward pass.
+        track: wraps an iterable, e.g. to show progress (such as tqdm).
     """
 
     model: Transformer
@@ -52,12 +52,12 @@ class Scorer:
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter
 
     def loss(self, ids: Sequence[int], *, context: int, stride: int) -> float:
-        """-log p of a text in nats: every id predicted, the first from `context` alone."""
+        """-log p of a text in nats: every id is predicted, the first from `context` alone."""
         tokens = torch.tensor([context, *ids])
         windows: dict[tuple[int, int], list[int]] = {}
         done = 0
         while done < len(ids):
-            # The first window predicts all it can, the others `stride` more each.
+            # The first window predicts as many ids as it can, each later one `stride` more.
             end = min(len(ids), done + (self.sequence if done == 0 else stride))
             begin = max(0, end - self.sequence)
             windows.setdefault((end - begin, end - done), []).append(begin)
@@ -74,7 +74,7 @@ class Scorer:
         return total
 
     def last_word(self, before: Sequence[int], word: Sequence[int]) -> tuple[float, bool]:
-        """(-log p of a word in nats, whether it is what greedy decoding says)."""
+        """(-log p of a word in nats, whether greedy decoding produces it)."""
         row = torch.tensor([[*before, *word]])[:, -(self.sequence + 1) :]
         with torch.no_grad():
             logits = self.model.logits(row[:, :-1].to(self.device))[0, -len(word) :].float()
@@ -92,11 +92,11 @@ class Scorer:
 
 @dataclass(frozen=True)
 class TextScore:
-    """The loss of a text by each unit.
+    """The loss of a text in several units.
 
     Attributes:
-        nats: -log p of all of it.
-        tokens, words, bytes: of the text; words and bytes are of the published file.
+        nats: -log p of the whole text.
+        tokens, words, bytes: counts; words and bytes are those of the published file.
     """
 
     nats: float
@@ -106,23 +106,23 @@ class TextScore:
 
     @property
     def word_perplexity(self) -> float:
-        """Exp of the loss a word."""
+        """Exp of the loss per word."""
         return _exp(self.nats / self.words)
 
     @property
     def token_perplexity(self) -> float:
-        """Exp of the loss a token: depends on the tokenizer."""
+        """Exp of the loss per token: depends on the tokenizer."""
         return _exp(self.nats / self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits a byte of UTF-8."""
+        """Bits per byte of UTF-8."""
         return self.nats / math.log(2) / self.bytes
 
 
 @dataclass(frozen=True)
 class LastWords:
-    """LAMBADA: how many last words are right, and their perplexity."""
+    """LAMBADA: the number of correct last words, and their perplexity."""
 
     passages: int
     right: int
@@ -130,15 +130,15 @@ class LastWords:
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the passages."""
+        """Fraction of passages that are correct."""
         return self.right / self.passages
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device that a name says; without one a GPU where there is one.
+    """The device of this name; by default a GPU if there is one.
 
     Raises:
-        ConfigError: the name is another, or there is no such GPU.
+        ConfigError: unknown name, or no such GPU.
     """
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name is None:
@@ -162,14 +162,14 @@ def score_text(
 
     Args:
         scorer: the model.
-        tokenizer: its own.
+        tokenizer: the model's own.
         text: as published.
-        stride: new tokens a window, at most the model's sequence.
+        stride: number of new tokens per window, at most the model's sequence length.
         detokenize: undo WikiText's tokenization first (words and bytes stay the file's).
 
     Raises:
         DataError: the text is empty.
-        ConfigError: the stride is longer than the model's sequence.
+        ConfigError: the stride is longer than the model's sequence length.
     """
     if stride > scorer.sequence:
         raise ConfigError(
@@ -198,7 +198,7 @@ def score_lambada(scorer: Scorer, tokenizer: Tokenizer, passages: Sequence[str])
         if not before.strip():
             raise DataError(f"passage {number} has no word before the last", found=passage[:80])
         ids, start = tokenizer.encode(f"{before} {word}"), tokenizer.encode(before)
-        # Tokens that differ from those of the text before belong to the word.
+        # Tokens that differ from the tokenization of the preceding text belong to the word.
         same = next(
             (i for i, (a, b) in enumerate(zip(ids, start, strict=False)) if a != b),
             min(len(ids), len(start)),
@@ -212,7 +212,7 @@ def score_lambada(scorer: Scorer, tokenizer: Tokenizer, passages: Sequence[str])
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file.
+    """Read a UTF-8 file.
 
     Raises:
         DataError: it cannot be read.
@@ -226,10 +226,10 @@ def read_text(path: Path) -> str:
 
 
 def read_lambada(path: Path) -> list[str]:
-    """Passages as published: one a line, plain or as JSON with a key `text`.
+    """Read passages as published: one per line, plain or as JSON with a key `text`.
 
     Raises:
-        DataError: the file cannot be read, a line is no passage, or there is none.
+        DataError: the file cannot be read, a line is not a passage, or there is none.
     """
     passages = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):

@@ -1,1 +1,1 @@
-"""What a run would be, told without running it."""
+"""Describe and plan runs without running them."""

@@ -1,4 +1,4 @@
-"""What a run would be: stages, sizes, memory and the cost of each growth, by arithmetic alone."""
+"""Dry run: a run's stages, sizes, memory and the cost of each growth, by arithmetic alone."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from megagrow.train.ready import data_lines, open_data, ready, start_lines
 from megagrow.train.run_plan import RunPlan, plan_run
 from megagrow.transfer.state_map import Identity, StateMap
 
-_RANKS_COUNTED = 64  # beyond this many the bytes of a growth are counted for a sample of ranks
+_RANKS_COUNTED = 64  # beyond this many, growth bytes are counted for a sample of ranks
 _SAMPLE = 16
 T = TypeVar("T")
-_ROWS = 8  # of a table; what is longer shows its first, greatest and last row
+_ROWS = 8  # rows shown per table; a longer one shows its first, greatest and last row
 _FIX = {
     "parameters": "raise layout.tensor or layout.pipeline, or set layout.zero=3",
     "gradients": "raise layout.zero to 2 or 3, or raise layout.tensor or layout.pipeline",
@@ -46,7 +46,7 @@ def describe(config: Config, *, world: int, resume: str = "auto") -> str:
     """The text of a dry run on `world` processes.
 
     Raises:
-        MegagrowError: whatever would stop the run before its first step.
+        MegagrowError: anything that would stop the run before its first step.
     """
     found = ready(config, world=world, data_may_come=True)
     config, plan = found.config, found.plan
@@ -72,7 +72,7 @@ def describe(config: Config, *, world: int, resume: str = "auto") -> str:
 
 
 def vocabulary(config: Config) -> int | None:
-    """Of the dataset; None where there is none yet and the model names its own."""
+    """The dataset's vocabulary size; None if it does not exist yet and the model sets its own."""
     data = open_data(config, may_come=True)
     return None if data is None else data.vocab_size
 
@@ -137,14 +137,14 @@ def _precision_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Peak:
-    """What the fullest rank of a pipeline stage holds at some moment.
+    """What the fullest rank of a pipeline stage holds at some point of the run.
 
     Attributes:
         pipe: the pipeline stage.
-        when: the moment, in words.
-        parts: bytes on the device, by what they are.
-        host: bytes in the host's memory, with offload.
-        early: of the gradients' bytes, those that are there before the first step.
+        when: the point, in words.
+        parts: bytes on the device, by category.
+        host: bytes in host memory, with offload.
+        early: the part of the gradient bytes already allocated before the first step.
     """
 
     pipe: int
@@ -160,7 +160,7 @@ class Peak:
 
 
 def training_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
-    """Memory in training, by pipeline stage."""
+    """Peak memory during training, by pipeline stage."""
     stage, placement = plan.stages[index], plan.placement(index)
     config = stage.settings(config)
     peaks = []
@@ -185,7 +185,7 @@ def training_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
 
 
 def growth_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
-    """Memory in the growth into a stage, by its pipeline stages: old state and new engine."""
+    """Peak memory during the growth into a stage, by pipeline stage: old state and new engine."""
     before, after = plan.stages[index - 1].layout, plan.stages[index].layout
     placement = plan.placement(index - 1)
     old = [
@@ -211,16 +211,16 @@ def growth_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
 
 
 def check_memory(config: Config, *, world: int, memory: str | None) -> str:
-    """See whether every rank's part fits into its device; one line that says so.
+    """Check that every rank's share fits its device; returns one line that says so.
 
     Args:
         config: the run.
         world: number of processes.
-        memory: of one device, such as ``80GB``; None takes this machine's, and checks nothing
-            where the job has more processes than its cores.
+        memory: of one device, such as ``80GB``; None uses this machine's, and checks nothing
+            if the job has more processes than its cores.
 
     Raises:
-        ConfigError: it does not; names the stage, the greatest part and what to change.
+        ConfigError: it does not fit; names the stage, the largest part and what to change.
     """
     plan = plan_run(config, world=world, vocabulary=vocabulary(config))
     if memory is not None:
@@ -256,10 +256,10 @@ def check_memory(config: Config, *, world: int, memory: str | None) -> str:
 
 
 def read_memory(text: str) -> int:
-    """``80GB``, ``80g`` or ``512MiB`` as bytes.
+    """Convert ``80GB``, ``80g`` or ``512MiB`` to bytes.
 
     Raises:
-        ConfigError: it is no amount of memory.
+        ConfigError: it is not an amount of memory.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I)?)?B?\s*", text.upper())
     power = "KMGT".index(found[2]) + 1 if found and found[2] else 0
@@ -274,7 +274,7 @@ def read_memory(text: str) -> int:
 
 
 def _own_memory(world: int) -> tuple[int, str, bool]:
-    """(bytes a rank can have on this machine, in words, whether that is the host's memory)."""
+    """(bytes available to a rank on this machine, description, whether it is host memory)."""
     if on_gpu():
         return torch.cuda.get_device_properties(0).total_memory, "this machine's GPU", False
     ranks = _own_ranks(world)
@@ -283,7 +283,7 @@ def _own_memory(world: int) -> tuple[int, str, bool]:
 
 
 def _own_ranks(world: int) -> int:
-    """How many of the ranks a CPU job has on this machine."""
+    """How many ranks of a CPU job are on this machine."""
     return ranks_here(os.environ) or min(world, os.cpu_count() or 1)
 
 
@@ -312,24 +312,24 @@ def bytes_moved(plan: RunPlan, index: int, *, ranks: Sequence[int]) -> tuple[int
     """Bytes of state that the growth into a stage copies to some ranks.
 
     Returns:
-        (all that is copied, what travels between ranks for it).
+        (all bytes copied, those sent between ranks).
     """
     counts = moves(plan, index, ranks=ranks).values()
     return sum(c.local + c.foreign for c in counts), sum(c.crossed for c in counts)
 
 
 def moves(plan: RunPlan, index: int, *, ranks: Iterable[int]) -> dict[int, Received]:
-    """How some ranks come by their state in the growth into a stage."""
+    """How some ranks receive their state in the growth into a stage."""
     stage, old, new = plan.stages[index], plan.placement(index - 1), plan.placement(index)
     state_map: StateMap = stage.growth or Identity(new.catalog)
     return {rank: received(state_map, old, new, slots=plan.slots, rank=rank) for rank in ranks}
 
 
 def sample_ranks(world: int) -> list[int]:
-    """All ranks of a small world; of a large one some, evenly spread, with both ends."""
+    """All ranks of a small world; of a large one an evenly spread sample, with both ends."""
     if world <= _RANKS_COUNTED:
         return list(range(world))
-    # An odd stride meets every coordinate of the grid.
+    # An odd stride reaches every coordinate of the grid.
     return sorted({(world - 1) * i // (_SAMPLE - 1) for i in range(_SAMPLE)})
 
 

@@ -1,4 +1,4 @@
-"""A run planned for a machine: a layout for each stage, its step, its memory, its growths."""
+"""Plan a run on a machine: layout, step time, memory and growth time of each stage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.layout import Layout
 from megagrow.train.run_plan import RunPlan, plan_run
 
-_SPARE = 0.9  # of a device's memory; the rest is for what no arithmetic foresees
+_SPARE = 0.9  # fraction of a device's memory to plan with; the rest is a safety margin
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PlacedStage:
     Attributes:
         layout: the process grid.
         memory: bytes on the fullest device.
-        step: its time.
+        step: the time of one step.
     """
 
     layout: Layout
@@ -42,7 +42,7 @@ class PlacedStage:
 
 
 def place_stage(config: Config, plan: RunPlan, index: int, machine: MachineConfig) -> PlacedStage:
-    """What a stage of a run needs of every device, and how long its step takes."""
+    """The memory that a stage needs on every device, and its step time."""
     stage, placement = plan.stages[index], plan.placement(index)
     config = stage.settings(config)
     pipes = range(stage.layout.pipeline)
@@ -64,7 +64,7 @@ def best_layout(config: Config, model: ModelConfig, machine: MachineConfig) -> P
 
     Args:
         config: the run: batch, precision and data.
-        model: of the stage.
+        model: the stage's.
         machine: all of it is used.
     """
     best: PlacedStage | None = None
@@ -74,7 +74,7 @@ def best_layout(config: Config, model: ModelConfig, machine: MachineConfig) -> P
         one = config.model_copy(update={"model": model, "layout": spread, "stages": [stage]})
         try:
             plan = plan_run(one, world=machine.world, vocabulary=None)
-        except MegagrowError:  # this layout cannot take this model or this batch
+        except MegagrowError:  # this layout does not suit this model or batch
             continue
         placed = place_stage(one, plan, 0, machine)
         if placed.memory <= _SPARE * machine.memory and (
@@ -85,7 +85,7 @@ def best_layout(config: Config, model: ModelConfig, machine: MachineConfig) -> P
 
 
 def require_layout(config: Config, model: ModelConfig, machine: MachineConfig) -> PlacedStage:
-    """The same; raises ConfigError where nothing fits."""
+    """The same, but raises ConfigError if nothing fits."""
     found = best_layout(config, model, machine)
     if found is None:
         raise ConfigError(
@@ -102,7 +102,7 @@ def require_layout(config: Config, model: ModelConfig, machine: MachineConfig) -
 def cost_of_growth(
     plan: RunPlan, index: int, machine: MachineConfig, *, ranks: Sequence[int]
 ) -> GrowthTime:
-    """The growth into a stage, on the slowest of some ranks."""
+    """The time of the growth into a stage, on the slowest of some ranks."""
     state = STATE_BYTES * len(ADAM_SLOTS)
     before, after = (plan.placement(i).catalog.parameters for i in (index - 1, index))
     counts = moves(plan, index, ranks=ranks)
@@ -110,15 +110,15 @@ def cost_of_growth(
 
 
 def describe_on_machine(config: Config, machine: MachineConfig, *, rank: int | None) -> str:
-    """All stages of a run on a machine, in the layouts that the run names.
+    """All stages of a run on a machine, in the layouts that its configuration sets.
 
     Args:
-        config: the run, its vocabulary known.
-        machine: as many devices as the run has processes.
-        rank: count a growth's bytes for this rank; None takes a sample of the ranks.
+        config: the run, with its vocabulary known.
+        machine: with as many devices as the run has processes.
+        rank: count a growth's bytes for this rank; None uses a sample of the ranks.
 
     Raises:
-        MegagrowError: the run cannot be laid out there.
+        MegagrowError: the run's layouts do not work there.
     """
     if rank is not None and not 0 <= rank < machine.world:
         raise ConfigError("--rank: no such rank", found=rank, expected=f"0 to {machine.world - 1}")
@@ -168,7 +168,7 @@ def _table(placed: list[PlacedStage], growths: list[GrowthTime], *, sampled: str
     for index, growth in enumerate(growths, start=1):
         lines.append(
             f"growth into stage {index}: rank {growth.rank} ({sampled}) copies "
-            f"{human(growth.local, 'B')} of its own, receives {human(growth.intra, 'B')} within "
+            f"{human(growth.local, 'B')} locally, receives {human(growth.intra, 'B')} within "
             f"its node and {human(growth.inter, 'B')} from others, {growth.seconds:.3g} s; through "
             f"files {growth.files_seconds:.3g} s"
         )

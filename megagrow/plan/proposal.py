@@ -27,22 +27,22 @@ from megagrow.plan.on_machine import PlacedStage, best_layout, require_layout
 from megagrow.report.log import read_metrics
 from megagrow.report.run import number, summarize
 
-_PEAK = 0.999  # of the highest learning rate: what counts as stable
+_PEAK = 0.999  # of the peak learning rate: what counts as stable
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the planner found.
+    """The planner's result.
 
     Attributes:
-        law: it was planned under.
+        law: the scaling law used.
         curves: of that law.
         schedule: the best one.
-        scratch_loss: of the target from scratch, with the same budget.
+        scratch_loss: the target's loss from scratch, with the same budget.
         low, high: the saving under other laws: bootstrap samples of a fit, or all published ones.
-        interval: in words, what `low` and `high` are.
-        alone: the size that is best from scratch with the budget, and its loss.
-        placed: a layout for each stage, where a machine was given.
+        interval: what `low` and `high` are, in words.
+        alone: the best size to train from scratch with the budget, and its loss.
+        placed: a layout for each stage, if a machine was given.
     """
 
     law: ScalingLaw
@@ -71,13 +71,13 @@ def propose(
 
     Args:
         config: its `model` is the target; its batch turns steps into tokens.
-        law: to plan under.
-        fit: where the law was fitted; its samples give the interval.
+        law: the scaling law to plan with.
+        fit: the law's fit, if it was fitted; its samples give the interval.
         flops: the budget.
         operators: a depth operator, a width operator, or both.
-        most_stages: at most.
+        most_stages: maximum number of stages.
         added_loss: what a growth adds to the loss.
-        machine: sizes that fit it in no layout are left out, and each stage gets its best layout.
+        machine: sizes without a layout that fits are excluded, and each stage gets its best layout.
 
     Raises:
         ConfigError: the target does not fit.
@@ -140,7 +140,7 @@ def propose(
 
 
 def _recount(schedule: Schedule, law: ScalingLaw) -> Schedule:
-    """The same stages, parameters counted as another law counts them."""
+    """The same stages, with parameters counted as another law counts them."""
     target = schedule.stages[-1].size
     names = ("depth", "width")
     counted = {(s.depth, s.width): s for s in sizes_towards(target.model, law, operators=names)}
@@ -154,9 +154,9 @@ def _recount(schedule: Schedule, law: ScalingLaw) -> Schedule:
 
 
 def run_points(directories: Sequence[str | Path], *, unit: Unit) -> list[RunPoints]:
-    """What runs tell about L(N, S): their training losses at the peak learning rate.
+    """Data on L(N, S) from runs: their training losses at the peak learning rate.
 
-    Only the first growth stage of a run counts: a grown model did not start from scratch.
+    Only the first growth stage of a run counts, since a grown model did not start from scratch.
 
     Raises:
         DataError: a directory holds no run, or its log is damaged.

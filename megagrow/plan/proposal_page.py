@@ -1,4 +1,4 @@
-"""The planner's answer as text, and as a page with a plot."""
+"""Render the planner's answer as text, and as a page with a plot."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from megagrow.report.style import STYLE
 from megagrow.report.units import human
 
 _POINTS = 120
-_BEFORE = 8  # the picture begins at this part of the first stage's FLOPs
+_BEFORE = 8  # the plot begins at this fraction of the first stage's FLOPs
 _ABOVE = 1.1  # and ends this much above the schedule's highest loss
 
 
 def table(proposal: Proposal) -> str:
-    """For a terminal."""
+    """Render for a terminal."""
     law, schedule = proposal.law, proposal.schedule
     lines = [
         f"law: {law.name}, E {law.floor:.4g}, N_c {law.n_scale:.4g}, a_N {law.n_power:.4g}, "
@@ -63,7 +63,7 @@ def table(proposal: Proposal) -> str:
 
 
 def page(proposal: Proposal, *, text: str, config: str) -> str:
-    """HTML: the curves of all sizes, the schedule over them, the table, the configuration."""
+    """HTML: the curves of all sizes with the schedule, the table, the configuration."""
     stages = proposal.schedule.stages
     budget = stages[-1].end_flops
     first = stages[0].end_flops
@@ -79,7 +79,7 @@ def page(proposal: Proposal, *, text: str, config: str) -> str:
         for index, size in enumerate(sizes)
     ]
     grown = _path(proposal, stages)
-    # Far above the schedule the curves say nothing that it turns on.
+    # Far above the schedule the curves are irrelevant to it.
     top = max(loss for _, loss in grown) * _ABOVE
     series = [
         Series(one.name, [point for point in one.points if point[1] <= top], one.style)

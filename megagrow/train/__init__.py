@@ -1,1 +1,1 @@
-"""The run: its plan, its loop, its growths, its checkpoints, what it reports."""
+"""Training runs: plan, loop, growths, checkpoints and reporting."""

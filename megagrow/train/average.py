@@ -1,8 +1,8 @@
-"""The mean of a run's last weights, which is worth a little more than the last of them.
+"""The mean of a run's last weights, which is usually slightly better than the last weights.
 
-The mean over the last part of a run takes out noise that the end of a decay leaves in (Izmailov et
-al., arXiv 1803.05407; Sandler et al., arXiv 2307.11684).  Each rank keeps, in host memory and fp32,
-the mean of the master weights that it holds; nothing is communicated.
+Averaging over the last part of a run removes noise that remains after a decay (Izmailov et
+al., arXiv 1803.05407; Sandler et al., arXiv 2307.11684).  Each rank keeps the mean of its own
+master weights in host memory, in fp32; nothing is communicated.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from megagrow.config.schema import AverageConfig
 from megagrow.engine.engine import Engine
 from megagrow.state.catalog import MASTER
 
-_MOST = 64  # states that go into a mean
+_MOST = 64  # number of states averaged
 
 
 class WeightAverage:
     """A running mean over the last steps of a run; all ranks call all methods together.
 
-    It is not saved: a run that is resumed within the window begins it again, and has fewer states
+    It is not saved: a run that is resumed within the window starts it again, with fewer states
     in it (`count`).
 
     Args:
-        config: how much of the run; None: no mean is kept.
+        config: the averaging window; None keeps no mean.
     """
 
     def __init__(self, config: AverageConfig | None) -> None:
@@ -35,21 +35,21 @@ class WeightAverage:
         self.count = 0
 
     def begin(self) -> None:
-        """Another engine, or another state of it: what is there so far does not count."""
+        """Discard the mean: the engine, or its state, has changed."""
         self._mean, self.count = [], 0
 
     def wanted(self, total_steps: int) -> int:
-        """States in the mean of a run of so many steps, if it is not interrupted; 0: none."""
+        """Number of states that an uninterrupted run of this length averages; 0 for none."""
         if self._config is None:
             return 0
         window, stride = self._window(total_steps)
         return -(-window // stride)
 
     def after_step(self, engine: Engine, *, step: int, total_steps: int) -> None:
-        """Take the state after a step in, where it is among the last: every few of them.
+        """Add the state after a step, if it is one of those averaged.
 
         Args:
-            step: steps done.
+            step: number of steps done.
             total_steps: of the whole run.
         """
         if self._config is None:
@@ -68,7 +68,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place(self, engine: Engine) -> Iterator[None]:
-        """The mean in the place of the weights, which come back bit for bit."""
+        """Swap the mean in for the weights, which are restored bit for bit."""
         held = [values.clone() for values in _masters(engine)]
         try:
             self._write(engine, self._mean)
@@ -77,7 +77,7 @@ class WeightAverage:
             self._write(engine, held)
 
     def _window(self, total_steps: int) -> tuple[int, int]:
-        """Steps of the window, and every how many of them a state is taken."""
+        """Number of steps in the window, and how often a state is added."""
         assert self._config is not None
         window = max(1, round(self._config.last * total_steps))
         return window, -(-window // _MOST)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what goes in, which one to resume from, what must still agree."""
+"""Checkpoints of a run: their contents, which one to resume from, and what must match."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ from megagrow.train.state import RunState
 from megagrow.transfer.execute import transfer_from_storage
 from megagrow.transfer.state_map import Identity, StateMap
 
-if TYPE_CHECKING:  # they need DeepSpeed
+if TYPE_CHECKING:  # requires DeepSpeed
     from megagrow.engine.comm import Comm
     from megagrow.engine.engine import Engine
 
 DIRECTORY = "checkpoints"
-RUN = "run"  # the fingerprint that tells one run from another
+RUN = "run"  # the fingerprint that identifies a run
 
 
 def is_saved(path: Path, state: RunState, *, run: str, known: Path | None) -> bool:
-    """Whether a checkpoint holds this state of this run; False where there is none.
+    """Whether a checkpoint holds this state of this run; False if there is none.
 
     Args:
-        path: where the checkpoint of the state's step is, or would be.
+        path: the checkpoint of the state's step, whether or not it exists.
         run: the run's id.
-        known: a checkpoint of this run, whatever it says: the job has written it or started
+        known: a checkpoint known to be this run's, whatever it says: this job wrote it or started
             from it.
 
     Raises:
@@ -66,9 +66,9 @@ def is_saved(path: Path, state: RunState, *, run: str, known: Path | None) -> bo
     except (KeyError, TypeError, ValueError):
         held = dict(there.run_state)
     mine = state.to_json()
-    passed_over = {"loss_scale"}  # known to the engine alone, which takes it up a little later
+    passed_over = {"loss_scale"}  # known only to the engine, which updates it a little later
     if path == known:
-        # A run that went back to it leaves data out, but has the same tensors.
+        # A run that went back to it skips data, but has the same tensors.
         passed_over |= {"consumed_samples", "taken", "recent"}
     keys = [key for key in mine if key not in passed_over]
     differ = [key for key in keys if _plain(mine[key]) != _plain(held.get(key))]
@@ -87,14 +87,14 @@ def is_saved(path: Path, state: RunState, *, run: str, known: Path | None) -> bo
 
 
 def _plain(value: Any) -> Any:
-    """A value as it comes back from JSON."""
+    """A value after a round trip through JSON."""
     return json.loads(json.dumps(value))
 
 
 def meta_of(
     engine: Engine, state: RunState, config: Config, data: PreparedData, *, run: str
 ) -> CheckpointMeta:
-    """What a checkpoint of the run tells besides its values; `run` is the run's id."""
+    """A checkpoint's metadata; `run` is the run's id."""
     return CheckpointMeta(
         catalog=engine.placement.catalog,
         slots=engine.slots,
@@ -118,11 +118,11 @@ def write_run(
 ) -> Path:
     """Write and commit a checkpoint, then delete all but the newest `keep`.
 
-    On a full disk the oldest may go before it is written (`megagrow.checkpoint.native.retention`).
+    On a full disk old checkpoints may be deleted first (`megagrow.checkpoint.native.retention`).
 
     Raises:
-        CheckpointError: on all ranks; earlier checkpoints are as they were.
-        LockError: on all ranks: run.dir is no longer this job's, and nothing is deleted.
+        CheckpointError: on all ranks; earlier checkpoints are unchanged.
+        LockError: on all ranks: this job has lost run.dir, and nothing is deleted.
     """
     path = save(root, step=step, pieces=_finite(pieces), meta=meta, group=comm, keep=keep, say=say)
 
@@ -135,7 +135,7 @@ def write_run(
 
 
 def live_pieces(engine: Engine, rank: int) -> Iterator[Piece]:
-    """What this rank saves: views of the live state."""
+    """This rank's pieces to save: views of the live state."""
     for shard in engine.placement.written_by(rank):
         for slot in slots_of(engine.placement.catalog[shard.tensor], engine.slots):
             values = engine.state.read(shard.tensor, slot.name, shard.box)
@@ -146,7 +146,7 @@ def _finite(pieces: Iterable[Piece]) -> Iterator[Piece]:
     for piece in pieces:
         if not _is_finite(piece.values):
             raise TrainingError(
-                f"{piece.slot} of {piece.tensor} is not finite: no state to go on from",
+                f"{piece.slot} of {piece.tensor} is not finite, so the state cannot be resumed",
                 fix="resume from the last checkpoint with a lower optimizer.lr, "
                 "a longer schedule.warmup, or optimizer.grad_clip of at most 1",
             )
@@ -154,26 +154,26 @@ def _finite(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def _is_finite(values: torch.Tensor) -> bool:
-    # The extremes show every NaN and infinity, and need no memory for a mask.
+    # The extremes reveal every NaN and infinity, and need no memory for a mask.
     return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values))
 
 
 def candidates(root: Path, resume: str) -> list[Path]:
-    """The checkpoints to go on from, the best first; none for a fresh start.
+    """The checkpoints to resume from, best first; empty for a fresh start.
 
     Args:
         root: the run's directory of checkpoints.
-        resume: ``auto`` (the newest if there is one), ``good`` (the newest that turns out to be
+        resume: ``auto`` (the newest if there is one), ``good`` (the newest that proves
             undamaged), ``never``, or the path of a checkpoint, of a directory of them or of a
             run (then its newest).
 
     Returns:
-        Paths below `root` wherever that is where they lie, however they were spelled; more than
+        Paths below `root` wherever they are there, however they were spelled; more than
         one only for ``good``.
 
     Raises:
-        CheckpointError: ``never`` though there are checkpoints, no checkpoint at the path,
-            or one of another run though this one has its own.
+        CheckpointError: ``never`` although there are checkpoints, no checkpoint at the path,
+            or one of another run although this one has its own.
     """
     steps = list_steps(root)
     held = f"steps {', '.join(map(str, steps))}"
@@ -185,7 +185,7 @@ def candidates(root: Path, resume: str) -> list[Path]:
             raise CheckpointError(
                 f"{root}: --resume never, but the run directory already holds checkpoints",
                 found=held,
-                fix="go on with --resume auto, or start elsewhere with run.dir=NEW",
+                fix="resume with --resume auto, or start elsewhere with run.dir=NEW",
             )
         return []
     path = Path(resume)
@@ -200,7 +200,7 @@ def candidates(root: Path, resume: str) -> list[Path]:
         raise CheckpointError(
             f"--resume {resume}: not a checkpoint of this run, which already has its own",
             found=f"{held} in {root}",
-            fix="start a new run from it with run.dir=NEW, or go on with --resume auto",
+            fix="start a new run from it with run.dir=NEW, or resume with --resume auto",
         )
     return [own.get(path.resolve(), path)]
 
@@ -209,8 +209,8 @@ def open_checkpoint(path: Path) -> NativeCheckpoint:
     """Open a checkpoint to resume from.
 
     Raises:
-        CheckpointError: it is damaged; the error names the one before it, which is taken
-            only when told to.
+        CheckpointError: it is damaged; the error names the previous one, which is used only on
+            request.
     """
     try:
         return NativeCheckpoint.open(path)
@@ -219,7 +219,7 @@ def open_checkpoint(path: Path) -> NativeCheckpoint:
 
 
 def verify(path: Path) -> None:
-    """Read all of a checkpoint and compare it with its checksums.
+    """Read a whole checkpoint and check its checksums.
 
     Raises:
         CheckpointError: as `open_checkpoint`.
@@ -233,8 +233,8 @@ def verify(path: Path) -> None:
 def _unusable(error: MegagrowError, path: Path) -> CheckpointError:
     before = [step for step in list_steps(path.parent) if step_path(path.parent, step) < path]
     fix = (
-        f"--resume {step_path(path.parent, before[-1])} goes on from the checkpoint before it, "
-        "and --resume good from the newest that is undamaged"
+        f"--resume {step_path(path.parent, before[-1])} resumes from the checkpoint before it, "
+        "and --resume good from the newest undamaged one"
         if before
         else "there is no earlier checkpoint: start again with another run.dir"
     )
@@ -244,13 +244,13 @@ def _unusable(error: MegagrowError, path: Path) -> CheckpointError:
 def check_agreement(
     checkpoint: NativeCheckpoint, *, config: Config, data: PreparedData, plan: RunPlan
 ) -> tuple[RunState, list[str]]:
-    """See that a checkpoint belongs to this run.
+    """Check that a checkpoint belongs to this run.
 
     Returns:
-        The run's state, and a line for each setting that has changed and may.
+        The run's state, and one line per setting that has changed and may change.
 
     Raises:
-        CheckpointError: data, tokenizer, seed or model are others, or the run state is damaged.
+        CheckpointError: data, tokenizer, seed or model differ, or the run state is damaged.
     """
     where = str(checkpoint.path)
     require_run(checkpoint)
@@ -288,14 +288,14 @@ def check_agreement(
     if state.position.measured(lengths[-1]) != state.position and len(set(lengths)) > 1:
         changes.append(
             f"data position: an earlier version counted {state.position.samples:,} samples of any "
-            f"length ({', '.join(map(str, lengths))}); the run goes on as it would have"
+            f"length ({', '.join(map(str, lengths))}); the run continues as it would have"
         )
     changes += validation_changes(checkpoint.fingerprints)
     return replace(state, position=state.position.measured(lengths[-1])), changes
 
 
 def validation_changes(stored: Mapping[str, str]) -> list[str]:
-    """A line if a run's checkpoint, by its fingerprints, validated on other samples than now."""
+    """A line if a checkpoint's fingerprints show that its run validated on other samples."""
     before = stored.get("validation", VALIDATION_BEFORE)
     if before == VALIDATION:
         return []
@@ -306,7 +306,7 @@ def validation_changes(stored: Mapping[str, str]) -> list[str]:
 
 
 def _without_it(path: Path, config: Config, what: str) -> str:
-    """Another way where the run directory itself led to a checkpoint; else there is none."""
+    """The alternative if the run directory itself led to a checkpoint; else there is none."""
     own = (Path(config.run.dir) / DIRECTORY).resolve() == path.resolve().parent
     return f", or {what} with run.dir=NEW" if own else ""
 
@@ -321,11 +321,11 @@ def _model_of(checkpoint: NativeCheckpoint) -> ModelConfig | None:
 def _shape(catalog: Catalog, model: ModelConfig | None) -> str:
     keys = ("layers", "hidden", "heads", "ffn") if model else ()
     sizes = ", ".join(f"{key} {getattr(model, key)}" for key in keys)
-    return f"{catalog.parameters:,} parameters; {sizes or 'sizes not told'}"
+    return f"{catalog.parameters:,} parameters; {sizes or 'sizes unknown'}"
 
 
 def _changes(before: Any, now: Any, key: str = "") -> list[str]:
-    """A line for each setting that differs, sections and lists of equal length gone through."""
+    """One line per setting that differs, recursing into sections and lists of equal length."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(set(before) | set(now))
         pairs = [(before.get(k), now.get(k), f"{key}.{k}".lstrip(".")) for k in keys]
@@ -337,10 +337,10 @@ def _changes(before: Any, now: Any, key: str = "") -> list[str]:
 
 
 def load_run(checkpoint: NativeCheckpoint, engine: Engine, *, config: Config, comm: Comm) -> None:
-    """Read the checkpoint into a fresh engine, whatever layout either has.
+    """Load the checkpoint into a fresh engine, whatever the layouts of the two.
 
     Raises:
-        CheckpointError: on all ranks, if any met damage in what it read.
+        CheckpointError: on all ranks, if any found damage in what it read.
     """
     _require_slots(checkpoint, engine)
     failure: Exception | None = None
@@ -355,10 +355,10 @@ def load_run(checkpoint: NativeCheckpoint, engine: Engine, *, config: Config, co
 def load_state(
     state_map: StateMap, checkpoint: NativeCheckpoint, engine: Engine, *, config: Config
 ) -> None:
-    """Make this rank's state of a checkpoint's, through a state map; it is not published yet.
+    """Fill this rank's state from a checkpoint through a state map; does not publish it.
 
     Raises:
-        CheckpointError: the checkpoint is damaged in what was read.
+        CheckpointError: the data read is damaged.
     """
     transfer_from_storage(
         state_map=state_map,
@@ -374,7 +374,7 @@ def load_state(
 
 
 def _require_slots(checkpoint: NativeCheckpoint, engine: Engine) -> None:
-    """What the optimizer keeps must be there; more is left unread."""
+    """Require the optimizer's slots; others are ignored."""
     held = {slot.name: slot for slot in checkpoint.slots}
     lacking = (
         slot.name not in held or (slot.matrices and not held[slot.name].matrices)

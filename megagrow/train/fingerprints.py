@@ -1,4 +1,4 @@
-"""What a checkpoint holds of its run's data and tokenizer, and whether they are found again."""
+"""Fingerprints of a run's data and tokenizer in its checkpoints, and their checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megagrow.errors import CheckpointError
 
 
 def fingerprints(data: PreparedData) -> dict[str, str]:
-    """What a run is trained on, which a resumed one must find again, and how it validates."""
+    """Fingerprints of the training data, which a resumed run must match, and of validation."""
     return {**_of(data), "validation": VALIDATION}
 
 
@@ -18,15 +18,15 @@ def _of(data: PreparedData) -> dict[str, str]:
 
 
 def require_run(checkpoint: Source) -> None:
-    """See that a checkpoint is one of a run.
+    """Require that a checkpoint is a run's.
 
     Raises:
-        CheckpointError: it was converted from weights, for no run in particular.
+        CheckpointError: it was converted from weights without a run's configuration.
     """
     if "stages" not in checkpoint.config:
         path = checkpoint.path
         raise CheckpointError(
-            f"{path}: belongs to no run: it was made without --config, so it tells of no data, "
+            f"{path}: belongs to no run: it was converted without --config, so it has no data, "
             "seed or stages",
             fix=f"python launch/convert.py --from {path} --to {path}-for-run --to-format native "
             "--config RUN.yaml, with the configuration of the run that is to start from it",
@@ -34,7 +34,7 @@ def require_run(checkpoint: Source) -> None:
 
 
 def require_same_data(checkpoint: Source, data: PreparedData) -> None:
-    """See that a dataset is the one that a checkpoint was trained on.
+    """Require that a dataset is the one that a checkpoint was trained on.
 
     Raises:
         CheckpointError: it has other tokens, or another tokenizer.
@@ -49,5 +49,5 @@ def require_same_data(checkpoint: Source, data: PreparedData) -> None:
                 fix="set data.path to the dataset of the run; or carry its weights into a run on "
                 f"this data: python launch/convert.py --from {checkpoint.path} --to "
                 f"{checkpoint.path}-for-run --to-format native --config RUN.yaml, with the "
-                "configuration of that run, which has a run.dir of its own",
+                "configuration of that run, with its own run.dir",
             )

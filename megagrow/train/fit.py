@@ -1,7 +1,7 @@
-"""Fit the learned maps of a growth (`ligo`) on training samples: live, or of a checkpoint.
+"""Fit the learned maps of a growth (`ligo`) on training samples, live or from a checkpoint.
 
-Every process holds the whole small and the whole large model while it fits, and all do the same
-work; so it is for models that fit into one, in whatever layout the run is before and after.
+Every process holds the whole small and the whole large model while fitting, and all do the same
+work; so both must fit into one process, whatever the run's layouts before and after.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Fit:
-    """What a fitting came to.
+    """The result of a fit.
 
     Attributes:
         parameters: of the large model, by name.
         losses: mean loss of every step, before its update.
-        flops: of all steps: the large model's, and those of the maps themselves.
-        samples: that were taken.
+        flops: of all steps: the large model's and the maps' own.
+        samples: number of samples used.
     """
 
     parameters: dict[str, torch.Tensor]
@@ -53,15 +53,15 @@ def fit(
     steps: int,
     lr: float = LEARNING_RATE,
 ) -> Fit:
-    """Fit maps by Adam, at a rate that falls to 0.
+    """Fit maps with Adam, at a learning rate that decays to 0.
 
     Args:
-        maps: as they are made; they are changed.
+        maps: freshly created; modified in place.
         model: the large model.
         parameters: of the small model, whole, by name.
-        batches: for every step its micro-batches, each [micro, sequence + 1] token ids.
-        steps: how many there are.
-        lr: the first learning rate.
+        batches: the micro-batches of every step, each [micro, sequence + 1] token ids.
+        steps: number of steps.
+        lr: the initial learning rate.
     """
     device = next(iter(parameters.values())).device
     maps.to(device)
@@ -74,7 +74,7 @@ def fit(
         optimizer.param_groups[0]["lr"] = lr * (1 - number / steps)
         optimizer.zero_grad()
         grown = maps(parameters)
-        # The maps are differentiated once a step, however many micro-batches it has.
+        # The maps are differentiated once per step, whatever the number of micro-batches.
         leaves = {name: values.detach().requires_grad_() for name, values in grown.items()}
         placed = {inside[name]: values for name, values in leaves.items()}
         total = 0.0
@@ -95,13 +95,13 @@ def fit(
 
 
 def fit_flops(growth: Growth, *, model: ModelConfig, samples: int, sequence: int) -> int:
-    """What fitting a growth will take, by arithmetic.
+    """FLOPs that fitting a growth will take, by arithmetic.
 
     Args:
-        growth: one that is fitted.
+        growth: a growth that is fitted.
         model: the large model.
-        samples: of a step.
-        sequence: tokens of a sample.
+        samples: per step.
+        sequence: tokens per sample.
     """
     with torch.device("meta"):
         maps = Maps(growth.small, growth.target)
@@ -115,7 +115,7 @@ def _flops_per_token(model: ModelConfig, sequence: int) -> int:
 
 
 def _map_flops(maps: Maps, parameters: Tensors) -> int:
-    """Of the maps' own products in one step, forward and backward."""
+    """FLOPs of the maps' own products in one step, forward and backward."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         maps(parameters)
     return 3 * counter.get_total_flops()
@@ -130,20 +130,20 @@ def fit_growth(
     first: int,
     batch: BatchConfig,
 ) -> tuple[MemoryState, Fit]:
-    """Fit a growth's maps on the samples that come next; they are used up by it.
+    """Fit a growth's maps on the next samples, which are thereby consumed.
 
     Args:
         growth: the growth.
         model: the large model.
         small: the small model's parameters, whole.
-        samples: of the run.
-        first: number of the first sample.
-        batch: samples in a step, and in one forward pass.
+        samples: the run's.
+        first: index of the first sample.
+        batch: samples per step and per forward pass.
 
     Returns:
-        The large model's parameters, and what the fitting came to.
+        The large model's parameters, and the result of the fit.
     """
-    torch.manual_seed(0)  # of dropout: every process must draw the same
+    torch.manual_seed(0)  # for dropout: every process must draw the same
     parameters = {t.name: small.tensors[t.name, MASTER.name] for t in growth.small}
 
     def batches() -> Iterator[list[np.ndarray]]:

@@ -1,4 +1,4 @@
-"""Live growth: the running job's engine out, the grown one in, in the same processes."""
+"""Live growth: replace the running engine by the grown one, in the same processes."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from megagrow.transfer.whole_state import MemoryState
 
 @dataclass(frozen=True)
 class GrowthReport:
-    """What a growth cost, over all ranks.
+    """The cost of a growth, over all ranks.
 
     Attributes:
-        seconds: from the old engine's end to the new one's readiness, the slowest rank.
-        bytes_moved: bytes of new state that were copied from old state.
-        bytes_between_ranks: what travelled from one rank to another for them; a value that
-            lands on a rank several times travels once.
-        bytes_between_ranks_least: what must: every value that a rank needs and does not hold,
+        seconds: from closing the old engine until the new one is ready, on the slowest rank.
+        bytes_moved: bytes of new state copied from old state.
+        bytes_between_ranks: bytes sent between ranks for that; a value that a rank uses
+            several times is sent once.
+        bytes_between_ranks_least: the minimum: every value that a rank needs and does not hold,
             once.
         peak_staging_bytes: the largest staging memory of any rank.
-        fit_flops: of fitting the growth's maps, by one rank (each does the same).
-        fit_samples: that the fitting took; they do not come again.
+        fit_flops: FLOPs of fitting the growth's maps, on one rank (each does the same).
+        fit_samples: number of samples that the fit consumed.
         mine: this rank's part of the transfer.
     """
 
@@ -54,7 +54,7 @@ class GrowthReport:
     mine: TransferReport
 
     def of_all_ranks(self) -> dict[str, Any]:
-        """Its numbers without this rank's own."""
+        """The report without this rank's own numbers."""
         return {key: value for key, value in vars(self).items() if key != "mine"}
 
 
@@ -66,7 +66,7 @@ def start_engine(
     comm: Comm,
     loss_scale: LossScale | None = None,
 ) -> Engine:
-    """The engine of a growth stage, its state not yet written."""
+    """The engine of a growth stage, with its state not yet filled."""
     engine = Engine(
         config=stage.settings(config),
         model=stage.model,
@@ -84,7 +84,7 @@ def start_engine(
 
 
 def fill_fresh(engine: Engine, *, config: Config, comm: Comm) -> None:
-    """Give a run's first engine its initial state."""
+    """Initialise the state of a run's first engine."""
     placement = engine.placement
     _transfer(
         FreshStart(placement.catalog), engine.state, placement, engine, config=config, comm=comm
@@ -110,14 +110,15 @@ def grow(
     samples: SampleIndex | None = None,
     phase: Phase = _unwatched,
 ) -> tuple[Engine, GrowthReport]:
-    """Carry the state of a running engine into another.
+    """Transfer the state of a running engine into a new one.
 
     Args:
-        engine: it is closed.
-        growth: what is done to the state; None changes no tensor.
-        stage, state: the growth stage and the run's state that the other engine is for.
-        samples: of the run, for growths that are fitted on data.
-        phase: entered for each part by its name: ``close``, ``start``, ``transfer``, ``publish``.
+        engine: the old engine; it is closed.
+        growth: the growth to apply; None changes no tensor.
+        stage, state: the growth stage and the run state of the new engine.
+        samples: the run's, for growths that are fitted on data.
+        phase: a context entered for each part, by name: ``close``, ``start``, ``transfer``,
+            ``publish``.
     """
     begin = time.perf_counter()
     scale, placement = engine.loss_scale, engine.placement
@@ -149,21 +150,21 @@ def grow(
 
 
 class _Holder(Protocol):
-    """Where a new state lies: in an engine, or as whole tensors on every rank."""
+    """Holds new state: an engine, or whole tensors on every rank."""
 
     @property
     def state(self) -> Target:
-        """The boxes of this rank."""
+        """This rank's boxes."""
         ...
 
     @property
     def placement(self) -> Placement:
-        """Which those are."""
+        """The placement of those boxes."""
         ...
 
     @property
     def slots(self) -> Sequence[Slot]:
-        """What it keeps of each parameter."""
+        """The slots of each parameter."""
         ...
 
 
@@ -184,7 +185,7 @@ def _fitted(
     comm: Comm,
     samples: SampleIndex,
 ) -> tuple[MemoryState, Placement, Fit]:
-    """The fitted parameters of the large model, and what they took on one process."""
+    """The fitted parameters of the large model, and the fit's cost on one process."""
     small = MemoryState.empty(growth.small, (MASTER,))
     everywhere = _Whole(small, Placement(growth.small, Layout(data=comm.world)))
     _transfer(Identity(growth.small), old, placement, everywhere, config=config, comm=comm)
@@ -198,7 +199,7 @@ def _fitted(
         first=state.position.split(samples.sequence)[1],
         batch=stage.plan.batch,
     )
-    # Under ZeRO 1 each value has one rank to come from, should processors round differently.
+    # Under ZeRO 1 each value comes from one rank, in case processors round differently.
     return large, Placement(growth.target, Layout(data=comm.world, zero=1)), fit
 
 

@@ -1,8 +1,8 @@
-"""Offline growth: a checkpoint in, the checkpoint of the grown model out, piece by piece.
+"""Offline growth: read a checkpoint, write the checkpoint of the grown model piece by piece.
 
-The new checkpoint stands where a live growth would have left the run: at the start of the next
-growth stage, with the step, the consumed data and the optimizer's rules that belong there.  So a
-run goes on from it with a configuration whose next stage has this `grow` section.
+The new checkpoint is in the state in which a live growth would have left the run: at the start of
+the next growth stage, with the step, the consumed data and the optimizer rules that go with it.
+A run therefore resumes from it with a configuration whose next stage has this `grow` section.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ _STAGING_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class OfflineGrowth:
-    """A growth of a checkpoint, planned and checked; nothing is written yet.
+    """A planned and checked growth of a checkpoint; nothing is written yet.
 
     Attributes:
         checkpoint: the small model's.
-        growth: what is done to it.
+        growth: the growth to apply.
         small, model: the model before and after.
-        state: the run's state after the growth.
-        config: the run's configuration, with the growth in it.
+        state: the run state after the growth.
+        config: the run's configuration, including the growth.
     """
 
     checkpoint: Source
@@ -99,7 +99,7 @@ class OfflineGrowth:
         )
 
     def __str__(self) -> str:
-        """Equal for equal growths: a conversion that was killed is known by it."""
+        """Equal for equal growths: identifies an interrupted conversion."""
         return json.dumps(
             [self.config.model_dump(mode="json", by_alias=True), self.state.to_json()]
         )
@@ -123,13 +123,13 @@ def _dtype(growth: Growth, source: Source, tensor: str, slot: str) -> torch.dtyp
 
 
 def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
-    """Open a checkpoint and see what a growth would make of it.
+    """Open a checkpoint and plan a growth of it.
 
     Args:
         source: a checkpoint, a run directory or a directory of checkpoints (then its newest).
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it is not one of a training run.
+        CheckpointError: there is none, it is damaged, or it is not from a training run.
         GrowthError: the growth does not fit the model.
     """
     return plan_of_run(NativeCheckpoint.open(_native(source)), grow)
@@ -221,11 +221,11 @@ class Grow:
 
 
 def _native(source: Path) -> Path:
-    """The native checkpoint that a path means; one of another format is refused by its name."""
+    """The native checkpoint for a path; other formats are refused by name."""
     try:
         return find(source)
     except CheckpointError:
-        other, at = detect(source)  # raises where there is none of any format
+        other, at = detect(source)  # raises if no format matches
         target = Path("imports") / source.resolve().name
         raise CheckpointError(
             f"{at}: a checkpoint of format {other.name}; a growth starts from one of a run",
@@ -244,19 +244,19 @@ def write_offline(
 ) -> Path:
     """Write the grown checkpoint; returns its directory.
 
-    It is a conversion with the growth in it (`megagrow.checkpoint.convert.run`): in bounded
-    memory, by several threads, into any layout; killed and started again it goes on.  Only a
-    growth that is fitted on data needs both models whole, and the data of the run.
+    This is a conversion with the growth in it (`megagrow.checkpoint.convert.run`): in bounded
+    memory, by several threads, into any layout, and resumable after an interruption.  Only a growth
+    that is fitted on data needs both models whole, and the run's data.
 
     Args:
-        root: the directory that will hold ``step_<step>``; such a name itself does as well.
+        root: the directory that will hold ``step_<step>``; may also be such a path itself.
         layout: of the result; by default one file.
         workers, buffer_bytes: as for a conversion.
 
     Raises:
-        CheckpointError: the source is damaged, the target exists, or the system refused;
+        CheckpointError: the source is damaged, the target exists, or a system call failed;
             nothing is left at the target.
-        LockError: another job writes there.
+        LockError: another job is writing there.
     """
     if step_of(root) == plan.checkpoint.step:
         root = root.parent
@@ -273,7 +273,7 @@ def write_offline(
 
 
 def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, Fit, int]:
-    """The fitted parameters, what they took, and the tokens of a sample of it, as in a live run."""
+    """The fitted parameters, the fit's cost, and the tokens per sample, as in a live run."""
     data = open_dataset(plan.config.data.path, plan.config.data.tokenizer)
     require_same_data(plan.checkpoint, data)
     if plan.config.data.verify:
@@ -299,7 +299,7 @@ def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, Fit, int]:
 
 
 def _with_growth(config: Config, state: RunState, grow: GrowConfig) -> Config:
-    """The configuration with the growth as the stage after the one that the state is in."""
+    """The configuration with the growth inserted after the state's stage."""
     index = state.growth_stage
     following: list[StageConfig] = config.stages[index + 1 :]
     if following and following[0].grow == grow:
@@ -311,16 +311,16 @@ def _with_growth(config: Config, state: RunState, grow: GrowConfig) -> Config:
 
 
 def _rest(left: UntilConfig, state: RunState) -> UntilConfig:
-    """The end of the stage that was left, where that is still to come; else twice the way here."""
+    """The end of the old stage, if it is still ahead; else twice the steps so far."""
     reached = {"steps": state.step, "tokens": state.tokens, "flops": state.flops}
     ahead = [key for key, at in reached.items() if (getattr(left, key) or 0) > at]
-    if ahead and left.rule in (None, "slope"):  # the others are about a growth that follows
+    if ahead and left.rule in (None, "slope"):  # the other rules are about a growth that follows
         return left
     return UntilConfig(steps=2 * max(1, state.step))
 
 
 def describe_sizes(plan: OfflineGrowth) -> list[str]:
-    """What the growth makes of the model's sizes, and which of the operator's it leaves."""
+    """The growth's effect on the model's sizes, and which sizes it leaves alone."""
     small, model, changed, left = plan.small, plan.model, [], []
     for name in _SIZES:
         before, after = getattr(small, name), getattr(model, name)
@@ -345,6 +345,6 @@ _SIZES = (
 
 
 def stages_to_go_on(plan: OfflineGrowth) -> list[dict[str, Any]]:
-    """The `stages` section of a configuration that goes on from the grown checkpoint."""
+    """The `stages` section of a configuration that resumes from the grown checkpoint."""
     stages = plan.config.model_dump(mode="json", by_alias=True, exclude_none=True)["stages"]
     return cast(list[dict[str, Any]], stages[: plan.state.growth_stage + 1])

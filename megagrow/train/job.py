@@ -1,4 +1,4 @@
-"""Runs on the processes of one job: they join, train, and leave."""
+"""Run one or several trainings on the processes of one job: join, train, leave."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended that nothing went wrong in.
+    """How a job ended without an error.
 
     Attributes:
-        checkpoint: the newest one, which the run can go on from; None where it saved none.
-        signal: the number of the signal that asked for an end before the last step, or 0.
+        checkpoint: the newest one, from which the run can resume; None if it saved none.
+        signal: the signal that asked it to stop before the last step, or 0.
     """
 
     checkpoint: Path | None
@@ -26,11 +26,11 @@ class Outcome:
 
 
 class LostContactError(Exception):
-    """A collective failed because another process is gone.
+    """A collective failed because another process died.
 
     Attributes:
         found: what this process saw, and which rank is the cause.
-        told: whether another rank tells already.
+        told: whether another rank already reports it.
     """
 
     def __init__(self, error: RuntimeError, cause: str, *, told: bool) -> None:
@@ -40,20 +40,20 @@ class LostContactError(Exception):
 
 
 def run_job(found: Ready, *, resume: str, stop: StopRequest) -> Outcome:
-    """Train a run that can start, on the processes that a launcher started or on this one alone.
+    """Train a run on the processes that a launcher started, or on this one alone.
 
-    The process stays in the job, and may train again in it; `leave_job` ends that.
+    The process stays in the job and may train again in it; `leave_job` ends that.
 
     Args:
-        found: what `ready` has found; with data.
+        found: the result of `ready`; with data.
         resume: as for `Trainer`.
-        stop: whether somebody asked for an end.
+        stop: the stop request.
 
     Raises:
         MegagrowError: on all ranks, for anything that the user can fix.
-        LostContactError: another rank is gone.
+        LostContactError: another rank died.
     """
-    # DeepSpeed takes seconds to import: not before everything that can be refused has been.
+    # DeepSpeed takes seconds to import, so first reject everything that can be rejected.
     from megagrow.engine import comm
     from megagrow.train.health.run_lock import holding_run
     from megagrow.train.health.watch import watching
@@ -63,7 +63,7 @@ def run_job(found: Ready, *, resume: str, stop: StopRequest) -> Outcome:
     assert data is not None
     try:
         ranks = comm.start(config.watch.slow)
-    except RuntimeError as error:  # which torch.distributed's own errors are
+    except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
         cause = f"not all ranks came within watch.slow = {config.watch.slow:g} s"
         raise LostContactError(error, cause, told=False) from error
     with holding_run(config, ranks) as lock, watching(ranks, config) as watch:
@@ -89,13 +89,13 @@ def run_job(found: Ready, *, resume: str, stop: StopRequest) -> Outcome:
 
 
 def leave_job() -> None:
-    """Leave the job that `run_job` has joined, once and for all: DeepSpeed joins no second one."""
+    """Leave the job that `run_job` joined, for good: DeepSpeed cannot join a second one."""
     from megagrow.engine import comm
 
     comm.stop()
 
 
 def _lost_contact(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone."""
+    """Whether a collective failed because another process died."""
     text = str(error)
     return any(sign in text for sign in ("by peer", "gloo/transport", "NCCL", "Broken pipe"))

@@ -1,4 +1,4 @@
-"""The training loop: steps, validation, growths, checkpoints, until the last stage ends."""
+"""The training loop: steps, validation, growths and checkpoints until the last stage ends."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Trainer(Run):
         """Train to the end of the last stage, or to `train.stop_after_steps`.
 
         Returns:
-            0, or the number of the signal that asked for an end before that.
+            0, or the number of the signal that asked it to stop earlier.
         """
         try:
             return self._run()
@@ -70,11 +70,11 @@ class Trainer(Run):
 
     def _train(self) -> None:
         while not self._asked:
-            # A rule may end the stage, and with it move the end of the run.
+            # A rule may end the stage, and thereby move the end of the run.
             while self.state.step < min(self.stage.plan.end_step, self._stop):
                 self._step()
                 self._settle(self.saver.poll)
-                # After its last step a run ends in any case, validated.
+                # After its last step a run ends in any case, with a validation.
                 if self._asked and self.state.step < self._stop:
                     return
                 self._now_and_then()
@@ -82,8 +82,8 @@ class Trainer(Run):
                     return
             if self.state.step >= self._stop or self.stage.index + 1 == len(self.plan.stages):
                 return
-            # Saved before a growth, so that one that is interrupted can be done again.  A stage
-            # without a step has nothing to save: what led here is what this step's save holds.
+            # Saved before a growth, so that an interrupted growth can be repeated.  A stage
+            # without a step has nothing to save: the state is that of the previous stage's save.
             if self.stage.plan.steps:
                 self._save()
             if not self._asked:
@@ -156,7 +156,7 @@ class Trainer(Run):
             self.journal.pace(self.state, shares)
 
     def _let_units_in(self) -> None:
-        """Follow a growth's ramp by one step; at its end the model becomes a plain one."""
+        """Advance a growth's ramp by one step; at its end the model becomes a plain one."""
         ramp = self.state.ramp
         if ramp is None:
             return
@@ -170,7 +170,7 @@ class Trainer(Run):
         self.journal.say(f"step {self.state.step}: all units of the growth are in")
 
     def _move_into(self, stage: Stage, growth: Growth | None) -> GrowthReport:
-        """Take the engine down and another up, for a stage and the state as it is now."""
+        """Replace the engine by a new one for a stage and the current state."""
         formats = self.engine.precisions
         self.engine, report = grow(
             self.engine,
@@ -184,7 +184,7 @@ class Trainer(Run):
         self._say_precision(formats)
         self._average.begin()
         self.comm.limit_collectives(self.config.watch.slow)
-        # Every process fits the whole of it; what one does is what had to be done.
+        # Every rank fits the same maps redundantly, so count one rank's FLOPs.
         self.state = replace(
             self.state,
             flops=self.state.flops + report.fit_flops,
@@ -198,14 +198,14 @@ class Trainer(Run):
         return self.config.train.stop_after_steps or self.plan.total_steps
 
     def _validate_the_start(self) -> None:
-        """Of fresh weights, and of a state whose validation an earlier job left out."""
+        """Validate fresh weights, or a state whose validation an earlier job skipped."""
         if self.state.step == 0:
             self._validate()
         elif self._missed_its_validation():
             self._ask_rule(self._validate())
 
     def _missed_its_validation(self) -> bool:
-        """Whether this run was asked to stop after its last step, and left before validating."""
+        """Whether this run was asked to stop after its last step and exited before validating."""
         if not self._validation_is_due():
             return False
         return on_first(self.comm, lambda: self.journal.lacks_validation(self.state))
@@ -215,7 +215,7 @@ class Trainer(Run):
         return step % every == 0 or step in (self.stage.plan.end_step, self._stop)
 
     def _now_and_then(self) -> None:
-        """Validation, the stage's rule, and checkpoints that fall on this step."""
+        """Validation, the stage's rule, and checkpoints that are due at this step."""
         step = self.state.step
         ends = step == self.stage.plan.end_step or step == self._stop
         if self._validation_is_due():
@@ -226,7 +226,7 @@ class Trainer(Run):
             self._save()
 
     def _ask_rule(self, loss: float) -> None:
-        """Show the stage's rule a validation, and end the stage here if it says so."""
+        """Pass a validation to the stage's rule, and end the stage here if it says so."""
         stage, state = self.stage, self.state
         rule = self.config.stages[stage.index].until.rule
         if rule not in ("slope", "marginal") or state.ramp is not None:
@@ -254,12 +254,12 @@ class Trainer(Run):
             if self.plan.total_steps != before:
                 self.journal.say(
                     f"the run ends at step {self.plan.total_steps:,} now, not {before:,}; the "
-                    "learning rate goes on from where it is"
+                    "learning rate continues from its current value"
                 )
             self.stage = self.plan.stages[stage.index]
 
     def _is_settled(self) -> bool:
-        """Whether the stage's warm-up, or the re-warming of its growth, is behind the run."""
+        """Whether the stage's warm-up, or its re-warming after a growth, is over."""
         stage, start = self.stage, self.stage.plan.start_step
         settled = start + stage.growth.rewarm if stage.growth else self.plan.learning_rate.warmup
         own = self.config.stages[stage.index].schedule
@@ -299,7 +299,7 @@ class Trainer(Run):
             data_size=self.engine.layout.data,
         )
         for number, start in enumerate(starts, start=1):
-            # The first micro-batch of an engine compiles and allocates.
+            # The first micro-batch of an engine compiles kernels and allocates memory.
             first = number == 1 and self.state.step in (
                 self._first_step,
                 self.stage.plan.start_step,
@@ -314,7 +314,7 @@ class Trainer(Run):
         return step_seed(self.config.run.seed, step=self.state.step, data=at.data, pipe=at.pipe)
 
     def _validation_loss(self) -> float:
-        """Mean loss over the fixed validation samples, shared out over the data ranks."""
+        """Mean loss over the fixed validation samples, split over the data-parallel ranks."""
         total, count = self.engine.evaluate(self.validation, micro=self.stage.plan.batch.micro)
         return sum(self.comm.gather_floats(total)) / sum(self.comm.gather_floats(count))
 
@@ -343,10 +343,10 @@ class Trainer(Run):
         self.journal.average(self.state, loss, states=states, wanted=wanted)
 
     def _save(self, *, last: bool = False) -> None:
-        """Save, perhaps beside the steps that follow; a second save waits for the first.
+        """Save, possibly in the background; a second save waits for the first.
 
         Args:
-            last: nothing will be trained after this one, so it must succeed.
+            last: nothing will be trained after this save, so it must succeed.
         """
         self._begin(f"saving step {self.state.step}", slow=True)
         self._settle(self.saver.wait)
@@ -359,9 +359,9 @@ class Trainer(Run):
             self._ask_whether_to_stop()
 
     def _settle(self, save: Callable[[], tuple[int, Path] | None], *, last: bool = False) -> None:
-        """Note what became of a save.
+        """Handle the outcome of a save.
 
-        A run that cannot save goes on, since its last good checkpoint is still there.
+        A run that cannot save continues, since its last good checkpoint still exists.
         """
         try:
             saved = save()
@@ -379,10 +379,10 @@ class Trainer(Run):
     # --- bad steps ------------------------------------------------------------------------
 
     def _roll_back(self, bad: RollBack) -> None:
-        """Go back to the newest checkpoint, and on behind the data that led here.
+        """Roll back to the newest checkpoint, and continue after the data that led here.
 
         Raises:
-            TrainingError: there is none, or the run went back often enough.
+            TrainingError: there is none, or the run has rolled back too often.
         """
         self._settle(self.saver.wait)
         paths = on_first(self.comm, lambda: checkpoints.candidates(self.root, "auto"))

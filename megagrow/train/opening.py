@@ -1,7 +1,7 @@
-"""What can be told of a start before its processes have joined: what is wrong, or that it is over.
+"""What can be checked before the processes join: errors, or that the run is already finished.
 
-It needs neither DeepSpeed, whose start takes long, nor other ranks: each looks for itself, at the
-same files.
+It needs neither DeepSpeed, which is slow to import, nor other ranks: each rank checks for itself,
+on the same files.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from megagrow.train.logging.metrics import FILE_NAME
 from megagrow.train.run_plan import RunPlan, plan_run
 from megagrow.train.state import RunState
 
-_READ_AGAIN = 4 << 30  # bytes of a last checkpoint that a finished run compares once more
+_READ_AGAIN = 4 << 30  # bytes of a last checkpoint up to which a finished run verifies it again
 
 
 def look_ahead(
     config: Config, *, plan: RunPlan, data: PreparedData, world: int, resume: str
 ) -> str | None:
-    """See whether a run can start here, as far as one process alone can tell.
+    """Check that a run can start here, as far as one process alone can tell.
 
     Args:
         world: number of processes.
         resume: as for `Trainer`.
 
     Returns:
-        Where the run has nothing left to do, a text that says so; else None.
+        If the run has nothing left to do, a text that says so; else None.
 
     Raises:
-        MegagrowError: what the run would be refused for later.
+        MegagrowError: an error that the run would hit later.
     """
     run_dir = Path(config.run.dir)
     root = run_dir / checkpoints.DIRECTORY
@@ -60,7 +60,7 @@ def look_ahead(
             text = _finished(config, plan, state, path)
         except CheckpointError:
             if resume != "good":
-                raise  # else the one before it may do
+                raise  # otherwise the previous one may do
         if text is not None:
             return "\n".join([*(f"changed since then: {line}" for line in changes), text])
     require_disk(config, plan)
@@ -68,20 +68,20 @@ def look_ahead(
 
 
 def checkpoint_bytes(plan: RunPlan) -> int:
-    """Of the largest checkpoint that a run will write."""
+    """Size of the largest checkpoint that a run will write."""
     largest = max(build_catalog(stage.model).parameters for stage in plan.stages)
     return largest * len(ADAM_SLOTS) * STATE_BYTES
 
 
 def require_disk(config: Config, plan: RunPlan) -> None:
-    """Refuse a disk that cannot hold one more checkpoint of the run.
+    """Reject a disk that cannot hold one more checkpoint of the run.
 
-    What the save would delete for it counts as free.
+    What the save would delete for it counts as free space.
     """
     run_dir = Path(config.run.dir)
     usage = shutil.disk_usage(existing(run_dir))
     needed = checkpoint_bytes(plan)
-    if usage.free >= needed or usage.total == 0:  # some network file systems state no size
+    if usage.free >= needed or usage.total == 0:  # some network file systems report no size
         return
     held = run_dir / checkpoints.DIRECTORY
     old = superseded(held, max(config.checkpoint.keep - 1, 1))
@@ -100,14 +100,14 @@ def require_disk(config: Config, plan: RunPlan) -> None:
 
 
 def existing(path: Path) -> Path:
-    """A path, or the nearest directory above it that exists."""
+    """A path, or its nearest existing parent."""
     return next(p for p in (path, *path.absolute().parents) if p.is_dir())
 
 
 def _first_that_opens(
     paths: list[Path], config: Config, plan: RunPlan, data: PreparedData
 ) -> tuple[Path, RunState, list[str]]:
-    """The checkpoint that the run will go on from, its state, and what has changed since."""
+    """The checkpoint that the run will resume from, its state, and what has changed since."""
     for number, path in enumerate(paths, start=1):
         try:
             checkpoint = checkpoints.open_checkpoint(path)
@@ -122,7 +122,7 @@ def _first_that_opens(
 
 
 def _require_log(log: Path, state: RunState) -> None:
-    """See that what a resume will read of the log is whole."""
+    """Check that the part of the log that a resume will read is intact."""
     if log.exists():
         start = tail_start(log, step=state.step, stage=state.growth_stage)
         for _ in read_lines(log, start=start):
@@ -137,7 +137,7 @@ def _finished(config: Config, plan: RunPlan, state: RunState, path: Path) -> str
     if state.step < end or not log.exists():
         return None
     said = last_line(log)
-    # Without its last words the job that came so far was killed, and the run ends properly now.
+    # Without an `end` event the previous job was killed, and the run now ends properly.
     if said is None or said["event"] != "end" or said.get("step") != state.step:
         return None
     at = f"step {state.step:,} of {plan.total_steps:,}"

@@ -1,4 +1,4 @@
-"""Rates of growth stages, their own and those of their shapes: checked, and told."""
+"""Learning rates of growth stages, their own and those of their shapes: checked and described."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from megagrow.state.optimizers import OptimizerKind
 from megagrow.state.parts import PARTS, part_of
 from megagrow.state.roles import FINAL_NORM
 
-_CLOSE = 0.01  # of the rate, as for young blocks
+_CLOSE = 0.01  # of the rate, as for new blocks
 
 
 def phases(config: Config, plans: tuple[StagePlan, ...]) -> tuple[Phase, ...]:
-    """The stages with a peak or a decay of their own, as the schedule knows them.
+    """The stages with their own peak or decay, in the schedule's form.
 
     Raises:
-        ConfigError: a stage is too short for the warm-up and the decay that it asks for.
+        ConfigError: a stage is too short for its warm-up and decay.
     """
     found: list[Phase] = []
     for plan, stage in zip(plans, config.stages, strict=True):
@@ -53,20 +53,20 @@ def require_settled_betas(
     step: int,
     rules: OptimizerRules,
 ) -> None:
-    """Refuse new betas while the bias correction of the moments that are there still counts.
+    """Reject new betas while the bias correction of the existing moments still matters.
 
-    AdamW corrects a moment that t updates have made by 1 - beta^t.  With another beta that is not
-    the sum of the weights that the moment has, and the rate would be off until it no longer
-    matters.
+    AdamW corrects a moment built from t updates by 1 - beta^t.  With another beta that is not
+    the sum of the moment's weights, and the learning rate would be off until the correction no
+    longer matters.
 
     Args:
         index: of the stage.
-        betas: of the stage before and of this one; None where there is no correction.
+        betas: of the previous stage and of this one; None where there is no correction.
         step: the optimizer's count at the start of the stage; 0: the moments are zero.
-        rules: what growths have left, this stage's included.
+        rules: the rules left by growths, including this stage's.
 
     Raises:
-        ConfigError: by 1 % of the rate or more.
+        ConfigError: the learning rate would be off by 1 % or more.
     """
     before, after = betas
     if before is None or after is None or before == after:
@@ -94,12 +94,12 @@ def _generations(blocks: YoungBlocks) -> list[YoungBlocks]:
 
 
 def _correction(betas: tuple[float, float], age: int) -> float:
-    """What bias correction multiplies an update with, at a count of updates."""
+    """The factor by which bias correction scales an update, after `age` updates."""
     return math.sqrt(1.0 - betas[1] ** age) / (1.0 - betas[0] ** age)
 
 
 def in_words(config: Config, index: int) -> list[str]:
-    """What a stage sets for itself, a line each for optimizer and schedule."""
+    """A stage's own settings, one line each for optimizer and schedule."""
     stage, lines = config.stages[index], []
     if stage.optimizer is not None:
         changed = stage.optimizer.model_dump(exclude_none=True)
@@ -117,19 +117,19 @@ def in_words(config: Config, index: int) -> list[str]:
 
 
 def start_in_words(catalog: Catalog) -> list[str]:
-    """How fresh parameters start: standard deviations by their part in the model."""
+    """How new parameters are initialised: standard deviations by their part in the model."""
     normal = [(part_of(t), t.init.std) for t in catalog if t.init.kind == "normal"]
     gains = [("final norm's gain", t.init.std) for t in catalog if t.init.kind == "constant"]
     return [_by_part([*normal, *gains])]
 
 
 def shape_in_words(model: ModelConfig, catalog: Catalog, optimizer: OptimizerKind) -> list[str]:
-    """Rates that follow from the shape of a model, where it has a base shape (muP).
+    """Learning rates that follow from a model's shape, if it has a base shape (muP).
 
     Args:
-        model: which it is.
+        model: the model.
         catalog: its tensors.
-        optimizer: that steps them.
+        optimizer: its optimizer.
     """
     if model.mup is None:
         return []
@@ -143,7 +143,7 @@ def shape_in_words(model: ModelConfig, catalog: Catalog, optimizer: OptimizerKin
 
 
 def _by_part(numbers: Sequence[tuple[str, float]]) -> str:
-    """Numbers of tensors in words: of each kind the least and the greatest."""
+    """Numbers of tensors in words: the smallest and the greatest of each kind."""
     ends: dict[str, list[float]] = {kind: [] for kind in PARTS}
     for kind, number in numbers:
         ends.setdefault(kind, []).append(number)

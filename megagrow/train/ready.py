@@ -1,7 +1,7 @@
-"""What must hold before a run's first step and needs no other process: one check for all.
+"""All checks before a run's first step that need no other process.
 
-`megagrow train` refuses by it before DeepSpeed is imported, and its dry run refuses the same
-with the same words.
+`megagrow train` runs them before it imports DeepSpeed, and its dry run reports the same errors
+in the same words.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Ready:
     Attributes:
         config: with the vocabulary of the data.
         plan: of all stages.
-        data: opened; None in a dry run before there is any.
+        data: opened; None in a dry run whose data does not exist yet.
     """
 
     config: Config
@@ -37,15 +37,16 @@ class Ready:
 
 
 def ready(config: Config, *, world: int, data_may_come: bool = False) -> Ready:
-    """Check everything that needs no other process, and work out the plan.
+    """Check everything that needs no other process, and compute the plan.
 
     Args:
         config: the run.
         world: number of processes.
-        data_may_come: whether `data.path` may still be missing, if the model names its vocabulary.
+        data_may_come: whether `data.path` may not exist yet, if the model sets its vocabulary.
 
     Raises:
-        MegagrowError: whatever would stop the run before its first step, or later for want of data.
+        MegagrowError: anything that would stop the run before its first step, or later for lack
+            of data.
     """
     data = open_data(config, may_come=data_may_come)
     vocabulary = None if data is None else data.vocab_size
@@ -61,7 +62,7 @@ def ready(config: Config, *, world: int, data_may_come: bool = False) -> Ready:
 
 
 def data_lines(found: Ready) -> list[str]:
-    """How much of the data a run uses, in lines for a person to read."""
+    """How much of the data a run uses, as lines of text."""
     data, plan = found.data, found.plan
     if data is None:
         path = found.config.data.path
@@ -84,19 +85,19 @@ def data_lines(found: Ready) -> list[str]:
 
 
 def start_lines(found: Ready, resume: str) -> list[str]:
-    """From where the run would start, in lines for a person to read.
+    """Where the run would start from, as lines of text.
 
     Args:
         found: the run.
-        resume: as `launch/pretrain.py` takes it.
+        resume: as for `launch/pretrain.py`.
 
     Raises:
-        CheckpointError: from nowhere, since what it would go on from is not of this run.
+        CheckpointError: it cannot start, since what it would resume from is not of this run.
     """
     root = Path(found.config.run.dir) / "checkpoints"
     if resume in ("auto", "good", "never") and not root.exists():
         return ["start: from fresh weights"]
-    # Not at the top: a dry run of a fresh start does without.
+    # Not at the top: a dry run of a fresh start does not need it.
     from megagrow.train import checkpoints
 
     paths = checkpoints.candidates(root, resume)
@@ -117,7 +118,7 @@ def _epochs(tokens: int, size: int) -> str:
 
 
 def open_data(config: Config, *, may_come: bool) -> PreparedData | None:
-    """The run's dataset; None where it may still come and the model names its vocabulary.
+    """The run's dataset; None if it may not exist yet and the model sets its vocabulary.
 
     Raises:
         DataError: it is missing or damaged.
@@ -135,13 +136,13 @@ def open_data(config: Config, *, may_come: bool) -> PreparedData | None:
 
 
 def _require_directory(run_dir: Path) -> None:
-    """Refuse a run.dir that cannot become a directory."""
+    """Reject a run.dir that cannot become a directory."""
     for path in (run_dir, *run_dir.absolute().parents):
-        # One look: between two of them another process may make the directory.
+        # One call: between two of them another process may create the directory.
         try:
             mode = path.stat().st_mode
         except NotADirectoryError:
-            continue  # one of those above, which comes next
+            continue  # continue with its parent
         except OSError:
             if not path.is_symlink():
                 continue
@@ -156,7 +157,7 @@ def _require_directory(run_dir: Path) -> None:
 
 
 def _require_samples(config: Config, plan: RunPlan, data: PreparedData, index: int) -> None:
-    """Refuse data that has no sample for a stage, in training or validation."""
+    """Reject data without a sample for a stage, in training or validation."""
     stage = plan.stages[index]
     try:
         SampleIndex(data.train, stage.plan.sequence, config.run.seed)

@@ -1,4 +1,4 @@
-"""A run that is set up: its plan, engine, state, data and log; fresh, or from a checkpoint."""
+"""Set up a run: plan, engine, state, data and log; fresh, or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from megagrow.train.state import RunState
 
 
 class Run:
-    """Everything that a run on the processes of one job consists of, set up to train.
+    """Everything that makes up a run on the processes of one job, ready to train.
 
     Args:
         config: the run.
@@ -44,9 +44,9 @@ class Run:
         data: the prepared dataset.
         comm: the processes.
         resume: ``auto``, ``good``, ``never`` or the path of a checkpoint.
-        watch: is told what the run does; by default nobody watches.
-        stop: whether somebody asked for an end; by default nobody does.
-        lock: of run.dir; by default nobody else writes there.
+        watch: is informed of what the run does; by default none.
+        stop: the stop request; by default none.
+        lock: of run.dir; by default none is needed.
 
     Raises:
         MegagrowError: on all ranks, for anything that the user can fix.
@@ -70,7 +70,7 @@ class Run:
         self.lock = lock or RunLock(comm)
         self.run_dir = Path(config.run.dir)
         self.root = self.run_dir / checkpoints.DIRECTORY
-        self._asked = 0  # the signal that asked for an end
+        self._asked = 0  # the signal that asked the run to stop
         self._guard = StepGuard(config.recovery, scaled=config.precision.dtype == "fp16")
         self._rollbacks = 0
         self._average = WeightAverage(config.train.average)
@@ -112,10 +112,10 @@ class Run:
     # --- set-up ---------------------------------------------------------------------------
 
     def _resume(self, resume: str) -> bool:
-        """Go on from the first checkpoint that can be; False where there is none to try.
+        """Resume from the first usable checkpoint; False if there is none to try.
 
         Raises:
-            CheckpointError: none of them can be.
+            CheckpointError: none is usable.
         """
         paths = on_first(self.comm, lambda: checkpoints.candidates(self.root, resume))
         for number, path in enumerate(paths, start=1):
@@ -141,7 +141,7 @@ class Run:
         self.last_saved = path
 
     def _start(self, checkpoint: NativeCheckpoint | None) -> None:
-        """The engine of `state`, with its tensors."""
+        """Create the engine for `state`, with its tensors."""
         self._begin(f"starting at step {self.state.step}", slow=True)
         self._first_step = self.state.step
         self._average.begin()
@@ -166,7 +166,7 @@ class Run:
         self.comm.limit_collectives(self.config.watch.slow)
 
     def _say_precision(self, before: Precisions | None) -> None:
-        """The number formats of the engine, where they are not those of the one before."""
+        """Print the engine's number formats, if they differ from the previous engine's."""
         formats = self.engine.precisions
         if formats != before:
             self.journal.say(f"precision: {formats}")
@@ -174,7 +174,7 @@ class Run:
                 self.journal.say(f"warning: this {formats.caveat}")
 
     def _set_newer_aside(self, path: Path) -> None:
-        """Of a run that went back; only once its new start is read and sound."""
+        """Set aside later checkpoints of a run that went back, once its new start is loaded."""
         if path.parent == self.root:
             for moved in on_first(
                 self.comm, lambda: checkpoints.set_aside(self.root, self.state.step)
@@ -203,11 +203,11 @@ class Run:
         self.watch.begin(what, step=self.state.step, slow=slow)
 
     def _enter_stage(self) -> None:
-        """Everything that follows from the current stage's model."""
+        """Update everything that depends on the current stage's model."""
         self.stage: Stage = self.plan.stages[self.state.growth_stage]
         plan = self.stage.plan
         self._open_samples()
-        # Always at the model's full length, so that losses compare from stage to stage.
+        # Always at the model's full length, so that losses are comparable between stages.
         self.validation = validation_samples(
             self.data.validation,
             sequence=plan.model.sequence,
@@ -221,7 +221,7 @@ class Run:
             )
 
     def _open_samples(self) -> None:
-        """Training samples of the stage's length, from where the run stands in the data."""
+        """Training samples of the stage's length, from the run's position in the data."""
         length = self.stage.plan.sequence
         before, done = self.state.position.split(length)
         self.samples = SampleIndex(self.data.train, length, self.config.run.seed, before)
@@ -229,7 +229,7 @@ class Run:
             self.journal.say(f"stage {self.stage.index}: {recut}")
 
     def _plan_from(self, ends: tuple[int, ...]) -> None:
-        """The plan again, after what really ended the stages so far."""
+        """Plan again, with the steps at which the stages so far really ended."""
         self.plan = plan_run(
             self.config, world=self.comm.world, vocabulary=self.data.vocab_size, ends=ends
         )
@@ -237,7 +237,7 @@ class Run:
 
     @property
     def last_saved(self) -> Path | None:
-        """The newest checkpoint that the run can go on from."""
+        """The newest checkpoint that the run can resume from."""
         return self.stop_request.last_saved
 
     @last_saved.setter

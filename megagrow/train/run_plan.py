@@ -1,4 +1,4 @@
-"""The plan of a run, worked out and checked before any process does any work."""
+"""The plan of a run, computed and checked before any process starts work."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from megagrow.train.rates import phases, require_settled_betas
 
 @dataclass(frozen=True)
 class Stage:
-    """One growth stage, resolved: what it trains, how it is spread, how it comes about."""
+    """One growth stage, resolved: its model, layout, batch and growth."""
 
     plan: StagePlan
     layout: Layout
@@ -43,7 +43,7 @@ class Stage:
 
     @property
     def index(self) -> int:
-        """Number of the stage, from 0."""
+        """Index of the stage, from 0."""
         return self.plan.index
 
     @property
@@ -57,11 +57,11 @@ class Stage:
         return self.plan.seen
 
     def settings(self, config: Config) -> Config:
-        """The run's configuration with the batch and the optimizer's settings of the stage."""
+        """The run's configuration with the stage's batch and optimizer settings."""
         return config.model_copy(update={"batch": self.plan.batch, "optimizer": self.optimizer})
 
     def placement(self, rules: OptimizerRules) -> Placement:
-        """Who holds what in this stage, under the rules that growths have left."""
+        """The placement in this stage, under the rules that growths have left."""
         catalog = build_catalog(self.model)
         by_flops = self.plan.layout.partition == "flops"
         return Placement(
@@ -74,13 +74,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All stages of a run and its learning rate.
+    """All stages of a run, and its learning rate.
 
     Attributes:
         stages: the growth stages.
-        learning_rate: over all of them.
-        optimizer: that steps in all of them.
-        planned: of stages that end where the planner says, what it says.
+        learning_rate: over all stages.
+        optimizer: the optimizer of all stages.
+        planned: the planner's output for stages that end where it says.
     """
 
     stages: tuple[Stage, ...]
@@ -93,28 +93,28 @@ class RunPlan:
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """What the optimizer keeps, the parameter first."""
+        """The optimizer's slots, the parameter first."""
         return self.optimizer.slots
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps in the whole run."""
         return self.stages[-1].plan.end_step
 
     def rules_at(self, index: int, *, strict: bool = False) -> OptimizerRules:
-        """What the growths up to a stage leave to the optimizer.
+        """The optimizer rules that the growths up to a stage leave.
 
-        Young blocks count from the planned step of their growth, so this is for plans;
+        New blocks count from the planned step of their growth, so this is for plans;
         a run keeps its own rules.
 
         Args:
             index: of the stage.
-            strict: refuse what bias correction would get wrong.
+            strict: reject what bias correction would get wrong.
 
         Raises:
-            GrowthError, ConfigError: where that is so.
+            GrowthError, ConfigError: there is such a case.
         """
-        rules, counted = OptimizerRules(), 0  # `counted`: where the optimizer's steps count from
+        rules, counted = OptimizerRules(), 0  # `counted`: where the optimizer's step count starts
         for before, stage in zip(self.stages[:index], self.stages[1 : index + 1], strict=True):
             betas = stage.optimizer.bias_correction if strict else None
             if stage.growth is not None and stage.growth.policy.restart_steps:
@@ -128,8 +128,8 @@ class RunPlan:
         return rules
 
     def placement(self, index: int) -> Placement:
-        """Who holds what in a stage."""
-        if index not in self._placements:  # of thousands of ranks it takes a while
+        """The placement in a stage."""
+        if index not in self._placements:  # slow for thousands of ranks
             self._placements[index] = self.stages[index].placement(self.rules_at(index))
         return self._placements[index]
 
@@ -142,13 +142,13 @@ def plan_run(
     Args:
         config: the run.
         world: number of processes.
-        vocabulary: of the tokenizer, where it is known; `model.vocab` overrides it.
-        ends: steps at which the first stages did end, in a run that is under way.
+        vocabulary: the tokenizer's size, if known; `model.vocab` overrides it.
+        ends: steps at which the first stages actually ended, for a run in progress.
 
     Raises:
-        ConfigError: stages, layouts or batch do not fit together, the vocabulary of the
-            model is smaller than the tokenizer's, or a passed-through DeepSpeed setting clashes.
-        GrowthError: an operator or a state policy that is unknown or does not fit.
+        ConfigError: stages, layouts or batch do not fit together, the model's vocabulary
+            is smaller than the tokenizer's, or a pass-through DeepSpeed setting conflicts.
+        GrowthError: an operator or a state policy is unknown or does not fit.
     """
     config = with_vocabulary(config, vocabulary)
     models, growths = _models(config)
@@ -193,7 +193,7 @@ def plan_run(
         of_stage = stages[i].settings(config)
         accumulation(of_stage.batch, layouts[i])
         _require_fit(plans[i].seen, layouts[i], layout_configs[i], key=_layout_key(config, i))
-        # Refused now, not when the stage begins.
+        # Reject it now rather than when the stage begins.
         deepspeed_config(of_stage, layouts[i], parameters=build_catalog(models[i]).parameters)
     totals = [resolved(ends[:i])[-1].end_step for i in range(len(ends) + 1)]
     rate = learning_rate(
@@ -212,7 +212,7 @@ def plan_run(
     )
     plan = RunPlan(tuple(stages), rate, OPTIMIZERS[config.optimizer.name], planned)
     for i in range(len(stages)):
-        plan.placement(i)  # refuses what the optimizer cannot follow
+        plan.placement(i)  # raises if the optimizer does not support it
     plan.rules_at(len(stages) - 1, strict=True)
     return plan
 
@@ -227,7 +227,7 @@ def with_vocabulary(config: Config, vocabulary: int | None) -> Config:
     if given is None:
         if vocabulary is None:
             raise ConfigError(
-                "model.vocab is not set and no tokenizer tells it",
+                "model.vocab is not set and there is no tokenizer to take it from",
                 fix="set model.vocab, or give data.path",
             )
         model = config.model.model_copy(update={"vocab": vocabulary})
@@ -243,7 +243,7 @@ def with_vocabulary(config: Config, vocabulary: int | None) -> Config:
 
 
 def _models(config: Config) -> tuple[list[ModelConfig], list[Growth | None]]:
-    """The model of each stage, and the growth at its start where there is one."""
+    """The model of each stage, and the growth at its start, if any."""
     model = config.model
     models: list[ModelConfig] = [model]
     growths: list[Growth | None] = [None]
@@ -262,7 +262,7 @@ def _models(config: Config) -> tuple[list[ModelConfig], list[Growth | None]]:
 def _fit_flops(
     config: Config, models: list[ModelConfig], growths: list[Growth | None], index: int
 ) -> int:
-    """Of fitting the growth into a stage: on samples of the stage before, in the new batch."""
+    """FLOPs of fitting a stage's growth: on samples of the previous stage, in the new batch."""
     growth = growths[index]
     if growth is None or not growth.fit_steps:
         return 0
@@ -297,10 +297,10 @@ def _layouts(config: Config, world: int) -> list[Layout]:
 
 
 def _as_run(config: Config, layout: Layout) -> Layout:
-    """Without a second data rank ZeRO has nobody to share with, and costs copies: left out.
+    """Run as ZeRO 0 when data parallelism is 1: there is nothing to shard, and ZeRO adds copies.
 
-    Where gradients are accumulated in fp32 in either case, and nothing is offloaded or passed
-    through for it.
+    Applies if gradients are accumulated in fp32 either way, and nothing is offloaded or passed
+    through that needs ZeRO.
     """
     asked_for = config.optimizer.offload != "none" or "zero_optimization" in config.deepspeed
     if layout.data > 1 or config.precision.dtype != "fp32" or asked_for:
@@ -309,13 +309,13 @@ def _as_run(config: Config, layout: Layout) -> Layout:
 
 
 def _layout_key(config: Config, index: int) -> str:
-    """How a user writes the key of a stage's layout."""
+    """A stage's layout key, as a user writes it."""
     given = [i for i in range(index + 1) if config.stages[i].layout is not None]
     return f"stages[{given[-1]}].layout" if given else "layout"
 
 
 def _require_time(ramp: Ramp, stage: StagePlan) -> None:
-    """A stage must let all its new units in: its last checkpoint is of a plain model."""
+    """Require that a stage finishes its ramp, since its last checkpoint is of a plain model."""
     steps = stage.end_step - stage.start_step
     if steps < ramp.steps:
         raise ConfigError(
@@ -327,7 +327,7 @@ def _require_time(ramp: Ramp, stage: StagePlan) -> None:
 
 
 def _require_fit(model: ModelConfig, layout: Layout, spread: LayoutConfig, *, key: str) -> None:
-    """Refuse a model that cannot be cut as its layout asks for."""
+    """Reject a model that cannot be split as its layout requires."""
     require_tensor_parallel(model, tensor=layout.tensor, sequence=spread.sequence_parallel, key=key)
     entries = model.layers + 2
     if layout.pipeline > entries:

@@ -1,9 +1,9 @@
-"""When a run's checkpoints are written: at once, or beside the steps that follow.
+"""When a run's checkpoints are written: in the foreground, or during the following steps.
 
 An asynchronous save copies this rank's state to host memory and returns; a thread then writes,
-syncs and commits as a save in the foreground does, over process groups of its own, so its
-messages never mix with those of training.  Ranks finish at different steps; while a save is
-under way they tell each other after every step, and only when all have finished do all go on
+syncs and commits as a foreground save does, over its own process groups, so that its messages
+never mix with those of training.  Ranks finish at different steps; while a save is in progress
+they exchange their status after every step, and only when all have finished do all continue
 from it, or all fail.
 """
 
@@ -31,7 +31,7 @@ from megagrow.train.state import RunState
 
 
 class _SideComm(Comm):
-    """All ranks of the job once more, for small objects of host memory alone."""
+    """A second communicator over all ranks, for small objects in host memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,9 +62,9 @@ class Saver:
 
     Args:
         root: the run's directory of checkpoints.
-        lock: without it nothing is written, nor deleted.
+        lock: without it nothing is written or deleted.
         run: the run's id (on rank 0).
-        say: told on rank 0 which old checkpoint a full disk cost.
+        say: called on rank 0 with which old checkpoints were deleted on a full disk.
     """
 
     def __init__(
@@ -90,17 +90,17 @@ class Saver:
     def save(
         self, engine: Engine, state: RunState, *, known: Path | None
     ) -> tuple[int, Path] | None:
-        """Save; returns (step, checkpoint), or None where it is still being written.
+        """Save; returns (step, checkpoint), or None if it is still being written.
 
-        The one before must have been awaited.  Where this very state is saved already, nothing
-        is done.
+        The previous save must have finished.  If this very state is already saved, nothing is
+        done.
 
         Args:
-            known: the checkpoint that this job has written last, or started from.
+            known: the checkpoint that this job last wrote, or started from.
 
         Raises:
-            LockError: on all ranks: run.dir is no longer this job's.
-            MegagrowError: on all ranks; earlier checkpoints are as they were.
+            LockError: on all ranks: this job has lost run.dir.
+            MegagrowError: on all ranks; earlier checkpoints are unchanged.
         """
         assert self._pending is None
         path = step_path(self._root, state.step)
@@ -129,10 +129,10 @@ class Saver:
         return None
 
     def poll(self) -> tuple[int, Path] | None:
-        """A save under way that all ranks have finished since the last call: (step, checkpoint).
+        """The save that all ranks have finished since the last call, if any: (step, checkpoint).
 
         Raises:
-            MegagrowError: on all ranks, where it failed.
+            MegagrowError: on all ranks, if it failed.
         """
         if self._pending is None:
             return None
@@ -140,19 +140,19 @@ class Saver:
         return self.wait() if done == self._comm.world else None
 
     def wait(self) -> tuple[int, Path] | None:
-        """As `poll`, but waits for it."""
+        """Like `poll`, but waits for the save in progress."""
         if self._pending is None:
             return None
         (step, task), self._pending = self._pending, None
         return step, task.result()
 
     def close(self) -> None:
-        """Let a save under way come to its end; for a run that has failed, so errors are told."""
+        """Let a save in progress finish, so that a failed run still reports its errors."""
         if self._pending is not None:
             self._pending[1].close()
 
     def _copies(self, engine: Engine) -> list[Piece]:
-        """This rank's state in host memory, which is kept for the next save."""
+        """Copy this rank's state to host memory that is reused by the next save."""
         held, self._buffers = self._buffers, {}
         pieces = []
         for piece in checkpoints.live_pieces(engine, self._comm.rank):

@@ -1,4 +1,4 @@
-"""The rules that end a growth stage, asked for a run: slope and marginal."""
+"""Evaluate the rules that end a growth stage (slope and marginal) for a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megagrow.train.run_plan import RunPlan
 
 
 def decide(seen: Seen, *, config: Config, plan: RunPlan, index: int) -> Decision | None:
-    """What the rule of a stage says after its last validation; None while it knows too little."""
+    """The verdict of a stage's rule after its last validation; None if data is insufficient."""
     until, points = config.stages[index].until, config.growth.points
     if until.slope is not None:
         return slope(seen, threshold=until.slope, points=points)
@@ -18,7 +18,7 @@ def decide(seen: Seen, *, config: Config, plan: RunPlan, index: int) -> Decision
 
 
 def carry(seen: Seen, *, config: Config, plan: RunPlan, index: int) -> Seen:
-    """What the rule of a stage knows at the growth into it."""
+    """The data that a stage's rule keeps across the growth into it."""
     if config.stages[index].until.marginal is None:
         return Seen()
     sizes = _sizes(config, plan, index - 1)
@@ -26,7 +26,7 @@ def carry(seen: Seen, *, config: Config, plan: RunPlan, index: int) -> Seen:
 
 
 def _sizes(config: Config, plan: RunPlan, index: int) -> Sizes:
-    """A stage's model and the next one's."""
+    """The sizes of a stage's model and the next one's."""
     law = run_law(config)
     small, large = (size_of(plan.stages[i].seen, law) for i in (index, index + 1))
     return Sizes(small.n, large.n, small.flops_per_token, large.flops_per_token)

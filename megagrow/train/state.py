@@ -1,4 +1,4 @@
-"""What a run must remember besides its tensors: a few numbers and the optimizer's rules."""
+"""A run's state besides its tensors: a few numbers and the optimizer's rules."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class RunState:
     """Where a run stands.
 
     Attributes:
-        step: optimizer steps done.
-        position: samples taken from the data; the whole state of the sampler.
+        step: number of optimizer steps done.
+        position: samples taken from the data; the sampler's whole state.
         tokens, flops: consumed since the start of the run.
         growth_stage: index of the growth stage that the tensors belong to.
-        optimizer_step: the optimizer's own count, which a `reset` starts again.
+        optimizer_step: the optimizer's own count, which `reset` restarts.
         rules: what growths left to the optimizer.
-        ramp: how the last growth's new units come in, while they do.
+        ramp: the last growth's ramp, while it lasts.
         loss_scale: state of fp16's dynamic loss scaling, else empty.
-        recent: the last good losses, where the run looks for spikes (`recovery.spike`).
-        ends: steps at which growth stages ended: those before this one, and this one as soon as
-            its rule has said so.
+        recent: the last good losses, if the run looks for spikes (`recovery.spike`).
+        ends: steps at which growth stages ended: the earlier ones, and this one as soon as
+            its rule says so.
         seen: what the rule that ends this stage has seen.
-        mixing: what is remembered for the mixing time of growths, where that is measured.
+        mixing: the record for the mixing time of growths, if that is measured.
 
-    Random numbers need no state: those of a step follow from the seed, the step and the rank.
+    Random numbers need no state: those of a step depend only on the seed, the step and the rank.
     """
 
     step: int = 0
@@ -53,19 +53,19 @@ class RunState:
     mixing: Mixing | None = None
 
     def with_mixing(self, mixing: Mixing) -> RunState:
-        """The same with something else to remember."""
+        """The same state with another mixing record."""
         return replace(self, mixing=mixing)
 
     def after_step(
         self, *, samples: int, sequence: int, flops: int, applied: bool = True
     ) -> RunState:
-        """The state one step later; the optimizer's count stays where no update was applied.
+        """The state one step later; the optimizer's count stays if no update was applied.
 
         Args:
-            samples: that the step took.
-            sequence: tokens of each.
+            samples: number of samples in the step.
+            sequence: tokens per sample.
             flops: of the step.
-            applied: whether it left an update.
+            applied: whether its update was applied.
         """
         return replace(
             self,
@@ -80,12 +80,12 @@ class RunState:
         """The state at the start of the next growth stage.
 
         Args:
-            growth: into the stage; None where it has none.
-            betas: of AdamW, where it is what steps.
+            growth: into the stage; None if it has none.
+            betas: AdamW's, if that is the optimizer.
 
         Raises:
-            GrowthError: the units of an earlier growth are still coming in, or too young for
-                this one's state policy.
+            GrowthError: the ramp of an earlier growth is not finished, or its units are too young
+                for this one's state policy.
         """
         if growth is not None and self.ramp is not None:
             raise GrowthError(
@@ -93,7 +93,7 @@ class RunState:
                 found=f"a mask of {self.ramp.progress(self.step):.3f}",
                 fix=f"train to step {self.ramp.born + self.ramp.steps} before the next growth",
             )
-        # A rule that ended the stage has entered its end already.
+        # A rule that ended the stage has already recorded its end.
         ended = len(self.ends) > self.growth_stage
         ends = self.ends if ended else (*self.ends, self.step)
         following = replace(self, growth_stage=self.growth_stage + 1, ends=ends, seen=Seen())
@@ -102,11 +102,11 @@ class RunState:
         count = 0 if growth.policy.restart_steps else self.optimizer_step
         rules = growth.rules_after(self.rules, step=count, betas=betas)
         ramp = None if growth.ramp is None else replace(growth.ramp, born=self.step)
-        # A growth may raise the loss, which then is no spike.
+        # A growth may raise the loss, which is then not a spike.
         return replace(following, optimizer_step=count, rules=rules, ramp=ramp, recent=())
 
     def to_json(self) -> dict[str, Any]:
-        """A form that JSON holds; `from_json` is its inverse."""
+        """A JSON-compatible form; `from_json` is its inverse."""
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         return {
             **numbers,
@@ -126,10 +126,10 @@ class RunState:
         numbers = {name: int(data[name]) for name in _NUMBERS}
         scale = {str(name): float(value) for name, value in data["loss_scale"].items()}
         rules = OptimizerRules.from_json(data["rules"])
-        found = data.get("ramp")  # runs of before there were ramps have no such key
+        found = data.get("ramp")  # absent in runs older than ramps
         ramp = None if found is None else Ramp.from_json(found)
         recent = tuple(float(loss) for loss in data.get("recent", ()))
-        # Runs of before rules could end a stage have neither key: their plan tells the ends.
+        # Runs older than stage rules have neither key: their plan gives the ends.
         ends = tuple(int(step) for step in data.get("ends", ()))
         seen = Seen.from_json(data["seen"]) if "seen" in data else Seen()
         mixing = Mixing.from_json(data["mixing"]) if "mixing" in data else None
@@ -150,14 +150,14 @@ _NUMBERS = ("step", "tokens", "flops", "growth_stage", "optimizer_step")
 
 
 def step_seed(seed: int, *, step: int, data: int, pipe: int) -> int:
-    """Seed of a step's random numbers (dropout): a function of seed, step and place alone.
+    """Seed of a step's random numbers (dropout): depends only on seed, step and position.
 
-    Ranks that share a tensor-parallel group get the same, as its layers ask for.
+    Ranks of a tensor-parallel group get the same seed, as its layers require.
 
     Args:
         seed: the run's.
-        step: optimizer steps done before it.
-        data, pipe: the rank's place among the data-parallel ranks and the pipeline's stages.
+        step: number of optimizer steps done before it.
+        data, pipe: the rank's data-parallel and pipeline coordinates.
     """
     text = f"{seed}/{step}/{data}/{pipe}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

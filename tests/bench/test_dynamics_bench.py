@@ -1,4 +1,4 @@
-"""The figure of the dynamics law: `exact` on the small run, the published policy beside it."""
+"""The dynamics figure: `exact` on the small run's curve, compared with the published policy."""
 
 import xml.etree.ElementTree as ElementTree
 

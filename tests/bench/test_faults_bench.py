@@ -1,4 +1,4 @@
-"""The fault campaigns: that they disturb, and that they would see what a fault spoils."""
+"""The fault campaigns: they do disturb, and they detect whatever a fault spoils."""
 
 import json
 import signal
@@ -70,7 +70,7 @@ def files(path):
 
 
 def test_what_a_command_leaves_beside_its_result_is_seen(tmp_path):
-    """A result that differs, and a file that stays beside it, are each named."""
+    """A result that differs, and a leftover file next to it, are each named."""
     every = system.System(CONFIG, tmp_path / "work", seed=1)
     command = Command("x", "x", lambda path: [], files)
     known = system._Undisturbed({"out": b"right"}, 1.0, Counter("ww"), frozenset({"out"}))

@@ -1,4 +1,4 @@
-"""The growth benchmark: what it counts is right; how long things take is not tested."""
+"""The growth benchmark: what it counts is correct; timings are not tested."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""The benchmark of kernels: every step in a dry run, and what it refuses."""
+"""The kernel benchmark: every step in a dry run, and what it rejects."""
 
 import pytest
 import torch

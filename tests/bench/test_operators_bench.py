@@ -1,4 +1,4 @@
-"""Operators side by side: real runs, each at most once, and a table of what is there."""
+"""The operator comparison: real runs, each at most once, and a table of the results."""
 
 import time
 import xml.etree.ElementTree as ElementTree

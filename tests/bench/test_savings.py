@@ -136,7 +136,7 @@ def sweep_of(**more):
 
 
 def train_all(sweep, own, loss):
-    """Follow a search to its end; (best, how often each point was trained)."""
+    """Run a search to its end; returns (best, how often each point was trained)."""
     known, asked = {}, []
     for _ in range(100):
         found = search(sweep, own, lambda p: known.get(tuple(sorted(p.items()))))
@@ -279,7 +279,7 @@ def test_stages_of_variants_take_what_stages_of_runs_take():
 
 
 def test_a_variants_own_settings_reach_its_runs(data, tmp_path):
-    """Rate, batch, sequence: what a variant says comes before what the sweep found."""
+    """Rate, batch, sequence: a variant's own settings take precedence over the sweep's."""
     mapping = settings(data, tmp_path)
     stack = mapping["variants"]["stack"]
     stack["settings"] = {"optimizer": {"lr": 0.005}, "schedule": {"warmup": 3}}
@@ -615,7 +615,7 @@ def test_a_benchmark_in_miniature(data, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", [True, False])
 def test_budgets_and_sweeps_that_come_later_redo_nothing(data, tmp_path, keep):
-    """A budget between those that are finished, whose state was not kept, and a wider sweep."""
+    """A budget between finished ones whose state was not kept, and a wider sweep."""
     mapping = settings(data, tmp_path / "runs")
     mapping |= {"seeds": [1, 2], "small_sweep": {"lr": [0.02]}, "keep_states": keep}
     path = tmp_path / "bench.yaml"
@@ -705,7 +705,7 @@ def bench_of(mapping, *files, result=None, data="da7a"):
 
 
 def pretend(bench, *, worse=0.0, version="0.0.9", diverges=()):
-    """All that is missing becomes known with a made-up loss, as if trained; (name, seed) of each.
+    """Make everything missing known with a synthetic loss, as if trained; (name, seed) of each.
 
     The second seed of a name in `diverges` has no loss.
     """
@@ -757,7 +757,7 @@ def test_what_is_known_is_not_trained_on_another_machine(data, tmp_path, capsys)
     # Another decay is another result, though its directory is the same.
     other = bench_of({**mapping, "decay": 0.4})
     assert {t.member.name for t in other.missing()} == {"scratch", "small_2x8"}
-    # The runs that are here count, and what is known otherwise is told of.
+    # Local runs take precedence, and differing known results are reported.
     wrong = json.loads(file.read_text())
     wrong["known"]["points"][0]["loss"] += 1.0
     file.write_text(json.dumps(wrong))
@@ -886,8 +886,8 @@ def entry(result):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda r: r.update(benchmark="growth"), "of another kind.*a result of 'growth'"),
-        (lambda r: r.pop("benchmark"), "of another kind.*no benchmark's result"),
+        (lambda r: r.update(benchmark="growth"), "not a result of this.*a result of 'growth'"),
+        (lambda r: r.pop("benchmark"), "not a result of this.*no benchmark's result"),
         (lambda r: r.pop("version"), "another version of the benchmark.*version 1.*version 2"),
         (lambda r: r.update(version=3), "another version of the benchmark.*version 3.*version 2"),
         (lambda r: r.update(known=None), "section 'known' is damaged"),

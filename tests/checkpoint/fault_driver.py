@@ -1,9 +1,9 @@
-"""Runs under the preloaded fault shim: saves step 41, once for each fault, each in a forked child.
+"""Runs under the preloaded fault shim: saves step 41 once per fault, each in a forked child.
 
-Usage: fault_driver.py DIRECTORY WORLD; standard input has a JSON list of faults, each a
-dictionary of FAULT_* variables.  Save number i goes to DIRECTORY/i, which already has a
+Usage: fault_driver.py DIRECTORY WORLD; standard input is a JSON list of faults, each a
+dictionary of FAULT_* variables.  Save number i goes to DIRECTORY/i, which already holds a
 checkpoint of step 40.  Prints a JSON list of `[exit status or -signal, calls seen, text]`.
-Forking spares each save the seconds that importing torch takes.
+Forking saves the seconds that importing torch takes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Checkpoints of other programs in tests: our sinks without the converter, and comparisons."""
+"""Test helpers for foreign checkpoints: our sinks without the converter, and comparisons."""
 
 import torch
 
@@ -34,7 +34,7 @@ class WholeSource:
 
 
 def request_for(source, layout, **options):
-    """What the converter would ask a sink for."""
+    """The request that the converter would pass to a sink."""
     meta = CheckpointMeta(
         source.catalog, source.slots, layout, source.config, source.fingerprints, source.run_state
     )
@@ -67,14 +67,14 @@ def write_checkpoint(format, source, directory, layout, **options):
 
 
 def open_checkpoint(format, directory):
-    """Open what a path means in a format."""
+    """Open the checkpoint that a path refers to."""
     found = format.find(directory)
     assert found is not None, f"{format.name} finds nothing in {directory}"
     return format.open_source(found)
 
 
 def differing(old, new, *, slots=None):
-    """The first slot of a tensor that is not the same, bit for bit; None if all are."""
+    """The first slot of a tensor that differs, bit for bit; None if all are equal."""
     names = {t.name for t in old.catalog}
     if names != {t.name for t in new.catalog}:
         return f"tensors {names ^ {t.name for t in new.catalog}}"

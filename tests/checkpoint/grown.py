@@ -1,4 +1,4 @@
-"""Checkpoints as runs leave them that have grown: random state, but the run's own description."""
+"""Checkpoints like those of runs that have grown: random state with a real run description."""
 
 from states import save_model
 from toys import toy_model
@@ -12,8 +12,8 @@ WIDTH = {"operator": "width", "factor": 2, "state_policy": "sparkling"}
 DEPTH = {"operator": "depth_stack", "factor": 2, "state_policy": "copy"}
 FRESH = {"operator": "width_fresh", "factor": 2}
 LLAMA = {"family": "llama", "heads": 4, "kv_heads": 2, "head_dim": 4}
-# Runs by name: what they have grown through, and what is not a toy model's own in the first model.
-# `exact` leaves a learning rate of its own to every tensor.
+# Runs by name: their growths, and how the first model differs from a toy model.
+# `exact` gives every tensor its own learning rate.
 HISTORIES = {
     "fresh": ([], {}),
     "wider": ([WIDTH | {"state_policy": "exact"}], LLAMA),
@@ -47,7 +47,7 @@ def _config(model, stages):
 
 
 def save_grown(root, history, *, seed=3, step=7):
-    """A native checkpoint of such a run; returns (path, the model that it is of)."""
+    """Save a native checkpoint of such a run; returns (path, its model)."""
     growths, changes = HISTORIES[history]
     ends = "rule" if history == "by_rule" else "steps"
     model, config, state = grown_run(growths, ends=ends, step=step, **changes)

@@ -1,8 +1,8 @@
-"""Megatron-Core's GPT model on a CPU takes our export: names, order, logits.
+"""Megatron-Core's GPT model on a CPU loads our export: names, order, logits.
 
-Usage: megatron_client.py DIRECTORY [CHECKPOINT...]; prints `same` at the end.  Native checkpoints
-take the place of toy models.  Its model asks for a GPU in three places that have nothing to do with
-what is computed; they are answered here.
+Usage: megatron_client.py DIRECTORY [CHECKPOINT...]; prints `same` at the end.  Native
+checkpoints replace the toy models.  Megatron's model asks for a GPU in three places that do not
+affect what it computes; they are stubbed here.
 """
 
 import contextlib

@@ -37,9 +37,9 @@ def save_model(
     config=None,
     run_state=None,
 ):
-    """Save random state of a model, cut over a layout's ranks; returns (path, state).
+    """Save random state of a model, split over a layout's ranks; returns (path, state).
 
-    `config` and `run_state` are those of the run, where it is more than the model and a step.
+    `config` and `run_state` are the run's, if more than the model and a step is needed.
     """
     model = model or toy_model()
     state = state_of(model, seed=seed, dtype=dtype)
@@ -59,7 +59,7 @@ def save_model(
         or {"step": step, "growth_stage": 0, "rules": OptimizerRules().to_json()},
     )
     placement = Placement(catalog, layout, group_keys(catalog, OptimizerRules()))
-    # One process writes what all ranks hold: for a reader the boxes are the same.
+    # One process writes what all ranks hold: to a reader the boxes are the same.
     pieces = [
         Piece(shard.tensor, slot.name, shard.box, state.read(shard.tensor, slot.name, shard.box))
         for rank in range(layout.world)
@@ -70,7 +70,7 @@ def save_model(
 
 
 def to(source, target, target_format, **settings):
-    """Convert, verified; returns the target."""
+    """Convert with verification; returns the target."""
     keys = {"workers", "buffer_bytes", "moved"} & set(settings)
     run = {key: settings.pop(key) for key in keys}
     convert(Job(source, target, target_format, **settings), verify=True, **run)

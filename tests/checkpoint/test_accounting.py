@@ -1,4 +1,4 @@
-"""Nothing in a source is dropped without a word: every name is carried, left out and printed, or
+"""Nothing in a source is dropped silently: every name is carried, or left out and printed, or
 refused."""
 
 import json
@@ -116,7 +116,7 @@ def in_saved_state(file):
     state["surprise"] = torch.ones_like(state["exp_avg"])
 
 
-# (format, what is added): how, and the name that is to be printed, or None: refused by it.
+# (format, what is added): how, and the name to be printed, or None if refused by name.
 SURPRISES = {
     ("native", "file"): (any_file, "surprise.bin"),
     ("huggingface", "array"): (hf_array, None),
@@ -169,7 +169,7 @@ def test_every_format_is_tried():
 
 @pytest.fixture(scope="module", name="sound")
 def sound_checkpoints(tmp_path_factory):
-    """One of each format, by its name."""
+    """One checkpoint of each format, by format name."""
     root = tmp_path_factory.mktemp("sound")
     path, _ = save_model(root / "run")
     return {"native": path} | {
@@ -191,7 +191,7 @@ def test_a_surprise_is_named_or_refused(sound, tmp_path, case):
         return
     source = opened(path)
     assert name in {item.name for item in source.left_out}
-    # and whoever opens the source says so
+    # and every command that opens the source says so
     about = survey(Job(path, tmp_path / "new", "native"))
     assert name in {item.name for item in about.left_out}
     assert "left out" in describe(source, format_name=case[0], checksums="")
@@ -203,7 +203,7 @@ def test_a_surprise_is_named_or_refused(sound, tmp_path, case):
 
 # --- what is said -------------------------------------------------------------------------
 def test_the_command_claims_no_more_than_it_compared(tmp_path, capsys):
-    """With slots left out, slots made of zeros and state that the format has no place for."""
+    """With slots left out, slots made of zeros and state that the format cannot hold."""
     path, _ = save_model(tmp_path / "run")
     (path / "note.txt").write_text("x")
     assert command("convert").main(

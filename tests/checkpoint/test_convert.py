@@ -71,7 +71,7 @@ def test_element_types_change_as_asked_and_the_rounding_is_told(tmp_path):
     assert 0 < max(greatest for _, greatest in report.rounded.values()) < 2**-8
     wanted = {pair: values.bfloat16() for pair, values in state.tensors.items()}
     assert_same(contents(tmp_path / "half"), wanted)
-    # The way back rounds nothing.
+    # The conversion back rounds nothing.
     report = convert(Job(tmp_path / "half", tmp_path / "wide", "native", dtype=torch.float32),
                      verify=True)  # fmt: skip
     assert report.rounded == {}
@@ -150,7 +150,7 @@ def test_a_killed_conversion_goes_on(tmp_path, point, at, kept):
 
 
 def interrupted(tmp_path, monkeypatch):
-    """A conversion to four files that was broken off after two."""
+    """A conversion to four files, interrupted after two."""
     path, state = save_model(tmp_path / "run")
     job = Job(path, tmp_path / "new", "native", layout=Layout(data=4, zero=1))
     write, calls = converting._write, []
@@ -176,7 +176,7 @@ def test_what_a_killed_run_left_is_compared_not_believed(tmp_path, monkeypatch):
     data[-1] ^= 1
     file.write_bytes(data)
     first, second = (line for line in (work / "done.jsonl").read_text().splitlines() if line)
-    # A line cut short by a kill, and one of a piece that there is not.
+    # A line cut short by a kill, and one for a piece that does not exist.
     (work / "done.jsonl").write_text(f'{first}\n\n{second[:-3]}\n\n[99, ["00000000"]]\n')
     assert convert(job, verify=True).kept == 0
     assert_same(contents(job.target), state.tensors)
@@ -202,7 +202,7 @@ def test_the_same_conversion_does_not_run_twice_at_once(tmp_path, monkeypatch):
     ("sealed", "says"), [(True, "CRC-32"), (False, r"final_norm.*not what was converted")]
 )
 def test_a_result_that_differs_is_never_committed(tmp_path, monkeypatch, sealed, says):
-    """Its checksums tell; without them the comparison with the source does."""
+    """Its checksums reveal it, or without them the comparison with the source."""
     path, _ = save_model(tmp_path)
     sink = FORMATS["huggingface"].open_sink
 
@@ -301,7 +301,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 def test_memory_is_bounded_whatever_the_tensors(tmp_path):
-    # One tensor has 100 MB, more than all that the conversion may take.
+    # One tensor has 100 MB, more than the conversion may use.
     model = toy_model(vocab=200_000, hidden=128, heads=4, ffn=16, layers=1, tie_embeddings=True)
     path, _ = save_model(tmp_path / "run", model)
     biggest = 200_000 * 128 * 4

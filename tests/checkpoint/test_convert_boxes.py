@@ -1,4 +1,4 @@
-"""Any box of any tensor, in any order of axes and cut anyhow, through a file and back."""
+"""Any box of any tensor, with any order of axes and any cut, through a file and back."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ def about(shape):
 
 
 def source_of(path, pieces, shape, *, records=()):
-    """A source whose one file holds pieces: (box, axes, values), one after the other."""
+    """A source with one file that holds pieces: (box, axes, values), one after the other."""
     data, boxes = b"", []
     for box, axes, values in pieces:
         turned = values.permute(axes) if axes else values

@@ -1,4 +1,4 @@
-"""What runs save is converted, and runs go on from what was converted."""
+"""Checkpoints of runs are converted, and runs resume from the results."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def convert(*arguments):
 
 @pytest.fixture(scope="module", name="grown")
 def grown_run(dataset, tmp_path_factory):  # noqa: F811
-    """A run that has been widened, at its last step: (run directory, its settings)."""
+    """A widened run at its last step: (run directory, its settings)."""
     root = tmp_path_factory.mktemp("grown")
     config = settings(dataset, root / "run", stages=stages()[:2], model={"vocab": 320})
     train(1, write_config(root / "run.yaml", config))

@@ -17,7 +17,7 @@ from megagrow.state.placement import Placement
 
 
 def saved(root, kind, slots):
-    """A native checkpoint of one rank, by a run with an optimizer, with some of its slots."""
+    """A native single-rank checkpoint of a run with an optimizer, with some of its slots."""
     model = toy_model()
     catalog = build_catalog(model)
     state = random_state(catalog, seed=3)

@@ -79,7 +79,7 @@ def test_a_flip_is_named_with_tensor_slot_and_box(copy):
         opened.read("up", "exp_avg_sq", whole(tensor.shape))
     assert "rank_00001.safetensors: tensor " in str(caught.value)
     assert "slot" in str(caught.value) and "box [" in str(caught.value)
-    # What the damage does not touch is still read, and so is the damage where nobody compares.
+    # Undamaged parts are still readable, and so is the damage if nothing is checked.
     opened.read("scale", "master", whole(()))
     NativeCheckpoint.open(copy, verify=False).read("up", "exp_avg_sq", whole(tensor.shape))
     # A failed comparison is not remembered as a success.
@@ -118,12 +118,12 @@ def test_a_file_that_shrinks_after_opening_is_found(copy):
 
 @pytest.mark.parametrize("step", [40, 41])
 def test_a_file_of_another_checkpoint_is_found(copy, tmp_path, step):
-    """Same model, same cuts, even the same step of another run: only values and stamp differ."""
+    """Same model, same layout, even the same step of another run: only values and stamp differ."""
     other, _ = save_world(tmp_path / "other", step, world=3, seed=5)
     name = "rank_00001.safetensors"
     assert (other / name).stat().st_size == (copy / name).stat().st_size
     shutil.copy(other / name, copy / name)
-    with pytest.raises(CheckpointError, match=r"rank_00001.*of another checkpoint"):
+    with pytest.raises(CheckpointError, match=r"rank_00001.*from another checkpoint"):
         NativeCheckpoint.open(copy)
 
 

@@ -1,4 +1,4 @@
-"""At least 200 damaged checkpoints of every format: each refused, by name, and nothing run."""
+"""At least 200 damaged checkpoints of every format: each refused by name, and no code run."""
 
 import io
 import itertools
@@ -26,7 +26,7 @@ PICKLED = ("deepspeed", "universal", "megatron", "dcp")
 
 @pytest.fixture(scope="module", name="sound")
 def sound_checkpoints(tmp_path_factory):
-    """By format and run (two runs of one model, at the same step) an exported checkpoint."""
+    """Exported checkpoints by format and run (two runs of one model, at the same step)."""
     root = tmp_path_factory.mktemp("sound")
     made = {}
     for run, fmt in itertools.product((0, 1), FORMATS):
@@ -44,13 +44,13 @@ def copied(sound, tmp_path, request):
 
 
 def files_of(path):
-    """Files whose every byte counts: not names of tags, not what only describes a model."""
+    """Files in which every byte counts: not tag names, not mere descriptions of a model."""
     small = {"latest", "latest_universal", "latest_checkpointed_iteration.txt", "config.json"}
     return sorted(p for p in path.rglob("*") if p.is_file() and p.name not in small)
 
 
 def refused(path, marker=None):
-    """The text of the refusal; the damaged checkpoint must not come to anything."""
+    """The text of the refusal; a damaged checkpoint must not be loaded."""
     with pytest.raises(CheckpointError) as error:
         opened(path).verify()
     text = str(error.value)
@@ -61,7 +61,7 @@ def refused(path, marker=None):
 
 @pytest.mark.parametrize(("copy", "fmt"), [(f, f) for f in FORMATS], indirect=["copy"])
 def test_two_hundred_damaged_files(copy, fmt, sound, tmp_path):
-    """Flipped bits, truncations, missing files, files of another run, of another place."""
+    """Flipped bits, truncations, missing files, files of another run or another place."""
     rng = random.Random(fmt)
     files = files_of(copy)
     other = sound[fmt, 1]
@@ -105,7 +105,7 @@ def test_two_hundred_damaged_files(copy, fmt, sound, tmp_path):
             count += 1
     assert count >= 200
     opened(copy).verify()
-    # A conversion of a damaged one leaves nothing at its target.
+    # Converting a damaged checkpoint leaves nothing at the target.
     largest = max(files, key=lambda p: p.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
@@ -116,7 +116,7 @@ def test_two_hundred_damaged_files(copy, fmt, sound, tmp_path):
 
 
 def bombs(marker):
-    """Pickles that would leave a mark, in several ways."""
+    """Pickles that would leave a marker, in several ways."""
 
     class Call:
         def __reduce__(self):
@@ -139,7 +139,7 @@ def bombs(marker):
 
 
 def with_pickle(data, text):
-    """The archive with another data.pkl, its checksum right."""
+    """The archive with another data.pkl and a correct checksum."""
     made = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(made, "w") as new:
         for entry in old.infolist():
@@ -150,7 +150,7 @@ def with_pickle(data, text):
 
 @pytest.mark.parametrize(("copy", "fmt"), [(f, f) for f in PICKLED], indirect=["copy"])
 def test_hostile_pickles(copy, fmt, tmp_path):
-    """Without our checksums, as a forger would leave them out."""
+    """Without our checksums, as a forger would omit them."""
     for side in copy.rglob(seal.NAME):
         side.unlink()
     if fmt == "dcp":
@@ -216,7 +216,7 @@ def test_a_forged_seal_is_refused(sound, tmp_path):
             assert seal.NAME in refused(copy)
         body = {"chunk_bytes": content["chunk_bytes"], "files": {}}
         side.write_text(json.dumps({"sha256": seal._digest(body), **body}))
-        opened(copy)  # nothing is told, nothing compared
+        opened(copy)  # no checksums, so nothing to check
         name = next(iter(content["files"]))
         body["files"] = {name: {"size": 5, "crc32": ["00000000"]}}
         side.write_text(json.dumps({"sha256": seal._digest(body), **body}))

@@ -51,7 +51,7 @@ def test_torch_loads_ours(tmp_path, layout):
 
 
 def test_torch_loads_each_chunk_as_an_archive(tmp_path):
-    """Not only by its own plan: each is a whole file of torch.save, safe to load."""
+    """Not only by its own plan: each is a complete torch.save file, safe to load."""
     path, state = save_model(tmp_path)
     target = to(path, tmp_path / "dcp", "dcp", dtype=torch.bfloat16)
     metadata = pickle.loads((target / ".metadata").read_bytes())
@@ -64,7 +64,7 @@ def test_torch_loads_each_chunk_as_an_archive(tmp_path):
 
 
 def torchs_own(path, *, moments=True):
-    """A directory as another program writes it, with what is no tensor as well."""
+    """A directory as another program writes it, including things that are not tensors."""
     torch.manual_seed(4)
     tensors = {
         "tok.weight": torch.randn(5, 3),
@@ -143,7 +143,7 @@ def test_counts_that_differ_are_named(tmp_path):
 
 @pytest.mark.parametrize("root", ["", "app."])
 def test_a_model_beside_its_optimizer_has_the_optimizers_moments(tmp_path, root):
-    """As the tutorials of torch save it: {"model": ..., "optim": ...}, alone or in a Stateful."""
+    """As in torch's tutorials: {"model": ..., "optim": ...}, alone or in a Stateful."""
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(3)).sum().backward()
@@ -173,12 +173,12 @@ def test_a_name_that_ours_does_not_tell_of_is_refused(sound, tmp_path):
     ours = json.loads((copy / "megagrow.json").read_bytes())["body"]
     ours["metadata_sha256"] = hashlib.sha256(data).hexdigest()
     (copy / "megagrow.json").write_text(json.dumps({"sha256": digest(ours), "body": ours}))
-    with pytest.raises(CheckpointError, match=r"tensor more: megagrow\.json knows none"):
+    with pytest.raises(CheckpointError, match=r"tensor more: not listed in megagrow\.json"):
         opened(copy)
 
 
 def test_megatrons_distributed_format_is_named_with_the_way_to_convert_it(tmp_path):
-    """It has a .metadata as well, but its names are Megatron's own."""
+    """It also has a .metadata, but its names are Megatron's own."""
     step = tmp_path / "iter_0000100"
     torchs_own(step)
     (step / "common.pt").write_bytes(b"")
@@ -218,7 +218,7 @@ def read_all(path):
 
 
 def test_flips_and_truncations_are_refused_or_change_nothing(sound, tmp_path):
-    """Between the records of an archive lie bytes that nobody reads: padding, version."""
+    """The bytes between an archive's records are never read: padding, version."""
     copy = shutil.copytree(sound, tmp_path / "copy")
     wanted = contents(copy)
     rng = random.Random(8)
@@ -264,7 +264,7 @@ def test_a_flip_in_the_values_names_file_tensor_and_box(sound, tmp_path):
 
 
 def rewritten(sound, path, change):
-    """A directory that is not ours any more, with a changed .metadata."""
+    """A directory that counts as foreign, with a changed .metadata."""
     copy = shutil.copytree(sound, path)
     (copy / "megagrow.json").unlink()
     metadata = pickle.loads((copy / ".metadata").read_bytes())
@@ -316,7 +316,7 @@ def swapped(metadata):
 def twice(metadata):
     a = first(metadata)
     metadata.storage_data[MetadataIndex(a.fqn, a.offset, index=77)] = metadata.storage_data[a]
-    # Equal to torch, which compares no index; a forger's pickle can hold both.
+    # Equal to torch, which compares no index; a forged pickle can hold both.
     metadata.state_dict_metadata["embedding.token"].chunks *= 2
 
 
@@ -355,7 +355,7 @@ def test_ours_with_another_metadata_is_refused(sound, tmp_path):
     copy = shutil.copytree(sound, tmp_path / "copy")
     data = (copy / ".metadata").read_bytes()
     (copy / ".metadata").write_bytes(pickle.dumps(pickle.loads(data), protocol=3))
-    with pytest.raises(CheckpointError, match="of another checkpoint"):
+    with pytest.raises(CheckpointError, match="from another checkpoint"):
         contents(copy)
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints: read what its engine saves, write what its engine goes on from."""
+"""DeepSpeed's checkpoints: read what its engine saves, write what its engine resumes from."""
 
 import argparse
 import itertools
@@ -62,7 +62,7 @@ def test_what_is_written_is_read_again_in_every_layout(name, model, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_from_layout_to_layout(family, tmp_path):
-    """Twelve pairs, end to end: what is read in one layout is written in the next, and so on."""
+    """Twelve pairs in a chain: what is read in one layout is written in the next."""
     source = first = whole_source(toy_model(family=family, tie_embeddings=family == "llama"))
     for number, layout in enumerate([*LAYOUTS, LAYOUTS[0]]):
         path = write_checkpoint(FORMAT, source, tmp_path / str(number), layout)
@@ -83,7 +83,7 @@ def test_sixteen_bit_runs_keep_fp32_masters(tmp_path):
 
 def test_the_model_is_told_by_names_and_shapes_where_nothing_else_tells(tmp_path):
     source = whole_source(toy_model(family="gpt2"))
-    source.config = {}  # the writer takes the model for one that is not ours
+    source.config = {}  # makes the writer treat the model as foreign
     plain = open_checkpoint(FORMAT, write_checkpoint(FORMAT, source, tmp_path, Layout(2, zero=1)))
     assert differing(source, plain) is None
     with pytest.raises(ConfigError, match="not ours"):
@@ -176,7 +176,7 @@ def test_ds_to_universal_of_deepspeed_reads_it(layout, tmp_path):
 
 
 def save_and_go_on(comm, root, layouts, targets):
-    """Train, save, compare; then go on from the sink's files in other layouts, in DeepSpeed."""
+    """Train, save, compare; then resume from the sink's files in other layouts, in DeepSpeed."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
     from plays import Job
 
@@ -236,7 +236,7 @@ def test_deepspeed_saves_what_we_read_and_goes_on_from_what_we_write(tmp_path):
 
 
 def foreign_ranks(root, *, tensor):
-    """A ZeRO 1 checkpoint as DeepSpeed writes it, of a model that nobody knows; its tensors."""
+    """A ZeRO 1 checkpoint as DeepSpeed writes it, of an unknown model; returns its tensors."""
     torch.manual_seed(3)
     parts = {
         "wte.weight": (torch.randn(10, 4), 0, 1), "h.0.ln.weight": (torch.randn(4), None, 1),
@@ -285,7 +285,7 @@ RENAMED = {"wte.weight": "embedding", "h.0.glu.weight": "blocks.1.glu"}
 
 def test_a_model_that_is_not_ours_is_mapped(tmp_path):
     tensors = foreign_ranks(tmp_path, tensor=2)
-    with pytest.raises(CheckpointError, match=r"not ours.*nothing tells(.|\n)*mapping\.yaml"):
+    with pytest.raises(CheckpointError, match=r"an unknown model.*unknown way(.|\n)*mapping\.yaml"):
         open_checkpoint(FORMAT, tmp_path)
     (tmp_path / "megagrow.mapping.yaml").write_text(MAPPING)
     source = open_checkpoint(FORMAT, tmp_path)
@@ -298,7 +298,7 @@ def test_a_model_that_is_not_ours_is_mapped(tmp_path):
         assert torch.equal(source.read(name, "exp_avg", box), values * 2), name
         assert torch.equal(source.read(name, "exp_avg_sq", box), values**2), name
     one = tmp_path / "one"
-    tensors = foreign_ranks(one, tensor=1)  # without tensor parallelism nothing need be told
+    tensors = foreign_ranks(one, tensor=1)  # without tensor parallelism no rule is needed
     assert torch.equal(
         open_checkpoint(FORMAT, one).read("h.0.ln.weight", "master", whole((4,))),
         tensors["h.0.ln.weight"],
@@ -322,7 +322,7 @@ def test_a_model_that_is_not_ours_is_mapped(tmp_path):
 def test_a_mapping_that_does_not_fit_is_refused_by_name(change, says, tmp_path):
     foreign_ranks(tmp_path, tensor=2)
     (tmp_path / "megagrow.mapping.yaml").write_text(MAPPING.replace(*change))
-    if change == ("split: 1", "split: 0"):  # a whole of another shape: nothing can tell
+    if change == ("split: 1", "split: 0"):  # another full shape: undetectable
         source = open_checkpoint(FORMAT, tmp_path)
         assert source.catalog["h.0.down.weight"].shape == (8, 3)
         return
@@ -332,7 +332,7 @@ def test_a_mapping_that_does_not_fit_is_refused_by_name(change, says, tmp_path):
 
 
 def test_a_mapping_onto_a_model_of_ours(tmp_path):
-    """Another program's names of a model that is ours: only they need be told."""
+    """Another program's names for one of our models: only the names must be given."""
     model = toy_model(family="llama", tie_embeddings=False)
     source = whole_source(model)
     path = write_checkpoint(FORMAT, source, tmp_path, Layout(2, tensor=2, zero=1))
@@ -344,7 +344,7 @@ def test_a_mapping_onto_a_model_of_ours(tmp_path):
         ]
         head["module"] = {n.replace("layers.", "net."): v for n, v in head["module"].items()}
         torch.save(head, file)
-    with pytest.raises(CheckpointError, match="not ours"):
+    with pytest.raises(CheckpointError, match="an unknown model"):
         open_checkpoint(FORMAT, path)
     last = model.layers + 1
     rules = [{"match": r"net\.0\.(.+)", "name": "embedding.{1}"}]

@@ -1,4 +1,4 @@
-"""Fused matrices under a mapping: what is imported computes what the user's own module did."""
+"""Fused matrices under a mapping: the import computes what the user's own module did."""
 
 import math
 
@@ -19,7 +19,7 @@ HEADS, KV, DIM, HIDDEN, FFN, VOCAB, LENGTH = 4, 2, 4, 16, 12, 13, 6
 
 
 class UsersBlock(torch.nn.Module):
-    """Pre-norm attention with one fused linear layer, in an ordinary order, and an MLP."""
+    """Pre-norm attention with one fused linear layer in ordinary order, and an MLP."""
 
     def __init__(self, llama, qkv, mlp):
         super().__init__()
@@ -129,7 +129,7 @@ def rules(llama, qkv, mlp):
 
 
 def save(root, module, *, tensor):
-    """ZeRO 1 with two data ranks; with tensor parallelism each part of a fused matrix is shared."""
+    """ZeRO 1 with two data ranks; under tensor parallelism each part of a fused matrix is split."""
     tag = root / "global_step3"
     tag.mkdir(parents=True)
     for rank in range(tensor):
@@ -173,7 +173,7 @@ def shared(name, values, module, rank, tensor):
 
 
 def imported(root, llama, qkv, mlp, *, tensor, told):
-    """(the user's module, the path of its checkpoint with a mapping beside it)."""
+    """(the user's module, the path of its checkpoint with a mapping file)."""
     torch.manual_seed(5)
     module = UsersTransformer(llama, qkv, mlp)
     for parameter in module.parameters():
@@ -215,9 +215,9 @@ def test_an_imported_model_gives_the_logits_of_the_users_module(tmp_path, llama,
 @pytest.mark.parametrize(
     ("llama", "change", "says"),
     [
-        (False, {"order": None}, r"blocks\.0\.fused\.weight.*order is not told.*`order: qkv`"),
-        (True, {"order": None}, r"order is not told"),
-        (False, {"order": "gate_up"}, "tells of gate_up"),
+        (False, {"order": None}, r"blocks\.0\.fused\.weight.*order is not specified.*`order: qkv`"),
+        (True, {"order": None}, r"order is not specified"),
+        (False, {"order": "gate_up"}, "names gate_up"),
         (False, {"order": None, "part": "q"}, r"shape.*part q"),
         (False, {"part": "q"}, "order .of the whole. or part, not both"),
         (False, {"order": "vqk"}, "order"),
@@ -237,7 +237,7 @@ def test_a_fused_matrix_whose_order_nothing_tells_is_refused(tmp_path, llama, ch
 def test_gate_and_up_and_other_matrices_must_be_told_and_fit(tmp_path):
     told = rules(True, "qkv", None)
     _, path = imported(tmp_path / "a", True, "qkv", "gate_up", tensor=1, told=told)
-    with pytest.raises(CheckpointError, match=r"(?s)wide\.weight.*not told.*`order: gate_up`"):
+    with pytest.raises(CheckpointError, match=r"(?s)wide\.weight.*not specified.*`order: gate_up`"):
         opened(path)
     told = rules(False, "qkv", None)
     next(r for r in told if ".down" in r["match"])["order"] = "qkv"
@@ -264,7 +264,7 @@ def test_a_mapped_model_is_converted_to_other_layouts(tmp_path):
     ("parameters", "groups", "found"),
     [
         ("a33 b3 c33 d3", "33 33, 3 3", "a c, b d"),
-        ("a33 b3 c33 d3", "33, 3 3", None),  # one of two is frozen, and nothing tells which
+        ("a33 b3 c33 d3", "33, 3 3", None),  # one of two is frozen: ambiguous
         ("a33 b3 c34 d3", "34, 3 3", "c, b d"),
         ("a33 b33", "33, 33", None),
         ("a33 b33", "33 33", "a b"),

@@ -1,4 +1,4 @@
-"""A user's own model under DeepSpeed: nothing is lost, and its engine goes on bit for bit."""
+"""A user's own model under DeepSpeed: nothing is lost, and its engine resumes bit for bit."""
 
 import itertools
 
@@ -36,7 +36,7 @@ def test_a_users_engine_goes_on_bit_for_bit_from_what_was_converted(tmp_path):
 
 
 def test_dealt_out_parameters_are_collected(tmp_path):
-    """With `round_robin_gradients` ZeRO deals parameters out over two ranks before it cuts them."""
+    """With `round_robin_gradients` ZeRO deals parameters over two ranks before it cuts them."""
     assert_goes_on([case(2, round_robin_gradients=True), case(1, "bf16", then=2)], 2, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Whatever DeepSpeed's files hold is carried or named as left out, and every result has it all."""
+"""Everything in DeepSpeed's files is carried or listed as left out, and results are complete."""
 
 import itertools
 import json
@@ -77,7 +77,7 @@ def test_every_result_has_all_of_a_users_model(fmt, layout, tmp_path, monkeypatc
     convert(job, workers=1, verify=True)
     back = opened(job.target)
     assert not back.left_out
-    # ZeRO 0 lists parameters in the module's order, which is not that of the groups.
+    # ZeRO 0 lists parameters in the module's order, which is not the order of the groups.
     of = {tensor.name: tensor for tensor in back.catalog}
     assert {t.name: (t.training, t.aliases, t.shape) for t in source.catalog} == {
         n: (t.training, t.aliases, t.shape) for n, t in of.items()
@@ -97,7 +97,7 @@ def test_every_result_has_all_of_a_users_model(fmt, layout, tmp_path, monkeypatc
 
 
 def test_torch_loads_every_name_of_a_dcp_result(tmp_path):
-    """A tied parameter has all its names there."""
+    """There a tied parameter is stored under all its names."""
     from torch.distributed import checkpoint as dcp
 
     path = write(tmp_path, *users_files())
@@ -242,7 +242,7 @@ def test_what_is_added_to_a_universal_checkpoint_is_carried_or_named(file, chang
 
 
 def test_tensors_at_different_steps_are_not_laid_into_one(tmp_path):
-    """ZeRO 0 counts for each parameter, the other stages for a group."""
+    """ZeRO 0 counts steps per parameter, the other stages per group."""
     head, optim = users_files()
     path = write(tmp_path / "a", head, optim)
     convert(Job(path, tmp_path / "zero0", "deepspeed", layout=Layout()), workers=1)

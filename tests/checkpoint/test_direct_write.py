@@ -1,4 +1,4 @@
-"""Writes past the page cache leave what plain writes leave, whatever the system does."""
+"""Writes past the page cache produce the same files as plain writes, in every case."""
 
 import errno
 import fcntl

@@ -31,14 +31,14 @@ def shim(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory):
-    """A root with a sound checkpoint of step 40."""
+    """A root with an intact checkpoint of step 40."""
     root = tmp_path_factory.mktemp("earlier")
     save_world(root, 40, seed=40)
     return root
 
 
 def run(shim, earlier, base, faults, world):
-    """Save step 41 with each fault beside a copy of step 40; the driver's results and roots."""
+    """Save step 41 with each fault next to a copy of step 40; the driver's results and roots."""
     roots = [base / str(number) for number in range(len(faults))]
     for root in roots:
         shutil.copytree(earlier, root)
@@ -61,13 +61,13 @@ def check_step(root, step):
         assert torch.equal(checkpoint.read(name, slot, whole(tensor.shape)), tensor)
 
 
-# Only calls on files of the save itself count, not those that a child inherits or prints.
+# Count only calls on files of the save itself, not those that a child inherits or prints to.
 SAVE = {"FAULT_CALL": "any", "FAULT_PATH": "earlier-run"}
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_at_every_call(shim, earlier, tmp_path, world):
-    """Before and after each write, fsync, rename and mkdir: step 41 is whole or invisible."""
+    """Before and after each write, fsync, rename and mkdir: step 41 is complete or invisible."""
     base = tmp_path / "earlier-run"
     [((status, calls, _), root)] = run(shim, earlier, base, [SAVE], world)
     assert status == 0
@@ -97,7 +97,7 @@ def test_killed_at_every_call(shim, earlier, tmp_path, world):
         if committed:
             check_step(root, 41)
         outcomes.add(committed)
-        # The restarted run saves again, and tidies up what the dead one left.
+        # The restarted run saves again, and cleans up after the dead one.
         save_world(root, 42)
         assert all(path.name.startswith("step_000000") for path in root.iterdir())
         assert not list(root.glob("*.tmp-*"))
@@ -132,7 +132,7 @@ def test_every_call_refused_once(shim, earlier, tmp_path, how):
 
 
 def test_a_really_full_disk(tmp_path):
-    """On a tmpfs of 1 MiB: refused in advance, and, where the size is hidden, when it fills."""
+    """On a tmpfs of 1 MiB: refused in advance, or if the size is hidden, when it fills up."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk]

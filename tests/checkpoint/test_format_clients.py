@@ -1,4 +1,4 @@
-"""What other programs do with checkpoints of runs that have grown: they load them as they are."""
+"""Other programs load checkpoints of grown runs as they are."""
 
 import itertools
 import subprocess
@@ -25,7 +25,7 @@ CUT = [Layout(data=2, zero=1), Layout(data=2, zero=2), Layout(data=2, zero=3),
 
 
 def load_in_deepspeed(comm, root, cases):
-    """Per (history, format, layout): what an engine of that model has otherwise once it loaded."""
+    """Per (history, format, layout): what differs in an engine of that model after loading it."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
     import plays
 
@@ -54,7 +54,7 @@ def load_in_deepspeed(comm, root, cases):
         job = Client(source, layout, fmt == "universal")
         path, _ = job.engine._deepspeed.load_checkpoint(str(target))
         assert path is not None
-        # What it has in memory now, it saves; its own view of the optimizer is what counts.
+        # What it has in memory now, it saves; the optimizer's own view is what counts.
         client = {"megagrow": {"config": source.config, "run_state": source.run_state}}
         job.engine._deepspeed.save_checkpoint(str(target / "again"), client_state=client)
         comm.barrier()

@@ -1,7 +1,7 @@
-"""Every format holds every kind of model, grown or not, in every layout that it has a place for.
+"""Every format holds every kind of model, grown or not, in every layout that it can express.
 
-A cell is (format, what the run has been through, layout): written from a native checkpoint, read
-back, compared in every tensor and slot that the format holds.  What cannot be is refused by name.
+A cell is (format, the run's growths, layout): written from a native checkpoint, read
+back, compared in every tensor and slot that the format holds.  The impossible is refused by name.
 """
 
 import itertools
@@ -24,7 +24,7 @@ LAYOUTS = {
     "tensor": Layout(tensor=2),
     "pipeline": Layout(pipeline=2),
 }
-# What a format has no place for, by its name and that of the axis.
+# What a format cannot express, by its name and that of the axis.
 NO_PLACE = {
     ("huggingface", "data"), ("huggingface", "tensor"), ("huggingface", "pipeline"),
     ("universal", "data"), ("megatron", "data"),
@@ -57,7 +57,7 @@ def test_a_model_is_the_same_in_every_format_however_it_has_grown(
     path, model, wanted = sources[history]
     job = Job(path, tmp_path / "out", fmt, layout=LAYOUTS[layout])
     if (fmt, layout) in NO_PLACE:
-        with pytest.raises(ConfigError, match=f"format {fmt} has no place for .*{layout}"):
+        with pytest.raises(ConfigError, match=f"format {fmt} cannot express .*{layout}"):
             convert(job, workers=1)
         assert not job.target.exists()
         return

@@ -1,4 +1,4 @@
-"""Manifests that someone made by hand, with a right digest: refused by name, nothing run."""
+"""Hand-made manifests with a correct digest: refused by name, no code run."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def entry(body, file=0, index=0):
 
 
 def big(body):
-    """An entry of a box that is more than one element."""
+    """An entry for a box with more than one element."""
     return next(e for f in body["files"] for e in f["entries"] if max(e["shape"], default=1) > 1)
 
 
@@ -192,7 +192,7 @@ def test_hostile_manifest(copy, case):
     ],
 )
 def test_boxes_that_do_not_tile_in_files_that_are_sound(tmp_path, boxes, says):
-    """Offsets, sizes and headers agree with each other; only the boxes are wrong."""
+    """Offsets, sizes and headers are consistent; only the boxes are wrong."""
     path, _ = save_world(tmp_path, 40, world=1)
     body = body_of(path)
     entries = body["files"][0]["entries"]
@@ -216,7 +216,7 @@ def test_bytes_that_belong_to_no_box(copy):
 
 
 def _recompute(body):
-    """Make starts, size and checksums agree with the boxes again."""
+    """Make starts, size and checksums consistent with the boxes again."""
     from megagrow.checkpoint.native.shard_file import Part, lay_out
     from megagrow.state.boxes import Box
 
@@ -299,7 +299,7 @@ def test_only_regular_files_are_read(copy, name, kind):
     elif kind == "dangling link":
         file.symlink_to("/nowhere")
     elif kind == "pipe":
-        os.mkfifo(file)  # opening it the plain way would wait for ever
+        os.mkfifo(file)  # a plain open would block forever
     else:
         file.mkdir()
     with pytest.raises(CheckpointError, match=name):

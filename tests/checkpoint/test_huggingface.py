@@ -1,4 +1,4 @@
-"""Directories of Hugging Face: transformers reads ours, we read theirs, and damage is refused."""
+"""Hugging Face directories: transformers reads ours, we read theirs, and damage is refused."""
 
 import json
 import os
@@ -148,7 +148,7 @@ def test_the_names_of_gpt2s_release_are_read(tmp_path):
 
 
 def cache_of(directory, root):
-    """The directory as huggingface_hub keeps it: links to files that are named by their digest."""
+    """The directory as huggingface_hub keeps it: links to files named by their digest."""
     model, revision = root / "models--someone--toy", "0123456789abcdef0123456789abcdef01234567"
     snapshot, blobs = model / "snapshots" / revision, model / "blobs"
     snapshot.mkdir(parents=True)
@@ -175,7 +175,7 @@ def test_links_that_leave_the_cache_are_refused(tmp_path):
     target = to(path, tmp_path / "hf", "huggingface")
     _, snapshot = cache_of(target, tmp_path)
     file, pipe = snapshot / "config.json", snapshot.parent.parent / "blobs" / "pipe"
-    os.mkfifo(pipe)  # opening it the plain way would wait for ever
+    os.mkfifo(pipe)  # a plain open would block forever
     for elsewhere in (target / "config.json", "/nowhere", pipe):
         file.unlink()
         file.symlink_to(elsewhere)
@@ -269,7 +269,7 @@ def test_a_head_beside_tied_embeddings_passes_only_if_it_is_the_token_table(tmp_
     other[-1, -1] += 1e-6
     for wrong in (other, token.bfloat16(), token[:-1].clone()):
         with_arrays(target, lm_head__weight=wrong)
-        with pytest.raises(CheckpointError, match="a head of its own") as caught:
+        with pytest.raises(CheckpointError, match="an untied head") as caught:
             open_hf(target)
     assert "set tie_word_embeddings: false" in str(caught.value)
     # The message's advice, followed:
@@ -319,7 +319,7 @@ CHANGED = {
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_every_setting_of_transformers_is_refused_carried_or_listed(tmp_path, family):
-    """A new setting of a new release of transformers makes this test fail: it needs a fate."""
+    """A new setting in a release of transformers makes this test fail: it needs a decision."""
     model = toy_model(family=family, tie_embeddings=False)
     theirs = their_directory(tmp_path / "hf", model)
     sound = json.loads((tmp_path / "hf/config.json").read_text())
@@ -334,7 +334,7 @@ def test_every_setting_of_transformers_is_refused_carried_or_listed(tmp_path, fa
             continue
         listed = f"config.json: {key}" in {item.name for item in source.left_out}
         fates[key] = "listed" if listed else "carried"
-        # Either way what is read computes what transformers computes under that setting.
+        # Either way the result computes what transformers computes under that setting.
         changed = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / "hf", dtype=torch.float32
         )
@@ -404,7 +404,7 @@ def test_every_truncation_is_refused(sharded, tmp_path):
 
 
 def test_flips_in_headers_are_refused_or_change_nothing(sharded, tmp_path):
-    """The format has no checksums: a flip may at most rename what nobody reads."""
+    """The format has no checksums: a flip may at most rename something that is never read."""
     rng = random.Random(6)
     copy = shutil.copytree(sharded, tmp_path / "copy")
     wanted = contents(copy)
@@ -478,7 +478,7 @@ def test_an_index_that_leads_elsewhere_is_refused(sharded, tmp_path, file):
     content = json.loads(index.read_text())
     content["weight_map"]["model.norm.weight"] = file
     index.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="none of this directory"):
+    with pytest.raises(CheckpointError, match="outside this directory"):
         open_hf(copy)
 
 

@@ -1,4 +1,4 @@
-"""An export's tokenizer gives transformers the ids of training, and tells where a text ends."""
+"""An export's tokenizer gives transformers the same ids as in training, and marks text ends."""
 
 import argparse
 import hashlib
@@ -30,7 +30,7 @@ def sha256(path):
 
 
 def byte_level(path, *, template=False, end=END):
-    """A byte-level tokenizer.json with blanks in its pieces, as many trainers make it."""
+    """A byte-level tokenizer.json with spaces in its pieces, as many trainers make it."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
@@ -51,7 +51,7 @@ def byte_level(path, *, template=False, end=END):
 
 
 def saved(root, tokenizer, *, family="gpt2", **settings):
-    """A checkpoint whose run had that tokenizer."""
+    """A checkpoint of a run that used this tokenizer."""
     model = toy_model(family=family, vocab=320)
     held = {"data": "d0", "tokenizer": sha256(tokenizer)}
     return save_model(root, model, fingerprints=held, **settings)[0]
@@ -67,7 +67,7 @@ def agrees(directory, tokenizer, texts):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_runs_own_tokenizer_goes_along_and_gives_the_same_ids(tmp_path, dataset, family):  # noqa: F811
-    """Found by the data's path, compared by its SHA-256, written for transformers."""
+    """Found through the data's path, compared by SHA-256, written for transformers."""
     own = dataset / "tokenizer.model"
     path = saved(tmp_path, own, family=family, data=dataset)
     out = to(path, tmp_path / "hf", "huggingface")
@@ -77,7 +77,7 @@ def test_a_runs_own_tokenizer_goes_along_and_gives_the_same_ids(tmp_path, datase
     assert loaded.decode(loaded(TEXT)["input_ids"]) == TEXT
     assert (loaded.eos_token_id, loaded.bos_token_id, loaded.pad_token_id) == (ours.eod,) * 3
     assert sha256(out / "tokenizer.model") == sha256(own)
-    # The export knows its tokenizer by either of its forms, and the run's.
+    # The export recognises its tokenizer in either form, and the run's.
     assert sha256(own) in opened(out).fingerprints.values()
     again = to(out, tmp_path / "half", "huggingface", dtype=torch.float16)
     agrees(again, ours, texts[:5])
@@ -92,13 +92,13 @@ def test_any_tokenizer_json_gives_the_same_ids(tmp_path):
 
 
 def test_what_training_does_without_is_left_out_of_it(tmp_path):
-    """A beginning that the tokenizer puts before a text, truncation."""
+    """Tokens that the tokenizer adds before a text, and truncation."""
     own = byte_level(tmp_path / "tokenizer.json", template=True)
     path = saved(tmp_path, own)
     report = convert(Job(path, tmp_path / "hf", "huggingface", tokenizer=own))
     assert any("without truncation, post_processor" in note for note in report.notes)
     agrees(tmp_path / "hf", load_tokenizer(own), [TEXT])
-    # It is still the same tokenizer to whoever compares.
+    # For comparisons it is still the same tokenizer.
     to(tmp_path / "hf", tmp_path / "again", "huggingface", tokenizer=own)
 
 
@@ -116,10 +116,10 @@ def test_a_directorys_own_configuration_is_carried_and_compared(tmp_path):
         assert (tmp_path / "hf" / name).read_bytes() == (shelf / name).read_bytes()
     told = json.loads((tmp_path / "hf/generation_config.json").read_text())
     assert (told["eos_token_id"], told["temperature"]) == (0, 0.5)
-    # One that leads transformers to other ids, as GPT-2's class does here, is refused.
+    # A class that leads transformers to other ids, as GPT-2's does here, is refused.
     theirs["tokenizer_class"] = "GPT2Tokenizer"
     (shelf / "tokenizer_config.json").write_text(json.dumps(theirs | {"add_prefix_space": True}))
-    with pytest.raises(CheckpointError, match="transformers gives other ids than training had"):
+    with pytest.raises(CheckpointError, match="transformers gives other ids than in training"):
         convert(Job(path, tmp_path / "other", "huggingface", tokenizer=shelf))
     assert not (tmp_path / "other").exists()
 
@@ -139,7 +139,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused_or_asked_for(tmp_path):
     # The weights remember the tokenizer that they were exported with.
     with pytest.raises(CheckpointError, match="is not the tokenizer of this model"):
         convert(Job(job.target, tmp_path / "b", "huggingface", tokenizer=own))
-    # A run takes weights only with their own tokenizer.
+    # A run accepts weights only with its own tokenizer.
     run = {"model": toy_model(vocab=320).model_dump(mode="json", by_alias=True)}
     for prints, works in ((sha256(other), True), (sha256(own), False)):
         job_of_run = Job(
@@ -157,12 +157,12 @@ def test_a_dataset_that_was_made_again_does_not_lend_its_tokenizer(tmp_path, dat
     own = byte_level(tmp_path / "tokenizer.json")
     path = saved(tmp_path, own, data=dataset)
     [note] = convert(Job(path, tmp_path / "hf", "huggingface")).notes
-    assert "another than the model's, by its SHA-256" in note and "does not stop" in note
+    assert "is not the model's: its SHA-256 differs" in note and "does not stop" in note
     assert not (tmp_path / "hf/tokenizer.json").exists()
 
 
 def test_generation_ends_at_the_end_of_a_document(tmp_path, dataset):  # noqa: F811
-    """A model that always says "end of document" next: one token, not as many as are allowed."""
+    """A model that always predicts "end of document": generation stops after one token."""
     own = dataset / "tokenizer.model"
     eod = load_tokenizer(own).eod
     path = saved(tmp_path, own, data=dataset)

@@ -39,7 +39,7 @@ def test_a_run_directory_shows_its_newest_checkpoint(run_directory):
     files = sorted((run_directory / "checkpoints" / "step_00000040").glob("rank_*"))
     assert rows["bytes"] == f"{sum(f.stat().st_size for f in files):,} in 2 files"
     assert rows["checksums"].endswith("not compared")
-    assert rows["steps beside it"] == "10, 40"
+    assert rows["other steps"] == "10, 40"
 
 
 def test_damage_ends_with_status_1_only_where_it_is_looked_for(run_directory):
@@ -75,7 +75,7 @@ def test_no_checkpoint_and_help(tmp_path):
 
 
 def test_scripts_beside_it_still_get_the_standard_inspect(tmp_path):
-    """The directory of a script is first in its search path, and this file is named `inspect`."""
+    """A script's directory is first in its search path, and this file is named `inspect`."""
     (tmp_path / "inspect.py").write_text((LAUNCH / "inspect.py").read_text())
     (tmp_path / "other.py").write_text(
         "import dataclasses, inspect\n"

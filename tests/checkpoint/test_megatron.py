@@ -72,7 +72,7 @@ CLASSIC = {
 
 
 def classic(parameters):
-    """Megatron-Core's names as those of the classic model, nested as it nests them."""
+    """Megatron-Core's names as the classic model's, with its nesting."""
     model = {"embedding": {}, "encoder": {}}
     for name, values in parameters.items():
         if name.startswith("embedding."):
@@ -88,7 +88,7 @@ def classic(parameters):
 
 
 def engine(parameters):
-    """Names as Transformer Engine's layers have them, with their extra state."""
+    """Names as in Transformer Engine's layers, with their extra state."""
     renamed = {}
     for name, values in parameters.items():
         name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
@@ -99,10 +99,10 @@ def engine(parameters):
 
 
 def megatrons_own(root, model, names, *, version=3.0, half=False, ours=True, **more):
-    """A checkpoint that torch.save wrote; returns the source that it holds.
+    """A checkpoint written by torch.save; returns its contents as a source.
 
-    Parameters and their order are taken from what our sink writes (as `test_megatron_core` has
-    compared with Megatron's model), the optimizer's state from a real AdamW over them.
+    Parameters and their order come from our sink (which `test_megatron_core` has compared with
+    Megatron's model), the optimizer's state from a real AdamW on them.
     """
     source = whole_source(model)
     path = write_checkpoint(FORMAT, source, root, Layout()) / "iter_0000007" / "mp_rank_00" / FILE
@@ -196,12 +196,12 @@ def test_what_it_cannot_be_is_refused_by_name(tmp_path):
 
 
 def arguments():
-    """As our sink writes them."""
+    """The arguments as our sink writes them."""
     return write_args(toy_model(family="llama", tie_embeddings=False), Layout(), padded=128)
 
 
 def fate(key, value):
-    """Whether an argument is carried, left out or refused (then by its name)."""
+    """Whether an argument is carried, left out or refused (then by name)."""
     args = arguments() | {key: value}
     try:
         left_out = names.read_model(args, where="file", told=NOTHING_TOLD)[2]
@@ -210,7 +210,7 @@ def fate(key, value):
     return "left out" if f"args.{key}" in {item.name for item in left_out} else "carried"
 
 
-# What changes the function that Megatron-Core's model computes of its tensors.
+# Arguments that change the function that Megatron-Core's model computes of its tensors.
 CHANGES_THE_FUNCTION = {
     "activation_func": "relu", "activation_func_clamp_value": 7.0, "add_qkv_bias": True,
     "apply_residual_connection_post_layernorm": True, "attention_output_gate": True,
@@ -228,7 +228,7 @@ CHANGES_THE_FUNCTION = {
 
 
 def test_every_field_of_megatron_cores_configuration_has_a_fate():
-    """A new field of a new release makes this test fail: someone must say what it does."""
+    """A new field in a release makes this test fail: someone must decide what it does."""
     config = pytest.importorskip("megatron.core.transformer.transformer_config")
     fields = {field.name: field for field in dataclasses.fields(config.TransformerConfig)}
     without = {key for key in fields if key not in CARRIED and key not in FIXED}
@@ -317,7 +317,7 @@ def test_the_true_vocabulary_can_be_told(tmp_path):
 
 
 def changed(file, change):
-    """Let a function change what a file of torch.save holds."""
+    """Let a function change the contents of a torch.save file."""
     value = torch.load(file, weights_only=False)
     change(value)
     torch.save(value, file)
@@ -401,7 +401,7 @@ def test_the_tracker_cannot_lead_outside(tmp_path):
 
 
 def test_megatron_core(tmp_path):
-    """Its model takes our export, lists its parameters in our order and gives our logits."""
+    """Its model loads our export, lists its parameters in our order and gives our logits."""
     pytest.importorskip("megatron.core", reason="pip install megatron-core")
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "megatron_client.py", tmp_path],

@@ -1,4 +1,4 @@
-"""Which model a checkpoint is of: one answer, from the run's first model and its growths."""
+"""The model of a checkpoint follows from the run's first model and its growths alone."""
 
 import ast
 from pathlib import Path
@@ -22,7 +22,7 @@ FILES = sorted([*(ROOT / "megagrow").rglob("*.py"), *(ROOT / "launch").rglob("*.
 
 
 def reads_model_section(node):
-    """`config["model"]` or `config.get("model")`, whatever the configuration is called."""
+    """`config["model"]` or `config.get("model")`, under any variable name."""
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
         key, owner = node.slice, node.value
     elif (
@@ -84,7 +84,7 @@ def test_a_configuration_that_does_not_lead_to_the_tensors_is_refused(tmp_path):
         told_model(Changed)
     Changed.config = {}
     assert told_model(Changed) is None
-    with pytest.raises(CheckpointError, match="does not tell the shape"):
+    with pytest.raises(CheckpointError, match="does not say which model it holds"):
         model_of(Changed)
 
 

@@ -1,4 +1,4 @@
-"""What was saved is read back, in any boxes; sources and properties tell the truth."""
+"""What was saved is read back, in any boxes; sources and properties are correct."""
 
 import random
 import threading
@@ -125,7 +125,7 @@ def test_a_checkpoint_may_be_copied_under_another_name_but_not_another_step(tmp_
     path, _ = saved(tmp_path, 40)
     assert NativeCheckpoint.open(path.rename(tmp_path / "best")).step == 40
     wrong = (tmp_path / "best").rename(tmp_path / "step_00000041")
-    with pytest.raises(CheckpointError, match="of another step"):
+    with pytest.raises(CheckpointError, match="its step is not that of"):
         NativeCheckpoint.open(wrong)
 
 

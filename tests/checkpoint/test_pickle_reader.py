@@ -1,4 +1,4 @@
-"""Files of torch.save: read as torch reads them, hostile ones refused and never run."""
+"""torch.save files: read as torch reads them, hostile ones refused and never run."""
 
 import argparse
 import collections
@@ -119,7 +119,7 @@ def test_hostile_pickles_are_refused_by_name_and_not_run(tmp_path):
     ]
     for call in calls:
         path = save(tmp_path / "hostile.pt", {"module": Hostile(*call)})
-        with pytest.raises(CheckpointError, match="nothing of it was run") as caught:
+        with pytest.raises(CheckpointError, match="none of its code was run") as caught:
             read_torch_file(path)
         assert str(path) in str(caught.value)
     assert not proof.exists()
@@ -180,13 +180,13 @@ EXPENSIVE = {
         "a storage of",
     ),
     "what is called": (DOUBLED + b")R.", "it calls"),
-    "a plain value": (DOUBLED + b".", "references that stand for more than"),
+    "a plain value": (DOUBLED + b".", "references that expand to more than"),
     "attributes": (
         b"cargparse\nNamespace\n)\x81}X\1\0\0\0a" + DOUBLED + b"sb.",
-        "references that stand for more than",
+        "references that expand to more than",
     ),
     "arguments": (
-        b")" + b"q\0cnumpy.x\ny\nh\0h\0\x86R" * 40 + b".", "references that stand for more than",
+        b")" + b"q\0cnumpy.x\ny\nh\0h\0\x86R" * 40 + b".", "references that expand to more than",
     ),
     "sizes": (
         b"]q\0(" + b"K\1" * 50_000 + b"e0" + b"ctorch\nSize\nh\0\x85R0" * 9 + b"N.", "50000 axes",
@@ -199,7 +199,7 @@ EXPENSIVE = {
 
 @pytest.mark.parametrize("what", EXPENSIVE)
 def test_a_small_pickle_cannot_stand_for_endless_work(what):
-    """Each of these made a reader hash, print, compare or walk 2**40 parts, or fall."""
+    """Each of these made a reader hash, print, compare or walk 2**40 parts, or crash."""
     text, says = EXPENSIVE[what]
     with pytest.raises(CheckpointError, match=says):
         read_pickle(b"\x80\4" + text, where=Path("hostile.pt"))
@@ -238,7 +238,7 @@ def test_damaged_archives_are_refused_or_read_alike(tmp_path):
             assert "bad.pt" in refused
             continue
         value = read_torch_file(bad).value
-        # What is not refused is damage to a tensor's own values, or to bytes that mean nothing.
+        # Accepted damage is only in a tensor's own values, or in bytes without meaning.
         assert value["b"][1] == "text" and value["a"].shape == (64,)
 
 

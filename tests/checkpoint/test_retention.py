@@ -1,4 +1,4 @@
-"""Which checkpoints stay, which go, and that none is ever half gone."""
+"""Which checkpoints are kept, which are deleted, and that none is ever half deleted."""
 
 import errno
 import os
@@ -105,7 +105,7 @@ def test_set_aside_hides_the_newer_ones_and_keeps_them(root):
     assert names == ["step_00000030.set-aside", "step_00000040.set-aside"]
     for path, step in zip(moved, (30, 40), strict=True):
         assert NativeCheckpoint.open(path).step == step
-    # The run goes on, saves the same steps again, and goes back once more.
+    # The run continues, saves the same steps again, and goes back once more.
     save_world(root, 30, seed=9)
     assert len(set_aside(root, 20)) == 1
     retire(root, 1)
@@ -119,7 +119,7 @@ def test_set_aside_hides_the_newer_ones_and_keeps_them(root):
 
 @pytest.fixture
 def disk(root, monkeypatch):
-    """A disk on which the checkpoints leave 100 bytes free; deleting them leaves more."""
+    """A disk on which the checkpoints leave 100 bytes free; deleting them frees more."""
     full = sum(size_of(path) for path in root.iterdir()) + 100
 
     def usage(path):
@@ -145,7 +145,7 @@ def test_a_save_that_lacks_room_takes_that_of_what_retention_would_delete_and_sa
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_what_would_not_be_room_enough_is_not_deleted_and_what_is_there_is_named(disk, keep):
-    """As after a growth: the new one is larger than all that may go; the last good one stays."""
+    """As after a growth: the new one is larger than all that may be deleted; the last is kept."""
     sizes = {step: size_of(step_path(disk, step)) for step in (10, 20, 30, 40)}
     said = []
     with pytest.raises(CheckpointError) as caught:

@@ -1,4 +1,4 @@
-"""A save either commits or fails on all ranks, and never harms what is there."""
+"""A save either commits or fails on all ranks, and never harms existing checkpoints."""
 
 import errno
 import fcntl
@@ -25,7 +25,7 @@ def all_refuse(outcomes, *says):
 
 
 def only_step_40(root):
-    """Nothing but the sound checkpoint of step 40 is there."""
+    """Only the intact checkpoint of step 40 exists."""
     assert [path.name for path in root.iterdir()] == ["step_00000040"]
     NativeCheckpoint.open(root / "step_00000040").verify()
 
@@ -57,12 +57,12 @@ def test_something_else_in_the_way_is_left_alone(root, kind):
         path.mkdir()
     else:
         path.symlink_to("nowhere")
-    all_refuse(save_outcomes(root, 41, cut()), "something else lies there")
+    all_refuse(save_outcomes(root, 41, cut()), "something else is there")
     assert len(list(root.iterdir())) == 2 and os.path.lexists(path)
 
 
 def fail(function, code, on):
-    """The function of `os`, which fails with this code where `on` says so."""
+    """The function of `os`, failing with this code where `on` says so."""
     original = getattr(os, function)
 
     def wrapped(*args, **kwargs):
@@ -138,7 +138,7 @@ def test_a_parent_that_cannot_be_synchronised_is_told_but_the_step_is_whole(root
 
 
 def record_directories(monkeypatch):
-    """The temporary directories that are made from now on."""
+    """The temporary directories created from now on."""
     made, mkdir = [], os.mkdir
 
     def recorded(path, *rest):
@@ -312,7 +312,7 @@ def test_without_locks_only_a_quiet_directory_is_swept(root, monkeypatch):
 
 
 def test_a_save_whose_directory_is_swept_fails_and_commits_nothing(root):
-    """Should a lock ever lie, the rename away makes the victim fail, not commit a torn step."""
+    """Even if a lock lied, renaming the directory makes the victim fail, not commit a torn step."""
 
     class Swept(SoloGroup):
         calls = 0

@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoints: round trips, and engines that go on from them."""
+"""DeepSpeed's universal checkpoints: round trips, and engines that resume from them."""
 
 import itertools
 import shutil
@@ -76,12 +76,12 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 
 
 def load_and_go_on(comm, root, cases):
-    """Losses of a run that goes on by itself, and of engines that load its universal form."""
+    """Losses of an uninterrupted run, and of engines that load its universal form."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
     from plays import Job
 
     class UniversalJob(Job):
-        """A job whose engine looks for universal checkpoints."""
+        """A job whose engine loads universal checkpoints."""
 
         def _engine(self, layout):
             passed = {"checkpoint": {"load_universal": True}}
@@ -106,7 +106,7 @@ def load_and_go_on(comm, root, cases):
         job = UniversalJob(comm, model=model, layout=target, fresh=False)
         job.engine._deepspeed.load_checkpoint(str(there))
         for state in job.engine._deepspeed.basic_optimizer.state.values():
-            # DeepSpeed's ZeRO 3 gives all groups one step tensor, which each then counts up.
+            # DeepSpeed's ZeRO 3 gives all groups one step tensor, which each group then increments.
             state["step"] = state["step"].clone()
         job.step = 2
         job.train(2)

@@ -1,4 +1,4 @@
-"""A user's own model under DeepSpeed, which nothing of ours knows: ranks call these."""
+"""A user's own model under DeepSpeed, unknown to megagrow; called on the ranks."""
 
 import contextlib
 
@@ -17,7 +17,7 @@ OPTIMIZERS = {
 
 
 class UsersModel(torch.nn.Module):
-    """Two tied tables, a frozen matrix, a buffer of numbers and one of whole numbers."""
+    """Two tied tables, a frozen matrix, a float buffer and an integer buffer."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class UsersModel(torch.nn.Module):
 
 
 def engine(*, zero, dtype="fp32", optimizer="adamw", seed=0, universal=False, **zero_settings):
-    """The user's engine: two groups, of which one has no weight decay and a rate of its own."""
+    """The user's engine: two groups, one without weight decay and with its own learning rate."""
     import deepspeed
 
     torch.manual_seed(seed)
@@ -71,7 +71,7 @@ def train(engine, steps, rank, first=0):
 
 
 def tensors(engine):
-    """Everything in the module, whole (with ZeRO 3 gathered), and with ZeRO the masters."""
+    """Everything in the module, whole (gathered under ZeRO 3), and with ZeRO the masters."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -81,7 +81,7 @@ def tensors(engine):
         gathered = deepspeed.zero.GatheredParameters(list(engine.module.parameters()))
     with gathered:
         found = {name: t.detach().clone() for name, t in engine.module.state_dict().items()}
-    # DeepSpeed's own look-up does not know of parameters that are dealt out.
+    # DeepSpeed's own look-up does not support parameters dealt round-robin.
     masters = zero and not engine.zero_round_robin_gradients()
     for name, parameter in engine.module.named_parameters() if masters else ():
         if parameter.requires_grad:
@@ -90,9 +90,9 @@ def tensors(engine):
 
 
 def go_on(comm, root, cases):
-    """Train, save, convert, go on from the result; per case what differs from going on at once.
+    """Train, save, convert, resume from the result; per case the differences to not stopping.
 
-    A case is (name, settings of the first engine, those of the second, formats on the way).
+    A case is (name, settings of the first engine, of the second, formats on the way).
     """
     found = {}
     for name, settings, following, route in cases:
@@ -123,7 +123,7 @@ def go_on(comm, root, cases):
         differing = differences(at_save, read)
         train(second, 1, comm.rank, first=3)
         read = tensors(second)
-        # Gradients are clipped by a norm whose parts other stages add up in another order.
+        # Gradients are clipped by a norm that other stages sum in another order.
         stages = {settings["zero"], following["zero"]}
         alike = len(stages) == 1 or stages <= ({0, 1, 2} if comm.world == 1 else {1, 2})
         near = 0.0 if alike else {"fp32": 1e-5, "bf16": 2**-7}[settings["dtype"]]
@@ -134,7 +134,7 @@ def go_on(comm, root, cases):
 
 
 def differences(wanted, found, *, near=0.0):
-    """Names whose values differ by more than a part of themselves; ZeRO 0 shows no masters."""
+    """Names whose values differ by more than a fraction of themselves; ZeRO 0 has no masters."""
     masters = any(name.endswith(" master") for name in found)
     return [
         name for name, values in wanted.items()

@@ -55,7 +55,7 @@ def random_values(seed, catalog=CATALOG, dtype=torch.float32):
 
 
 def random_cuts(values, world, seed):
-    """Pieces of each rank: every tensor cut into flat ranges at random places, slots alike."""
+    """Pieces of each rank: every tensor cut into flat ranges at random, the same for all slots."""
     rng = random.Random(seed)
     ranks = [[] for _ in range(world)]
     cuts_of = {}
@@ -115,7 +115,7 @@ class ThreadGroup:
 
 
 def save_outcomes(root, step, ranks, *, about=None, chunk_bytes=CHUNK):
-    """Save with one thread a rank; what each rank returned or raised."""
+    """Save with one thread per rank; what each rank returned or raised."""
     about = about or meta(world=len(ranks))
     outcomes = [None] * len(ranks)
     meeting = _Meeting(len(ranks))
@@ -160,7 +160,7 @@ def save_world(root, step, *, world=2, seed=0, about=None, chunk_bytes=CHUNK):
 
 
 def reseal(body):
-    """manifest.json of a body (bytes or plain data) with the right digest: a forger's work."""
+    """manifest.json of a body (bytes or plain data) with a correct digest, as a forger would."""
     if not isinstance(body, bytes):
         body = json.dumps(body, separators=(",", ":"), sort_keys=True).encode()
     digest = hashlib.sha256(body).hexdigest().encode()

@@ -1,9 +1,9 @@
-"""launch/pretrain.py, in which ranks meet with what they are told to, each once.
+"""launch/pretrain.py with faults injected into ranks, each once.
 
 MEGAGROW_FAULTS is a directory for notes, then `rank:function:count:what`, separated by spaces:
-at its count-th call of a function of megagrow's of that name, the rank is killed (`kill`), or
-stands still for some seconds (`pause`), after it has left a note that this was done.  With
-`first/function` the calls count from the first call of `first` on.
+at its count-th call of the megagrow function of that name, the rank is killed (`kill`), or
+pauses for some seconds (`pause`), after leaving a note that this was done.  With
+`first/function` the calls count from the first call of `first`.
 """
 
 import os
@@ -23,7 +23,7 @@ def arm():
     for fault in faults:
         rank, function, count, what = fault.split(":")
         note = Path(notes) / fault.translate(str.maketrans(":/", "__"))
-        # One at a time, in the order they are told.
+        # One at a time, in the given order.
         if not note.exists():
             if rank == os.environ["RANK"]:
                 watch_for(function, int(count), what, note)

@@ -1,9 +1,9 @@
 """Hosts on one machine: `with Hosts(2) as hosts: hosts.run("login", [...])`.
 
-A host is a set of namespaces of its own: network, host name, processes, shared memory, mounts. Its
-first process is an sshd.  `login` is one more, which holds the switch and is where jobs are
-started from.  None of them has a way out, and nothing outside changes: no name in /run/netns, no
-file in ~/.ssh, no interface.
+A host is its own set of namespaces: network, host name, processes, shared memory, mounts. Its
+first process is an sshd.  `login` is one more host, which holds the switch and from which jobs
+are started.  None of them has outside access, and nothing outside changes: no name in
+/run/netns, no file in ~/.ssh, no interface.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ exec /usr/bin/ssh -F none -i {here}/key -o IdentitiesOnly=yes -o StrictHostKeyCh
 
 @functools.cache
 def missing():
-    """What this machine lacks for such hosts, in words; "" where nothing."""
+    """What this machine lacks for such hosts, in words; "" if nothing."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "namespaces as hosts need Linux and root"
     absent = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -115,7 +115,7 @@ class Hosts:
                 shell.wait()
 
     def start(self, name, words, *, environ=None, **more):
-        """A process on a host, in the current directory."""
+        """Start a process on a host, in the current directory."""
         path = f"{self.here}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
         settings = {**(environ or {}), "PATH": path}
         clean = [k for k in os.environ if k.startswith(("MEGAGROW_", "SSH_", "GLOO_"))]
@@ -129,7 +129,7 @@ class Hosts:
         )  # fmt: skip
 
     def run(self, name, words, *, timeout=60, **more):
-        """The same, to its end: (status, what it wrote)."""
+        """The same, until it ends: (status, output)."""
         process = self.start(name, words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more)
         try:
             said, _ = process.communicate(timeout=timeout)
@@ -138,7 +138,7 @@ class Hosts:
         return process.returncode, said
 
     def processes(self, name, word):
-        """Command lines of a host's processes with a word in them, by their number here."""
+        """Command lines of a host's processes that contain a word, by process id."""
         inside = os.readlink(f"/proc/{self._inits[name]}/ns/pid")
         found = {}
         for entry in Path("/proc").iterdir():
@@ -150,7 +150,7 @@ class Hosts:
         return found
 
     def ranks(self, script="pretrain.py"):
-        """Number here and host of each rank's process, by rank."""
+        """Process id and host of each rank, by rank."""
         found = {}
         for name in self.names:
             for pid in self.processes(name, script):
@@ -166,10 +166,10 @@ class Hosts:
         self._in_login(f"ip link set {name} down")
 
     def heal(self, name):
-        """Put it back."""
+        """Plug it in again."""
         self._in_login(f"ip link set {name} up")
 
-    # --- making them ----------------------------------------------------------------------
+    # --- creating them --------------------------------------------------------------------
 
     def _make_files(self):
         here = self.here

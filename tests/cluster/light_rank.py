@@ -1,4 +1,4 @@
-"""A rank that trains nothing: it counts steps, saves their number, and fails as it is told."""
+"""A rank that trains nothing: it counts steps, saves their number, and fails on request."""
 
 import argparse
 import os

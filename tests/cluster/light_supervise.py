@@ -1,4 +1,4 @@
-"""launch/supervise.py with launchers that are light."""
+"""launch/supervise.py with lightweight launchers."""
 
 import sys
 from pathlib import Path

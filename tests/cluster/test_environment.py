@@ -1,4 +1,4 @@
-"""What goes along to the hosts; the shell between is a real one."""
+"""The environment passed to the hosts, through a real shell."""
 
 import subprocess
 
@@ -44,7 +44,7 @@ def test_the_users_own_file(tmp_path, monkeypatch):
 
 
 def as_the_launcher_does(path):
-    """What its ranks get: its own reader, its own quotes, pdsh's %, and a shell."""
+    """What its ranks get: the launcher's own reader, its quotes, pdsh's %, and a shell."""
     from deepspeed.launcher.multinode_runner import MultiNodeRunner
 
     class Runner(MultiNodeRunner):
@@ -112,5 +112,5 @@ def test_one_of_several_tasks_without_a_rank_does_not_train_alone(environ, launc
 
 
 def test_a_batch_script_of_several_tasks_is_one_process():
-    """As Slurm sets it outside of srun, where one process runs."""
+    """As Slurm sets it outside of srun, where a single process runs."""
     require_one_task({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"})

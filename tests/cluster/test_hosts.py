@@ -1,6 +1,6 @@
-"""Real jobs on hosts of their own: 2 hosts x 2 ranks, tensor 2 x data 2, growths in the middle.
+"""Real jobs on separate hosts: 2 hosts x 2 ranks, tensor 2 x data 2, growths in the middle.
 
-Every host's name resolves to its loopback address there, as Debian's installer leaves it.
+Every host's name resolves to its own loopback address, as Debian's installer leaves it.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def config(dataset, tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(dataset, tmp_path_factory):
-    """What four ranks log that nothing happens to, which is what one process logs."""
+    """The log of four undisturbed ranks, which equals that of one process."""
     lines = train(4, configured(dataset, tmp_path_factory.mktemp("undisturbed")))
     alone = configured(dataset, tmp_path_factory.mktemp("alone"), layout={"tensor": 1, "zero": 1})
     expected = [line["loss"] for line in events(train(1, alone), "step")]
@@ -51,7 +51,7 @@ def undisturbed(dataset, tmp_path_factory):
 
 
 class Jobs:
-    """Starts supervisors on the hosts, and ends what is left of them."""
+    """Starts supervisors on the hosts, and ends whatever is left of them."""
 
     def __init__(self, hosts, config, here):
         self.hosts, self.config, self.here = hosts, config, here
@@ -127,7 +127,7 @@ def jobs(hosts, config, tmp_path):
 
 
 def finish(process):
-    """(exit status, what it said)."""
+    """(exit status, output)."""
     try:
         status = process.wait(PATIENT)
     except subprocess.TimeoutExpired:
@@ -136,7 +136,7 @@ def finish(process):
 
 
 def test_deepspeed_over_ssh(jobs, config, undisturbed):
-    """From a third host, which the hosts' own names are of no use to."""
+    """From a third host, where the hosts' own names are useless."""
     status, said = finish(jobs.over_ssh())
     assert status == 0, said
     assert trajectory(log_of(config)) == undisturbed
@@ -147,7 +147,7 @@ def test_deepspeed_over_ssh(jobs, config, undisturbed):
 
 @pytest.mark.cluster
 def test_torchrun_and_ranks_that_are_killed(jobs, config, undisturbed):
-    """While training, while saving, while growing; on both hosts; each is gone on from."""
+    """While training, saving and growing, on both hosts; each is resumed from."""
     faults = ["3:train_step:3:kill", "1:put:20:kill", "2:grow/_piece:3:kill"]
     ended = [finish(process) for process in jobs.on_nodes(faults=faults)]
     assert [status for status, _ in ended] == [0, 0], ended
@@ -164,7 +164,7 @@ def test_torchrun_and_ranks_that_are_killed(jobs, config, undisturbed):
 
 @pytest.mark.cluster
 def test_deepspeed_without_supervisor(jobs, config, undisturbed, tmp_path):
-    """The launcher alone, with the environment it asks for in a file of its own."""
+    """The launcher alone, with the environment file that it requires."""
     settings = {"DS_ACCELERATOR": "cpu", "MEGAGROW_FAULTS": str(jobs.notes)}
     (tmp_path / "env").write_text("\n".join(f"{k}={v}" for k, v in settings.items()))
     words = [
@@ -193,7 +193,7 @@ def test_a_host_is_cut_off_and_comes_back(jobs, config, undisturbed):
     process = jobs.over_ssh("--restarts", "9", faults=[PAUSE])
     jobs.wait_for_note(PAUSE)
     jobs.hosts.cut("h1")
-    # The hosts that are cut off have nobody who could end them.
+    # Nothing can end the ranks on the unreachable hosts from outside.
     jobs.wait_for(lambda: jobs.hosts.ranks() == {}, "end of all ranks")
     jobs.hosts.heal("h1")
     status, said = finish(process)
@@ -204,7 +204,7 @@ def test_a_host_is_cut_off_and_comes_back(jobs, config, undisturbed):
 
 @pytest.mark.cluster
 def test_a_host_is_lost_and_left_out(jobs, config, undisturbed):
-    """Two ranks go on with what four began: another layout, the same curve."""
+    """Two ranks continue what four began: another layout, the same curve."""
     process = jobs.over_ssh("--restarts", "9", faults=[PAUSE])
     jobs.wait_for_note(PAUSE)
     jobs.hosts.cut("h1")
@@ -231,7 +231,7 @@ def test_a_host_is_cut_off_under_torchrun(jobs):
 
 @pytest.mark.cluster
 def test_the_supervisor_is_killed(jobs):
-    """With nobody left to end them, all ranks end themselves."""
+    """With no supervisor left to end them, all ranks end themselves."""
     process = jobs.over_ssh(faults=["0:train_step:4:pause"])
     jobs.wait_for_note("0:train_step:4:pause")
     assert set(jobs.hosts.ranks()) == {0, 1, 2, 3}
@@ -246,7 +246,7 @@ def test_the_supervisor_is_killed(jobs):
 
 @pytest.mark.cluster
 def test_pdsh_is_killed(jobs):
-    """After which `deepspeed` itself says 0 and all ranks live on."""
+    """After which `deepspeed` itself returns 0 and all ranks stay alive."""
     process = jobs.over_ssh(
         "--restarts", "0", faults=["0:train_step:4:pause"], overrides=["stages.2.until.steps=900"]
     )

@@ -1,4 +1,4 @@
-"""Ending what has a job's mark, and nothing else."""
+"""Kill what has a job's mark, and nothing else."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def sleeper(mark, code="import time; time.sleep(600)"):
 
 def test_only_the_marked_ones():
     mine, other = sleeper("abc"), sleeper("abcd")
-    # In a session of its own, without its parent, deaf, and under another name.
+    # In its own session, orphaned, ignoring SIGTERM, and under another name.
     stray = "import os, signal, time; signal.signal(15, signal.SIG_IGN); os.setsid(); " \
             "print(os.getpid(), flush=True); time.sleep(600)"  # fmt: skip
     double = sleeper(

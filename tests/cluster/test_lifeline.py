@@ -1,4 +1,4 @@
-"""The line between ranks and supervisor, with real processes at its rank's end."""
+"""The connection between ranks and supervisor, with real processes as ranks."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def exchange():
 
 
 def rank(exchange, body, *, number=3, port=None):
-    """A process that has the line in its environment and runs `body`."""
+    """A process that has the lifeline in its environment and runs `body`."""
     code = "import os, signal, sys, time\nfrom megagrow.cluster.lifeline import Lifeline, say\n"
     return subprocess.Popen(
         [sys.executable, "-c", code + body],
@@ -89,7 +89,7 @@ def test_sigkill_is_seen_at_once(exchange):
 
 
 def test_a_rank_whose_child_lives_on_is_gone_all_the_same(exchange):
-    """A forked worker does not hold its parent's line open."""
+    """A forked worker does not hold its parent's connection open."""
     process = rank(
         exchange,
         "line = Lifeline.from_environment()\n"
@@ -110,7 +110,7 @@ def test_the_supervisor_is_gone(exchange):
 
 
 def test_the_supervisor_is_gone_after_the_last_word(exchange):
-    """A rank that has said done ends as it will, with its own status."""
+    """A rank that has said done ends normally, with its own status."""
     process = rank(
         exchange,
         "Lifeline.from_environment().say('done')\nsys.stdin.read(); time.sleep(0.3); sys.exit(5)",
@@ -122,7 +122,7 @@ def test_the_supervisor_is_gone_after_the_last_word(exchange):
 
 
 def test_a_supervisor_that_is_cut_off(exchange):
-    """No end of the line, only silence: what a pulled cable looks like."""
+    """No end of the connection, only silence, as with a pulled cable."""
     process = rank(exchange, "Lifeline.from_environment().say('beat'); time.sleep(600)")
     until(exchange, said("beat"))
     assert process.wait(60) == 1  # nobody polls: nothing is sent any more
@@ -135,7 +135,7 @@ def test_a_rank_that_is_cut_off(exchange):
     start.peer.patience = 0.5
     process.send_signal(signal.SIGSTOP)
     assert until(exchange, lambda e: e.kind == "silent")[-1].message["seconds"] > 0.5
-    # A line that moves again is not silent any more.
+    # A connection that moves again is no longer silent.
     process.send_signal(signal.SIGCONT)
     end = time.monotonic() + 60
     while start.peer.silent and time.monotonic() < end:
@@ -166,7 +166,7 @@ def test_a_signal_is_passed_on(exchange):
 
 
 def test_a_signal_before_anybody_handles_it(exchange):
-    """Nothing is trained yet, so the job can be started again as it is."""
+    """Nothing is trained yet, so the job can simply be started again."""
     process = rank(exchange, "Lifeline.from_environment().say('beat'); time.sleep(600)")
     until(exchange, said("beat"))
     exchange.tell_all("stop", signal=int(signal.SIGTERM))
@@ -175,7 +175,7 @@ def test_a_signal_before_anybody_handles_it(exchange):
 
 
 def test_the_job_is_ended_with_a_reason(exchange):
-    """Also where the main thread hangs and no Python handler of a signal would ever run."""
+    """Even if the main thread hangs and no Python signal handler would ever run."""
     process = rank(
         exchange,
         "import ctypes; Lifeline.from_environment().say('beat'); ctypes.CDLL(None).sleep(600)",
@@ -208,7 +208,7 @@ def hung_up(stranger):
 
 
 def test_many_lines_at_once(exchange):
-    """Enough that anything quadratic or limited to 1024 files would show."""
+    """Enough to reveal anything quadratic or limited to 1024 files."""
     lines = []
     for number in range(1500):
         line = socket.create_connection(("localhost", exchange.port))
@@ -261,7 +261,7 @@ def test_addresses():
 
 
 def test_saying_never_raises(exchange):
-    """Not of what cannot be written as JSON, nor on a line that nobody reads."""
+    """Not for what JSON cannot express, nor on a connection that is never read."""
     connection = socket.create_connection(("localhost", exchange.port))
     line = Lifeline(connection, {"token": TOKEN}, on_lost=lambda reason: None)
     line.say("beat", what=object())

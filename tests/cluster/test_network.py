@@ -36,7 +36,7 @@ ONE_OF_TWO = {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "10.1.1
 
 @pytest.fixture
 def debian(monkeypatch):
-    """A host whose name resolves to its loopback address, with a way to the others."""
+    """A host whose name resolves to its loopback address, with a route to the others."""
     names = {socket.gethostname(): ["127.0.1.1"], "10.1.1.2": ["10.1.1.2"]}
     monkeypatch.setattr(network, "addresses_of", lambda host: names.get(host, []))
     monkeypatch.setattr(network, "own_address", lambda toward: "10.1.1.1")

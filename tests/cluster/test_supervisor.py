@@ -1,4 +1,4 @@
-"""The supervisor's verdicts, with real processes that are light; each ends whatever happens."""
+"""The supervisor's verdicts, with real lightweight processes; each ends in every case."""
 
 import os
 import re
@@ -19,7 +19,7 @@ QUICK = ("--backoff", "0.1", "--grace", "0.5", "--silence", "20", "--start", "60
 
 @pytest.fixture
 def supervise(tmp_path):
-    """Starts supervisors; ends what is left of them."""
+    """Starts supervisors; ends whatever is left of them."""
     started = []
 
     def start(*arguments, ranks=3, options=(), environ=None, directory=tmp_path):
@@ -82,7 +82,7 @@ def wait_until(condition, what):
 
 
 def wait_for_training(directory, step=1, ranks=3):
-    """Until all ranks have started and take signals, and some steps are saved."""
+    """Wait until all ranks have started and handle signals, and some steps are saved."""
     wait_until(lambda: all(starts(directory, n) for n in range(ranks)), "all ranks")
     saved = directory / "saved"
     wait_until(lambda: saved.exists() and int(saved.read_text() or 0) >= step, "training")
@@ -107,7 +107,7 @@ def test_all_ranks_are_done(supervise, tmp_path):
     ],
 )  # fmt: skip
 def test_one_rank_fails(supervise, tmp_path, kind, message):
-    """Whatever the launcher returns (here: 0), and though the other ranks notice nothing."""
+    """Whatever the launcher returns (here 0), and even if the other ranks notice nothing."""
     process = supervise(
         "--steps", 9999, "--fault", f"1:2:{kind}", options=["--restarts", 0, "--silence", 5]
     )
@@ -118,13 +118,13 @@ def test_one_rank_fails(supervise, tmp_path, kind, message):
 
 
 def test_restarts_until_it_is_done(supervise, tmp_path):
-    """Three failures, each after more was saved, under a limit of one."""
+    """Three failures, each after further progress was saved, under a limit of one."""
     faults = [part for n in (0, 1, 2) for part in ("--fault", f"{n}:{2 + 30 * n}:kill")]
     process = supervise("--steps", 90, *faults, "--resume", "never", options=["--restarts", 1])
     status, _, err = finish(process)
     assert status == 0, err
     assert (tmp_path / "saved").read_text() == "90"
-    # A start again goes on, wherever the first one was told to begin.
+    # A restart resumes, wherever the first attempt was told to start.
     assert [line.split()[1] for line in starts(tmp_path)] == ["never", "good", "good", "good"]
     assert err.count("starting again") == 3 and err.count("(number 1 of 1") == 3
 
@@ -143,7 +143,7 @@ def test_a_wrong_configuration_is_not_tried_again(supervise, tmp_path):
 
 
 def test_the_launcher_leaves_while_ranks_run(supervise, tmp_path):
-    """What `deepspeed` does when its pdsh is killed: status 0, and the ranks live on."""
+    """What `deepspeed` does when its pdsh is killed: status 0, and the ranks stay alive."""
     process = supervise(
         "--steps", 9999, options=["--restarts", 0], environ={"LAUNCHER_LEAVES": "1"}
     )
@@ -175,7 +175,7 @@ def test_ranks_that_do_not_heed_a_signal(supervise, tmp_path):
 
 
 def test_the_supervisor_is_killed(supervise, tmp_path):
-    """Nobody is left to end the ranks: they end themselves."""
+    """Nothing is left to end the ranks: they end themselves."""
     process = supervise("--steps", 9999)
     wait_for_training(tmp_path)
     assert len(alive(tmp_path)) == 3
@@ -209,7 +209,7 @@ def free_port():
 
 @pytest.fixture
 def nodes(supervise):
-    """Starts the supervisors of a job's nodes, by their number."""
+    """Starts the supervisors of a job's nodes, by node index."""
     port = free_port()
 
     def start(*arguments, numbers=(0, 1), token="secret", options=()):
@@ -226,7 +226,7 @@ def nodes(supervise):
 
 
 def test_two_nodes(nodes, tmp_path):
-    # The second is there first.
+    # The second joins first.
     ended = [finish(process) for process in nodes("--steps", 3, numbers=(1, 0))]
     assert [status for status, _, _ in ended] == [0, 0], ended
     assert [line.split()[1:3] for n in range(4) for line in starts(tmp_path, n)] == [

@@ -1,4 +1,4 @@
-"""The templates for schedulers, run with stand-ins for the scheduler's commands and for ranks."""
+"""The scheduler templates, run with stand-ins for the scheduler's commands and for ranks."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 SLURM = REPOSITORY / "configs" / "cluster" / "slurm.sh"
 KUBERNETES = REPOSITORY / "configs" / "cluster" / "kubernetes.yaml"
 
-# Starts a task a node, here; passes SIGUSR1 to each, as Slurm does for --signal.
+# Starts one task per node, locally; passes SIGUSR1 to each, as Slurm does for --signal.
 SRUN = """
 import os, signal, subprocess, sys
 nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
@@ -40,7 +40,7 @@ if sys.argv[1:3] == ["show", "hostnames"]:
 
 @pytest.fixture
 def place(tmp_path):
-    """A directory that jobs are submitted from, with light programs in it."""
+    """A directory to submit jobs from, with lightweight programs in it."""
     (tmp_path / "launch").mkdir()
     (tmp_path / "bin").mkdir()
     for name, script in (("supervise", "light_supervise"), ("pretrain", "light_rank")):
@@ -130,12 +130,12 @@ def test_kubernetes_says_what_it_must():
     name = job["metadata"]["name"]
     assert spec["completionMode"] == "Indexed"
     assert str(spec["completions"]) == str(spec["parallelism"]) == environ["MEGAGROW_NODES"]
-    # Pods have names only through a service without an address, of their subdomain's name.
+    # Pods have names only through a headless service with their subdomain's name.
     assert service["spec"]["clusterIP"] == "None" and pod["subdomain"] == "megagrow"
     assert service["metadata"]["name"] == pod["subdomain"]
     assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
     assert environ["MEGAGROW_MASTER"].startswith(f"{name}-0.{pod['subdomain']}:")
-    # A podFailurePolicy is accepted with this restart policy alone.
+    # A podFailurePolicy is accepted only with this restart policy.
     assert pod["restartPolicy"] == "Never"
     actions = {
         code: rule["action"]
@@ -151,7 +151,7 @@ def test_kubernetes_says_what_it_must():
 
 
 def test_kubernetes_pods(place):
-    """The container's own command, once for each index, with the names of its pods as localhost."""
+    """The container's own command, once per index, with its pods' names as localhost."""
     _, job = yaml.safe_load_all(KUBERNETES.read_text())
     [container] = job["spec"]["template"]["spec"]["containers"]
     words = [w.replace("--ranks=8", "--ranks=2") for w in container["command"]]

@@ -25,12 +25,12 @@ BATCH, SEED, LR, STAGING = 12, 3, 5e-3, 32768
 
 
 def data_layouts(world):
-    """Data parallel alone, at every ZeRO stage."""
+    """Pure data parallelism, at every ZeRO stage."""
     return [Layout(data=world, zero=zero) for zero in (0, 1, 2, 3)]
 
 
 def model_layouts(world):
-    """Layouts that cut the model itself, at every ZeRO stage that goes with each."""
+    """Layouts that split the model itself, at every ZeRO stage that each allows."""
     grids = {2: [(2, 1), (1, 2)], 4: [(2, 2), (2, 1), (1, 2)]}.get(world, [])
     return [
         Layout(data=world // (tensor * pipeline), tensor=tensor, pipeline=pipeline, zero=zero)
@@ -62,7 +62,7 @@ class Job:
         self.optimizer = OPTIMIZERS[self.config.optimizer.name]
         self.losses, self.norms, self.reports = [], [], []
         vocab, length = self.model.vocabulary, self.model.sequence + 1
-        # Each sample counts up in steps of its own, so there is something to learn.
+        # Each sample counts up with its own increment, so that there is something to learn.
         rng = np.random.default_rng(SEED)
         steps = rng.integers(1, 4, (60 * BATCH, 1))
         self.data = (rng.integers(0, vocab, (60 * BATCH, 1)) + steps * np.arange(length)) % vocab
@@ -115,7 +115,7 @@ class Job:
             self.optimizer_step += 1
 
     def move(self, layout):
-        """Take the engine down and go on in another, of the same model."""
+        """Tear down the engine and continue in another layout of the same model."""
         old = self.engine
         old.close()
         self.engine = self._engine(layout)

@@ -1,4 +1,4 @@
-"""AdamW with young blocks, against torch.optim.AdamW on old and new elements apart."""
+"""AdamW with new blocks, against torch.optim.AdamW on old and new elements separately."""
 
 import itertools
 
@@ -17,7 +17,7 @@ LR, BETAS, EPS, DECAY = 1e-2, (0.9, 0.95), 1e-4, 0.1
 
 @st.composite
 def shapes_and_kept(draw):
-    """A tensor's shape and its old block, an arithmetic progression an axis; maybe none."""
+    """A tensor's shape and its old block, an arithmetic progression per axis; maybe none."""
     shape, kept = [], []
     for _ in range(draw(st.integers(1, 4))):
         start, step = draw(st.integers(0, 2)), draw(st.integers(1, 3))
@@ -60,7 +60,7 @@ def _cuts(volume, parts, data):
 
 
 class _Reference:
-    """The same updates by torch.optim.AdamW, one optimizer for old and one for new elements."""
+    """The same updates with torch.optim.AdamW, one optimizer for old and one for new elements."""
 
     def __init__(self, values, moments, old, young, before):
         self.young, self.before = young, before
@@ -144,7 +144,7 @@ def test_young_blocks_step_as_two_optimizers_would(case, parts, seed, born, data
         pieces = [optimizer.state[o][name][m] for o, m in zip(owners, middle, strict=True)]
         wanted = reference.values(shape, lambda _, state, name=name: state[name])
         torch.testing.assert_close(torch.cat(pieces).view(shape), wanted, **close)
-    # What lies around it moved as a plain parameter.
+    # Its surroundings moved like a plain parameter.
     edge = torch.nn.Parameter(plain[0].clone())
     around = torch.optim.AdamW([edge], lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
     around.state[edge] = {"step": torch.tensor(float(before))}

@@ -1,4 +1,4 @@
-"""The processes of a job."""
+"""The ranks of a job."""
 
 import torch
 from ranks import run_ranks
@@ -7,7 +7,7 @@ from megagrow.errors import ConfigError, MegagrowError
 
 
 def _reduced(comm):
-    """A sum of integers that no float holds, and a maximum."""
+    """A sum of integers beyond float precision, and a maximum."""
     total = torch.tensor([2**50 + comm.rank, comm.rank * 2])
     comm.reduce(total, operation="sum")
     largest = torch.tensor([comm.rank + 0.5, 1.0], dtype=torch.float64)
@@ -40,7 +40,7 @@ def test_collectives():
 
 
 def _ring(comm):
-    """Each sends to the next; then only rank 0 sends, and nobody does."""
+    """Each rank sends to the next; then only rank 0 sends, then none does."""
     to, source = (comm.rank + 1) % comm.world, (comm.rank - 1) % comm.world
     got = torch.zeros(3)
     comm.exchange(send=torch.full((3,), float(comm.rank)), to=to, receive=got, source=source)

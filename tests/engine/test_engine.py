@@ -1,4 +1,4 @@
-"""Law 1 under DeepSpeed: a run in any data-parallel layout is the run of one process."""
+"""Law 1 under DeepSpeed: a run in any data-parallel layout equals the run of one process."""
 
 import math
 
@@ -124,7 +124,7 @@ def test_a_rank_gives_only_what_it_holds():
 
 
 def _wrong_arithmetic(comm):
-    """A placement that lays the groups out in another order than the engine has them."""
+    """A placement whose groups are in a different order from the engine's."""
     job = Job(comm, layout=Layout(data=comm.world, zero=1))
     catalog = job.engine.placement.catalog
     deepspeed = job.engine._deepspeed

@@ -52,7 +52,7 @@ def test_a_grown_run_in_sixteen_bits(dtype):
 def test_live_growth_equals_growing_in_one_process():
     layouts = [Layout(zero=zero) for zero in ZEROS]
     pairs = itertools.product(layouts, layouts)
-    # Noise is a sum of products, which a GPU contracts otherwise.
+    # Noise is a sum of products, which a GPU contracts differently.
     noisy = ("width_noise", "width_perturb", "shrink_pad_perturb")
     exact = [g for g in growths() if g[0] not in noisy]
     cases = [(a, b, g) for (a, b), g in zip(pairs, exact[::3], strict=False)]

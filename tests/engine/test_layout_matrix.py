@@ -1,4 +1,4 @@
-"""Law 1 over every layout that is allowed, and the message of every one that is refused."""
+"""Law 1 over every allowed layout, and the message of every rejected one."""
 
 import itertools
 
@@ -18,12 +18,12 @@ GRIDS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2
 
 
 def combinations():
-    """(layout, sequence parallel, micro-batch): all that four processes at most can be."""
+    """(layout, sequence parallel, micro-batch): everything possible with up to four processes."""
     for tensor, pipeline, data in GRIDS:
         for zero in (0, 1) if pipeline > 1 else (0, 1, 2, 3):
             layout = Layout(data=data, tensor=tensor, pipeline=pipeline, zero=zero)
             for sequence in (False, True) if tensor > 1 else (False,):
-                # One micro-batch a step, and three of them.
+                # One micro-batch per step, and three of them.
                 for micro in (BATCH // data, BATCH // data // 3):
                     yield layout, sequence, micro
 
@@ -47,7 +47,7 @@ def check(family, cases):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layouts_by_turns(family):
-    """Every layout in one family or the other, by turns with and without accumulation."""
+    """Every layout in one family or the other, alternately with and without accumulation."""
     first = FAMILIES.index(family)
     check(family, list(combinations())[first * 3 :: 4])
 

@@ -1,4 +1,4 @@
-"""Lion: its update, young blocks, every layout, growth by the gradient law, and resuming."""
+"""Lion: its update, new blocks, every layout, growth by the gradient law, and resuming."""
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ LION = {"name": "lion", "betas": BETAS, "weight_decay": DECAY}
 
 
 def _reference(parameter, gradients, *, lr=lambda step: LR):
-    """Lion, an element at a time, as the paper writes it: (parameters, moments)."""
+    """Lion, element by element, as in the paper: (parameters, moments)."""
     p, m = parameter.clone(), torch.zeros_like(parameter)
     for step, g in enumerate(gradients):
         c = BETAS[0] * m + (1 - BETAS[0]) * g

@@ -39,13 +39,13 @@ def _pairs(world):
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_live_growth_equals_growing_in_one_process_and_slicing(world):
-    """Every layout a few times before and after, with growths by turns."""
+    """Every layout a few times before and after, with alternating growths."""
     some = _pairs(world)[:: {2: 4, 3: 2, 4: 7}[world]]
     by_turns = itertools.cycle(growths())
     _check(world, [(a, b, next(by_turns)) for a, b in some])
 
 
-# These depend on statistics of the old state, or make a tensor of one that is on other ranks.
+# These depend on statistics of the old state, or combine tensors held by different ranks.
 MEASURING = [
     ("width_fresh", "kept", 2),
     ("width_noise", "sparkling", 3),
@@ -91,7 +91,7 @@ def alone(request):
 def test_a_grown_run_goes_on_as_in_one_process(alone, world):
     policy, expected, _ = alone
     layouts = data_layouts(world) + model_layouts(world)
-    # Every layout as the first, with two others behind it.
+    # Every layout first, followed by two others.
     turned = zip(layouts, layouts[2:] + layouts[:2], layouts[3:] + layouts[:3], strict=True)
     plays = [_story(three, policy) for three in turned]
     if world > 2 or policy == "reset":
@@ -110,7 +110,7 @@ def _retrace_all(comm):
 
 
 def _retrace(comm, before, after):
-    """An exactly grown run beside the small one; eps and decay matter, nothing is clipped."""
+    """An exactly grown run next to the small one; eps and decay matter, nothing is clipped."""
     options = {"layout": before, "grad_clip": 0.0, "eps": 1e-3}
     small, large = Job(comm, **options), Job(comm, **options)
     small.train(15)

@@ -1,4 +1,4 @@
-"""Muon: its update, young blocks, every layout, growth by the gradient law, and resuming."""
+"""Muon: its update, new blocks, every layout, growth by the gradient law, and resuming."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ LLAMA = build_catalog(toy_model(family="llama", heads=4, kv_heads=2))
 
 @pytest.fixture
 def in_double_precision(monkeypatch):
-    """DeepSpeed's iteration in fp64; by itself it takes fp16 or fp32."""
+    """DeepSpeed's iteration in fp64; by default it uses fp16 or fp32."""
     monkeypatch.setattr(original_muon, "ns_compute_dtype", lambda method="gram": torch.float64)
 
 
@@ -75,7 +75,7 @@ def _optimizer(parameter, tensor, young=None):
 
 
 def _deepspeeds(start, gradients, tensor):
-    """Each matrix a parameter of its own, by DeepSpeed's `muon_update`."""
+    """Each matrix as a separate parameter, by DeepSpeed's `muon_update`."""
     result = start.clone()
     for matrix in matrices(tensor):
         shape = matrix.rows, matrix.columns
@@ -103,7 +103,7 @@ def test_the_update_is_deepspeeds(name):
         parameter.grad = gradient.clone()
         optimizer.step()
     expected = _deepspeeds(start, gradients, tensor)
-    # Theirs divides by the length + 1e-7 once more.
+    # DeepSpeed's divides by the norm + 1e-7 once more.
     torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-7)
     state = optimizer.state[parameter]
     assert state["step"] == 4 and set(state) == {"step", "exp_avg"}
@@ -160,7 +160,7 @@ def test_sixteen_bits_follow_thirty_two():
 
 
 def _young(comm):
-    """Width growth, whose young blocks re-warm: under ZeRO as in one piece."""
+    """Width growth, whose new blocks re-warm: the same under ZeRO as in one piece."""
     found = []
     for layout, target in (
         (Layout(data=2), Layout(data=2)),

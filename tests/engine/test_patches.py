@@ -1,4 +1,4 @@
-"""An engine that waits for its state: what it holds, what it says, and what it sends."""
+"""An engine that waits for its state: what it holds, prints and sends."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ def test_poison_shares_the_memory_of_the_largest_parameter(shared):
 
 
 def _start(comm, dtype):
-    """What a layout's engine prints, and which parameters share memory once it is there."""
+    """What a layout's engine prints, and which parameters share memory once it exists."""
     said, overlaps = io.StringIO(), []
     for layout in data_layouts(comm.world) + model_layouts(comm.world):
         with contextlib.redirect_stdout(said):
@@ -80,7 +80,7 @@ def test_publish_writes_what_deepspeeds_own_gather_writes(world, dtype, size):
 
 
 def _flattened(comm):
-    """Bytes that parameters lie in when DeepSpeed copies them, and those of the largest."""
+    """Bytes of the parameters' buffer when DeepSpeed copies them, and of the largest parameter."""
     found = []
 
     def watched(original):

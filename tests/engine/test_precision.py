@@ -1,4 +1,4 @@
-"""The formats that the dry run and the log tell are those that a live engine computes in."""
+"""The number formats in the dry run and the log are those that a live engine computes in."""
 
 import math
 
@@ -34,7 +34,7 @@ LAYOUTS = [
     ({"zero": 2}, "cpu"),
     ({"zero": 3}, "cpu"),
 ]
-# What the user passes through to DeepSpeed is told as well.
+# What the user passes through to DeepSpeed is reported as well.
 PASSED = [
     {"communication_data_type": "bf16"},
     {"data_types": {"grad_accum_dtype": "bf16"}},
@@ -58,7 +58,7 @@ def settings(layout, dtype, *, batch, offload="none", **sections):
 
 
 def _step(comm, config):
-    """One step on one sample a rank again and again: the gradients, and what was summed how."""
+    """One step on one sample per rank, repeated: the gradients, and the formats of the sums."""
     plan = plan_run(config, world=comm.world, vocabulary=None)
     engine = start_engine(config=config, stage=plan.stages[0], state=RunState(), comm=comm)
     fill_fresh(engine, config=config, comm=comm)
@@ -163,9 +163,9 @@ def test_gradients_are_summed_in_fp32_wherever_deepspeed_can():
         for zero in (1, 2, 3):
             assert formats(zero, dtype) == ("fp32", "fp32")
         assert formats(3, dtype, "cpu") == ("fp32", "fp32")
-        # Refused by DeepSpeed; passed through a 16-bit buffer.
+        # Rejected by DeepSpeed; passed through a 16-bit buffer.
         assert formats(0, dtype) == formats(1, dtype, "cpu") == (dtype, "fp32")
-        # There is one gradient alone.
+        # There is only one gradient.
         assert formats(1, dtype, batch=2) == (dtype, "fp32")
     assert formats(1, data_types={"grad_accum_dtype": "bf16"}) == ("bf16", "fp32")
     assert formats(1, communication_data_type="bf16") == ("fp32", "bf16")
@@ -188,7 +188,7 @@ def test_no_format_changes_behind_the_back_of_precision(passed):
 
 
 def _newton_schulz(comm, dtype):
-    """The matrices of two steps of Muon, and what became of them in a live engine."""
+    """The matrices of two steps of Muon, and the result in a live engine."""
     seen, original = [], muon.orthogonalised
 
     def spy(matrix, **more):
@@ -212,7 +212,7 @@ def test_newton_schulz_keeps_the_precision_of_fp32_on_a_cpu(dtype):
     assert told.newton_schulz == "fp32" and "Newton-Schulz fp32" in str(told)
     assert len(updates) > 4
     for found, expected in updates:
-        # In fp16, as DeepSpeed would choose, it is 2e-2.
+        # In fp16, DeepSpeed's own choice, it is 2e-2.
         assert float((found - expected).norm() / expected.norm()) < 2e-5
 
 
@@ -242,7 +242,7 @@ def _finite_loss_infinite_gradient(comm, zero, dtype):
 
 
 def test_a_step_is_judged_by_its_own_gradient():
-    """Not by the one before, whose norm DeepSpeed's engine still tells during the update."""
+    """Not by the previous one, whose norm DeepSpeed's engine still reports during the update."""
     cases = [(1, "bf16"), (2, "bf16"), (3, "bf16"), (0, "bf16"), (1, "fp32")]
     [found] = run_ranks(1, _finite_losses_infinite_gradients, cases)
     for case, (first, second, asked) in zip(cases, found, strict=True):

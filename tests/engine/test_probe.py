@@ -1,4 +1,4 @@
-"""A look at one update: against its definition, and the same in every layout."""
+"""The probe of one update: against its definition, and the same in every layout."""
 
 import threading
 
@@ -25,7 +25,7 @@ KEPT = ((0, 1, 2), (0, 2, 3), (0, 1, 3))
 
 
 def looked_at(parts, one, weight, gradient, update, *, copies=1):
-    """What some ranks find, each of which holds flat ranges of a tensor."""
+    """The findings of some ranks, each holding flat ranges of a tensor."""
     ranks = len(parts) * copies
     barrier, sums = threading.Barrier(ranks), {}
     found, failed = [None] * ranks, []
@@ -39,7 +39,7 @@ def looked_at(parts, one, weight, gradient, update, *, copies=1):
 
         shards, group = {}, {"params": []}
         for start, stop in parts[number % len(parts)]:
-            # A parameter with something before the part, as in a flat partition.
+            # A parameter with other elements before the part, as in a flat partition.
             parameter = torch.nn.Parameter(torch.cat([torch.ones(3), weight.flatten()[start:stop]]))
             parameter.grad = torch.cat([torch.ones(3), gradient.flatten()[start:stop]])
             boxes = flat_range_boxes(one.tensor.shape, start, stop)
@@ -163,7 +163,7 @@ def test_where_nothing_is_new_nothing_is_looked_at():
 
 
 def play(comm, layouts, family):
-    """Grow and train in each layout; what the probe tells of the last update."""
+    """Grow and train in each layout; returns the probe's report on the last update."""
     told = []
     for layout, optimizer in layouts:
         job = Job(comm, layout=layout, model=toy_model(family=family, init_std=0.2), **optimizer)

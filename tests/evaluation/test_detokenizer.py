@@ -1,4 +1,4 @@
-"""WikiText's lines in ordinary spelling, beside what the published detokenizer makes of them."""
+"""WikiText's lines in ordinary spelling, compared with the published detokenizer's output."""
 
 from __future__ import annotations
 

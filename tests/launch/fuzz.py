@@ -15,7 +15,7 @@ from jobs import command
 from megagrow.errors import MegagrowError
 
 SECONDS = 60  # after which a command hangs
-# Written as YAML and as words of a command line.  `{directory}` and the like are made for a case.
+# Written as YAML and as command-line words.  `{directory}` and the like are created per case.
 VALUES = {
     "nothing": "",
     "null": "null",
@@ -61,24 +61,24 @@ VALUES = {
 
 
 class WouldStartError(MegagrowError):
-    """The command has refused nothing and would do its work now."""
+    """The command has rejected nothing and would start its work now."""
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a command did: its exit status and everything it printed."""
+    """The outcome of a command: its exit status and everything it printed."""
 
     status: int
     text: str
 
 
 def load(name):
-    """The module of a command of launch/."""
+    """Import a command's module from launch/."""
     return command(name)
 
 
 def call(module, arguments):
-    """Run a command's `main` in this process; whatever it raises is the test's failure.
+    """Run a command's `main` in this process; any exception it raises fails the test.
 
     An exception other than SystemExit is what a user would see as a traceback.
     """
@@ -107,14 +107,14 @@ def call(module, arguments):
 
 
 def filled(value, place):
-    """A value with the paths of a case, which lie in `place`."""
+    """A value with a case's paths, which are in `place`."""
     for name in ("directory", "file", "binary", "empty"):
         value = value.replace(f"{{{name}}}", str(place / name))
     return value
 
 
 def make_places(place):
-    """The paths that values name, as they are before every case."""
+    """The paths that values refer to, as they are before every case."""
     shutil.rmtree(place / "directory", ignore_errors=True)
     (place / "directory").mkdir(parents=True)
     (place / "file").write_text("some text\n")
@@ -124,20 +124,20 @@ def make_places(place):
 
 
 def options_of(module, *first):
-    """The options of a command, as its --help tells them: name, and whether it takes a value."""
+    """The options of a command according to its --help: name, and whether it takes a value."""
     text = call(module, [*first, "--help"]).text
     found = re.findall(r"^  (?:-\w, )?(--[a-z][a-z-]+)( [^ ]|$|  )", text, re.MULTILINE)
     return [(name, rest.strip() != "") for name, rest in found if name != "--help"]
 
 
 def left_behind(directory, before):
-    """Files and directories that a command has left, changed or removed."""
+    """Files and directories that a command has created, changed or removed."""
     after = snapshot(directory)
     return sorted(str(path) for path in {**before, **after} if before.get(path) != after.get(path))
 
 
 def snapshot(directory):
-    """Every path below a directory, with size and time of change where it is a file."""
+    """Every path below a directory, with size and modification time if it is a file."""
     found = {}
     for path in Path(directory).rglob("*"):
         stat = path.lstat()
@@ -149,7 +149,7 @@ def snapshot(directory):
 
 @contextlib.contextmanager
 def inside(directory):
-    """A working directory for a while."""
+    """Temporarily change the working directory."""
     before = os.getcwd()
     os.chdir(directory)
     try:

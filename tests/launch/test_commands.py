@@ -1,4 +1,4 @@
-"""The command `megagrow` and the scripts of launch/: the same commands, which start light."""
+"""The `megagrow` command and the scripts of launch/: the same commands, which start fast."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from megagrow.train.conversion import DTYPES
 
 SCRIPTS = sorted(path.stem for path in (REPOSITORY / "launch").glob("*.py"))
 HEAVY = ("torch", "deepspeed", "numpy", "scipy")
-# Runs a script as Python would, then says which libraries it has imported, and from where it had
-# `inspect`.
+# Runs a script as Python would, then prints which libraries it imported, and where `inspect` came
+# from.
 WATCHED = """
 import json, os, runpy, sys
 how, name, *sys.argv[1:] = sys.argv[1:]
@@ -41,7 +41,7 @@ print("\\n" + json.dumps({"status": status, "heavy": heavy, "inspect": inspect._
 
 
 def watched(*words, cwd=REPOSITORY):
-    """What a command did: the text it printed, and what `WATCHED` says of it."""
+    """What a command did: its output, and what `WATCHED` reports about it."""
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, *map(str, words)],
         cwd=cwd,

@@ -1,4 +1,4 @@
-"""launch/evaluate.py: the protocols against arithmetic done by hand, on every format."""
+"""launch/evaluate.py: the protocols against hand-written arithmetic, on every format."""
 
 import json
 import math
@@ -38,13 +38,13 @@ def evaluate(*arguments):
 
 
 def log_probabilities(model, ids):
-    """[S, vocab] of what follows each of some ids."""
+    """[S, vocab] log probabilities of what follows each id."""
     with torch.no_grad():
         return torch.log_softmax(model.logits(torch.tensor([ids]))[0].double(), -1)
 
 
 def nats_by_hand(model, ids, *, context, stride):
-    """One window after the other, one token after the other."""
+    """One window after another, one token after another."""
     tokens = [context, *ids]
     total, done = 0.0, 0
     while done < len(ids):
@@ -107,7 +107,7 @@ def test_the_command_by_hand_and_on_other_formats(tmp_path, saved, data, capsys)
 
 
 def test_last_words(saved):
-    """The word's tokens are compared with the most probable ones, given all that is before."""
+    """The word's tokens are compared with the most probable ones, given the text before them."""
     _, model, tokenizer = saved
     scorer = Scorer(model, SEQUENCE, torch.device("cpu"))
     passages, right = [], 0
@@ -123,7 +123,7 @@ def test_last_words(saved):
             passages.append(f"{before} {word}")
     found = score_lambada(scorer, tokenizer, passages)
     assert (found.passages, found.right) == (6, right)
-    # A passage made to be right: its last word is what the model says.
+    # A passage that must be correct: its last word is what the model predicts.
     for first in range(3, 320):
         best = int(log_probabilities(model, [tokenizer.eod, *tokenizer.encode("ba")])[-1].argmax())
         assert scorer.last_word([tokenizer.eod, *tokenizer.encode("ba")], [best])[1]
@@ -181,7 +181,7 @@ def test_what_is_wrong_is_said(tmp_path, saved, data, capsys):
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused_or_asked_for(tmp_path, saved, data, capsys):
-    """Of the same size, so that only its SHA-256 tells; the model's own needs no option."""
+    """Of the same size, so that only its SHA-256 differs; the model's own needs no option."""
     other = make_dataset(tmp_path / "other", seed=1)
     (tmp_path / "text").write_text("ba du")
     arguments = [saved[0], "--text", tmp_path / "text", "--tokenizer", other]
@@ -204,7 +204,7 @@ def test_tasks_without_the_harness(saved, monkeypatch, capsys):
 
 
 class StandIn:
-    """What is used of the harness, which is not installed here; it scores as the harness does."""
+    """The part of the harness that is used; it is not installed here, and this scores like it."""
 
     def __init__(self):
         self.calls = []

@@ -1,7 +1,7 @@
-"""What an error says fixes it does: each command that one proposes is run where it was proposed.
+"""Error messages' fixes work: each proposed command is run in the situation that proposes it.
 
 Every text of the project that proposes a command is found in the source; one that is in no table
-here fails.  Options and settings that errors name must exist.
+here fails.  Options and settings named in errors must exist.
 """
 
 import ast
@@ -42,7 +42,7 @@ COMMAND = re.compile(
 
 
 def skeleton(node):
-    """A text in the source with {} for what is filled in; None of what is no text."""
+    """A text in the source with {} for substitutions; None for anything but a text."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -55,7 +55,7 @@ def skeleton(node):
 
 
 def documentation(tree):
-    """The nodes that are docstrings or examples of --help."""
+    """The nodes that are docstrings or --help examples."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
             node
@@ -72,7 +72,7 @@ def tree_of(path):
 
 
 def texts():
-    """(file, line, skeleton) of the texts that are not documentation, of files with commands."""
+    """(file, line, skeleton) of non-documentation texts, in files with commands."""
     for path in SOURCES:
         if not re.search(
             r"python|launch/|pip |apt |\bmake |\bmv |srun |\[\w+\]'", path.read_text()
@@ -101,7 +101,7 @@ def commands():
 
 @pytest.fixture
 def state(tmp_path, dataset, monkeypatch):
-    """A directory to work in, with data and the configuration of a run."""
+    """A working directory with data and the configuration of a run."""
     monkeypatch.chdir(tmp_path)
     os.symlink(REPOSITORY / "launch", tmp_path / "launch")
     write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run"))
@@ -110,7 +110,7 @@ def state(tmp_path, dataset, monkeypatch):
 
 
 def proposed(error):
-    """What an error says fixes it, in one line."""
+    """An error's fix, as one line."""
     found = re.search(r"  fix:      (.*)", str(error), re.DOTALL)
     assert found, error
     return " ".join(found[1].split())
@@ -128,7 +128,7 @@ def run_command(line):
 
 
 def command_in(text):
-    """The command of a proposal, without the words round it."""
+    """The command in a proposal, without the surrounding words."""
     found = re.search(r"(?:python launch/|mv )[^;]*", text)
     assert found, text
     return re.split(r",? (?:with the|where TEXT|then )", found[0])[0].rstrip(",; ")
@@ -226,7 +226,7 @@ def weights_that_belong_to_no_run(state):
 def weights_of_other_data(state):
     path, data = _weights(state)
     (state / "other.txt").write_text("other words, and others again\n\n" * 300)
-    # By the same tokenizer, so that the weights mean the same.
+    # With the same tokenizer, so that the weights mean the same.
     run_command(f"python launch/prepare_data.py --input other.txt --output other --tokenizer "
                 f"{data.path / data.content.tokenizer_file} --documents paragraph "
                 "--validation-fraction 0.2")  # fmt: skip
@@ -261,9 +261,9 @@ def _opened(path):
     return fmt.open_source(at)
 
 
-# --- which is tried by what -------------------------------------------------------------------
+# --- which text is tried by which test ----------------------------------------------------------
 
-# By the words that a text begins with.
+# By the beginning of the text.
 TRIED = {
     "python launch/prepare_data.py {}, where TEXT": a_missing_dataset,
     "python launch/prepare_data.py {}, then data.path": a_text_in_the_place_of_a_dataset,
@@ -277,7 +277,7 @@ TRIED = {
     "python launch/supervise.py --ranks 2": a_script_that_is_missing,
 }
 ALSO_TRIED = (a_configuration_that_tells_how_its_data_was_made,)
-# What no test of this machine can put to the proof, and why.
+# What no test on this machine can try, and why.
 READ = {
     "srun --ntasks-per-node 1 python launch/supervise.py": "needs Slurm; its options are checked",
     "install it (Debian, Ubuntu: apt install pdsh)": "installs a system package",
@@ -295,7 +295,7 @@ READ = {
 
 
 def covering(text):
-    """The table entry that a text belongs to: the longest beginning of it."""
+    """The table entry for a text: its longest matching beginning."""
     entries = [entry for entry in {**TRIED, **READ} if text.startswith(entry)]
     return max(entries, key=len, default=None)
 
@@ -318,7 +318,7 @@ def test_the_fix_makes_the_first_command_work(state, case):
 
 
 def known_options():
-    """Every option of every command, with those of other programs that errors speak of."""
+    """Every option of every command, and options of other programs that errors mention."""
     found = {
         "--master_port", "--num_gpus", "--nnodes", "--ntasks-per-node",  # launchers
         "--ckpt-convert-format", "--ckpt-convert-save", "--load",  # Megatron's
@@ -391,7 +391,7 @@ def help_texts():
 
 
 def examples(text):
-    """The commands among the examples, continued lines joined."""
+    """The commands in the examples, with continued lines joined."""
     joined = text.partition("examples:\n")[2].replace("\\\n", " ")
     return [line.strip() for line in joined.splitlines() if "launch/" in line and "#" not in line]
 

@@ -1,4 +1,4 @@
-"""No wrong value gives a traceback, status 0 or something left behind."""
+"""No wrong value causes a traceback, status 0 or leftover files."""
 
 import os
 import random
@@ -27,8 +27,8 @@ from megagrow.train.checkpoints import fingerprints
 from megagrow.train.state import RunState
 
 SEED = 20
-FEW = 4  # of every command's cases in the default run
-# Options that any text can be a right value of: names, texts and places to write to.
+FEW = 4  # cases per command in the default run
+# Options for which any text is valid: names, texts and places to write to.
 FREE = {
     "--output", "--to", "--json", "--svg", "--logs", "--glob", "--text-key", "--env", "--address",
     "--work", "--keep", "--only", "--files", "--directory",
@@ -38,7 +38,7 @@ WRONG = ("negative", "nan of C", "text", "below a file", "a missing path", "huge
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory, dataset):
-    """What commands need to be given besides the wrong value."""
+    """What commands need in addition to the wrong value."""
     home = make_places(tmp_path_factory.mktemp("fuzz"))
     (home / "text.txt").write_text("words of a text, and more words\n\n" * 40)
     mapping = settings(
@@ -63,7 +63,7 @@ def home(tmp_path_factory, dataset):
 
 
 def start_nothing(monkeypatch):
-    """Commands end where they would start processes or training."""
+    """Commands stop where they would start processes or training."""
 
     def would_start(*_, **__):
         raise WouldStartError("would start")
@@ -115,7 +115,7 @@ def commands(home):
 
 
 def cases_of(name, base):
-    """(words, what it is) of all wrong command lines of a command."""
+    """(words, description) of all wrong command lines of a command."""
     module = load(name.split()[0])
     first = base[:1] if name.startswith("benchmark") else []
     found = []
@@ -137,7 +137,7 @@ def cases_of(name, base):
 
 
 def try_one(name, base, words, what, *, home, place):
-    """Run one wrong command line; what is wrong with what it did, if anything."""
+    """Run one wrong command line; returns what is wrong with the outcome, if anything."""
     place.mkdir(parents=True)
     words = [filled(word, home) for word in words]
     if words and words[0] == "=":
@@ -213,7 +213,7 @@ def settings_cases():
 
 
 def sweep_settings(monkeypatch, home, tmp_path, cases):
-    """Every setting with every wrong value, as a dry run on one process."""
+    """Every setting with every wrong value, as a single-process dry run."""
     start_nothing(monkeypatch)
     faults = []
     module = load("pretrain")
@@ -249,7 +249,7 @@ def test_every_setting_with_every_wrong_value(monkeypatch, home, tmp_path, part)
 
 
 def test_the_arguments_that_are_varied_are_right_by_themselves(monkeypatch, home, tmp_path):
-    """Else every refusal would be for another reason than the value."""
+    """Otherwise every refusal would have another cause than the value."""
     start_nothing(monkeypatch)
     wrong = {"evaluate", "report"}  # whose whole success takes a run
     with inside(tmp_path):

@@ -1,4 +1,4 @@
-"""launch/grow.py: a checkpoint grown offline is the one that a live growth would have made."""
+"""launch/grow.py: a checkpoint grown offline equals the one that a live growth would make."""
 
 import errno
 import os
@@ -62,7 +62,7 @@ def test_going_on_from_it_is_the_live_run(small, dataset, tmp_path, capsys, oper
 
 
 def test_the_printed_stages_can_be_gone_on_with(small, dataset, tmp_path, capsys):
-    """With a growth that the run's own configuration does not have."""
+    """With a growth that the run's own configuration does not include."""
     target = ["hidden=16", "heads=4", "ffn=48", "layers=3"]
     assert (
         _grow("--from", small[0], "--to", tmp_path / "grown", "--operator", "width+depth_stack",
@@ -114,7 +114,7 @@ def test_what_a_second_growth_starts_from(small, tmp_path):
     checkpoint = NativeCheckpoint.open(path)
     assert checkpoint.run_state["growth_stage"] == 2
     ends = [stage["until"]["steps"] for stage in checkpoint.config["stages"]]
-    assert ends == [3, 3, 6]  # which a run goes on with: see test_grow_imports.py
+    assert ends == [3, 3, 6]  # a run resumes with these: see test_grow_imports.py
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_a_committed_step_is_never_overwritten(small):
 
 
 def test_a_result_that_cannot_be_synchronised_is_not_kept(small, tmp_path, monkeypatch):
-    """What the next try finds in its way would have to be removed by hand."""
+    """Otherwise the next attempt would find it in the way, to be removed by hand."""
     plan, root = plan_offline(small[0], GrowConfig(operator="width")), tmp_path / "grown"
     fsync = os.fsync
 

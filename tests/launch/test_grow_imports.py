@@ -1,4 +1,4 @@
-"""A model of Hugging Face is imported, grown before its first step, trained and exported."""
+"""A Hugging Face model is imported, grown before its first step, trained and exported."""
 
 import re
 import shlex
@@ -42,7 +42,7 @@ LLAMA = {
 
 
 def command(name, *arguments):
-    """`main` of a command, in this process."""
+    """Run a command's `main` in this process."""
     return jobs.command(name).main([str(argument) for argument in arguments])
 
 
@@ -113,7 +113,7 @@ def test_an_import_is_grown_twice_trained_and_exported(imported, tmp_path, capsy
 
 
 def advised(error, config):
-    """The arguments of the conversion that an error advises, for a configuration."""
+    """The arguments of the conversion that an error suggests, for a configuration."""
     [text] = re.findall(r"python launch/convert\.py (.*?RUN\.yaml)", error)
     return shlex.split(text.replace("RUN.yaml", str(config)))
 
@@ -137,7 +137,9 @@ def test_weights_without_a_run_are_not_grown_and_the_advice_works(
 
 def test_a_resume_of_weights_without_a_run_names_the_cause(theirs, imported, dataset, tmp_path):  # noqa: F811
     path = to(theirs, tmp_path / "native", "native")
-    with pytest.raises(CheckpointError, match="belongs to no run: it was made without --config"):
+    with pytest.raises(
+        CheckpointError, match="belongs to no run: it was converted without --config"
+    ):
         checkpoints.check_agreement(
             NativeCheckpoint.open(path),
             config=parse_config(imported[1], source="run"),
@@ -163,7 +165,7 @@ def test_weights_of_another_vocabulary_than_the_runs_are_refused(imported, tmp_p
 
 
 def test_a_longer_sequence_is_a_growth_where_no_tensor_has_it(imported, tmp_path, capsys):
-    """Rotary positions have no tensor, but the model reads longer samples afterwards."""
+    """Rotary positions have no tensor, but the model accepts longer samples afterwards."""
     grown = ["--to", tmp_path / "long", "--operator", "sequence"]
     assert command("grow", "--from", imported[0], *grown) == 0
     assert "sequence 8 -> 16" in capsys.readouterr().out

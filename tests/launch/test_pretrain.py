@@ -1,4 +1,4 @@
-"""The real command under the real launchers, as a user types it."""
+"""The real command under the real launchers, as a user runs it."""
 
 import os
 import random
@@ -43,7 +43,7 @@ def start(launcher, *arguments):
 
 
 def finish(job, timeout=240):
-    """(exit status, what it said)."""
+    """(exit status, output)."""
     try:
         said, _ = job.communicate(timeout=timeout)
     finally:
@@ -52,9 +52,9 @@ def finish(job, timeout=240):
 
 
 def ranks_of(job):
-    """The processes of the job that train, by rank; launchers put them into sessions of their own.
+    """The job's training processes, by rank; launchers put them into their own sessions.
 
-    They have the launcher's environment, whose JOB tells one job from another.
+    They inherit the launcher's environment, whose JOB identifies the job.
     """
     found = {}
     for entry in Path("/proc").iterdir():
@@ -81,7 +81,7 @@ def stop(job):
 
 
 def wait_for_step(job, config, step):
-    """Wait until the log has a step; the log itself tells how far the job is."""
+    """Wait until the log has a step."""
     path = log_path(config)
     while job.poll() is None:
         text = path.read_text() if path.exists() else ""
@@ -109,7 +109,7 @@ def config(tmp_path, dataset):
 
 
 def test_killed_under_torchrun_and_resumed_under_deepspeed(config, undisturbed):
-    """All of it dies while it trains in the second stage; the losses are those of a quiet run."""
+    """All of it dies while training the second stage; the losses equal an undisturbed run's."""
     job = start("torchrun", "--config", config)
     wait_for_step(job, config, 5)
     stop(job)
@@ -134,14 +134,14 @@ def test_plain_python_is_a_job_of_one_process(config, undisturbed):
 
 
 def test_a_wrong_setting_under_the_launcher(config):
-    """Said once, and the launcher's own status is not 0."""
+    """Reported once, and the launcher's own status is not 0."""
     status, said = finish(start("deepspeed", "--config", config, "optimizer.lrr=1"))
     assert status != 0 and said.count("error: ") == 1 and "optimizer.lrr" in said
     assert not log_path(config).exists()
 
 
 def test_one_rank_dies(config):
-    """The others end as well, with a line instead of a traceback, and the run can go on."""
+    """The others end too, with a line instead of a traceback, and the run can be resumed."""
     job = start("torchrun", "--config", config, "stages.2.until.steps=900")
     wait_for_step(job, config, 4)
     os.kill(ranks_of(job)[1], signal.SIGKILL)
@@ -157,7 +157,7 @@ def test_one_rank_dies(config):
 def test_ctrl_c_under_a_launcher_saves_the_run_and_it_goes_on_from_there(
     config, undisturbed, launcher
 ):
-    """The launchers themselves end as they will; the ranks finish their step and save."""
+    """The launchers end in their own way; the ranks finish their step and save."""
     job = start(launcher, "--config", config, "checkpoint.every=900")
     wait_for_step(job, config, 4)
     os.killpg(job.pid, signal.SIGINT)
@@ -175,7 +175,7 @@ def test_ctrl_c_under_a_launcher_saves_the_run_and_it_goes_on_from_there(
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_killed_at_random_times(config, undisturbed, seed):
-    """Real jobs, killed a random time after a random step, until one comes to its end."""
+    """Real jobs, killed at a random time after a random step, until one finishes."""
     rng = random.Random(seed)
     for _ in range(4):
         job = start(rng.choice(["torchrun", "deepspeed"]), "--config", config)

@@ -1,4 +1,4 @@
-"""The command line of launch/supervise.py: what it refuses before it starts anything."""
+"""The command line of launch/supervise.py: what it rejects before it starts anything."""
 
 import re
 
@@ -42,7 +42,7 @@ def test_nodes_of_slurm(supervise, tmp_path, monkeypatch):
     }  # fmt: skip
     job = node_job(supervise, "--scheduler", "slurm", **environ)
     assert (job.nodes, job.node, job.master, job.port) == (3, 2, "a7", 24567)
-    # Without a token of its own, the job's number keeps it from other jobs.
+    # Without a token, the job's number separates it from other jobs.
     assert job.token == "1234567"
 
 
@@ -93,7 +93,7 @@ def test_options_that_are_wrong(supervise, capsys, words):
 
 
 def test_a_configuration_is_read_first(supervise, capsys, tmp_path):
-    """Before ssh or any process: its errors cost nothing."""
+    """Before ssh or any process, so that its errors cost nothing."""
     config = write_config(tmp_path / "run.yaml", settings(tmp_path / "data", tmp_path / "run"))
     words = [str(PRETRAIN), "--config", str(config)]
     assert supervise._logs_of(words) == tmp_path / "run" / "logs"

@@ -1,3 +1,3 @@
-"""Fixtures of the tests of what a run would be."""
+"""Fixtures of the planning tests."""
 
 from jobs import dataset  # noqa: F401 - a fixture

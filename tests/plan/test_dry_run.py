@@ -1,4 +1,4 @@
-"""A dry run tells what a run would do, and does nothing."""
+"""A dry run reports what a run would do, and does nothing."""
 
 import os
 import re
@@ -113,7 +113,7 @@ def test_copies_that_never_part_are_told_of(tmp_path, dataset, change, told):
     assert run.status == 0 and ("copies never part" in run.err) == told
 
 
-# What a run of one process refuses, each with the word that must be in it.
+# What a single-process run rejects, each with a word that the message must contain.
 REFUSED = {
     "sample longer than the data": (["model.sequence=100000"], "too few tokens for one sample"),
     "a later sample longer": (
@@ -142,7 +142,7 @@ def test_it_refuses_what_the_run_refuses_with_the_same_words(tmp_path, dataset, 
     dry = main(["--config", config, "--dry-run", *overrides])
     assert run.status == dry.status == 1 and run.out == dry.out == ""
     assert says in run.err
-    or_less = run.err.strip()  # a dry run may offer one way more: to do without data
+    or_less = run.err.strip()  # a dry run may suggest one more way: to do without data
     assert dry.err.strip() == or_less or (
         dry.err.startswith(or_less) and "model.vocab=N" in dry.err
     )

@@ -1,4 +1,4 @@
-"""The dry run's memory: against live engines, and for worlds that no test can start."""
+"""The dry run's memory: against live engines, and for worlds too large to start in a test."""
 
 import gc
 import os
@@ -56,7 +56,7 @@ CASES = [
 
 
 def _measure(comm, cases):
-    """Of each engine: tensor bytes before its first step and in its second update, foretold."""
+    """Per engine: tensor bytes before its first step and in its second update, and predictions."""
     found, all_reduce = [], dist.all_reduce
     for layout, dtype, offload in cases:
         settings = config(
@@ -83,7 +83,7 @@ def _measure(comm, cases):
         engine._optimizer.before_step = watch
 
         def reduce_and_watch(*args, stepping=stepping, before=before, offload=offload, **more):
-            # With offload the copy that is reduced is the greatest, and gone by the update.
+            # With offload the copy that is reduced is the largest, and freed before the update.
             if offload == "cpu":
                 stepping.append(tensor_bytes() - before)
             return all_reduce(*args, **more)
@@ -109,7 +109,7 @@ def test_what_is_foretold_is_what_an_engine_holds():
             parts = peak.parts
             state = parts["parameters"] + parts["optimizer"] + peak.host
             kept = peak.total + peak.host - parts["activations"]
-            # What DeepSpeed keeps by the way is a weight or two of this small model.
+            # DeepSpeed's incidental allocations amount to a weight or two of this small model.
             if layout["zero"] == 3 or offload == "cpu" or (layout["zero"], dtype) == (1, "bf16"):
                 # These allocate gradients and buckets when they start.
                 assert 0.98 * state <= ready <= 1.02 * kept, what
@@ -117,7 +117,7 @@ def test_what_is_foretold_is_what_an_engine_holds():
                 assert ready == pytest.approx(state, rel=0.05), what
             assert 0.6 * kept <= stepping <= 1.05 * kept, what
             if layout["zero"] == 0:
-                # Nothing but the bucket is gone by the update.
+                # Only the bucket has been freed by the update.
                 assert stepping >= 0.98 * (kept - parts["gradients"]), what
 
 
@@ -127,7 +127,7 @@ BIG = {
 
 
 def big(**sections):
-    """87 billion parameters, stacked to 175."""
+    """87 billion parameters, stacked to 175 billion."""
     stages = [
         {"until": {"tokens": 1e9}},
         {
@@ -153,8 +153,8 @@ def test_a_large_model_on_1024_ranks():
     # Earlier pipeline stages hold more micro-batches.
     activations = [peak.parts["activations"] for peak in stage]
     assert activations[:7] == sorted(activations[:7], reverse=True)
-    # Master and moments of all ranks together: 12 bytes a parameter, the tied one on both ends
-    # of the pipeline; norms and some biases are on every tensor-parallel rank.
+    # Master and moments of all ranks together: 12 bytes per parameter, the tied one on both ends
+    # of the pipeline; norms and some biases are replicated on every tensor-parallel rank.
     total = 16 * 8 * sum(peak.parts["optimizer"] for peak in stage)
     assert total == pytest.approx(12 * (174_604_259_328 + 50257 * 12288), rel=2e-3)
     [(rank, count)] = moves(plan, 1, ranks=[5]).items()
@@ -199,7 +199,7 @@ def test_this_machines_memory_is_the_default(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1024)
     with pytest.raises(ConfigError, match="--memory, such as 80GB"):
         check_memory(huge, world=1024, memory=None)
-    # A laptop plans a cluster: it says what each rank needs and does not judge.
+    # A laptop plans for a cluster: it prints what each rank needs, without a verdict.
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     said = check_memory(huge, world=1024, memory=None)
     assert "not checked" in said and "1024 processes" in said and "say --memory" in said

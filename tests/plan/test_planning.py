@@ -33,7 +33,7 @@ def small_run(**sections):
 
 
 def test_step_time_by_hand():
-    """Two pipeline stages, two-way tensor parallelism, four data ranks; every term written out."""
+    """Two pipeline stages, two-way tensor parallelism, four data ranks; every term spelled out."""
     machine = MachineConfig(nodes=2, gpus=8, flops=1e12, efficiency=0.5, intra=1e9, inter=1e8)
     config = small_run(layout={"tensor": 2, "pipeline": 2, "zero": 1})
     plan = plan_run(config, world=16, vocabulary=None)
@@ -139,7 +139,7 @@ def test_a_plan_is_a_run_that_can_start(tmp_path, capsys):
     assert outcome.status == 0, outcome.err
     last = plan_run(load_config(tmp_path / "plan/config.yaml"), world=4, vocabulary=None).stages[-1]
     assert (last.model.layers, last.model.hidden) == (8, 64)
-    # The budget is what the target takes on so many tokens.
+    # The budget is what training the target on this many tokens takes.
     from megagrow.models.flops import train_flops_per_token
 
     assert last.plan.end_flops == pytest.approx(1e9 * train_flops_per_token(last.model), rel=0.01)

@@ -1,4 +1,4 @@
-"""Lines of a run's log, for tests of the log and of its mirrors."""
+"""Log lines of a run, for tests of the log and its mirrors."""
 
 
 def log_step(log, step, stage=0, loss=3.0):

@@ -1,4 +1,4 @@
-"""The mean of a run's last weights: its arithmetic, and what a run says of it."""
+"""The mean of a run's last weights: its arithmetic, and what the run reports."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from megagrow.train.average import WeightAverage
 
 
 class FakeEngine:
-    """Two shards, and a count of how often the model's parameters were brought up to date."""
+    """Two shards, and a count of publishes."""
 
     def __init__(self):
         self.values = {"a": torch.zeros(3), "b": torch.zeros(2, 2)}
@@ -82,7 +82,7 @@ def test_a_run_is_the_same_and_its_average_is_better_founded(tmp_path, dataset):
     assert (line["step"], line["states"], line["wanted"]) == (10, 3, 3)
     assert line["val_loss"] != final["val_loss"]
     assert abs(line["val_loss"] - final["val_loss"]) < 0.1
-    # What is saved are the last weights: a run that goes on from there is as it was.
+    # The last weights are saved, so a run that resumes from there is unaffected.
     saved = [
         load_file(tmp_path / name / "checkpoints/step_00000010/rank_00000.safetensors")
         for name in ("plain", "average")

@@ -1,4 +1,4 @@
-"""Bad input stops a run with an error that says what to do, and changes nothing on the disk."""
+"""Bad input stops a run with a helpful error, and changes nothing on disk."""
 
 import shutil
 
@@ -9,12 +9,12 @@ from jobs import files_below, main, make_dataset, settings, write_config
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    """A dataset of other text, with a tokenizer of its own."""
+    """A dataset of other text, with its own tokenizer."""
     return make_dataset(tmp_path_factory.mktemp("other") / "toy", seed=1)
 
 
 def refused(tmp_path, dataset, *overrides, says, mapping=None):
-    """Run `main` and see that it refuses, telling all of `says`, and touches nothing."""
+    """Run `main` and check that it fails, says all of `says`, and changes nothing."""
     config = write_config(tmp_path / "run.yaml", mapping or settings(dataset, tmp_path / "run"))
     before = files_below(dataset)
     outcome = main(["--config", config, *overrides])
@@ -67,7 +67,7 @@ def test_settings(tmp_path, dataset, case):
 
 
 def test_a_clash_in_a_later_stage(tmp_path, dataset):
-    """What only the second stage's layout clashes with is refused before the first begins."""
+    """What conflicts only with the second stage's layout is rejected before the first begins."""
     mapping = settings(dataset, tmp_path / "run", deepspeed={"zero_optimization": {"stage": 1}})
     mapping["stages"][1]["layout"] = {"zero": 2}
     refused(tmp_path, dataset, mapping=mapping, says=["deepspeed.zero_optimization.stage", "2"])
@@ -156,7 +156,7 @@ def test_options_in_any_order_and_only_rank_0_speaks(tmp_path, dataset, monkeypa
     for arguments in (["--nonsense"], ["--help"]):
         outcome = main(arguments)
         assert outcome.out == outcome.err == ""
-    # What only this rank may know, since the ranks have not joined yet.
+    # Possibly known to this rank only, since the ranks have not joined yet.
     alone = main(["--config", config, "model.ffn=x"])
     assert (alone.status, alone.out) == (1, "") and alone.err.startswith("rank 1: error: ")
     dry = main(["--config", config, "--dry-run"])
@@ -164,7 +164,7 @@ def test_options_in_any_order_and_only_rank_0_speaks(tmp_path, dataset, monkeypa
 
 
 def test_the_written_configuration_is_the_given_one(tmp_path, dataset):
-    """The helper above must not hide anything: the same settings, unharmed, are accepted."""
+    """A check on the helper above: the same settings, unmodified, are accepted."""
     config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run"))
     assert yaml.safe_load(config.read_text())["data"]["path"] == str(dataset)
     assert main(["--config", config, "--dry-run"]).status == 0

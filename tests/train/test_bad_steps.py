@@ -1,6 +1,6 @@
-"""Losses and gradients that are not finite: passed over, gone back from, given up on.
+"""Losses and gradients that are not finite: skipped, rolled back from, given up on.
 
-The numbers are made bad inside the model, so that what DeepSpeed does about them is the real thing.
+The numbers are corrupted inside the model, so that DeepSpeed reacts for real.
 """
 
 import math
@@ -69,7 +69,7 @@ def test_a_bad_step_leaves_no_update(tmp_path, dataset, world, layout, dtype):
     command = ["--config", config, "train.stop_after_steps=5"]
     [outcomes] = launch(world, command, hook=spoil)
     assert [o.status for o in outcomes] == [0] * world, outcomes[0].err
-    assert "step 3 is passed over" in outcomes[0].err
+    assert "step 3 is skipped" in outcomes[0].err
     lines = log_of(config)
     assert [line["step"] for line in events(lines, "passed_over")] == [3]
     good = events(lines, "step")
@@ -94,13 +94,13 @@ def test_spikes_are_passed_over_where_asked_for(tmp_path, config):
 
 
 def test_too_many_bad_steps_in_a_row_go_back_to_a_checkpoint(tmp_path, config):
-    """Steps 5 and 6 are bad; back to the checkpoint of 4, and on behind their samples."""
+    """Steps 5 and 6 are bad; back to the checkpoint of 4, and on after their samples."""
     command = ["--config", config, "recovery.skip=1"]
     [outcomes] = launch(2, command, hook=(_spoil, 1, {5, 6}, math.nan))
     assert [o.status for o in outcomes] == [0, 0], outcomes[0].err
     error = outcomes[0].err
-    assert "step 5 is passed over" in error and "step 6: the loss is not finite" in error
-    assert "the run goes back to" in error and "step_00000004" in error
+    assert "step 5 is skipped" in error and "step 6: the loss is not finite" in error
+    assert "the run rolls back to" in error and "step_00000004" in error
     lines = log_of(config)
     [back] = events(lines, "rollback")
     assert (back["step"], back["from_step"]) == (4, 5) and back["ranks"] == ["nan on rank 1"]
@@ -108,7 +108,7 @@ def test_too_many_bad_steps_in_a_row_go_back_to_a_checkpoint(tmp_path, config):
     root = tmp_path / "run" / "checkpoints"
     state = NativeCheckpoint.open(step_path(root, 10)).run_state
     assert state["consumed_samples"] == (10 + 2) * 8
-    # Stopped after the return and resumed, it is the same run.
+    # Stopped after the rollback and resumed, it is the same run.
     stopped = [*command, f"run.dir={tmp_path / 'stopped'}"]
     launch(2, [*stopped, "train.stop_after_steps=7"], hook=(_spoil, 1, {5, 6}, math.nan))
     assert trajectory(train(2, config, *stopped[2:])) == trajectory(lines)
@@ -126,12 +126,12 @@ def test_a_run_gives_up_in_the_end(tmp_path, config):
         assert words in error
     assert list_steps(last.parent)[-1] >= 2
     assert events(log_of(config), "not_finite")
-    # What it says to do works.
+    # Its suggested fix works.
     assert train(2, config)[-1]["event"] == "end"
 
 
 def _spoil_validation(rank, steps):
-    """Validations are not finite while so many steps are done."""
+    """Validations are not finite after these numbers of steps."""
     from megagrow.train.loop import Trainer
 
     loss = Trainer._validation_loss
@@ -144,12 +144,12 @@ def _spoil_validation(rank, steps):
 
 
 def test_a_validation_at_the_start_that_is_not_finite(tmp_path, config):
-    """Of fresh weights there is nothing to go back to; a resumed run goes back, or gives up."""
+    """Fresh weights have nothing to roll back to; a resumed run rolls back, or gives up."""
     [[outcome]] = launch(1, ["--config", config], hook=(_spoil_validation, {0}))
     assert outcome.status == 1 and "validation loss after step 0 is not finite" in outcome.err
     assert outcome.err.count("error: ") == 1 and "Traceback" not in outcome.err
     assert list_steps(tmp_path / "run" / "checkpoints") == []
-    # Asked to stop right after step 4, a run leaves without validating; the next one makes up
+    # Asked to stop right after step 4, a run exits without validating; the next one makes up
     # for it, and there the numbers are bad.
     stopped = [f"run.dir={tmp_path / 'stopped'}", "checkpoint.every=3"]
     [[first]] = launch(1, ["--config", config, *stopped], hook=(_asked_to_stop, 4))
@@ -159,14 +159,14 @@ def test_a_validation_at_the_start_that_is_not_finite(tmp_path, config):
     command, spoil = ["--config", config, *stopped], (_spoil_validation, {4})
     [[second]] = launch(1, [*command, "recovery.rollback=0"], hook=spoil)
     assert second.status == 1 and "validation loss after step 4 is not finite" in second.err
-    # With a rollback to spend it goes back to step 4 itself, and on behind its data.
+    # With a rollback left it goes back to step 4 itself, and on after its data.
     [[third]] = launch(1, [*command, f"run.dir={again}"], hook=spoil)
     assert third.status == 0, third.err
     assert [line["step"] for line in events(log_of(config, f"run.dir={again}"), "rollback")] == [4]
 
 
 def _asked_to_stop(rank, step):
-    """As a SIGTERM during a step."""
+    """Simulate a SIGTERM during a step."""
     import signal
 
     from megagrow.train.loop import Trainer
@@ -188,7 +188,7 @@ def test_nothing_to_go_back_to(tmp_path, config):
 
 
 def test_a_learning_rate_that_is_far_too_high(tmp_path, config):
-    """It diverges all by itself, also on a second try."""
+    """It diverges by itself, also on a second attempt."""
     [outcomes] = launch(
         2, ["--config", config, "optimizer.lr=1e6", "optimizer.grad_clip=0", "schedule.warmup=0"]
     )

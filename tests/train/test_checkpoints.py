@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what it refuses to go on from."""
+"""Which checkpoint a run resumes from, and what it refuses to resume from."""
 
 import shutil
 
@@ -22,7 +22,7 @@ from megagrow.train.checkpoints import candidates
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, dataset):
-    """A finished run (configuration, run directory) that no test may change."""
+    """A finished run (configuration, run directory) that no test may modify."""
     base = tmp_path_factory.mktemp("finished")
     config = write_config(base / "run.yaml", settings(dataset, base / "run"))
     train(1, config)
@@ -91,7 +91,7 @@ def _flip_value(path):
 
 @pytest.mark.parametrize("damage", [_cut_manifest, _no_manifest, _cut_values, _flip_value])
 def test_a_damaged_newest_checkpoint(used, finished, damage):
-    """Named, and left; the one before is taken only when told to, and then leads to the end."""
+    """It is named and kept; the previous one is used only on request, and then leads to the end."""
     config, run_dir = used
     root = run_dir / "checkpoints"
     last, before = step_path(root, 10), step_path(root, 8)
@@ -113,7 +113,7 @@ def test_a_damaged_newest_checkpoint(used, finished, damage):
 def test_nothing_is_set_aside_for_a_checkpoint_that_turns_out_damaged(used):
     root = used[1] / "checkpoints"
     _flip_value(step_path(root, 8))
-    fix = f"--resume {step_path(root, list_steps(root)[0])} goes on"
+    fix = f"--resume {step_path(root, list_steps(root)[0])} resumes"
     refusals(used, [(["--resume", step_path(root, 8)], ["step_00000008", "damaged", fix])])
 
 
@@ -146,9 +146,9 @@ def test_settings_that_changed_and_may_are_told(used):
         2, [*command, "train.stop_after_steps=10"], [*command, "deepspeed={}"]
     )
     assert (first.status, second.status, second.err) == (0, 0, "")
-    # Nothing is left to train for the first; the second trains, and the old settings are kept.
+    # The first has nothing left to train; the second trains, and the old settings are kept.
     kept = run_dir / "config.1.yaml"
-    assert further.status == 0 and f"to go on with those: --config {kept}" in further.err
+    assert further.status == 0 and f"to continue with those: --config {kept}" in further.err
     assert load_config(kept) == before != load_config(run_dir / "config.yaml")
     told = [line for line in first.err.splitlines() if line.startswith("changed since then: ")]
     assert [line.partition(": ")[2] for line in told] == [

@@ -1,4 +1,4 @@
-"""No run trains on a dataset that is not what its manifest says, and each says how it validates."""
+"""No run trains on a dataset that differs from its manifest, and each says how it validates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def damaged(dataset, tmp_path, change):
 
 
 def _saves_as_before(rank):
-    """Checkpoints as they were when they did not tell how a run validates."""
+    """Checkpoints in the old form, without fingerprints of the validation."""
     made = checkpoints.meta_of
 
     def without(*arguments, **more):

@@ -94,7 +94,7 @@ def seen(mixing, tokens, loss, *, settled=True):
     steps=st.integers(0, 6),
 )
 def test_it_ends_where_the_curve_of_a_fresh_model_is_met(small, factor, count, lead, steps):
-    """Validations that follow the law exactly foretell the larger model exactly."""
+    """Validations that follow the law exactly predict the larger model exactly."""
     large, mixing = round(small * factor) + 1, Mixing()
     for number in range(1, count + 1):
         tokens = 1000 * number
@@ -127,7 +127,7 @@ def test_without_enough_to_fit_nothing_is_foretold():
     assert seen(few, 5000, 0.1).met is None
     same = mixing.grown(LAW, small=100, large=100, tokens=4000, points=2)
     assert same.curve is None
-    # A floor that losses are below is none.
+    # A floor above the losses is not used.
     low = Mixing()
     for tokens in range(1000, 9000, 1000):
         low = seen(low, tokens, losses_of(100, tokens) - 3.5)

@@ -1,4 +1,4 @@
-"""Runs in every kind of layout: the same curve, also where a resume or a growth changes it."""
+"""Runs in every kind of layout: the same curve, even if a resume or a growth changes it."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jobs import DEPTH, WIDTH, events, growths, launch, log_of, settings, train, write_config
 
-# (tensor, pipeline, ZeRO) of four processes; each is resumed in the one behind it.
+# (tensor, pipeline, ZeRO) of four processes; each is resumed in the next one.
 LAYOUTS = [
     (1, 1, 1), (2, 1, 1), (1, 2, 0), (2, 2, 1), (1, 1, 3), (2, 1, 2), (1, 1, 0), (2, 1, 3),
     (1, 2, 1),
@@ -26,7 +26,7 @@ def layout_keys(layout):
 
 
 def in_four(dataset, tmp_path, name, **changes):
-    """A run whose batches and validation samples divide over any grid of four processes."""
+    """A run whose batches and validation samples divide evenly over any grid of four processes."""
     changes.setdefault(
         "train", {"validate_every": 4, "validation_samples": 8, "tensorboard": False}
     )
@@ -103,7 +103,7 @@ def test_low_precision_resumes_bit_for_bit_across_a_growth(tmp_path, dataset, dt
     assert said in outcomes[0][0].out + outcomes[0][0].err
     found, expected = log_of(config), log_of(config, f"run.dir={tmp_path / 'straight'}")
     assert losses(found).tolist() == losses(expected).tolist()
-    # Over three steps each: samples differ more than so few updates gain.
+    # Averaged over three steps: samples differ more than a few updates gain.
     assert np.isfinite(losses(found)).all()
     assert losses(found)[-3:].mean() < losses(found)[:3].mean()
     manifest = json.loads(

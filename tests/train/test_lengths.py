@@ -1,4 +1,4 @@
-"""Runs whose samples change their length: every token once, through roll-back and resume."""
+"""Runs whose sample length changes: every token once, through rollback and resume."""
 
 import json
 
@@ -23,7 +23,7 @@ STAGES = [
 
 
 def _note_and_spoil(rank, directory, bad):
-    """Note which sample of which order every read was; make the losses of some steps infinite."""
+    """Record which sample of which order every read was; make the losses of some steps infinite."""
     sample = SampleIndex.sample
 
     def noted(index, k):
@@ -53,7 +53,7 @@ def test_a_run_that_goes_back_over_a_change_of_length_sees_no_token_twice(
     assert (back["step"], back["from_step"]) == (4, 6)
     state = NativeCheckpoint.open(step_path(tmp_path / "run" / "checkpoints", 9)).run_state
     assert state["taken"] == [[4, 4 * 8], [8, 3 * 4 + 5 * 4]] and state["consumed_samples"] == 64
-    # The same reads of data whose every token is its own number.
+    # The same reads on data in which every token is its own index.
     total = open_dataset(dataset, None).train.total_tokens
     with IndexedWriter(tmp_path / "numbered", "int32") as writer:
         writer.add_document(range(total))
@@ -76,7 +76,7 @@ def test_resumed_on_either_side_of_a_change_of_length_the_run_is_the_same(config
 
 
 def test_a_checkpoint_that_counts_samples_without_their_length_goes_on_as_it_would_have(config):
-    """As earlier versions wrote it, who went on at the same number in the new length's order."""
+    """As written by earlier versions, which continued at the same number in the new order."""
     train(1, config, "train.stop_after_steps=6")
     run = load_config(config)
     data = open_dataset(run.data.path, None)

@@ -1,4 +1,4 @@
-"""A growth that is fitted on data: live in every kind of layout, and offline the same."""
+"""A growth that is fitted on data: live in every kind of layout, and the same offline."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def test_fitting_costs_flops_and_samples_as_planned(alone):
     assert steps[3]["flops"] > growth["flops"]
     model = ModelConfig(**growth["model"])
     assert growth["fit_flops"] > GROW["fit_steps"] * 64 * train_flops_per_token(model)
-    # Its samples do not come again: they count as taken.
+    # Its samples are consumed: they do not come again.
     assert growth["fit_samples"] == GROW["fit_steps"] * 8
     config = load_config(alone[0])
     state = NativeCheckpoint.open(newest(Path(config.run.dir) / "checkpoints")).run_state

@@ -1,4 +1,4 @@
-"""A whole run: what it leaves behind, what its growths cost, its schedules, its validation."""
+"""A whole run: its files, the cost of its growths, its schedules, its validation."""
 
 import math
 from itertools import pairwise
@@ -153,14 +153,14 @@ def test_the_learning_rate_is_the_plans(dataset, tmp_path):
         assert [(s["tokens"], s["flops"]) for s in last] == [
             (stage.plan.end_tokens, stage.plan.end_flops) for stage in plan.stages
         ]
-        # A third, two thirds, and all of the rate that it would be without the growth.
+        # A third, two thirds, and all of the rate without the growth.
         calm = plan_of(*command[1:], "stages.1.grow.rewarm=0", world=1).learning_rate
         ratios = [steps[i]["lr"] / calm.at(i) for i in range(2, 7)]
         assert ratios == pytest.approx([1, 1 / 3, 2 / 3, 1, 1])
 
 
 def test_ranks_and_zero_stages_do_not_show(dataset, tmp_path):
-    """The layout law, with growths; validation on the same samples, whoever reads them.
+    """The layout law, with growths; validation on the same samples, whichever ranks read them.
 
     Ten validation samples in micro-batches of 2 or 3 do not divide evenly among the ranks.
     """
@@ -189,7 +189,7 @@ def test_ranks_and_zero_stages_do_not_show(dataset, tmp_path):
 
 
 def _note_samples(rank, directory):
-    """Write down the number of every training sample that this rank reads."""
+    """Record the index of every training sample that this rank reads."""
     from megagrow.data.sampler import SampleIndex
 
     sample = SampleIndex.sample
@@ -203,7 +203,7 @@ def _note_samples(rank, directory):
 
 
 def test_every_sample_is_taken_once_and_in_order(dataset, tmp_path):
-    """By one rank, by two, and by a run that goes on with another number of ranks and batch."""
+    """By one rank, by two, and by a run that resumes with other numbers of ranks and batch."""
     config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run"))
     taken = []
     for world, *extra in [2, "train.stop_after_steps=4"], [1, "batch.micro=4"]:
@@ -213,7 +213,7 @@ def test_every_sample_is_taken_once_and_in_order(dataset, tmp_path):
         assert all(o.status == 0 for o in outcomes)
         taken.append([[int(k) for k in (notes / f"{r}").read_text().split()] for r in range(world)])
     (first, second), [alone] = taken
-    # Micro-batches of 2, dealt to the ranks in turn: 8 samples a step, 4 steps.
+    # Micro-batches of 2, dealt to the ranks in turn: 8 samples per step, 4 steps.
     assert first == [k for k in range(32) if k % 4 < 2]
     assert second == [k for k in range(32) if k % 4 >= 2]
     assert alone == list(range(32, 80))
@@ -238,7 +238,7 @@ def test_a_stage_may_change_the_layout_alone_or_with_a_growth(dataset, tmp_path)
 
 
 def test_stop_and_resume_at_the_end_and_beyond(dataset, tmp_path):
-    """A run that is done is left as it is; stopping later than its end is no stop."""
+    """A finished run is left as it is; a stop beyond its end is no stop."""
     config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run"))
     long = ["--config", config, "train.stop_after_steps=99"]
     early = ["--config", config, "train.stop_after_steps=4"]

@@ -149,7 +149,7 @@ def test_losses_that_are_not_finite(tmp_path):
 
 
 def test_a_full_disk_does_not_stop_a_run(tmp_path, capsys):
-    """Lines wait for room; it is told once, and closing tells what is lost."""
+    """Lines wait for space, with one warning, and closing says what is lost."""
     log = MetricsLog(tmp_path)
     log_step(log, 1)
     real = log._file
@@ -166,7 +166,7 @@ def test_a_full_disk_does_not_stop_a_run(tmp_path, capsys):
     log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - closed by log
     real.close()
     log_step(log, 5)
-    with pytest.raises(TrainingError, match="no room for") as caught:
+    with pytest.raises(TrainingError, match="do not fit on the disk") as caught:
         log.close()
     assert str(log.path) in str(caught.value)
     log.close()

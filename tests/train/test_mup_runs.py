@@ -43,7 +43,7 @@ def test_stopped_and_resumed_through_growths(tmp_path, dataset, name):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_every_layout_has_the_curve_of_one_process(tmp_path, dataset, family):
-    """By turns: over both growths, tensor, pipeline and data parallel, ZeRO 0 to 3."""
+    """Alternating over both growths, tensor, pipeline and data parallel, ZeRO 0 to 3."""
     model = {"family": family, "tie_embeddings": family == "gpt2"}
     mapping = mapping_of(dataset, tmp_path / "one", model=model)
     config = write(tmp_path / "run.yaml", mapping)

@@ -1,4 +1,4 @@
-"""What is said of a start before DeepSpeed is: it may not even be imported."""
+"""What is reported before DeepSpeed is imported; it need not even be importable."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from megagrow.train import ready
 from megagrow.train.opening import checkpoint_bytes, require_disk
 from megagrow.train.run_plan import plan_run, with_vocabulary
 
-# DeepSpeed cannot be imported here, nor can Weights & Biases; every command is answered all the
-# same.
+# DeepSpeed cannot be imported here, nor can Weights & Biases; every command is still
+# answered.
 WITHOUT_DEEPSPEED = """
 import json, sys
 sys.modules["deepspeed"] = sys.modules["wandb"] = None
@@ -35,7 +35,7 @@ for command in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, dataset):
-    """A run that came to its end: (configuration, run directory)."""
+    """A finished run: (configuration, run directory)."""
     base = tmp_path_factory.mktemp("finished")
     config = write_config(base / "run.yaml", settings(dataset, base / "run"))
     train(1, config)
@@ -90,7 +90,7 @@ def test_a_finished_run_says_so_and_errors_of_files_are_told_before_deepspeed_st
 
 
 def test_a_directory_that_comes_meanwhile_is_not_refused(tmp_path):
-    """Another rank, or another job, may make run.dir at any moment."""
+    """Another rank, or another job, may create run.dir at any moment."""
     place, done = tmp_path / "run", threading.Event()
 
     def come_and_go():
@@ -109,7 +109,7 @@ def test_a_directory_that_comes_meanwhile_is_not_refused(tmp_path):
 
 
 def test_a_rank_that_is_refused_alone_says_so_itself(tmp_path):
-    """Before the processes know of each other rank 0 cannot tell for it."""
+    """Before the processes have joined, rank 0 cannot report for it."""
     command = [sys.executable, str(PRETRAIN), "--config", str(tmp_path / "absent.yaml")]
     environment = {**os.environ, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
@@ -146,7 +146,7 @@ def test_a_disk_that_old_checkpoints_fill_is_told_with_their_names_unless_a_save
         usage = SimpleNamespace(total=10**9, used=0, free=count)
         monkeypatch.setattr("megagrow.train.opening.shutil.disk_usage", lambda path: usage)
 
-    # checkpoint.keep = 3: of the three that are there one goes when the next is written.
+    # checkpoint.keep = 3: of the three existing ones, one is deleted when the next is written.
     free(lacking - oldest)
     require_disk(config, plan)
     free(lacking - oldest - 1)

@@ -17,7 +17,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def open_place():
-    """A directory that every user may look into; pytest's own are for one user alone."""
+    """A directory that every user may read; pytest's own are for one user only."""
     path = Path(tempfile.mkdtemp(prefix="megagrow-test-", dir="/tmp"))
     path.chmod(0o755)
     yield path
@@ -25,11 +25,11 @@ def open_place():
 
 
 def _become_nobody(_):
-    # Before this process may no longer read where Python lies.
+    # Import before this process loses read access to Python's files.
 
     import megagrow.train.loop  # noqa: F401
 
-    # A child of root may write anywhere; as a user's process it may not.
+    # A child of root may write anywhere; as an ordinary user's process it may not.
     os.setegid(NOBODY)
     os.seteuid(NOBODY)
 
@@ -71,7 +71,7 @@ def test_a_file_system_that_is_mounted_to_be_read_only(tmp_path, dataset):
 
 
 def _jumping_clock(_):
-    """An hour back in the middle of the run, then a day on."""
+    """Back an hour in the middle of the run, then forward a day."""
     import time
 
     real, calls = time.time, 0

@@ -1,4 +1,4 @@
-"""Checks at the start; several hosts are played by ranks that see another host name or disk."""
+"""Checks at the start; ranks with other host names or disks play several hosts."""
 
 import shutil
 import socket
@@ -16,7 +16,7 @@ SAME = Facts(rank=0, host="h0", code="c0", versions="torch 2", config="x", data=
 
 
 def ranks(*changes):
-    """Facts of ranks on hosts of their own."""
+    """Facts of ranks on separate hosts."""
     return [
         replace(SAME, **{"rank": n, "host": f"h{n}", **change}) for n, change in enumerate(changes)
     ]
@@ -87,12 +87,12 @@ def config(tmp_path, dataset):
 
 
 def play_two_hosts(rank):
-    """Every rank is a host of its own, which lives in a directory of its own."""
+    """Every rank is its own host, with its own directory."""
     socket.gethostname = lambda: f"h{rank}"
 
 
 def one_by_one(config, hook, *extra, world=3):
-    """The same error on all ranks, told by rank 0; nothing is left behind."""
+    """The same error on all ranks, reported by rank 0; nothing is left behind."""
     [outcomes] = launch(world, ["--config", config, *extra], hook=hook)
     assert [o.status for o in outcomes] == [1] * world
     assert not list(config.parent.rglob(".megagrow-preflight*"))
@@ -119,7 +119,7 @@ def test_all_ranks_refuse(config, name, message):
 
 
 def hide_files(rank, liar):
-    """What others write is not there for this rank; what it writes is not there for others."""
+    """This rank does not see the others' files, and they do not see its files."""
     play_two_hosts(rank)
     preflight._SEEN_WITHIN = 0.3
     if rank == liar:
@@ -139,7 +139,7 @@ def test_too_little_disk(config):
     message = one_by_one(config, (fill_disk,), world=1)
     # Two growths make 14,176 parameters, each with its two moments, in fp32.
     assert "1 kB free" in message and f"{14_176 * 12 / 1000:.0f} kB" in message
-    # There is no checkpoint yet that a lower checkpoint.keep could let go.
+    # There is no checkpoint yet that a lower checkpoint.keep could delete.
     assert "larger disk" in message and "checkpoint.keep" not in message
 
 

@@ -1,4 +1,4 @@
-"""A run whose new units come in by and by: every layout, stopped in between, plain at the end."""
+"""A run with a ramp: every layout, stopped in between, plain at the end."""
 
 import subprocess
 import sys
@@ -72,7 +72,7 @@ def test_stopped_and_resumed_inside_the_ramp_bit_for_bit(tmp_path, dataset):
     with torch.no_grad():
         loss = model(torch.from_numpy(fixed)).item()
     assert loss == pytest.approx(validated["val_loss"], rel=1e-5)
-    # What lies inside the ramp is no plain model: it can be trained and evaluated, no more.
+    # Inside the ramp it is not a plain model: it can be trained and evaluated, no more.
     early = ["--from", inside, "--to", tmp_path / "x"]
     for program, *more in (
         ("convert", "--to-format", "huggingface"),
@@ -87,7 +87,7 @@ def test_stopped_and_resumed_inside_the_ramp_bit_for_bit(tmp_path, dataset):
 
 
 def test_the_mask_changes_the_run(tmp_path, dataset):
-    """Another length of the ramp, another curve: from the step after the first of it."""
+    """Another ramp length, another curve: from the step after the ramp's first."""
     short, long = (
         _losses(train(1, _config(dataset, tmp_path, f"ramp-{n}", family="gpt2", ramp=n)))
         for n in (2, 4)

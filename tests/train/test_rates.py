@@ -1,4 +1,4 @@
-"""Stages with an optimizer and a schedule of their own."""
+"""Stages with their own optimizer settings and schedule."""
 
 import json
 
@@ -15,7 +15,7 @@ from megagrow.train.run_plan import plan_run
 
 
 def staged(*, optimizer=None, schedule=None, policy="sparkling", stage=1):
-    """Train, widen with rates of its own, train, deepen, train."""
+    """Train, widen with its own rates, train, deepen, train."""
     found = stages(policy=policy, rewarm=0)
     found[stage] |= {"optimizer": optimizer or {}, "schedule": schedule or {}}
     return found
@@ -58,7 +58,7 @@ def test_what_cannot_be_is_refused(dataset, tmp_path, case):
 @pytest.mark.parametrize(
     ("optimizer", "change", "policy", "fits"),
     [
-        # AdamW's correction is wrong as long as beta^t counts under either beta.
+        # AdamW's correction is wrong as long as beta^t matters under either beta.
         ({"betas": [0.9, 0.95]}, {"betas": [0.9, 0.99]}, "kept", False),
         ({"betas": [0.5, 0.6]}, {"betas": [0.6, 0.7]}, "kept", True),
         ({"betas": [0.9, 0.95]}, {"betas": [0.9, 0.99]}, "reset", True),
@@ -132,7 +132,7 @@ def test_from_its_first_update_a_stage_is_a_run_with_these_settings(tmp_path, da
     told = {key: list(v) if isinstance(v, list) else v for key, v in growth["optimizer"].items()}
     assert {key: told[key] for key in change} == change
     assert f"stage 1: lr {change['lr']:g}" in outcomes[0][0].err
-    # Without the change it is another run.
+    # Without the change it is a different run.
     train(2, other, f"run.dir={tmp_path / 'none'}")
     assert trajectory(log_of(other, f"run.dir={tmp_path / 'none'}"))[3:] != trajectory(found)[3:]
 
@@ -169,7 +169,7 @@ def test_a_dry_run_tells_them(tmp_path, dataset):
 
 
 def groups_in(value):
-    """Every parameter group of an optimizer below a loaded file's value."""
+    """Every parameter group of an optimizer in a loaded file's value."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from item if key == "param_groups" else groups_in(item)

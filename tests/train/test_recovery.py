@@ -1,4 +1,4 @@
-"""Steps that are passed over, returns to a checkpoint, requests to stop: as pure decisions."""
+"""Skipped steps, rollbacks, stop requests: as pure decisions."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from megagrow.train.health.signals import StopRequest, signal_name
 
 
 def judge(guard, loss, norm=1.0, *, recent=(), step=7, losses=None):
-    """One step: asks before the update and after it; returns what is wrong."""
+    """One step: asks before the update and after it; returns the fault."""
     guard.begin(recent)
     applied = guard.accept(loss, norm)
     return guard.passes_over(step=step, losses=losses or [loss], grad_norm=norm, applied=applied)
@@ -47,7 +47,7 @@ def test_as_many_in_a_row_as_allowed():
     with pytest.raises(RollBack, match="step 7: the loss is not finite") as caught:
         judge(guard, math.nan)
     assert caught.value.ranks == ["nan on rank 0"]
-    # A good one between them begins the count again.
+    # A good step in between restarts the count.
     assert judge(guard, math.nan) and judge(guard, 2.0) is None and judge(guard, math.nan)
 
 

@@ -1,4 +1,4 @@
-"""The resume law: stopped or killed at any moment, a run goes on as if nothing had been."""
+"""The resume law: stopped or killed at any moment, a run continues as if undisturbed."""
 
 import random
 import shutil
@@ -27,7 +27,7 @@ from megagrow.state.catalog import slots_of
 from megagrow.state.layout import Layout
 from megagrow.train.grow_offline import plan_offline, write_offline
 
-# Sparkling leaves young blocks, reset starts the step count again, exact leaves factors.
+# Sparkling leaves new blocks, reset restarts the step count, exact leaves factors.
 POLICIES = ["sparkling", "reset", "exact"]
 
 
@@ -55,7 +55,7 @@ def same_run(lines, straight):
     [("sparkling", 1, range(1, 10)), ("reset", 2, (2, 3, 4, 8)), ("exact", 0, (3, 5, 7))],
 )
 def test_stopped_and_resumed_again_and_again(tmp_path, dataset, policy, zero, stops):
-    """Growths come after steps 3 and 7; the straight run is the first of the same job."""
+    """Growths come after steps 3 and 7; the uninterrupted run is the first of the same job."""
     mapping = settings(dataset, tmp_path / "chain", stages=stages(policy=policy))
     config = write_config(tmp_path / "run.yaml", {**mapping, "layout": {"zero": zero}})
     straight = ["--config", config, f"run.dir={tmp_path / 'straight'}"]
@@ -89,7 +89,7 @@ def test_resumed_in_other_worlds_and_zero_stages(tmp_path, dataset, policy):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, dataset):
-    """A run that was never disturbed: (its configuration, its log)."""
+    """An undisturbed run: (its configuration, its log)."""
     base = tmp_path_factory.mktemp("straight")
     mapping = settings(dataset, base / "run", checkpoint={"every": 1, "keep": 2})
     config = write_config(base / "run.yaml", mapping)
@@ -97,7 +97,7 @@ def straight(tmp_path_factory, dataset):
 
 
 # Where rank 0 is killed, in turn: (function of megagrow, which of its calls since the start),
-# and the checkpoint that is left.  With a checkpoint a step, and a growth after step 3.
+# and the checkpoint that is left.  With a checkpoint per step, and a growth after step 3.
 MOMENTS = [
     ("train_step", 2, 1),
     ("_save", 2, 2),  # before the state to grow from is saved
@@ -126,7 +126,7 @@ def test_killed_at_one_chosen_moment_after_the_other(tmp_path, straight):
 
 
 def chain_of_kills(tmp_path, straight, *, kills, seed, longest):
-    """Kill one rank or both at random calls, resume, kill again; then let it end."""
+    """Kill one rank or both at random calls, resume, kill again; then let it finish."""
     config, undisturbed = straight
     rng = random.Random(seed)
     run_dir = tmp_path / "run"

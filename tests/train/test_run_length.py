@@ -1,4 +1,4 @@
-"""A long run holds no more than a short one: memory, descriptors, threads."""
+"""A long run uses no more than a short one: memory, descriptors, threads."""
 
 import gc
 import json
@@ -12,7 +12,7 @@ KIB = 1024
 
 
 def _measured(rank, every, path):
-    """Note, every so many steps, what the process holds."""
+    """Record at regular intervals what the process holds."""
     from megagrow.train.loop import Trainer
 
     take_step = Trainer._step
@@ -39,7 +39,7 @@ def _measured(rank, every, path):
 @pytest.mark.parametrize(
     ("world", "steps", "warm", "kib"),
     [
-        # PyTorch notes the last 2,000 collectives, and takes memory until it has so many.
+        # PyTorch records the last 2,000 collectives, and allocates memory until it has as many.
         (1, 200, 100, 16),
         pytest.param(1, 5000, 1000, 1, marks=pytest.mark.slow),
         pytest.param(2, 3000, 1000, 1, marks=pytest.mark.slow),
@@ -48,7 +48,7 @@ def _measured(rank, every, path):
 def test_memory_descriptors_threads_and_objects_are_flat_after_the_warm_up(
     tmp_path, dataset, world, steps, warm, kib
 ):
-    """Validations, saves and the log's mirror for TensorBoard among the steps."""
+    """Including validations, saves and the log's mirror for TensorBoard."""
     mapping = settings(
         dataset,
         tmp_path / "run",
@@ -70,7 +70,7 @@ def test_memory_descriptors_threads_and_objects_are_flat_after_the_warm_up(
         after = [one for one in held if one["step"] >= warm]
         assert after[-1]["step"] == steps
         for name in ("descriptors", "threads"):
-            # A thread may have a file open at one sample, and not at another: none may climb.
+            # A thread may have a file open at one sample and not at another: none may grow.
             first, last = after[: len(after) // 2], after[len(after) // 2 :]
             assert min(one[name] for one in last) <= min(one[name] for one in first), (name, held)
         grown = {name: after[-1][name] - after[0][name] for name in ("memory", "objects")}

@@ -1,4 +1,4 @@
-"""A run's directory belongs to one job: the second is refused, and a job that loses it stops."""
+"""A run's directory belongs to one job: a second is refused, and a job that loses it stops."""
 
 import json
 import os
@@ -83,11 +83,11 @@ def test_a_job_that_loses_its_directory_stops_at_the_next_step_and_writes_no_mor
     ):
         assert [o.status for o in outcomes] == [1, 1]
         assert "this job no longer has it to itself" in outcomes[0].err and why in outcomes[0].err
-    # What was removed did not come back in part; the run after it began anew, the third went on.
+    # The removed one did not come back in part; the next run started fresh, the third resumed.
     assert "resuming" not in unlocked[0].err and "resuming from" in taken[0].err
     steps = [line["step"] for line in events(read_metrics(run / "metrics.jsonl"), "step")]
     assert steps[-1] == 6 and list_steps(run / "checkpoints")[-1] <= 6
-    # The one that took it still has it.
+    # The job that took it still has it.
     assert json.loads((run / NAME).read_text())["host"] == "h7"
     assert [o.status for o in again] == [1, 1] and "another job" in again[0].err
 
@@ -115,7 +115,7 @@ def test_a_step_counts_as_saved_where_the_checkpoint_is_of_this_run_and_state(sa
     assert _body(path)["fingerprints"]["run"] == run
     assert is_saved(path, state, run=run, known=None)
     assert not is_saved(Path(f"{path}0"), state, run=run, known=None)
-    # One that was brought here from elsewhere and resumed from is the run's own.
+    # One that was copied here from elsewhere and resumed from is the run's own.
     assert is_saved(path, state, run="another", known=path)
 
 
@@ -132,5 +132,5 @@ def test_a_step_that_another_run_or_state_was_saved_under_is_refused(saved):
         is_saved(path, other, run=run, known=None)
     with pytest.raises(CheckpointError, match="tokens"):
         is_saved(path, replace(state, tokens=1), run=run, known=path)
-    # A run that went back to this checkpoint has left data out since; its tensors are the same.
+    # A run that went back to this checkpoint has skipped data since; its tensors are the same.
     assert is_saved(path, other, run=run, known=path)

@@ -26,7 +26,7 @@ from megagrow.state.boxes import whole
 
 @pytest.fixture(scope="module", name="straight")
 def saved_in_the_foreground(tmp_path_factory, dataset):
-    """A run with a checkpoint a step, none of them asynchronous: (its configuration, its log)."""
+    """A run with a checkpoint per step, none asynchronous: (its configuration, its log)."""
     base = tmp_path_factory.mktemp("straight")
     mapping = settings(dataset, base / "run", checkpoint={"every": 1, "keep": 20})
     config = write_config(base / "run.yaml", mapping)
@@ -63,7 +63,7 @@ def test_the_run_and_its_checkpoints_are_the_same(tmp_path, straight):
 
 
 def _write_only_when_told(rank, notes):
-    """Files of a save are begun only after another step has ended, or the run waits for them."""
+    """Files of a save are started only after another step has ended, or the run waits for them."""
     from megagrow.engine.engine import Engine
     from megagrow.train.saving import Saver
 
@@ -108,7 +108,7 @@ def test_steps_go_on_while_files_are_written(tmp_path, straight):
                "train.stop_after_steps=7"]  # fmt: skip
     [outcomes] = launch(2, command, hook=(_write_only_when_told, tmp_path))
     assert [o.status for o in outcomes] == [0, 0], outcomes[0].err
-    # Of steps 2, 3 (a growth follows), 4, 6 and 7 (the end): only the last has no step to come.
+    # Of steps 2, 3 (a growth follows), 4, 6 and 7 (the end): only the last has no next step.
     assert sound(tmp_path / "run" / "checkpoints") == [2, 3, 4, 6, 7]
     for rank in range(2):
         reasons = (tmp_path / str(rank)).read_text()
@@ -129,7 +129,7 @@ def _full_disk(rank, step):
 
 
 def test_a_failure_is_told_at_the_next_step(tmp_path, straight):
-    """As in the foreground: a warning, and the run goes on to the next save."""
+    """As in the foreground: a warning, and the run continues to the next save."""
     config, undisturbed = straight
     command = ["--config", config, f"run.dir={tmp_path}", BESIDE]
     [outcomes] = launch(2, command, hook=(_full_disk, 5))

@@ -1,4 +1,4 @@
-"""What signals do to a process, whatever its main thread is at."""
+"""The effect of signals on a process, whatever its main thread is doing."""
 
 import signal
 import subprocess
@@ -9,8 +9,8 @@ import pytest
 
 from megagrow.train.health.signals import agreed, exit_status
 
-# A call into C that never comes back, as a collective whose other end is stopped: no handler of
-# Python's runs any more.
+# A call into C that never returns, like a collective whose peer is stopped: Python's handlers
+# no longer run.
 DEADLOCK = """
 import ctypes, os, signal, sys, time
 from pathlib import Path
@@ -30,7 +30,7 @@ signals._UNWIND = 0.1
 
 
 def started(body):
-    """A process that runs `body`, once it says that it is ready."""
+    """Start a process that runs `body`, and wait until it says that it is ready."""
     process = subprocess.Popen(
         [sys.executable, "-c", DEADLOCK + body],
         stdout=subprocess.PIPE,
@@ -42,7 +42,7 @@ def started(body):
 
 
 def ended(process):
-    """(exit status, what it said)."""
+    """(exit status, output)."""
     try:
         _, said = process.communicate(timeout=60)
     finally:
@@ -78,7 +78,7 @@ with StopRequest().listening() as stop:
 
 
 def test_a_ctrl_c_that_comes_twice_at_once_and_a_signal_of_the_launcher_are_one_request():
-    """DeepSpeed's launcher answers Ctrl-C with SIGTERM to its ranks, which have heard it too."""
+    """DeepSpeed's launcher answers Ctrl-C with SIGTERM to its ranks, which received it too."""
     process = started("""
 done = []
 signal.signal(signal.SIGUSR2, lambda number, frame: done.append(number))

@@ -1,4 +1,4 @@
-"""Growth stages that end by a rule, stages with a batch or a sequence length of their own."""
+"""Growth stages that end by a rule, and stages with their own batch or sequence length."""
 
 import math
 
@@ -22,7 +22,7 @@ def rule_run(dataset, run_dir, until, **changes):
 
 
 def in_parts(config, run_dir, *, stops):
-    """The run stopped at some steps and resumed, in one job; its log."""
+    """The run stopped at some steps and resumed, in one job; returns its log."""
     command = ["--config", config, f"run.dir={run_dir}"]
     outcomes = launch(1, *[[*command, f"train.stop_after_steps={stop}"] for stop in stops], command)
     assert all(o.status == 0 for [o] in outcomes), outcomes[-1][0].err
@@ -31,7 +31,7 @@ def in_parts(config, run_dir, *, stops):
 
 @pytest.mark.parametrize("until", [{"slope": -0.1, "steps": 16}, {"marginal": True, "steps": 16}])
 def test_a_rule_ends_a_stage_and_a_resumed_run_decides_alike(tmp_path, dataset, until):
-    # A law without a floor, as the toy's loss goes far below any published one.
+    # A law without a floor, since the toy's loss goes far below any published one.
     law = {"floor": 0.0, "n_scale": 1e9, "n_power": 0.1, "s_scale": 1e5, "s_power": 0.5}
     mapping = rule_run(
         dataset, tmp_path / "run", until, growth={"law": law, "points": 4}, optimizer={"lr": 0.05}
@@ -159,7 +159,7 @@ def test_a_growth_sets_the_schedule_back(dataset, tmp_path):
     mapping = settings(dataset, tmp_path, schedule={"name": "linear", "warmup": 2},
         stages=[{"until": {"steps": 10}}, {"grow": grow, "until": {"steps": 20}}])  # fmt: skip
     rate = plan_run(parse_config(mapping), world=1, vocabulary=320).learning_rate
-    # The growth at 10 goes on as from 5, so the schedule is 15 long and still ends at the floor.
+    # The growth at 10 continues as from 5, so the schedule is 15 long and still ends at the floor.
     assert rate.length == 15 and rate.position(12) == 7
     assert rate.at(10) == pytest.approx(0.01 * 10 / 13)
     assert rate.at(19) == pytest.approx(0.01 / 13)

@@ -1,4 +1,4 @@
-"""Where scalars go besides the log."""
+"""Destinations of scalars besides the log."""
 
 import socket
 import sys
@@ -99,11 +99,11 @@ def test_a_server_of_metrics_that_has_ended_is_told_once(capsys):
     mirror.close()
     for step in (2, 3):
         mirror.scalars("train", step, {"loss": 1.0})
-    assert capsys.readouterr().err.count("goes on without it") == 1
+    assert capsys.readouterr().err.count("continues without it") == 1
 
 
 def test_the_id_of_a_run_is_random_and_stays_in_its_directory(tmp_path, monkeypatch):
-    """Equal paths on two machines are two runs; a directory that is moved stays the same one."""
+    """Equal paths on two machines are two runs; a directory that is moved stays the same run."""
     calls = []
     stand_in = types.ModuleType("wandb")
     stand_in.init = lambda **given: calls.append(given["id"])
@@ -121,7 +121,7 @@ def test_the_id_of_a_run_is_random_and_stays_in_its_directory(tmp_path, monkeypa
 
 def test_a_damaged_id_of_a_run_is_refused(tmp_path):
     (tmp_path / "run_id").write_text("no id/\n")
-    with pytest.raises(TrainingError, match=r"run_id: not the name of a run"):
+    with pytest.raises(TrainingError, match=r"run_id: not a valid run id"):
         run_id(tmp_path)
 
 
@@ -150,7 +150,7 @@ def test_a_library_that_is_not_installed(tmp_path, monkeypatch, module, train, k
 
 
 def test_weights_and_biases_goes_on_in_the_same_run(tmp_path, monkeypatch):
-    """A stand-in for the library, which wants an account: what it is called with."""
+    """A stand-in for the library, which requires an account: records its calls."""
     calls, logged, finished = [], [], []
     run = types.SimpleNamespace(log=logged.append, finish=lambda: finished.append(True))
     stand_in = types.ModuleType("wandb")

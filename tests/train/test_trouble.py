@@ -1,4 +1,4 @@
-"""Trouble while a run goes on: a disk that takes no more, signals, numbers that are not finite."""
+"""Trouble during a run: a full disk, signals, numbers that are not finite."""
 
 import os
 import resource
@@ -18,7 +18,7 @@ def config(tmp_path, dataset):
 
 
 def sound(root):
-    """The steps of all checkpoints, each of them read and compared with its checksums."""
+    """The steps of all checkpoints, each read and checked against its checksums."""
     for step in list_steps(root):
         NativeCheckpoint.open(step_path(root, step)).verify()
     assert not list(root.glob("*.tmp-*"))
@@ -64,7 +64,7 @@ def _limit_files(_, size):
 
 
 def test_files_that_may_not_grow(tmp_path, config):
-    """The system refuses a write in the middle of a save: the earlier checkpoints stay."""
+    """The system refuses a write in the middle of a save: the earlier checkpoints remain."""
     train(1, config, "train.stop_after_steps=3")
     root = tmp_path / "run" / "checkpoints"
     before = files_below(root)
@@ -73,7 +73,7 @@ def test_files_that_may_not_grow(tmp_path, config):
     assert outcome.status == 1 and outcome.err.count("error: ") == 1
     for step in ("04", "06", "07", "08", "10"):
         assert f"step_000000{step}: not saved" in outcome.err
-    assert outcome.err.count("The run goes on") == 4 and "EFBIG" in outcome.err
+    assert outcome.err.count("The run continues") == 4 and "EFBIG" in outcome.err
     assert str(step_path(root, 3)) in outcome.err  # the last good one
     assert files_below(root) == before and sound(root) == [2, 3]
     whole = train(1, config, f"run.dir={tmp_path / 'straight'}")
@@ -108,11 +108,11 @@ def test_a_full_disk(tmp_path, config):
         assert [o.status for o in outcomes] == [1, 1]
         error = outcomes[0].err
         assert "not saved" in error and "disk space" in error and "checkpoint.keep" in error
-        # It trained to its end; only that it could not save the end makes it fail.
-        assert "step 10/10" in error and "The run goes on" in error
+        # It trained to its end; it fails only because it could not save the end.
+        assert "step 10/10" in error and "The run continues" in error
         steps = sound(disk / "run" / "checkpoints")
         assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 2
-        # With fewer checkpoints kept there is room, and the run goes on to its end.
+        # With fewer checkpoints kept there is space, and the run continues to its end.
         subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
         lines = train(2, config, f"run.dir={disk / 'run'}", "checkpoint.keep=2")
         assert [line["step"] for line in events(lines, "step")] == list(range(1, 11))
@@ -125,12 +125,12 @@ def test_a_full_disk(tmp_path, config):
 
 
 def losses_of(lines):
-    """Validation losses by step: a rule may end a stage by them."""
+    """Validation losses by step, since a rule may end a stage by them."""
     return {line["step"]: line["val_loss"] for line in events(lines, "validation")}
 
 
 def _signal(rank, bad_rank, step, number):
-    """Let a rank get a signal in the middle of a step."""
+    """Send a rank a signal in the middle of a step."""
     from megagrow.engine.engine import Engine
 
     train_step = Engine.train_step
@@ -149,7 +149,7 @@ def _signal(rank, bad_rank, step, number):
     ("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
 )
 def test_a_signal_to_one_rank_saves_the_run_and_tells_who_asked(tmp_path, config, number, status):
-    """Schedulers start a job again on 75, and leave alone what a person interrupted (130)."""
+    """Schedulers restart a job on 75, but not what a person interrupted (130)."""
     often = "train.validate_every=5"  # due after the step that the signal comes in
     command = ["--config", config, "checkpoint.every=100", often]
     [outcomes] = launch(2, command, hook=(_signal, 1, 5, number))
@@ -167,7 +167,7 @@ def test_a_signal_to_one_rank_saves_the_run_and_tells_who_asked(tmp_path, config
 
 
 def _signal_in(_, places):
-    """Let the process get SIGINT at the n-th call of these functions, one after the other."""
+    """Send the process SIGINT at the n-th call of these functions, one after the other."""
     from megagrow.train import loop, run
 
     def interrupting(owner, name, count):
@@ -190,13 +190,13 @@ def _signal_in(_, places):
 def test_ctrl_c_is_kept_for_the_next_safe_point_and_what_is_said_of_checkpoints_is_true(
     tmp_path, config
 ):
-    """While the engine is made, in a validation, in a growth; then the run goes to its end."""
+    """During engine creation, a validation, and a growth; then the run finishes."""
     command = ["--config", config, "checkpoint.every=100"]
     hook = (_signal_in, [("start_engine", 1), ("_validate", 3), ("grow", 1)])
     [[starting], [validating], [growing], [last]] = launch(1, *[command] * 4, hook=hook)
     assert [o.status for o in (starting, validating, growing, last)] == [130, 130, 130, 0]
     assert "at step 0 of 10; it has no checkpoint" in starting.err
-    assert "checkpoint: none" in starting.err and "goes on" not in starting.err
+    assert "checkpoint: none" in starting.err and "continues" not in starting.err
     # At 0, at 3 before the growth, and at 4.
     assert "at step 4 of 10; its last checkpoint" in validating.err
     assert "step_00000004" in validating.err

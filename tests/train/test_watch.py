@@ -1,4 +1,4 @@
-"""The watch: who holds a job up, and that a job which stands still ends."""
+"""The watch: which rank blocks a job, and that a job that hangs is ended."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_a_rank_that_never_came_up():
 
 
 class Work:
-    """As a collective's handle: its `wait` has no Python frame."""
+    """Like a collective's handle: its `wait` has no Python frame."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -101,7 +101,7 @@ def test_a_job_that_stands_still_ends_on_all_ranks(tmp_path, capsys):
 
 
 def _lineless():
-    """Busy at instructions that stand for no line, as the loops of some frames of training are."""
+    """Busy in instructions without a line number, as in some training frames."""
 
     def spin(seconds):
         import time
@@ -114,7 +114,7 @@ def _lineless():
 
 
 def _sees_a_stall(tmp_path, work):
-    """Whether a watch, after what `work` puts it through, notices that nothing happens."""
+    """Whether a watch notices that nothing happens during `work`."""
     ended = []
     watch = make(tmp_path, 0, None, ended, world=1)
     watch._exit = lambda status: ended.append(status)
@@ -173,7 +173,7 @@ def test_the_share_of_time_that_a_rank_waits(tmp_path):
 
 
 def _hang(rank, bad_rank, step, how):
-    """Let a rank stop in the middle of a step."""
+    """Make a rank stop in the middle of a step."""
     from megagrow.engine.engine import Engine
 
     train_step = Engine.train_step

@@ -1,1 +1,1 @@
-"""Faults put into every command that writes, and the proof that nothing is lost by them."""
+"""Inject faults into every command that writes, and check that nothing is lost."""

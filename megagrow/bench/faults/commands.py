@@ -1,4 +1,4 @@
-"""The commands that write, each in small, and what two runs of one must have in common."""
+"""Small instances of the commands that write, and what two runs of one must have in common."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Command:
     """A command that writes.
 
     Attributes:
-        name: in tables.
-        command: of `megagrow`.
-        arguments: for a run that writes below a directory.
-        outcome: what it wrote there, for comparing.
+        name: shown in tables.
+        command: the `megagrow` command.
+        arguments: for a run that writes under a given directory.
+        outcome: reads what it wrote there, for comparison.
         world: ranks of a training job; 0 for a command without a job.
-        part: only system calls on paths with this text fail.
-        faults: names of the faults that make sense for it, with how often each is drawn.
+        part: only system calls on paths containing this text fail.
+        faults: names of the applicable faults, with the weight of each.
     """
 
     name: str
@@ -48,14 +48,14 @@ SAVINGS = {"SIGKILL": 4, "SIGKILL of its first process": 1, "SIGINT": 2, "ENOSPC
 
 
 def commands(base: Path, config: Path) -> list[Command]:
-    """All of them.
+    """All commands.
 
     Args:
-        base: has `text`, `data` and the runs `source` (small) and `large`.
+        base: contains `text`, `data` and the runs `source` (small) and `large`.
         config: of the training run.
     """
     convert = ["--from", str(base / "large")]
-    # A second job is refused at once: one that waits would go on with the finished run.
+    # A second job is refused at once; if it waited, it would continue with the finished run.
     training = [f"--config={config}", f"data.path={base / 'data'}", "run.wait=0"]
     return [
         *(
@@ -94,7 +94,7 @@ def commands(base: Path, config: Path) -> list[Command]:
             faults=FILES,
         ),
         Command(
-            "train, saving beside the steps",
+            "train, saving in the background",
             "train",
             lambda path: [*training, f"run.dir={path / 'out'}", "checkpoint.asynchronous=true"],
             lambda path: trained(path / "out"),
@@ -125,7 +125,7 @@ def commands(base: Path, config: Path) -> list[Command]:
 
 
 def write_savings(base: Path) -> None:
-    """The configuration of the smallest savings benchmark that has a growth in it."""
+    """Write the configuration of the smallest savings benchmark that includes a growth."""
     settings = {
         "dir": "given",
         "target": {
@@ -157,7 +157,7 @@ def _files(path: Path) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    """The names of all files, and every value, with whatever checksums the format has compared."""
+    """The names of all files and every value, with the format's checksums checked."""
     fmt, found = detect(path, None)
     source = fmt.open_source(found)
     source.verify()
@@ -173,7 +173,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _losses(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a savings benchmark what is not measured: growths are charged by the seconds they took."""
+    """The deterministic part of a savings result: growths are charged by measured seconds."""
     return {
         "sweeps": result["sweeps"],
         "losses": [

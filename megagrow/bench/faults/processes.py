@@ -1,7 +1,7 @@
-"""The processes of a fault campaign: commands of `megagrow`, forked from one that has imported all.
+"""The processes of a fault campaign: `megagrow` commands, forked from a preloaded process.
 
-An import takes longer than the small commands that are disturbed.  The fault shim is preloaded
-into the process that forks, and does nothing until an attempt's own environment asks for it.
+Imports take longer than the small commands being tested.  The fault shim is preloaded into the
+forking process, and does nothing until an attempt's environment enables it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import torch.distributed as dist
 from megagrow.bench.jobs import rank_environment
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# The second is what the first engine of a process imports, in two seconds.
+# The second is imported by the first engine of a process and takes two seconds.
 _PRELOAD = ["megagrow.train.loop", "torch._dynamo", "megagrow.checkpoint.convert.run",
             "megagrow.train.grow_offline", "megagrow.bench.savings.campaign"]  # fmt: skip
 _FIRST_WORDS = {"starting": 0, "comparing": 0, "step": 1, "end": 1, "validation": 2, "saving": 3,
                 "growing": 4, "taking": 4}  # fmt: skip
-DEFECT = 70  # exit status of a process that an error of our own ended (sysexits: EX_SOFTWARE)
+DEFECT = 70  # exit status of a process that died of an unexpected exception (sysexits: EX_SOFTWARE)
 
 CONTEXT.set_forkserver_preload(_PRELOAD)
 
 
 def begin(shim: Path) -> None:
-    """Start the process that forks, with the shim in it; before the first `start`."""
+    """Start the forking process with the shim loaded; call before the first `start`."""
     from multiprocessing import forkserver
 
     os.environ["LD_PRELOAD"] = str(shim)
@@ -51,17 +51,17 @@ def start(
     phases: Any = None,
     environment: Mapping[str, str] | None = None,
 ) -> list[BaseProcess]:
-    """Start a command as `world` ranks of a job, or for `world` 0 as a process without a job.
+    """Start a command as `world` ranks of a job, or if `world` is 0 as a process without a job.
 
     Args:
-        command: of `megagrow`.
-        log: takes what they print.
-        phases: an array of a number a rank, which tells what the rank of a training job does.
-        environment: more variables, such as the shim's.
+        command: the `megagrow` command.
+        log: receives their output.
+        phases: an array with one number per rank: the current phase of a training rank.
+        environment: additional variables, such as the shim's.
     """
     store = None
     if world:
-        # As torchrun does it: the parent holds the store, on a port that the system picks.
+        # As in torchrun: the parent holds the store, on a port that the system picks.
         store = dist.TCPStore(  # type: ignore[attr-defined]
             "127.0.0.1", 0, is_master=True, wait_for_workers=False
         )
@@ -74,7 +74,7 @@ def start(
             target=_main, args=(command, list(arguments), more, rank, phases, str(log))
         )
         process.start()
-        process.store = store  # type: ignore[attr-defined]  # lives as long as the process
+        process.store = store  # type: ignore[attr-defined]  # lives as long as it
         processes.append(process)
     return processes
 
@@ -87,7 +87,7 @@ def _main(
     phases: Any,
     log: str,
 ) -> None:
-    os.setsid()  # a group of its own, with whatever it starts
+    os.setsid()  # its own process group, including its children
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -111,7 +111,7 @@ def _main(
         status = DEFECT
     sys.stdout.flush()
     sys.stderr.flush()
-    # Past the interpreter's own end, where gloo's threads may outlive what they use.
+    # Skip the interpreter's shutdown, where gloo's threads may outlive what they use.
     os._exit(status)
 
 

@@ -1,14 +1,14 @@
-/* Preloaded into a process: makes one chosen system call fail, or it and all that follow.
+/* Preloaded into a process: makes one chosen system call fail, or that call and all later ones.
  *
  *   FAULT_CALL  write | fsync | rename | mkdir | open (for writing) | any
  *   FAULT_PATH  only calls whose path contains this text count
- *   FAULT_AT    which of the calls that count is hit, from 1
+ *   FAULT_AT    which of the counted calls fails, from 1
  *   FAULT_HOW   KILL (before it), DEAD (after it), EIO, ENOSPC, EROFS, or HALF (a short write)
- *   FAULT_STAY  set: all later calls that count are hit as well, as on a disk that stays full
- *   FAULT_LOG   descriptor that gets one byte for each call that counts, its first letter
+ *   FAULT_STAY  if set, all later counted calls fail too, as on a disk that stays full
+ *   FAULT_LOG   descriptor that receives one byte per counted call: its first letter
  *
- * write stands for pwrite and writev too.  "any" leaves out open, which a read-only file system
- * alone refuses.
+ * write includes pwrite and writev.  "any" excludes open, which only a read-only file system
+ * rejects.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -35,7 +35,7 @@ static ssize_t plain_write(int fd, const void *data, size_t size)
     return next(fd, data, size);
 }
 
-/* What is to be done to this call: NULL for nothing. */
+/* The fault for this call, or NULL. */
 static const char *fault(const char *call, int fd, const char *path)
 {
     const char *chosen = getenv("FAULT_CALL"), *part = getenv("FAULT_PATH");

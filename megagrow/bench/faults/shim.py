@@ -1,4 +1,4 @@
-"""The library that makes system calls fail: built here, preloaded into the processes of a test."""
+"""Build the library that makes system calls fail; it is preloaded into the tested processes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Faults of signals, disks and second jobs, put into every command that writes.
+"""Signals, disk faults and concurrent jobs, injected into every command that writes.
 
-For each, the command is run with one fault in it.  What ends with status 0 must have written what
-the undisturbed command writes; what does not is run again, and then must have.  Nothing may be
-left beside the result, no process may go on running, and no error may be a traceback.
+Each time, the command is run with one fault in it.  If it exits with status 0, it must have written
+what the undisturbed command writes; otherwise it is run again, and then must have.  No other files
+may be left, no process may keep running, and no error may be a traceback.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _CALLS = {"w": "write", "f": "fsync", "r": "rename", "m": "mkdir", "o": "open"}
 
 @dataclass(frozen=True)
 class Strike:
-    """One fault, and what came of it.
+    """One fault and its outcome.
 
     Attributes:
-        at: seconds after the start, or the number of the system call of its kind that failed.
-        statuses: of the processes (negative: the signal that ended one).
-        seconds: from the start to the end.
+        at: seconds after the start, or which call of its kind failed.
+        statuses: exit statuses of the processes (negative: the signal that ended one).
+        seconds: from start to end.
         again: whether the command had to be run again.
     """
 
@@ -50,11 +50,11 @@ class Strike:
 
 @dataclass(frozen=True)
 class _Undisturbed:
-    """What a command does when nothing disturbs it.
+    """The behaviour of a command without a fault.
 
     Attributes:
-        calls: system calls that can fail, by name: how many of a process.
-        beside: names in the directory of the attempt when it is done.
+        calls: number of system calls per process that can fail, by name.
+        beside: names in the attempt's directory when it is done.
     """
 
     outcome: Any
@@ -68,19 +68,19 @@ class System:
 
     Args:
         config: the YAML file of the training run.
-        directory: for everything; made anew.
-        seed: of what is drawn.
-        only: names of commands start with this.
+        directory: for everything; recreated.
+        seed: of the random draws.
+        only: only run commands whose names start with this.
     """
 
     def __init__(self, config: Path, directory: Path, *, seed: int, only: str = "") -> None:
         self.config, self.directory, self.only = config, directory, only
         self.draw = random.Random(seed)
         self.strikes: list[Strike] = []
-        self.faults: list[str] = []  # whatever should not be
+        self.faults: list[str] = []  # everything unexpected
 
     def run(self, *, strikes: int, minutes: float) -> None:
-        """Go on until there were so many faults, or for so long; the commands take turns."""
+        """Run until this many faults were injected or the time is up; commands take turns."""
         end = time.monotonic() + 60 * minutes
         shutil.rmtree(self.directory, ignore_errors=True)
         base = self.directory / "base"
@@ -90,7 +90,7 @@ class System:
         known = [self._undisturbed(command) for command in chosen]
         weights = [sum(command.faults.values()) for command in chosen]
         while len(self.strikes) < strikes and time.monotonic() < end:
-            # The one that is furthest behind its share.
+            # The one furthest behind its share.
             given = Counter(strike.command for strike in self.strikes)
             index = min(range(len(chosen)), key=lambda i: given[chosen[i].name] / weights[i])
             self._strike(chosen[index], known[index])
@@ -98,7 +98,7 @@ class System:
     def _make_sources(self, base: Path) -> None:
         text = base / "text"
         text.mkdir()
-        for path in sorted(Path(os.__file__).parent.glob("*.py"))[:40]:  # text that all have
+        for path in sorted(Path(os.__file__).parent.glob("*.py"))[:40]:  # found everywhere
             shutil.copy(path, text)
         prepare = commands(base, self.config)[0]
         self._must(prepare.command, prepare.arguments(base / "prepared"), base / "prepared.log")
@@ -165,12 +165,12 @@ class System:
         again = 0 not in statuses if fault == "two at once" else set(statuses) != {0}
         if fault == "two at once" and again:
             self.faults.append(f"{name}: neither came to its end: {statuses}")
-        # The second may have waited (run.wait) until nothing was left to do.
+        # The second may have waited (run.wait) until there was nothing left to do.
         both = fault == "two at once" and command.world and set(statuses) == {0}
         if both and not _came_too_late(path / "out"):
             self.faults.append(f"{name}: both jobs trained in one directory")
         if again:
-            # What a kill left of a lock that was not yet taken goes once it was silent for long.
+            # A partial lock left by a kill is removed only after a long silence.
             for left in path.glob(".*.lock.*"):
                 os.utime(left, (0, 0))
             repeated, _ = self._wait(self._start(command, path, {}))
@@ -184,12 +184,12 @@ class System:
     def _environment(
         self, fault: str, command: Command, path: Path, known: _Undisturbed
     ) -> tuple[dict[str, str], float | str]:
-        """The shim's variables, and which call is hit."""
+        """The shim's variables, and which call fails."""
         hows = {"ENOSPC": "ENOSPC", "EIO": "EIO", "read-only": "EROFS"}
         how = hows.get(fault.split()[0])
         if how is None:
             return {}, 0.0
-        # A full disk takes no data and no names; a broken one fails anywhere.
+        # A full disk fails writes of data and names; a broken one fails anything.
         kinds = "wm" if how == "ENOSPC" else "wfrm"
         letters = [letter for letter in kinds if known.calls[letter]]
         letter = self.draw.choices(letters, [known.calls[one] ** 0.5 for one in letters])[0]
@@ -228,7 +228,7 @@ class System:
             self.faults.append(f"{name}: left processes running")
             for process in alive:
                 _signal(process, signal.SIGKILL, group=True)
-        log = path / "log"  # not there where it was killed before it wrote anything
+        log = path / "log"  # absent if it was killed before writing anything
         text = log.read_text(errors="replace") if log.exists() else ""
         defect = any(process.exitcode == started.DEFECT for process in running)
         if defect or (not killed and "Traceback (most recent call last)" in text):
@@ -244,7 +244,7 @@ class System:
 
     @staticmethod
     def _part(command: Command, path: Path) -> str:
-        # The attempt's own directory and what lies beside its result, but not its log.
+        # The attempt's own directory and anything next to its result, but not its log.
         return command.part if command.part != "out" else f"{path}/out"
 
     @staticmethod
@@ -259,7 +259,7 @@ class System:
 
     @staticmethod
     def _wait(running: Sequence[BaseProcess]) -> tuple[tuple[int | None, ...], int]:
-        """(exit statuses, how many had to be killed)."""
+        """(exit statuses, number of processes that had to be killed)."""
         end = time.monotonic() + _OVER
         for process in running:
             process.join(max(0.0, end - time.monotonic()))
@@ -270,7 +270,7 @@ class System:
         return tuple(process.exitcode for process in running), len(hung)
 
     def result(self) -> dict[str, Any]:
-        """All numbers, for JSON."""
+        """All results, for JSON."""
         names = dict.fromkeys(strike.command for strike in self.strikes)
         return {
             "strikes": len(self.strikes),
@@ -287,7 +287,7 @@ class System:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The campaign in lines of text."""
+    """The campaign as lines of text."""
     lines = [f"{'command':<32}{'faults':>7}{'run again':>11}  of which"]
     for name, faults in result["by_command"].items():
         kinds = ", ".join(f"{fault}: {count}" for fault, count in faults.items())
@@ -313,9 +313,9 @@ def _beside(path: Path) -> frozenset[str]:
 
 
 def _came_too_late(run: Path) -> bool:
-    """Whether every later start of a run found it at its end, so that it trained nothing.
+    """Whether every later start of a run found it finished, so that it trained nothing.
 
-    One that sees so from the last checkpoint alone leaves no line in the log.
+    A start that sees this from the last checkpoint alone leaves no line in the log.
     """
     lines = read_metrics(run / "metrics.jsonl")
     steps = [line["step"] for line in lines if line["event"] == "step"]

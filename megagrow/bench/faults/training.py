@@ -1,9 +1,9 @@
-"""Signals to the processes of a run at random moments, again and again: nothing may be lost.
+"""Signals to the processes of a run at random moments: nothing may be lost.
 
-Each attempt is a job of real processes that run `megagrow train`.  In a phase that was drawn
+Each attempt is a job of real processes that run `megagrow train`.  In a randomly drawn phase
 (starting, training, validating, saving or growing) one or all of them get a SIGKILL, all of them
-a SIGINT as from a terminal, or one a SIGSTOP, after which the job must end by itself.  Then the
-run is started again, until it comes to its end.
+a SIGINT as from a terminal, or one a SIGSTOP, after which the job must end by itself.  The run is
+then restarted until it finishes.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from megagrow.report.log import read_metrics
 from megagrow.state.boxes import whole
 
 PHASES = ("starting", "training", "validating", "saving", "growing")
-WEIGHTS = (2, 7, 2, 7, 7)  # how often each is drawn
+WEIGHTS = (2, 7, 2, 7, 7)  # relative frequency of each phase
 _OVER = 90.0  # seconds that a job may take to end after a kill
 _TIMELESS = {"seconds", "time", "peak_staging_bytes", "tokens_per_second", "layout"}
-# A stopped rank is noticed after watch.stall, or watch.slow: shorter than the run's own.
+# A stopped rank is noticed after watch.stall or watch.slow: shorter than the run's own values.
 _IMPATIENT = ("watch.stall=6", "watch.slow=15")
 
 
 @dataclass(frozen=True)
 class Strike:
-    """One signal, and what came of it.
+    """One signal and its outcome.
 
     Attributes:
-        run: number of the run, from 0.
+        run: index of the run, from 0.
         signal: its name.
-        phase: what the victim was doing, of `PHASES`.
-        victims: the ranks that got it.
-        step: steps of the newest checkpoint before the attempt.
+        phase: what the victim was doing, one of `PHASES`.
+        victims: the ranks that received it.
+        step: step of the newest checkpoint before the attempt.
         seconds: from the signal to the end of the job.
         left: the newest checkpoint's step afterwards.
     """
@@ -63,7 +63,7 @@ class Strike:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A signal to be given: in the `count`-th `phase`, `delay` seconds after its begin."""
+    """A signal to send: in the `count`-th `phase`, `delay` seconds after it begins."""
 
     signal: signal.Signals
     phase: int
@@ -73,30 +73,30 @@ class Drawn:
 
 
 class Campaign:
-    """Signals over as many runs as it takes.
+    """Signals over as many runs as needed.
 
     Args:
         config: the run's YAML file.
-        directory: for data and runs; made anew.
-        world: processes of a job.
-        seed: of what is drawn.
+        directory: for data and runs; recreated.
+        world: number of processes in a job.
+        seed: of the random draws.
     """
 
     def __init__(self, config: Path, directory: Path, *, world: int, seed: int) -> None:
         self.config, self.directory, self.world = config, directory, world
         self.draw = random.Random(seed)
         self.strikes: list[Strike] = []
-        self.faults: list[str] = []  # whatever should not be
+        self.faults: list[str] = []  # everything unexpected
         self.runs_done = 0
-        # The phase that each rank is in, counted up at every change: 8 * count + phase.
+        # Each rank's current phase, with a counter of changes: 8 * count + phase.
         self._phases = started.CONTEXT.Array("l", world, lock=False)
 
     def run(self, wanted: Mapping[signal.Signals, int], *, minutes: float) -> None:
-        """Go on until so many of each signal were given, or for so long."""
+        """Run until this many of each signal were sent, or the time is up."""
         end = time.monotonic() + 60 * minutes
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
-        source = Path(json.__file__).parent  # text that every machine has
+        source = Path(json.__file__).parent  # text that exists on every machine
         prepare(
             Request(input=str(source), output=self.directory / "data", vocab_size=512, glob="*.py",
                     validation_fraction=0.1)
@@ -110,18 +110,18 @@ class Campaign:
             self._one_run(wanted, end, result)
 
     def _left(self, wanted: Mapping[signal.Signals, int]) -> dict[signal.Signals, int]:
-        """How many of each signal are still to be given."""
+        """How many of each signal remain to be sent."""
         given = Counter(strike.signal for strike in self.strikes)
         return {one: n - given[one.name] for one, n in wanted.items() if n > given[one.name]}
 
     def _one_run(
         self, wanted: Mapping[signal.Signals, int], end: float, result: dict[str, Any]
     ) -> None:
-        """One run from its start to its end, disturbed on the way."""
+        """One run from start to end, with disturbances."""
         number = self.runs_done
         path = self.directory / f"run_{number:03d}"
         statuses: list[int | None] = []
-        # A signal in an early phase makes no headway; towards the end the run is let be.
+        # A signal in an early phase prevents progress, so towards the end the run is left alone.
         while statuses != [0] * self.world:
             left = self._left(wanted) if time.monotonic() < end else {}
             before = newest(path)
@@ -151,7 +151,7 @@ class Campaign:
         return Drawn(given, phase, count, self.draw.random() ** 2 * 0.3, victims)
 
     def _attempt(self, path: Path, drawn: Drawn | None) -> list[int | None]:
-        """One job; returns the exit statuses of its processes."""
+        """Run one job; returns the exit statuses of its processes."""
         before = newest(path)
         self._phases[:] = [0] * self.world
         arguments = [f"--config={self.config}", f"run.dir={path}",
@@ -194,7 +194,7 @@ class Campaign:
         return [process.exitcode for process in processes]
 
     def _strike(self, processes: Sequence[BaseProcess], drawn: Drawn) -> int | None:
-        """Signal in a phase; returns the phase it came to, or None if the job ended before."""
+        """Send the signal in its phase; returns the phase hit, or None if the job ended first."""
         first, seen, times = drawn.victims[0], 0, 0
         while all(process.is_alive() for process in processes):
             now = self._phases[first]
@@ -218,7 +218,7 @@ class Campaign:
 
     @staticmethod
     def _wait(processes: Sequence[BaseProcess]) -> int:
-        """Wait for all to end; returns how many did not in time."""
+        """Wait for all to end; returns the number that did not end in time."""
         dead_since = None
         while any(process.is_alive() for process in processes):
             if dead_since is None and not all(process.is_alive() for process in processes):
@@ -229,7 +229,7 @@ class Campaign:
         return sum(process.is_alive() for process in processes)
 
     def result(self) -> dict[str, Any]:
-        """All numbers, for JSON."""
+        """All results, for JSON."""
         return {
             "world": self.world,
             "signals": len(self.strikes),
@@ -260,10 +260,10 @@ def _summary(strikes: Sequence[Strike]) -> dict[str, Any]:
 
 
 def newest(path: Path) -> int:
-    """The newest checkpoint of a run that is whole, every checksum compared; -1 for none.
+    """The step of a run's newest intact checkpoint, all checksums checked; -1 for none.
 
     Raises:
-        CheckpointError: a committed one is damaged.
+        CheckpointError: a committed checkpoint is damaged.
     """
     steps = list_steps(path / "checkpoints")
     if not steps:
@@ -273,7 +273,7 @@ def newest(path: Path) -> int:
 
 
 def outcome(path: Path) -> dict[str, Any]:
-    """What two runs must have in common, bit for bit: the log but for times, and the tensors."""
+    """What two runs must have in common, bit for bit: the log except times, and the tensors."""
     lines = [
         {key: value for key, value in line.items() if key not in _TIMELESS}
         for line in read_metrics(path / "metrics.jsonl")
@@ -300,7 +300,7 @@ def _bytes(values: torch.Tensor) -> bytes:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The campaign in lines of text."""
+    """The campaign as lines of text."""
     head = f"{'signal':<9}{'phase':<12}{'given':>6}  {'longest s to end':>17}  victims"
     lines = [head]
     for name, phases in result["by_signal"].items():

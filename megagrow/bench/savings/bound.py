@@ -1,9 +1,9 @@
-"""What growth can save at most, if growing costs nothing and loses nothing.
+"""The most that growth can save if growing costs nothing and loses nothing.
 
-A run that has come to a loss with the small model goes on, at best, as the target would from the
+A run that has reached a loss with the small model continues, at best, as the target would from the
 same loss: it is then ahead by C_target(loss) - C_small(loss), whatever the budget.  The bound is
-the greatest such lead over the budget.  Both curves are of stable phases, at the learning rate that
-is best for each, so it is a guide and no law: losses before a decay have another floor than those
+the greatest such lead over the budget.  Both curves are of stable phases, at the best learning rate
+for each, so the bound is a guide, not a law: losses before a decay have another floor than those
 after it.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-Curve = Sequence[tuple[float, float]]  # (FLOPs, loss), rising FLOPs
+Curve = Sequence[tuple[float, float]]  # (FLOPs, loss), ascending FLOPs
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Bound:
 
     Attributes:
         saving: as a fraction of the budget.
-        at: FLOPs of the small model at the growth that would save it.
-        open: the small model comes to losses that the target does not come to within its curve or
-            the budget, so that there may be more; the small model alone may be better then.
+        at: FLOPs of the small model at the growth that would save this much.
+        open: the small model reaches losses that the target does not reach within its curve or
+            the budget, so that more may be possible; the small model alone may be better then.
     """
 
     saving: float
@@ -34,12 +34,12 @@ class Bound:
 
 
 def bound(small: Curve, target: Curve, *, budget: float) -> Bound | None:
-    """The greatest lead on two curves; None where they have no loss in common.
+    """The greatest lead between two curves; None if they have no loss in common.
 
     Args:
         small: of the small model.
         target: of the target.
-        budget: FLOPs of a whole run; no lead counts beyond it.
+        budget: FLOPs of a whole run; leads beyond it do not count.
     """
     ours, theirs = falling(small), falling(target)
     found: list[tuple[float, float, bool]] = []
@@ -55,12 +55,12 @@ def bound(small: Curve, target: Curve, *, budget: float) -> Bound | None:
 
 
 def falling(curve: Curve) -> list[tuple[float, float]]:
-    """The curve that only falls and is nearest to a noisy one, in logarithms.
+    """The monotonically falling curve nearest to a noisy one, in logarithms.
 
     Isotonic regression by pooling adjacent violators (Barlow et al. 1972): neighbours out of
-    order become one point at their mean.
+    order are merged into one point at their mean.
     """
-    pools: list[tuple[float, float, int]] = []  # sums of logarithms, and how many
+    pools: list[tuple[float, float, int]] = []  # sums of logarithms, and counts
     for flops, loss in curve:
         if not (math.isfinite(loss) and loss > 0 and flops > 0):
             continue
@@ -73,9 +73,9 @@ def falling(curve: Curve) -> list[tuple[float, float]]:
 
 
 def _cost(curve: Curve, loss: float) -> tuple[float | None, bool]:
-    """FLOPs to a loss by log-log interpolation, and whether they are only known to be more.
+    """FLOPs to reach a loss by log-log interpolation, and whether that is only a lower bound.
 
-    None where the curve begins below the loss.
+    None if the curve starts below the loss.
     """
     for left, right in pairwise(curve):
         if left[1] >= loss >= right[1]:

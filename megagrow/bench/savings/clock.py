@@ -1,8 +1,8 @@
-"""The speed of every model of a savings benchmark, measured in turns.
+"""Measure the speed of every model of a savings benchmark, in turns.
 
-On a machine that others use the runs' own clocks tell what the others did meanwhile.  Here the
-models take turns in one process, so what happens to one happens to all, and a median of turns is
-what each is charged for a step.
+On a shared machine the runs' own clocks depend on what else ran at the time.  Here the models take
+turns in one process, so that disturbances affect all alike; each model is charged the median of its
+turns for a step.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _ROUNDS, _STEPS = 9, 4
 
 
 def take_turns(campaign: Campaign, *, world: int, vocab: int) -> dict[str, float]:
-    """Measure, and keep the result in the benchmark's directory; tokens/s by `stage_key`.
+    """Measure tokens/s by `stage_key`, and keep the result in the benchmark's directory.
 
-    At the settings that were found to be best, or those that sweeps begin at.  All processes of a
-    launcher call together; without one, `world` processes are started.
+    Uses the best settings found so far, or those that sweeps start from.  Under a launcher all
+    processes call together; otherwise `world` processes are started.
     """
     config = campaign.config
     jobs: dict[str, tuple[Config, int]] = {}
@@ -52,12 +52,12 @@ def take_turns(campaign: Campaign, *, world: int, vocab: int) -> dict[str, float
 
 
 def _measure(comm: Comm, jobs: Sequence[tuple[Config, int]], vocab: int) -> list[float]:
-    """Tokens/s of stages of runs."""
+    """Tokens/s of the given stages."""
     steps = [_Step(comm, plan_run(config, world=comm.world, vocabulary=vocab), index, config)
              for config, index in jobs]  # fmt: skip
     seconds: list[list[float]] = [[] for _ in steps]
     for number in range(-1, _ROUNDS):  # the first round warms up
-        # Nobody always comes first, or after the same one.
+        # Rotate the order, so that no model is always first or always follows the same one.
         order = list(range(len(steps)))
         shift = number % len(steps)
         for i in order[shift:] + order[:shift]:
@@ -73,7 +73,7 @@ def _measure(comm: Comm, jobs: Sequence[tuple[Config, int]], vocab: int) -> list
 
 
 class _Step:
-    """A stage's engine on made-up samples."""
+    """A stage's engine on synthetic samples."""
 
     def __init__(self, comm: Comm, plan: RunPlan, index: int, config: Config) -> None:
         stage = plan.stages[index]
@@ -84,7 +84,7 @@ class _Step:
         self._random = np.random.default_rng(0)
 
     def take(self) -> None:
-        """One step."""
+        """Take one step."""
         self._engine.train_step(self._batches(), lr=self._lr, seed=0)
 
     def _batches(self) -> Iterator[np.ndarray]:

@@ -1,4 +1,4 @@
-"""What a savings benchmark is: the target, the budgets, the sweeps, the controls, the variants."""
+"""Configuration of a savings benchmark: target, budgets, sweeps, controls and variants."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _OURS = ("run", "stages", "deepspeed")
 
 
 class BudgetsConfig(Section):
-    """Where runs end and are compared: in FLOPs, or in tokens a parameter of the target.
+    """Where runs end and are compared: in FLOPs, or in tokens per parameter of the target.
 
-    The parameters are those that a token meets in a matrix product: the blocks' and the output
-    head's, tied or not; tables that are looked up only are left out.
+    The parameters are those used in a matrix product: the blocks' and the output head's, tied or
+    not; tables that are only looked up are excluded.
     """
 
     flops: Annotated[list[AboveZero], Field(min_length=2)] | None = None
@@ -46,26 +46,26 @@ class BudgetsConfig(Section):
 
     @property
     def values(self) -> list[float]:
-        """In the unit that they were given in."""
+        """The budgets, in the unit in which they were given."""
         return self.flops or self.tokens_per_parameter or []
 
 
 class SweepConfig(Section):
-    """Settings to tune by: a list of values for each, by its dotted name; none of it is charged.
+    """Settings to tune: a list of values for each, by dotted name; tuning is not charged.
 
     In a file: ``sweep: {optimizer.lr: [2e-3, 4e-3], batch.global: [4, 8], budgets: [20]}``;
     ``lr`` is short for ``optimizer.lr``.
 
     Attributes:
         values: of each setting, by its dotted name.
-        by: `coordinate` (one setting after the other, the learning rate first, each at the best of
-            the others so far) or `grid` (every combination).
-        rounds: how often `coordinate` goes through all settings at most; it ends as soon as a
-            round changes nothing.
-        budgets: at which of the budgets, in their unit; by default all.  A budget that is not
-            named takes the best of the next larger one that is, or of the largest.
-        seeds: it is decided by the mean loss of so many of the benchmark's first seeds.  What is
-            best with one is often not with the next.
+        by: `coordinate` (one setting after another, the learning rate first, each at the best
+            values of the others so far) or `grid` (every combination).
+        rounds: maximum number of passes of `coordinate` over all settings; it stops as soon as a
+            pass changes nothing.
+        budgets: the budgets at which to sweep, in their unit; by default all.  A budget that is
+            not listed uses the best of the next larger one that is, or of the largest.
+        seeds: the mean loss over this many of the benchmark's first seeds decides.  What is best
+            with one seed often is not with the next.
     """
 
     values: dict[str, Annotated[list[Any], Field(min_length=1)]]
@@ -99,17 +99,17 @@ class SweepConfig(Section):
 
     @property
     def names(self) -> list[str]:
-        """Of the settings, the learning rate first."""
+        """The settings' names, the learning rate first."""
         return sorted(self.values, key=lambda name: name != RATE)
 
 
 class VariantStage(StageConfig):
-    """A stage of a run, whatever a run's stages may set.
+    """A stage of a run, with everything that a run's stage may set.
 
     Attributes:
         until: when it ends; the last one has none, since the budget ends it.
-        share: of the budget at which it ends, instead of `until`; every budget then has a stable
-            phase of its own.
+        share: the fraction of the budget at which it ends, instead of `until`; every budget then
+            has its own stable phase.
     """
 
     until: UntilConfig | None = None  # type: ignore[assignment]
@@ -120,10 +120,10 @@ class VariantConfig(Section):
     """One way to grow to the target.
 
     Attributes:
-        model: what of the first stage's model differs from the target's.
+        model: how the first stage's model differs from the target's.
         stages: as in a run.
-        settings: anything else that differs in this variant's runs, by section; it comes before
-            what the baseline's sweep found.
+        settings: other differences in this variant's runs, by section; applied before what the
+            baseline's sweep found.
     """
 
     model: dict[str, Any]
@@ -144,11 +144,11 @@ class VariantConfig(Section):
 
 
 class ControlConfig(Section):
-    """A smaller model, trained alone.
+    """A smaller model, trained without growth.
 
     Attributes:
-        model: what differs from the target's.
-        settings: anything else that differs, by section.
+        model: how it differs from the target's.
+        settings: other differences, by section.
     """
 
     model: dict[str, Any]
@@ -156,11 +156,11 @@ class ControlConfig(Section):
 
 
 class CurveConfig(Section):
-    """Validations along stable phases, which the bound is worked out from.
+    """Validations along stable phases, from which the bound is computed.
 
     Attributes:
-        points: how many a phase gets; 0 leaves the bound out.
-        samples: of each; by default as many as at the ends.
+        points: validations per phase; 0 disables the bound.
+        samples: per validation; by default as many as at the ends.
     """
 
     points: Annotated[int, Field(ge=0)] = 32
@@ -171,20 +171,20 @@ class SavingsConfig(Section):
     """A savings benchmark.
 
     Attributes:
-        dir: where all its runs go.
+        dir: the directory of all its runs.
         target: an ordinary run's configuration without stages; its model is the target.
-        budgets: at which a decay is completed and the loss compared.
+        budgets: at each a decay is completed and the loss compared.
         decay: fraction of a budget that the decay of the learning rate takes.
         average: fraction of each decay, its last part, over which weights are averaged; all losses
-            are then those of the mean weights.  By default those of the last.
-        sweep: what the baseline is tuned by, with the first seed.
+            are then those of the mean weights.  By default those of the last weights.
+        sweep: tunes the baseline, with the first seed.
         small_sweep: the same for the small models alone; by default the baseline's.
         seeds: the first tunes and chooses, and is in no mean; the others measure.
         finalists: how many of the best variants of each budget run with the other seeds.
-        variants: the ways to grow.  The model that each begins with is a control by itself.
-        controls: further smaller models that are trained alone.
+        variants: the ways to grow.  The model that each starts with is also a control.
+        controls: additional smaller models that are trained without growth.
         curve: validations along the stable phases.
-        keep_states: keep the newest state of stable phases, so that larger budgets can follow.
+        keep_states: keep the newest state of stable phases, so that larger budgets can be added.
     """
 
     dir: PathText
@@ -227,14 +227,14 @@ class SavingsConfig(Section):
         return self
 
     def sweep_of(self, name: str) -> tuple[SweepConfig, str]:
-        """What the baseline or a small model is tuned by, and its key."""
+        """The sweep that tunes the baseline or a small model, and its key."""
         if name == SCRATCH or self.small_sweep is None:
             return self.sweep, "sweep"
         return self.small_sweep, "small_sweep"
 
 
 def _flat(data: Mapping[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
-    """Sections within sections by their dotted names."""
+    """Nested sections by their dotted names."""
     for name, value in data.items():
         whole = f"{key}.{name}" if key else str(name)
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Losses along stable runs: of the runs that are here, else of files."""
+"""Losses along stable runs: from local runs, else from result files."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from megagrow.bench.savings.known import CurveKey, StableCurve
 from megagrow.bench.savings.members import Member
 from megagrow.bench.savings.results import made_by, read_log
 
-_MEANS = 150  # of a curve of training losses; half as many again at most
-_DIGITS = 5  # of each mean: they are for a figure
+_MEANS = 150  # points per curve of training losses; at most half as many again
+_DIGITS = 5  # of each mean: enough for a figure
 
 
 def stable_curve(campaign: Campaign, name: str, budget: float) -> StableCurve | None:
-    """Along the stable phase of the first seed, at a budget's best settings.
+    """The curve of the first seed's stable phase, at a budget's best settings.
 
-    Of the baseline and the small models validations; of variants, and of all where nothing
-    validates along the way, training losses.  The run that is here counts once it came as far as
-    the known one: it may have been begun again for a lesser budget.
+    Validation losses for the baseline and the small models; training losses for variants, and
+    wherever there are no validations along the way.  The local run takes precedence once it has
+    come as far as the known one, since it may have been restarted for a smaller budget.
     """
     one = campaign.member(name, campaign.config.seeds[0], budget)
     if one is None:
@@ -37,7 +37,7 @@ def stable_curve(campaign: Campaign, name: str, budget: float) -> StableCurve | 
 
 
 def all_curves(campaign: Campaign) -> list[StableCurve]:
-    """Those that the bound and the figures read."""
+    """The curves used for the bound and the figures."""
     budgets = campaign.budgets
     found = [
         stable_curve(campaign, name, budget)

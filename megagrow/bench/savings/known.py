@@ -1,8 +1,8 @@
-"""What finished runs came to, kept in a result, so that it counts where the runs are no more.
+"""Results of finished runs, stored in a result file so that they count without the runs.
 
-An end point is told by what its loss depends on and by nothing else: the name of its member's
+An end point is identified only by what its loss depends on: the name of its member's
 directory (which holds a digest of all settings), the dataset, the steps of its decay, and the
-averaging.  Where its runs were is no part of it, so results go from one machine to another.
+averaging.  The location of its runs is not included, so results can move between machines.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megagrow.config.load import in_words
 from megagrow.config.section import Section
 from megagrow.errors import ConfigError
 
-SECTION = "known"  # of a result
-_SHOWN = 300  # characters of what is wrong with a file
+SECTION = "known"  # the section of a result
+_SHOWN = 300  # characters shown of an error in a file
 _Cost = Annotated[float, Field(ge=0)]
 _Step = Annotated[int, Field(ge=0)]
 Kind = Literal["validation", "training"]
@@ -31,11 +31,11 @@ Kind = Literal["validation", "training"]
 
 @dataclass(frozen=True)
 class Key:
-    """What tells an end point from every other.
+    """Identifies an end point.
 
     Attributes:
         run: the variant or control and its member's directory, `NAME/DIRECTORY`.
-        data: the start of the dataset's fingerprint: another machine may have made other data
+        data: the start of the dataset's fingerprint, since another machine may have other data
             under the same path.
         start, end: steps of the decay.
         average: fraction of the decay over which weights are averaged.
@@ -59,12 +59,12 @@ class EndPoint:
 
 @dataclass(frozen=True)
 class CurveKey:
-    """What tells a stable run's curve from others.
+    """Identifies a stable run's curve.
 
     Attributes:
-        run, data: as of an end point.
-        kind: of `validation`, or of `training`, means over neighbouring steps.
-        samples: of each validation; None where they are as many as at the ends.
+        run, data: as in `Key`.
+        kind: `validation`, or `training` (means over neighbouring steps).
+        samples: per validation; None if as many as at the ends.
     """
 
     run: str
@@ -78,7 +78,7 @@ class StableCurve:
     """Losses along a stable run.
 
     Attributes:
-        points: FLOPs and loss, rising FLOPs.
+        points: FLOPs and loss, ascending FLOPs.
         growths: FLOPs at which it grew.
     """
 
@@ -89,17 +89,17 @@ class StableCurve:
 
     @property
     def reach(self) -> float:
-        """FLOPs that it goes up to."""
+        """The FLOPs at its last point."""
         return self.points[-1][0] if self.points else 0.0
 
 
 @dataclass(frozen=True)
 class Known:
-    """What files know.
+    """The contents of result files.
 
     Attributes:
-        points, curves: by what tells them apart.
-        notes: what is to be said of the files, a line each.
+        points, curves: by their keys.
+        notes: remarks about the files, one line each.
     """
 
     points: Mapping[Key, EndPoint] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class Known:
 
 
 class _PointEntry(Section):
-    """An end point in a file; a loss that is null diverged."""
+    """An end point in a file; a null loss means that it diverged."""
 
     run: str
     data: str
@@ -150,7 +150,7 @@ class _CurveEntry(Section):
 
     def curve(self) -> StableCurve:
         key = CurveKey(self.run, self.data, self.kind, self.samples)
-        # strict: a curve with more of the one than of the other is damaged
+        # strict: a curve whose lists differ in length is damaged
         pairs = list(zip(self.flops, self.loss, strict=True))
         return StableCurve(key, pairs, self.growths, self.version)
 
@@ -161,7 +161,7 @@ class _Entries(Section):
 
 
 def plain_point(point: Point) -> dict[str, Any]:
-    """Without numbers that JSON does not have: a run that diverged has no loss."""
+    """A point in JSON form: a diverged run has no loss."""
     return {
         key: value if value is not None and math.isfinite(value) else None
         for key, value in asdict(point).items()
@@ -169,7 +169,7 @@ def plain_point(point: Point) -> dict[str, Any]:
 
 
 def section(points: Iterable[EndPoint], curves: Iterable[StableCurve]) -> dict[str, Any]:
-    """The section of a result, in an order that does not depend on who asks."""
+    """The section of a result, in a canonical order."""
     return {
         "points": [
             {**asdict(one.key), "version": one.version, **plain_point(one.point)}
@@ -189,14 +189,14 @@ def section(points: Iterable[EndPoint], curves: Iterable[StableCurve]) -> dict[s
 
 
 def read_known(result: Path | None, more: Sequence[Path]) -> Known:
-    """What files know; where two know the same end point, the first of them counts.
+    """Read result files; if two contain the same end point, the first one counts.
 
     Args:
-        result: the file of `--json`, which is read where it is there.
-        more: those of `--known`, which must be there.
+        result: the file of `--json`, read if it exists.
+        more: the files of `--known`, which must exist.
 
     Raises:
-        ConfigError: a file is missing, damaged, or of another benchmark or version.
+        ConfigError: a file is missing, damaged, or from another benchmark or version.
     """
     points: dict[Key, EndPoint] = {}
     curves: dict[CurveKey, StableCurve] = {}
@@ -225,16 +225,16 @@ def read_known(result: Path | None, more: Sequence[Path]) -> Known:
 
 
 def differs(counts: EndPoint, other: EndPoint, whose: str) -> str:
-    """A line about an end point that came out twice and not the same."""
+    """A note about an end point with two different results."""
     key = counts.key
     return (f"{key.run}, decay over steps {key.start} to {key.end}: loss {counts.point.loss:.6g} "
             f"counts, {whose} is {other.point.loss:.6g}")  # fmt: skip
 
 
 def _entries(path: Path, option: str) -> tuple[list[EndPoint], list[StableCurve]] | None:
-    """Of a file; None of one that is older than the section."""
+    """The entries of a file; None if it is older than the section."""
     fix = {
-        "--json": "name another file with --json, or move this one away to start anew",
+        "--json": "name another file with --json, or move this one away to start over",
         "--known": "name a file that savings --json wrote, or leave this --known out",
     }[option]
     expected = f"a result of the savings benchmark, version {VERSION}"
@@ -251,10 +251,13 @@ def _entries(path: Path, option: str) -> tuple[list[EndPoint], list[StableCurve]
     if kind != "savings":
         what = "no benchmark's result" if kind is None else f"a result of {str(kind)[:40]!r}"
         raise ConfigError(
-            f"{option} {path}: is of another kind", found=what, expected=expected, fix=fix
+            f"{option} {path}: is not a result of this benchmark",
+            found=what,
+            expected=expected,
+            fix=fix,
         )
     if found.get("version") != VERSION:
-        raise ConfigError(f"{option} {path}: is of another version of the benchmark",
+        raise ConfigError(f"{option} {path}: is from another version of the benchmark",
                           found=f"version {str(found.get('version', 1))[:40]}",
                           expected=expected, fix=fix)  # fmt: skip
     if SECTION not in found:
@@ -265,7 +268,7 @@ def _entries(path: Path, option: str) -> tuple[list[EndPoint], list[StableCurve]
         if len({one.key for one in points}) < len(points):
             raise ValueError("points: one is there twice")
         return points, [one.curve() for one in read.curves]
-    except ValueError as error:  # a ValidationError is one
+    except ValueError as error:  # includes ValidationError
         raise ConfigError(
             f"{option} {path}: its section {SECTION!r} is damaged",
             found=in_words(error)[:_SHOWN],

@@ -1,4 +1,4 @@
-"""The runs of a savings benchmark: whose model, with which settings, in which directory."""
+"""The runs of a savings benchmark: their models, settings and directories."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from megagrow.models.flops import matrix_parameters, train_flops_per_token
 from megagrow.train.run_plan import Stage, plan_run, with_vocabulary
 
 _NEVER = 10**9  # steps
-# Unless `target.checkpoint` says otherwise: a leg that is stopped begins again, and the states that
-# branches leave from are kept.
+# Unless `target.checkpoint` says otherwise: a leg that is stopped starts over, and the states from
+# which branches start are kept.
 _SAVES = {"every": _NEVER, "keep": 32}
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A run that leaves the stable phase and decays.
+    """A run that branches off the stable phase and decays.
 
     Attributes:
-        budget: FLOPs that it was sized to.
+        budget: FLOPs for which it was sized.
         start: step of the stable run from which it starts.
         end: its last step.
     """
@@ -49,22 +49,22 @@ class Branch:
 
     @property
     def decay(self) -> float:
-        """The decay as a fraction of all steps, as `schedule.decay` wants it."""
+        """The decay as a fraction of all steps, for `schedule.decay`."""
         return (self.end - self.start) / self.end
 
 
 @dataclass(frozen=True)
 class Member:
-    """One model's way through budgets: a stable run, and a branch for each budget.
+    """One model over all budgets: a stable run, and a branch for each budget.
 
     Attributes:
         name: of the variant or the control.
         seed: of everything random.
-        point: values of the settings that were swept, by dotted name.
-        directory: where its runs are; another one for any other settings.
+        point: values of the swept settings, by dotted name.
+        directory: of its runs; different for different settings.
         settings: the run's configuration as plain data; the last stage has no `until`.
-        watched: how often the stable run validates, and on how many samples; None: it does not.
-        average: fraction of each decay over which weights are averaged; None: they are not.
+        watched: how often the stable run validates, and on how many samples; None: never.
+        average: fraction of each decay over which weights are averaged; None: no averaging.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Member:
     average: float | None = None
 
     def trunk(self, steps: int, *, stop: int) -> Config:
-        """The stable run, of `steps` in all, to stop at `stop`."""
+        """The stable run with `steps` steps in all, stopping at `stop`."""
         train: Settings = {"stop_after_steps": stop, "validate_every": _NEVER}
         if self.watched is not None and self.watched[0]:
             points, samples = self.watched
@@ -88,7 +88,7 @@ class Member:
 
     @property
     def run(self) -> str:
-        """What it is called wherever the benchmark's directory is."""
+        """Its name, independent of the benchmark's directory."""
         return f"{self.name}/{self.directory.name}"
 
     def place(self, branch: Branch) -> Path:
@@ -96,9 +96,9 @@ class Member:
         return self.directory / f"budget_{branch.budget:.4e}"
 
     def stable(self, branch: Branch) -> Path:
-        """The directory of the stable run that a branch leaves.
+        """The directory of the stable run from which a branch starts.
 
-        A budget that came when the state was no longer kept has one of its own.
+        A budget added after its state was deleted has its own.
         """
         side = self.directory / f"stable_{branch.start}"
         return side if side.is_dir() else self.directory / "stable"
@@ -122,13 +122,13 @@ class Member:
     def branches(
         self, budgets: Sequence[float], *, decay: float, world: int, vocab: int
     ) -> list[Branch]:
-        """Where the stable run is left for each budget, by arithmetic.
+        """Where the stable run branches for each budget, by arithmetic.
 
-        The decay lies within the last growth stage and takes `decay` of the budget there, so
+        The decay is within the last growth stage and takes `decay` of the budget there, so that
         every variant decays over the same number of the target's steps.
 
         Raises:
-            ConfigError: a budget ends before the last stage has room for its decay.
+            ConfigError: a budget ends before the last stage can hold its decay.
         """
         config = self._config("stable", until={"flops": budgets[-1]}, schedule={"name": "constant"})
         last = plan_run(config, world=world, vocabulary=vocab).stages[-1].plan
@@ -158,14 +158,14 @@ class Members:
 
     Args:
         config: the benchmark.
-        world: processes of each run.
-        vocab: of the dataset.
+        world: number of processes per run.
+        vocab: the dataset's vocabulary size.
 
     Attributes:
-        budgets: FLOPs, rising.
-        smalls: the small models that are trained alone, by name: of every distinct model that a
-            variant begins with one, and those that are asked for.
-        parameters: of the target, those that a token meets in a matrix product.
+        budgets: FLOPs, ascending.
+        smalls: the small models that are trained alone, by name: one for every distinct model that
+            a variant starts with, and the configured controls.
+        parameters: number of the target's parameters used in a matrix product.
     """
 
     def __init__(self, config: SavingsConfig, *, world: int, vocab: int) -> None:
@@ -181,21 +181,21 @@ class Members:
         self._branches: dict[tuple[Path, float | None], list[Branch]] = {}
 
     def tokens_per_parameter(self, budget: float) -> float:
-        """Of the target from scratch."""
+        """Tokens per parameter of the target from scratch."""
         return budget / self._flops_per_token / self.parameters
 
     def start_of(self, variant: str) -> str:
-        """The name of the control that a variant begins with."""
+        """The name of the control that a variant starts with."""
         model = self._model(self.settings(variant, {}, small=True))
         return next(name for name in self.smalls if self._model(self.settings(name, {})) == model)
 
     def settings(self, name: str, point: Mapping[str, Any], *, small: bool = False) -> Settings:
-        """A run's settings: the target's, then what was swept, then the variant's own.
+        """A run's settings: the target's, then the swept ones, then the variant's own.
 
         Args:
             name: `scratch`, a variant or a control.
-            point: of a sweep, by dotted name.
-            small: of a variant the model that it begins with, alone.
+            point: values of a sweep, by dotted name.
+            small: for a variant, the settings of its first model alone.
         """
         settings = at_point(copy.deepcopy(self.config.target), point)
         stages: list[Settings] = [{}]
@@ -217,7 +217,7 @@ class Members:
     def member(self, name: str, point: Mapping[str, Any], *, seed: int, budget: float) -> Member:
         """A run of the baseline (`scratch`), a variant or a control, for a budget.
 
-        Members of two budgets share a directory, and with it their stable run, where all their
+        Members of two budgets share a directory, and with it their stable run, if all their
         settings agree.
         """
         own = budget if self._own_budget(name) else None
@@ -241,7 +241,7 @@ class Members:
         return Member(name, seed, dict(point), directory, settings, watched, self.config.average)
 
     def branches(self, one: Member, budget: float) -> list[Branch]:
-        """All branches of a member's stable run up to that of `budget`, the last one."""
+        """All branches of a member's stable run up to that of `budget`, which is the last."""
         own = self._own_budget(one.name)
         upto = [budget] if own else [b for b in self.budgets if b <= budget]
         key = (one.directory, budget)
@@ -252,20 +252,20 @@ class Members:
         return self._branches[key]
 
     def longest(self, one: Member, budget: float) -> int:
-        """Steps of the stable run up to its last branch."""
+        """Number of steps of the stable run up to its last branch."""
         last = budget if self._own_budget(one.name) else self.budgets[-1]
         return self.branches(one, last)[-1].start
 
     def _own_budget(self, name: str) -> bool:
-        """Whether each budget of a variant has a stable run of its own."""
+        """Whether each budget of a variant has its own stable run."""
         variant = self.config.variants.get(name)
         return variant is not None and any(stage.share for stage in variant.stages)
 
     def own(self, name: str, sweep: SweepConfig, *, key: str) -> Settings:
-        """The values that a run has without a sweep, of the settings that are swept.
+        """The values of the swept settings in a run without a sweep.
 
         Raises:
-            ConfigError: there is no such setting, or the sweep lacks its value.
+            ConfigError: there is no such setting, or the sweep does not include its value.
         """
         found = whole(self.settings(name, {}))
         return {
@@ -294,15 +294,15 @@ class Members:
 
 
 def check(members: Members) -> None:
-    """Plan every kind of member, so that what cannot be is refused before anything runs.
+    """Plan every kind of member, so that invalid ones are rejected before anything runs.
 
-    A variant must end at the target.  Of `norm_eps` alone another value is allowed: a growth from
-    hidden size H to H' that pads the stream with zeros multiplies it by H / H', since the mean
-    square falls by as much.
+    A variant must end at the target.  Only `norm_eps` may differ: a growth from hidden size H to H'
+    that pads the stream with zeros multiplies it by H / H', since the mean square falls by the same
+    factor.
 
     Raises:
-        ConfigError: a variant does not end at the target, a setting that is swept is unknown or
-            has another value in `target`, or a run is not possible.
+        ConfigError: a variant does not end at the target, a swept setting is unknown or has another
+            value in `target`, or a run is impossible.
         GrowthError: an operator or a state policy does not fit.
     """
     config = members.config
@@ -350,7 +350,7 @@ def check(members: Members) -> None:
 
 
 def eps_follows_width(stages: Sequence[Stage], target: ModelConfig) -> bool:
-    """Whether every growth left `norm_eps` as it was, or multiplied it by H / H'."""
+    """Whether every growth left `norm_eps` as it was or multiplied it by H / H'."""
     models = [stage.model for stage in stages]
     if models[0].norm_eps != target.norm_eps:
         return False

@@ -21,12 +21,12 @@ from megagrow.report.page import document, sheet
 from megagrow.report.style import STYLE
 from megagrow.report.units import human
 
-_LEAST_SHARE = 0.05  # of the largest budget: what lies before it is the fall from log V
-_WORST = -1.0  # savings below it are not drawn
+_LEAST_SHARE = 0.05  # of the largest budget: earlier losses are the initial fall from log V
+_WORST = -1.0  # smaller savings are not drawn
 
 
 def write(campaign: Campaign, result: Mapping[str, Any]) -> list[Path]:
-    """report.html, savings.svg and losses.svg in the benchmark's directory.
+    """Write report.html, savings.svg and losses.svg to the benchmark's directory.
 
     Raises:
         DataError: they cannot be written.
@@ -73,7 +73,7 @@ def write(campaign: Campaign, result: Mapping[str, Any]) -> list[Path]:
 
 
 def savings_figure(result: Mapping[str, Any]) -> str:
-    """What is saved over tokens a parameter: variants, small models alone, bounds, the zero."""
+    """Saving against tokens per parameter: variants, small models alone, bounds, and zero."""
     places = [budget["tokens_per_parameter"] for budget in result["budgets"]]
     colours = iter(COLOURS * 4)
     series = [Series(SCRATCH, [(place, 0.0) for place in places], "main")]
@@ -115,7 +115,7 @@ def savings_figure(result: Mapping[str, Any]) -> str:
 
 
 def _decayed(result: Mapping[str, Any]) -> str:
-    """Completed decays: mean loss over seeds against FLOPs, a curve a run."""
+    """Completed decays: mean loss over seeds against FLOPs, one curve per run."""
     by_name: dict[str, dict[float, list[tuple[float, float]]]] = {}
     for run in result["runs"]:
         if run["loss"] is not None:
@@ -140,7 +140,7 @@ def _decayed(result: Mapping[str, Any]) -> str:
 
 
 def _curves(campaign: Campaign) -> str:
-    """Losses of the stable phases of the first seed: validation, or of training where none is."""
+    """Losses of the first seed's stable phases: validation, or training if there is none."""
     config, largest = campaign.config, campaign.budgets[-1]
     least = _LEAST_SHARE * largest
     series: list[Series] = []

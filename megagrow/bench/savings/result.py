@@ -1,4 +1,4 @@
-"""A savings benchmark's result as plain data, from whatever is finished."""
+"""Collect a savings benchmark's result as plain data from the finished runs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Plain = dict[str, Any]
 
 
 def collect(campaign: Campaign) -> Plain:
-    """Everything that is known.
+    """Collect everything that is known.
 
     Returns:
         `version`; `config`; `parameters` of the target (`megagrow.models.flops.matrix_parameters`);
-        `budgets`; `smalls`, the small models with the variants that begin with them; `sweeps`;
-        `runs`, every run that counts or chose; `bounds`; `rows`, one for each run at each budget,
-        those of variants with `called` and `why_not`; `complete`; `from_files`, what of it was
-        not trained here; `known`, all of it and what else files know, for another machine.
+        `budgets`; `smalls`, the small models with the variants that start with them; `sweeps`;
+        `runs`, every run that counts or was used to choose; `bounds`; `rows`, one for each run at
+        each budget, those of variants with `called` and `why_not`; `complete`; `from_files`, the
+        runs not trained here; `known`, all end points and curves, for use on another machine.
     """
     config, members = campaign.config, campaign.members
     curves = _curves(campaign)
@@ -126,13 +126,13 @@ def _bounds(campaign: Campaign) -> dict[tuple[str, float], Bound]:
 
 
 def _stable(campaign: Campaign, name: str, budget: float) -> Curve:
-    """Validation losses along the stable phase of the first seed, at a budget's best settings."""
+    """Validation losses along the first seed's stable phase, at a budget's best settings."""
     found = stable_curve(campaign, name, budget)
     return [] if found is None else found.points
 
 
 def _known(campaign: Campaign) -> Plain:
-    """What counts, and what else files know: nothing is lost by writing over one of them."""
+    """All known results, including those of files, so that overwriting a file loses nothing."""
     here, files, notes = campaign.end_points()
     by_key = {**campaign.known.points, **{one.key: one for one in (*files, *here)}}
     curves = {**campaign.known.curves, **{one.key: one for one in all_curves(campaign)}}

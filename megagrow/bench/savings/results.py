@@ -1,4 +1,4 @@
-"""What the runs of a savings benchmark tell: losses, costs, and what growth saved."""
+"""Read the results of a savings benchmark's runs: losses, costs, and savings."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ Cost = Literal["flops", "tokens", "seconds"]
 COSTS: tuple[Cost, ...] = ("flops", "tokens", "seconds")
 _CONFIDENCE = 0.95
 LOG = "metrics.jsonl"
-DIVERGED = "not_finite"  # the event with which the log of such a run ends
+DIVERGED = "not_finite"  # the last event in the log of such a run
 SPEEDS = "speeds.json"  # in the benchmark's directory: tokens/s by `stage_key`
 
 
 @dataclass(frozen=True)
 class Point:
-    """A finished branch: what it cost from the very start, and how far it came.
+    """A finished branch: its total cost and its loss.
 
     Attributes:
-        budget: FLOPs it was sized to.
+        budget: FLOPs for which it was sized.
         flops: all growth stages, and the growths themselves at the speed of the run.
-        tokens: trained on, all stages.
+        tokens: trained on, in all stages.
         seconds: every step at its stage's speed, and the growths.  The speed is the one measured
-            in turns (`clock`), else that of the stage's fastest tenth of steps: what others do
-            on the machine at the time is hardly in it.
-        loss: validation loss after the decay, nats a token, of the mean weights where they are
-            averaged; infinite where the run diverged.
-        growth_seconds: of `seconds`, what the growths took.
-        growth_flops: of `flops`, what the growths are charged.
-        last_loss: that of the last weights, whether or not they are averaged.
+            in turns (`clock`), else that of the stage's fastest tenth of steps, which is hardly
+            affected by other load on the machine.
+        loss: validation loss after the decay in nats per token, of the mean weights if they are
+            averaged; infinite if the run diverged.
+        growth_seconds: the growths' part of `seconds`.
+        growth_flops: the growths' part of `flops`.
+        last_loss: loss of the last weights, whether or not they are averaged.
     """
 
     budget: float
@@ -65,9 +65,9 @@ class Saving:
 
     Attributes:
         loss: at which they are compared.
-        grown, scratch: what each cost.
-        bound: "" where both costs lie within the budgets; ">=" where the grown run was better
-            at its least budget already, so that it saves this at least; "<=" the other way.
+        grown, scratch: the cost of each.
+        bound: "" if both costs are within the budgets; ">=" if the grown run was already better
+            at its smallest budget, so that it saves at least this much; "<=" for the reverse.
     """
 
     loss: float
@@ -93,13 +93,13 @@ class Interval:
 
 
 def read_log(directory: Path) -> Run | None:
-    """A run's log summed up; None where there is none yet."""
+    """Summarise a run's log; None if there is none yet."""
     path = directory / LOG
     return summarize(read_metrics(path)) if path.is_file() else None
 
 
 def finished(directory: Path, end: int) -> bool:
-    """Whether a run came to its step `end`, or to numbers that are not finite."""
+    """Whether a run reached its step `end` or non-finite numbers."""
     path = directory / LOG
     line = last_line(path) if path.is_file() else None
     if line is None:
@@ -108,32 +108,32 @@ def finished(directory: Path, end: int) -> bool:
 
 
 def decayed(directory: Path, branch: Branch) -> bool:
-    """Whether a branch's run is finished, and left the stable run where this branch does.
+    """Whether a branch's run is finished and started where this branch does.
 
-    The directory's name does not tell: with another `decay` it is the same.
+    The directory's name does not show it: with another `decay` it is the same.
     """
     return finished(directory, branch.end) and begun_at(directory) == branch.start
 
 
 def begun_at(directory: Path) -> int | None:
-    """The step at which a run began; None before its log says."""
+    """The step at which a run started; None before its log says."""
     path = directory / LOG
     line = next(iter_metrics(path), None) if path.is_file() else None
     return None if line is None else line.get("step")
 
 
 def diverged(directory: Path) -> bool:
-    """Whether a run ended with numbers that are not finite, and cannot go on."""
+    """Whether a run ended with non-finite numbers and cannot continue."""
     path = directory / LOG
     line = last_line(path) if path.is_file() else None
     return line is not None and line["event"] == DIVERGED
 
 
 def averaged(directory: Path, average: float, decay: float) -> float | None:
-    """The loss of the mean weights of a finished run; None where the mean is not a whole one.
+    """The loss of a finished run's mean weights; None if the mean is incomplete.
 
     Args:
-        average: the fraction of the decay that the mean is to be over.
+        average: the fraction of the decay that the mean must cover.
         decay: the decay as a fraction of the run.
     """
     line = _average(directory / LOG, _stamp(directory))
@@ -148,7 +148,7 @@ def _average(path: Path, stamp: object) -> Line:
 
 
 def made_by(*directories: Path) -> str:
-    """The version of megagrow that the first of some logs names; this one, where none does."""
+    """The first version of megagrow named in the given logs; this one, if none is."""
     for directory in directories:
         if (directory / LOG).is_file() and (found := _version(directory / LOG, _stamp(directory))):
             return found
@@ -162,7 +162,7 @@ def _version(path: Path, stamp: object) -> str | None:
 
 
 def stage_key(stage: Stage) -> str:
-    """What the speed of a growth stage depends on, as text."""
+    """Everything that a growth stage's speed depends on, as text."""
     facts = {**stage.seen.model_dump(), "batch": stage.plan.batch.global_}
     return json.dumps(facts, sort_keys=True)
 
@@ -173,7 +173,7 @@ def is_done(member: Member, branch: Branch) -> bool:
     if decayed(here, branch):
         whole = member.average is None or diverged(here)
         return whole or averaged(here, member.average or 0.0, branch.decay) is not None
-    # A stable run that diverged beyond a branch that is still wanted says nothing of that one.
+    # A stable run that diverged after the start of a branch says nothing about that branch.
     trunk = member.stable(branch)
     return diverged(trunk) and not step_path(trunk / DIRECTORY, branch.start).exists()
 
@@ -181,12 +181,12 @@ def is_done(member: Member, branch: Branch) -> bool:
 def read_point(
     member: Member, branch: Branch, *, speeds: Sequence[float | None] = ()
 ) -> Point | None:
-    """A finished branch; None where it is not, and a loss without bound where it diverged.
+    """Read a finished branch; None if it is not finished, an infinite loss if it diverged.
 
     Args:
-        member: whose.
-        branch: of its.
-        speeds: tokens/s of its growth stages where they were measured in turns.
+        member: the member.
+        branch: one of its branches.
+        speeds: tokens/s of its growth stages, if they were measured in turns.
     """
     here, trunk = member.place(branch), member.stable(branch)
     if not is_done(member, branch):
@@ -200,7 +200,7 @@ def read_point(
 
 
 def _stamp(directory: Path) -> tuple[int, int]:
-    """Tells whether a log is still the one that was read."""
+    """Identifies a version of a log, to see whether it has changed."""
     found = (directory / LOG).stat()
     return found.st_size, found.st_mtime_ns
 
@@ -236,7 +236,7 @@ def _point(trunk: Run, run: Run, branch: Branch, measured: Sequence[float | None
 def _seconds(
     steps: Sequence[Step], measured: Sequence[float | None]
 ) -> tuple[float, dict[int, float]]:
-    """Time of all steps at their stage's speed, measured or its fastest tenth; its FLOP/s."""
+    """Total time at each stage's speed (measured, or its fastest tenth); FLOP/s by stage."""
     total, speeds = 0.0, {}
     tokens = flops = 0.0
     for stage in sorted({step.stage for step in steps}):
@@ -252,9 +252,9 @@ def _seconds(
 
 
 def cost_at(points: Sequence[Point], loss: float, cost: Cost) -> float | None:
-    """What it takes to come to a loss: log-log interpolation between two finished budgets.
+    """The cost of reaching a loss: log-log interpolation between two finished budgets.
 
-    None where no two budgets enclose the loss; extrapolated is nothing.
+    None if no two budgets enclose the loss; there is no extrapolation.
     """
     for left, right in pairwise(points):
         if math.inf > left.loss >= loss >= right.loss and left.loss > right.loss:
@@ -267,11 +267,11 @@ def cost_at(points: Sequence[Point], loss: float, cost: Cost) -> float | None:
 def saving(
     scratch: Sequence[Point], grown: Sequence[Point], cost: Cost, budget: float
 ) -> Saving | None:
-    """At a budget; None where one of them has not finished it, or diverged.
+    """The saving at a budget; None if one of them has not finished it, or diverged.
 
-    Where growth is better there, what the grown run takes to the loss of the baseline; where it
-    is not, what the baseline takes to the loss of the grown run.  At the least budget, and at the
-    largest, the other curve may be the one that reaches so far; where none does there is a bound.
+    If growth is better there, it is the grown run's cost of reaching the baseline's loss; otherwise
+    the baseline's cost of reaching the grown run's loss.  At the smallest and at the largest budget
+    the other curve may be the one that reaches far enough; if neither does, it is a bound.
     """
     ours, theirs = at_budget(grown, budget), at_budget(scratch, budget)
     if ours is None or theirs is None or math.inf in (ours.loss, theirs.loss):
@@ -288,7 +288,7 @@ def saving(
 
 
 def at_budget(points: Sequence[Point], budget: float) -> Point | None:
-    """The point of a budget, where it is finished."""
+    """The point of a budget, if it is finished."""
     return next((point for point in points if point.budget == budget), None)
 
 

@@ -1,8 +1,8 @@
-"""Train the members of a savings benchmark, each leg at most once, whatever interrupts it.
+"""Train the members of a savings benchmark, each leg at most once, despite interruptions.
 
-Every leg is an ordinary run with a directory of its own: the stable run up to a branch point,
-then the branch that decays, then the stable run further.  Finished legs are told by their logs,
-so that the same command goes on where it was stopped.
+Every leg is an ordinary run with its own directory: the stable run up to a branch point,
+then the branch that decays, then the stable run further.  Finished legs are recognised by their
+logs, so the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from megagrow.train.run_plan import plan_run, with_vocabulary
 
 @dataclass(frozen=True)
 class Task:
-    """A member's runs that are to be trained one after the other.
+    """A member's runs that must be trained in sequence.
 
     Attributes:
-        member: whose.
-        branches: all of its stable run up to the last that is wanted; the state of each is kept.
-        wanted: those that decay.
-        longest: steps of the stable run up to the last branch that there can be.
-        keep: whether states are kept that nothing which is known to be wanted needs.
+        member: the member.
+        branches: all branches of its stable run up to the last wanted one; each one's state is
+        kept. wanted: those that decay.
+        longest: number of steps of the stable run up to the last possible branch.
+        keep: whether to keep states that no branch known to be wanted needs.
     """
 
     member: Member
@@ -59,21 +59,21 @@ def run_all(
     """Train until nothing is missing.
 
     Args:
-        missing: what can be trained and is not, the most wanted first; asked again whenever
-            something is finished.
+        missing: returns what can be trained and is not, the most important first; called again
+            whenever something is finished.
         comm: the launcher's processes, which train together; None starts `jobs` processes
-            that train a member each.
-        jobs: members at a time.
-        until: time (seconds since 1970) after which no leg begins; None is never.
+            that train one member each.
+        jobs: number of members trained in parallel.
+        until: time (seconds since 1970) after which no leg is started; None is never.
 
     Returns:
-        Whether all is finished.
+        Whether everything is finished.
 
     Raises:
-        MegagrowError: of the first run that failed; the others' finished legs stay.
+        MegagrowError: of the first run that failed; the others' finished legs are kept.
     """
     if comm is not None:
-        # Rank 0's view of the disk counts, or ranks could part ways.
+        # Only rank 0's view of the disk counts, or ranks could diverge.
         while tasks := comm.broadcast(missing() if comm.rank == 0 else []):
             if not run_member(tasks[0], comm=comm, until=until):
                 return False
@@ -102,7 +102,8 @@ def run_all(
             fix="start it again with fewer --jobs: finished legs are kept",
         ) from error
     finally:
-        # A failure or an interruption: what is running ends with its worker, and is resumed later.
+        # After a failure or an interruption, running legs end with their workers and are resumed
+        # later.
         for process in list((pool._processes or {}).values()):
             if any(not future.done() for future in running):
                 process.terminate()
@@ -114,7 +115,7 @@ def _is_over(until: float | None) -> bool:
 
 
 def _prepare(threads: int) -> None:
-    """A worker is a job of one process; it trains one member after the other."""
+    """Make a worker a job of one process; it trains one member after another."""
     be_a_worker()
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -127,7 +128,7 @@ def _alone(task: Task, until: float | None) -> bool:
 
 
 def run_member(task: Task, *, comm: Comm, until: float | None) -> bool:
-    """Train one member; all ranks call together.  Returns whether it came to its end."""
+    """Train one member; all ranks call together.  Returns whether it is finished."""
     member, log = task.member, task.member.directory / "log.txt"
     stable = member.directory / "stable"
     for branch in task.branches:
@@ -140,11 +141,11 @@ def run_member(task: Task, *, comm: Comm, until: float | None) -> bool:
         if at is None:
             run = member.trunk(task.longest, stop=branch.start)
             if newest > branch.start or (newest == 0 and comm.broadcast(_has_ended(task))):
-                # A budget that came when its state was no longer kept: it is made once more.
+                # A budget added after its state was deleted: that part is trained again.
                 run = _elsewhere(run, member.directory / f"stable_{branch.start}")
             _train(run, comm=comm, log=log, resume="auto")
             at = comm.broadcast(_state(member, branch))
-            if at is None:  # it diverged, and so do all branches that follow
+            if at is None:  # it diverged, and so do all later branches
                 break
         if wanted:
             _decay(task.member, branch, at, comm=comm, log=log)
@@ -159,26 +160,26 @@ def _decay(member: Member, branch: Branch, at: Path, *, comm: Comm, log: Path) -
     if comm.rank == 0 and (
         finished(here.parent, branch.end) or begun_at(here.parent) not in (None, branch.start)
     ):
-        shutil.rmtree(here.parent)  # its decay or its average is not the one that is wanted
+        shutil.rmtree(here.parent)  # its decay or its average is not the wanted one
     begun = comm.broadcast(bool(list_steps(here)))
     _train(member.branch(branch), comm=comm, log=log, resume="auto" if begun else str(at))
-    if comm.rank == 0 and is_done(member, branch):  # nothing goes on from its end
+    if comm.rank == 0 and is_done(member, branch):  # nothing resumes from its end
         shutil.rmtree(here, ignore_errors=True)
 
 
 def _state(member: Member, branch: Branch) -> Path | None:
-    """The state that a branch leaves from, where it is kept."""
+    """The state from which a branch starts, if it is kept."""
     path = step_path(member.stable(branch) / DIRECTORY, branch.start)
     return path if path.exists() else None
 
 
 def _has_ended(task: Task) -> bool:
-    """Whether a branch was finished; then there was a state, whether or not it is kept."""
+    """Whether a branch was finished; there was a state then, whether or not it is kept."""
     return any(finished(task.member.place(branch), branch.end) for branch in task.branches)
 
 
 def _newest(stable: Path) -> int:
-    """The last step that a stable run is known to have come to."""
+    """The last step that a stable run is known to have reached."""
     return max(list_steps(stable / DIRECTORY), default=0)
 
 
@@ -188,7 +189,7 @@ def _elsewhere(config: Config, directory: Path) -> Config:
 
 
 def _train(config: Config, *, comm: Comm, log: Path, resume: str) -> None:
-    """One run, to its end or to numbers that are not finite, with which its log then ends."""
+    """Train one run to its end, or until its log ends with non-finite numbers."""
     data = open_dataset(config.data.path, config.data.tokenizer)
     config = with_vocabulary(config, data.vocab_size)
     plan = plan_run(config, world=comm.world, vocabulary=data.vocab_size)
@@ -205,7 +206,7 @@ def _train(config: Config, *, comm: Comm, log: Path, resume: str) -> None:
 
 @contextlib.contextmanager
 def _spoken_into(log: Path | None) -> Iterator[None]:
-    """What a run says goes to its member's log: several speak at once."""
+    """Redirect a run's output to its member's log, since several run at once."""
     if log is None:
         yield
         return

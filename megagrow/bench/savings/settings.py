@@ -1,4 +1,4 @@
-"""Settings of a run as plain data: merged, at a point of a sweep, and told apart."""
+"""Settings of a run as plain data: merge, apply a sweep's point, compute a digest."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from megagrow.errors import ConfigError
 
 Settings = dict[str, Any]
 
-# What a result does not depend on; all else is in the name of a run's directory.
+# Settings that do not affect a result; all others are in the name of a run's directory.
 _NO_MATTER = ("run", "watch", "checkpoint", "ops")
 _MATTERS_OF_TRAIN = ("validation_samples",)
-# What belongs to the benchmark, or decides what a sample is.
+# Settings that the benchmark owns, or that define what a sample is.
 _NOT_SWEPT = ("run.", "stages.", "deepspeed.", "data.")
 
 
 def own_value(whole: Settings, name: str, values: Sequence[Any], *, key: str) -> Any:
-    """A setting's own value, which must be among those that are swept."""
+    """A setting's own value, which must be among the swept ones."""
     found: Any = whole
     for part in name.split("."):
         if not isinstance(found, dict) or part not in found or name.startswith(_NOT_SWEPT):
@@ -55,8 +55,8 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
 def at_point(settings: Settings, point: Mapping[str, Any]) -> Settings:
     """Settings with the values of a sweep.
 
-    A swept `batch.global` takes the greatest micro-batch that divides both it and the target's:
-    a micro-batch changes memory and speed, and no result.
+    A swept `batch.global` uses the largest micro-batch that divides both it and the target's:
+    a micro-batch changes memory and speed, but no result.
     """
     for name, value in point.items():
         nested: Settings = {}
@@ -73,7 +73,7 @@ def at_point(settings: Settings, point: Mapping[str, Any]) -> Settings:
 
 
 def parsed(settings: Settings) -> Config:
-    """Settings as a configuration, of whatever length."""
+    """Parse settings into a configuration, whatever the run's length."""
     stages = copy.deepcopy(settings.get("stages", [{}]))
     for stage in stages:
         if stage.pop("share", None) is not None or stage is stages[-1]:
@@ -82,12 +82,12 @@ def parsed(settings: Settings) -> Config:
 
 
 def whole(settings: Settings) -> Settings:
-    """Settings with all that is not given at its default."""
+    """Settings with all defaults filled in."""
     return parsed(settings).model_dump(mode="json", by_alias=True)
 
 
 def digest(settings: Settings) -> str:
-    """Of what a result depends on; a setting at its default says nothing."""
+    """A digest of everything that a result depends on; settings at their default do not count."""
     kept = parsed(settings).model_dump(mode="json", by_alias=True, exclude_defaults=True)
     kept = {key: value for key, value in kept.items() if key not in _NO_MATTER}
     train = kept.pop("train", {})

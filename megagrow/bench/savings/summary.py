@@ -1,11 +1,11 @@
-"""What the finished runs of a savings benchmark say together: means, intervals, and what is called.
+"""Summarise the finished runs of a savings benchmark: means, intervals, and verdicts.
 
 The first seed tunes and chooses.  The best of several is partly the luckiest, so that seed is shown
-beside the means and is in none of them.  All comparisons are paired by seed: the two runs of a pair
-see the same data in the same order.
+next to the means and is in none of them.  All comparisons are paired by seed: the two runs of a
+pair see the same data in the same order.
 
-A bound (">=", "<=") is no value.  A mean with bounds of one kind in it is a bound itself and has no
-interval; bounds of both kinds have no mean.
+A bound (">=", "<=") is not a value.  A mean that includes bounds of one kind is itself a bound and
+has no interval; with bounds of both kinds there is no mean.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from megagrow.bench.savings.results import (
 )
 
 Plain = dict[str, Any]
-Curves = Mapping[tuple[str, int], Sequence[Point]]  # by name and seed, rising budgets
+Curves = Mapping[tuple[str, int], Sequence[Point]]  # by name and seed, ascending budgets
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Savings over the seeds that measure.
+    """Savings over the measuring seeds.
 
     Attributes:
-        mean: None where there are none, or bounds of both kinds.
+        mean: None if there are none, or bounds of both kinds.
         sd: standard deviation of a pair; None for one seed, and for a bound.
         low, high: Student's 95 % interval of the mean; None as `sd`.
         seeds: how many count.
-        bound: "" where `mean` is a value, else what it is: ">=", "<=" or both.
+        bound: "" if `mean` is a value, else its kind: ">=", "<=" or both.
     """
 
     mean: float | None
@@ -52,7 +52,7 @@ class Summary:
 
 
 def summarised(found: Sequence[Saving]) -> Summary:
-    """The savings of one run over the seeds that measure."""
+    """The savings of one run over the measuring seeds."""
     if not found:
         return Summary(None, None, None, None, 0, "")
     bounds = sorted({one.bound for one in found} - {""})
@@ -69,12 +69,12 @@ class Compared:
     """One run against another at a budget, paired by seed.
 
     Attributes:
-        costs: what is saved, by cost.
-        by_seed: each pair, the first seed's among them: `bound`, and what is saved by cost.
-        loss: differences of the losses (the run's less the other's) over the seeds that measure;
-            None where no pair is finished.
-        unfinished: seeds that measure, of which a pair is not finished.
-        diverged: seeds of which a run of the pair diverged.
+        costs: the savings, by cost.
+        by_seed: each pair, including the first seed's: `bound`, and the saving by cost.
+        loss: differences of the losses (the run's minus the other's) over the measuring seeds;
+            None if no pair is finished.
+        unfinished: measuring seeds whose pair is not finished.
+        diverged: seeds for which a run of the pair diverged.
     """
 
     costs: Mapping[Cost, Summary]
@@ -84,7 +84,7 @@ class Compared:
     diverged: Sequence[int]
 
     def plain(self) -> Plain:
-        """For JSON."""
+        """In JSON form."""
         return {
             **{cost: asdict(one) for cost, one in self.costs.items()},
             "by_seed": {
@@ -100,12 +100,12 @@ class Compared:
 def compared(
     curves: Curves, name: str, other: str, *, budget: float, seeds: Sequence[int]
 ) -> Compared:
-    """Compare a run with another (`saving` has the rule).
+    """Compare a run with another (see `saving` for the rule).
 
     Args:
         curves: finished runs.
-        name, other: whose.
-        budget: where.
+        name, other: names of the two.
+        budget: the budget at which to compare.
         seeds: the first is left out of means.
     """
     by_seed: dict[int, dict[Cost, Saving]] = {}
@@ -134,13 +134,13 @@ def why_not(
     edges: Sequence[str],
     bound: Bound | None,
 ) -> list[str]:
-    """What speaks against calling a saving; nothing, where it is one.
+    """The objections to calling a saving; empty if it is one.
 
     Args:
         against_scratch: the grown run against the baseline.
         against_smalls: against every small model alone, by its name.
-        edges: of the sweeps of all that it is compared with.
-        bound: what there is to be saved, where it is known.
+        edges: of the sweeps of everything that it is compared with.
+        bound: the most that can be saved, if known.
     """
     reasons = []
     saved = against_scratch.costs["flops"]

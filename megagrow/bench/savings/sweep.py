@@ -1,4 +1,4 @@
-"""Which values of some settings are best: the search, which trains nothing itself."""
+"""Search for the best values of some settings; trains nothing itself."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Point = dict[str, Any]
 
 @dataclass(frozen=True)
 class Search:
-    """Where a sweep stands.
+    """The state of a sweep.
 
     Attributes:
-        missing: points whose loss is wanted next; empty once the search is over.
-        best: the best one; None before the search is over.
+        missing: points whose loss is needed next; empty once the search is over.
+        best: the best point; None before the search is over.
     """
 
     missing: Sequence[Point]
@@ -28,12 +28,12 @@ class Search:
 def search(
     sweep: SweepConfig, own: Mapping[str, Any], loss_of: Callable[[Point], float | None]
 ) -> Search:
-    """Take a sweep as far as the known losses go.
+    """Advance a sweep as far as the known losses allow.
 
     Args:
         sweep: the settings and their values.
-        own: the point that a search by coordinate begins at.
-        loss_of: of a point; None where it is not known yet, infinite where a run diverged.
+        own: the point from which a search by coordinate starts.
+        loss_of: the loss of a point; None if not known yet, infinite if a run diverged.
     """
     if sweep.by == "grid":
         names = sweep.names
@@ -62,9 +62,9 @@ def _best(points: Sequence[Point], loss_of: Callable[[Point], float | None]) -> 
 
 
 def edges(sweep: SweepConfig, best: Mapping[str, Any], *, key: str) -> list[str]:
-    """What must be widened, since the best value is the least or the greatest that was tried.
+    """The sweeps to widen, because the best value is the smallest or the greatest tried.
 
-    Values that have no order, such as names, have no edge.
+    Values without an order, such as names, have no edge.
     """
     found = []
     for name, values in sweep.values.items():

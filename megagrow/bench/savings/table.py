@@ -1,4 +1,4 @@
-"""A savings benchmark in words: what would be trained, the tables, and what is called a saving."""
+"""A savings benchmark as text: what would be trained, the tables, and the verdicts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from megagrow.bench.savings.campaign import Campaign
 from megagrow.report.units import human
 
 NONE = "–"
-_NOTES = 8  # lines about files that are shown
+_NOTES = 8  # maximum number of lines about files
 
 
 def plan_text(campaign: Campaign) -> str:
-    """What would be trained next, and the least that follows."""
+    """What would be trained next, and at least how much follows."""
     config, members = campaign.config, campaign.members
     budgets = ", ".join(
         f"{human(budget, 'FLOP')} ({members.tokens_per_parameter(budget):.3g} tokens a parameter)"
@@ -44,7 +44,7 @@ def table(result: Mapping[str, Any]) -> str:
     parts = [markdown(rows_table(result)), markdown(sweeps_table(result)), *words(result)]
     parts += origin(result)
     if not result.get("complete", True):
-        parts.append("Not finished: the same command goes on from here.")
+        parts.append("Not finished: the same command continues from here.")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -67,7 +67,7 @@ def words(result: Mapping[str, Any]) -> list[str]:
 
 
 def origin(result: Mapping[str, Any]) -> list[str]:
-    """What was not trained here, and what is to be said of the files that know it."""
+    """What was not trained here, and notes about the files that contain it."""
     found = result.get("from_files", {})
     notes = list(found.get("notes", ()))
     said = []
@@ -116,7 +116,7 @@ def rows_table(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def sweeps_table(result: Mapping[str, Any]) -> list[list[str]]:
-    """What the tuning found."""
+    """The results of the tuning."""
     target = {one["flops"]: one["tokens_per_parameter"] for one in result["budgets"]}
     rows = [["tuned", "tokens a parameter", "best", "tried (loss)", "edge"]]
     for sweep in result["sweeps"]:
@@ -133,7 +133,7 @@ def sweeps_table(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first of them names, as an aligned table."""
+    """Format rows, the first of them headings, as an aligned table."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"

@@ -1,1 +1,1 @@
-"""The files that other formats are made of: safetensors and torch.save, read and written."""
+"""Containers of other formats: safetensors and torch.save files, read and written."""

@@ -1,4 +1,4 @@
-"""What a checkpoint holds twice: compared before one of the two is passed by."""
+"""Compare duplicate values in a checkpoint before one copy is ignored."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megagrow.checkpoint.containers.pickle_reader import StoredTensor
 from megagrow.checkpoint.io.files import READING, RESTORE, naming, open_regular, read_exactly
 from megagrow.errors import CheckpointError
 
-_ELEMENTS = 1 << 20  # compared at a time
+_ELEMENTS = 1 << 20  # elements compared at a time
 
 
 def same_values(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two row-major tensors hold the same values, in memory bounded by a constant.
+    """Whether two row-major tensors hold the same values, in bounded memory.
 
-    Of one element type they are compared bit for bit, of two as the wider one.
+    Equal element types are compared bit for bit, different ones in the wider type.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -35,10 +35,10 @@ def same_values(a: StoredTensor, b: StoredTensor) -> bool:
 
 
 def require_frequencies(stored: StoredTensor, theta: float, head_dim: int, *, at: str) -> None:
-    """See that stored rotary frequencies are theta ** -(2i / head_dim), up to bf16's rounding.
+    """Check that stored rotary frequencies are theta ** -(2i / head_dim), up to bf16 rounding.
 
     Raises:
-        CheckpointError: they are others; `at` begins the message.
+        CheckpointError: they differ; `at` is the start of the message.
     """
     half = head_dim // 2
     expected = theta ** -(torch.arange(half, dtype=torch.float64) / half)

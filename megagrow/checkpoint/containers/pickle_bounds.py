@@ -1,4 +1,4 @@
-"""How much work a value out of a pickle may be: counted in parts, never timed."""
+"""Bounds on the work that a value from a pickle may cause: counted in parts, never timed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _DEEPEST = 100
 
 
 class RefusedError(Exception):
-    """Why a pickle is not taken."""
+    """Why a pickle is refused."""
 
 
 def require_small(key: Any) -> None:
-    """Refuse a key whose hash is more work than a few steps: tuples are hashed part by part."""
+    """Refuse a key that is expensive to hash: tuples are hashed part by part."""
     waiting, parts = [key], 0
     while waiting:
         part = waiting.pop()
@@ -36,18 +36,18 @@ HASHING: Mapping[str, Callable[[list[Any]], Sequence[Any]]] = {
 def require_tree(
     value: Any, *, most: int, parts_of: Callable[[Any], Sequence[Any]], kinds: tuple[type, ...]
 ) -> None:
-    """Refuse a value that holds itself, is deep, or would have more than `most` parts as a tree.
+    """Refuse a value that contains itself, is deep, or has more than `most` parts as a tree.
 
-    Whoever prints, compares or converts a value walks it as a tree.
+    Code that prints, compares or converts a value walks it as a tree.
 
     Args:
-        parts_of: what a value holds.
-        kinds: of values that hold others.
+        parts_of: returns the parts of a value.
+        kinds: types of values that have parts.
 
     Raises:
-        RefusedError: it is such a value.
+        RefusedError: the value is refused.
     """
-    known: dict[int, tuple[int, int]] = {}  # by identity: parts and depth of the tree
+    known: dict[int, tuple[int, int]] = {}  # by identity: number of parts and depth of the tree
     around: set[int] = set()
     waiting = [(value, False)]
     while waiting:
@@ -57,7 +57,7 @@ def require_tree(
             below = [known.get(id(part), (1, 1)) for part in parts_of(item)]
             parts, depth = 1 + sum(n for n, _ in below), 1 + max((d for _, d in below), default=0)
             if parts > most:
-                raise RefusedError(f"references that stand for more than {most:,} values")
+                raise RefusedError(f"references that expand to more than {most:,} values")
             if depth > _DEEPEST:
                 raise RefusedError(f"values nested deeper than {_DEEPEST} levels")
             known[this] = parts, depth

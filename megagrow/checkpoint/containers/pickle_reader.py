@@ -1,14 +1,14 @@
-"""Pickles read as data: nothing that they name is imported, called or given attributes.
+"""Reads pickles as data: no name in them is imported, called or given attributes.
 
-A pickle is a program for a small machine.  The reader here knows only the instructions that
-build plain values; a name in the pickle is never imported: a few names stand for tensors and
-containers, some more are kept as `Opaque` values, and any other is refused by name.  Of a
-tensor's values only the place in the file is told: see `torchfile`.
+A pickle is a program for a small stack machine.  This reader implements only the instructions
+that build plain values, and never imports a name: a few names stand for tensors and containers,
+some are kept as `Opaque` values, and any other is refused by name.  For tensors it returns only
+the position of the values in the file: see `torch_reader`.
 
-A few bytes of a pickle can stand for a value that no machine could print, compare or hash: a
+A few bytes of a pickle can describe a value too large to print, compare or hash: a
 tuple of two references to a tuple of two references, and so on.  So work is counted, never
-timed: instructions, parts of keys, and the size that the value would have were every reference
-to a part a copy of it.
+timed: instructions, parts of keys, and the size that the value would have if every shared
+reference were a copy.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ STORAGES = {
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }
-# Kept as a name with arguments; none of them is imported or called.
+# Kept as a name with arguments; never imported or called.
 _OPAQUE_NAMES = frozenset(
     {
         "argparse.Namespace",
@@ -55,8 +55,8 @@ _OPAQUE_NAMES = frozenset(
         "_io.BytesIO",
     }
 )
-MOST_INSTRUCTIONS = 1 << 24  # a tensor takes some 50
-_MOST_COPIES, _SOME_PARTS = 4, 10_000  # of the tree that a value is, for each instruction; in all
+MOST_INSTRUCTIONS = 1 << 24  # a tensor takes about 50
+_MOST_COPIES, _SOME_PARTS = 4, 10_000  # tree parts per instruction; tree parts always allowed
 _MOST_AXES = 64
 _LONGEST_NAME = 512
 _OPAQUE_ROOMS = ("deepspeed.", "megatron.", "numpy.", "torch.optim.", "pathlib.")
@@ -64,23 +64,23 @@ _OPAQUE_ROOMS = ("deepspeed.", "megatron.", "numpy.", "torch.optim.", "pathlib."
 
 @dataclass(frozen=True)
 class Opaque:
-    """An object of a class that the reader knows by name alone.
+    """An object of a class that the reader knows only by name.
 
     Attributes:
         name: dotted name of the class or function.
-        args: what it is called with; None if it is made bare.
-        state: its attributes, where the pickle sets any.
+        args: its call arguments; None if it is created without a call.
+        state: its attributes, if the pickle sets any.
     """
 
     name: str
     args: tuple[Any, ...] | None = None
     state: Any = None
 
-    # A key of a dictionary in some pickles, though its state may be a dictionary.
+    # Some pickles use it as a dictionary key, although its state may be a dictionary.
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        return f"<{self.name}>"  # what it holds may be a whole checkpoint
+        return f"<{self.name}>"  # its contents may be a whole checkpoint
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """One of its attributes."""
@@ -89,10 +89,10 @@ class Opaque:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor in a file, without holes from its first byte on.
+    """A tensor in a file: contiguous from its first byte.
 
     Attributes:
-        start: its first byte in the file.
+        start: offset of its first byte in the file.
         axes: the order of its axes in memory, or None for row-major.
     """
 
@@ -108,7 +108,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def item(self) -> float:
-        """The value of a tensor of one element (raises CheckpointError, ValueError)."""
+        """The value of a one-element tensor (raises CheckpointError, ValueError)."""
         if self.numel != 1:
             raise ValueError(f"{self.path}: a tensor of shape {list(self.shape)} is no number")
         data = bytearray(self.dtype.itemsize)
@@ -120,7 +120,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A stretch of a file that holds a storage's values."""
+    """The range of a file that holds a storage's values."""
 
     start: int
     size: int
@@ -136,24 +136,24 @@ def read_pickle(
     permuted: bool = False,
     instructions: int = MOST_INSTRUCTIONS,
 ) -> Any:
-    """What a pickle describes: plain values, with `StoredTensor` and `Opaque` among them.
+    """The value that a pickle describes: plain values, with `StoredTensor` and `Opaque` in them.
 
     Args:
         where: the file, for errors and for tensors.
-        storages: of tensors, by the name of their record.
-        names: the only names that may appear; by default those that checkpoints have.
-        permuted: whether tensors may lie in another order of axes than row-major.
-        instructions: how many may be followed.
+        storages: storages of tensors, by record name.
+        names: the only names allowed; by default those used by checkpoints.
+        permuted: whether tensors may have an order of axes other than row-major.
+        instructions: maximum number of instructions executed.
 
     Raises:
-        CheckpointError: damaged, with anything in it that is not plain data, or with more work
-            in it than its length warrants.
+        CheckpointError: it is damaged, contains anything but plain data, or demands more work
+            than its length warrants.
     """
     return _Machine(where, storages or {}, data, names, permuted, instructions).run()
 
 
 def brief(value: Any) -> str:
-    """What a value is, in a few words; a deep one, or one that holds itself, does no harm."""
+    """A short description of a value; safe for deep values and values that contain themselves."""
     return reprlib.repr(value)[:200]
 
 
@@ -181,10 +181,10 @@ _Step = Callable[[Any], None]
 
 
 def _counted(step: _Step) -> _Step:
-    """An instruction that counts itself."""
+    """An instruction that counts itself against the budget."""
 
     def counted(machine: _Machine) -> None:
-        machine.spent += 1  # not by `charge`: this is done for every instruction
+        machine.spent += 1  # inlined instead of `charge`, since it runs for every instruction
         if machine.spent > machine.limit:
             machine.charge(0)
         step(machine)
@@ -193,7 +193,7 @@ def _counted(step: _Step) -> _Step:
 
 
 def _with_keys(step: _Step, keys: Callable[[list[Any]], Sequence[Any]]) -> _Step:
-    """An instruction that hashes: `keys` says what, of the stack that it finds."""
+    """An instruction that hashes; `keys` returns the keys to check from its stack."""
 
     def checked(machine: _Machine) -> None:
         for key in keys(machine.stack):
@@ -209,7 +209,7 @@ def _instruction(name: str) -> _Step:
 
 
 class _Machine(_PYTHONS):
-    """Python's unpickler with the instructions that could run something replaced or left out."""
+    """Python's unpickler, with instructions that could run code replaced or removed."""
 
     stack: list[Any]
     dispatch: ClassVar[dict[int, _Step]] = {
@@ -230,7 +230,7 @@ class _Machine(_PYTHONS):
         self.spent, self.limit = 0, instructions
 
     def charge(self, count: int) -> None:
-        """Count work as so many instructions."""
+        """Charge work as this many instructions."""
         self.spent += count
         if self.spent > self.limit:
             raise RefusedError(f"more than {self.limit:,} instructions")
@@ -248,7 +248,7 @@ class _Machine(_PYTHONS):
             return value
         except RefusedError as reason:
             raise CheckpointError(
-                f"{self._path}: its pickle is refused; nothing of it was run",
+                f"{self._path}: its pickle is refused, and none of its code was run",
                 found=str(reason)[:500],
                 expected="tensors and plain values",
                 fix="if you trust the file, load it where it was made and save plain tensors",
@@ -260,7 +260,7 @@ class _Machine(_PYTHONS):
             ) from None
 
     def find_class(self, module: str, name: str) -> Any:
-        """A name as a name; refused where it is not one that a checkpoint has."""
+        """Return a name as a name; refuse it if checkpoints do not use it."""
         if len(module) + len(name) > _LONGEST_NAME:
             raise RefusedError(f"a name of {len(module) + len(name)} characters")
         full = f"{module}.{name}"
@@ -297,7 +297,7 @@ class _Machine(_PYTHONS):
         target = self.stack[-1]
         if not isinstance(target, _Global) or not isinstance(args, tuple):
             raise RefusedError(f"it calls {brief(target)}")
-        # A call looks at each of its arguments' parts.
+        # A call inspects each part of its arguments.
         self.charge(sum(len(one) for one in args if isinstance(one, (tuple, list))))
         call = _CALLS.get(target.name)
         value = call(args) if call else Opaque(target.name, args)
@@ -316,9 +316,9 @@ class _Machine(_PYTHONS):
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, Opaque) and target.state is None:
-            # In place: what the pickle refers to again must be the object with its state.
+            # In place: later references in the pickle must see the object with its state.
             object.__setattr__(target, "state", state)
-        elif not isinstance(target, dict):  # attributes of a state_dict: versions of modules
+        elif not isinstance(target, dict):  # attributes of a state_dict: module versions
             raise RefusedError(f"it sets attributes of {type(target).__name__}")
 
     dispatch[pickle.REDUCE[0]] = _counted(_reduce)
@@ -330,7 +330,7 @@ _CONTAINERS = (dict, list, tuple, set, Opaque)
 
 
 def _parts(value: Any) -> Sequence[Any]:
-    """What a value holds; nothing for one that is no container."""
+    """The parts of a value; empty if it is not a container."""
     if isinstance(value, dict):
         return [*value, *value.values()]
     if isinstance(value, (list, tuple, set)):
@@ -362,8 +362,8 @@ def _tensor(args: tuple[Any, ...]) -> StoredTensor:
 
 
 def _axes(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The permutation in whose row-major order a dense tensor lies; None for the axes' own."""
-    # The stride of an axis of length 1 tells nothing.
+    """The axis order in which a dense tensor is row-major; None if it already is."""
+    # The stride of an axis of length 1 is arbitrary.
     long = [axis for axis, n in enumerate(shape) if n != 1]
     turned = sorted(long, key=lambda axis: -strides[axis])
     step = 1

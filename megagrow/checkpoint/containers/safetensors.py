@@ -1,7 +1,7 @@
-"""Files in the safetensors format, by their headers; values are read and written elsewhere.
+"""Headers of safetensors files; values are read and written elsewhere.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: by name, element
-type, shape, first and last byte among the values) and the values, row-major and without holes.
+A file is the length of its header (8 bytes, little-endian), the header (JSON: for each name the
+element type, shape, first and last byte of its values) and the values, row-major without gaps.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from megagrow.checkpoint.io.files import (
 from megagrow.checkpoint.io.strict_json import parse_json
 from megagrow.errors import CheckpointError
 
-_HEADER_LIMIT = 100_000_000  # as the safetensors library has it
+_HEADER_LIMIT = 100_000_000  # the safetensors library's own limit
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array in a file; `start` is its first byte there."""
+    """An array in a file; `start` is the offset of its first byte."""
 
     file: str
     start: int
@@ -66,7 +66,7 @@ def read_header(path: Path, file: str) -> tuple[dict[str, StoredArray], int]:
 
 
 def make_header(arrays: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
-    """Length and header of a file of these arrays, in this order."""
+    """The length field and header of a file with these arrays, in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, dtype, shape in arrays:

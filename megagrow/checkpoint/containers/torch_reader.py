@@ -1,8 +1,8 @@
-"""Files of `torch.save`, or stretches of files that are such: what lies where.
+"""Reads the structure of `torch.save` archives, as whole files or as parts of larger files.
 
-Such a file is a zip archive with its records stored as they are: one pickle, and one record for
-each tensor storage.  torch.distributed.checkpoint lays archives end to end in its files.  For
-writing them see `archive`.
+Such an archive is a zip file with uncompressed records: one pickle, and one record per tensor
+storage.  torch.distributed.checkpoint concatenates archives in its files.  For writing them see
+`torch_writer`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from megagrow.checkpoint.io.checksum import crc32
 from megagrow.checkpoint.io.files import READING, RESTORE, naming, open_regular, read_exactly
 from megagrow.errors import CheckpointError
 
-_PICKLE_LIMIT = 1 << 28  # bytes; a pickle describes tensors, it does not hold them
+_PICKLE_LIMIT = 1 << 28  # bytes; the pickle describes tensors but does not hold their values
 _RECORD_LIMIT = 1 << 20  # number of records in one file
 
 
 @dataclass(frozen=True)
 class TorchFile:
-    """What a file of `torch.save` holds.
+    """The contents of a `torch.save` file.
 
     Attributes:
         path: the file.
         size: in bytes.
-        value: what was saved: plain values, with `StoredTensor` and `Opaque` among them.
-        records: of each storage (first byte, bytes, CRC-32).
+        value: the saved value: plain values, with `StoredTensor` and `Opaque` in them.
+        records: (first byte, bytes, CRC-32) of each storage.
     """
 
     path: Path
@@ -45,15 +45,15 @@ class TorchFile:
 def read_torch_file(
     path: Path, *, start: int = 0, length: int | None = None, permuted: bool = False
 ) -> TorchFile:
-    """Read all but the values of tensors.
+    """Read everything but the values of tensors.
 
     Args:
-        start, length: the bytes of the file that are the archive; by default all.
-        permuted: whether tensors may lie in another order of axes than row-major.
+        start, length: the part of the file that is the archive; by default the whole file.
+        permuted: whether tensors may have an order of axes other than row-major.
 
     Raises:
-        CheckpointError: missing, damaged, not of `torch.save`, or with anything in its pickle
-            that is not plain data.
+        CheckpointError: missing, damaged, not written by `torch.save`, or with anything but plain
+            data in its pickle.
     """
     with open_regular(path) as (descriptor, size):
         window = _Window(descriptor, start, size - start if length is None else length)
@@ -71,7 +71,7 @@ def read_torch_file(
 
 
 def _list_records(path: Path, window: _Window) -> dict[str, Stretch]:
-    """The records of the archive by their names below its root."""
+    """The records of the archive, by name relative to its root."""
     try:
         with zipfile.ZipFile(window) as archive:
             entries = archive.infolist()
@@ -131,7 +131,7 @@ def _fault(path: Path, what: str, found: object = None, expected: object = None)
 
 
 class _Window(io.RawIOBase):
-    """A stretch of a file as a file."""
+    """A range of a file as a file object."""
 
     def __init__(self, descriptor: int, start: int, length: int) -> None:
         self._descriptor, self.start, self.length, self._at = descriptor, start, length, 0
@@ -160,7 +160,7 @@ class _Window(io.RawIOBase):
         return data
 
     def at(self, position: int, count: int) -> bytes:
-        """Bytes from a position on, as many as there are."""
+        """Up to `count` bytes from a position on."""
         if position < 0:
             return b""
         self.seek(position)

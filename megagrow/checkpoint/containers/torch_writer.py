@@ -1,9 +1,9 @@
-"""Plans of files that `torch.load` reads: the other side of `torchfile`.
+"""Plans files that `torch.load` reads: the counterpart of `torch_reader`.
 
 The pickle is written instruction by instruction (protocol 2), so that classes of DeepSpeed or
-Megatron can be named without importing either.  Records are stored as they are, their data at
-multiples of 64 bytes, as torch's own writer lays them out; checksums follow each record in a
-data descriptor (APPNOTE.TXT, section 4.3.9), so a file is written in one pass.
+Megatron can be named without importing either.  Records are uncompressed, their data aligned to
+64 bytes as in torch's own writer; each record's checksum follows it in a data descriptor
+(APPNOTE.TXT, section 4.3.9), so a file is written in one pass.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DOS_TIME, _DOS_DATE = 0, 0x21  # midnight of 1 January 1980: equal state gives 
 
 @dataclass(frozen=True, eq=False)
 class NewTensor:
-    """A tensor that is to be; where the same object comes twice, the storage is shared.
+    """A tensor to be written; if the same object is used twice, its storage is shared.
 
     Attributes:
         segments: its values, row-major, as `Values` and `Zeros`, or as bytes.
@@ -52,12 +52,12 @@ class NewTensor:
 
 
 def whole_values(values: Values, *, shape: Sequence[int] | None = None) -> NewTensor:
-    """A tensor that is one box, under the box's shape or another."""
+    """A tensor that is one box, in the box's shape or another."""
     return NewTensor(values.dtype, tuple(values.box.shape if shape is None else shape), (values,))
 
 
 def number(value: float) -> NewTensor:
-    """A tensor without axes of one fp32 number."""
+    """A scalar fp32 tensor."""
     return NewTensor(torch.float32, (), (struct.pack("<f", value),))
 
 
@@ -67,10 +67,10 @@ def size_of(shape: Sequence[int]) -> Opaque:
 
 
 def plan_archive(name: str, value: Any) -> FilePlan:
-    """The file of a value: plain values, with `NewTensor` and `Opaque` among them.
+    """Plan the file for a value: plain values, with `NewTensor` and `Opaque` in them.
 
     Args:
-        name: path below the checkpoint's directory.
+        name: path relative to the checkpoint's directory.
     """
     writer = _PickleWriter()
     text = writer.dump(value)
@@ -120,7 +120,7 @@ def _zip(root: str, records: Sequence[tuple[str, Sequence[Segment]]]) -> Iterato
 
 
 def _local_header(entry: _Entry) -> bytes:
-    """Header of a record, with an extra field that brings the data to a multiple of 64."""
+    """A record's header, with an extra field that aligns the data to 64 bytes."""
     extra = struct.pack("<HHQQ", 1, 16, 0, 0) if entry.large else b""
     behind = entry.start + 30 + len(entry.name) + len(extra) + 4
     pad = -behind % _ALIGNMENT
@@ -197,7 +197,7 @@ def _end(count: int, start: int, length: int) -> bytes:
 
 
 class _PickleWriter:
-    """Protocol 2, without memo: values are trees, and what is shared are storages."""
+    """Protocol 2, without memo: values are trees; only storages are shared."""
 
     def __init__(self) -> None:
         self.tensors: list[NewTensor] = []
@@ -235,7 +235,7 @@ class _PickleWriter:
                 yield from self._value(item)
             yield pickle.TUPLE
         elif value is None or isinstance(value, (bool, int, float, str)):
-            # Python's own pickle of it, less the frame: PROTO with its argument, and STOP.
+            # Python's own pickle of it, without the frame: PROTO with its argument, and STOP.
             yield pickle.dumps(value, protocol=2)[2:-1]
         else:
             raise TypeError(f"{type(value).__name__} is no plain value")

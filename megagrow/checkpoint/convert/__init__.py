@@ -1,1 +1,1 @@
-"""Conversion of a checkpoint: what is read, what is written, and how it is resumed."""
+"""Checkpoint conversion: plan, run, resume and verify."""

@@ -1,4 +1,4 @@
-"""Compare what was converted with what it was made of, value by value."""
+"""Compare a converted checkpoint with its source, value by value."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megagrow.state.boxes import whole
 def compare(
     old: Source, new: Source, tensor: str, slot: str, *, buffer_bytes: int
 ) -> tuple[int, float]:
-    """Compare a slot of a tensor; a slot that `old` does not have must be zeros in `new`.
+    """Compare a slot of a tensor; a slot that `old` lacks must be zeros in `new`.
 
     Returns:
-        Where the element type differs: the number of values that rounding changed, and the
+        If the element types differ: the number of values that rounding changed, and the
         greatest change relative to the greatest absolute value of the tensor.  Else (0, 0.0).
 
     Raises:
-        CheckpointError: a value is not the old one, nor its rounding.
+        CheckpointError: a value differs from the old one or from its rounding.
     """
     held = slot in {s.name for s in old.slots}
     kind = new.dtype(tensor, slot)

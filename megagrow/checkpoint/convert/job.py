@@ -1,4 +1,4 @@
-"""A conversion as it is asked for, and what it would take: source opened, target planned."""
+"""Define a conversion and survey it: open the source, plan the target."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from megagrow.state.catalog import slots_of
 from megagrow.state.layout import Layout
 
 BUFFER_BYTES = 64 << 20
-PIECE_BYTES = 16 * CHUNK_BYTES  # of a file, where it can be cut: what one worker writes at a time
-_SOURCE_BYTES = CHUNK_BYTES  # greatest buffer of a source, for each worker
+PIECE_BYTES = 16 * CHUNK_BYTES  # one worker's unit of work, for files that can be split
+_SOURCE_BYTES = CHUNK_BYTES  # largest buffer of a source, per worker
 _MOST_WORKERS = 8
 
 
@@ -48,19 +48,20 @@ class Job:
     """What to convert, and into what.
 
     Attributes:
-        source, source_format: what to read; the format is detected where it is None.
-        target, target_format: what to make; nothing may be at `target`.
-        layout: of the target; the source's where it is None.
-        dtype: element type of all values, or None: what the format demands, else the source's.
-        tokenizer: a file or a directory to carry along, or `none`; by default the model's own,
-            if it is found.  Of a format that holds none it is not asked for.
-        allow_other_tokenizer: whether it, or that of `config`, may be another than the model's.
-        file_bytes: greatest size of a file, for formats that cut by size.
-        run_state: for a source that tells none, or a part of it.
-        told: what the source's files do not tell.
-        config, fingerprints: of a run that is to start from the result, in place of the source's.
-        transform: what the source is taken through, such as a growth; its text (`str`) tells two
-            that differ apart.
+        source, source_format: the checkpoint to read; its format is detected if None.
+        target, target_format: the checkpoint to write; `target` must not exist.
+        layout: the target's; the source's if None.
+        dtype: element type of all values, or None: the one that the format requires, else the
+            source's.
+        tokenizer: a file or a directory to include, or `none`; by default the model's own, if it
+            is found.  Ignored for formats that hold no tokenizer.
+        allow_other_tokenizer: whether it, or that of `config`, may differ from the model's.
+        file_bytes: maximum size of a file, for formats that split by size.
+        run_state: the run state to use where the source has none or only a part of it.
+        told: what the user supplies because the source's files do not say it.
+        config, fingerprints: of a run that is to start from the result; replace the source's.
+        transform: applied to the source, such as a growth; transforms that differ must differ
+            in `str`.
     """
 
     source: Path
@@ -81,17 +82,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a conversion takes and leaves.
+    """What a conversion needs and what it leaves out.
 
     Attributes:
         source_format: as given or detected.
-        bytes: of the files with values.
-        disk_bytes: needed where the target will be: no more than the target itself.
-        free_bytes: there now.
-        memory_bytes: greatest memory for values, all workers together.
-        workers: threads.
+        bytes: total size of the files with values.
+        disk_bytes: space needed at the target: at most the size of the target itself.
+        free_bytes: space available there now.
+        memory_bytes: maximum memory for values, all workers together.
+        workers: number of threads.
         left_out: what the source holds and the result does not.
-        made: slots of the target that the source lacks, of some tensors or of all: zeros.
+        made: slots of the target that the source lacks, for some tensors or for all: zeros.
     """
 
     source_format: str
@@ -111,13 +112,13 @@ class Report:
     """What a conversion did.
 
     Attributes:
-        kept: files that a killed run had finished.
-        seconds: of reading and writing, without the verification.
-        rounded: where verified, for each (tensor, slot) whose element type changed: number of
+        kept: number of files already finished by an interrupted run.
+        seconds: for reading and writing, without verification.
+        rounded: if verified, for each (tensor, slot) whose element type changed: number of
             values that differ, and the greatest difference relative to the greatest value.
-        described: where verified, for each thing beside the values (step, configuration, ...)
-            whether the result tells the same.
-        notes: of the format, for a person to read.
+        described: if verified, for each item of metadata (step, configuration, ...) whether it
+            is the same in the result.
+        notes: from the format, for the user.
     """
 
     survey: Survey
@@ -134,9 +135,9 @@ class Opened:
     """A job with its source open and its target planned.
 
     Attributes:
-        meta: what the result is to say of itself.
-        pieces: of the target's files, each of at most `PIECE_BYTES` or a whole file.
-        digest: equal for two jobs exactly where one may go on with the other's work.
+        meta: the metadata of the result.
+        pieces: the target's files in pieces of at most `PIECE_BYTES`, or whole.
+        digest: equal for two jobs exactly if one may resume the other's work.
     """
 
     job: Job
@@ -198,7 +199,7 @@ def open_job(job: Job) -> Opened:
 
 
 def _run_state(source: Source, job: Job) -> dict[str, Any]:
-    """What a source tells of its run; a foreign one tells a part of what a run needs to go on."""
+    """The source's run state, completed by the job's: foreign sources have only a part of it."""
     if not source.run_state:
         return dict(job.run_state)
     rest = {**job.run_state, "step": source.step} if job.run_state else {}
@@ -206,7 +207,7 @@ def _run_state(source: Source, job: Job) -> dict[str, Any]:
 
 
 def _require_axes(job: Job) -> None:
-    """A layout that is asked for must not be dropped because the format has no place for it."""
+    """Reject a requested layout that the format cannot store, instead of dropping it silently."""
     target = get_format(job.target_format)
     layout = job.layout or Layout()
     asked = {axis: getattr(layout, axis) for axis in ("tensor", "pipeline", "data")}
@@ -216,7 +217,7 @@ def _require_axes(job: Job) -> None:
     if lost:
         found = " ".join(f"--{axis} {n}" for axis, n in lost.items())
         raise ConfigError(
-            f"format {target.name} has no place for a layout's {', '.join(lost)}",
+            f"format {target.name} cannot express a layout's {', '.join(lost)}",
             found=found,
             expected=f"{' and '.join(target.axes) or 'no layout'}",
             fix=f"leave out {found}: the result is the same for any",
@@ -224,7 +225,7 @@ def _require_axes(job: Job) -> None:
 
 
 def _require_whole_slots(source: Source, sink: Sink, job: Job) -> None:
-    """Of Muon's state other formats would make that of Adam, whose zeros would blow up a run."""
+    """Refuse to export Muon state as Adam state: zero second moments would make a run diverge."""
     partial = {slot.name for slot in source.slots if not slot.matrices}
     if any(slot.matrices and slot.name in partial for slot in sink.slots):
         raise CheckpointError(
@@ -252,7 +253,7 @@ def _digest(job: Job, source: Source) -> str:
 
 
 def survey_of(opened: Opened, workers: int | None, buffer_bytes: int) -> Survey:
-    """What the conversion takes and leaves."""
+    """What the conversion needs and what it leaves out."""
     if buffer_bytes < LEAST_BUFFER_BYTES:
         raise CheckpointError(
             "the buffer is too small",
@@ -262,7 +263,7 @@ def survey_of(opened: Opened, workers: int | None, buffer_bytes: int) -> Survey:
     job, source, sink = opened.job, opened.source, opened.sink
     total = sum(plan.bytes for plan in sink.files)
     if workers is None:
-        # One more than cores: some wait for the disk.
+        # One more than the cores, since some wait for the disk.
         workers = min((os.cpu_count() or 1) + 1, _MOST_WORKERS)
     workers = max(1, min(workers, len(opened.pieces)))
     place = job.target.resolve().parent
@@ -278,7 +279,7 @@ def survey_of(opened: Opened, workers: int | None, buffer_bytes: int) -> Survey:
         files=len(sink.files),
         bytes=total,
         disk_bytes=total,
-        # Some network file systems state no size at all; there the writes themselves will tell.
+        # Some network file systems report no size; there the writes themselves will fail if full.
         free_bytes=status.f_bavail * status.f_frsize if status.f_blocks else 1 << 62,
         memory_bytes=workers * (buffer_bytes + _SOURCE_BYTES),
         workers=workers,

@@ -1,4 +1,4 @@
-"""A checkpoint of any format as a plain model on one device, for evaluation."""
+"""Load a checkpoint of any format as a plain model on one device, for evaluation."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def load_model(
     device: torch.device | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> tuple[Transformer, ModelConfig, Path]:
-    """Read the parameters of a checkpoint into a fp32 model, tensor by tensor.
+    """Read the parameters of a checkpoint into an fp32 model, tensor by tensor.
 
-    Where units of a growth are still coming in, they count as much as at that step of the run.
+    New units under a ramp have the weight that they had at that step of the run.
 
     Args:
-        path: a checkpoint, or a run directory: its newest one.
-        name: the format; by default the one that it looks like.
-        device: where the model goes; the CPU by default.
-        say: told, line by line, what the checkpoint holds and the model does not.
+        path: a checkpoint, or a run directory, which stands for its newest checkpoint.
+        name: the format; detected by default.
+        device: the model's device; the CPU by default.
+        say: called with lines that list what the checkpoint holds and the model does not.
 
     Returns:
-        The model, its shape, and the checkpoint that the path meant.
+        The model, its configuration, and the path of the checkpoint that was read.
 
     Raises:
-        CheckpointError: it is none, is damaged, or does not tell its model.
+        CheckpointError: not a checkpoint, damaged, or its model cannot be determined.
     """
     kind, at = detect(path, name)
     source = kind.open_source(at)

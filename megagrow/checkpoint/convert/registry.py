@@ -1,4 +1,4 @@
-"""The formats that checkpoints are converted between, and which of them a directory has."""
+"""The registry of checkpoint formats, and their detection."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def get_format(name: str) -> Format:
 
 
 def detect(path: Path, name: str | None = None) -> tuple[Format, Path]:
-    """The format of what lies at a path, and the checkpoint that the path means.
+    """The format of a checkpoint, and the checkpoint that the path refers to.
 
     Args:
-        name: the format to take it for; by default the one that it looks like.
+        name: the format to use; detected by default.
 
     Raises:
-        CheckpointError: it looks like none, or like several.
+        CheckpointError: no format matches, or several do.
     """
     candidates = [get_format(name)] if name else list(FORMATS.values())
     if not path.is_dir():

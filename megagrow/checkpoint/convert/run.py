@@ -1,13 +1,13 @@
 """Convert a checkpoint from one format and layout to another: a streaming identity transfer.
 
-The work is done beside the target and shows there by one rename:
+The work happens in a directory next to the target, which one rename then moves into place:
 
-    TARGET.converting-<digest>/out/         the checkpoint that is to be
-    TARGET.converting-<digest>/done.jsonl   a line for each finished piece of a file: its checksums
+    TARGET.converting-<digest>/out/         the checkpoint being written
+    TARGET.converting-<digest>/done.jsonl   one line per finished piece of a file: its checksums
 
-The digest is of what is converted and how, so the same command finds the work of one that was
-killed, and goes on after comparing the checksums of what it left.  The workers are threads:
-nearly all of the work (files, copies) is done outside the interpreter's lock.
+The digest is of what is converted and how, so the same command finds the work of an interrupted
+run and resumes it after comparing the checksums of what was written.  The workers are threads:
+nearly all of the work (files, copies) is done without the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ def convert(
     """Convert; the target appears complete or not at all.
 
     Args:
-        workers: threads; by default one more than there are cores, 8 at most.
+        workers: number of threads; by default one more than there are cores, at most 8.
         buffer_bytes: memory for values in each worker.
-        verify: whether to read the result back and compare before it shows at the target.
-        moved: told of bytes written (and of those that a killed run had written).
+        verify: whether to read the result back and compare it before the rename.
+        moved: called with the number of bytes written (including those of an interrupted run).
 
     Raises:
-        MegagrowError: as `survey`; or the system refused, or the verification failed.
-        LockError: another conversion to the same target runs, or a run trains there.
+        MegagrowError: as `survey`; or a system call or the verification failed.
+        LockError: another conversion to the same target is running, or a run trains there.
     """
     _refuse_existing(job.target)
     opened = open_job(job)
@@ -133,14 +133,14 @@ def convert(
 def _refuse_existing(target: Path) -> None:
     if os.path.lexists(target):
         raise CheckpointError(
-            f"{target}: something lies there already, and nothing is overwritten",
+            f"{target}: already exists, and nothing is overwritten",
             fix=f"give another --to, or move it away: mv {target} {target}.old",
         )
 
 
 @contextlib.contextmanager
 def _working_in(out: Path, done: Path) -> Iterator[None]:
-    """Makes the directory of the work; one that fails before any piece is done leaves none."""
+    """Create the work directory; remove it again if the work fails before any piece is done."""
     with naming(out, "cannot be made"):
         out.mkdir(parents=True, exist_ok=True)
     try:
@@ -153,13 +153,13 @@ def _working_in(out: Path, done: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _appending_to(path: Path) -> Iterator[Callable[[int, list[str]], None]]:
-    """Opens the record; yields what adds a piece and its checksums to it, from any thread."""
+    """Open the record; yields a thread-safe function that appends a piece and its checksums."""
     lock = threading.Lock()
     with naming(path, "cannot be written"):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
     def add(index: int, sums: list[str]) -> None:
-        # A line that a kill cut short must not spoil the next one.
+        # Start on a new line, since a kill may have cut the last one short.
         line = f"\n{json.dumps([index, sums])}\n".encode()
         with lock, naming(path, "cannot be written"):
             write_all(descriptor, memoryview(line))
@@ -171,7 +171,7 @@ def _appending_to(path: Path) -> Iterator[Callable[[int, list[str]], None]]:
 
 
 def _recorded(path: Path) -> dict[int, list[str]]:
-    """The pieces of which the record says that they are finished."""
+    """The pieces that the record lists as finished."""
     found: dict[int, list[str]] = {}
     try:
         text = path.read_bytes()
@@ -187,7 +187,7 @@ def _recorded(path: Path) -> dict[int, list[str]]:
 def _finished(
     pieces: Sequence[FilePiece], out: Path, recorded: Mapping[int, list[str]]
 ) -> dict[int, list[str]]:
-    """The pieces that are whole, with their checksums; compared, not believed."""
+    """Pieces already written by an interrupted run, after re-checking their checksums."""
     return {
         index: sums
         for index, sums in recorded.items()
@@ -213,14 +213,14 @@ def _sums(out: Path, piece: FilePiece) -> list[str] | None:
 
 
 def _clear_small_files(out: Path, sizes: Mapping[str, int]) -> None:
-    """Delete what `conclude` left when it was killed."""
+    """Delete the small files that an interrupted `conclude` left."""
     for path in sorted(out.rglob("*"), reverse=True):
         if path.is_file() and path.relative_to(out).as_posix() not in sizes:
             path.unlink()
 
 
 def _seal(opened: Opened, out: Path, checksums: Mapping[str, Sequence[str]]) -> None:
-    """Leave checksums where the format has no place for them."""
+    """Write sidecar checksums if the format has none."""
     made = get_format(opened.job.target_format)
     if made.sealed:
         return
@@ -251,7 +251,7 @@ def _commit(out: Path, target: Path) -> None:
         try:
             sync_directory(target.parent)
         except OSError:
-            # Back, so that the same command finds its place free and goes on with the work.
+            # Move it back, so that the same command can resume the work.
             os.rename(target, out)
             raise
 
@@ -261,7 +261,7 @@ def _commit(out: Path, target: Path) -> None:
 
 @dataclass
 class _Site:
-    """What the workers have at hand."""
+    """Shared context of the workers."""
 
     opened: Opened
     work: Path
@@ -273,11 +273,11 @@ class _Site:
 
     @cached_property
     def result(self) -> Source:
-        """What was made, open for reading."""
+        """The result, open for reading."""
         return get_format(self.opened.job.target_format).open_source(self.work / "out")
 
     def moved(self, count: int) -> None:
-        """Tell of progress; ends the worker where another has failed."""
+        """Report progress; stops the worker if another one has failed."""
         if self.stop.is_set():
             raise CheckpointError("the conversion was ended")
         with self._lock:
@@ -297,7 +297,7 @@ def _write(site: _Site, index: int) -> list[str]:
 
 
 def _pairs(opened: Opened, new: Source) -> list[tuple[str, str]]:
-    """All (tensor, slot) of the result, once it is seen to have the tensors that it should."""
+    """All (tensor, slot) of the result, after checking that it has the expected tensors."""
     wanted = {tensor.name: tensor.shape for tensor in opened.source.catalog}
     found = {tensor.name: tensor.shape for tensor in new.catalog}
     slots = [slot.name for slot in new.slots]
@@ -308,7 +308,7 @@ def _pairs(opened: Opened, new: Source) -> list[tuple[str, str]]:
 
 
 def _described(opened: Opened, new: Source) -> dict[str, bool]:
-    """Whether the result tells the same as it was asked to, beside the values."""
+    """For each item of metadata, whether the result has what was requested."""
     meta = opened.meta
     pairs = {
         "step": (opened.source.step, new.step),
@@ -316,7 +316,7 @@ def _described(opened: Opened, new: Source) -> dict[str, bool]:
         "run state": (meta.run_state, new.run_state),
         "fingerprints": (meta.fingerprints, new.fingerprints),
     }
-    # Formats hold text: a tuple comes back as a list.
+    # Formats hold JSON: a tuple comes back as a list.
     return {
         what: json.dumps(asked, sort_keys=True, default=str)
         == json.dumps(found, sort_keys=True, default=str)
@@ -332,7 +332,7 @@ def _compare(site: _Site, pair: tuple[str, str]) -> tuple[int, float]:
 def _each(
     site: _Site, task: Callable[[_Site, Any], Any], items: Sequence[Any], workers: int
 ) -> Iterator[tuple[Any, Any]]:
-    """(item, result) of each item, in any order; the first error ends the work."""
+    """Yield (item, result) of each item, in any order; the first error stops the work."""
     if workers == 1 or len(items) < 2:
         for item in items:
             yield item, task(site, item)

@@ -1,4 +1,4 @@
-"""What a checkpoint is, in lines for a person to read."""
+"""Describe a checkpoint in lines of text."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def describe(source: Source, *, format_name: str, checksums: str) -> str:
     """A summary.
 
     Args:
-        format_name: as the command line knows it.
-        checksums: the state of those that the format has.
+        format_name: the format's name on the command line.
+        checksums: the state of the format's checksums.
     """
     by = f", by megagrow {source.version}" if isinstance(source, NativeCheckpoint) else ""
     steps = list_steps(source.path.parent)
@@ -35,7 +35,7 @@ def describe(source: Source, *, format_name: str, checksums: str) -> str:
         "bytes": f"{source.bytes:,} in {len(source.files):,} files",
         "checksums": f"{source.checksums:,}, {checksums}" if source.checksums else _NO_CHECKSUMS,
         "fingerprints": ", ".join(f"{k} {v}" for k, v in source.fingerprints.items()) or "none",
-        "steps beside it": ", ".join(map(str, steps)) or "none",
+        "other steps": ", ".join(map(str, steps)) or "none",
     }
     if source.zeros:
         made = made_zeros(source, [slot.name for slot in source.slots])
@@ -52,7 +52,7 @@ def _model(source: Source) -> str:
     except CheckpointError as error:
         return f"unknown: {str(error).splitlines()[0]}"
     if model is None:
-        return "unknown: the checkpoint tells of none"
+        return "unknown: the checkpoint does not say"
     sizes = model.model_dump(mode="json", by_alias=True)
     grown = source.run_state.get("growth_stage", 0)
     stage = f", in growth stage {grown}" if grown else ""
@@ -60,7 +60,7 @@ def _model(source: Source) -> str:
 
 
 def list_tensors(source: Source) -> str:
-    """A line for each tensor: name, shape, axes, and the element type of each slot."""
+    """One line per tensor: name, shape, axes, and the element type of each slot."""
     rows = []
     for tensor in source.catalog:
         held = slots_of(tensor, source.slots)

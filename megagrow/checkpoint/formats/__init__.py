@@ -1,1 +1,1 @@
-"""The formats of others, a package each; none imports another."""
+"""The foreign formats, one package each; none imports another."""

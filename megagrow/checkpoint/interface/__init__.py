@@ -1,1 +1,1 @@
-"""What every format offers (a source and a sink), and what they share."""
+"""The interface of every format (a source and a sink), and shared code."""

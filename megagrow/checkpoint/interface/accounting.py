@@ -1,7 +1,7 @@
-"""What became of every name in a source: carried, derived from what is carried, or left out.
+"""Account for every name in a source: carried, derived from what is carried, or left out.
 
-A reader passes all the names that it met through `account`, so none can be forgotten; what is
-left out stands in the source's `left_out`, which every command that opens a source prints.
+A reader passes every name it meets to `account`, so none can be forgotten; what is left out
+is in the source's `left_out`, which every command that opens a source prints.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megagrow.checkpoint.interface.sidecar_checksums import NAME as SEAL
 from megagrow.checkpoint.io.files import READING, naming
 from megagrow.state.catalog import slots_of
 
-_SHOWN = 4  # names in a line; the others are counted
+_SHOWN = 4  # names per line; the others are counted
 
 
 def account(
@@ -24,17 +24,17 @@ def account(
     derived: Iterable[str] = (),
     left_out: Iterable[LeftOut] = (),
 ) -> tuple[LeftOut, ...]:
-    """See that every name of a source has one fate; returns what is left out.
+    """Check that every name of a source has exactly one fate; returns what is left out.
 
     Args:
-        names: everything that the source holds, by its own names.
-        carried: names whose values the reader offers.
-        derived: names whose values follow from those carried, and were compared with them.
-        left_out: the rest, each with the reason.
+        names: everything that the source holds, under its own names.
+        carried: names whose values the reader provides.
+        derived: names whose values follow from carried ones and were compared with them.
+        left_out: the rest, each with its reason.
 
     Raises:
-        AssertionError: a name has no fate, or one is given to a name that is not there: a
-            defect of the reader, never of the file.
+        AssertionError: a name has no fate, or a fate is given to a name that does not exist: a
+            bug in the reader, never a fault of the file.
     """
     left = tuple(left_out)
     held, given = set(names), {*carried, *derived, *(item.name for item in left)}
@@ -46,10 +46,10 @@ def account(
 
 
 def unread_files(path: Path, read: Iterable[str]) -> Iterator[LeftOut]:
-    """What lies in a checkpoint's directory and no reader of its format opens.
+    """Entries of a checkpoint's directory that no reader of its format opens.
 
     Args:
-        read: the names of the files and directories that the reader did open.
+        read: the names of the files and directories that the reader opened.
     """
     known = {SEAL, *read}
     with naming(path, "cannot be read", READING):
@@ -59,7 +59,7 @@ def unread_files(path: Path, read: Iterable[str]) -> Iterator[LeftOut]:
 
 
 def summary(left_out: Sequence[LeftOut]) -> list[str]:
-    """What is left out in a few lines: names with one reason together, long lists counted."""
+    """Summarise what is left out: names with the same reason together, long lists counted."""
     by_reason: dict[str, list[str]] = {}
     for item in left_out:
         by_reason.setdefault(item.reason, []).append(item.name[:200])
@@ -67,7 +67,7 @@ def summary(left_out: Sequence[LeftOut]) -> list[str]:
 
 
 def enumerated(names: Sequence[str]) -> str:
-    """Names joined by commas; of many the first few, and how many more there are."""
+    """Names joined by commas; for long lists the first few and how many more there are."""
     more = len(names) - _SHOWN
     if more <= 1:
         return ", ".join(names)
@@ -75,12 +75,12 @@ def enumerated(names: Sequence[str]) -> str:
 
 
 def names_in(text: str) -> frozenset[str]:
-    """The words of a text: a list of names that fills lines rather than pages."""
+    """The words of a text as a set: a compact way to write a list of names."""
     return frozenset(text.split())
 
 
 def made_zeros(source: Source, slots: Iterable[str]) -> tuple[str, ...]:
-    """Those of some slots that a source lacks, wholly or of single tensors: they become zeros."""
+    """Those of some slots that a source lacks, fully or for some tensors: they become zeros."""
     held = {slot.name for slot in source.slots}
     made = []
     for slot in slots:

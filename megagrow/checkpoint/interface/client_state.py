@@ -1,4 +1,4 @@
-"""What a run leaves in a checkpoint of another format, so that it can be read back as a run's."""
+"""The metadata that megagrow stores in other formats, so that a run can be restored from them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-KEY = "megagrow"  # beside the format's own entries, as a client of DeepSpeed's engine adds them
+KEY = "megagrow"  # an extra key, as clients of DeepSpeed's engine add them
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def client_state(head: Mapping[str, Any]) -> dict[str, Any]:
-    """What our own sink (or a run's client state) left: config, run_state, fingerprints, step."""
+    """Read what our sink or a run's client state stored: config, run_state, fingerprints, step."""
     told = head.get(KEY)
     told = told if isinstance(told, dict) else {}
     parts = ("config", "run_state", "fingerprints")
@@ -22,7 +22,7 @@ def client_state(head: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain_json(value: Any) -> Any:
-    """What JSON holds, with dictionaries and lists as such."""
+    """Convert to plain dictionaries and lists where JSON holds them."""
     if isinstance(value, Mapping):
         return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Write a planned file, or a piece of it, from a source, in bounded memory."""
+"""Write a planned file, or a piece of it, from a source in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from megagrow.checkpoint.io.direct_write import page_aligned, write_past_cache
 from megagrow.checkpoint.io.files import naming
 from megagrow.state.boxes import Box, flat_range_boxes, split_box
 
-_READ_BYTES = 4 << 20  # what sources and the comparison need besides
+_READ_BYTES = 4 << 20  # working memory of sources and of the comparison
 LEAST_BUFFER_BYTES = CHUNK_BYTES + 2 * _READ_BYTES
 
 
 class Boxes(Protocol):
-    """What the values of a file come from: a `Source`, or the live state of a rank."""
+    """Provides the values of a file: a `Source`, or the live state of a rank."""
 
     def holds(self, tensor: str, slot: str) -> bool:
-        """Whether it has the slot; where it has not, zeros are written."""
+        """Whether it has the slot; if not, zeros are written."""
 
     def dtype(self, tensor: str, slot: str) -> torch.dtype:
         """The element type of a tensor's slot."""
@@ -32,7 +32,7 @@ class Boxes(Protocol):
     def read(
         self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The values of a box, in `out` if it is given."""
+        """The values of a box, in `out` if given."""
 
 
 def write_piece(
@@ -44,17 +44,17 @@ def write_piece(
     chunk_bytes: int = CHUNK_BYTES,
     moved: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
-    """Write a piece of a file and push it to the disk; returns the CRC-32 of each chunk.
+    """Write a piece of a file and fsync it; returns the CRC-32 of each chunk.
 
-    The file is made where there is none.
+    The file is created if it does not exist.
 
     Args:
         buffer_bytes: memory for values, at least `LEAST_BUFFER_BYTES`.
         chunk_bytes: size of the checksums' chunks, a multiple of 8.
-        moved: told the number of bytes whenever some have been written.
+        moved: called with the number of bytes after each write.
 
     Raises:
-        CheckpointError: the source is damaged, or the system refused.
+        CheckpointError: the source is damaged, or a system call failed.
     """
     with naming(path, "cannot be written"):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -74,8 +74,8 @@ def write_piece(
 
 
 def as_bytes(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values as bytes, row-major; as such NaN equals itself and 0.0 differs from -0.0."""
-    # Not `contiguous`: an axis of length 1 may keep an odd stride, which `view` refuses.
+    """The values as bytes, row-major, so that NaN equals itself and 0.0 differs from -0.0."""
+    # Not `contiguous`: an axis of length 1 may keep an odd stride, which `view` rejects.
     copied = torch.empty(values.shape, dtype=dtype).copy_(values)
     return copied.view(-1).view(torch.uint8)
 
@@ -89,7 +89,7 @@ _rooms = threading.local()
 
 
 def _buffer_of_this_thread(chunk_bytes: int) -> torch.Tensor:
-    """A chunk's bytes, the same at every call: the system is slow to give out new memory."""
+    """A thread-local buffer for one chunk, reused because fresh memory is slow to allocate."""
     buffer: torch.Tensor | None = getattr(_rooms, "buffer", None)
     if buffer is None or len(buffer) != chunk_bytes:
         buffer = _rooms.buffer = page_aligned(chunk_bytes)
@@ -97,7 +97,7 @@ def _buffer_of_this_thread(chunk_bytes: int) -> torch.Tensor:
 
 
 class _Stream:
-    """Fills a buffer of one chunk, then sums it up and writes it."""
+    """Fills a buffer of one chunk, then checksums and writes it."""
 
     def __init__(
         self,
@@ -112,10 +112,10 @@ class _Stream:
         self._path, self._descriptor, self._source, self._moved = path, descriptor, source, moved
         self._buffer = _buffer_of_this_thread(chunk_bytes)
         self._bytes = self._buffer.numpy().data
-        # A block is held twice where it is converted: as it is read and as it is written.
+        # A converted block is held twice: as read and as written.
         self._block_bytes = (buffer_bytes - chunk_bytes - _READ_BYTES) // 2
         self._filled = self._summed = 0
-        self._crc: int | None = None  # of the record under way
+        self._crc: int | None = None  # of the current record
         self._crcs: list[int] = []
 
     def put(self, segment: bytes | Values | Zeros | Mark | Late) -> None:
@@ -131,7 +131,7 @@ class _Stream:
                 self._crc = 0
             else:
                 data = segment.make(tuple(self._crcs))
-                assert len(data) == segment.bytes, f"{self._path}: a segment of another size"
+                assert len(data) == segment.bytes, f"{self._path}: a segment has the wrong size"
                 self._put_bytes(memoryview(data))
 
     def _put_values(self, values: Values) -> None:
@@ -160,7 +160,7 @@ class _Stream:
         return self._source.read(values.tensor, values.slot, box, out=out)
 
     def _read_straight(self, values: Values) -> None:
-        """Read to where the values leave from."""
+        """Read directly into the buffer that is written to the file."""
         width, shape = values.dtype.itemsize, values.box.shape
         done, total = 0, values.box.volume
         while done < total:

@@ -1,15 +1,15 @@
-"""What a checkpoint format is to the converter: one adapter with two faces.
+"""The interface of a checkpoint format: one adapter for reading and writing.
 
-A *source* is a checkpoint of the format, open for reading by any box of any logical tensor.
-A *sink* is a checkpoint that is to be: its files as data.  Each file is a list of segments,
-most of them a box of a slot of a logical tensor, so the converter alone reads, converts element
-types, writes, sums up and commits, in bounded memory, whatever the formats are.  Files are
-independent of each other and written in any order, by several threads, perhaps on either side
-of a kill; so a sink must be a function of its request alone.
+A *source* is an open checkpoint of the format, which can read any box of any logical tensor.
+A *sink* is a checkpoint to be written: its files as data.  Each file is a list of segments,
+most of them a box of a slot of a logical tensor, so that only the converter reads, converts element
+types, writes, checksums and commits, in bounded memory, for every format.  Files are
+independent of each other and written in any order, by several threads, possibly before and after
+an interruption; so a sink must be a function of its request alone.
 
-A new format is a module with a `FORMAT`, entered in `formats`.  A format whose files hold boxes
-as contiguous stretches of bytes (all that we know) needs only their list to be a source: see
-`stored.StoredSource`.  Archives as torch.save writes them: see `torchfile`.
+A new format is a module with a `FORMAT`, registered in `convert.registry`.  A format whose files
+hold boxes as contiguous ranges of bytes (as all known ones do) only needs to list them: see
+`stored_source.StoredSource`.  For torch.save archives see `torch_reader`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from megagrow.state.boxes import Box, flat_range_boxes
 from megagrow.state.catalog import Catalog, Slot
 from megagrow.state.layout import Layout
 
-# --- the face that is read ----------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
     """Something that a source holds and no reader of ours carries over.
 
-    Every name in a source is carried, derived from what is carried, or listed here; what is
-    listed is printed by every command that opens the source.
+    Every name in a source is carried, derived from what is carried, or listed here; every command
+    that opens the source prints the list.
 
     Attributes:
-        name: as the source has it: a tensor, buffer, slot, argument or setting.
-        reason: why it is left out, in words that end a sentence "left out: NAME (REASON)".
+        name: the source's own name of a tensor, buffer, slot, argument or setting.
+        reason: why it is left out, worded to fit "left out: NAME (REASON)".
     """
 
     name: str
@@ -51,12 +51,12 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """What a person tells a reader that the files do not.
+    """What the user supplies to a reader because the files do not say it.
 
     Attributes:
-        vocabulary: number of tokens, where the files tell only the table's rows with padding.
-        ignore: names, as an error or `left_out` has them, of settings that change nothing of
-            what the model computes, or of copies that need not be alike.
+        vocabulary: number of tokens, if the files give only the padded number of table rows.
+        ignore: names, as in an error or `left_out`, of settings that do not affect what the model
+            computes, or of copies that may differ.
     """
 
     vocabulary: int | None = None
@@ -69,8 +69,8 @@ NOTHING_TOLD = ReadOptions()
 class Source(Protocol):
     """A checkpoint open for reading by any number of threads; `NativeCheckpoint` is one.
 
-    What a format does not tell is empty, 0 or a layout of one rank.  Which model it is of,
-    `shape.model_of` tells, from the configuration, the growths in it and the run's state.
+    Whatever a format does not store is empty, 0 or a layout of one rank.  `model_of.model_of`
+    derives the model from the configuration, the growths in it and the run state.
     """
 
     @property
@@ -79,7 +79,7 @@ class Source(Protocol):
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps done."""
 
     @property
     def catalog(self) -> Catalog:
@@ -87,7 +87,7 @@ class Source(Protocol):
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """What is kept of each tensor."""
+        """The slots of each tensor."""
 
     @property
     def layout(self) -> Layout:
@@ -99,37 +99,37 @@ class Source(Protocol):
 
     @property
     def run_state(self) -> Mapping[str, Any]:
-        """What the training loop needs to go on."""
+        """The training loop's state for resuming."""
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
-        """Of what the run must find again unchanged."""
+        """Fingerprints of what must be unchanged when the run resumes."""
 
     @property
     def files(self) -> Mapping[str, int]:
-        """Size in bytes of each file of values, by its path below `path`."""
+        """Size in bytes of each file with values, by its path relative to `path`."""
 
     @property
     def bytes(self) -> int:
-        """Size of all of them together."""
+        """Total size of these files."""
 
     @property
     def left_out(self) -> Sequence[LeftOut]:
-        """What its files hold and this source does not offer."""
+        """What its files hold and this source does not provide."""
 
     @property
     def zeros(self) -> Collection[tuple[str, str]]:
-        """(tensor, slot) that its files lack though other tensors have the slot: zeros."""
+        """(tensor, slot) that its files lack though other tensors have the slot: read as zeros."""
 
     @property
     def checksums(self) -> int:
-        """Number of checksums that the format has of its values."""
+        """Number of checksums that the format has for its values."""
 
     def holds(self, tensor: str, slot: str) -> bool:
         """Whether a tensor has the slot."""
 
     def dtype(self, tensor: str, slot: str) -> torch.dtype:
-        """The element type of a tensor's slot (CheckpointError where it has none)."""
+        """The element type of a tensor's slot (CheckpointError if the tensor lacks the slot)."""
 
     def sources(self, name: str, box: Box, *, reader: int) -> Iterator[tuple[int, Box]]:
         """Which files hold a box: (index of the file, common box)."""
@@ -140,18 +140,18 @@ class Source(Protocol):
         """The values of a box, in memory bounded by the box and a constant (CheckpointError)."""
 
     def verify(self) -> None:
-        """Compare every checksum that the format has (CheckpointError)."""
+        """Check every checksum that the format has (CheckpointError)."""
 
 
-# --- the face that is written -------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Values:
     """Elements of a box, row-major; with `axes`, in the row-major order of the permuted box.
 
-    `axes` is the permutation, as `torch.Tensor.permute` takes it.  A slot of the sink that the
-    source does not have is zeros.
+    `axes` is a permutation as in `torch.Tensor.permute`.  A slot that the source lacks is written
+    as zeros.
     """
 
     tensor: str
@@ -168,21 +168,21 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class Zeros:
-    """Padding: so many bytes that are 0."""
+    """Padding: this many zero bytes."""
 
     bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """The start of a record, whose CRC-32 a later `Late` wants; no byte of the file."""
+    """The start of a record whose CRC-32 a later `Late` needs; takes no bytes in the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Late:
-    """Bytes that depend on the values before them: `make` must return `bytes` of them.
+    """Bytes that depend on the values before them; `make` must return exactly `bytes` bytes.
 
-    `make` is given the CRC-32 of every record so far.  A record goes from its `Mark` to the next
+    `make` receives the CRC-32 of every record so far.  A record extends from its `Mark` to the next
     `Mark` or `Late`.
     """
 
@@ -202,7 +202,7 @@ def segment_bytes(segment: Segment) -> int:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """A file to be; `name` is its path below the checkpoint's directory, with "/"."""
+    """A file to be written; `name` is its path relative to the checkpoint's directory, with "/"."""
 
     name: str
     segments: Sequence[Segment]
@@ -215,10 +215,10 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class FilePiece:
-    """A stretch of a file to be that one worker writes: the whole file, or whole chunks of it.
+    """A part of a planned file that one worker writes: the whole file, or whole chunks of it.
 
     Attributes:
-        start: its first byte in the file, of `file_bytes` in all.
+        start: offset of its first byte in the file of `file_bytes` bytes.
     """
 
     name: str
@@ -229,10 +229,10 @@ class FilePiece:
 
 
 def cut(plan: FilePlan, limit: int) -> list[FilePiece]:
-    """Cut a file to be into pieces of `limit` bytes; whole where later bytes depend on earlier.
+    """Split a planned file into pieces of `limit` bytes; not if later bytes depend on earlier ones.
 
     Args:
-        limit: a multiple of the chunks' size.
+        limit: a multiple of the chunk size.
     """
     total = plan.bytes
     whole_file = FilePiece(plan.name, plan.segments, 0, total, total)
@@ -276,17 +276,18 @@ def _part(values: Values, first: int, count: int) -> Iterator[Values]:
 
 @dataclass(frozen=True)
 class Request:
-    """What a sink is asked for.
+    """The input of a sink.
 
     Attributes:
-        meta: of the state that is converted; `meta.slots` are the source's, `meta.layout` is the
-            layout that is asked for.
-        step: optimizer steps done.
+        meta: of the state to convert; `meta.slots` are the source's, `meta.layout` is the requested
+            layout.
+        step: number of optimizer steps done.
         dtypes: element type of each (tensor, slot) of the source.
-        dtype: the element type asked for, or None: what the format demands, else the source's.
-        nonce: 16 hexadecimal digits, for a format that marks its files with a save's identity.
-        tokenizer: to carry along, where the format holds one; or why there is none.
-        file_bytes: greatest size of a file, for formats that cut by size.
+        dtype: the requested element type, or None: the one that the format requires, else the
+            source's.
+        nonce: 16 hexadecimal digits, for formats that identify the save in each file.
+        tokenizer: the tokenizer to include, if the format holds one; or why there is none.
+        file_bytes: maximum size of a file, for formats that split by size.
     """
 
     meta: CheckpointMeta
@@ -298,41 +299,41 @@ class Request:
     file_bytes: int = 5 << 30
 
     def dtype_of(self, tensor: str, slot: str) -> torch.dtype:
-        """What is asked for or stored; fp32 for a slot that the source does not have.
+        """The requested or stored element type; fp32 for a slot that the source lacks.
 
-        Whole numbers and truth values stay what they are.
+        Integers and booleans keep their type.
         """
         stored = self.dtypes.get((tensor, slot), torch.float32)
         return self.dtype if self.dtype and stored.is_floating_point else stored
 
 
 class Sink(Protocol):
-    """A checkpoint that is to be.
+    """A checkpoint to be written.
 
-    One that has no place for a setting of the model says so in an attribute `left_out`.
+    A sink that cannot express a setting of the model says so in an attribute `left_out`.
     """
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """The slots that the format holds of this state."""
+        """The slots that the format stores of this state."""
 
     @property
     def files(self) -> Sequence[FilePlan]:
-        """The files with values (and others that are large)."""
+        """The files with values (and other large files)."""
 
     def conclude(
         self, directory: Path, checksums: Mapping[str, Sequence[str]]
     ) -> Sequence[str] | None:
-        """Add the small files (manifest, index, configuration), once all others are written.
+        """Add the small files (manifest, index, configuration) after all others have been written.
 
         Args:
-            directory: where all files are, which is not yet the checkpoint's final place; names
-                and files are pushed to the disk by the caller.
-            checksums: by file name, the CRC-32 of each chunk of `shards.CHUNK_BYTES`, 8
-                hexadecimal digits.
+            directory: where all files are, not yet the checkpoint's final path; the caller syncs
+                names and files to disk.
+            checksums: by file name, the CRC-32 of each chunk of `CHUNK_BYTES`, as 8 hexadecimal
+                digits.
 
         Returns:
-            Lines that a person should read, if there are any.
+            Lines for the user to read, if there are any.
         """
 
 
@@ -344,14 +345,14 @@ class Format:
     """A checkpoint format.
 
     Attributes:
-        name: as the command line knows it.
-        find: the checkpoint of this format that a path means (itself, or one inside it, for
-            instance the newest), or None.  Looks at names, and at no more of a file than it must.
+        name: its name on the command line.
+        find: the checkpoint of this format that a path refers to (itself, or one inside it, for
+            instance the newest), or None.  Looks at names, and reads as little as possible.
         open_source: open what `find` returned (CheckpointError).
-        open_sink: plan a checkpoint (CheckpointError, ConfigError where the state does not fit).
-        sealed: whether its own files have checksums of all bytes, so that none need lie beside.
+        open_sink: plan a checkpoint (CheckpointError, ConfigError if the state does not fit).
+        sealed: whether its own files checksum every byte, so that no sidecar is needed.
         open_told: `open_source` for a format that takes `ReadOptions`.
-        options: what a conversion into it may be told, by the names of the command line.
+        options: the options that a conversion into it accepts, by command-line name.
     """
 
     name: str
@@ -363,17 +364,17 @@ class Format:
     open_told: Callable[[Path, ReadOptions], Source] | None = None
 
     def open(self, path: Path, options: ReadOptions) -> Source:
-        """Open what `find` returned (CheckpointError; ConfigError for options without a use)."""
+        """Open what `find` returned (CheckpointError; ConfigError for unsupported options)."""
         if options == NOTHING_TOLD:
             return self.open_source(path)
         if self.open_told is None:
             raise ConfigError(
-                f"format {self.name} tells everything itself",
+                f"format {self.name} does not use --vocab-size or --ignore",
                 fix="leave out --vocab-size and --ignore",
             )
         return self.open_told(path, options)
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Of a layout, those that its files have a place for; ZeRO goes with `data`."""
+        """The axes of a layout that its files can express; ZeRO goes with `data`."""
         return tuple(axis for axis in ("data", "tensor", "pipeline") if axis in self.options)

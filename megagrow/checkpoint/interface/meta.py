@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run."""
+"""Metadata of a checkpoint: the run, its configuration and its state."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from megagrow.state.layout import Layout
 
 @dataclass(frozen=True)
 class CheckpointMeta:
-    """Everything that a checkpoint tells of its run, besides step and values.
+    """Everything that a checkpoint stores about its run besides step and values.
 
     Attributes:
-        catalog, slots, layout: of the state that is saved.
+        catalog, slots, layout: of the saved state.
         config: the resolved configuration.
-        fingerprints: of what the run must find again unchanged, e.g. ``tokenizer``, ``data``.
-        run_state: what the training loop needs to go on.
+        fingerprints: of what must be unchanged when the run resumes, e.g. ``tokenizer``, ``data``.
+        run_state: the training loop's state for resuming.
 
-    `config` and `run_state` hold what JSON holds: numbers (finite), texts, truth values,
+    `config` and `run_state` hold JSON values: finite numbers, strings, booleans,
     None, lists and string-keyed dictionaries.  Tuples come back as lists.
     """
 

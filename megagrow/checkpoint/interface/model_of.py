@@ -1,8 +1,8 @@
-"""Which model a state is of: the one place that reads it from what a run has written down.
+"""Recover the ModelConfig of a checkpoint from its saved run configuration.
 
-A run writes its first model and its growths; the model of a checkpoint is the first one with the
-growths that the state has been through replayed on it.  `config["model"]` alone is right only
-before the first growth, so nothing but this file reads it (a test sees to that).
+A run saves its first model and its growths; the model of a checkpoint is the first one with
+the growths that the state has been through replayed.  `config["model"]` alone is right only
+before the first growth, so only this file reads it (a test enforces that).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megagrow.state.catalog import Catalog
 
 
 class Described(Protocol):
-    """What tells of a model: a `Source` or a `CheckpointMeta`."""
+    """Has what is needed to recover a model: a `Source` or a `CheckpointMeta`."""
 
     @property
     def catalog(self) -> Catalog:
@@ -34,16 +34,16 @@ class Described(Protocol):
 
     @property
     def run_state(self) -> Mapping[str, Any]:
-        """Where the run stands, with the number of growth stages behind it."""
+        """The run's position, including the number of growth stages completed."""
 
 
 def replayed_model(
     config: Mapping[str, Any], run_state: Mapping[str, Any], *, vocabulary: int | None = None
 ) -> ModelConfig | None:
-    """The first model of a run, grown as often as the run has; None where no model is told.
+    """The first model of a run, grown as often as the run has; None if there is no configuration.
 
     Args:
-        vocabulary: of the tokenizer, where the configuration leaves it to that.
+        vocabulary: the tokenizer's size, where the configuration leaves it to that.
 
     Raises:
         CheckpointError: the sections `model` and `stages` do not describe a model.
@@ -57,7 +57,7 @@ def replayed_model(
             model = model.model_copy(update={"vocab": vocabulary})
         for grow in _growths(config, run_state):
             model, _ = plan_growth(grow, model)
-        _ = model.vocabulary  # or nothing has told it
+        _ = model.vocabulary  # raises if it is still unknown
     except (ValidationError, MegagrowError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             "the checkpoint's configuration describes no model", found=in_words(error)[:500]
@@ -66,10 +66,10 @@ def replayed_model(
 
 
 def told_model(state: Described) -> ModelConfig | None:
-    """The model whose tensors `state.catalog` lists, growths included; None where none is told.
+    """The model whose tensors `state.catalog` lists, growths included; None if not configured.
 
     Raises:
-        CheckpointError: what is told is no model, or one with other tensors.
+        CheckpointError: the configuration is no model, or one with other tensors.
     """
     vocabulary = _rows(state.catalog)
     model = replayed_model(state.config, state.run_state, vocabulary=vocabulary)
@@ -91,22 +91,22 @@ def model_of(state: Described) -> ModelConfig:
     """The model whose tensors `state.catalog` lists, growths included.
 
     Raises:
-        CheckpointError: none is told, or one with other tensors.
+        CheckpointError: no model is configured, or one with other tensors.
     """
     model = told_model(state)
     if model is None:
         raise CheckpointError(
-            "the checkpoint does not tell the shape of its model",
+            "the checkpoint does not say which model it holds",
             expected="a section `model` in its configuration",
-            fix="convert to native or dcp, which need no shape",
+            fix="convert to native or dcp, which do not need it",
         )
     return model
 
 
 def optimizer_of(state: Described) -> OptimizerConfig:
-    """The optimizer's settings in the growth stage that a state is in; defaults where none is told.
+    """The optimizer's settings in the state's growth stage; defaults if none are stored.
 
-    A result of another format has them beside the state that they go on with.
+    A result of another format stores them with the state that it resumes from.
     """
     settings: OptimizerConfig = section(OptimizerConfig, state.config.get("optimizer"))
     stages, reached = state.config.get("stages"), state.run_state.get("growth_stage", 0)
@@ -117,7 +117,7 @@ def optimizer_of(state: Described) -> OptimizerConfig:
 
 
 def section(kind: Any, data: Any) -> Any:
-    """A section of a run's configuration, or its defaults where there is none that is valid."""
+    """A section of a run's configuration, or its defaults if there is no valid one."""
     try:
         return kind.model_validate(data)
     except ValueError:
@@ -125,10 +125,10 @@ def section(kind: Any, data: Any) -> Any:
 
 
 def refuse_ramp(state: Described, *, program: str) -> None:
-    """See that a state can leave for another program, which knows nothing of ramps.
+    """Check that a state can be exported to another program, which has no notion of ramps.
 
     Raises:
-        CheckpointError: new units of a growth still count in part only.
+        CheckpointError: a ramp is under way: the new units do not yet count in full.
     """
     if state.run_state.get("ramp"):
         raise CheckpointError(
@@ -138,7 +138,7 @@ def refuse_ramp(state: Described, *, program: str) -> None:
         )
 
 
-# What a model computes of its tensors; the rest of a section says how it is trained.
+# Settings that change what a model computes; the rest of the section is about training.
 _FUNCTION = (
     "family", "layers", "hidden", "heads", "kv_groups", "head_dim", "ffn", "tie_embeddings",
     "norm_eps", "rope_theta",
@@ -146,14 +146,14 @@ _FUNCTION = (
 
 
 def catalog_for(run: Described, source: Described) -> Catalog:
-    """The catalog of a run that is to start from the parameters of a source.
+    """The catalog of a run that will start from the parameters of a source.
 
     Args:
         run: the source's catalog under the run's configuration.
-        source: what the source tells.
+        source: the source's metadata.
 
     Raises:
-        CheckpointError: the run's model has other tensors, or computes something else of them.
+        CheckpointError: the run's model has other tensors, or computes another function of them.
     """
     _require_vocabulary(run, source)
     model = model_of(run)
@@ -198,11 +198,11 @@ def _growths(config: Mapping[str, Any], run_state: Mapping[str, Any]) -> list[Gr
 
 
 def _rows(catalog: Catalog) -> int | None:
-    """Rows of the token table."""
+    """Number of rows of the token table."""
     tables = [tensor for tensor in catalog if tensor.role == "embedding"]
     return tables[0].shape[0] if tables else None
 
 
 def _section(config: Mapping[str, Any]) -> Any:
-    """The model that a run began with, as it is written down."""
+    """The model that a run started with, as stored."""
     return config.get("model")

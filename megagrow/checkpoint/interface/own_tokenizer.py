@@ -1,8 +1,8 @@
-"""The tokenizer that a model was trained with: where it is, and whether it is that one.
+"""Find the tokenizer that a model was trained with, and check that it is the right one.
 
-A run's checkpoint holds the SHA-256 of its tokenizer and the path of its dataset; a directory of
-Hugging Face has the tokenizer beside the weights.  The one that is found is compared with what is
-held, and another is refused: ids would mean other texts.
+A run's checkpoint holds the SHA-256 of its tokenizer and the path of its dataset; a Hugging Face
+directory has the tokenizer with the weights.  The tokenizer found is compared with the recorded
+SHA-256 and refused if it differs, since its ids would mean other texts.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ NO_TOKENIZER = Path("none")
 
 
 def fingerprints_beside(path: Path) -> dict[str, str]:
-    """The SHA-256 of each tokenizer file in a directory, under names for `fingerprints`."""
+    """The SHA-256 of each tokenizer file in a directory, under its key in `fingerprints`."""
     return {name: _sha256(path / name) for name in FILES if (path / name).is_file()}
 
 
 def own_tokenizer(
     source: Source, given: Path | None = None, *, allow_other: bool = False
 ) -> OwnTokenizer | str:
-    """The tokenizer of a checkpoint's model: the one given, or its own; or why there is none.
+    """The tokenizer of a checkpoint's model: the given one, or its own; or why there is none.
 
     Args:
         source: the checkpoint.
-        given: a tokenizer's file, or a directory with one: a dataset's or Hugging Face's; or
+        given: a tokenizer file, or a directory with one (a dataset or Hugging Face model); or
             `none`.
-        allow_other: take what is given even if the checkpoint holds the SHA-256 of another.
+        allow_other: accept `given` even if the checkpoint holds the SHA-256 of another.
 
     Raises:
-        CheckpointError: nothing of a tokenizer is at `given`, or it is not the model's.
+        CheckpointError: there is no tokenizer at `given`, or it is not the model's.
     """
     if given == NO_TOKENIZER:
         return "--tokenizer none"
@@ -56,7 +56,7 @@ def own_tokenizer(
         )
     file, companions, sha256, (eod, bos) = found
     if not held or not sha256:
-        why = "cannot be compared" if held else f"{source.path} does not tell which is its own"
+        why = "cannot be compared" if held else f"{source.path} does not record which is its own"
         said = f"{file or given} (not compared: {why})"
     elif sha256 in held:
         said = f"{file} (the model's own, by its SHA-256)"
@@ -77,7 +77,7 @@ def own_tokenizer(
 
 
 def require_own_tokenizer(source: Source, fingerprints: Mapping[str, str]) -> None:
-    """See that the tokenizer of a run is the one of the weights that it is to start from.
+    """Check that a run's tokenizer is that of the weights it will start from.
 
     Raises:
         CheckpointError: the source holds the SHA-256 of another.
@@ -94,7 +94,7 @@ def require_own_tokenizer(source: Source, fingerprints: Mapping[str, str]) -> No
 
 
 def _own(source: Source) -> OwnTokenizer | str:
-    """The model's own, found without being told; or why it is not."""
+    """The model's own tokenizer, found automatically; or why there is none."""
     held, reasons = _held(source), []
     for place in _places(source):
         try:
@@ -108,12 +108,12 @@ def _own(source: Source) -> OwnTokenizer | str:
             continue
         file, companions, sha256, (eod, bos) = found
         if held and sha256 not in held:
-            reasons.append(f"{file or place} is another than the model's, by its SHA-256")
+            reasons.append(f"{file or place} is not the model's: its SHA-256 differs")
             continue
-        compared = "the model's own, by its SHA-256" if held else "beside the weights"
+        compared = "the model's own, by its SHA-256" if held else "next to the weights"
         said = f"{file or place} ({compared})"
         return OwnTokenizer(file, companions, sha256, eod, said, bos)
-    return "; ".join(reasons) or f"{source.path} does not tell its tokenizer"
+    return "; ".join(reasons) or f"{source.path} does not record its tokenizer"
 
 
 def _places(source: Source) -> Iterator[Path]:
@@ -128,7 +128,7 @@ def _places(source: Source) -> Iterator[Path]:
 def _at(
     place: Path, held: Sequence[str]
 ) -> tuple[Path | None, tuple[Path, ...], str, tuple[int | None, int | None]] | None:
-    """What is at a path: (file, companions, SHA-256, (eod, bos)), or None for nothing."""
+    """The tokenizer at a path: (file, companions, SHA-256, (eod, bos)), or None."""
     if place.is_file():
         return place, (), _sha256(place), (None, None)
     if (place / MANIFEST).is_file():
@@ -139,14 +139,14 @@ def _at(
     if not here:
         return None
     sums = {path: _sha256(path) for path in here if path.name in FILES}
-    # Of two forms of one tokenizer the one that the model was trained with.
+    # If a tokenizer is there in two forms, take the one that the model was trained with.
     chosen = next((path for path in sums if sums[path] in held), next(iter(sums), None))
     others = tuple(path for path in here if path != chosen)
     return chosen, others, sums[chosen] if chosen else "", (None, None)
 
 
 def _held(source: Source) -> list[str]:
-    """Every SHA-256 of a tokenizer that the checkpoint holds."""
+    """Every tokenizer SHA-256 that the checkpoint holds."""
     return [v for key, v in source.fingerprints.items() if key.split(".")[0] == "tokenizer"]
 
 

@@ -1,4 +1,4 @@
-"""Where a catalog's tensors lie in the layout that a conversion asks for."""
+"""Place a catalog's tensors in the layout that a conversion requests."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megagrow.state.placement import Placement, split_axis
 
 
 def placed(catalog: Catalog, request: Request) -> Placement:
-    """Who holds what in the layout that is asked for, grouped as the run's optimizer groups.
+    """The placement in the requested layout, grouped as the run's optimizer groups parameters.
 
     Raises:
-        ConfigError: the model cannot be cut so.
+        ConfigError: the model cannot be split this way.
     """
     layout = request.meta.layout
     if layout.pipeline > 1 and layout.zero > 1:

@@ -1,7 +1,7 @@
-"""Checksums of an export's files, beside them: formats of others have few of their own or none.
+"""Sidecar checksums for exports, because most foreign formats have none.
 
-`megagrow.checksums.json` lists, for each file with values, its size and the CRC-32 of each chunk.
-Programs whose format it is pass it by; we compare it when we read.
+`megagrow.checksums.json` lists the size of each file with values and the CRC-32 of each chunk.
+Other programs ignore it; megagrow checks it when reading.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LIMIT = 256 << 20
 
 
 class SealedFile(BaseModel):
-    """What is known of one file."""
+    """Size and checksums of one file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -46,10 +46,10 @@ def write_seal(
 
 
 def read_seal(path: Path) -> tuple[dict[str, SealedFile], int]:
-    """The files of a sealed checkpoint by name, and the size of a chunk; ({}, 0) without a seal.
+    """The files of a checkpoint with sidecar checksums, and the chunk size; ({}, 0) without any.
 
     Raises:
-        CheckpointError: the seal is damaged.
+        CheckpointError: the checksum file is damaged.
     """
     where = path / NAME
     if not where.exists():

@@ -1,8 +1,8 @@
-"""A checkpoint whose files hold boxes of logical tensors as contiguous stretches of bytes.
+"""A checkpoint whose files hold boxes of logical tensors as contiguous ranges of bytes.
 
-Nearly every format is that, once its directory is known: a `StoredSource` is made of the list
-alone.  Reads are range reads through one buffer of a few MiB, whatever is asked for; where the
-format has checksums, a record is compared when it is touched for the first time.
+This covers nearly every format: once its directory is parsed, a `StoredSource` needs only the
+list of boxes.  Reads are range reads through one buffer of a few MiB, whatever their size; if the
+format has checksums, a record is checked when it is first read.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from megagrow.state.catalog import Catalog, Slot, slots_of
 from megagrow.state.layout import Layout
 
 _BUFFER_BYTES = 4 << 20
-_RUN_BYTES = 64 << 10  # stretches at least this long are read one by one, others with their gaps
+_RUN_BYTES = 64 << 10  # shorter ranges are read together with their gaps
 
 
 @dataclass(frozen=True, slots=True)
 class StoredBox:
-    """A box of a slot of a logical tensor as it lies in a file.
+    """A box of a slot of a logical tensor, as stored in a file.
 
     Attributes:
-        file: path below the checkpoint's directory.
-        start: its first byte there.
-        axes: permutation of the box's axes in whose row-major order the elements lie, or None.
+        file: path relative to the checkpoint's directory.
+        start: offset of its first byte in the file.
+        axes: permutation of the box's axes under which the elements are row-major, or None.
     """
 
     tensor: str
@@ -63,7 +63,7 @@ class StoredBox:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A stretch of a file that has a CRC-32."""
+    """A range of a file that has a CRC-32."""
 
     file: str
     start: int
@@ -72,22 +72,22 @@ class Record:
 
 
 class StoredSource:
-    """A `Source` made of a list of boxes; several threads may read at once.
+    """A `Source` built from a list of boxes; several threads may read at once.
 
     Args:
         path: the checkpoint's directory.
-        sizes: size in bytes of each file that has boxes.
+        sizes: size in bytes of each file that holds boxes.
         boxes: they tile every slot of every tensor of `meta.catalog`, with one element type.
-        records: checksums, where the format has them; a seal beside the files takes their place.
-        left_out: what the files hold beside these boxes; see `accounting.account`.
-        zeros: element type of each (tensor, slot) of which the files hold nothing: read as zeros.
-        proved: the caller has proved that the boxes tile, and lie inside their files.
+        records: checksums, if the format has them; sidecar checksums take precedence.
+        left_out: what else the files hold; see `accounting.account`.
+        zeros: element type of each (tensor, slot) that the files lack: read as zeros.
+        proved: the caller has already checked that the boxes tile and are inside their files.
 
     Attributes:
-        compare_when_read: whether reads compare checksums, each once.
+        compare_when_read: whether reads check checksums, each once.
 
     Raises:
-        CheckpointError: the boxes do not, or one reaches outside its file.
+        CheckpointError: the boxes do not tile, or one exceeds its file.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class StoredSource:
             self._records.setdefault(record.file, []).append(record)
         self._verified: set[Record] = set()
         self.compare_when_read = True
-        self._local = threading.local()  # a buffer for each thread
+        self._local = threading.local()  # one buffer per thread
 
     @property
     def catalog(self) -> Catalog:
@@ -129,7 +129,7 @@ class StoredSource:
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """What is kept of each tensor."""
+        """The slots of each tensor."""
         return self._meta.slots
 
     @property
@@ -144,12 +144,12 @@ class StoredSource:
 
     @property
     def run_state(self) -> Mapping[str, Any]:
-        """What the training loop needs to go on."""
+        """The training loop's state for resuming."""
         return self._meta.run_state
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
-        """Of what the run must find again unchanged."""
+        """Fingerprints of what must be unchanged when the run resumes."""
         return self._meta.fingerprints
 
     def holds(self, tensor: str, slot: str) -> bool:
@@ -170,7 +170,7 @@ class StoredSource:
     def read(
         self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The values of a box, in new memory or in `out`, which has any strides.
+        """The values of a box, in new memory or in `out`, which may have any strides.
 
         Raises:
             CheckpointError: there is no such box, or its file is damaged.
@@ -194,7 +194,7 @@ class StoredSource:
         return out
 
     def verify(self) -> None:
-        """Compare every checksum, those compared before included; without any, read the sizes."""
+        """Check every checksum, including those already checked; without any, check file sizes."""
         self._verified.clear()
         for name in self.files:
             self._read_bytes(name, 0, memoryview(b""))
@@ -203,12 +203,12 @@ class StoredSource:
 
     @property
     def bytes(self) -> int:
-        """Size of all files of values together."""
+        """Total size of all files with values."""
         return sum(self.files.values())
 
     @property
     def checksums(self) -> int:
-        """Number of checksums that the format has of its values."""
+        """Number of checksums that the format has for its values."""
         return sum(map(len, self._records.values()))
 
     @property
@@ -251,7 +251,7 @@ class StoredSource:
         if run * width >= _RUN_BYTES or run == inside.volume:
             done = 0
             if target.is_contiguous() and target.device.type == "cpu":
-                # Not a view: an axis of length 1 may keep an odd stride.
+                # Not `view`: an axis of length 1 may keep an odd stride.
                 flat = target.as_strided((inside.volume,), (1,))
                 for start, length in _runs(shape, inside):
                     self._load(stored, start, length, flat[done : done + length].view(torch.uint8))
@@ -281,9 +281,9 @@ class StoredSource:
     def _load(
         self, stored: StoredBox, first: int, count: int, room: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Elements [first, first + count) of a stored box, to `room` (bytes) if it is given.
+        """Elements [first, first + count) of a stored box, into `room` (bytes) if given.
 
-        Without, they are valid until the thread's next call.
+        Otherwise they are valid until the thread's next call.
         """
         width = stored.dtype.itemsize
         start = stored.start + first * width
@@ -320,7 +320,7 @@ class StoredSource:
         self._verified.add(record)
 
     def _at(self, record: Record) -> str:
-        """What a record holds."""
+        """Describe the contents of a record."""
         stop = record.start + record.bytes
         met = [
             box
@@ -348,7 +348,7 @@ class StoredSource:
 def _sealed(
     path: Path, sizes: Mapping[str, int], sealed: Mapping[str, SealedFile], chunk: int
 ) -> Iterator[Record]:
-    """The chunks of all sealed files as records (CheckpointError where one is another file)."""
+    """The chunks with sidecar checksums as records (CheckpointError if a file was replaced)."""
     for name, size in sizes.items():
         if name not in sealed or sealed[name].size != size:
             raise CheckpointError(
@@ -407,7 +407,7 @@ def _prove_tiled(
 
 
 def _tail(shape: Sequence[int], inside: Box) -> int:
-    """The first axis from which on a box lies side by side in a row-major array of this shape."""
+    """The first axis from which on a box is contiguous in a row-major array of this shape."""
     axis = len(shape)
     while axis > 0:
         axis -= 1
@@ -417,7 +417,7 @@ def _tail(shape: Sequence[int], inside: Box) -> int:
 
 
 def _runs(shape: Sequence[int], inside: Box) -> Iterator[tuple[int, int]]:
-    """The stretches of flat positions that a box covers: (first, length), rising."""
+    """The contiguous ranges of flat positions that a box covers: (first, length), ascending."""
     axis = _tail(shape, inside)
     length = math.prod(inside.shape[axis:])
     for outer in np.ndindex(*inside.shape[:axis]):

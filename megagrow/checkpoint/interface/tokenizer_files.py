@@ -1,4 +1,4 @@
-"""A tokenizer that goes with a checkpoint: its files, and whether it is the model's own."""
+"""The files of a tokenizer that goes with a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from megagrow.data.markers import NONE
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer
 
-FILES = ("tokenizer.json", "tokenizer.model")  # that we read, in the order of preference
+FILES = ("tokenizer.json", "tokenizer.model")  # the kinds we read, in order of preference
 
 LIMIT = 256 << 20
 
-# What a directory of Hugging Face may have beside or in place of them.
+# Other tokenizer files that a Hugging Face directory may have.
 COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -28,13 +28,13 @@ class OwnTokenizer:
     """A tokenizer that was found.
 
     Attributes:
-        file: a tokenizer.json or SentencePiece .model; None if the place has only files of
-            another kind, which we do not read.
-        companions: files of Hugging Face that belong to it.
+        file: a tokenizer.json or SentencePiece .model; None if there are only files of a kind
+            that we do not read.
+        companions: Hugging Face files that belong to it.
         sha256: of `file`.
-        eod, bos: the tokens around the run's documents, where its dataset tells; a `bos` of None
-            beside an `eod` is that there is none.
-        said: where it is from and what it was compared with, for a person.
+        eod, bos: the tokens around the run's documents, if its dataset says; an `eod` with a `bos`
+            of None means that there is no `bos`.
+        said: its origin and what it was compared with, for the user.
     """
 
     file: Path | None
@@ -45,7 +45,7 @@ class OwnTokenizer:
     bos: int | None = None
 
     def load(self) -> Tokenizer:
-        """Open it, with the tokens around documents that the run had (DataError)."""
+        """Load it, with the tokens that the run put around documents (DataError)."""
         assert self.file is not None
         bos = NONE if self.eod is not None and self.bos is None else self.bos
         return load_tokenizer(self.file, eod=self.eod, bos=bos)

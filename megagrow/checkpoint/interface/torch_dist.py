@@ -1,4 +1,4 @@
-"""Megatron's `torch_dist` directories, which PyTorch's distributed checkpoints look like."""
+"""Detect Megatron's `torch_dist` directories, which resemble PyTorch's distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ METADATA = "metadata.json"
 
 
 def is_torch_dist(path: Path) -> bool:
-    """Whether a directory is in one of the formats that Megatron calls distributed."""
+    """Whether a directory has one of the formats that Megatron calls distributed."""
     return (path / METADATA).is_file() and any(
         (path / name).exists() for name in ("common.pt", ".metadata")
     )

@@ -1,1 +1,1 @@
-"""Reading and writing of bytes: strict, checksummed, past the page cache."""
+"""Low-level file access: strict JSON, checksums, direct writes."""

@@ -1,7 +1,7 @@
-"""CRC-32 (that of zlib and of zip archives), as fast as this machine has it.
+"""CRC-32 (as in zlib and zip archives), with the fastest implementation available.
 
-isal's uses the carry-less multiplication of x86 and ARM: several times as fast as zlib's, which
-takes its place where isal is not installed.  Both give the same numbers.
+isal uses the carry-less multiplication of x86 and ARM and is several times as fast as zlib, the
+fallback where isal is not installed.  Both give the same numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHUNK_BYTES = 16 << 20
 
 
 def checksum(data: memoryview) -> str:
-    """CRC-32 of one chunk: 8 hexadecimal digits."""
+    """CRC-32 of one chunk, as 8 hexadecimal digits."""
     return f"{crc32(data):08x}"
 
 

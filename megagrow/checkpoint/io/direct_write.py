@@ -1,7 +1,7 @@
-"""Writing past the page cache: a checkpoint is larger than it, and is not read again soon.
+"""Write past the page cache: a checkpoint is larger than the cache and not read again soon.
 
-The system need not find memory for what it only passes on to the disk, and keeps what it has of
-other files.  Where a file system knows no such writes, they go through the cache as usual.
+The system then needs no memory for data that only passes through, and keeps its cached files.
+File systems without direct I/O get ordinary cached writes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from megagrow.checkpoint.io.files import write_all
 
 _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
-_BLOCK = 4096  # what positions, lengths and addresses must be multiples of, on any disk
-_LEAST_BYTES = 1 << 20  # a wait for the disk that smaller ones are not worth
+_BLOCK = 4096  # alignment of positions, lengths and addresses that suits any disk
+_LEAST_BYTES = 1 << 20  # smaller writes are not worth waiting for the disk
 
 
 def page_aligned(count: int) -> torch.Tensor:
-    """Bytes in memory from where they can be written past the cache."""
+    """A byte buffer aligned so that it can be written past the cache."""
     return torch.frombuffer(mmap.mmap(-1, count), dtype=torch.uint8)
 
 
@@ -29,7 +29,7 @@ def write_past_cache(descriptor: int, data: memoryview) -> None:
     """Write all bytes at the descriptor's position, whole blocks past the cache.
 
     Args:
-        data: in memory of `page_aligned`, from its begin on.
+        data: from the start of a `page_aligned` buffer.
     """
     whole = len(data) - len(data) % _BLOCK
     at = os.lseek(descriptor, 0, os.SEEK_CUR)
@@ -37,7 +37,7 @@ def write_past_cache(descriptor: int, data: memoryview) -> None:
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         try:
             fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _DIRECT)
-            # After a short write that ends inside a block the rest goes through the cache.
+            # After a short write that ends inside a block, the rest goes through the cache.
             while whole and whole % _BLOCK == 0:
                 written = os.write(descriptor, data[:whole])
                 data, whole = data[written:], whole - written

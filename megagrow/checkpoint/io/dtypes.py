@@ -1,4 +1,4 @@
-"""Element types by the names that safetensors gives them."""
+"""Element types by their safetensors names."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Names in a directory of checkpoints, and how they come and go.
+"""Names in a checkpoint directory, and their life cycle.
 
-    step_00000040                      committed: whole, never written again
-    step_00000040.tmp-<nonce>          a save that runs, or one that died
+    step_00000040                      committed: complete, never written again
+    step_00000040.tmp-<nonce>          a save in progress, or one that died
     step_00000040.set-aside-<nonce>    newer than the step that a run went back to
 
-A name appears and disappears by one rename, so a reader that looks at names
-alone never takes half a checkpoint for a whole one.
+A name appears and disappears by one rename, so a reader that goes by names never takes a partial
+checkpoint for a complete one.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def naming(path: Path, fault: str, fixes: Mapping[int, str] = _WRITING) -> Itera
 
 @contextlib.contextmanager
 def laid_out(path: Path, how: str) -> Iterator[None]:
-    """While a foreign checkpoint is made sense of: what does not fit becomes a CheckpointError.
+    """Turn errors from parsing an unexpected structure into a CheckpointError.
 
     Args:
-        how: the layout that was expected, in words.
+        how: description of the expected layout.
     """
     try:
         yield
@@ -72,9 +72,8 @@ def laid_out(path: Path, how: str) -> Iterator[None]:
 def open_regular(path: Path) -> Iterator[tuple[int, int]]:
     """A read-only descriptor of a regular file, and its size in bytes.
 
-    A link, a directory or a pipe under that name is refused: a checkpoint that someone
-    made by hand must not lead the reader elsewhere, or make it wait.  Links that stay in one
-    model's part of Hugging Face's cache are followed.
+    Links, directories and pipes are refused: a hand-made checkpoint must not redirect the reader or
+    make it block.  Links that stay within one model's part of Hugging Face's cache are followed.
     """
     with naming(path, "cannot be opened", READING):
         descriptor = os.open(
@@ -90,7 +89,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _blob(path: Path) -> Path | None:
-    """What a file of Hugging Face's cache links to, if it lies where that cache keeps its files.
+    """The link target of a file in Hugging Face's cache, if it is where that cache keeps its files.
 
     models--NAME/snapshots/<revision>/.../FILE is a link to models--NAME/blobs/<digest>.
     """
@@ -104,7 +103,7 @@ def _blob(path: Path) -> Path | None:
 
 
 def read_exactly(descriptor: int, data: memoryview, offset: int) -> bool:
-    """Fill `data` from a position of a file; False where the file ends before."""
+    """Fill `data` from a position of a file; False if the file ends first."""
     while data:
         count = os.preadv(descriptor, [data], offset)
         if count == 0:
@@ -130,7 +129,7 @@ def read_small(path: Path, limit: int) -> bytes:
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
-    """Write all bytes; the system may take fewer at a time than it is given."""
+    """Write all bytes, repeating short writes."""
     while data:
         written = os.write(descriptor, data)
         if written == 0:
@@ -139,7 +138,7 @@ def write_all(descriptor: int, data: memoryview) -> None:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Write a file that must not exist yet, and push it to the disk."""
+    """Write a file that must not exist yet, and fsync it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         write_all(descriptor, memoryview(data))
@@ -151,4 +150,4 @@ def write_new(path: Path, data: bytes) -> None:
 # --- names --------------------------------------------------------------------------------
 
 
-# --- coming and going ---------------------------------------------------------------------
+# --- life cycle ---------------------------------------------------------------------------

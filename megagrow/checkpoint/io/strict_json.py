@@ -14,12 +14,12 @@ from megagrow.errors import CheckpointError
 
 
 def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
-    """A JSON file whose value is an object (raises CheckpointError)."""
+    """Read a JSON file whose value is an object (raises CheckpointError)."""
     return parse_json(read_small(path, limit), where=str(path))
 
 
 def parse_json(text: bytes, *, where: str) -> dict[str, Any]:
-    """Parse an object; no key twice, no number out of range (raises CheckpointError)."""
+    """Parse an object, without duplicate keys or numbers out of range (raises CheckpointError)."""
     try:
         value = json.loads(text.decode(), object_pairs_hook=_no_duplicates, parse_int=_bounded)
     except (ValueError, RecursionError) as error:

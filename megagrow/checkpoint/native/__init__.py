@@ -1,1 +1,1 @@
-"""Our own format: a directory a step, a file of boxes a rank, one manifest."""
+"""The native format: one directory per step, one file of boxes per rank, one manifest."""

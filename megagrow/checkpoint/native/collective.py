@@ -1,7 +1,7 @@
 """The processes that save together, and how they agree on success or failure.
 
-This package needs three collectives; `Group` names them, so that it depends on no
-communication library.  `together` is the only place that uses them.
+This package needs two collectives and a barrier; `Group` declares them, so that it depends on no
+communication library.  Only `together` uses them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FAULTS_SHOWN = 4
 
 
 class Group(Protocol):
-    """The processes that call together; `gather` and `broadcast` meet at rank 0."""
+    """The processes that call together; `gather` and `broadcast` are rooted at rank 0."""
 
     @property
     def rank(self) -> int:
@@ -29,7 +29,7 @@ class Group(Protocol):
         """Number of processes."""
 
     def gather(self, obj: Any) -> list[Any] | None:
-        """Every rank's object in the order of ranks, on rank 0; None elsewhere."""
+        """Every rank's object in rank order, on rank 0; None elsewhere."""
 
     def broadcast(self, obj: Any) -> Any:
         """Rank 0's object, on every rank."""
@@ -39,13 +39,13 @@ class Group(Protocol):
 
 
 class SoloGroup:
-    """A group of one process."""
+    """A single-process group."""
 
     rank = 0
     world = 1
 
     def gather(self, obj: Any) -> list[Any] | None:
-        """A list of the one object."""
+        """A list with the one object."""
         return [obj]
 
     def broadcast(self, obj: Any) -> Any:
@@ -64,22 +64,22 @@ def together(
     failing: str,
     undo: Callable[[], None],
 ) -> R:
-    """Work on every rank, conclude on rank 0; all ranks succeed or all raise.
+    """Do work on every rank, then conclude on rank 0; all ranks succeed or all raise.
 
     Args:
-        work: what each rank does; its result goes to rank 0.
-        conclude: what rank 0 makes of all results; every rank returns that.
-        failing: opens the error's text: what was not done.
-        undo: called on rank 0 once every rank has stopped working, if anything failed.
+        work: runs on each rank; its result goes to rank 0.
+        conclude: turns all results into one on rank 0; every rank returns it.
+        failing: what was not done; the start of the error message.
+        undo: called on rank 0 after every rank has stopped working, if anything failed.
 
     Raises:
-        CheckpointError: on every rank, where any rank raised an Exception.
+        CheckpointError: on every rank, if any rank raised an Exception.
     """
     value: T | None = None
     cause: Exception | None = None
     try:
         value = work()
-    except Exception as error:  # a rank that kept its error to itself would hang the others
+    except Exception as error:  # a rank that raised without reporting it would hang the others
         cause = error
     reports = group.gather((value, None if cause is None else _text(cause)))
     verdict: tuple[R | None, str | None] = (None, None)

@@ -1,9 +1,9 @@
-"""manifest.json: what a checkpoint says that it holds.
+"""manifest.json: the declared contents of a checkpoint.
 
-The file is one line, `{"sha256":"<digest>","body":{...}}`, where the digest is
-of the body's bytes, so damage is found before anything is parsed.  What is
-parsed is then trusted no further: sizes are capped and every type is checked
-here; `contents` proves that the claims agree with each other.
+The file is one line, `{"sha256":"<digest>","body":{...}}`, where the digest is that
+of the body's bytes, so damage is found before anything is parsed.  The parsed
+values are still not trusted: sizes are capped and every type is checked here; `proof` then
+checks that the claims are consistent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NO_CHECKSUM = "0" * 8
 _OPENING = b'{"sha256":"'
 _MIDDLE = b'","body":'
 _CLOSING = b"}\n"
-_DIGITS_LIMIT = 64  # of one number in JSON; 128-bit random states have 39
+_DIGITS_LIMIT = 64  # digits per number in JSON; 128-bit random states have 39
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Length = Annotated[int, Field(ge=1, lt=2**48)]
@@ -75,7 +75,7 @@ class TensorRecord(_Record):
     init: InitRecord
     decay: bool
     places: list[Count]
-    # An earlier version had no roles, and said with this key what `training` says now.
+    # An earlier version had no roles, and stored under this key what is now `training`.
     role: Role | Training | None = None
     reads: Annotated[list[Name], Axes] = []
     centred: bool = False
@@ -102,7 +102,7 @@ class LayoutRecord(_Record):
 
 
 class EntryRecord(_Record):
-    """One box in a file; `start` is its first byte there."""
+    """One box in a file; `start` is the offset of its first byte."""
 
     tensor: Name
     slot: Name
@@ -149,14 +149,14 @@ def file_name(rank: int) -> str:
 
 
 def stamp(*, save: str, step: int, rank: int) -> dict[str, str]:
-    """What a file's own header says of where it belongs."""
+    """The metadata in a file's own header that says where it belongs."""
     return {"format": "pt", "megagrow_save": save, "step": str(step), "rank": str(rank)}
 
 
 def file_record(
     rank: int, parts: Sequence[Part], plan: Plan, checksums: Sequence[str]
 ) -> dict[str, Any]:
-    """A FileRecord in plain data."""
+    """A FileRecord as plain data."""
     entries = [
         {
             "tensor": part.tensor,
@@ -183,7 +183,7 @@ def seal(
     """The bytes of manifest.json.
 
     Raises:
-        ValueError, TypeError: the configuration or the run state hold what JSON does not.
+        ValueError, TypeError: the configuration or the run state holds something JSON cannot.
     """
     body = {
         "format": FORMAT,
@@ -206,7 +206,7 @@ def seal(
 
 
 def plain(value: Any, where: str) -> Any:
-    """The value as JSON gives it back; what would come back changed is refused."""
+    """The value after a round trip through JSON; refused if it would change."""
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):

@@ -1,8 +1,8 @@
-"""The proof that a manifest accounts for everything, exactly once.
+"""Check that a manifest accounts for everything exactly once.
 
-Names of files are not taken from the manifest but compared with what they must
-be; the first byte of each box and the header of each file are computed, not
-believed; and the boxes must tile every slot of every tensor.
+File names are not taken from the manifest but compared with what they must be; the first byte of
+each box and the header of each file are recomputed, not trusted; and the boxes must tile every
+slot of every tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megagrow.state.catalog import Catalog, Slot, slots_of
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a part lies: file (by index), first byte."""
+    """The position of a part: file (by index), first byte."""
 
     file: int
     start: int
@@ -30,10 +30,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Contents:
-    """A manifest whose claims agree with each other.
+    """A manifest whose claims are consistent.
 
     Attributes:
-        stored: by (tensor, slot), the parts that tile it, in rising order of their boxes.
+        stored: by (tensor, slot), the parts that tile it, in ascending order of their boxes.
         heads: the bytes with which each file must start.
     """
 
@@ -45,7 +45,7 @@ class Contents:
 
 
 def prove(manifest: Manifest, *, where: str) -> Contents:
-    """Prove that files, offsets, sizes and boxes agree and tile every slot of every tensor.
+    """Check that files, offsets, sizes and boxes agree and tile every slot of every tensor.
 
     Raises:
         CheckpointError: names the file, the tensor, the slot and the box at fault.
@@ -99,10 +99,10 @@ def _prove_file(
     stored: dict[tuple[str, str], list[Stored]],
     where: str,
 ) -> bytes:
-    """Enter a file's parts into `stored`; returns the head that the file must have."""
+    """Add a file's parts to `stored`; returns the header that the file must have."""
     at = f"{where}: file {file_name(rank)}"
     if record.name != file_name(rank):
-        raise CheckpointError(f"{at}: bears another name", found=repr(record.name[:200]))
+        raise CheckpointError(f"{at}: has the wrong name", found=repr(record.name[:200]))
     parts = []
     for entry in record.entries:
         box = Box(tuple(entry.offset), tuple(entry.shape))
@@ -114,7 +114,7 @@ def _prove_file(
         spans = len(entry.offset) == len(entry.shape) == len(shape)
         if not spans or not whole(shape).contains(box):
             raise CheckpointError(
-                f"{at}: tensor {entry.tensor}, slot {entry.slot}: a box lies outside the tensor",
+                f"{at}: tensor {entry.tensor}, slot {entry.slot}: a box is outside the tensor",
                 found=f"offset {entry.offset}, shape {entry.shape}",
                 expected=f"inside shape {list(shape)}",
             )

@@ -1,10 +1,10 @@
-"""Which checkpoints of a run stay, and which may go where a disk is full.
+"""Which checkpoints of a run are kept, and which may be deleted when a disk is full.
 
-After a save all but the newest `keep` are deleted, never the newest that can be opened.  Where a
-save finds no room, as after a growth, it deletes before it writes what it would delete right
-after: the oldest beyond the newest `keep - 1`, no more of them than the save needs, and none at
-all where that does not help.  What `keep` asks to be kept is left to the user, who is told the
-names and sizes.
+After a save all but the newest `keep` are deleted, but never the newest that can be opened.  If
+there is no space for a save, as after a growth, it deletes first what it would delete right
+afterwards: the oldest beyond the newest `keep - 1`, no more of them than the save needs, and none
+if that does not free enough.  Beyond that the user must decide, and gets a list of names and
+sizes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from megagrow.errors import CheckpointError
 def retire(root: Path, keep: int, *, verify: bool = False) -> list[Path]:
     """Delete all committed checkpoints but the newest `keep`; returns what was deleted.
 
-    If none of those can be opened, the newest older one that can stays too, so that a
-    run never deletes the last state it can go back to.  One process calls.
+    If none of those can be opened, the newest older one that can is kept too, so that a
+    run never deletes the last state it can return to.  Called by one process only.
 
     Args:
         verify: whether "can be opened" includes every checksum (reads a whole checkpoint).
 
     Raises:
-        CheckpointError: the system refused to rename or delete.
+        CheckpointError: a rename or deletion failed.
         ValueError: `keep` is not positive.
     """
     doomed = superseded(root, keep, verify=verify)
@@ -39,7 +39,7 @@ def retire(root: Path, keep: int, *, verify: bool = False) -> list[Path]:
 
 
 def superseded(root: Path, keep: int, *, verify: bool = False) -> list[Path]:
-    """What `retire` would delete, the oldest first.
+    """What `retire` would delete, oldest first.
 
     Raises:
         ValueError: `keep` is not positive.
@@ -55,15 +55,15 @@ def superseded(root: Path, keep: int, *, verify: bool = False) -> list[Path]:
 
 
 def free_room(root: Path, *, needed: int, keep: int | None, say: Callable[[str], None]) -> None:
-    """Delete what a save would make superfluous, where that gives it the room it lacks.
+    """Delete checkpoints that a save would make superfluous, if that frees enough space.
 
     Args:
-        needed: bytes of the save.
-        keep: checkpoints that stay after it; None deletes nothing.
-        say: told what is deleted, and why.
+        needed: size of the save in bytes.
+        keep: number of checkpoints kept after it; None deletes nothing.
+        say: called with what is deleted, and why.
 
     Raises:
-        CheckpointError: there is still too little room; it names the checkpoints that are there.
+        CheckpointError: there is still too little space; names the existing checkpoints.
     """
     free = free_bytes(root)
     if free < needed and keep is not None:
@@ -85,26 +85,26 @@ def free_room(root: Path, *, needed: int, keep: int | None, say: Callable[[str],
 
 
 def free_bytes(path: Path) -> float:
-    """Of the file system of a directory, for this user."""
+    """Free bytes for this user on a directory's file system."""
     status = os.statvfs(path)
-    # Some network file systems state no size at all; there the writes themselves will tell.
+    # Some network file systems report no size; there the writes themselves will fail if full.
     return status.f_bavail * status.f_frsize if status.f_blocks else float("inf")
 
 
 def size_of(path: Path) -> int:
-    """Bytes of the files of a checkpoint."""
+    """Total size of a checkpoint's files in bytes."""
     return sum(file.lstat().st_size for file in path.iterdir())
 
 
 def _enough(paths: Sequence[Path], lacking: float) -> list[Path]:
-    """The first of them that are `lacking` bytes together; none where all are not."""
+    """The first of the paths that add up to `lacking` bytes; none if all together do not."""
     totals = list(accumulate(size_of(path) for path in paths))
     count = next((number for number, total in enumerate(totals, 1) if total >= lacking), 0)
     return list(paths[:count])
 
 
 def _held(root: Path) -> str:
-    """The checkpoints that are there, in words."""
+    """The existing checkpoints as text."""
     sizes = [f"{path.name} ({size_of(path):,} bytes)" for path in _all(root)]
     return f"older checkpoints: {', '.join(sizes)}" if sizes else "no older checkpoint"
 
@@ -131,10 +131,10 @@ def _all(root: Path) -> Iterator[Path]:
 def set_aside(root: Path, after_step: int) -> list[Path]:
     """Rename the checkpoints newer than a step, when a run goes back to that step.
 
-    Their future is no longer the run's, yet they may be wanted: nothing deletes them.
+    They no longer belong to the run, yet may be wanted: nothing deletes them.
 
     Returns:
-        Their new paths, `step_<step>.set-aside-<nonce>`, in rising order of steps.
+        Their new paths, `step_<step>.set-aside-<nonce>`, in ascending order of steps.
     """
     return [put_aside(step_path(root, s)) for s in list_steps(root) if s > after_step]
 

@@ -1,8 +1,8 @@
 """Saving: every rank writes the boxes it holds, rank 0 commits.
 
 Order: files, fsync of each, manifest, fsync, fsync of the directory, rename,
-fsync of the parent.  The rename is the commit: before it readers see nothing,
-after it everything.
+fsync of the parent.  The rename is the commit: readers see nothing before it and everything
+after it.
 """
 
 from __future__ import annotations
@@ -50,27 +50,27 @@ def save(
     keep: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Save a checkpoint; every rank of the group calls with its own pieces.
+    """Save a checkpoint; every rank of the group calls it with its own pieces.
 
     Together the pieces tile every slot of every tensor of `meta.catalog` exactly once.
     Their values may be views of live state, on any device and with any strides, and must
     not change until the call returns.  They are copied through one buffer of `chunk_bytes`.
 
     Args:
-        root: the directory of the run's checkpoints, on storage that every rank sees.
-        meta: counts on rank 0 only.
-        chunk_bytes: size of buffer and checksum unit, a multiple of 8.
-        keep: checkpoints that stay after this one; where the disk is full, some that would go
-            then go before (`megagrow.checkpoint.native.retention`).  None deletes none.
-        say: told on rank 0 what was deleted for this save, and why.
+        root: the directory of the run's checkpoints, on storage shared by all ranks.
+        meta: used on rank 0 only.
+        chunk_bytes: size of the buffer and of a checksummed chunk, a multiple of 8.
+        keep: number of checkpoints kept after this one; if the disk is full, some are deleted
+            before the save (`megagrow.checkpoint.native.retention`).  None deletes none.
+        say: called on rank 0 with what was deleted for this save, and why.
 
     Returns:
         The committed directory, `root/step_<step>`.
 
     Raises:
-        CheckpointError: on every rank alike, if any rank failed; nothing is committed,
-            what was written is removed where that can be done, earlier checkpoints are
-            as they were, but for those that were deleted for want of space.
+        CheckpointError: on every rank alike, if any rank failed; nothing is committed, partial
+            files are removed where possible, and earlier checkpoints are unchanged except those
+            deleted for lack of space.
     """
     save_id = group.broadcast(secrets.token_hex(8) if group.rank == 0 else None)
     temporary = temporary_path(root, step, save_id)
@@ -100,7 +100,7 @@ def save(
         files: list[dict[str, Any]] = []
 
         def prepare(records: list[dict[str, Any]]) -> None:
-            # With checksums still blank the manifest has its final size, and what a reader
+            # With blank checksums the manifest already has its final size, and what a reader
             # would refuse is refused before anything is written.
             files.extend(records)
             text = sealed(files)
@@ -127,7 +127,7 @@ def save(
 def _make_room(
     root: Path, step: int, needed: int, *, keep: int | None, say: Callable[[str], None]
 ) -> None:
-    """Make the root and see that neither a committed step nor a full disk is in the way."""
+    """Create the root; check that the step is not committed yet and that the disk has space."""
     with naming(root, "cannot be made"):
         root.mkdir(parents=True, exist_ok=True)
         sync_directory(root.parent)
@@ -145,7 +145,7 @@ def _refuse_existing(path: Path, step: int) -> None:
     committed = (path / manifests.NAME).is_file()
     raise CheckpointError(
         f"{path}: a committed checkpoint is never overwritten",
-        found=f"step {step} is saved there already" if committed else "something else lies there",
+        found=f"step {step} is saved there already" if committed else "something else is there",
         fix=f"resume from it, or move it away: mv {path} {path}.old",
     )
 
@@ -154,7 +154,7 @@ def _commit(root: Path, temporary: Path, final: Path, manifest: bytes) -> None:
     with naming(temporary / manifests.NAME, "cannot be written"):
         write_new(temporary / manifests.NAME, manifest)
     with naming(temporary, "cannot be synchronised"):
-        sync_directory(temporary)  # the names of all files, the manifest's among them
+        sync_directory(temporary)  # the names of all files, including the manifest
     with naming(final, "cannot be committed"):
         os.rename(temporary, final)
     with naming(
@@ -167,7 +167,7 @@ def _commit(root: Path, temporary: Path, final: Path, manifest: bytes) -> None:
 
 @contextlib.contextmanager
 def _only_logged(what: str) -> Iterator[None]:
-    """For tidying up, whose failure must not fail a save."""
+    """For cleanup whose failure must not fail a save."""
     try:
         yield
     except (OSError, CheckpointError) as error:

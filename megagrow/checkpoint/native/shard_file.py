@@ -1,15 +1,15 @@
 """One rank's file of a checkpoint: a valid safetensors file of boxes.
 
     8 bytes     length of the header, little-endian
-    header      JSON, padded with blanks to a multiple of 8 bytes
-    values      the boxes, row-major, without holes, widest element type first
+    header      JSON, padded with spaces to a multiple of 8 bytes
+    values      the boxes, row-major, without gaps, widest element type first
 
-The header is a function of the boxes' list and the save's stamp (`lay_out`).
-The reader makes it again from the manifest and compares bytes, so it need not
-parse a header that it does not trust.
+The header is a function of the list of boxes and the save's stamp (`lay_out`).
+The reader rebuilds it from the manifest and compares bytes, so it never
+parses a header that it does not trust.
 
-Checksums are CRC-32 of each fixed chunk of the file (header included): it is
-several times as fast as SHA-256, and finds every burst of up to 32 bits and
+Checksums are CRC-32 of each fixed-size chunk of the file (header included): it is
+several times as fast as SHA-256, and detects every burst of up to 32 bits and
 all but one in 4e9 of other damage in a chunk.  It guards against
 accidents, not against a forger, who could write new checksums as well.
 """
@@ -29,7 +29,7 @@ from megagrow.checkpoint.interface.format import FilePlan, Values, cut
 from megagrow.checkpoint.io.dtypes import DTYPE_NAMES, DTYPES
 from megagrow.state.boxes import Box
 
-_HEADER_LIMIT = 100_000_000  # the safetensors library reads no longer header
+_HEADER_LIMIT = 100_000_000  # longer headers are rejected by the safetensors library
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a file says of a piece: everything but its values."""
+    """The description of a piece: everything but its values."""
 
     tensor: str
     slot: str
@@ -62,7 +62,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """A file to be: its head (length and header) and the first byte of each part."""
+    """A file to be written: its head (length and header) and the first byte of each part."""
 
     head: bytes
     starts: tuple[int, ...]
@@ -73,7 +73,7 @@ def part_of(piece: Piece) -> Part:
     """Describe a piece.
 
     Raises:
-        ValueError: shape and box disagree, or the element type has no name in the format.
+        ValueError: shape and box disagree, or the format has no name for the element type.
     """
     at = f"{piece.tensor}@{piece.slot}#{piece.box}"
     if tuple(piece.values.shape) != piece.box.shape:
@@ -84,12 +84,12 @@ def part_of(piece: Piece) -> Part:
 
 
 def file_order(pieces: Iterable[Piece]) -> list[Piece]:
-    """Pieces widest element type first, so that each starts at a multiple of its width."""
+    """Sort pieces by element width, widest first, so that each is aligned to its width."""
     return sorted(pieces, key=lambda piece: -piece.values.element_size())
 
 
 def lay_out(parts: Sequence[Part], stamp: Mapping[str, str]) -> Plan:
-    """The file of these parts, in this order, that bears this stamp.
+    """Plan a file of these parts, in this order, with this stamp.
 
     Raises:
         ValueError: two parts have the same key, or the header is longer than readers allow.
@@ -116,7 +116,7 @@ def lay_out(parts: Sequence[Part], stamp: Mapping[str, str]) -> Plan:
 
 
 class Pieces:
-    """The pieces of a rank, as what a file is written from."""
+    """A rank's pieces as the `Boxes` that a file is written from."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         self._pieces: dict[tuple[str, str], list[Piece]] = {}
@@ -134,19 +134,19 @@ class Pieces:
     def read(
         self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """A part of a piece; it may lie on any device, with any strides."""
+        """A part of a piece; it may be on any device, with any strides."""
         piece = next(p for p in self._pieces[tensor, slot] if p.box.contains(box))
         values = piece.values.detach()[box.relative_to(piece.box.offset).slices]
         return values if out is None else out.copy_(values)
 
 
 def write_shard(path: Path, head: bytes, pieces: Sequence[Piece], *, chunk_bytes: int) -> list[str]:
-    """Write a rank's file and push it to the disk; returns the checksum of each chunk.
+    """Write a rank's file and fsync it; returns the checksum of each chunk.
 
-    Beyond the pieces it holds one buffer of `chunk_bytes` (a multiple of 8).
+    Besides the pieces it needs one buffer of `chunk_bytes` (a multiple of 8).
 
     Raises:
-        CheckpointError: the system refused (no space, no right, a broken disk).
+        CheckpointError: a system call failed (no space, no permission, a broken disk).
     """
     values = [Values(p.tensor, p.slot, p.box, p.values.dtype) for p in pieces]
     (whole,) = cut(FilePlan(path.name, [head, *values]), sys.maxsize)

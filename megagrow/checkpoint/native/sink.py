@@ -1,4 +1,4 @@
-"""The native format as the converter sees it: see `native` for reading, `save` for live runs."""
+"""The native format for the converter: see `source` for reading, `save` for live runs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from megagrow.state.optimizers import OPTIMIZERS
 
 
 class NativeSink:
-    """A file a rank of the layout, as a run in that layout would write it."""
+    """One file per rank of the layout, as a run in that layout would write it."""
 
     def __init__(self, request: Request) -> None:
         self._request, meta = request, request.meta
         placement = placed(meta.catalog, request)
-        # A run reads the slots of its optimizer; one that the source lacks starts at zero.
+        # A run reads its optimizer's slots; those that the source lacks start at zero.
         held = {slot.name for slot in meta.slots}
         wanted = OPTIMIZERS[optimizer_of(meta).name].slots
         self.slots = (*meta.slots, *(slot for slot in wanted if slot.name not in held))

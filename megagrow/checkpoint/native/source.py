@@ -1,7 +1,7 @@
 """Reading a native checkpoint: any box of any tensor, in bounded memory.
 
-The first time that a chunk of a file is touched it is read whole and its checksum compared;
-later reads take only the bytes that they need: see `stored`.
+When a chunk of a file is first accessed, it is read whole and its checksum checked; later reads
+fetch only the bytes that they need: see `stored_source`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from megagrow.state.layout import Layout
 
 
 class NativeCheckpoint(StoredSource):
-    """A committed checkpoint, open for reading; make one with `open`."""
+    """A committed checkpoint, open for reading; created by `open`."""
 
     def __init__(self, path: Path, contents: Contents, *, verify: bool) -> None:
         manifest = contents.manifest
         boxes = list(_boxes(contents))
-        self.version = manifest.megagrow  # the megagrow that wrote it
+        self.version = manifest.megagrow  # the megagrow version that wrote it
         super().__init__(
             path,
             meta=CheckpointMeta(
@@ -65,7 +65,7 @@ class NativeCheckpoint(StoredSource):
         """Open a checkpoint: check the manifest, and each file's size and header.
 
         Args:
-            verify: whether reads compare checksums (each chunk once).
+            verify: whether reads check checksums (each chunk once).
 
         Raises:
             CheckpointError: missing, damaged, incomplete, hostile or of another version.
@@ -84,7 +84,7 @@ class NativeCheckpoint(StoredSource):
         named = step_of(path)
         if named is not None and named != contents.manifest.step:
             raise CheckpointError(
-                f"{where}: of another step than the directory's name tells",
+                f"{where}: its step is not that of the directory's name",
                 found=f"step {contents.manifest.step}",
                 expected=f"step {named}",
             )
@@ -112,7 +112,7 @@ def _check_head(path: Path, size: int, head: bytes) -> None:
     with open_regular(path) as (descriptor, found):
         if found != size:
             raise CheckpointError(
-                f"{path}: truncated, or of another checkpoint",
+                f"{path}: truncated, or from another checkpoint",
                 found=f"{found} bytes",
                 expected=f"{size} bytes",
                 fix=RESTORE,
@@ -122,7 +122,7 @@ def _check_head(path: Path, size: int, head: bytes) -> None:
             complete = read_exactly(descriptor, memoryview(data), 0)
         if not complete or data != head:
             raise CheckpointError(
-                f"{path}: damaged, or of another checkpoint",
+                f"{path}: damaged, or from another checkpoint",
                 found="a header that disagrees with the manifest",
                 fix=RESTORE,
             )

@@ -1,4 +1,4 @@
-"""The steps of a root: their directories, committed, under way and set aside."""
+"""The steps under a root directory: committed, in progress and set aside."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ _QUIET_SECONDS = 3600.0
 
 
 def step_path(root: Path, step: int) -> Path:
-    """Where the committed checkpoint of a step lies, or would lie."""
+    """The path of a step's committed checkpoint, whether or not it exists."""
     return root / f"step_{step:08d}"
 
 
 def temporary_path(root: Path, step: int, nonce: str) -> Path:
-    """Where a save of a step works until it commits."""
+    """The path where a save of a step works until it commits."""
     return root / f"step_{step:08d}{_TEMPORARY}{nonce}"
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether the name is one of a save that has not committed, or of a deletion."""
+    """Whether the name is that of an uncommitted save or a deletion in progress."""
     return path.name.startswith("step_") and _TEMPORARY in path.name
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a committed checkpoint's name tells, or None for any other name."""
+    """The step in a committed checkpoint's name, or None for any other name."""
     digits = path.name.removeprefix("step_")
     if not (digits.isascii() and digits.isdigit()):
         return None
@@ -48,7 +48,7 @@ def step_of(path: Path) -> int | None:
 
 
 def list_steps(root: Path) -> list[int]:
-    """Steps of all committed checkpoints in a directory, rising; damaged ones as well."""
+    """Steps of all committed checkpoints in a directory, ascending; including damaged ones."""
     return sorted(
         step for path in _children(root) if path.is_dir() and (step := step_of(path)) is not None
     )
@@ -80,7 +80,7 @@ def claim(temporary: Path) -> Iterator[None]:
 
 
 def sweep(root: Path) -> list[Path]:
-    """Delete what saves and deletions that died have left; returns what was deleted."""
+    """Delete what dead saves and deletions left behind; returns what was deleted."""
     left = [p for p in _children(root) if is_temporary(p) and p.is_dir() and not p.is_symlink()]
     swept = [path for path in left if not _in_use(path)]
     for path in swept:
@@ -91,8 +91,8 @@ def sweep(root: Path) -> list[Path]:
 def discard(path: Path) -> None:
     """Delete a checkpoint or a temporary directory.
 
-    It is renamed first: half a deleted checkpoint never bears a committed name, and a
-    save that still works in a temporary directory fails at its own rename instead of
+    It is renamed first, so that a half-deleted checkpoint never has a committed name, and a
+    save still working in a temporary directory fails at its own rename instead of
     committing what is left of it.
     """
     step = path.name.removeprefix("step_").split(".")[0]
@@ -104,7 +104,7 @@ def discard(path: Path) -> None:
 
 
 def put_aside(path: Path) -> Path:
-    """Rename a committed checkpoint so that no reader takes it for one of the run."""
+    """Rename a committed checkpoint so that no reader takes it for one of the run's."""
     aside = path.with_name(f"{path.name}{_ASIDE}{secrets.token_hex(4)}")
     with naming(path, "cannot be renamed"):
         os.rename(path, aside)
@@ -113,10 +113,10 @@ def put_aside(path: Path) -> Path:
 
 
 def _in_use(temporary: Path) -> bool:
-    """Whether a live save works there.
+    """Whether a live save is working there.
 
-    The saving process holds a lock on the directory, which dies with it.  Where the file
-    system has no locks, a directory in which nothing changed for an hour counts as dead.
+    The saving process holds a lock on the directory, which is released when it dies.  On file
+    systems without locks, a directory unchanged for an hour counts as abandoned.
     """
     try:
         descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -135,7 +135,7 @@ def _in_use(temporary: Path) -> bool:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest of a run or a root of steps.
+    """The checkpoint for a path: the path itself, or the newest of a run or a root of steps.
 
     Raises:
         CheckpointError: there is none.

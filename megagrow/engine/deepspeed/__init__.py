@@ -1,1 +1,1 @@
-"""All that touches DeepSpeed's engine."""
+"""Adapters for DeepSpeed's engine: configuration, drivers, state and patches."""

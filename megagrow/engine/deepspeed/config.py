@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, made from ours; what a user passes through may not clash."""
+"""Build DeepSpeed's configuration from ours; pass-through keys must not conflict with it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def deepspeed_config(
         "train_batch_size": config.batch.global_,
         "train_micro_batch_size_per_gpu": config.batch.micro,
         "gradient_accumulation_steps": accumulation(config.batch, layout),
-        # In fp32 at ZeRO 0 DeepSpeed clips but does not tell the norm, so the engine clips.
+        # In fp32 at ZeRO 0 DeepSpeed clips but does not report the norm, so the engine clips.
         "gradient_clipping": 0.0 if engine_clips else config.optimizer.grad_clip,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
@@ -49,15 +49,15 @@ def deepspeed_config(
         },
     }
     if sequence_parallel and layout.pipeline > 1:
-        # DeepSpeed sends a part of the activations from each tensor-parallel rank, on the
-        # assumption that all hold the same; with sequence parallelism each holds its own.
+        # DeepSpeed sends only a slice of the activations from each tensor-parallel rank, assuming
+        # that all hold the same; with sequence parallelism each rank holds different ones.
         ours["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     require_own_formats(config.deepspeed)
     ours |= precision_settings(config, layout)
     if config.optimizer.offload == "cpu":
         _require_sharded_state(layout)
         ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-        # Our optimizer steps CPU tensors as well, so DeepSpeed's own CPU Adam is not needed.
+        # Our optimizer also steps CPU tensors, so DeepSpeed's CPU Adam is not needed.
         ours["zero_force_ds_cpu_optimizer"] = False
     return _merge(ours, config.deepspeed, "deepspeed")
 

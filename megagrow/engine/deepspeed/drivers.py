@@ -1,4 +1,4 @@
-"""How a micro-batch goes through a DeepSpeed engine: plain, or along a pipeline."""
+"""Drive micro-batches through a DeepSpeed engine, with or without pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Driver(Protocol):
         ...
 
     def loss_so_far(self) -> torch.Tensor | None:
-        """Mean loss of the step's micro-batches until now; None on a rank that sees none."""
+        """Mean loss of the step's micro-batches so far; None on a rank that computes no loss."""
         ...
 
     def evaluate(self, samples: np.ndarray, *, micro: int) -> tuple[float, int]:
-        """Sum of the losses of samples [n, S + 1], and how many they are."""
+        """Sum of the losses of samples [n, S + 1], and the number of samples."""
         ...
 
 
 class PlainDriver:
-    """All layers on this rank, or a tensor-parallel part of them.
+    """All layers on this rank, or its tensor-parallel slice of them.
 
-    Losses are those of this data rank.
+    Losses are local to this data-parallel rank.
     """
 
     def __init__(self, engine: Any, to_device: ToDevice) -> None:
@@ -42,7 +42,7 @@ class PlainDriver:
 
     def step(self, batches: Iterable[np.ndarray]) -> float:
         """One optimizer step."""
-        if not self._engine.module.training:  # which walks over all modules
+        if not self._engine.module.training:  # Module.train() walks all modules
             self._engine.train()
         self._losses = []
         for batch in batches:
@@ -53,12 +53,12 @@ class PlainDriver:
         return float(self.loss_so_far())
 
     def loss_so_far(self) -> torch.Tensor:
-        """Mean loss of the micro-batches until now."""
+        """Mean loss of the micro-batches so far."""
         return torch.stack(self._losses).mean()
 
     @torch.no_grad()
     def evaluate(self, samples: np.ndarray, *, micro: int) -> tuple[float, int]:
-        """Sum of losses, in batches of `micro` samples at most."""
+        """Sum of losses, computed in batches of at most `micro` samples."""
         self._engine.eval()
         total = 0.0
         for start in range(0, len(samples), micro):
@@ -68,9 +68,9 @@ class PlainDriver:
 
 
 class PipelineDriver:
-    """The layers of one pipeline stage on this rank, under 1F1B.
+    """One pipeline stage on this rank, under 1F1B.
 
-    Losses are means over all data ranks, the same on every rank.
+    Losses are means over all data-parallel ranks, equal on every rank.
     """
 
     def __init__(self, engine: Any, to_device: ToDevice) -> None:
@@ -81,15 +81,15 @@ class PipelineDriver:
         return float(self._engine.train_batch(self._inputs_and_labels(batches)))
 
     def loss_so_far(self) -> torch.Tensor | None:
-        """Mean loss of the step's micro-batches, on the last stage."""
+        """Mean loss of the step's micro-batches, on the last pipeline stage."""
         total = self._engine.total_loss
         return None if total is None else total / self._engine.micro_batches
 
     def evaluate(self, samples: np.ndarray, *, micro: int) -> tuple[float, int]:
-        """Sum of losses, in equal batches: all data ranks must have equally many samples.
+        """Sum of losses, in equal batches: all data ranks must have the same number of samples.
 
         Raises:
-            ConfigError: there are no samples for this rank.
+            ConfigError: this rank gets no samples.
         """
         if len(samples) == 0:
             raise ConfigError(
@@ -99,7 +99,7 @@ class PipelineDriver:
             )
         size = max(n for n in range(1, micro + 1) if len(samples) % n == 0)
         batches = np.split(samples, len(samples) // size)
-        # Stages have agreed on the shape of the last micro-batches; these may be shorter.
+        # The stages agreed on the activation shape of the last micro-batches; these may be smaller.
         self._engine.reset_activation_shape()
         loss = self._engine.eval_batch(
             self._inputs_and_labels(batches), num_micro_batches=len(batches)
@@ -122,7 +122,7 @@ def validation_share(count: int, *, data_rank: int, data_size: int, equal: bool)
         equal: whether every rank must take equally many.
 
     Raises:
-        ConfigError: equal shares are asked for and the samples do not divide.
+        ConfigError: equal shares are required and the samples do not divide evenly.
     """
     if equal and count % data_size:
         raise ConfigError(

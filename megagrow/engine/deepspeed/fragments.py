@@ -1,16 +1,16 @@
-"""Where DeepSpeed keeps a parameter's master copy: the one place that reaches into its insides.
+"""Where DeepSpeed keeps each parameter's master weights: reads its private attributes.
 
 Every DeepSpeed optimizer holds the fp32 master of a parameter, or this rank's flat range of it,
-inside some tensor that the wrapped torch optimizer steps; the moments lie beside it under that
-tensor's key.  `find_fragments` names the tensor and the range, `publish` copies masters
-back into the parameters that the model computes with.
+inside a tensor that the wrapped torch optimizer steps; the moments are stored under that
+tensor's key.  `find_fragments` locates the tensor and the range, `publish` copies the masters
+back into the model's parameters.
 
-DeepSpeed 0.19.8; its classes and what they keep:
+DeepSpeed 0.19.8; its optimizer classes and what each keeps:
   (none)                          fp32, ZeRO 0: the parameter is its own master
-  FP16_UnfusedOptimizer           16 bit, ZeRO 0: a master for each parameter
-  DeepSpeedZeroOptimizer          ZeRO 1 and 2: one flat partition for each parameter group
-  BF16_Optimizer                  bf16, ZeRO 1: likewise
-  DeepSpeedZeroOptimizer_Stage3   ZeRO 3: a flat range of each parameter, laid end to end
+  FP16_UnfusedOptimizer           16 bit, ZeRO 0: one master per parameter
+  DeepSpeedZeroOptimizer          ZeRO 1 and 2: one flat partition per parameter group
+  BF16_Optimizer                  bf16, ZeRO 1: the same
+  DeepSpeedZeroOptimizer_Stage3   ZeRO 3: a flat range of each parameter, concatenated
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-_PUBLISH_BYTES = 16 * 2**20  # in one message; what a GPU's or gloo's own buffers grow with
+_PUBLISH_BYTES = 16 * 2**20  # per message; bounds the staging buffers of NCCL and gloo
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Fragment:
 
     Attributes:
         start: first flat position in the local parameter.
-        owner: the tensor that the torch optimizer steps and that holds the part.
-        offset: the part's position there.
+        owner: the tensor that holds this part and that the torch optimizer steps.
+        offset: the part's position in `owner`.
         length: number of elements, padding included.
     """
 
@@ -49,7 +49,7 @@ class Fragment:
 
 
 def find_fragments(engine: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Fragment]:
-    """This rank's part of every parameter; one that it has no part of is left out.
+    """This rank's part of every parameter; parameters of which it holds nothing are omitted.
 
     Args:
         engine: a DeepSpeedEngine.
@@ -69,13 +69,13 @@ def find_fragments(engine: Any, parameters: Mapping[str, nn.Parameter]) -> dict[
 
 
 def link_optimizer_state(engine: Any) -> None:
-    """Tell DeepSpeed that optimizer state exists, as it learns after its own first step."""
+    """Tell DeepSpeed that optimizer state exists, as its own first step would."""
     if isinstance(engine.optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def publish(engine: Any) -> None:
-    """Bring the parameters that the model computes with up to date with their masters."""
+    """Copy the master weights into the model's parameters."""
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         for group in range(len(optimizer.fp16_groups)):
@@ -107,23 +107,23 @@ def _publish_partitions(
     partitions: Sequence[Sequence[torch.Tensor]],
     groups: Sequence[dist.ProcessGroup],
 ) -> None:
-    """Each rank writes its range of the model's parameters and passes it to all others.
+    """Each rank writes its range of the model's parameters and sends it to all others.
 
     DeepSpeed's `update_lp_params` gathers a whole group in one collective, for which gloo
-    needs a second copy of all parameters.  Here parts of bounded size go from memory to
-    memory, without any copy.
+    needs a second copy of all parameters.  Here messages of bounded size are received straight
+    into the parameters, with no extra copy.
 
     Args:
         masters: by parameter group, this rank's fp32 partition.
-        partitions: by parameter group, the partitions of all data ranks, which lie end to end
-            in the memory of the model's parameters.
+        partitions: by parameter group, the partitions of all data ranks, contiguous in the
+            memory of the model's parameters.
         groups: by parameter group, the data ranks.
     """
     for master, parts, group in zip(masters, partitions, groups, strict=True):
         mine, size = dist.get_rank(group), dist.get_world_size(group)
         parts[mine].data.copy_(master.data)
         step = max(1, _PUBLISH_BYTES // parts[mine].element_size())
-        # As in a transfer: every pair meets once, and none waits in a ring.
+        # As in a transfer, ranks are paired by distance, so no rank waits in a ring.
         for distance in range(1, size):
             to, source = (mine + distance) % size, (mine - distance) % size
             _exchange(parts[mine].data, to, parts[source].data, source, group=group, step=step)
@@ -138,7 +138,7 @@ def _exchange(
     group: dist.ProcessGroup,
     step: int,
 ) -> None:
-    """Send a flat tensor and receive another, `step` elements at a time; ranks of the group."""
+    """Send a flat tensor and receive another, `step` elements at a time, within the group."""
     to, source = dist.get_global_rank(group, to), dist.get_global_rank(group, source)
     pieces = zip_longest(send.split(step), receive.split(step))
     for out, room in pieces:

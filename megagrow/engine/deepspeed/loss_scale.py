@@ -12,7 +12,7 @@ LossScale = dict[str, float]
 
 
 def get_loss_scale(engine: Any) -> LossScale:
-    """The numbers that the scale's future depends on; empty without dynamic scaling."""
+    """The numbers that determine the future loss scale; empty without dynamic scaling."""
     scaler = _scaler(engine)
     if scaler is None:
         return {}
@@ -20,7 +20,7 @@ def get_loss_scale(engine: Any) -> LossScale:
 
 
 def set_loss_scale(engine: Any, state: LossScale) -> None:
-    """Go on from the numbers of another engine; what only one of them has is left as it is."""
+    """Restore another engine's numbers; keys that only one of the two has are left unchanged."""
     scaler = _scaler(engine)
     if scaler is None:
         return

@@ -1,8 +1,8 @@
-"""A DeepSpeed engine started for a state that is yet to come.
+"""Start a DeepSpeed engine whose state is filled in later.
 
-DeepSpeed expects a model with values: it sends rank 0's parameters to all ranks and flattens
-them into memory of its own.  Ours come by a transfer afterwards, so until then the parameters
-share a little memory, nothing is sent, and no second copy of the model ever lives.
+DeepSpeed expects an initialised model: it broadcasts rank 0's parameters and flattens them into
+its own buffers.  Ours are filled by a transfer afterwards, so until then the parameters share
+one small buffer, nothing is broadcast, and there is never a second copy of the model.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import nn
 
 
 def poison(parameters: Iterable[nn.Parameter], *, shared: bool) -> None:
-    """Make parameters NaN: whatever a transfer forgets to write stops the run at once.
+    """Fill parameters with NaN, so that anything a transfer fails to write stops the run at once.
 
     Args:
-        parameters: of one dtype and device.
-        shared: whether they may lie in the same memory, as large as the largest of them,
-            because DeepSpeed will lay each into memory of its own.
+        parameters: all of one dtype and device.
+        shared: whether they may share one buffer, as large as the largest of them, because
+            DeepSpeed will copy each into its own memory.
     """
     every = list(parameters)
     if not shared:
@@ -40,7 +40,7 @@ def poison(parameters: Iterable[nn.Parameter], *, shared: bool) -> None:
 
 @contextlib.contextmanager
 def lean_start() -> Iterator[None]:
-    """Engines made inside send no parameters, make no gradients for show, and are silent."""
+    """Engines created here broadcast no parameters, allocate no dummy gradients, print nothing."""
 
     def partition(init: Any, parameter: Any) -> None:
         init._convert_to_deepspeed_param(parameter)
@@ -49,7 +49,7 @@ def lean_start() -> Iterator[None]:
     original = DeepSpeedZeroOptimizer.initialize_optimizer_states
 
     def make_gradients(optimizer: Any) -> None:
-        # Without offload they are made, and dropped at once.
+        # Without offload they are allocated, and freed at once.
         if optimizer.cpu_offload:
             original(optimizer)
 
@@ -58,7 +58,7 @@ def lean_start() -> Iterator[None]:
             (DeepSpeedEngine, "_broadcast_model", lambda engine: None),
             (Init, "_zero_init_param", partition),
             (DeepSpeedZeroOptimizer, "initialize_optimizer_states", make_gradients),
-            # It prints, and collects garbage before, twice for each parameter group.
+            # It prints, and first collects garbage, twice for each parameter group.
             (bf16_optimizer, "see_memory_usage", lambda message, force=False: None),
         ):
             stack.enter_context(replaced(owner, name, value))
@@ -67,7 +67,7 @@ def lean_start() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """While inside, an attribute of one of DeepSpeed's modules or classes is `value`."""
+    """Temporarily replace an attribute of one of DeepSpeed's modules or classes."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

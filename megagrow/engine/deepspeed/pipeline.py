@@ -1,4 +1,4 @@
-"""The model as a DeepSpeed pipeline, made of the same layers as the plain model."""
+"""The model as a DeepSpeed pipeline, built from the same layers as the plain model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PipelinedModel(PipelineModule):
         groups: Groups,
     ) -> None:
         layout = groups.layout
-        # Set before PipelineModule's own set-up, which asks for them.
+        # Set before PipelineModule.__init__, which reads them.
         self._cuts, self._ends, self._is_tied = list(cuts), groups.ends, model.tie_embeddings
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
@@ -53,21 +53,21 @@ class PipelinedModel(PipelineModule):
             )
 
     def _partition_layers(self, method: str = "") -> None:
-        """Take the cuts that the placement was planned with."""
+        """Use the cuts that the placement was planned with."""
         self.parts = self._cuts
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
     def _index_tied_modules(self) -> dict[str, Any]:
-        """DeepSpeed's own ties need a module of the shared weight alone; ours lies in two."""
+        """DeepSpeed ties a whole module; here only the weight is shared, between two layers."""
         for weight, _ in self.get_tied_weights_and_groups():
-            # The gradient norm counts the copy of the first stage alone.
+            # The gradient norm counts only the first stage's copy.
             weight.ds_pipe_replicated = self.stage_id > 0
         return {}
 
     def get_tied_weights_and_groups(
         self,
     ) -> list[tuple[Any, dist.ProcessGroup | None]]:
-        """The token embedding where this stage holds a copy of it; its gradients are summed."""
+        """The token embedding, if this stage holds a copy of it; its gradients are summed."""
         if not self._is_tied or self.stage_id not in (0, self.num_stages - 1):
             return []
         layer = self.forward_funcs[0 if self.stage_id == 0 else -1]

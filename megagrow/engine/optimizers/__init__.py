@@ -1,1 +1,1 @@
-"""Optimizers whose settings may differ from block to block of a tensor."""
+"""Optimizers whose settings may differ between the blocks of one tensor."""

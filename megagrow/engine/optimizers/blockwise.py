@@ -1,9 +1,9 @@
-"""Optimizers that know young blocks: the new parts of grown tensors have rates of their own.
+"""Optimizers that give the new parameters of grown tensors their own learning rates.
 
-The optimizer sees what DeepSpeed gives it: whole parameters, or one flat
-partition of many.  Where a tensor has young blocks, the partition is stepped
-in pieces: flat ranges as usual, and inside a young tensor's box the old block
-and the new ones apart, as strided views.  No memory per element is added.
+The optimizer sees what DeepSpeed passes it: whole parameters, or one flat partition of many.
+Where a tensor has new ("young") blocks, the partition is stepped in pieces: flat ranges as
+usual, and inside such a tensor's box the old block and the new ones separately, as strided
+views.  No memory per element is added.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class YoungShard:
-    """A box with young blocks, contiguous in a flat parameter from `start` on.
+    """A box that contains new blocks, contiguous in a flat parameter from `start` on.
 
     `box` is in the logical tensor's coordinates, like the blocks.
     """
@@ -36,35 +36,35 @@ class YoungShard:
 
 
 class Observer(Protocol):
-    """Sees updates happen."""
+    """Observes updates."""
 
     def update(self, groups: Sequence[Mapping[str, Any]]) -> AbstractContextManager[None]:
-        """Around the update of parameter groups whose gradients are in ``.grad``."""
+        """Wraps the update of parameter groups whose gradients are in ``.grad``."""
         ...
 
 
 class BlockOptimizer(torch.optim.Optimizer):
-    """What the optimizers share: state made ahead of the first step, and steps in pieces.
+    """The shared base: state allocated before the first step, and steps in pieces.
 
-    Parameter groups may carry ``lr_factor``, the multiple of the run's learning rate.
+    Parameter groups may carry ``lr_factor``, a multiplier on the run's learning rate.
     """
 
     moments: tuple[str, ...] = ()
     _young: dict[torch.Tensor, Sequence[YoungShard]]
-    # Called before each update; gradient clipping hooks in here where DeepSpeed has none.
+    # Called before each update; gradient clipping hooks in here where DeepSpeed does none.
     before_step: Callable[[], None] | None = None
-    # Asked after that; False leaves everything as it is.
+    # Called after `before_step`; False skips the update.
     accept: Callable[[], bool] | None = None
-    # Looks at the update that follows; None: nobody does.
+    # Observes the update that follows, if set.
     probe: Observer | None = None
 
     def set_learning_rate(self, lr: float) -> None:
-        """Set the run's learning rate; each group takes its own multiple."""
+        """Set the run's learning rate; each group applies its own multiplier."""
         for group in self.param_groups:
             group["lr"] = lr * group["lr_factor"]
 
     def set_young(self, young: Mapping[torch.Tensor, Sequence[YoungShard]]) -> None:
-        """Say which boxes of which parameters have young blocks."""
+        """Set which boxes of which parameters contain new blocks."""
         self._young = {p: sorted(s, key=lambda x: x.start) for p, s in young.items() if s}
 
     def make_state(
@@ -74,13 +74,13 @@ class BlockOptimizer(torch.optim.Optimizer):
         step: int,
         moments: Callable[[torch.Tensor], Iterable[str]] | None = None,
     ) -> None:
-        """Create the state that a first step would: zero moments, and the step count.
+        """Create the state that a first step would create: zero moments and the step count.
 
         Args:
             parameters: the tensors that will be stepped (DeepSpeed may hold them itself and
                 put them into the parameter groups only for the time of a step).
-            step: updates that count as done.
-            moments: names of what each keeps; all that the optimizer knows, unless told.
+            step: number of updates already done.
+            moments: names of the moments that each tensor keeps; by default all of the optimizer's.
         """
         for parameter in parameters:
             state = self.state[parameter]
@@ -90,7 +90,7 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update; the gradient must be in ``.grad``."""
+        """Do one update; the gradient must be in ``.grad``."""
         if self.before_step is not None:
             self.before_step()
         if self.accept is not None and not self.accept():
@@ -112,11 +112,11 @@ class BlockOptimizer(torch.optim.Optimizer):
         return None
 
     def _step_in_one_pass(self) -> bool:
-        """Let a kernel do the update, young blocks included; False where none serves."""
+        """Do the whole update in one kernel, new blocks included; False if none applies."""
         return False
 
     def _step_whole(self, closure: Any) -> Any:
-        """One update of parameters that have no young blocks."""
+        """Do one update of parameters that have no new blocks."""
         raise NotImplementedError
 
     @staticmethod
@@ -128,13 +128,13 @@ class BlockOptimizer(torch.optim.Optimizer):
         lr_factor: float = 1.0,
         fused: bool = False,
     ) -> None:
-        """Update (parameter, gradient, moments) in place, `steps` updates being done."""
+        """Update (parameter, gradient, moments) in place; `steps` includes this update."""
         raise NotImplementedError
 
     def _step_in_pieces(self, group: Mapping[str, Any], parameter: torch.Tensor) -> None:
         state = self.state[parameter]
         if not state:
-            raise RuntimeError("young blocks need optimizer state: call make_state first")
+            raise RuntimeError("new blocks need optimizer state: call make_state first")
         before = int(state["step"])
         tensors = (parameter, parameter.grad, *(state[name] for name in self.moments))
         flat = [t.view(-1) for t in tensors if t is not None]
@@ -155,17 +155,17 @@ class BlockOptimizer(torch.optim.Optimizer):
 
 
 class BlockAdamW(BlockOptimizer, torch.optim.AdamW):
-    """Decoupled AdamW (Loshchilov & Hutter, arXiv 1711.05101) with young blocks."""
+    """Decoupled AdamW (Loshchilov & Hutter, arXiv 1711.05101) with new blocks."""
 
     moments = MOMENTS
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float]) -> None:
         torch.optim.AdamW.__init__(self, groups, lr=0.0, betas=betas, fused=True)
         self._young = {}
-        self._tables: dict[torch.Tensor, torch.Tensor] = {}  # of young shards, for the kernel
+        self._tables: dict[torch.Tensor, torch.Tensor] = {}  # for the kernel
 
     def set_young(self, young: Mapping[torch.Tensor, Sequence[YoungShard]]) -> None:
-        """Say which boxes of which parameters have young blocks."""
+        """Set which boxes of which parameters contain new blocks."""
         super().set_young(young)
         self._tables.clear()
 
@@ -173,16 +173,16 @@ class BlockAdamW(BlockOptimizer, torch.optim.AdamW):
         return torch.optim.AdamW.step(self, closure)
 
     def _step_in_one_pass(self) -> bool:
-        """Let a kernel do the update, young blocks included; False where none serves.
+        """Do the whole update in one kernel, new blocks included; False if none applies.
 
-        It needs state, which `make_state` has made.
+        Requires the state that `make_state` creates.
         """
         work = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not work or not all(
             self.state[p] and ops.adamw_serves(p, young=p in self._young) for _, p in work
         ):
             return False
-        # Counted together, so that a GPU is waited for once.
+        # Counted once for all tensors, so that the CPU syncs with the GPU only once.
         step = int(self.state[work[0][1]]["step"]) + 1
         for group, p in work:
             state, young = self.state[p], self._young.get(p)
@@ -248,11 +248,11 @@ class BlockAdamW(BlockOptimizer, torch.optim.AdamW):
 
 
 class BlockLion(BlockOptimizer):
-    """Lion (Chen et al., arXiv 2302.06675, algorithm 2) with young blocks.
+    """Lion (Chen et al., arXiv 2302.06675, algorithm 2) with new blocks.
 
     It moves every element by the learning rate, in the direction of the sign of
-    beta1 m + (1 - beta1) g, and keeps m = beta2 m + (1 - beta2) g alone.  The sign does not
-    depend on the gradient's scale, so a growth's rates hold for it as for AdamW.
+    beta1 m + (1 - beta1) g, and keeps only m = beta2 m + (1 - beta2) g.  The sign does not
+    depend on the gradient's scale, so the rates set for a growth apply as they do with AdamW.
     """
 
     moments = MOMENTS[:1]
@@ -283,7 +283,7 @@ class BlockLion(BlockOptimizer):
         lr_factor: float = 1.0,
         fused: bool = False,
     ) -> None:
-        del steps, fused  # no bias correction, and one way to do it
+        del steps, fused  # no bias correction, and only one implementation
         parameter, gradient, exp_avg = tensors
         _lion(group, [parameter], [gradient], [exp_avg], lr=group["lr"] * lr_factor)
 
@@ -308,29 +308,29 @@ Index = tuple[slice, ...]
 
 
 def _innermost_first(blocks: YoungBlocks) -> list[YoungBlocks]:
-    """The young blocks of a tensor, those of the earliest growth first."""
+    """The new blocks of a tensor, the earliest growth first."""
     return [*(_innermost_first(blocks.inside) if blocks.inside else ()), blocks]
 
 
 def _young_boxes(shard: YoungShard) -> list[ops.YoungBox]:
-    """What the kernel's table has of a shard: a box for each growth."""
+    """A shard's entries in the kernel's table: one box per growth."""
     olds = [regions(blocks.kept, shard.box)[0] for blocks in _innermost_first(shard.blocks)]
     return [ops.YoungBox(shard.start, shard.box.shape, old[0] if old else None) for old in olds]
 
 
 def generations(blocks: YoungBlocks, box: Box) -> list[tuple[Index, YoungBlocks | None]]:
-    """Cut a box into its parts by the growth that they are of.
+    """Cut a box into parts by the growth that added them.
 
     Args:
-        blocks: the young blocks of the tensor.
+        blocks: the new blocks of the tensor.
         box: the box, in logical coordinates.
 
     Returns:
-        (index, blocks that it is of; None for the old part); indices count from the box's corner,
-        do not overlap and cover the box.
+        (index, the blocks it belongs to; None for the old part); indices are relative to the
+        box's corner, do not overlap and cover the box.
     """
     found: list[tuple[Index, YoungBlocks | None]] = []
-    view = [range(n) for n in box.shape]  # what is left for the growths before
+    view = [range(n) for n in box.shape]  # what remains for the earlier growths
     level: YoungBlocks | None = blocks
     while level is not None:
         old, _ = regions(level.kept, box)
@@ -339,7 +339,7 @@ def generations(blocks: YoungBlocks, box: Box) -> list[tuple[Index, YoungBlocks 
         inner = [range(n)[part] for n, part in zip(box.shape, old[0], strict=True)]
         at = [_relative(axis, part) for axis, part in zip(view, inner, strict=True)]
         for axis, part in enumerate(at):
-            # Old on the axes before, young on this one, anything behind: disjoint, and all of it.
+            # Old on earlier axes, new on this one, anything on later axes: disjoint and complete.
             for gap in _gaps(part, len(view[axis])):
                 found.append((_slices([*inner[:axis], view[axis][gap], *view[axis + 1 :]]), level))
         view, level = inner, level.inside
@@ -347,7 +347,7 @@ def generations(blocks: YoungBlocks, box: Box) -> list[tuple[Index, YoungBlocks 
 
 
 def _relative(view: range, part: range) -> slice:
-    """The elements of a part of a view as an index of the view."""
+    """The elements of a part of a view as an index into the view."""
     first = view.index(part[0])
     step = view.index(part[1]) - first if len(part) > 1 else 1
     return slice(first, first + (len(part) - 1) * step + 1, step)
@@ -358,15 +358,15 @@ def _slices(axes: Iterable[range]) -> Index:
 
 
 def regions(kept: Sequence[Progression] | None, box: Box) -> tuple[list[Index], list[Index]]:
-    """Cut a box into its old part and its young parts.
+    """Cut a box into its old part and its new parts.
 
     Args:
-        kept: per axis the old block's elements, in logical coordinates; None if all is young.
+        kept: per axis the old block's elements, in logical coordinates; None if all is new.
         box: the box, in logical coordinates.
 
     Returns:
-        (at most one index of the old part, indices of the young parts); indices count from the
-        box's corner, do not overlap and cover the box.
+        (at most one index of the old part, indices of the new parts); indices are relative to
+        the box's corner, do not overlap and cover the box.
     """
     everything = tuple(slice(0, n) for n in box.shape)
     if kept is None:
@@ -380,7 +380,7 @@ def regions(kept: Sequence[Progression] | None, box: Box) -> tuple[list[Index], 
     old = tuple(part for part in inside if part is not None)
     young: list[Index] = []
     for axis, part in enumerate(old):
-        # Old on the axes before, young on this one, anything behind: disjoint, and all of it.
+        # Old on earlier axes, new on this one, anything on later axes: disjoint and complete.
         young += [
             (*old[:axis], gap, *everything[axis + 1 :]) for gap in _gaps(part, box.shape[axis])
         ]
@@ -398,12 +398,12 @@ def _clip(progression: Progression, start: int, stop: int) -> slice | None:
 
 
 def _gaps(part: slice, length: int) -> Iterator[slice]:
-    """Progressions that cover what a progression leaves of [0, length)."""
+    """Progressions that cover the elements of [0, length) outside a progression."""
     step = part.step or 1
     if part.start > 0:
         yield slice(0, part.start)
     for residue in range(1, step):
-        # The last period may reach past the old block's last element; clip it there.
+        # The last period may extend past the old block's last element; clip it there.
         if part.start + residue < part.stop:
             yield slice(part.start + residue, part.stop, step)
     if part.stop < length:

@@ -1,4 +1,4 @@
-"""Gradient clipping where DeepSpeed leaves it to us: fp32 without ZeRO."""
+"""Gradient clipping for the one case where DeepSpeed reports no norm: fp32 at ZeRO 0."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megagrow.engine.groups import Groups
 
 @dataclass
 class GradientClipper:
-    """Scales the gradients of a copy of the model so that their norm is at most `bound`.
+    """Scales the gradients of one model replica so that their norm is at most `bound`.
 
-    The norm is that of the logical gradient: a parameter that several ranks hold is counted
+    The norm is that of the logical gradient: a parameter replicated on several ranks is counted
     once, whatever the layout.
 
     Attributes:
-        parameters: this rank's, with gradients that are already averaged over the data ranks.
+        parameters: this rank's, with gradients already averaged over the data-parallel ranks.
         groups: the process groups.
-        bound: the greatest norm; 0 only measures.
+        bound: the maximum norm; 0 only measures.
         norm: the last norm before clipping.
     """
 

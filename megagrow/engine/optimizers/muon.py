@@ -3,18 +3,18 @@
 Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).  A matrix moves
 by lr * sqrt(max(1, rows / columns)) * NS(m), where m is its Nesterov momentum and NS brings the
 singular values near 1, by DeepSpeed's own Newton-Schulz iteration.  Queries, keys, values, gates
-and their partners are matrices each (`megagrow.state.matrices`).
+and their counterparts are each a matrix (`megagrow.state.matrices`).
 
-Momentum lies where the layout has it: in flat ranges under ZeRO, in slices under tensor
-parallelism.  For the update, one tensor after the other is put together on all ranks that share
-it: a sum in which each rank gives its own part and zeros.  That is exact, so all layouts
-orthogonalise the same matrix; it needs room for one whole tensor, and every rank repeats the
+Momentum is stored as the layout says: in flat ranges under ZeRO, in slices under tensor
+parallelism.  For the update, each tensor in turn is assembled on all ranks that share it, by a sum
+in which each rank contributes its own part and zeros.  That is exact, so all layouts
+orthogonalise the same matrix; it takes memory for one whole tensor, and every rank repeats the
 iteration.
 
-The momentum starts at 0 and is not corrected for it, since its length does not matter.
-Young blocks therefore come in with a small share of the matrix's momentum, and need no step
-count; a matrix is orthogonalised whole, young and old together, and the young part of the
-update takes its own rate.
+The momentum starts at 0 without bias correction, since its length does not matter.
+New blocks therefore start with a small share of the matrix's momentum and need no step count of
+their own; a matrix is orthogonalised whole, old and new parameters together, and the update of
+the new ones is scaled by their own learning rate.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ Collect = Callable[[torch.Tensor], None]
 
 @dataclass(frozen=True)
 class SharedTensor:
-    """A tensor of matrices, and what this rank has of it.
+    """A tensor of matrices, and this rank's part of it.
 
     Attributes:
         shape: of the whole logical tensor.
-        matrices: the matrices in it.
+        matrices: the matrices it contains.
         shards: (box in logical coordinates, flat position in the parameter that holds it), each
-            contiguous there; none where the rank has no part.
-        young: what an earlier growth left new.
+            contiguous there; empty if the rank holds no part.
+        young: the blocks that earlier growths added.
     """
 
     shape: tuple[int, ...]
@@ -54,16 +54,16 @@ class SharedTensor:
 
 
 class BlockMuon(BlockAdamW):
-    """Muon with young blocks.
+    """Muon with new blocks.
 
-    Groups with ``orthogonal`` true hold matrices, which `set_matrices` must tell; all others
-    are AdamW's.
+    Groups with ``orthogonal`` true hold matrices, which must be passed to `set_matrices`; all other
+    groups are stepped by AdamW.
 
     Args:
         groups: the parameter groups.
-        betas: of AdamW.
+        betas: AdamW's.
         momentum: of the matrices.
-        iteration: the element type that Newton-Schulz runs in.
+        iteration: the element type of the Newton-Schulz iteration.
     """
 
     def __init__(
@@ -87,18 +87,18 @@ class BlockMuon(BlockAdamW):
         collect: Collect,
         device: torch.device | None = None,
     ) -> None:
-        """Say which tensors the parameters hold parts of.
+        """Set which tensors the parameters hold parts of.
 
         Args:
             shared: by parameter, in the same order on all ranks that share the tensors.
             collect: sums a tensor over these ranks, in place.
-            device: where matrices are put together, if not where the parameters are.
+            device: where matrices are assembled, if not on the parameters' device.
         """
         self._shared, self._collect, self._device = dict(shared), collect, device
 
     def _update_all(self, closure: Any) -> Any:
         if not self.state:
-            return  # DeepSpeed in 16 bit without ZeRO, which means to have state made
+            return  # DeepSpeed in 16 bit at ZeRO 0 steps once only to create state
         every = self.param_groups
         for group in every:
             for parameter in group["params"] if group["orthogonal"] else ():
@@ -149,17 +149,17 @@ class BlockMuon(BlockAdamW):
 
 
 def orthogonalised(matrix: torch.Tensor, *, iteration: torch.dtype) -> torch.Tensor:
-    """A matrix with its singular values near 1, in its own dtype; zeros for zeros.
+    """The matrix with its singular values near 1, in its own dtype; zeros stay zeros.
 
-    DeepSpeed's iteration, in the element type that the run chose and not in the one that DeepSpeed
-    would.  It is run as it is written: DeepSpeed has it compiled, and then the order in which
-    shapes were seen would decide over the last bits, so that a resumed run could depart.
+    Runs DeepSpeed's iteration in the element type that the run chose, not in DeepSpeed's default.
+    It runs uncompiled: DeepSpeed compiles it, and then the last bits depend on the order in which
+    shapes were first seen, so a resumed run could diverge.
     """
-    # Importing it sets torch.compile up, which no other optimizer needs.
+    # Importing it initialises torch.compile, which no other optimizer needs.
     from deepspeed.runtime.zero.muon import original_muon
 
-    # The iteration divides by |M| + 1e-7, so that the update of a small gradient would depend on
-    # its length; at length 1 it cannot.
+    # The iteration divides by |M| + 1e-7, so the update of a small gradient would depend on its
+    # norm; normalised to 1 it cannot.
     norm = torch.linalg.vector_norm(matrix)
     unit = matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
     with (

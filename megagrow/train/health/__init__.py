@@ -1,1 +1,1 @@
-"""What keeps a run alive and notices when it is not."""
+"""Run health: monitoring, recovery, locks and signals."""

@@ -1,21 +1,21 @@
-"""Work that may fail on some ranks only: then all fail alike, and none waits for the others."""
+"""Work that may fail on some ranks only: all ranks then fail together, and none hangs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-if TYPE_CHECKING:  # it needs DeepSpeed
+if TYPE_CHECKING:  # requires DeepSpeed
     from megagrow.engine.comm import Comm
 
 T = TypeVar("T")
 
 
 def on_all(comm: Comm, work: Callable[[], T]) -> T:
-    """Work on every rank; returns this rank's result.
+    """Run work on every rank; returns this rank's result.
 
     Raises:
-        Exception: the rank's own, where it failed; else, a MegagrowError that tells another's.
+        Exception: the rank's own if it failed; otherwise a MegagrowError with another rank's.
     """
     results: list[T] = []
     failure: Exception | None = None
@@ -28,7 +28,7 @@ def on_all(comm: Comm, work: Callable[[], T]) -> T:
 
 
 def on_first(comm: Comm, work: Callable[[], T]) -> T:
-    """Work on rank 0 alone; every rank returns its result, a small object.
+    """Run work on rank 0 alone; every rank returns its result, a small object.
 
     Raises:
         Exception: as `on_all`.

@@ -1,4 +1,4 @@
-"""A dataset's checksums, compared by rank 0 beside what the job does to start."""
+"""Rank 0 checks a dataset's checksums in the background while the job starts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megagrow.train.health.agree import on_first
 
 
 class DataCheck:
-    """Reads all of a dataset once, where `data.verify` is on; begins at once.
+    """Reads a whole dataset once if `data.verify` is on; starts at once.
 
-    The thread ends with the process, so nothing waits for it but `settle`.
+    The thread ends with the process, so only `settle` waits for it.
     """
 
     def __init__(self, *, config: Config, data: PreparedData, comm: Comm) -> None:
@@ -34,13 +34,13 @@ class DataCheck:
         return f"data: {size / 1e6:,.1f} MB agree with their checksums ({seconds:.1f} s)"
 
     def settle(self, begin: Callable[[str], object]) -> str:
-        """Wait for the end; all ranks call together.
+        """Wait for the check to finish; all ranks call together.
 
         Args:
-            begin: is told again and again that this is what the run does.
+            begin: called repeatedly with what the run is doing.
 
         Returns:
-            What was found, in words.
+            The result, in words.
 
         Raises:
             DataError: on all ranks, if a file differs from its checksum.
@@ -60,7 +60,7 @@ class DataCheck:
 
 @contextmanager
 def told_by_its_rank(comm: Comm) -> Iterator[None]:
-    """A fault of the samples of one rank is printed there: no other meets it."""
+    """Print an error in one rank's samples on that rank, since no other rank sees it."""
     try:
         yield
     except DataError as error:

@@ -1,6 +1,6 @@
-"""Checks before the first minute is spent: do all hosts of a job agree, and can they work together.
+"""Checks before training starts: do all hosts of a job agree, and can they work together?
 
-Every rank runs them once it has joined.  What they find is the same on all ranks, so all raise
+Every rank runs them once it has joined.  The findings are the same on all ranks, so all raise
 the same error, which names the hosts.
 """
 
@@ -32,12 +32,12 @@ from megagrow.train.opening import existing, require_disk
 from megagrow.train.run_plan import RunPlan
 
 CLOCK_SKEW = 30.0  # seconds between two hosts
-_SEEN_WITHIN = 10.0  # seconds until a file on a network file system shows on other hosts
+_SEEN_WITHIN = 10.0  # seconds until a file on a network file system is visible on other hosts
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one rank knows.
+    """What one rank reports.
 
     Attributes:
         code: hash of the package's files.
@@ -57,17 +57,17 @@ class Facts:
 
     @property
     def where(self) -> str:
-        """The rank in words."""
+        """The rank and its host, as text."""
         return f"rank {self.rank} on {self.host}"
 
 
 def preflight(*, config: Config, plan: RunPlan, data: PreparedData, comm: Comm) -> None:
-    """Refuse to start where hosts differ in what must be the same, or lack what they need.
+    """Refuse to start if hosts differ in what must be the same, or lack what they need.
 
     Raises:
-        ConfigError: another version of the code, or another configuration, on some host.
-        DataError: another dataset on some host.
-        TrainingError: clocks too far apart, too little disk, or a run.dir that is not shared.
+        ConfigError: a host has another version of the code, or another configuration.
+        DataError: a host has another dataset.
+        TrainingError: clocks differ too much, too little disk, or a run.dir that is not shared.
     """
     settings = dict(_flat(config.model_dump(mode="json", by_alias=True)))
     comm.barrier()
@@ -96,11 +96,11 @@ def preflight(*, config: Config, plan: RunPlan, data: PreparedData, comm: Comm) 
 def require_agreement(
     facts: Sequence[Facts], *, settings_of: Callable[[], list[dict[str, Any]]]
 ) -> None:
-    """Refuse a rank that differs from rank 0 in code, versions, configuration or data.
+    """Reject a rank that differs from rank 0 in code, versions, configuration or data.
 
     Args:
-        facts: of all ranks, in their order.
-        settings_of: gives the flat configuration of every rank; called on all ranks or none.
+        facts: of all ranks, in rank order.
+        settings_of: returns every rank's flat configuration; called on all ranks or none.
     """
     code = "bring all hosts to the same version of the code"
     versions = "install the same versions on all hosts: pip install -c constraints.txt"
@@ -130,7 +130,7 @@ def require_agreement(
 
 
 def require_clocks(facts: Sequence[Facts]) -> None:
-    """Refuse clocks that are so far apart that logs and file times would mislead."""
+    """Reject clocks so far apart that logs and file times would be misleading."""
     slow, fast = min(facts, key=lambda f: f.clock), max(facts, key=lambda f: f.clock)
     if fast.clock - slow.clock > CLOCK_SKEW:
         raise TrainingError(
@@ -143,7 +143,7 @@ def require_clocks(facts: Sequence[Facts]) -> None:
 
 @cache
 def code_hash() -> str:
-    """Of all Python files of the package, with their names."""
+    """Hash of all Python files of the package, with their names."""
     package = Path(megagrow.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
@@ -156,12 +156,12 @@ def code_hash() -> str:
 
 
 def require_shared(run_dir: Path, *, comm: Comm, witnesses: Sequence[int]) -> None:
-    """Refuse a run.dir that is another directory on another host, or cannot be written there.
+    """Reject a run.dir that is a different directory on another host, or not writable there.
 
-    Rank 0 writes a secret that one rank of each host must find, and the reverse.
+    Rank 0 writes a secret that one rank of each host must find, and vice versa.
 
     Args:
-        run_dir: as configured; where it is not there yet, what is above it.
+        run_dir: as configured; if it does not exist yet, its nearest existing parent is checked.
         witnesses: one rank of each host.
     """
     here = socket.gethostname()
@@ -225,11 +225,11 @@ def require_shared(run_dir: Path, *, comm: Comm, witnesses: Sequence[int]) -> No
 
 
 def _appears(path: Path, content: str) -> bool:
-    """Whether a file is there, or comes to be: network file systems remember absent names."""
+    """Wait until the file becomes visible (NFS caches negative lookups)."""
     end = time.monotonic() + _SEEN_WITHIN
     while True:
         try:
-            os.listdir(path.parent.parent)  # has an NFS client ask its server again
+            os.listdir(path.parent.parent)  # makes an NFS client ask its server again
             if path.read_text(encoding="utf-8") == content:
                 return True
         except OSError:
@@ -239,7 +239,7 @@ def _appears(path: Path, content: str) -> bool:
         time.sleep(0.1)
 
 
-# --- words ----------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------
 
 
 def _versions() -> str:

@@ -1,8 +1,8 @@
-"""What to do about a loss or gradient that is not finite, or far above what it was.
+"""What to do about a loss or gradient that is not finite, or that spikes.
 
-First such steps are passed over: they leave no update behind.  After too many in a row the run
-goes back to its last checkpoint and passes over the data that led there (as was done for PaLM,
-Chowdhery et al., arXiv 2204.02311, section 5.1).  After too many of those it stops.
+Such steps are first skipped: their update is not applied.  After too many in a row the run
+rolls back to its last checkpoint and skips the data that led there (as for PaLM, Chowdhery et
+al., arXiv 2204.02311, section 5.1).  After too many rollbacks it stops.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 from megagrow.config import RecoveryConfig
 from megagrow.errors import TrainingError
 
-WINDOW = 32  # losses that a new one is compared with
+WINDOW = 32  # number of recent losses that a new one is compared with
 _ENOUGH = 8
 
 
-class RollBack(Exception):  # noqa: N818 - not an error: the run goes back and goes on
-    """Leaves the step loop for the last checkpoint.
+class RollBack(Exception):  # noqa: N818 - not an error: the run rolls back
+    """Leaves the step loop to return to the last checkpoint.
 
     Attributes:
-        why: what was found, in words.
-        ranks: where, one entry a rank.
+        why: the fault, in words.
+        ranks: which ranks saw it, one entry per rank.
     """
 
     def __init__(self, why: str, ranks: Sequence[str]) -> None:
@@ -33,11 +33,11 @@ class RollBack(Exception):  # noqa: N818 - not an error: the run goes back and g
 
 
 class StepGuard:
-    """Judges steps; every rank has one, and all come to the same answers.
+    """Judges steps; every rank has one, and all reach the same verdicts.
 
     Args:
         config: the limits.
-        scaled: whether fp16's loss scaling looks after gradients that overflow.
+        scaled: whether fp16 loss scaling already handles overflowing gradients.
     """
 
     def __init__(self, config: RecoveryConfig, *, scaled: bool) -> None:
@@ -47,7 +47,7 @@ class StepGuard:
         self._in_a_row = 0
 
     def begin(self, recent: Sequence[float]) -> None:
-        """A step begins; `recent` are the losses of the last good ones."""
+        """Start a step; `recent` are the losses of the last good ones."""
         self._recent, self._fault = recent, None
 
     def accept(self, loss: float, grad_norm: float) -> bool:
@@ -55,7 +55,7 @@ class StepGuard:
 
         Args:
             loss: mean over all ranks, nats per token.
-            grad_norm: of the whole gradient before clipping.
+            grad_norm: global gradient norm before clipping.
         """
         self._fault = fault(
             loss=loss, grad_norm=grad_norm, recent=self._recent, spike=self.config.spike
@@ -65,12 +65,12 @@ class StepGuard:
     def passes_over(
         self, *, step: int, losses: Sequence[float], grad_norm: float, applied: bool
     ) -> str | None:
-        """What is wrong with a step that is over and left no update, or None for a good one.
+        """The fault of a finished step that left no update, or None for a good one.
 
         Raises:
-            RollBack: its update was applied, or it is one bad step too many.
+            RollBack: its update was applied, or there were too many bad steps in a row.
         """
-        # DeepSpeed passes over some steps by itself, without asking, as under ZeRO 1 and 2.
+        # DeepSpeed skips some steps by itself, without asking, as under ZeRO 1 and 2.
         why = self._fault or fault(
             loss=sum(losses),
             grad_norm=0.0 if self._scaled else grad_norm,
@@ -91,7 +91,7 @@ class StepGuard:
 def fault(
     *, loss: float, grad_norm: float, recent: Sequence[float], spike: float | None
 ) -> str | None:
-    """What is wrong with a step, in words, or None."""
+    """The fault of a step, in words, or None."""
     if not math.isfinite(loss):
         return "the loss is not finite"
     if not math.isfinite(grad_norm):
@@ -110,27 +110,27 @@ def is_spike(loss: float, recent: Sequence[float], factor: float | None) -> bool
 
 
 def remember(recent: Sequence[float], loss: float) -> tuple[float, ...]:
-    """The recent losses with one more, the oldest dropped."""
+    """The recent losses with one appended and the oldest dropped."""
     return (*recent, loss)[-WINDOW:]
 
 
 def no_way_back(
     bad: RollBack, *, last_good: Path | None, recovery: RecoveryConfig, rollbacks: int
 ) -> TrainingError:
-    """What ends a run that may not go back (again).
+    """The error that ends a run that may not roll back (again).
 
     Args:
-        bad: what was found.
+        bad: the fault.
         last_good: the newest checkpoint, if there is one.
         recovery: the limits.
-        rollbacks: how often the run went back already.
+        rollbacks: how many times the run has rolled back.
     """
     return TrainingError(
-        f"{bad.why}; the run stops, and nothing of this step is saved",
+        f"{bad.why}; the run stops without saving this step",
         found=", ".join(bad.ranks) or bad.why,
-        expected=f"numbers that are finite and no spikes, after {recovery.skip} steps passed "
-        f"over (recovery.skip) and {rollbacks} of {recovery.rollback} returns to a "
-        "checkpoint (recovery.rollback)",
+        expected=f"numbers that are finite and no spikes, after {recovery.skip} skipped "
+        f"steps (recovery.skip) and {rollbacks} of {recovery.rollback} rollbacks "
+        "(recovery.rollback)",
         fix=f"resume from the last good checkpoint ({last_good or 'none was saved yet'}) with a "
         "lower optimizer.lr, a longer schedule.warmup, or optimizer.grad_clip of at most 1",
     )

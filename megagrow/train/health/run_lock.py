@@ -1,4 +1,4 @@
-"""The directory of a run belongs to one job at a time."""
+"""The lock on a run's directory, which belongs to one job at a time."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ from megagrow.files import write_atomically
 from megagrow.lock import NAME, Lock, acquire, holding_output
 from megagrow.train.health.agree import on_all, on_first
 
-if TYPE_CHECKING:  # it needs DeepSpeed
+if TYPE_CHECKING:  # requires DeepSpeed
     from megagrow.engine.comm import Comm
 
 RUN_ID = "run_id"  # a file in run.dir
 
 
 class RunLock:
-    """The lock of run.dir, which rank 0 holds for the whole job.
+    """The lock of run.dir, held by rank 0 for the whole job.
 
     Args:
         comm: the job.
-        lock: on rank 0; None on the others, and where nobody needs one.
+        lock: on rank 0; None on the others, and if no lock is needed.
     """
 
     def __init__(self, comm: Comm, lock: Lock | None = None) -> None:
         self._comm, self._lock = comm, lock
 
     def lost(self) -> bool:
-        """Whether this rank holds it no more."""
+        """Whether this rank has lost the lock."""
         return self._lock is not None and bool(self._lock.lost())
 
     def require(self) -> None:
-        """Refuse to go on without it; only rank 0 can tell.
+        """Raise if the lock is lost; only rank 0 can detect it.
 
         Raises:
-            LockError: it was lost: run.dir was removed, or another job took it over.
+            LockError: it was lost: run.dir was removed, or another job took over.
         """
         if self._lock is not None:
             self._lock.require()
 
     def require_on_all(self) -> None:
-        """As `require`, on all ranks together."""
+        """Like `require`, on all ranks together."""
         on_first(self._comm, self.require)
 
 
 @contextlib.contextmanager
 def holding_run(config: Config, comm: Comm) -> Iterator[RunLock]:
-    """Hold run.dir, which is made if need be, while the block lasts; all ranks call together.
+    """Hold run.dir, creating it if needed, for the duration of the block; all ranks call together.
 
     Raises:
-        LockError: on all ranks, where another job has it and keeps it for `run.wait` seconds.
+        LockError: on all ranks, if another job still holds it after `run.wait` seconds.
     """
     directory = Path(config.run.dir)
     locks: list[Lock] = []
@@ -78,17 +78,17 @@ def holding_run(config: Config, comm: Comm) -> Iterator[RunLock]:
     finally:
         for lock in locks:
             lock.release()
-        if fresh:  # of a run that was refused, nothing is left
+        if fresh:  # a refused run leaves nothing behind
             with contextlib.suppress(OSError):
                 directory.rmdir()
 
 
 @contextlib.contextmanager
 def holding_together(output: Path, comm: Comm | None) -> Iterator[None]:
-    """Hold a command's output for all ranks; without processes, for this one.
+    """Hold a command's output for all ranks, or for a single process.
 
     Raises:
-        LockError: on all ranks, where another job has it.
+        LockError: on all ranks, if another job holds it.
     """
     with contextlib.ExitStack() as held:
 
@@ -103,14 +103,14 @@ def holding_together(output: Path, comm: Comm | None) -> Iterator[None]:
 
 
 def run_id(directory: Path, *, new: bool = False) -> str:
-    """The run's random name, which no other run has, wherever it lives; made where there is none.
+    """The run's globally unique random name; created if there is none.
 
     Args:
         directory: run.dir, which this job holds.
-        new: make one in any case: another run begins in the directory.
+        new: always create one, because another run begins in the directory.
 
     Raises:
-        TrainingError: the file that keeps it holds something else.
+        TrainingError: its file holds something else.
         OSError: it cannot be read or written.
     """
     path = directory / RUN_ID
@@ -119,9 +119,9 @@ def run_id(directory: Path, *, new: bool = False) -> str:
     found = path.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[\w-]{1,64}", found):
         raise TrainingError(
-            f"{path}: not the name of a run",
+            f"{path}: not a valid run id",
             found=repr(found[:80]),
             expected="up to 64 letters, digits, - and _",
-            fix=f"rm {path}: it is then made anew",
+            fix=f"rm {path}: a new one is then created",
         )
     return found

@@ -1,17 +1,17 @@
-"""Signals that ask a run to save and leave: SIGTERM, SIGUSR1 as schedulers send it ahead, Ctrl-C.
+"""Signals that make a run save and exit: SIGTERM, SIGUSR1 (from schedulers) and Ctrl-C.
 
-    while                          the first signal              a second Ctrl-C (SIGINT)
-    it starts, up to its engine    ends it: nothing is lost      ends it at once
-    the engine is made, training,  the next safe point: the      ends it at once, whatever it is
-    validation, a save, a growth   state is saved, then it ends  doing; the last checkpoint stays
+    during                         the first signal              a second Ctrl-C (SIGINT)
+    start-up, before the engine    ends it: nothing is lost      ends it at once
+    engine creation, training,     at the next safe point the    ends it at once, whatever it is
+    validation, a save, a growth   state is saved; then it ends  doing; the last checkpoint stays
 
 Safe points are the end of a step, of a validation, of a save, and of the first step after a
-growth.  The exit status is 130 after Ctrl-C, as of any command that a person interrupts, and 75
-after the others, on which schedulers start a job again.
+growth.  The exit status is 130 after Ctrl-C, as for any interrupted command, and 75 after the
+other signals, upon which schedulers restart a job.
 
 Python runs a handler only between two instructions of the main thread, which may be in a
-collective that never returns.  So a thread takes part: the system writes the number of every
-signal to a socket of its own.
+collective that never returns.  A thread therefore helps: the system writes the number of every
+signal to a socket that it reads.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from megagrow.cluster.lifeline import STATUS_INTERRUPTED, STATUS_STOPPED
 from megagrow.cluster.signals import taking
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_ONE_PRESS = 0.5  # seconds: launchers and shells may pass on a Ctrl-C that came already
+_ONE_PRESS = 0.5  # seconds: launchers and shells may pass on a Ctrl-C that has already arrived
 _UNWIND = 5.0  # seconds for a run that is still starting to end by itself
 
 
 class StoppedWhileStarting(BaseException):
-    """A signal came before the run had anything to save.
+    """A signal arrived before the run had anything to save.
 
     Attributes:
         signal: its number.
@@ -51,12 +51,12 @@ class StopRequest:
     """Whether this rank was asked to stop; the ranks agree on it at safe points.
 
     Args:
-        speaking: whether this is the rank that talks to the user.
+        speaking: whether this rank talks to the user.
 
     Attributes:
-        signal: the number of the signal to act on, or 0: SIGINT if it came, else the first.
+        signal: the number of the signal to act on, or 0: SIGINT if received, else the first.
         deferring: whether there is a next safe point; else a signal ends the process.
-        last_saved: the checkpoint that a run ended at once goes on from.
+        last_saved: the checkpoint from which a run that ends at once can resume.
     """
 
     def __init__(self, *, speaking: bool = True) -> None:
@@ -64,14 +64,14 @@ class StopRequest:
         self.deferring = False
         self.last_saved: Path | None = None
         self._speaking = speaking
-        self._pressed = 0.0  # when Ctrl-C came first
-        self._patience: float | None = None  # of the thread, after a signal that is not deferred
+        self._pressed = 0.0  # when Ctrl-C first arrived
+        self._patience: float | None = None  # after a signal that is not deferred
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Take the signals while it lasts; what they did before is put back afterwards."""
+        """Handle the signals within the block; restores the previous handlers afterwards."""
         if threading.current_thread() is not threading.main_thread():
-            yield self  # only the main thread may take signals
+            yield self  # only the main thread may handle signals
             return
         numbers, written = socket.socketpair()
         written.setblocking(False)
@@ -87,7 +87,7 @@ class StopRequest:
                 listener.join()
 
     def _heard(self, number: int, _: FrameType | None) -> None:
-        """In the main thread, as soon as Python gets to it."""
+        """Runs in the main thread, as soon as Python gets to it."""
         self._note(number)
         if not self.deferring:
             raise StoppedWhileStarting(self.signal)
@@ -99,7 +99,7 @@ class StopRequest:
     # --- the thread -------------------------------------------------------------------------
 
     def _hear(self, numbers: socket.socket) -> bool:
-        """Wait for signals and act on what cannot wait for the main thread; True at the end."""
+        """Wait for signals; act on those that cannot wait for the main thread; True at the end."""
         numbers.settimeout(self._patience)
         try:
             heard = numbers.recv(64)
@@ -133,29 +133,29 @@ class StopRequest:
             )
 
     def _say(self, text: str) -> None:
-        """Past Python's streams, which the main thread may hold."""
+        """Bypass Python's streams, whose locks the main thread may hold."""
         if self._speaking:
             with contextlib.suppress(OSError):
                 os.write(2, f"\n{text}\n".encode())
 
 
 def agreed(signals: Iterable[float]) -> int:
-    """The signal that all ranks act on, of what each of them heard: SIGINT before the others."""
+    """The signal that all ranks act on, given what each received: SIGINT before the others."""
     return int(min((number for number in signals if number), default=0))
 
 
 def exit_status(number: int) -> int:
-    """The status of a run that a signal ended; 0 without one."""
+    """The exit status of a run that a signal ended; 0 without one."""
     if not number:
         return 0
     return STATUS_INTERRUPTED if number == signal.SIGINT else STATUS_STOPPED
 
 
 def left(checkpoint: Path | None) -> str:
-    """What a run that ended has to go on from, in words."""
+    """The checkpoint that an ended run can resume from, in words."""
     if checkpoint is None:
         return "it has no checkpoint, so the next start begins at step 0"
-    return f"its last checkpoint is {checkpoint}, from which --resume auto goes on"
+    return f"its last checkpoint is {checkpoint}, from which --resume auto continues"
 
 
 def signal_name(number: int) -> str:

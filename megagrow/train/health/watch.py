@@ -1,8 +1,7 @@
-"""Keeps an eye on a run from inside each rank: progress, heartbeats, who holds the others up.
+"""Monitors a run from inside each rank: progress, heartbeats, and which rank blocks the others.
 
-A thread samples what the main thread does.  Every rank tells all others about itself through
-the job's key-value store, so that a job that stands still can say which rank is the cause,
-under any launcher.
+A thread samples what the main thread does.  Every rank publishes its status through the job's
+key-value store, so that a job that hangs can say which rank is the cause, under any launcher.
 """
 
 from __future__ import annotations
@@ -33,42 +32,42 @@ from megagrow.engine.comm import Comm
 LOGS = "logs"
 STALLED = 1  # exit status of a rank that the watch ends
 _SAMPLE_SECONDS = 0.05
-# What a store raises whose host is gone: torch.distributed's own errors are RuntimeErrors.
+# What a store raises if its host is gone: torch.distributed's own errors are RuntimeErrors.
 _STORE_ERRORS = (RuntimeError, OSError)
-_number = itertools.count()  # several jobs may follow each other in one process
-# A frame in one of these files, or a line that says one of these words, waits for other ranks.
+_number = itertools.count()  # several jobs may run in one process, one after the other
+# A frame in one of these files, or a line with one of these words, waits for other ranks.
 _COLLECTIVE_FILES = ("distributed_c10d.py", "engine/comm.py")
 _WAITING_WORDS = (".wait(", ".synchronize(")
 
 
 class Store(Protocol):
-    """The part of `torch.distributed.Store` that the watch uses; a client of its own."""
+    """The part of `torch.distributed.Store` that the watch uses, on its own connection."""
 
     def set(self, key: str, value: str) -> None:
-        """Put a value."""
+        """Set a value."""
         ...
 
     def multi_get(self, keys: Sequence[str]) -> Sequence[bytes]:
-        """Values of keys, waiting for those that are not there yet."""
+        """Values of keys, waiting for those that do not exist yet."""
         ...
 
     def check(self, keys: Sequence[str]) -> bool:
-        """Whether all keys are there."""
+        """Whether all keys exist."""
         ...
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        """Put `desired` where the key has `expected` or is new; returns what is there then."""
+        """Set `desired` if the key has `expected` or is new; returns the resulting value."""
         ...
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank tells about itself.
+    """A rank's status report.
 
     Attributes:
-        rank, host, pid: who.
-        count: grows with every beat; one that stands still is a rank that is gone or stopped.
-        doing: the last thing that it began, in words.
+        rank, host, pid: its identity.
+        count: grows with every report; if it stops growing, the rank is dead or stopped.
+        doing: what it last began, in words.
         waiting: the collective that its main thread is in, or "".
         idle: seconds since it last made progress.
     """
@@ -83,7 +82,7 @@ class Beat:
 
     @property
     def name(self) -> str:
-        """The rank in words."""
+        """The rank, its host and process, as text."""
         return f"rank {self.rank} on {self.host} (pid {self.pid})"
 
 
@@ -92,10 +91,10 @@ class Watch:
 
     Args:
         rank, world: of this process.
-        config: limits.
-        store: the job's store, by a connection that nobody else uses; None for a job alone.
-        log: this rank's own log file, made when the first line is written to it.
-        exit: what ends the process (tests give another).
+        config: the limits.
+        store: the job's store, on a connection of the watch's own; None for a single process.
+        log: this rank's own log file, created when the first line is written.
+        exit: ends the process (replaced in tests).
     """
 
     def __init__(
@@ -119,10 +118,10 @@ class Watch:
         self._main = threading.get_ident()
         self._next_beat = 0.0
         self._thread = Loop("megagrow-watch", self._look, every=_SAMPLE_SECONDS)
-        # Beats need not be more often than is useful, nor crowd the store of a large job.
+        # Report no more often than is useful, and do not overload the store of a large job.
         self._period = max(min(1.0, config.stall / 4), world / 1000)
 
-    # --- what the main thread calls ---------------------------------------------------------
+    # --- called by the main thread ----------------------------------------------------------
 
     def __enter__(self) -> Watch:
         self._thread.start()
@@ -132,29 +131,29 @@ class Watch:
         self._thread.stop(timeout=2 * self._period)
 
     def begin(self, what: str, *, step: int, slow: bool = False) -> None:
-        """Say what begins now; it counts as progress.
+        """Say what begins now; this counts as progress.
 
         Args:
             what: in words, for instance ``step 41``.
-            step: optimizer steps done.
-            slow: may take `watch.slow` seconds rather than `watch.stall`.
+            step: number of optimizer steps done.
+            slow: whether it may take `watch.slow` seconds rather than `watch.stall`.
         """
         self._doing, self._step, self._since = what, step, time.monotonic()
         self._limit = self.config.slow if slow else self.config.stall
 
     def busy_share(self) -> float:
-        """Of the time since the last call, the share in which this rank did not wait for others."""
+        """The share of time since the last call in which this rank did not wait for others."""
         seen, waiting = self._samples
         self._samples = [0, 0]
         return 1.0 - waiting / seen if seen else 1.0
 
     def note(self, text: str) -> None:
-        """A line in this rank's own log."""
+        """Write a line to this rank's own log."""
         with contextlib.suppress(OSError), self._open_log() as file:
             print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}", file=file)
 
     def explain(self) -> str:
-        """Which rank is the cause where this one lost the others; waits for a few beats."""
+        """Which rank caused this one to lose the others; waits for a few heartbeats."""
         if self._store is None:
             return ""
         try:
@@ -167,22 +166,22 @@ class Watch:
             return f"the cause could not be found ({type(error).__name__}: {_first_line(error)})"
 
     def speaks_first(self) -> bool:
-        """Whether this rank is the first to tell of a failure; the others need not repeat it."""
+        """Whether this rank is the first to report a failure, so that the others need not."""
         if self._store is None:
             return True
         try:
             mine = str(self.rank)
             return self._store.compare_set(f"{self._key}/speaker", "", mine).decode() == mine
         except _STORE_ERRORS:
-            return True  # nobody can be asked
+            return True  # there is no rank to ask
         except Exception as error:
-            background.report("the watch, asking who tells of the failure", error)
+            background.report("the watch, choosing who reports the failure", error)
             return True
 
     # --- the thread -------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """One turn.  No part of it may keep the last one, which ends the job, from its turn."""
+        """One iteration.  No part may prevent the last one, which ends the job, from running."""
         waiting, told_to_end = "", False
         with self._thread.faults.reported("looking at what the main thread does"):
             waiting = self._waiting()
@@ -202,7 +201,7 @@ class Watch:
             self._stalled(idle)
 
     def _beat(self, waiting: str, idle: float) -> bool:
-        """Tell the others; False where one of them has found that the job stands still."""
+        """Publish this rank's status; False if another rank has found that the job hangs."""
         if self._store is None:
             return True
         self._count += 1
@@ -213,10 +212,10 @@ class Watch:
             self._store.set(f"{self._key}/beat/{self.rank}", json.dumps(asdict(beat)))
             return not self._store.check([f"{self._key}/ending"])
         except _STORE_ERRORS:
-            return True  # the store's host is gone: collectives or the stall limit will tell
+            return True  # the store's host is gone: collectives or the stall limit will show it
 
     def _stalled(self, idle: float) -> None:
-        """End this rank, having told of the stall as far as that can be done."""
+        """End this rank, after reporting the stall as far as possible."""
         with self._thread.faults.reported("telling of a stall"):
             self._tell_of_stall(idle)
         with self._thread.faults.reported("writing stacks"):
@@ -231,7 +230,7 @@ class Watch:
             f"  found:    rank {self.rank} on {self._host} was doing: {self._doing}; {cause}\n"
             f"  expected: progress within watch.stall = {self.config.stall:g} s "
             f"(watch.slow = {self.config.slow:g} s while starting, growing and saving)\n"
-            f"  fix:      the stacks of all ranks are in {self.log.parent}; then go on from the "
+            f"  fix:      the stacks of all ranks are in {self.log.parent}; then resume from the "
             "last checkpoint with --resume auto, or raise watch.stall"
         )
         if self.speaks_first():
@@ -257,17 +256,17 @@ class Watch:
         return waits_in(frame) if frame is not None else ""
 
     def _two_looks(self) -> tuple[list[Beat], list[Beat]]:
-        """The beats of all ranks now and two periods later."""
+        """The heartbeats of all ranks, now and two periods later."""
         first = self._beats()
         for _ in range(3):
             time.sleep(0.8 * self._period)
-            # This rank is here and looks; it must not be taken for one that is gone.
+            # This rank is alive and looking; it must not be taken for dead.
             self._beat(self._waiting(), time.monotonic() - self._since)
         came_up = {beat.rank for beat in first}
         return first, [beat for beat in self._beats() if beat.rank in came_up]
 
     def _beats(self) -> list[Beat]:
-        """Of the ranks that have come up."""
+        """The heartbeats of the ranks that have started."""
         assert self._store is not None
         keys = [f"{self._key}/beat/{rank}" for rank in range(self.world)]
         there = [key for key in keys if self._store.check([key])]
@@ -279,15 +278,15 @@ class Watch:
             faulthandler.dump_traceback(file=file, all_threads=True)
 
     def _open_log(self) -> TextIO:
-        # Without parents: a run.dir that was removed must not come back as a few logs.
+        # Not the parents: a run.dir that was removed must not be recreated just for logs.
         self.log.parent.mkdir(exist_ok=True)
         return open(self.log, "a", encoding="utf-8")
 
 
 def waits_in(frame: FrameType) -> str:
-    """The collective that a stack is in, or "".
+    """The collective that a stack waits in, or "".
 
-    An estimate: Python sees the call into a collective, not what a GPU's queue waits for.
+    An estimate: Python sees the call of a collective, not what a GPU stream waits for.
     """
     innermost, found = frame, ""
     while frame is not None:
@@ -297,16 +296,16 @@ def waits_in(frame: FrameType) -> str:
         frame = frame.f_back  # type: ignore[assignment]
     if found:
         return found
-    number = innermost.f_lineno  # None at an instruction that stands for no line
+    number = innermost.f_lineno  # None at an instruction without a line
     line = linecache.getline(innermost.f_code.co_filename, number) if number is not None else ""
     return innermost.f_code.co_name if any(word in line for word in _WAITING_WORDS) else ""
 
 
 def blame(first: Sequence[Beat], then: Sequence[Beat], *, world: int) -> str:
-    """Which ranks hold the others up, from two looks at the beats of all.
+    """Which ranks block the others, from two rounds of heartbeats.
 
-    In turn: ranks that never came up; ranks whose beats stopped; ranks that wait for nobody
-    while others do; the rank that is longest without progress.
+    In order: ranks that never started; ranks whose heartbeats stopped; ranks that wait for no
+    one while others do; the rank that has gone longest without progress.
     """
     missing = sorted(set(range(world)) - {beat.rank for beat in then})
     if missing:
@@ -332,7 +331,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def watching(comm: Comm, config: Config) -> Iterator[Watch]:
-    """The watch of this rank of a job, while it lasts."""
+    """Run this rank's watch for the duration of the block."""
     watch = _watch(comm, config, comm.store() if comm.world > 1 else None)
     comm.limit_collectives(config.watch.slow)
     with (
@@ -345,7 +344,7 @@ def watching(comm: Comm, config: Config) -> Iterator[Watch]:
 
 
 def unwatched(comm: Comm, config: Config) -> Watch:
-    """A watch whose thread is never started: it takes what it is told, and does nothing."""
+    """A watch whose thread is never started: it accepts calls and does nothing."""
     return _watch(comm, config, None)
 
 
@@ -356,9 +355,9 @@ def _watch(comm: Comm, config: Config, store: Store | None) -> Watch:
 
 @contextlib.contextmanager
 def _stacks_on_request(log: Path) -> Iterator[None]:
-    """While it lasts, SIGUSR2 writes the stacks of this process to its log, and so does a crash."""
+    """Within the block, SIGUSR2 writes this process's stacks to its log, and so does a crash."""
     with contextlib.ExitStack() as held:
-        # What is wrong with the directory is told where the run's own log is opened.
+        # A fault of the directory is reported where the run's own log is opened.
         with contextlib.suppress(OSError):
             log.parent.mkdir(exist_ok=True)
             file = held.enter_context(open(log, "a", encoding="utf-8"))

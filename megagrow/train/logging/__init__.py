@@ -1,1 +1,1 @@
-"""What a run says: its log, its progress line, TensorBoard."""
+"""A run's output: log, progress line, TensorBoard and other mirrors."""

@@ -1,4 +1,4 @@
-"""Diagnostics of growths in a run: when they are made, and the mixing time."""
+"""Diagnostics of growths in a run: when to measure them, and the mixing time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megagrow.train.state import RunState
 
 
 class Diagnostics:
-    """What `train.growth_diagnostics` asks for.
+    """The diagnostics that `train.growth_diagnostics` enables.
 
     Args:
         config: the run.
@@ -27,9 +27,9 @@ class Diagnostics:
         self._known: dict[int, tuple[Watched, ...]] = {}
 
     def probe(self, engine: Engine, plan: RunPlan, state: RunState) -> Probe | None:
-        """What looks at the update that comes next; None where it is not its turn.
+        """A probe for the next update; None if it is not due.
 
-        It is every so many steps, from the first growth on, and of the last growth.
+        It is due at regular intervals after the first growth, for the last growth.
         """
         if self._every is None or (state.step + 1) % self._every:
             return None
@@ -47,10 +47,10 @@ class Diagnostics:
     def after_validation(
         self, state: RunState, loss: float, *, settled: bool
     ) -> tuple[RunState, bool]:
-        """The state after a validation, and whether the last growth's mixing time is over with it.
+        """The state after a validation, and whether it ends the last growth's mixing time.
 
         Args:
-            settled: whether it lies behind the stage's warm-up.
+            settled: whether the stage's warm-up is over.
         """
         if self._every is None:
             return state, False
@@ -60,7 +60,7 @@ class Diagnostics:
         return state.with_mixing(after), before.met is None and after.met is not None
 
     def after_growth(self, state: RunState, plan: RunPlan, index: int) -> RunState:
-        """The state at the start of a stage, whose growth is done."""
+        """The state at the start of a stage, after its growth."""
         if self._every is None or plan.stages[index].growth is None:
             return state
         law = run_law(self._config)

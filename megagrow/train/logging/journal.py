@@ -1,4 +1,4 @@
-"""What a run tells of itself: rank 0's lines on the terminal, its log, and the log's mirrors."""
+"""A run's reporting: rank 0's terminal output, its log, and the log's mirrors."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from megagrow.train.rates import in_words
 from megagrow.train.run_plan import Stage
 from megagrow.train.state import RunState
 
-STRAGGLER = 1.5  # a rank busy this many times as long as the median is told of
+STRAGGLER = 1.5  # a rank busy this many times as long as the median is reported
 
 
 class Journal:
-    """Of rank 0; the other ranks' is silent.
+    """Reports on rank 0; silent on the other ranks.
 
     Args:
         config: the run.
@@ -40,7 +40,7 @@ class Journal:
         speaking: whether this is rank 0.
 
     Attributes:
-        run_id: the run's random name, once `open` was called on rank 0; else "".
+        run_id: the run's random name, after `open` on rank 0; else "".
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class Journal:
         )
 
     def open(self, state: RunState, *, resumed: bool) -> None:
-        """Open the log: a new one, or at the state that a run is resumed from.
+        """Open the log: a new one, or the existing one at the state that a run resumes from.
 
         Raises:
             TrainingError: the run directory cannot be written.
-            DataError: the log to go on with is damaged.
+            DataError: the existing log is damaged.
         """
         self._progress.go_on_from(state.step)
         if not self._speaking:
@@ -70,7 +70,7 @@ class Journal:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._write_config()
-            # A start that another run of this directory came before is a run of its own.
+            # A fresh start in a directory that another run used is a new run.
             self.run_id = run_id(self._directory, new=not resumed)
             self._log = MetricsLog(
                 self._directory,
@@ -87,14 +87,13 @@ class Journal:
             ) from error
 
     def _write_config(self) -> None:
-        """Write config.yaml; one that was there and says something else is kept beside it."""
+        """Write config.yaml; keep an existing one with other content under another name."""
         path, text = self._directory / "config.yaml", dump_config(self.config).encode()
         if path.exists() and (before := path.read_bytes()) != text:
             kept = free_name(path)
             write_atomically(kept, before)
             self.say(
-                f"{path} had other settings, which {kept} keeps; to go on with those: "
-                f"--config {kept}"
+                f"{path} had other settings, now in {kept}; to continue with those: --config {kept}"
             )
         write_atomically(path, text)
 
@@ -105,15 +104,15 @@ class Journal:
             self._log = None
 
     def ends_at(self, total_steps: int) -> None:
-        """The run has another last step than planned."""
+        """Set a new last step for the run."""
         self._progress.ends_at(total_steps)
 
     def say(self, text: str) -> None:
-        """A line on the terminal."""
+        """Print a line on the terminal."""
         self._progress.say(text)
 
     def event(self, name: str, **fields: Any) -> None:
-        """A line in the log."""
+        """Write a line to the log."""
         if self._log is not None:
             self._log.event(name, **fields)
 
@@ -121,7 +120,7 @@ class Journal:
         self, state: RunState, *, loss: float, lr: float, grad_norm: float, seconds: float,
         stage: Stage,
     ) -> None:  # fmt: skip
-        """A step that left an update; `state` is the one after it."""
+        """Record a step whose update was applied; `state` is the one after it."""
         speed = stage.plan.tokens_per_step / seconds
         if self._log is not None:
             self._log.step(
@@ -143,25 +142,25 @@ class Journal:
         )
 
     def overflowed(self, state: RunState, *, scale: float) -> None:
-        """fp16 gradients overflowed, and the update was skipped."""
+        """Record an update skipped because fp16 gradients overflowed."""
         self.say(
             f"step {state.step}: fp16 gradients overflowed, no update; "
             f"the loss scale is {scale:g} now"
         )
 
     def passed_over(self, state: RunState, fault: str) -> None:
-        """A bad step left no update."""
+        """Record a bad step whose update was not applied."""
         self.event("passed_over", step=state.step, why=fault)
-        self.say(f"warning: step {state.step} is passed over, no update: {fault}")
+        self.say(f"warning: step {state.step} is skipped, no update: {fault}")
 
     def pace(self, state: RunState, busy: Sequence[float]) -> None:
-        """Which rank waits least for the others.
+        """Report which rank waits least for the others.
 
         Args:
             busy: per rank, the share of time in which it did not wait.
         """
         slowest = max(range(len(busy)), key=busy.__getitem__)
-        # Ranks that do almost nothing but wait must not make any other look slow.
+        # Ranks that do almost nothing but wait must not make another one look slow.
         ratio = busy[slowest] / max(statistics.median(busy), 0.05)
         host = self.hosts[slowest]
         if self._log is not None:
@@ -173,9 +172,9 @@ class Journal:
             )
 
     def lacks_validation(self, state: RunState) -> bool:
-        """Whether the log of a resumed run ends with the step of `state` and no validation of it.
+        """Whether the log of a resumed run ends with the step of `state` but lacks its validation.
 
-        A run that is asked to stop leaves after its step without the validation that was due.
+        A run that is asked to stop exits after its step, without the validation that was due.
         """
         if self._log is None:
             return False
@@ -188,7 +187,7 @@ class Journal:
         return "step" in found and "validation" not in found
 
     def validation(self, state: RunState, loss: float, *, stage: Stage) -> None:
-        """The loss of the fixed validation samples."""
+        """Record the loss on the fixed validation samples."""
         if self._log is not None:
             self._log.validation(
                 step=state.step,
@@ -200,11 +199,11 @@ class Journal:
         self.say(f"step {state.step}: validation loss {loss:.4f}")
 
     def average(self, state: RunState, loss: float, *, states: int, wanted: int) -> None:
-        """The loss of the mean of the last weights.
+        """Record the loss of the mean of the last weights.
 
         Args:
-            states: that are in the mean.
-            wanted: that would be, had the run not been resumed among them.
+            states: number of states in the mean.
+            wanted: the number without an interruption.
         """
         config = self.config.train.average
         assert config is not None
@@ -216,12 +215,12 @@ class Journal:
         )
 
     def diagnosed(self, state: RunState, found: Mapping[str, float]) -> None:
-        """What a look at the last update has shown (see `engine.probe`)."""
+        """Record the diagnostics of the last update (see `engine.probe`)."""
         if self._log is not None:
             self._log.diagnostics(step=state.step, tokens=state.tokens, found=found)
 
     def mixed(self, state: RunState, loss: float) -> None:
-        """The mixing time of the last growth is over (see `schedule.mixing`)."""
+        """Record the end of the last growth's mixing time (see `schedule.mixing`)."""
         assert state.mixing is not None and state.mixing.met is not None
         tokens, foretold = state.mixing.met, state.mixing.foretold(state.tokens)
         self.say(
@@ -247,7 +246,7 @@ class Journal:
         losses: tuple[float, float],
         parameters: tuple[int, int],
     ) -> None:
-        """A growth; each pair is before and after it."""
+        """Record a growth; each pair is before and after it."""
         old, new = stages
         if new.growth is None or new.grow is None:
             self.say(f"stage {new.index}: {old.layout} -> {new.layout}")
@@ -288,35 +287,35 @@ class Journal:
             )
 
     def saved(self, step: int, path: Path, *, is_new: bool) -> None:
-        """A checkpoint is committed."""
+        """Record a committed checkpoint."""
         if is_new:
             self.event("checkpoint", step=step, path=str(path))
         lifeline.say("saved", step=step)
 
     def save_failed(self, state: RunState, error: Exception, *, last_good: Path | None) -> None:
-        """A save failed, and the run goes on."""
+        """Record a failed save; the run continues."""
         self.event("save_failed", step=state.step, why=str(error))
         self.say(
-            f"warning: {error}\nThe run goes on; its last good checkpoint is "
+            f"warning: {error}\nThe run continues; its last good checkpoint is "
             f"{last_good or 'none'}, and the next save is tried as usual."
         )
 
     def goes_back(self, bad: RollBack, *, to: Path, beyond: int, count: int) -> None:
-        """The run is about to go back to a checkpoint, for the `count`-th time."""
+        """Record that the run is about to roll back to a checkpoint, for the `count`-th time."""
         self.say(
-            f"warning: {bad.why}; the run goes back to {to} and passes over the samples up to "
+            f"warning: {bad.why}; the run rolls back to {to} and skips the samples up to "
             f"{beyond:,} (recovery.rollback: {count} of {self.config.recovery.rollback})"
         )
 
     def end(
         self, state: RunState, *, total_steps: int, signal: int, checkpoint: Path | None
     ) -> None:
-        """This job is over, and with it the run, unless it was stopped before its last step.
+        """Record the end of this job, and of the run unless it was stopped before its last step.
 
         Args:
             total_steps: of the whole run.
-            signal: that asked for the end, or 0.
-            checkpoint: that the run can go on from.
+            signal: the signal that asked it to stop, or 0.
+            checkpoint: the one that the run can resume from.
         """
         self._progress.close()
         if self._log is None:
@@ -338,12 +337,12 @@ class Journal:
         try:
             self.say(f"report: {write_report(self._directory)}")
         except DataError as error:
-            # The run itself is whole: its state is saved, its log is closed.
+            # The run itself is complete: its state is saved, its log is closed.
             self.say(f"warning: no report of the run: {error}")
 
 
 def _foretold(state: RunState) -> dict[str, Any]:
-    """The curve of a fresh model of the grown shape, where it is known (`schedule.mixing`)."""
+    """The learning curve of a new model of the grown shape, if known (`schedule.mixing`)."""
     mixing = state.mixing
     if mixing is None or mixing.curve is None or mixing.born != state.tokens:
         return {}

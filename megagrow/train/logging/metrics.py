@@ -1,6 +1,6 @@
 """The log that a run writes: `metrics.jsonl`, and its mirror for TensorBoard.
 
-Rank 0 alone makes a `MetricsLog`.  The file's form and its reader are in
+Only rank 0 creates a `MetricsLog`.  The file's format and its reader are in
 `megagrow.report.log`.
 """
 
@@ -28,29 +28,29 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class MetricsLog:
-    """Appends to `run_dir/metrics.jsonl`, one write a line; mirrors scalars for TensorBoard.
+    """Appends to `run_dir/metrics.jsonl`, one write per line; mirrors scalars.
 
     Every line has `event` first and `time` (seconds since 1970) last.  `step`
-    counts finished optimizer steps, `tokens` and `flops` add up from the start
+    counts finished optimizer steps, `tokens` and `flops` accumulate from the start
     of the run, losses are in nats per token.  `growth_stage` of a growth line
     is the stage that the growth leads to.
 
     Args:
-        run_dir: made if it is not there.
-        mirrors: further places that scalars go to.
-        resume_step: None begins a new log; one that is already there is kept
-            under the name `metrics.N.jsonl`.  A number (the step of the
-            checkpoint) goes on with the log that is there, after cutting off
-            what a run that was killed later wrote beyond that step.
+        run_dir: created if it does not exist.
+        mirrors: other destinations of scalars.
+        resume_step: None starts a new log and keeps an existing one as
+            `metrics.N.jsonl`.  A number (the step of the checkpoint) continues
+            the existing log, after truncating what an interrupted run wrote
+            beyond that step.
         resume_stage: the growth stage of that checkpoint.  A growth does not
-            advance the step, so with it lines of later stages at `resume_step`
-            itself are cut off too.
+            advance the step, so lines of later stages at `resume_step` itself
+            are truncated too.
 
     Raises:
-        DataError: the log to go on with is damaged before its last line, behind the last step
-            of at most `resume_step`; earlier lines are not read (`launch/report.py` reads all).
+        DataError: the existing log is damaged before its last line, after the last step of at
+            most `resume_step`; earlier lines are not read (`launch/report.py` reads all).
         TrainingError: a line cannot be written.  On a full disk lines are kept in memory until
-            there is room again; `close` raises where there is none by then.
+            there is space again; `close` raises if there still is none.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class MetricsLog:
         else:
             _cut(self.path, step=resume_step, stage=resume_stage)
         self._mirrors = mirrors
-        self._pending = bytearray()  # lines that a full disk did not take
+        self._pending = bytearray()  # lines that did not fit on a full disk
         self._told = False
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         self._opened = os.fstat(self._file.fileno())
@@ -130,7 +130,7 @@ class MetricsLog:
         growth_stage: int,
         **more: Any,
     ) -> None:
-        """One growth; the two losses are of the same fixed validation batch.
+        """Record a growth; the two losses are of the same fixed validation batch.
 
         `more` may hold `model` and `layout`: the resolved sections of the new stage.
         """
@@ -163,24 +163,24 @@ class MetricsLog:
         self._mirror("growth", step, scalars)
 
     def diagnostics(self, *, step: int, tokens: int, found: Mapping[str, float]) -> None:
-        """A look at an update of a grown model."""
+        """Record the diagnostics of an update of a grown model."""
         self._write({"event": "growth_diagnostics", "step": step, "tokens": tokens, **found})
         self._mirror("growth_diagnostics", step, dict(found))
 
     def mixing(self, *, step: int, mixing_tokens: int, **more: Any) -> None:
-        """The end of a growth's mixing time."""
+        """Record the end of a growth's mixing time."""
         self._write({"event": "mixing", "step": step, "mixing_tokens": mixing_tokens, **more})
         self._mirror("growth", step, {"mixing_tokens": mixing_tokens})
 
     def pace(self, *, step: int, rank: int, host: str, ratio: float) -> None:
-        """The slowest rank, and how much longer it is busy than the median one."""
+        """Record the slowest rank, and how much longer it is busy than the median one."""
         self._write({"event": "pace", "step": step, "rank": rank, "host": host, "ratio": ratio})
         self._mirror("pace", step, {"slowest_rank": rank, "slowest_ratio": ratio})
 
     def event(self, name: str, **fields: Any) -> None:
-        """Any other event (`run_start`, `checkpoint`, `resume`, `end`), safe on disk on return.
+        """Record another event (`run_start`, `checkpoint`, `resume`, `end`); returns once on disk.
 
-        A line without a `step` belongs to the step of the line before it.
+        A line without a `step` belongs to the step of the previous line.
         """
         self._write({"event": name, **fields})
         with self._naming_faults():
@@ -195,7 +195,7 @@ class MetricsLog:
                 self._empty_pending()
                 if self._pending:
                     raise self._unwritable(
-                        f"{len(self._pending):,} bytes that the disk has no room for"
+                        f"{len(self._pending):,} bytes that do not fit on the disk"
                     )
             finally:
                 self._file.close()
@@ -208,7 +208,7 @@ class MetricsLog:
         self._empty_pending()
 
     def _empty_pending(self) -> None:
-        """Write what can be; the run goes on though the disk is full, and says so once."""
+        """Write what is possible; on a full disk the run continues, with one warning."""
         if self._pending:
             self._require_place()
         try:
@@ -228,10 +228,10 @@ class MetricsLog:
             self._told = False
 
     def _require_place(self) -> None:
-        """Refuse to go on with a file that nobody will find any more.
+        """Raise if the file is no longer reachable under its path.
 
         Raises:
-            TrainingError: the file was removed, or another one is in its place.
+            TrainingError: the file was removed or replaced.
         """
         try:
             there = os.path.samestat(os.stat(self.path), self._opened)
@@ -239,15 +239,15 @@ class MetricsLog:
         except FileNotFoundError:
             there, found = False, "no such file: it was removed or renamed"
         except OSError:
-            return  # the write itself will tell
+            return  # the write itself will fail
         if not there:
             self._pending.clear()
             raise TrainingError(
                 f"the run's log {self.path} is gone",
                 found=found,
                 expected="the file that this job has open",
-                fix="leave run.dir alone while its run trains; go on from the last checkpoint "
-                "with --resume auto",
+                fix="leave run.dir alone while its run trains; resume from the last "
+                "checkpoint with --resume auto",
             )
 
     @contextlib.contextmanager
@@ -261,8 +261,8 @@ class MetricsLog:
         return TrainingError(
             f"cannot write the run's log {self.path}",
             found=found,
-            expected="room on the disk and the right to write",
-            fix="free space, then go on from the last checkpoint with --resume auto",
+            expected="free disk space and write permission",
+            fix="free space, then resume from the last checkpoint with --resume auto",
         )
 
     def _mirror(self, group: str, step: int, scalars: Mapping[str, float]) -> None:
@@ -272,7 +272,7 @@ class MetricsLog:
 
 
 def _set_aside(path: Path) -> None:
-    """Keep the log of an earlier run under the first free name `metrics.N.jsonl`."""
+    """Rename the log of an earlier run to the first free name `metrics.N.jsonl`."""
     if not path.exists():
         return
     if path.stat().st_size == 0:
@@ -282,21 +282,21 @@ def _set_aside(path: Path) -> None:
 
 
 def _cut(path: Path, *, step: int, stage: int | None) -> None:
-    """Leave the lines of at most `step` (and `stage`), byte for byte, and no half line.
+    """Keep the lines up to `step` (and `stage`), byte for byte, without a partial line.
 
-    The log is read from its end up to the step, and only what was read is checked.
+    The log is read backwards from its end to the step, and only what was read is checked.
     """
     if not path.exists():
         return
     size, end = path.stat().st_size, tail_start(path, step=step, stage=stage)
-    behind: list[bytes] = []  # lines that stay behind one that goes
+    behind: list[bytes] = []  # later lines to keep after one that is removed
     at_step, at_stage, cut = 0, 0, False
     for raw, line in read_lines(path, start=end):
         at_step = _whole(line.get("step"), at_step)
         at_stage = _whole(line.get("growth_stage"), at_stage)
         if at_step > step or (stage is not None and at_stage > stage):
             cut = True
-        elif cut or end + len(raw) > size:  # the latter lacks its newline in the file
+        elif cut or end + len(raw) > size:  # the latter has no newline in the file
             cut = True
             behind.append(raw)
         else:

@@ -1,4 +1,4 @@
-"""What rank 0 says while a run goes on: a bar on a terminal, plain lines elsewhere."""
+"""Rank 0's progress output: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _BAR_FORMAT = (
 
 
 class Progress:
-    """The progress of a run; also the silent one that the other ranks get.
+    """The progress of a run, or its silent version for the other ranks.
 
-    Everything goes to `stream` (stderr), so bar, plain lines and `say` keep
-    their order.  On a terminal there is a bar; otherwise a line every
-    `log_every` steps, and one at the last step.
+    Everything goes to `stream` (stderr), so that bar, plain lines and `say` stay
+    in order.  On a terminal there is a bar; otherwise a line every `log_every`
+    steps, and one at the last step.
 
     Args:
         total_steps: optimizer steps of the whole run.
         log_every: steps between two plain lines.
-        speaking: False makes a silent object: give `rank == 0`.
+        speaking: False makes it silent: pass `rank == 0`.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class Progress:
             )
 
     def go_on_from(self, step: int) -> None:
-        """So many steps are done: a run is resumed, or goes back; time left counts from here."""
+        """Continue from this step after a resume or rollback; time left is estimated from here."""
         self._mark = (step, time.monotonic())
         if self._bar is not None:
             self._bar.initial = self._bar.n = step
             self._bar.refresh()
 
     def ends_at(self, total_steps: int) -> None:
-        """The run has another last step than planned: a rule ended a stage."""
+        """Set a new last step: a rule ended a growth stage."""
         self._total = total_steps
         if self._bar is not None:
             self._bar.total = total_steps
@@ -74,7 +74,7 @@ class Progress:
         flops_per_second: float,
         growth_stage: int,
     ) -> None:
-        """Show that `step` steps are done; rates are of all ranks together."""
+        """Show that `step` steps are done; rates are totals over all ranks."""
         if not self._speaking:
             return
         facts = [
@@ -91,18 +91,18 @@ class Progress:
             self.say("  ".join([*head, *facts, f"{self._time_left(step)} left"]))
 
     def say(self, text: str) -> None:
-        """A log line; a bar moves out of its way."""
+        """Print a log line; a bar makes space for it."""
         if self._speaking:
             tqdm.write(text, file=self._stream)
             self._stream.flush()
 
     def close(self) -> None:
-        """Leave the bar as it stands; may be called twice."""
+        """Leave the bar as it is; may be called twice."""
         if self._bar is not None:
             self._bar.close()
 
     def _time_left(self, step: int) -> str:
-        """From the pace since the last plain line: it changes with every growth."""
+        """Estimated from the pace since the last plain line, since every growth changes it."""
         before, then = self._mark
         now = time.monotonic()
         self._mark = (step, now)

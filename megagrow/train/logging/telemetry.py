@@ -1,6 +1,6 @@
-"""Where a run's scalars go besides its log: TensorBoard, Prometheus, Weights & Biases.
+"""Other destinations of a run's scalars: TensorBoard, Prometheus, Weights & Biases.
 
-Each through its own library, which is imported only where the configuration asks for it.
+Each uses its own library, imported only if the configuration enables it.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from megagrow.train.health.run_lock import run_id
 
 
 class Mirror(Protocol):
-    """A further place for scalars."""
+    """A destination for scalars besides the log."""
 
     def scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
-        """Show values that belong to a step; `group` is train, validation, growth or pace."""
+        """Record values of a step; `group` is train, validation, growth or pace."""
         ...
 
     def flush(self) -> None:
-        """Bring everything to where it is safe."""
+        """Flush everything to safe storage."""
         ...
 
     def close(self) -> None:
-        """Nothing will come any more."""
+        """Close; no more values follow."""
         ...
 
 
 def open_mirrors(config: Config, *, first_step: int) -> list[Mirror]:
-    """The mirrors that a configuration asks for.
+    """The mirrors that a configuration enables.
 
     Args:
-        first_step: steps from here on replace those that an earlier, killed run left.
+        first_step: steps from here on replace those that an earlier, interrupted run wrote.
 
     Raises:
-        ConfigError: a library is not installed, or a port is taken.
+        ConfigError: a library is not installed, or a port is in use.
     """
     wanted = config.train
     mirrors: list[Mirror] = []
@@ -67,7 +67,7 @@ class TensorBoard:
 
     def scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
         """Add a point to the curve of each value."""
-        # Written by a thread of TensorBoard's, whose fault comes up in a later call.
+        # Written by a thread of TensorBoard's, whose error appears in a later call.
         for name, value in values.items():
             self._writer.add_scalar(f"{group}/{name}", float(value), step)
 
@@ -81,7 +81,7 @@ class TensorBoard:
 
 
 class Prometheus:
-    """A text endpoint with the newest values, http://ADDRESS:port/metrics."""
+    """A text endpoint with the latest values, http://ADDRESS:port/metrics."""
 
     def __init__(self, port: int, *, address: str = "127.0.0.1") -> None:
         try:
@@ -109,7 +109,7 @@ class Prometheus:
         if not self._thread.is_alive() and not self._told:
             self._told = True
             print("warning: the thread that serves train.prometheus_port has ended; the run "
-                  "goes on without it", file=sys.stderr)  # fmt: skip
+                  "continues without it", file=sys.stderr)  # fmt: skip
         for name, value in {"step": step, **values}.items():
             full = re.sub(r"\W", "_", f"megagrow_{group}_{name}")
             if full not in self._gauges:
@@ -128,7 +128,7 @@ class Prometheus:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; a resumed run goes on in the same one."""
+    """A Weights & Biases run; a resumed training run continues the same one."""
 
     def __init__(self, config: Config) -> None:
         settings = config.train.wandb
@@ -151,12 +151,12 @@ class WeightsAndBiases:
 
     def scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
         """Log the values at a step."""
-        # No `step=` argument: W&B takes steps in rising order only, and a growth and a validation
-        # belong to one that is there already.
+        # No `step=` argument: W&B accepts steps in ascending order only, and a growth and a
+        # validation belong to a step that was already logged.
         self._run.log({f"{group}/step": step, **{f"{group}/{k}": v for k, v in values.items()}})
 
     def flush(self) -> None:
-        """W&B sends by itself."""
+        """W&B flushes on its own."""
 
     def close(self) -> None:
         """Finish the run."""
@@ -164,7 +164,7 @@ class WeightsAndBiases:
 
 
 def require_libraries(config: Config) -> None:
-    """Refuse mirrors whose library is not installed, without importing any.
+    """Reject mirrors whose library is not installed, without importing any.
 
     Raises:
         ConfigError: names the package and the setting.

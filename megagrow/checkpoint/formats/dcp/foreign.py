@@ -1,12 +1,12 @@
-"""What the names in a state dict of another program mean: parameters, moments, counts, the rest.
+"""Classify the names in another program's state dict: parameters, moments, step counts, the rest.
 
     NAME                                    a parameter
-    optimizer.state.NAME.exp_avg            of it, as torch's flattened optimizer state dicts say
+    optimizer.state.NAME.exp_avg            its moment, as in torch's flattened optimizer state
     optim.state.NAME.exp_avg_sq             the same in a dictionary {"model": ..., "optim": ...},
                                             where the parameter is model.NAME
-    optimizer.state.NAME.step               updates of it
+    optimizer.state.NAME.step               its number of updates
 
-Axes have no known meaning, so such tensors cannot be cut for tensor parallelism.
+The meaning of axes is unknown, so such tensors cannot be split for tensor parallelism.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _MOMENTS = [slot.name for slot in ADAM_SLOTS[1:]]
 
 @dataclass(frozen=True)
 class Foreign:
-    """What a state dict holds.
+    """The contents of a state dict.
 
     Attributes:
-        names: of each (tensor, slot) its name in the state dict.
-        zeros: element type of each (tensor, slot) of which there is nothing.
-        read: names of what is carried in the run's state.
+        names: (tensor, slot) to its name in the state dict.
+        zeros: element type of each (tensor, slot) that the state dict lacks.
+        read: names of what is carried in the run state.
         left_out: the rest.
     """
 
@@ -58,11 +58,11 @@ class Foreign:
 
 
 def read_foreign(path: Path, entries: Mapping[str, Entry], others: tuple[str, ...]) -> Foreign:
-    """Make sense of the names of a directory that is not ours.
+    """Classify the names in a directory that megagrow did not write.
 
     Args:
         entries: its plain tensors.
-        others: names of what is no plain tensor.
+        others: names of everything that is not a plain tensor.
 
     Raises:
         CheckpointError: no tensor is a parameter, or a count of updates cannot be read.
@@ -94,7 +94,7 @@ def read_foreign(path: Path, entries: Mapping[str, Entry], others: tuple[str, ..
     for name, entry in parameters.items():
         held = moments.get(name, {})
         if len(held) < len(kept):
-            # A first moment beside a second of zeros would make an update without bounds.
+            # With a zero second moment, the first moment would make an unbounded update.
             reason = f"{' and '.join(s for s in kept if s not in held)} of {name[:200]} are missing"
             left_out |= dict.fromkeys(held.values(), reason)
             zeros |= {(name, slot): entry.dtype for slot in kept}
@@ -137,7 +137,7 @@ def _tensors(parameters: Mapping[str, Entry]) -> Iterator[LogicalTensor]:
 
 
 def _owner(match: re.Match[str], parameters: Mapping[str, Entry]) -> str | None:
-    """The parameter whose state it is: by its own name, or as a part of a model beside."""
+    """The parameter that a state belongs to: by its name, or as part of a sibling `model`."""
     root = match["root"] or ""
     for name in (match["name"], f"{root}{match['name']}", f"{root}model.{match['name']}"):
         if name in parameters:
@@ -146,7 +146,7 @@ def _owner(match: re.Match[str], parameters: Mapping[str, Entry]) -> str | None:
 
 
 def _count(path: Path, name: str, entry: Entry) -> int:
-    """The value of a tensor of one element."""
+    """The value of a one-element tensor."""
     if len(entry.chunks) == 1:
         [chunk] = entry.chunks
         file = path / chunk.file

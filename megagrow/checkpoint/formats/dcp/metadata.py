@@ -1,4 +1,4 @@
-"""The .metadata of torch.distributed.checkpoint: a pickle that says which tensor lies where."""
+"""The .metadata of torch.distributed.checkpoint: a pickle that says where each tensor is stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box
 
 _METADATA_LIMIT = 1 << 30
-_INSTRUCTIONS = 1 << 26  # a chunk of a tensor takes some 30
+_INSTRUCTIONS = 1 << 26  # a chunk of a tensor takes about 30
 _ROOM = "torch.distributed.checkpoint."
 _NAMES = frozenset(
     {
@@ -43,7 +43,7 @@ _DTYPES = {f"torch.{str(dtype).removeprefix('torch.')}": dtype for dtype in DTYP
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stored box of a tensor: an archive of torch.save in a stretch of a file."""
+    """A stored box of a tensor: a torch.save archive within a file."""
 
     box: Box
     file: str
@@ -61,7 +61,7 @@ class Entry:
 
 
 def read_metadata(where: Path) -> tuple[bytes, dict[str, Entry], tuple[str, ...]]:
-    """The bytes of a .metadata, its plain tensors by name, and the names of all else.
+    """The bytes of a .metadata, its plain tensors by name, and the names of everything else.
 
     Raises:
         CheckpointError: damaged or hostile.
@@ -77,7 +77,7 @@ def read_metadata(where: Path) -> tuple[bytes, dict[str, Entry], tuple[str, ...]
 
 
 def _entries(metadata: Any) -> Iterator[tuple[str, Entry]]:
-    """The plain tensors of .metadata, by name (ValueError)."""
+    """The plain tensors of .metadata, by name (raises ValueError)."""
     top = _state(metadata, "Metadata")
     described, placed_at = top.get("state_dict_metadata"), top.get("storage_data")
     if not isinstance(described, dict) or not isinstance(placed_at, dict):

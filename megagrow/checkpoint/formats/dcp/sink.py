@@ -1,4 +1,4 @@
-"""Directories of torch.distributed.checkpoint, planned as files; see `dcp` for what they hold."""
+"""Plan torch.distributed.checkpoint directories; see `source` for the format."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ METADATA, OURS = ".metadata", "megagrow.json"
 
 
 def stored_name(tensor: str, slot: str) -> str:
-    """The name of a slot of a tensor in the state dict."""
+    """A slot's name in the state dict."""
     return tensor if slot == MASTER.name else f"optimizer.state.{tensor}.{slot}"
 
 
 def digest(body: Any) -> str:
-    """Of a value in JSON: its SHA-256."""
+    """SHA-256 of a value's JSON."""
     text = json.dumps(body, separators=(",", ":"), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class DcpSink:
-    """A file a rank of the layout; each box of a tensor is one chunk."""
+    """One file per rank of the layout; each box of a tensor is one chunk."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -79,7 +79,7 @@ class DcpSink:
                 write_new(directory / name, data)
 
     def _metadata(self) -> bytes:
-        # Only here: these modules take a second to import.
+        # Imported here because these modules take a second to load.
         from torch.distributed.checkpoint import metadata as m
         from torch.distributed.checkpoint.filesystem import _StorageInfo
 
@@ -87,7 +87,7 @@ class DcpSink:
         stored: dict[Any, Any] = {}
         catalog = self._request.meta.catalog
         for values, file, start, length in self._items:
-            # A tied parameter of a model that is not ours has several names for the same values.
+            # A tied parameter of a foreign model has several names for the same values.
             aliases = catalog[values.tensor].aliases if values.slot == MASTER.name else ()
             for name in (stored_name(values.tensor, values.slot), *aliases):
                 if name not in described:
@@ -112,7 +112,7 @@ class DcpSink:
 
 
 def _counting_from(first: int, segment: Segment) -> Segment:
-    """A segment of an archive whose records are not the first of their file."""
+    """Shift a segment's record numbers, for an archive that is not the first in its file."""
     if not isinstance(segment, Late):
         return segment
     make = segment.make

@@ -1,13 +1,13 @@
-"""Directories of torch.distributed.checkpoint whose state dict has full names.
+"""torch.distributed.checkpoint directories whose state dict has full names.
 
-    .metadata         a pickle: for each name the shape and its chunks, for each chunk file,
-                      first byte and length
-    __R_N.distcp      chunks, each an archive as torch.save makes it
-    megagrow.json     ours: what the format has no place for; other readers pass it by
+    .metadata         a pickle: shape and chunks of each name; file, first byte and length of
+                      each chunk
+    __R_N.distcp      chunks, each a torch.save archive
+    megagrow.json     ours: what the format cannot express; other readers ignore it
 
-Parameters go by their own names, Adam's moments by `optimizer.state.<name>.<slot>`, as torch's
-flattened optimizer state dicts name them.  A directory that is not ours is read too: see
-`dcp_foreign`.
+Parameters are stored under their own names, Adam's moments under
+`optimizer.state.<name>.<slot>`, as in torch's flattened optimizer state dicts.  For directories
+that megagrow did not write see `foreign`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from megagrow.state.layout import Layout
 
 
 def open_source(path: Path) -> StoredSource:
-    """Open a directory of torch.distributed.checkpoint; no code in it runs.
+    """Open a torch.distributed.checkpoint directory; no code in it runs.
 
     Raises:
-        CheckpointError: damaged, incomplete, hostile, or with what is no plain tensor.
+        CheckpointError: damaged, incomplete, hostile, or with something other than plain tensors.
     """
     where = path / METADATA
     data, entries, others = read_metadata(where)
@@ -53,7 +53,7 @@ def open_source(path: Path) -> StoredSource:
         more = {*entries, *others} - {*state.names.values(), *aliases}
         if more:
             raise CheckpointError(
-                f"{where}: tensor {min(more)[:200]}: {OURS} knows none of that name", fix=RESTORE
+                f"{where}: tensor {min(more)[:200]}: not listed in {OURS}", fix=RESTORE
             )
     elif (path / SEAL).exists():
         raise CheckpointError(f"{path / OURS}: missing", fix=RESTORE)
@@ -71,7 +71,7 @@ def open_source(path: Path) -> StoredSource:
             entry = entries.get(state.names[tensor.name, slot.name])
             if entry is None or entry.shape != tensor.shape:
                 raise CheckpointError(
-                    f"{where}: tensor {tensor.name}, slot {slot.name}: missing or of another shape",
+                    f"{where}: tensor {tensor.name}, slot {slot.name}: missing or misshapen",
                     found=None if entry is None else list(entry.shape),
                     expected=list(tensor.shape),
                 )
@@ -104,10 +104,10 @@ def open_source(path: Path) -> StoredSource:
 
 
 def _require_aliases(where: Path, state: Foreign, entries: Mapping[str, Entry]) -> set[str]:
-    """The further names of tied parameters, once each is seen to stand for the same bytes.
+    """The extra names of tied parameters, after checking that each refers to the same bytes.
 
     Raises:
-        CheckpointError: one is missing, or stands for other bytes.
+        CheckpointError: one is missing, or refers to other bytes.
     """
     found = set()
     for tensor in state.meta.catalog:
@@ -165,12 +165,12 @@ def _read_ours(path: Path, metadata: bytes) -> tuple[CheckpointMeta, int]:
     body = content.get("body")
     if content.get("sha256") != digest(body) or not isinstance(body, dict):
         raise CheckpointError(
-            f"{path}: damaged", found="another SHA-256 than it states", fix=RESTORE
+            f"{path}: damaged", found="a SHA-256 that differs from its own record", fix=RESTORE
         )
     if body.get("metadata_sha256") != hashlib.sha256(metadata).hexdigest():
         raise CheckpointError(
-            f"{path.with_name(METADATA)}: damaged, or of another checkpoint",
-            found=f"another SHA-256 than {OURS} states",
+            f"{path.with_name(METADATA)}: damaged, or from another checkpoint",
+            found=f"a SHA-256 that differs from the one in {OURS}",
             fix=RESTORE,
         )
     try:
@@ -188,7 +188,7 @@ def _read_ours(path: Path, metadata: bytes) -> tuple[CheckpointMeta, int]:
 
 
 def _find(path: Path) -> Path | None:
-    if is_torch_dist(path):  # Megatron's, which has a .metadata as well
+    if is_torch_dist(path):  # Megatron's, which also has a .metadata
         return None
     return path if (path / METADATA).is_file() else None
 

@@ -1,1 +1,1 @@
-"""Checkpoints as DeepSpeed's engine saves them, and its universal checkpoints."""
+"""Checkpoints that DeepSpeed's engine saves, and its universal checkpoints."""

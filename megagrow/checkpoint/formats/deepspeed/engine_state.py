@@ -1,7 +1,7 @@
-"""What an engine that is not of our making has besides tensors, so that it can go on from a result.
+"""The non-tensor state of a foreign DeepSpeed engine, kept so that it can resume from a result.
 
-The optimizer's groups with their settings, the numbers in its state, the loss scale, and what the
-client left.  A checkpoint of any format carries it in its run state, under the key `deepspeed`.
+It is the optimizer's groups with their settings, the numbers in its state, the loss scale, and the
+client's entries.  A checkpoint of any format carries it in its run state, under `deepspeed`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KEY = "deepspeed"
 _SCALERS = tuple(f"deepspeed.runtime.fp16.loss_scaler.{n}LossScaler" for n in ("", "Dynamic"))
 _SAVED = ("dynamic_loss_scale", "overflow", "clip_grad", "cur_scale", "cur_iter",
           "last_overflow_iter", "scale_factor", "scale_window")  # fmt: skip
-# What the head of a checkpoint says of tensors, which is read, and of the layout, which is new.
+# Keys of the checkpoint's head that describe tensors (already read) or the layout (made anew).
 _DERIVED = frozenset(
     {
         "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes",
@@ -40,8 +40,8 @@ class Group:
     Attributes:
         tensors: names, in its order.
         options: its settings.
-        numbers: those in the state of each of its tensors: {"tensor": n} for one in a tensor.
-        own: of tensors whose numbers are others, theirs.
+        numbers: the numbers in the state of each tensor; {"tensor": n} for a number in a tensor.
+        own: numbers of the tensors whose numbers differ from the group's.
     """
 
     tensors: tuple[str, ...]
@@ -56,13 +56,13 @@ class Group:
 
 @dataclass(frozen=True)
 class EngineState:
-    """What an engine has besides tensors.
+    """The non-tensor state of an engine.
 
     Attributes:
-        groups: of the optimizer.
-        slots: what it keeps of each tensor, by name.
-        saved: numbers beside the optimizer's own dictionary; `loss_scaler` as (class, attributes).
-        head: what the head of a checkpoint has besides: counters, schedules, the client's.
+        groups: the optimizer's parameter groups.
+        slots: the optimizer's slots of each tensor, by name.
+        saved: numbers outside the optimizer's own dictionary; `loss_scaler` as (class, attributes).
+        head: other entries of the checkpoint's head: counters, schedules, the client's.
     """
 
     groups: tuple[Group, ...]
@@ -71,7 +71,7 @@ class EngineState:
     head: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """A form that JSON holds; `from_json` is its inverse."""
+        """A JSON-compatible form; `from_json` is its inverse."""
         found: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists in place of tuples
         return found
 
@@ -93,10 +93,10 @@ class EngineState:
 
     @staticmethod
     def of(meta: CheckpointMeta) -> EngineState | None:
-        """That of a state, where it tells of one.
+        """The engine state in a checkpoint's metadata, or None.
 
         Raises:
-            CheckpointError: it is damaged, or of another model.
+            CheckpointError: it is damaged, or belongs to another model.
         """
         if KEY not in meta.run_state:
             return None
@@ -112,17 +112,17 @@ class EngineState:
         return found
 
     def options(self, index: int, params: Sequence[int]) -> dict[str, Any]:
-        """A parameter group as torch saves it."""
+        """A parameter group in the form that torch saves."""
         options = {key: _value(value) for key, value in self.groups[index].options.items()}
         if isinstance(options.get("betas"), list):
             options["betas"] = tuple(options["betas"])
         return {**options, "params": list(params)}
 
     def state(self, index: int, tensor: str | None = None) -> dict[str, Any]:
-        """The numbers in the state of a group's tensor, or of the group as one flat tensor.
+        """The numbers in the state of a group's tensor, or of the whole group as one flat tensor.
 
         Raises:
-            ConfigError: the group's tensors count differently.
+            ConfigError: the group's tensors have different step counts.
         """
         group = self.groups[index]
         if tensor is None and group.own:
@@ -137,7 +137,7 @@ class EngineState:
         return {key: _value(value) for key, value in numbers.items()}
 
     def loss_scaler(self) -> Opaque | None:
-        """DeepSpeed's own object for the scale of the loss."""
+        """DeepSpeed's own loss scaler object."""
         told = self.saved.get("loss_scaler")
         return Opaque(told[0], state=dict(told[1])) if told and told[0] in _SCALERS else None
 
@@ -150,12 +150,12 @@ def read_engine(
     slots: Sequence[str],
     zero: int,
 ) -> EngineState:
-    """The state of an engine from what its first rank saved.
+    """Build an engine's state from what its first rank saved.
 
     Args:
         groups: names in each group, in the optimizer's order.
-        slots: what it keeps of each tensor, by name.
-        zero: with it a group is one tensor.
+        slots: the optimizer's slots of each tensor, by name.
+        zero: the ZeRO stage; with ZeRO a group is one tensor.
     """
     found, at = [], 0
     for names, group in zip(groups, saved.groups, strict=True):
@@ -182,10 +182,10 @@ def read_engine(
 
 
 def left_out_of(saved: Saved, head: Mapping[str, Any], *, ours: bool) -> Iterator[LeftOut]:
-    """Settings that a result does not get.
+    """Settings that the result will lack.
 
     Args:
-        ours: whether the model is one of ours, whose run has settings of its own.
+        ours: whether the model is one of ours, whose run has its own settings.
     """
     for index, group in enumerate(saved.groups):
         for key, value in group.items():
@@ -210,14 +210,14 @@ def left_out_of(saved: Saved, head: Mapping[str, Any], *, ours: bool) -> Iterato
 
 
 def dealt_out(head: Mapping[str, Any], zero: int) -> bool:
-    """Whether ZeRO has dealt the parameters of a group out over the data ranks."""
+    """Whether ZeRO has dealt a group's parameters round-robin over the data-parallel ranks."""
     config = head.get("ds_config")
     told = config.get("zero_optimization") if isinstance(config, dict) else None
     return zero in (1, 2) and isinstance(told, dict) and bool(told.get("round_robin_gradients"))
 
 
 def collected(names: Sequence[str], ranks: int) -> list[str]:
-    """The names of a group as they were before they were dealt out over so many data ranks."""
+    """The names of a group in their order before they were dealt over this many data ranks."""
     order = [i for rank in range(ranks) for i in range(rank, len(names), ranks)]
     return [name for _, name in sorted(zip(order, names, strict=True))]
 
@@ -238,7 +238,7 @@ def _value(value: Any) -> Any:
 
 
 def is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether JSON gives a value back as it is, but for tuples, which come back as lists."""
+    """Whether a value survives a round trip through JSON, except that tuples become lists."""
     if depth > 32:
         return False
     if isinstance(value, dict):

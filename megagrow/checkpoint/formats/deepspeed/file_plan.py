@@ -1,4 +1,4 @@
-"""What the sinks of DeepSpeed's formats have in common: names, groups, numbers of the optimizer."""
+"""Shared by the DeepSpeed sinks: names, groups and the optimizer's numbers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from megagrow.state.boxes import flat_range_boxes
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Slot, Training
 from megagrow.state.placement import split_axis
 
-VERSION = "0.19.8"  # of the DeepSpeed whose files these are
+VERSION = "0.19.8"  # the DeepSpeed version whose files these are
 
 
 class Plan:
-    """What the sinks of DeepSpeed's formats have in common: names, groups, what to call things.
+    """Shared by the DeepSpeed sinks: names, groups and the optimizer's numbers.
 
     Raises:
-        ConfigError: the state cannot be laid out as asked for.
+        ConfigError: the state cannot be laid out as requested.
     """
 
     def __init__(self, request: Request) -> None:
@@ -51,9 +51,9 @@ class Plan:
         held = {slot.name for slot in meta.slots}
         moments = {slot.name for slot in ADAM_SLOTS[1:]}
         self.engine = EngineState.of(meta) if self.model is None else None
-        # An engine wants all of Adam's state; what the source lacks starts at zero.
+        # The engine expects Adam's full state; what the source lacks starts at zero.
         self.slots: tuple[Slot, ...] = ADAM_SLOTS
-        if self.engine is not None:  # it has an optimizer of its own
+        if self.engine is not None:  # a foreign engine has its own optimizer
             kept = self.engine.slots
             self.slots = (MASTER, *(slot for slot in meta.slots if slot.name in kept))
         self.fresh = self.engine is None and not moments & held
@@ -61,7 +61,7 @@ class Plan:
         self.group_keys: list[Hashable] = sorted(self._keys())  # type: ignore[type-var]
 
     def _keys(self) -> set[Hashable]:
-        """Of the optimizer's groups, as far as they have members that are trained."""
+        """Keys of the optimizer's groups that have trained members."""
         if self.engine is not None:
             return set(range(len(self.engine.groups)))
         stages = range(self.layout.pipeline)
@@ -73,11 +73,11 @@ class Plan:
 
     @property
     def last(self) -> int:
-        """The head's place in the layer list."""
+        """The head's index in the layer list."""
         return self.model.layers + 1 if self.model else -1
 
     def module_names(self, tensor: LogicalTensor, stage: int) -> list[str]:
-        """What the module of a pipeline stage calls a tensor; a tied one has several names."""
+        """A tensor's names in the module of a pipeline stage; a tied one has several."""
         if self.model is None:
             return [tensor.name, *tensor.aliases]
         cuts, pipelined = self.placement.cuts, self.layout.pipeline > 1
@@ -88,22 +88,22 @@ class Plan:
         ]
 
     def groups(self, stage: int) -> list[list[LogicalTensor]]:
-        """The optimizer's groups on a stage; empty where other stages alone have members."""
+        """The optimizer's groups on a stage; a group is empty if only other stages have members."""
         if self.engine is not None:
             return [[self.catalog[name] for name in g.tensors] for g in self.engine.groups]
         here = dict(self.placement.groups(stage))
         return [_trained(here.get(key, [])) for key in self.group_keys]
 
     def untrained(self, training: Training) -> list[LogicalTensor]:
-        """The frozen parameters, or the buffers; a model of ours has neither."""
+        """The frozen parameters, or the buffers; our own models have neither."""
         return [tensor for tensor in self.catalog if tensor.training == training]
 
     def dtype_of(self, tensor: LogicalTensor) -> torch.dtype:
-        """The element type of a tensor in the module."""
+        """A tensor's element type in the module."""
         return self.dtype if tensor.training == "trained" else self.stored_dtype(tensor)
 
     def stored_dtype(self, tensor: LogicalTensor) -> torch.dtype:
-        """The element type of a tensor that is not trained: its own, unless another is asked."""
+        """The element type of an untrained tensor: its own unless another is requested."""
         return self.request.dtype_of(tensor.name, MASTER.name)
 
     def state(self, index: int, tensor: LogicalTensor | None = None) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class Plan:
                 yield Zeros(missing * dtype.itemsize)
 
     def hyperparameters(self, index: int, params: Sequence[int]) -> dict[str, Any]:
-        """A parameter group as torch's AdamW saves it, or as the engine's optimizer did."""
+        """A parameter group as torch's AdamW saves it, or as the engine's own optimizer did."""
         if self.engine is not None:
             return self.engine.options(index, params)
         key = self.group_keys[index]
@@ -169,7 +169,7 @@ class Plan:
     def common(
         self, groups: Sequence[Sequence[LogicalTensor]] | None, stage: int
     ) -> dict[str, Any]:
-        """What every model_states file has besides parameters and optimizer state."""
+        """The entries of every model_states file besides parameters and optimizer state."""
         meta, layout = self.request.meta, self.layout
         shapes = [
             {self.module_names(t, stage)[0]: size_of(self.local_shape(t)) for t in group}
@@ -219,9 +219,9 @@ class Plan:
         }
 
     def merging(self) -> dict[str, Any]:
-        """How DeepSpeed's own converter joins the parts of tensor-parallel ranks, by patterns.
+        """Name patterns that say how DeepSpeed's own converter joins tensor-parallel shards.
 
-        What is in no list is joined along the first axis; a list must not name what is not there.
+        Unlisted names are joined along the first axis; a list must not contain absent names.
         """
         lists: dict[str, set[str]] = {
             "tp_replicated_parameter_patterns": set(),
@@ -247,7 +247,7 @@ class Plan:
         return {"universal_checkpoint_version": 0.4, "original_vocab_size": rows, **patterns}
 
     def loss_scaler(self) -> Opaque:
-        """DeepSpeed's own object for the scale of the loss."""
+        """DeepSpeed's own loss scaler object."""
         kept = self.engine and self.engine.loss_scaler()
         if kept:
             return kept
@@ -272,7 +272,7 @@ class Plan:
         return Opaque(f"{room}.DynamicLossScaler", state=state)
 
     def loss_scale(self) -> dict[str, float]:
-        """The numbers of fp16's dynamic loss scaling, the run's own where it has any."""
+        """The state of fp16 dynamic loss scaling; the run's own if it has any."""
         start = 2.0**self.precision.initial_scale_power
         first = {"cur_scale": start, "cur_iter": 0, "last_overflow_iter": -1, "cur_hysteresis": 2}
         told = self.request.meta.run_state.get("loss_scale")
@@ -281,18 +281,18 @@ class Plan:
         return first | (dict(told) if isinstance(told, Mapping) else {})
 
     def _engine_numbers(self) -> dict[str, Any]:
-        """What the engine has saved beside its optimizer, with what its loss scaler holds."""
+        """The numbers that the engine saved outside its optimizer, including its loss scaler's."""
         saved = {} if self.engine is None else dict(self.engine.saved)
         _, scaler = saved.pop("loss_scaler", None) or (None, {})
         return {**scaler, **saved}
 
     def clipping(self) -> dict[str, float]:
-        """The greatest norm of gradients; where an engine's is not known it keeps its own."""
+        """The maximum gradient norm; omitted if an engine's is unknown: it keeps its own."""
         ours = {} if self.engine is not None else {"clip_grad": self.optimizer.grad_clip}
         return ours | self.beside("clip_grad")
 
     def beside(self, *keys: str) -> dict[str, Any]:
-        """Of such numbers those that are asked for, as far as they are told."""
+        """The requested ones of these numbers, as far as they are known."""
         told = self._engine_numbers()
         return {key: told[key] for key in keys if key in told}
 

@@ -1,7 +1,7 @@
-"""The files of one step that DeepSpeed's engine saved: which there are, and what lies where.
+"""The files of one step that DeepSpeed's engine saved: which exist, and what each holds.
 
-The order of parameters in a flat partition is taken from the files, not from our own arithmetic,
-so that parameters of models that are not ours are found as well.
+The order of parameters in a flat partition is read from the files, not computed from our own
+rules, so parameters of foreign models are found as well.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_stat
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a parameter as a model-parallel rank has it: elements [start, stop)."""
+    """Elements [start, stop) of a parameter, as held by a model-parallel rank."""
 
     name: str
     slot: str
@@ -41,19 +41,19 @@ class Piece:
     start: int
     stop: int
     tensor: StoredTensor
-    offset: int  # where it begins in the tensor, in elements
+    offset: int  # position of its first element in the stored tensor
 
 
 class Tag:
     """The files of one saved step, their pickles read.
 
     Attributes:
-        shapes: by model-parallel rank, the shape of each parameter there, by its module name:
-            those that are trained in the optimizer's order, then those that are known not to be.
-        frozen: parameters that no optimizer trains, as far as ZeRO's files tell.
-        buffers: by model-parallel rank, the buffers there.
-        aliases: further names of a parameter, with the one that it goes by.
-        left_out: what the files hold and this class does not tell.
+        shapes: by model-parallel rank, the shape of each parameter by module name: trained ones
+            first, in the optimizer's order, then those known to be untrained.
+        frozen: parameters that no optimizer trains, as far as ZeRO's files say.
+        buffers: by model-parallel rank, its buffers.
+        aliases: alternative names of a parameter, mapped to its main name.
+        left_out: what the files hold and this class does not expose.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,21 +105,21 @@ class Tag:
                 yield Piece(name, MASTER.name, mp, 0, buffer.numel, buffer, 0)
 
     def groups(self, mp: int) -> list[list[str]]:
-        """With ZeRO: the names in each parameter group of a rank, as its partitions hold them."""
+        """With ZeRO: the names in each parameter group of a rank, in partition order."""
         return [list(group) for group in self._dictionary(self._models[mp, 0])["param_shapes"]]
 
     def saved(self, mp: int) -> Saved:
-        """What the optimizer of a model-parallel rank saved, on its first data rank."""
+        """What a model-parallel rank's optimizer saved, on its first data rank."""
         return Saved(self._saved(mp, 0))
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """Masters, and the moments that every state has."""
+        """Masters, and the moments present in every state."""
         return common_slots([self.saved(mp) for mp in range(self.model_parallel)])
 
     @property
     def precision(self) -> str:
-        """The element type that the engine computes in, as a configuration calls it."""
+        """The element type that the engine computes in, by its name in a configuration."""
         config = self.head.get("ds_config")
         for name in ("bf16", "fp16"):
             part = config.get(name) if isinstance(config, dict) else None
@@ -133,7 +133,7 @@ class Tag:
 
     @property
     def decayed(self) -> dict[str, bool]:
-        """Whether weight decay acts on a parameter, where the files tell it."""
+        """Whether each parameter has weight decay, where the files say."""
         decay: dict[str, bool] = {}
         for mp in range(self.model_parallel) if self.zero else ():
             groups, told = self.groups(mp), self.saved(mp).groups
@@ -144,20 +144,20 @@ class Tag:
 
     @property
     def optimizer(self) -> dict[str, Any]:
-        """AdamW's settings as a configuration has them, of the first group that decays."""
+        """AdamW's settings in configuration form, from the first group with weight decay."""
         groups = self.saved(0).groups
         decaying = [group for group in groups if group.get("weight_decay")] or groups
         if not decaying or not {"betas", "eps", "lr"} <= set(decaying[0]):
             return {}
         told = {key: float(decaying[0][key]) for key in ("eps", "weight_decay", "lr")}
         told["lr"] /= float(decaying[0].get("lr_factor", 1.0))
-        if told["lr"] == 0.0:  # a schedule's, not the run's
+        if told["lr"] == 0.0:  # set by a schedule, not by the run
             del told["lr"]
         return {"betas": [float(beta) for beta in decaying[0]["betas"]], **told}
 
     @property
     def optimizer_step(self) -> int | None:
-        """Updates done, as the optimizer counts them, where it was saved."""
+        """The optimizer's own step count, if it was saved."""
         states = self.saved(0).states
         step = states[0].get("step") if states else None
         if isinstance(step, StoredTensor):
@@ -171,7 +171,7 @@ class Tag:
             if self.head.get("param_shapes") is not None:
                 raise self.fault("its *_optim_states.pt files are missing")
             return 0
-        stage = self._optim(*min(self._optims)).get("zero_stage", 1)  # BF16_Optimizer tells none
+        stage = self._optim(*min(self._optims)).get("zero_stage", 1)  # BF16_Optimizer has none
         if isinstance(stage, Opaque) and stage.args:
             stage = stage.args[0]
         if stage not in (1, 2, 3):
@@ -198,13 +198,13 @@ class Tag:
             for what in ("global_steps", "dp_world_size", "mp_world_size"):
                 if value.get(what) != self.head.get(what):
                     raise self.fault(
-                        f"{self._models[key]} is of another save: {what}",
+                        f"{self._models[key]} is from another save: {what}",
                         f"{value.get(what)!r:.40}",
                         f"{self.head.get(what)!r:.40}",
                     )
 
     def _shapes(self, mp: int) -> dict[str, tuple[int, ...]]:
-        """Parameters of a rank; enters its buffers, frozen parameters and aliases as well."""
+        """A rank's parameters; also records its buffers, frozen parameters and aliases."""
         head = self._dictionary(self._models[mp, 0])
         groups = head.get("param_shapes")
         trained = {n: tuple(shape) for group in groups or () for n, shape in group.items()}
@@ -239,7 +239,7 @@ class Tag:
         return found
 
     def _count_layers(self, mp: int, trained: Mapping[str, Any]) -> None:
-        """Of a pipeline with ZeRO: see whether its layers hold more than what is trained."""
+        """With pipeline and ZeRO: check whether layers hold more than the trained parameters."""
         if mp % self.layout.tensor == 0:
             shared = self._dictionary(self._models[mp, 0]).get("shared_params") or {}
             self._seen |= {*trained, *shared}
@@ -249,11 +249,11 @@ class Tag:
             if tensor == 0:
                 for name in self._dictionary(file):
                     if f"{place}.{name}" not in self._seen:
-                        reason = "of a pipeline, what is not trained, or tied, is not told apart"
+                        reason = "in a pipeline, untrained and tied tensors cannot be told apart"
                         self.left_out.append(LeftOut(f"{file}: {name}", reason))
 
     def _module(self, mp: int) -> dict[str, StoredTensor]:
-        """Parameters of a rank by module name; a tied one under the name that it goes by."""
+        """A rank's parameters by module name; a tied one under its main name."""
         return {
             name: tensor
             for name, tensor in self._stored(mp).items()
@@ -261,7 +261,7 @@ class Tag:
         }
 
     def _stored(self, mp: int) -> dict[str, StoredTensor]:
-        """All tensors in the module's state of a rank."""
+        """All tensors in a rank's module state."""
         module = self._dictionary(self._models[mp, 0]).get("module")
         if module is None and self.zero:
             return {}
@@ -277,10 +277,10 @@ class Tag:
         return {name: tensor for name, tensor in module.items() if isinstance(tensor, StoredTensor)}
 
     def _stage_layers(self, mp: int) -> tuple[int, int]:
-        """The layers of a rank's pipeline stage, which nothing but the optimizer tells.
+        """The layers of a rank's pipeline stage, which only the optimizer reveals.
 
-        A stage has as many parameters as its optimizer; a group of one parameter of one element
-        stands in for a group of another stage.
+        A stage has as many parameters as its optimizer; a group of one parameter with one element
+        is a placeholder for a group of another stage.
         """
         tensor = mp % self.layout.tensor
         counts = [
@@ -303,7 +303,7 @@ class Tag:
     # --- values ---------------------------------------------------------------------------
 
     def _partitions(self, mp: int) -> Iterator[Piece]:
-        """Pieces in the flat partitions that ZeRO cuts."""
+        """Pieces in ZeRO's flat partitions."""
         groups = self._dictionary(self._models[mp, 0])["param_shapes"]
         data, sizes = self.layout.data, [0] * len(groups)
         for rank in range(data):
@@ -319,7 +319,7 @@ class Tag:
                     sizes[g] = flat.numel
                     if data == 1:
                         sizes[g] += (saved.get("group_paddings") or [0] * len(groups))[g]
-                if not group:  # it stands in for one that other pipeline stages have
+                if not group:  # a placeholder for a group of other pipeline stages
                     continue
                 gaps = paddings[g] if paddings else [0] * len(group)
                 held = {MASTER.name: flat, **(states[g] if states else {})}
@@ -330,7 +330,7 @@ class Tag:
     def _cuts(
         self, group: Mapping[str, Any], gaps: Sequence[int], size: int, rank: int
     ) -> Iterator[tuple[str, int, int, int]]:
-        """What a data rank has of a group: (name, start, stop, offset in the partition)."""
+        """A data rank's parts of a group: (name, start, stop, offset in the partition)."""
         position = 0
         for (name, shape), gap in zip(group.items(), gaps, strict=True):
             numel = math.prod(shape)
@@ -346,7 +346,7 @@ class Tag:
                 yield name, start, stop, offset
 
     def _whole(self, mp: int, order: Sequence[Sequence[str]]) -> Iterator[Piece]:
-        """Pieces of ZeRO 0: whole parameters, and states by their number in the optimizer."""
+        """Pieces at ZeRO 0: whole parameters, and states by their index in the optimizer."""
         module, saved = self._module(mp), self.saved(mp)
         if not saved.members:
             for name, tensor in module.items():
@@ -364,7 +364,7 @@ class Tag:
     def _frozen(
         self, mp: int, name: str, numel: int, module: Mapping[str, StoredTensor]
     ) -> Iterator[Piece]:
-        """Pieces of a parameter that no optimizer trains; ZeRO 3 cuts it as it does others."""
+        """Pieces of a parameter that no optimizer trains; ZeRO 3 partitions it like the others."""
         if self.zero < 3:
             yield Piece(name, MASTER.name, mp, 0, numel, module[name], 0)
             return
@@ -380,7 +380,7 @@ class Tag:
     # --- what the dictionaries say --------------------------------------------------------
 
     def _saved(self, mp: int, data: int) -> dict[str, Any]:
-        """What the optimizer saved; empty where it saved nothing."""
+        """What the optimizer saved; empty if it saved nothing."""
         if not self.zero:
             return self._dictionary(self._models[mp, 0]).get("optimizer") or {}
         return self._optim(mp, data)
@@ -392,7 +392,7 @@ class Tag:
         return saved
 
     def members(self, mp: int) -> list[list[int]]:
-        """The optimizer's tensors, by group, of a rank of ZeRO 0; none for a stand-in."""
+        """The optimizer's tensor indices, by group, of a ZeRO 0 rank; empty for a placeholder."""
         saved, pipelined = self.saved(mp), self.layout.pipeline > 1
         return [
             [] if pipelined and len(group) == 1 and saved.shape_of(group[0]) == (1,) else group

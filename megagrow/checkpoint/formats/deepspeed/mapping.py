@@ -1,8 +1,8 @@
-"""What a person tells of a DeepSpeed checkpoint whose model is not ours: a mapping file.
+"""The mapping file: user-supplied structure of a foreign DeepSpeed checkpoint.
 
-`megagrow.mapping.yaml`, in the directory of the tag or the one above, says for each parameter how
-tensor-parallel ranks share it out, and, where the model is one that megagrow has, which of its
-tensors it is.  docs/formats.md describes it.
+`megagrow.mapping.yaml`, in the tag's directory or its parent, says how each parameter is split
+over tensor-parallel ranks and, if megagrow has the model, which of its tensors it is.  See
+docs/formats.md.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _FIELD = re.compile(r"\{(\d+)([+-]\d+)?\}")
 
 
 class Rule(BaseModel):
-    """Parameters whose whole name a pattern matches."""
+    """Applies to parameters whose full name matches a pattern."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     match: str
-    name: str | None = None  # of our tensor; {1} is the first group of the pattern, {1-3} less 3
-    split: Annotated[int, Field(ge=0, lt=16)] | None = None  # axis that the ranks share out
-    parts: Annotated[int, Field(ge=1, lt=64)] = 1  # blocks on that axis, each shared out alone
-    length: Annotated[int, Field(ge=1)] | None = None  # of that axis without padding
-    # Of a model of ours, how a fused matrix lies, or which part of it the parameter is.
+    name: str | None = None  # our tensor's; {1} is the pattern's first group, {1-3} that less 3
+    split: Annotated[int, Field(ge=0, lt=16)] | None = None  # axis split over ranks
+    parts: Annotated[int, Field(ge=1, lt=64)] = 1  # blocks on that axis, each split separately
+    length: Annotated[int, Field(ge=1)] | None = None  # length of that axis without padding
+    # For our models: the layout of a fused matrix, or which part of it the parameter is.
     order: Literal["qkv", "grouped", "gate_up", "up_gate"] | None = None
     part: Literal["q", "k", "v", "gate", "up"] | None = None
 
@@ -58,7 +58,7 @@ class MappingFile(BaseModel):
 
     model: ModelConfig | None = None
     tensors: Annotated[list[Rule], Field(min_length=1)]
-    groups: list[list[str]] | None = None  # of ZeRO 0's optimizer: patterns for the names in each
+    groups: list[list[str]] | None = None  # ZeRO 0's optimizer: name patterns per group
 
     @model_validator(mode="after")
     def _orders_are_of_ours(self) -> MappingFile:
@@ -73,8 +73,8 @@ class Local:
     """A tensor-parallel rank's part of a tensor.
 
     Attributes:
-        shape: as the rank has it, padding included.
-        blocks: (box of the rank's part, in whose place of the whole tensor it begins).
+        shape: the rank's shape, padding included.
+        blocks: (box in the rank's part, the start of its place in the whole tensor).
         split: whether ranks hold different parts.
     """
 
@@ -84,7 +84,7 @@ class Local:
 
 
 def read_mapping(tag: Path) -> tuple[MappingFile, Path] | None:
-    """The mapping file of a checkpoint, if it has one (CheckpointError where it is not valid)."""
+    """A checkpoint's mapping file, or None (CheckpointError if it is invalid)."""
     found = [path for path in (tag / NAME, tag.parent / NAME) if path.exists()]
     if not found:
         return None
@@ -106,10 +106,10 @@ def read_mapping(tag: Path) -> tuple[MappingFile, Path] | None:
 def rules_for(
     mapping: MappingFile, names: Sequence[str], *, where: Path, tensor: int
 ) -> dict[str, tuple[str, Rule]]:
-    """By stored name: the tensor's name and the rule for it.
+    """By stored name: the tensor's name and its rule.
 
     Raises:
-        CheckpointError: a name that no rule matches though it must be told, or that two match.
+        CheckpointError: a name that needs a rule matches none, or a name matches two.
     """
     found: dict[str, tuple[str, Rule]] = {}
     for name in names:
@@ -149,7 +149,7 @@ def _expanded(template: str, match: re.Match[str], where: Path) -> str:
 
 
 def whole_shape(rule: Rule, shape: Sequence[int], *, tensor: int, at: str) -> tuple[int, ...]:
-    """The shape of the whole tensor of which each rank has a part of `shape` (CheckpointError)."""
+    """The full shape of a tensor whose part on each rank has `shape` (CheckpointError)."""
     whole = list(shape)
     if rule.split is None or tensor == 1:
         return tuple(whole)
@@ -176,7 +176,7 @@ def whole_shape(rule: Rule, shape: Sequence[int], *, tensor: int, at: str) -> tu
 def local_of(
     tensor: LogicalTensor, rule: Rule, stored: Sequence[int], rank: int, layout: Layout
 ) -> Local:
-    """Where a rank's part of a tensor lies, as a rule tells it."""
+    """A rank's part of a tensor, as a rule describes it."""
     if rule.split is None or layout.tensor == 1:
         box = Box((0,) * len(tensor.shape), tensor.shape)
         return Local(tensor.shape, ((box, box.offset),), split=False)
@@ -194,12 +194,12 @@ def local_of(
 def local_of_ours(
     placement: Placement, tensor: LogicalTensor, rule: Rule, stored: Sequence[int], rank: int
 ) -> Local | None:
-    """Where a rank's part of a tensor of ours lies; None where the stored shape is not its own.
+    """A rank's part of one of our tensors; None if the stored shape does not match.
 
     The token table may have more padding than ours.
 
     Raises:
-        CheckpointError: a fused matrix whose order nothing tells.
+        CheckpointError: a fused matrix whose order is not specified.
     """
     axis = split_axis(tensor)
     if axis is not None and tensor.axes[axis] == "vocab":
@@ -218,7 +218,7 @@ def local_of_ours(
         if fused in tensor.axes:
             if rule.order is None and rule.part is None and tuple(stored) != local.shape:
                 raise CheckpointError(
-                    f"its order is not told: {tensor.name} is a fused matrix",
+                    f"its order is not specified: {tensor.name} is a fused matrix",
                     found=f"shape {list(stored)}",
                     fix=_HOW[fused],
                 )
@@ -240,7 +240,7 @@ _HOW = {
 
 
 def _queries(local: Local, rule: Rule) -> Local:
-    """A rank's query, key and value [kv_group, query + 2, head_dim, ...] as a rule tells it."""
+    """A rank's query, key and value [kv_group, query + 2, head_dim, ...] under a rule."""
     [(_, origin)] = local.blocks
     groups, each, *rest = local.shape
     queries, zero = each - 2, [0] * len(rest)
@@ -262,7 +262,7 @@ def _queries(local: Local, rule: Rule) -> Local:
 
 
 def _gates(local: Local, rule: Rule) -> Local:
-    """A rank's gate and up projection [2, ffn, ...] as a rule tells it."""
+    """A rank's gate and up projection [2, ffn, ...] under a rule."""
     [(_, origin)] = local.blocks
     _, *rest = local.shape
     zero = [0] * len(rest)
@@ -277,15 +277,17 @@ def _gates(local: Local, rule: Rule) -> Local:
 
 
 def _checked(local: Local, rule: Rule, fused: str) -> Local:
-    """The same, if what a rule tells is told of this kind of matrix (CheckpointError)."""
+    """The same, after checking that the rule applies to this kind of matrix (CheckpointError)."""
     told = rule.order or rule.part
     if told is not None and told not in _WORDS[fused]:
-        raise CheckpointError(f"a rule tells of {told}, and the matrix has none", fix=_HOW[fused])
+        raise CheckpointError(
+            f"a rule names {told}, which the matrix does not have", fix=_HOW[fused]
+        )
     return local
 
 
 def _merges(ours: Sequence[int], stored: Sequence[int]) -> bool:
-    """Whether a shape comes from ours by joining axes that lie side by side."""
+    """Whether a shape is ours with adjacent axes merged."""
     left = [n for n in ours if n != 1]
     for size in (n for n in stored if n != 1):
         joined = 1
@@ -297,7 +299,7 @@ def _merges(ours: Sequence[int], stored: Sequence[int]) -> bool:
 
 
 def local_of_placement(placement: Placement, tensor: LogicalTensor, rank: int) -> Local:
-    """Where a rank's part of a tensor lies, as our own cut has it."""
+    """A rank's part of a tensor, under our own placement."""
     local = placement.local(tensor, rank)
     valid = local.box.relative_to(local.box.offset)
     return Local(local.shape, ((valid, local.box.offset),), split=placement.is_split(tensor))

@@ -1,7 +1,7 @@
-"""What DeepSpeed calls our tensors, and which model its names and shapes tell of.
+"""DeepSpeed's names for our tensors, and the model that names and shapes imply.
 
 A plain module's parameter is `layers.<place>.<name in its layer>`, a pipeline's `<place>.<...>`,
-where place counts the layer list: 0 the embedding, 1 to L the blocks, L + 1 the head.
+where place is the index in the layer list: 0 the embedding, 1 to L the blocks, L + 1 the head.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from megagrow.models.registry import FAMILIES
 from megagrow.state.catalog import Catalog, Init, LogicalTensor
 
 TOKENS = "embedding.token"
-_UNTOLD_SEQUENCE = 2048  # without a table of positions tensors do not tell how long samples were
+_UNTOLD_SEQUENCE = 2048  # used without a position table, when tensors do not reveal the length
 _OURS = re.compile(r"(?:layers\.)?(\d+)\.(.+)")
 
 
 def module_name(name: str, place: int, last: int, *, pipelined: bool) -> str:
-    """The parameter's name in the module; `last` is the head's place."""
+    """The parameter's name in the module; `last` is the head's index."""
     inner = layer_name(name, place, last)
     return f"{place}.{inner}" if pipelined else f"layers.{place}.{inner}"
 
@@ -44,16 +44,16 @@ def logical_name(module: str, last: int) -> str | None:
 
 
 def last_place(modules: Iterable[str]) -> int:
-    """The head's place, if the names are ours; -1 if one has another form."""
+    """The head's index, if the names are ours; -1 if any has another form."""
     matches = [_OURS.fullmatch(module) for module in modules]
     return max((int(m[1]) if m else -1 for m in matches), default=-1) if all(matches) else -1
 
 
 def recognised_model(shapes: Mapping[str, tuple[int, ...]], *, tensor: int) -> ModelConfig | None:
-    """The model that the shapes of one tensor-parallel rank's parameters tell of, if any.
+    """The model implied by the shapes of one tensor-parallel rank's parameters, if any.
 
-    With several tensor-parallel ranks the vocabulary counts its padding, and where positions are
-    rotary the sequence length is a guess: no shape tells either.
+    With several tensor-parallel ranks the vocabulary includes its padding, and with rotary
+    positions the sequence length is a guess: no shape reveals either.
 
     Args:
         shapes: by logical name.
@@ -96,7 +96,7 @@ def _as_family(
 
 
 def plain_catalog(shapes: Mapping[str, tuple[int, ...]], decayed: Mapping[str, bool]) -> Catalog:
-    """The catalog of a model that is not ours: whole tensors under their own names."""
+    """The catalog of a foreign model: whole tensors under their own names."""
     return Catalog(
         tuple(
             LogicalTensor(

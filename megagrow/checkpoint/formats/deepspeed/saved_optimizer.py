@@ -1,7 +1,7 @@
-"""What an optimizer under DeepSpeed saved: its groups, and the state of each of its tensors.
+"""What an optimizer under DeepSpeed saved: its groups and the state of each tensor.
 
-Around torch's own dictionary lie one or two of DeepSpeed's.  With ZeRO each group is one flat
-tensor; without it the optimizer numbers parameters, and nothing says which is which.
+DeepSpeed wraps torch's own dictionary in one or two of its own.  With ZeRO each group is one
+flat tensor; without it the optimizer numbers parameters, and nothing says which is which.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megagrow.checkpoint.containers.pickle_reader import StoredTensor
 from megagrow.checkpoint.interface.format import LeftOut
 from megagrow.state.catalog import MASTER, Slot
 
-# By the names of torch's optimizers, and of those that keep its names.
+# By the names of torch's optimizers and of those that use the same names.
 MOMENTS = (
     Slot("exp_avg", "first_moment"),
     Slot("exp_avg_sq", "second_moment"),
@@ -27,7 +27,7 @@ MOMENTS = (
     Slot("sum", "second_moment"),
 )
 _NAMES = frozenset(slot.name for slot in MOMENTS)
-# What lies around torch's dictionary and is carried, or follows from what is.
+# Keys around torch's dictionary that are carried, or follow from what is carried.
 _KNOWN = frozenset(
     {
         "base_optimizer_state", "optimizer_state_dict", "single_partition_of_fp32_groups",
@@ -41,7 +41,7 @@ _KNOWN = frozenset(
 
 
 class Saved:
-    """The dictionary that one rank's optimizer saved; empty where it saved nothing."""
+    """The dictionary that one rank's optimizer saved; empty if it saved nothing."""
 
     def __init__(self, value: Mapping[str, Any]) -> None:
         self.value = value
@@ -62,9 +62,9 @@ class Saved:
 
     @cached_property
     def states(self) -> list[dict[str, Any]]:
-        """The state of each tensor in the optimizer's order; empty where there is no state at all.
+        """The state of each tensor in the optimizer's order; empty if there is no state at all.
 
-        A tensor that alone has none has an empty one.
+        If only some tensors have no state, theirs is an empty dictionary.
         """
         base = self.base
         if isinstance(base, list):  # "elastic" checkpoints
@@ -75,27 +75,27 @@ class Saved:
 
     @property
     def members(self) -> list[list[int]]:
-        """The numbers of the optimizer's tensors, by group."""
+        """The indices of the optimizer's tensors, by group."""
         return [list(group["params"]) for group in self.groups]
 
     @cached_property
     def masters(self) -> list[StoredTensor]:
-        """Of ZeRO 0 with 16-bit parameters: those in fp32, in the optimizer's order."""
+        """At ZeRO 0 with 16-bit parameters: the fp32 masters, in the optimizer's order."""
         return [tensor for group in self.value.get("fp32_groups", ()) for tensor in group]
 
     def shape_of(self, number: int) -> tuple[int, ...] | None:
-        """Of ZeRO 0: the shape of the optimizer's tensor, if anything tells."""
+        """At ZeRO 0: the shape of one of the optimizer's tensors, if known."""
         if self.masters:
             return self.masters[number].shape
         state = self.states[number] if self.states else {}
         return next((state[n].shape for n in _NAMES if _is_tensor(state.get(n))), None)
 
     def left_out(self, where: str, slots: Sequence[Slot]) -> list[LeftOut]:
-        """What is in the dictionary and is not carried.
+        """What the dictionary holds and is not carried.
 
         Args:
-            where: what the dictionary lies in.
-            slots: those that are carried.
+            where: what contains the dictionary.
+            slots: the slots that are carried.
         """
         held = {slot.name for slot in slots}
         found = [LeftOut(f"{where}: {key}", "unknown") for key in self.value if key not in _KNOWN]
@@ -109,7 +109,7 @@ class Saved:
 
 
 def common_slots(saved: Sequence[Saved]) -> tuple[Slot, ...]:
-    """Masters, and the moments that every state of every rank has."""
+    """Masters, and the moments present in every state of every rank."""
     states = [state for one in saved for state in one.states]
     if not states:
         return (MASTER,)
@@ -118,14 +118,14 @@ def common_slots(saved: Sequence[Saved]) -> tuple[Slot, ...]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is one number (or none), alone or in a tensor without axes."""
+    """Whether a value is one number (or None), plain or as a scalar tensor."""
     if isinstance(value, StoredTensor):
         return value.shape == () and value.dtype == torch.float32
     return value is None or isinstance(value, (bool, int, float))
 
 
 def numbers_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers in a tensor's state in a form that JSON holds: {"tensor": n} for a tensor."""
+    """The numbers in a tensor's state in JSON form: {"tensor": n} for a scalar tensor."""
     return {
         key: {"tensor": value.item()} if isinstance(value, StoredTensor) else value
         for key, value in state.items()
@@ -145,21 +145,21 @@ _MOST_WAYS = 20_000
 def assign(
     parameters: Mapping[str, tuple[int, ...]], groups: Sequence[Sequence[tuple[int, ...] | None]]
 ) -> list[list[str]] | None:
-    """Which parameter is which tensor of the optimizer, where their shapes leave one answer.
+    """Match parameters to the optimizer's tensors, if their shapes leave exactly one solution.
 
-    A group lists its parameters in the module's order, as every loop over `named_parameters`
-    does; parameters in no group are not trained.
+    A group lists its parameters in the module's order, as any loop over `named_parameters`
+    produces; parameters in no group are untrained.
 
     Args:
         parameters: shape by name, in the module's order.
-        groups: the shapes of each group's tensors; None where it is not known.
+        groups: the shapes of each group's tensors; None where unknown.
 
     Returns:
-        The names in each group, or None where there is no answer or more than one.
+        The names in each group, or None if there is no solution or more than one.
     """
     spare = len(parameters) - sum(map(len, groups))
     end = tuple(map(len, groups))
-    # By how much of each group is taken: in how many ways (2 for more), and the last step of one.
+    # Keyed by how much of each group is used: number of ways (2 for more), and one way's last step.
     ways: dict[tuple[int, ...], int] = {(0,) * len(groups): 1}
     steps: list[dict[tuple[int, ...], tuple[tuple[int, ...], int]]] = []
     for number, shape in enumerate(parameters.values()):

@@ -1,6 +1,6 @@
-"""Which tensors the parameters of DeepSpeed's files are: of a model of ours, mapped, or plain.
+"""Which tensors the parameters in DeepSpeed's files are: our model's, mapped, or plain.
 
-The files tell names and shapes, of ZeRO 0 not even which state of the optimizer is whose.
+The files give names and shapes; at ZeRO 0 not even which optimizer state belongs to which.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Scheme:
     """What the parameters of a checkpoint are.
 
     Attributes:
-        names: stored name to the tensor's.
-        local: a tensor-parallel rank's part: (stored name, tensor, rank) to `Local`.
-        last: the head's place in the layer list of a model of ours, else -1.
+        names: stored name to the tensor's name.
+        local: (stored name, tensor, rank) to `Local`, a tensor-parallel rank's part.
+        last: the head's index in the layer list for one of our models, else -1.
     """
 
     model: ModelConfig | None
@@ -56,7 +56,7 @@ class Scheme:
 
 
 def recognised(tag: Tag, told: Mapping[str, Any]) -> Scheme:
-    """A model of ours by the configuration or by names and shapes, else plain tensors."""
+    """One of our models, recognised by configuration or names and shapes; else plain tensors."""
     layout = tag.layout
     last = names.last_place(name for shapes in tag.shapes for name in shapes)
     local = {
@@ -79,9 +79,8 @@ def recognised(tag: Tag, told: Mapping[str, Any]) -> Scheme:
         raise another_model(tag.path, build_catalog(written), local, layout)
     if layout.tensor > 1:
         raise CheckpointError(
-            f"{tag.path}: a model that is not ours, cut over tensor-parallel ranks: which way, "
-            "nothing tells",
-            fix=f"tell it in a file {MAPPING} beside the files: see docs/formats.md",
+            f"{tag.path}: an unknown model, split over tensor-parallel ranks in an unknown way",
+            fix=f"describe it in a file {MAPPING} next to the files: see docs/formats.md",
         )
     whole = {n: shape for shapes in reversed(tag.shapes) for n, shape in shapes.items()}
     whole |= {n: buffer.shape for kept in reversed(tag.buffers) for n, buffer in kept.items()}
@@ -95,17 +94,17 @@ def recognised(tag: Tag, told: Mapping[str, Any]) -> Scheme:
 def another_model(
     path: Path, told: Catalog, found: Iterable[str], layout: Layout
 ) -> CheckpointError:
-    """The error where parameters are not those of the model that a client state tells of.
+    """The error for parameters that do not match the model in the client state.
 
     Args:
-        path: of the checkpoint.
+        path: the checkpoint's.
         told: the model's tensors.
-        found: names of the parameters, as the catalog would name them.
-        layout: what they are cut for.
+        found: names of the parameters, in the catalog's form.
+        layout: the layout they are split for.
     """
     odd = sorted({tensor.name for tensor in told} ^ set(found))
     return CheckpointError(
-        f"{path}: its client state describes another model than its parameters are",
+        f"{path}: its client state describes a model that its parameters do not match",
         found=f"{len(set(found))} parameters"
         + (f"; in one of the two alone: {enumerated(odd)}" if odd else ", of other shapes"),
         expected=f"{len(told)}, for layout {layout}",
@@ -114,7 +113,7 @@ def another_model(
 
 
 def _vocabulary(tag: Tag, local: Mapping[str, tuple[int, ...]], layout: Layout) -> int | None:
-    """The rows of the token table without padding, where anything tells."""
+    """The token table's rows without padding, if known."""
     merging = tag.head.get("universal_checkpoint_info")
     rows = merging.get("original_vocab_size") if isinstance(merging, dict) else None
     if type(rows) is int and rows > 0:
@@ -124,11 +123,11 @@ def _vocabulary(tag: Tag, local: Mapping[str, tuple[int, ...]], layout: Layout) 
 
 
 def mapped(tag: Tag, mapping: MappingFile, where: Path) -> Scheme:
-    """What a person tells of it."""
+    """The scheme that a mapping file describes."""
     layout = tag.layout
     stored = {n: shape for shapes in reversed(tag.shapes) for n, shape in shapes.items()}
     rules = rules_for(mapping, list(stored), where=where, tensor=layout.tensor)
-    if mapping.model is None:  # a buffer of which nothing is said is whole on every rank
+    if mapping.model is None:  # an unlisted buffer is replicated on every rank
         buffers = {n: b.shape for kept in reversed(tag.buffers) for n, b in kept.items()}
         said = [n for n in buffers if any(re.fullmatch(r.match, n) for r in mapping.tensors)]
         rules |= {n: (n, Rule(match=re.escape(n))) for n in buffers}
@@ -155,7 +154,7 @@ def mapped(tag: Tag, mapping: MappingFile, where: Path) -> Scheme:
         absent = name in placement.catalog
         raise CheckpointError(
             f"{where}: tensor {name}: "
-            + ("no parameter is mapped to it" if absent else "the model has none of that name")
+            + ("no parameter is mapped to it" if absent else "the model has no such tensor")
         )
 
     def local(name: str, tensor: LogicalTensor, rank: int) -> Local:
@@ -177,7 +176,7 @@ def mapped(tag: Tag, mapping: MappingFile, where: Path) -> Scheme:
 
 
 def _fits(placement: Placement, local: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a rank's shapes are those of a catalog."""
+    """Whether a rank's shapes match a catalog."""
     catalog = placement.catalog
     return {t.name for t in catalog} == set(local) and all(
         placement.local(t, 0).shape == local[t.name] for t in catalog
@@ -185,7 +184,7 @@ def _fits(placement: Placement, local: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def with_roles(tag: Tag, scheme: Scheme, order: Sequence[Sequence[Sequence[str]]]) -> Catalog:
-    """The catalog, with what is not trained and further names marked as such."""
+    """The catalog, with untrained tensors and aliases marked."""
     frozen = {scheme.names[name] for name in tag.frozen}
     if any(tag.saved(mp).members for mp in range(tag.model_parallel)) and not tag.zero:
         trained = {name for groups in order for group in groups for name in group}
@@ -210,7 +209,7 @@ def with_roles(tag: Tag, scheme: Scheme, order: Sequence[Sequence[Sequence[str]]
 def group_order(
     tag: Tag, scheme: Scheme, state: Mapping[str, Any], mapping: MappingFile | None
 ) -> list[list[list[str]]]:
-    """For ZeRO 0, whose files do not tell it: the names in each group of each rank's optimizer."""
+    """At ZeRO 0, whose files do not give it: the names in each group of each rank's optimizer."""
     if tag.zero:
         return []
     if scheme.last < 0:
@@ -235,15 +234,15 @@ def group_order(
 def _told_order(
     tag: Tag, mp: int, scheme: Scheme, state: Mapping[str, Any], mapping: MappingFile | None
 ) -> list[list[str]]:
-    """The same for a model that is not ours: what is told, else what shapes leave open.
+    """The same for a foreign model: as supplied, else the only order that fits the shapes.
 
     Raises:
-        CheckpointError: neither tells.
+        CheckpointError: neither settles it.
     """
     saved, shapes = tag.saved(mp), tag.shapes[mp]
     members = tag.members(mp)
     told = [group.get("param_names") for group in saved.groups]
-    if KEY in state:  # a result of ours
+    if KEY in state:  # written by megagrow
         groups = EngineState.from_json(state[KEY]).groups
         stored = {scheme.names[name]: name for name in shapes}
         order = [[stored[n] for n in group.tensors if n in stored] for group in groups]
@@ -258,10 +257,10 @@ def _told_order(
         found = assign(shapes, [[saved.shape_of(number) for number in one] for one in members])
         if found is None:
             raise CheckpointError(
-                f"{tag.path}: which parameter is which tensor of the optimizer, nothing tells: it "
-                "numbers them, and their shapes leave several answers, or none",
+                f"{tag.path}: which parameter is which tensor of the optimizer is unknown: it "
+                "numbers them, and their shapes allow several answers, or none",
                 found=f"{len(shapes)} parameters, groups of {[len(one) for one in members]}",
-                fix=f"list the names in each group under `groups` in a file {MAPPING} beside "
+                fix=f"list the names in each group under `groups` in a file {MAPPING} next to "
                 "the files, or save with ZeRO 1: see docs/formats.md",
             )
         order = found
@@ -269,7 +268,7 @@ def _told_order(
         name not in shapes for one in order for name in one
     ):
         raise tag.fault(
-            "its optimizer's groups are not those that are told",
+            "its optimizer's groups do not match the listed ones",
             f"{[len(one) for one in members]} tensors",
             f"{[len(one) for one in order]}, each a parameter of the module",
         )

@@ -1,7 +1,7 @@
 """Checkpoints that DeepSpeed's own engine loads, planned as files.
 
-Everything is as `save_checkpoint` of DeepSpeed 0.19.8 would have written it in the layout that
-is asked for; what its engine does not look at is left out.
+Everything is as `save_checkpoint` of DeepSpeed 0.19.8 would write it in the requested layout;
+what its engine does not read is left out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class DeepSpeedSink:
                     self._add(name, self._optim_states(at))
 
     def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> None:
-        """Write the name of the tag."""
+        """Write the `latest` file."""
         with naming(directory / "latest", "cannot be written"):
             write_new(directory / "latest", self._tag.encode())
 
@@ -84,7 +84,7 @@ class DeepSpeedSink:
         module: dict[str, NewTensor] = {}
         for tensor in tensors:
             shape, dtype = plan.local_shape(tensor), plan.dtype_of(tensor)
-            if plan.layout.zero == 3 and tensor.training != "buffer":  # in the partitions alone
+            if plan.layout.zero == 3 and tensor.training != "buffer":  # only in the partitions
                 parameter = NewTensor(dtype, (0,), ())
             else:
                 segments = tuple(plan.values(tensor, MASTER, rank, dtype=dtype))
@@ -129,7 +129,7 @@ class DeepSpeedSink:
     # --- optimizer state ------------------------------------------------------------------
 
     def _whole_states(self, groups: Sequence[Sequence[LogicalTensor]], rank: int) -> dict[str, Any]:
-        """ZeRO 0: torch's own optimizer, in 16 bit inside DeepSpeed's."""
+        """ZeRO 0: torch's own optimizer, wrapped by DeepSpeed's in 16 bit."""
         plan = self._plan
         states: dict[int, dict[str, Any]] = {}
         masters: list[list[NewTensor]] = []
@@ -148,7 +148,7 @@ class DeepSpeedSink:
                 state = self._state(made[1:], plan.state(index, tensor))
                 states |= {count: state} if state else {}
                 count += 1
-            if not group:  # the engine has one parameter of one element there
+            if not group:  # the engine has a one-element parameter there
                 nothing = NewTensor(torch.float32, (1,), (Zeros(4),))
                 masters[-1].append(nothing)
                 states[count] = self._state([nothing] * (len(plan.slots) - 1), plan.state(index))
@@ -232,8 +232,8 @@ class DeepSpeedSink:
         """A rank's flat partition of a group.
 
         Returns:
-            (tensor, start, stop, position) of each of its parts; its size; the padding in it
-            that the format tells of. A group without members has one element on every stage.
+            (tensor, start, stop, position) of each of its parts; its size; the padding that the
+            format records. A group without members has one element on every stage.
         """
         plan, data = self._plan, self._plan.layout.data
         parts, position = [], 0

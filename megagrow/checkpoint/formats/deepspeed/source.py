@@ -1,13 +1,13 @@
-"""Checkpoints of DeepSpeed's engine: what `save_checkpoint` writes, ZeRO 0 to 3, pipelines.
+"""Reads checkpoints that `save_checkpoint` of DeepSpeed's engine writes: ZeRO 0 to 3, pipelines.
 
     <tag>/mp_rank_MM_model_states.pt                       parameters, counters, order of groups
-    <tag>/zero_pp_rank_D_mp_rank_MM_model_states.pt        the same where ZeRO 3 cuts parameters
+    <tag>/zero_pp_rank_D_mp_rank_MM_model_states.pt        the same where ZeRO 3 shards parameters
     <tag>/layer_LL-model_TT-model_states.pt                parameters of a pipeline's layer
     <tag>/[bf16_]zero_pp_rank_D_mp_rank_MM_optim_states.pt flat partitions: masters and moments
     latest                                                 the tag
 
-MM counts pipeline stages and within them tensor-parallel ranks, D data-parallel ranks.  Read
-from DeepSpeed 0.19.8.
+MM numbers pipeline stages and within them tensor-parallel ranks, D data-parallel ranks.  Based
+on DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from megagrow.state.catalog import Catalog
 
 
 def open_source(path: Path) -> Source:
-    """Open a tag's directory, or the one above it.
+    """Open a tag's directory or its parent.
 
-    The model is the one that the checkpoint's client state tells of (under the key
-    ``megagrow``), else the one of ours that names and shapes tell of, else plain tensors under
-    their own names.  A mapping file beside the files settles it: see `deepspeed_mapping`.
+    The model is taken from the checkpoint's client state (under the key ``megagrow``), else
+    recognised from names and shapes as one of ours, else read as plain tensors under their own
+    names.  A mapping file in the directory takes precedence: see `mapping`.
 
     Raises:
-        CheckpointError: missing, damaged, incomplete, hostile, or cut over tensor-parallel ranks
-            in a way that nothing tells.
+        CheckpointError: missing, damaged, incomplete, hostile, or split over tensor-parallel
+            ranks in an unknown way.
     """
     with laid_out(path, "DeepSpeed 0.19 lays checkpoints out"):
         return _open(Tag(find(path) or path))
@@ -90,7 +90,7 @@ def _open(tag: Tag) -> Source:
 
 
 def _left_out(tag: Tag, scheme: Scheme) -> Iterator[LeftOut]:
-    """What the files hold and the scheme has no place for."""
+    """What the files hold and the scheme does not use."""
     for name in sorted({name for kept in tag.buffers for name in kept} - set(scheme.names)):
         yield LeftOut(name, "a buffer that the model does not have")
     for name in tag.aliases:
@@ -104,7 +104,7 @@ def _left_out(tag: Tag, scheme: Scheme) -> Iterator[LeftOut]:
 def _engine(
     tag: Tag, scheme: Scheme, order: Sequence[Sequence[Sequence[str]]]
 ) -> EngineState | None:
-    """What its engine has besides tensors, where the optimizer has saved anything of it."""
+    """The non-tensor state of its engine, if the optimizer saved any."""
     saved = tag.saved(0)
     stages = range(0, tag.model_parallel, tag.layout.tensor)
     if not saved.groups:
@@ -149,7 +149,7 @@ def _boxes(
 
 
 def find(path: Path) -> Path | None:
-    """The tag's directory that a path means: itself, or the one that `latest` names."""
+    """The tag's directory for a path: the path itself, or the tag that `latest` names."""
     if _is_tag(path):
         return path
     latest = path / "latest"

@@ -1,11 +1,11 @@
-"""DeepSpeed's universal checkpoints, planned as files; see `universal` for what they hold.
+"""Plans DeepSpeed universal checkpoints; see `universal_source` for the format.
 
-Hyperparameters of a model of ours are left out on purpose: the engine keeps its own.  Those of a
-user's engine are there for ZeRO 1 and 2; ZeRO 3 would give the first group's to all.  DeepSpeed
-0.19.8, from which this was read, lets all parameter groups of ZeRO 3 share one step tensor after
-`load_universal`; an optimizer that counts up in place, as torch's do, then counts once for each
-group, unless each gets a copy of its own.  What no optimizer trains lies in the module of the
-model's files, which `load_universal` does not look at.
+Hyperparameters of our own models are left out on purpose: the engine keeps its own.  Those of a
+foreign engine are written for ZeRO 1 and 2; ZeRO 3 would apply the first group's to all.
+DeepSpeed 0.19.8, on which this is based, lets all parameter groups of ZeRO 3 share one step
+tensor after `load_universal`; an optimizer that increments it in place, as torch's do, then counts
+once per group, unless each gets its own copy.  Untrained tensors are in the module of the model
+file, which `load_universal` does not read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LATEST = "latest_universal"
 
 
 class UniversalSink:
-    """The files of a universal checkpoint; of the layout it takes the pipeline alone."""
+    """The files of a universal checkpoint; of the layout only the pipeline matters."""
 
     def __init__(self, request: Request) -> None:
         self._plan = plan = Plan(request)
@@ -64,11 +64,11 @@ class UniversalSink:
             stage = mp // layout.tensor
             common = plan.common(plan.groups(stage), stage)
             state = {"module": apart or None, "optimizer": None, **common}
-            for prefix in ("", "zero_pp_rank_0_"):  # either kind of engine looks for its own
+            for prefix in ("", "zero_pp_rank_0_"):  # either kind of engine reads its own
                 self._add(f"{prefix}mp_rank_{mp:02d}_model_states", state)
 
     def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> None:
-        """Write the name of the tag."""
+        """Write the `latest_universal` file."""
         with naming(directory / LATEST, "cannot be written"):
             write_new(directory / LATEST, self._tag.encode())
 
@@ -83,7 +83,7 @@ class UniversalSink:
             "overflow": False,
             **self._plan.clipping(),
             **self._plan.beside("dynamic_loss_scale", "overflow"),
-            "param_groups": groups,  # of ZeRO 1 and 2; what follows is of ZeRO 3
+            "param_groups": groups,  # for ZeRO 1 and 2; what follows is for ZeRO 3
             "optimizer_state_dict": {
                 "state": {0: self._plan.state(0)},
                 "param_groups": bare,

@@ -1,13 +1,13 @@
 """DeepSpeed's universal checkpoints, which its engine loads with `load_universal`.
 
     <tag>/zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt   whole parameters, one directory each
-    <tag>/zero/optimizer_state.pt                              what is not of one parameter
-    <tag>/[zero_pp_rank_0_]mp_rank_MM_model_states.pt          counters, and what is not trained
+    <tag>/zero/optimizer_state.pt                              state not tied to one parameter
+    <tag>/[zero_pp_rank_0_]mp_rank_MM_model_states.pt          counters, untrained tensors
     latest_universal                                           the tag
 
-Its engine cuts a parameter over any number of data-parallel ranks, and over tensor-parallel ones
-along the axis that `cat_dim` names.  Parameters bear the names that they have in the module, so
-a pipeline loads what was written for a pipeline, a plain module what was written for one.
+The engine splits a parameter over any number of data-parallel ranks, and over tensor-parallel ones
+along the axis that `cat_dim` names.  Parameters have their names in the module, so a pipeline
+loads only what was written for a pipeline, and a plain module only what was written for one.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ _PAYLOAD = {"param", "cat_dim", "vocab_tensor", "param_n_sub_params", "sub_param
 
 
 def open_source(path: Path) -> Source:
-    """Open a tag's directory, or the one above it.
+    """Open a tag's directory or its parent.
 
     Raises:
-        CheckpointError: missing, damaged, hostile, or laid out in another way.
+        CheckpointError: missing, damaged, hostile, or in another layout.
     """
     with laid_out(path, "a universal checkpoint of DeepSpeed 0.19"):
         return _open(find(path) or path)
@@ -63,9 +63,9 @@ class _Tag:
     """The files of a tag, their pickles read.
 
     Attributes:
-        held: by parameter as the module names it, then by slot.
-        frozen, buffers, aliases: as `deepspeed_files.Tag` has them.
-        left_out: what the files hold and this class does not tell.
+        held: by parameter name in the module, then by slot.
+        frozen, buffers, aliases: as in `files.Tag`.
+        left_out: what the files hold and this class does not expose.
     """
 
     def __init__(self, path: Path) -> None:
@@ -124,7 +124,7 @@ class _Tag:
                 self.left_out.append(LeftOut(name, "an unknown state"))
 
     def _beside(self, file: str) -> Iterator[LeftOut]:
-        """What the model's file of another rank tells otherwise than the first rank's."""
+        """Entries in another rank's model file that differ from the first rank's."""
         value = self._read(file)
         if not isinstance(value, dict):
             raise _fault(self.path, f"{file} holds no dictionary", type(value).__name__)
@@ -141,7 +141,7 @@ class _Tag:
                 yield LeftOut(f"{file}: {str(key)[:100]}", "the first rank's file does not have it")
 
     def _sort_module(self) -> None:
-        """What is not trained lies in the module of the first model's file."""
+        """Classify the untrained tensors in the module of the first model file."""
         module = self.head.get("module")
         shared = self.head.get("shared_params") or {}
         buffers = set(self.head.get("buffer_names") or ())
@@ -157,12 +157,12 @@ class _Tag:
                 self.left_out.append(LeftOut(name, "its values are not in the model's file"))
             else:
                 (self.buffers if name in buffers else self.frozen)[name] = tensor
-        # With nothing in the module, names alone tell what is tied.
+        # If the module is empty, only names show what is tied.
         self.aliases |= {n: to for n, to in shared.items() if to in self.held}
 
     @property
     def step(self) -> int | None:
-        """The optimizer's count of updates."""
+        """The optimizer's step count."""
         file = f"zero/{next(iter(self.held))}/step.pt"
         if (self.path / file).exists():
             step = self._read(file)
@@ -177,7 +177,7 @@ class _Tag:
 
 @dataclass(frozen=True)
 class _Scheme:
-    """Which tensors they are; `logical` gives the tensor's name by that in the module."""
+    """Which tensors they are; `logical` maps a name in the module to the tensor's name."""
 
     model: ModelConfig | None
     catalog: Catalog
@@ -192,7 +192,7 @@ def _scheme(tag: _Tag, told: Mapping[str, Any]) -> _Scheme:
     found = {}
     for module, tensors in tag.held.items():
         shape = tensors[MASTER].shape
-        # ZeRO 3's own are flat; the model's file knows their shapes.
+        # ZeRO 3's own are flat; the model file has their shapes.
         flat = len(shape) == 1 and math.prod(shapes.get(module, ())) == shape[0]
         found[module] = shapes[module] if flat and module in shapes else shape
     local = {logical[module]: shape for module, shape in reversed(found.items())}
@@ -270,7 +270,7 @@ def _open(path: Path) -> Source:
 
 
 def _optimizer(tag: _Tag, scheme: _Scheme, state: dict[str, Any]) -> Iterator[LeftOut]:
-    """Enter the optimizer's groups and settings in the run's state, where they are told."""
+    """Add the optimizer's groups and settings to the run state, if the files have them."""
     saved, slots = tag.optimizer, tag.slots
     yield from saved.left_out("zero/optimizer_state.pt", slots)
     yield from left_out_of(saved, tag.head, ours=scheme.model is not None)
@@ -283,7 +283,7 @@ def _optimizer(tag: _Tag, scheme: _Scheme, state: dict[str, Any]) -> Iterator[Le
         engine = read_engine(saved, tag.head, groups=groups, slots=kept, zero=1)
         state[KEY] = engine.to_json()
     else:
-        yield LeftOut("param_groups", "a universal checkpoint does not tell their settings")
+        yield LeftOut("param_groups", "a universal checkpoint does not hold their settings")
 
 
 def _fault(path: Path, what: str, found: object = None) -> CheckpointError:
@@ -291,7 +291,7 @@ def _fault(path: Path, what: str, found: object = None) -> CheckpointError:
 
 
 def find(path: Path) -> Path | None:
-    """The tag's directory that a path means: itself, or the one that the latest file names."""
+    """The tag's directory for a path: the path itself, or the tag that `latest_universal` names."""
     if (path / "zero").is_dir():
         return path
     latest = path / LATEST

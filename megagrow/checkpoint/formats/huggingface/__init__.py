@@ -1,1 +1,1 @@
-"""Models in Hugging Face's format (transformers)."""
+"""Models in Hugging Face format (transformers)."""

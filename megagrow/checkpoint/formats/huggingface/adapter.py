@@ -1,7 +1,7 @@
-"""Directories of Hugging Face: parameters in safetensors files and config.json.
+"""Hugging Face model directories: parameters in safetensors files and a config.json.
 
-Each stored array is a box of one logical tensor with its axes in another order; each family has
-a table that says which.
+Each stored array is a box of one logical tensor with its axes permuted; a table for each family
+says which.
 """
 
 from __future__ import annotations
@@ -45,24 +45,26 @@ from megagrow.state.catalog import MASTER
 from megagrow.state.layout import Layout
 
 _CONFIG, _INDEX, _ONE = "config.json", "model.safetensors.index.json", "model.safetensors"
-_RUN = "megagrow.json"  # fingerprints of what the model was trained with
+_RUN = "megagrow.json"  # fingerprints of the training run
 
 
 # --- reading ------------------------------------------------------------------------------
 
 
 def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
-    """Open a directory of Hugging Face.
+    """Open a Hugging Face model directory.
 
     Args:
         told: settings of config.json to ignore.
 
     Raises:
-        CheckpointError: damaged, incomplete, or of a model that megagrow cannot express.
+        CheckpointError: damaged, incomplete, or with a model that megagrow cannot express.
     """
     where = path / _CONFIG
     if told.vocabulary is not None:
-        raise ConfigError(f"{where} tells the vocabulary", fix="leave out --vocab-size")
+        raise ConfigError(
+            f"{where} already gives the vocabulary size", fix="leave out --vocab-size"
+        )
     model, settings = read_model(read_json(where), where=str(where), ignore=told.ignore)
     arrays, sizes = _arrays(path)
     held = set(arrays)
@@ -132,7 +134,7 @@ def _follows(
     """Whether an array follows from what is carried: a tied head, or rotary frequencies.
 
     Raises:
-        CheckpointError: it should and does not.
+        CheckpointError: it should follow but has other values.
     """
     at = f"{path / array.file}: tensor {name}"
     stored = StoredTensor(path / array.file, array.start, array.dtype, array.shape)
@@ -142,7 +144,7 @@ def _follows(
         token = StoredTensor(path / box.file, box.start, box.dtype, box.box.shape)
         if not same_values(stored, token):
             raise CheckpointError(
-                f"{at}: is a head of its own, but {_CONFIG} says that it is the token table",
+                f"{at}: is an untied head, but {_CONFIG} says that it is the token table",
                 found="tie_word_embeddings: true, and other values in the head",
                 fix=f"set tie_word_embeddings: false in a copy of {_CONFIG} to keep the head, or "
                 "save the model without it",
@@ -155,7 +157,7 @@ def _follows(
 
 
 def _run_fingerprints(path: Path) -> dict[str, str]:
-    """What our own export has written down of the run."""
+    """The fingerprints of the run, if megagrow wrote the directory."""
     if not (path / _RUN).is_file():
         return {}
     found = read_json(path / _RUN).get("fingerprints")
@@ -165,13 +167,13 @@ def _run_fingerprints(path: Path) -> dict[str, str]:
 
 
 def _heads(model: ModelConfig) -> set[str]:
-    """The stored names of a head of its own."""
+    """The stored names of an untied head."""
     apart = build_catalog(model.model_copy(update={"tie_embeddings": False})).of("head")
     return {row.stored for row in stored_as(model).ends if apart and row.tensor == apart.name}
 
 
 def _stored_name(name: str, arrays: Mapping[str, StoredArray], *, prefix: str) -> str:
-    """The name as this directory spells it, which may leave the family's prefix out."""
+    """The name as this directory spells it, possibly without the family's prefix."""
     return name if name in arrays else name.removeprefix(prefix)
 
 
@@ -195,7 +197,7 @@ def _arrays(path: Path) -> tuple[dict[str, StoredArray], dict[str, int]]:
     for file in names:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors", file):
             raise CheckpointError(
-                f"{where}: names a file that is none of this directory", found=repr(file[:200])
+                f"{where}: names a file outside this directory", found=repr(file[:200])
             )
     for file in names:
         held, sizes[file] = read_header(path, file)
@@ -254,7 +256,7 @@ class HuggingFaceSink:
             self.files.append(self._plan(name, shard, request))
         self._sharded = len(shards) > 1
         if fingerprints:
-            # A file like those of the weights: it is sealed as they are.
+            # It gets sidecar checksums, as the weights do.
             text = json.dumps({"fingerprints": fingerprints}, indent=2) + "\n"
             self.files.append(FilePlan(_RUN, [text.encode()]))
 
@@ -277,7 +279,7 @@ class HuggingFaceSink:
         return FilePlan(name, segments)
 
     def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> Sequence[str]:
-        """Write index, configurations and the tokenizer's files; see that transformers agrees."""
+        """Write index, configurations and tokenizer files; check that transformers agrees."""
         _write_json(directory / _CONFIG, self._config)
         if self._sharded:
             index = {
@@ -293,7 +295,7 @@ class HuggingFaceSink:
 
 
 def _not_told(model: ModelConfig) -> Iterator[LeftOut]:
-    """Settings of the training that a config.json has no place for."""
+    """Training settings that a config.json cannot express."""
     for what, reason in stored_as(model).untold(model):
         yield LeftOut(what, reason)
     if isinstance(model.init_std, InitConfig):
@@ -304,7 +306,7 @@ def _not_told(model: ModelConfig) -> Iterator[LeftOut]:
             reason = "initializer_range is one number: transformers' default, 0.02"
         yield LeftOut(f"init_std by role ({told}), of fresh parameters", reason)
     if model.mup is not None:
-        reason = "of a run that goes on; the weights are those of a plain model"
+        reason = "only for further training; the weights are those of a plain model"
         yield LeftOut("mup: initialisation and rates by the shape", reason)
 
 
@@ -314,9 +316,9 @@ def _write_json(path: Path, value: Mapping[str, object]) -> None:
 
 
 def _find(path: Path) -> Path | None:
-    """The directory itself, if it has a config.json beside weights of any kind.
+    """The directory itself, if it has a config.json and weights of any kind.
 
-    Of a model's part of Hugging Face's cache (models--NAME) its revision `main`.
+    For a model in Hugging Face's cache (models--NAME), its revision `main`.
     """
     main = path / "refs" / "main"
     if main.is_file() and (path / "snapshots").is_dir():

@@ -1,6 +1,6 @@
-"""config.json of a model of Hugging Face, and our section `model`, both ways.
+"""Translate between a Hugging Face config.json and our `model` section.
 
-What differs between families is in each one's `megagrow.models.<family>.huggingface`.
+Differences between families are in `megagrow.models.<family>.huggingface`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from megagrow.errors import CheckpointError
 from megagrow.models.common.huggingface import HuggingFace, no_such_feature
 from megagrow.models.registry import FAMILIES, family_of
 
-# Every key of a config.json is one of these, or refused by its name: a key that nobody here has
-# thought of may change what the model computes.
+# Every key of a config.json is listed here or refused by name: an unknown key may change what
+# the model computes.
 
 _TOKENS = "the tokenizer says which tokens begin, end and fill texts"
 _GENERATION = "a setting of text generation"
-_NOTHING = "changes nothing of what the model computes"
+_NOTHING = "does not affect what the model computes"
 _UNSET = "not set"
 _LEFT_OUT: Mapping[str, str] = {
     **dict.fromkeys(
@@ -69,19 +69,19 @@ _LEFT_OUT: Mapping[str, str] = {
 def read_model(
     config: Mapping[str, Any], *, where: str, ignore: Collection[str] = ()
 ) -> tuple[ModelConfig, tuple[LeftOut, ...]]:
-    """Our description of the model of a config.json, and the settings that it has no place for.
+    """Our description of the model of a config.json, and the settings that it cannot hold.
 
     Args:
-        ignore: settings that a person knows to change nothing.
+        ignore: settings that the user declares harmless.
 
     Raises:
-        CheckpointError: names the setting that our model cannot express, that is damaged, or of
-            which is not known what it does.
+        CheckpointError: names the setting that our model cannot express, that is damaged, or
+            whose effect is unknown.
     """
     told, known = config.get("model_type"), _known()
     if not isinstance(told, str) or told not in known:
         raise CheckpointError(
-            f"{where}: model_type is none that megagrow can express",
+            f"{where}: megagrow does not support this model_type",
             found=repr(told)[:80],
             expected=", ".join(known),
         )
@@ -121,7 +121,7 @@ def _settings_left_out(
                 f"{where}: {key[:200]}: not a setting of a {family.model_type} model that "
                 "megagrow knows",
                 found=repr(value)[:200],
-                fix=f"if it changes nothing of what the model computes: --ignore {key[:200]}",
+                fix=f"if it does not affect what the model computes: --ignore {key[:200]}",
             )
         yield LeftOut(f"config.json: {key[:200]}", reason)
 
@@ -130,7 +130,7 @@ def stored_as(model: ModelConfig) -> HuggingFace:
     """How a model is stored.
 
     Raises:
-        CheckpointError: Hugging Face has no model of the family.
+        CheckpointError: Hugging Face has no model of this family.
     """
     family = family_of(model)
     if family.huggingface is None:
@@ -160,12 +160,12 @@ def write_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": model.vocabulary,
-        # One number is all that it can say; without the key it is transformers' default.
+        # config.json has only one number; without the key, transformers' default applies.
         **({} if model.stds.matrices is None else {"initializer_range": model.stds.matrices}),
         "tie_word_embeddings": model.tie_embeddings,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
-        # Which tokens begin and end a text is the tokenizer's to tell.
+        # The tokenizer says which tokens begin and end a text.
         "bos_token_id": None,
         "eos_token_id": None,
         **family.write(model),

@@ -1,6 +1,6 @@
-"""Which stored array of Hugging Face is which box of our tensors, in which order of axes.
+"""Map each stored Hugging Face array to a box of one of our tensors and an order of axes.
 
-The tables are each family's own (`megagrow.models.<family>.huggingface`).
+Each family has its own table (`megagrow.models.<family>.huggingface`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megagrow.state.catalog import Catalog, LogicalTensor
 
 @dataclass(frozen=True)
 class Link:
-    """A stored array: the box of a logical tensor that it is, the order of axes, its shape."""
+    """A stored array: its box of a logical tensor, order of axes, and shape."""
 
     stored: str
     tensor: str
@@ -44,7 +44,7 @@ def links(stored: HuggingFace, model: ModelConfig, catalog: Catalog) -> Iterator
 
 
 def _cut(tensor: LogicalTensor, name: str) -> Box:
-    """The part of a fused tensor: query, key and value lie on one axis, gate and up on one."""
+    """The part of a fused tensor: query, key and value share one axis, as do gate and up."""
     box = whole(tensor.shape)
     if not name:
         return box

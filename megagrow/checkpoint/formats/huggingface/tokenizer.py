@@ -1,10 +1,10 @@
-"""The tokenizer of an export: transformers must give the ids that training had.
+"""The tokenizer of an export: transformers must produce the same ids as in training.
 
-Without a tokenizer_config.json AutoTokenizer goes by the model's family: for any GPT-2 it takes
-GPT-2's own rules, whatever tokenizer.json says.  So an export has one that names the class which
-does what tokenizer.json says, and the tokens that begin, end and fill up a text.  A directory's own
-tokenizer_config.json is carried as it is.  Either is opened with transformers, where that is
-installed, and compared on probes before the export appears.
+Without a tokenizer_config.json, AutoTokenizer goes by the model's family: for any GPT-2 it applies
+GPT-2's own rules, whatever tokenizer.json says.  So an export includes one that names the class
+that follows tokenizer.json, and the tokens for begin, end and padding.  An existing
+tokenizer_config.json is copied unchanged.  Either is opened with transformers, if it is installed,
+and compared on probe texts before the export appears.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"
 
 @dataclass(frozen=True)
 class Carried:
-    """What an export holds of a tokenizer.
+    """An export's tokenizer.
 
     Attributes:
         files: content by name.
-        ids: of the tokens that begin, end and fill up a text, for config.json.
-        tokenizer: what the files must agree with; None if we do not read its kind.
-        made: whether the tokenizer_config.json is ours: then a text that spells a special token
-            stays text, and no token is put around it, as in training.
-        notes: what a person should know.
+        ids: of the begin, end and padding tokens, for config.json.
+        tokenizer: the tokenizer that the files must agree with; None if we cannot read its kind.
+        made: whether we wrote the tokenizer_config.json: then a text that spells a special token
+            stays text, and no special tokens are added around it, as in training.
+        notes: for the user.
     """
 
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -52,12 +52,12 @@ def carried(own: OwnTokenizer | str | None, *, vocabulary: int, sequence: int) -
     """Plan the files of a tokenizer.
 
     Args:
-        own: the tokenizer, or why there is none.
-        vocabulary: of the model.
-        sequence: the longest text that the model takes, in tokens.
+        own: the tokenizer, or the reason why there is none.
+        vocabulary: size of the model's.
+        sequence: the model's maximum text length, in tokens.
 
     Raises:
-        CheckpointError: it knows more tokens than the model.
+        CheckpointError: it has more tokens than the model.
         DataError: it is damaged, or cannot be written for transformers.
     """
     if own is None or isinstance(own, str):
@@ -93,7 +93,7 @@ def carried(own: OwnTokenizer | str | None, *, vocabulary: int, sequence: int) -
     pad = next((known[name] for name in _PADS if name in known), eod)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # Without a token of its own, the last document's end stands before a text in training.
+        # Without a begin token, a text in training is preceded by the last document's end token.
         "bos_token": tokenizer.name(start),
         "eos_token": tokenizer.name(eod),
         "pad_token": tokenizer.name(pad),
@@ -111,7 +111,7 @@ def carried(own: OwnTokenizer | str | None, *, vocabulary: int, sequence: int) -
 
 
 def _as_it_is(own: OwnTokenizer, vocabulary: int, note: str) -> Carried:
-    """The files of a directory of Hugging Face, its tokens for begin, end and padding included."""
+    """The files of a Hugging Face directory, with its own begin, end and padding tokens."""
     place = (own.file or own.companions[0]).parent
     paths = [*own.companions, *([own.file] if own.file else [])]
     files = {path.name: read_small(path, LIMIT) for path in paths}
@@ -133,12 +133,12 @@ def _as_it_is(own: OwnTokenizer, vocabulary: int, note: str) -> Carried:
     generation = read_json(place / GENERATION) if (place / GENERATION).is_file() else {}
     files[GENERATION] = _text({**ids, **generation, "eos_token_id": ids["eos_token_id"]})
     if ids["eos_token_id"] is None:
-        notes.append("the files do not tell which token ends a text: generate() does not stop")
+        notes.append("the files do not say which token ends a text, so generate() does not stop")
     return Carried(files, ids, tokenizer, False, tuple(notes))
 
 
 def _told_ids(place: Path, vocabulary: int) -> dict[str, Any]:
-    """The ids that a directory's configurations name, where the model has them."""
+    """The token ids that a directory's configurations name, if the model has them."""
     told: dict[str, Any] = {}
     for name in (GENERATION, "config.json"):
         if (place / name).is_file():
@@ -156,10 +156,10 @@ def _told_ids(place: Path, vocabulary: int) -> dict[str, Any]:
 
 
 def compare(directory: Path, held: Carried) -> str:
-    """Open an export's tokenizer with transformers and compare ids; says what was compared.
+    """Open an export's tokenizer with transformers and compare ids; returns what was compared.
 
     Raises:
-        CheckpointError: transformers gives other ids.
+        CheckpointError: transformers produces other ids.
     """
     ours = held.tokenizer
     if ours is None:
@@ -172,7 +172,7 @@ def compare(directory: Path, held: Carried) -> str:
         loaded: Any = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever a tokenizer of someone's own may raise
+    except Exception as error:  # custom tokenizers may raise anything
         if not held.made:
             return f"ids of the tokenizer: not compared, transformers cannot open it ({error})"
         raise CheckpointError(
@@ -180,7 +180,7 @@ def compare(directory: Path, held: Carried) -> str:
             found=f"{type(error).__name__}: {error}"[:300],
             fix="convert without a tokenizer: --tokenizer none",
         ) from None
-    loaded.model_max_length = 1 << 30  # or it warns of the probes
+    loaded.model_max_length = 1 << 30  # or it warns about the probes
 
     def encode(text: str) -> list[int]:
         return list(loaded(text, add_special_tokens=held.made)["input_ids"])
@@ -190,10 +190,10 @@ def compare(directory: Path, held: Carried) -> str:
         return "ids of the tokenizer: the same by transformers, on probe texts"
     text, found, wanted = other
     raise CheckpointError(
-        f"{ours.path}: transformers gives other ids than training had",
+        f"{ours.path}: transformers gives other ids than in training",
         found=f"{found[:12]} for {text[:40]!r}, by {type(loaded).__name__}",
         expected=str(wanted[:12]),
-        fix="give the tokenizer.json alone, without the tokenizer_config.json beside it: "
+        fix="pass only the tokenizer.json, without its tokenizer_config.json: "
         f"--tokenizer {ours.path}",
     )
 

@@ -1,1 +1,1 @@
-"""Megatron-LM's checkpoints (torch format)."""
+"""Megatron-LM checkpoints (torch format)."""

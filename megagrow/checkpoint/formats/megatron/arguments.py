@@ -1,8 +1,8 @@
-"""What each argument of Megatron-LM is to us: carried, fixed, without effect, or refused by name.
+"""Classifies each Megatron-LM argument: carried, fixed, without effect, or refused by name.
 
-A checkpoint holds every argument of the run that wrote it, hundreds of them, and an argument that
-nobody here has thought of may change what the model computes.  The lists are of the arguments of
-Megatron-LM and the fields of Megatron-Core's TransformerConfig, 0.4 to 0.19.
+A checkpoint holds every argument of the run that wrote it, hundreds of them, and an unknown
+argument may change what the model computes.  The lists cover the arguments of Megatron-LM and the
+fields of Megatron-Core's TransformerConfig, 0.4 to 0.19.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megagrow.checkpoint.interface.accounting import names_in
 from megagrow.checkpoint.interface.format import LeftOut
 from megagrow.errors import CheckpointError
 
-# Read, or compared, by `megatron_names` and `megatron`.
+# Read or compared by `names` and `source`.
 CARRIED = names_in(
     "add_bias_linear add_position_embedding attention_dropout bias_gelu_fusion "
     "consumed_train_samples encoder_num_layers "
@@ -25,8 +25,8 @@ CARRIED = names_in(
     "tensor_model_parallel_size untie_embeddings_and_output_weights use_distributed_optimizer "
     "use_rotary_position_embeddings vocab_size"
 )
-# What would make another function of the same tensors, with the values that ours computes too;
-# an argument that is absent has the first.
+# Arguments that change the function of the same tensors, with the values that match ours; an
+# absent argument counts as the first.
 FIXED: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         names_in(
@@ -67,13 +67,13 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
         ),
         (None, 0),
     ),
-    "window_size": (None, (-1, -1), (-1, 0)),  # all that is before a token
+    "window_size": (None, (-1, -1), (-1, 0)),  # all preceding tokens
     "softmax_type": ("vanilla",),
     "rope_type": (None, "rope"),
     "rotary_percent": (1.0,),
 }
-# How a run was trained, watched, laid out and saved; and what belongs to features that are fixed
-# above to be off.
+# How a run was trained, monitored, laid out and saved; and arguments of features that the list
+# above requires to be off.
 _WITHOUT_EFFECT = names_in(
     "DDP_impl _cpu_offloading_context _is_global_batch_size_explicitly_specified "
     "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split "
@@ -169,20 +169,20 @@ _FAMILIES = tuple(
         "yarn_ test_data"
     )
 )
-_TRAINING = "an argument of training, which changes nothing of what the model computes"
+_TRAINING = "a training argument, which does not affect what the model computes"
 
 
 def require_known(
     args: Mapping[str, Any], *, where: str, ignore: Collection[str] = ()
 ) -> Iterator[LeftOut]:
-    """What becomes of the arguments that are not carried.
+    """The arguments that are left out, after checking that each is known.
 
     Args:
-        ignore: names of arguments that a person knows to change nothing.
+        ignore: names of arguments that the user declares harmless.
 
     Raises:
-        CheckpointError: names an argument that our model cannot express, or of which is not
-            known what it does.
+        CheckpointError: names an argument that our model cannot express, or whose effect is
+            unknown.
     """
     for key, value in args.items():
         name = f"args.{str(key)[:200]}"
@@ -204,5 +204,5 @@ def require_known(
             raise CheckpointError(
                 f"{where}: {name}: not an argument that megagrow knows",
                 found=repr(value)[:200],
-                fix=f"if it changes nothing of what the model computes: --ignore {key}",
+                fix=f"if it does not affect what the model computes: --ignore {key}",
             )

@@ -1,4 +1,4 @@
-"""The files of one iteration of Megatron-LM: a grid of tensor-parallel ranks and stages."""
+"""The files of one Megatron-LM iteration: a grid of tensor-parallel ranks and pipeline stages."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Rank:
     """One file of the grid.
 
     Attributes:
-        parameters: by stored name, in the module's order; a tied copy among them.
-        first_layer: of its pipeline stage.
+        parameters: by stored name, in the module's order, including a tied copy.
+        first_layer: the first layer of its pipeline stage.
     """
 
     tensor: int
@@ -37,7 +37,7 @@ class Rank:
 
     @property
     def value(self) -> dict[str, Any]:
-        """What the file holds."""
+        """The contents of the file."""
         value: dict[str, Any] = self.file.value
         return value
 
@@ -104,7 +104,7 @@ def _parameters(file: TorchFile) -> dict[str, StoredTensor]:
 
 
 def flat(value: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Nested dictionaries as dotted names."""
+    """Flatten nested dictionaries into dotted names."""
     for key, item in value.items():
         if isinstance(item, dict) and depth < 8:
             yield from flat(item, f"{prefix}{key}.", depth + 1)
@@ -113,17 +113,15 @@ def flat(value: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator
 
 
 def arguments_of(rank: Rank) -> Mapping[str, Any]:
-    """Megatron's arguments in a file (CheckpointError where there are none)."""
+    """Megatron's arguments in a file (CheckpointError if there are none)."""
     args = rank.value.get("args")
     if not isinstance(args, Opaque) or not isinstance(args.state, dict):
-        raise CheckpointError(
-            f"{rank.where}: has no `args`, so nothing tells what the model is", fix=RESTORE
-        )
+        raise CheckpointError(f"{rank.where}: has no `args`, so the model is unknown", fix=RESTORE)
     return args.state
 
 
 def check_rank(rank: Rank, first: Rank, layout: Layout, version: float) -> None:
-    """See that a file is of the same save as the first."""
+    """Check that a file is from the same save as the first."""
     args, wanted = arguments_of(rank), arguments_of(first)
     told = {
         "iteration": (rank.value.get("iteration"), first.value.get("iteration")),
@@ -142,7 +140,7 @@ def check_rank(rank: Rank, first: Rank, layout: Layout, version: float) -> None:
     for what, (found, expected) in told.items():
         if found != expected:
             raise CheckpointError(
-                f"{rank.where}: is of another save: {what}",
+                f"{rank.where}: is from another save: {what}",
                 found=f"{found!r:.60}",
                 expected=f"{expected!r:.60}",
                 fix=RESTORE,

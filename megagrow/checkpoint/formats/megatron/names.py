@@ -1,7 +1,7 @@
-"""What Megatron-LM calls our tensors, and its arguments and our section `model`, both ways.
+"""Translate between our names and configuration and Megatron-LM's names and arguments.
 
-Three ways of naming are read: Megatron-Core's with its own layers (`local`), the same with
-Transformer Engine's, whose norms belong to the linear layer behind them, and the classic model's
+Three naming schemes are read: Megatron-Core's with its own layers (`local`), the same with
+Transformer Engine's, whose norms belong to the linear layer that follows, and the classic model's
 (`language_model.encoder...`, `language_model.transformer...`).  The first is written.
 """
 
@@ -26,7 +26,7 @@ from megagrow.state.placement import split_axis
 
 DIVISOR = 128  # Megatron's default of make_vocab_size_divisible_by
 
-# In the order in which Megatron-Core's layer lists its parameters: its optimizer counts so.
+# In the order in which Megatron-Core's layer registers its parameters, which its optimizer uses.
 IN_LAYER = {
     "attention.norm": "input_layernorm",
     "attention.out": "self_attention.linear_proj",
@@ -62,7 +62,7 @@ _NO_PARAMETERS = re.compile(r"(.*\.)?(_extra_state|rotary_pos_emb\.inv_freq|atte
 
 
 def megatron_name(name: str, first_layer: int) -> str:
-    """Megatron-Core's name of a tensor on a stage that begins with our layer `first_layer`."""
+    """A tensor's Megatron-Core name on a stage whose first layer is our `first_layer`."""
     ends = {ours: theirs for theirs, ours in _ENDS.items()}
     if name in ends:
         return ends[name]
@@ -74,23 +74,23 @@ def megatron_name(name: str, first_layer: int) -> str:
 
 
 def is_parameter(stored: str) -> bool:
-    """Whether a name is one of a parameter, not of what a module keeps besides."""
+    """Whether a name is a parameter's, not that of extra module state."""
     return _NO_PARAMETERS.fullmatch(stored) is None
 
 
 def decays(stored: str, axes: int) -> bool:
-    """Whether Megatron's optimizer has a parameter in the group with weight decay."""
+    """Whether Megatron's optimizer applies weight decay to a parameter."""
     return axes > 1 and not stored.endswith("bias")
 
 
 def local_layer(stored: str) -> int | None:
-    """The number on its stage of the layer that a parameter belongs to."""
+    """The number, within its stage, of the layer that a parameter belongs to."""
     match = _LAYER.fullmatch(stored.removeprefix("language_model."))
     return int(match[1]) if match else None
 
 
 def logical_name(stored: str, first_layer: int) -> str | None:
-    """Our name of a parameter; None for one that our models do not have."""
+    """Our name of a parameter; None if our models have no such parameter."""
     plain = stored.removeprefix("language_model.")
     if plain in _ENDS:
         return _ENDS[plain]
@@ -107,7 +107,7 @@ def logical_name(stored: str, first_layer: int) -> str | None:
 
 
 def padded_vocabulary(vocabulary: int, tensor: int, divisor: int = DIVISOR) -> int:
-    """Rows of Megatron's token table, all tensor-parallel ranks together."""
+    """Rows of Megatron's token table, over all tensor-parallel ranks."""
     multiple = divisor * tensor
     return -(-vocabulary // multiple) * multiple
 
@@ -115,9 +115,9 @@ def padded_vocabulary(vocabulary: int, tensor: int, divisor: int = DIVISOR) -> i
 def local_part(
     tensor: LogicalTensor, layout: Layout, rank: int, padded: int
 ) -> tuple[Box | None, tuple[int, ...]]:
-    """A tensor-parallel rank's part: the box (None if all is padding) and the shape in its file.
+    """A tensor-parallel rank's part: the box (None if it is all padding) and its shape in the file.
 
-    The box lies row-major at the beginning of the file's tensor; the rest is padding.  Matrices
+    The box is row-major at the start of the stored tensor; the rest is padding.  Matrices
     are [outputs, inputs].
     """
     axis = split_axis(tensor)
@@ -137,7 +137,8 @@ def local_part(
     if tensor.name.endswith(".bias") or len(held) == 1:
         stored: tuple[int, ...] = (volume,)
     else:
-        # Column-parallel weights end in their one input axis, row-parallel begin with the output.
+        # Column-parallel weights end in their one input axis, row-parallel ones start with the
+        # output.
         rows = held[0] if tensor.axes[0] == "embed" else volume // held[-1]
         stored = (rows, volume // rows)
     return (Box(tuple(offset), tuple(shape)) if all(shape) else None), stored
@@ -151,12 +152,12 @@ def read_model(
 ) -> tuple[ModelConfig, int, list[LeftOut]]:
     """The model of a checkpoint's arguments, its token table's rows, and what is left out.
 
-    The rows count padding.  The vocabulary is `vocab_size`, else what a person tells, else all
+    The rows include padding.  The vocabulary is `vocab_size`, else what the user supplies, else all
     rows.
 
     Raises:
-        CheckpointError: names the argument that our model cannot express, that is missing, or of
-            which is not known what it does.
+        CheckpointError: names the argument that our model cannot express, that is missing, or
+            whose effect is unknown.
     """
     left_out = list(require_known(args, where=where, ignore=told.ignore))
     rope = args.get("position_embedding_type") == "rope" or args.get(
@@ -207,7 +208,7 @@ def read_model(
     _require_alike(args, model, where)
     if model.vocab == padded and told.vocabulary is None and args.get("vocab_size") is None:
         name = f"args.vocab_size, unset: all {padded} rows count as tokens"
-        left_out.append(LeftOut(name, "--vocab-size tells how many there are"))
+        left_out.append(LeftOut(name, "set --vocab-size to the true number"))
     elif model.vocabulary < padded:
         name = f"rows {model.vocabulary} to {padded - 1} of the token table"
         left_out.append(LeftOut(name, "padding of the vocabulary"))
@@ -232,7 +233,7 @@ def _vocabulary(args: Mapping[str, Any], padded: int, where: str, told: ReadOpti
 
 
 def _agreed(args: Mapping[str, Any], name: str, other: str, *, default: float) -> float:
-    """An argument that has two names in Megatron's versions."""
+    """An argument that has two names across Megatron versions."""
     told = [args[key] for key in (name, other) if args.get(key) is not None]
     if len(set(told)) > 1:
         raise ValueError(f"{name} is {told[0]}, {other} is {told[1]}")
@@ -240,14 +241,14 @@ def _agreed(args: Mapping[str, Any], name: str, other: str, *, default: float) -
 
 
 def _require_alike(args: Mapping[str, Any], model: ModelConfig, where: str) -> None:
-    """What depends on the family, or on another argument."""
+    """Checks that depend on the family or on another argument."""
     fused = args.get("bias_gelu_fusion", args.get("bias_activation_fusion", True))
     wanted: dict[str, tuple[Any, ...]] = {"encoder_num_layers": (None, model.layers)}
     if model.architecture.positions == "learned":
         wanted["add_position_embedding"] = (True,)
         wanted["position_embedding_type"] = ("learned_absolute",)
     else:
-        # Older versions say it with use_rotary_position_embeddings and leave this at its default.
+        # Older versions set use_rotary_position_embeddings and leave this at its default.
         wanted["position_embedding_type"] = ("rope", "learned_absolute")
     if model.architecture.activation == "gelu" and not fused:
         raise CheckpointError(
@@ -265,7 +266,7 @@ def _require_alike(args: Mapping[str, Any], model: ModelConfig, where: str) -> N
 
 
 def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, Any]:
-    """Megatron's arguments of a model: those that its loading compares or takes over.
+    """Megatron's arguments for a model: those that its loading compares or adopts.
 
     Raises:
         CheckpointError: Megatron has no such MLP.
@@ -292,7 +293,7 @@ def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, 
         "use_rotary_position_embeddings": rotary,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
-        # Megatron's own option takes whole numbers alone, its model any.
+        # Megatron's own option takes only integers, its model any number.
         "rotary_base": _whole_if_it_is(model.rope_theta),
         "normalization": normalization,
         "norm_epsilon": model.norm_eps,
@@ -303,7 +304,7 @@ def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, 
         "untie_embeddings_and_output_weights": not model.tie_embeddings,
         "hidden_dropout": model.dropout,
         "attention_dropout": model.dropout,
-        # One number is all that it can say; the rest is in our own record beside it.
+        # Megatron has only one number; the rest is in our own entry.
         **({} if model.stds.matrices is None else {"init_method_std": model.stds.matrices}),
         "make_vocab_size_divisible_by": DIVISOR,
         "padded_vocab_size": padded,
@@ -319,7 +320,7 @@ def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, 
 
 
 def _kind(made: Architecture) -> tuple[str, bool, bool, bool]:
-    """What tells models apart in Megatron: norm, rotary positions, SwiGLU, biases."""
+    """What distinguishes models in Megatron: norm, rotary positions, SwiGLU, biases."""
     norm = "LayerNorm" if made.norm == "layer" else "RMSNorm"
     return norm, made.positions == "rotary", made.gated, made.biases
 

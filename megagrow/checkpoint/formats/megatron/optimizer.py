@@ -1,7 +1,7 @@
-"""The optimizer's state in a file of Megatron-LM: torch's or apex's Adam on whole parameters.
+"""Optimizer state in a Megatron-LM file: torch's or apex's Adam on whole parameters.
 
-It is bare, or inside Megatron's 16-bit optimizer, which keeps the masters in lists of its own.
-That of the distributed optimizer lies in other files and is not read.
+It is stored directly, or inside Megatron's 16-bit optimizer, which keeps the masters in its own
+lists.  The distributed optimizer's state is in other files and is not read.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from megagrow.checkpoint.formats.megatron import names
 from megagrow.errors import CheckpointError
 from megagrow.state.catalog import ADAM_SLOTS, MASTER
 
-_HALF = 2  # bytes of an element that has a master elsewhere
+_HALF = 2  # bytes per element of a parameter with a separate master
 MASTERS = ("fp32_from_fp16_params", "fp32_from_fp16")
 _INNER = ("optimizer", "optimizer_state_dict")
 
 
 def parts_of(value: Mapping[str, Any]) -> tuple[str, dict[str, Any], str, list[Any]]:
-    """Where the torch optimizer's state lies in a file, that state; and the same of the masters."""
+    """The key and value of the torch optimizer's state in a file, then those of the masters."""
     saved = value.get("optimizer")
     if not isinstance(saved, dict):
         return "", {}, "", []
@@ -41,13 +41,13 @@ def has_moments(value: Mapping[str, Any], args: Mapping[str, Any]) -> bool:
 def states_of(
     value: Mapping[str, Any], parameters: Mapping[str, StoredTensor], *, where: str
 ) -> dict[str, dict[str, tuple[str, StoredTensor]]]:
-    """By stored name and slot the optimizer's tensors, each with its own name in the file.
+    """The optimizer's tensors by stored name and slot, each with its own name in the file.
 
     Parameters are numbered group by group, each in the module's order; biases and vectors are in
     the group without weight decay.
 
     Raises:
-        CheckpointError: the state is not that of the parameters.
+        CheckpointError: the state does not match the parameters.
     """
     at, optimizer, at_masters, masters = parts_of(value)
     states, groups = optimizer["state"], optimizer["param_groups"]
@@ -80,7 +80,7 @@ def states_of(
 
 
 def counts_of(value: Mapping[str, Any]) -> dict[str, int]:
-    """How many updates the optimizer has counted, by the name of each count.
+    """The optimizer's step counts, by name.
 
     torch's Adam counts for each parameter, apex's and Transformer Engine's for each group.
     """

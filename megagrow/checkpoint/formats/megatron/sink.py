@@ -1,4 +1,4 @@
-"""Classic checkpoints of Megatron-LM, planned as files; what they hold is told in `megatron`.
+"""Plans Megatron-LM's classic checkpoints; see `source` for the format.
 
 Names are those of Megatron-Core's model with its own layers (`--transformer-impl local`), the
 checkpoint version is 3.0.  Random states are left out (`--no-load-rng`).
@@ -31,16 +31,16 @@ LATEST = "latest_checkpointed_iteration.txt"
 
 
 class MegatronSink:
-    """A file for each tensor-parallel rank of each pipeline stage.
+    """One file per tensor-parallel rank of each pipeline stage.
 
     Raises:
-        ConfigError: the layers do not share out evenly over the stages.
+        ConfigError: the layers do not divide evenly over the stages.
     """
 
     def __init__(self, request: Request) -> None:
         self._request, meta = request, request.meta
         self._layout, self._catalog = meta.layout, meta.catalog
-        placed(meta.catalog, request)  # refuses what tensor-parallel ranks cannot share out
+        placed(meta.catalog, request)  # raises if tensor-parallel ranks cannot split it
         refuse_ramp(meta, program="Megatron-LM")
         self._model = model_of(meta)
         if self._model.layers % self._layout.pipeline:
@@ -54,7 +54,7 @@ class MegatronSink:
         self.slots: tuple[Slot, ...] = ADAM_SLOTS if self._trained else (MASTER,)
         self._optimizer = optimizer_of(meta)
         precision = section(PrecisionConfig, meta.config.get("precision"))
-        # Without an optimizer nothing else keeps what rounding would lose.
+        # Without an optimizer there are no masters to keep what rounding would lose.
         asked = request.dtype or (DTYPES[precision.dtype] if self._trained else None)
         self._dtype = asked or request.dtype_of(names.TOKENS, MASTER.name)
         self._padded = names.padded_vocabulary(self._model.vocabulary, self._layout.tensor)
@@ -69,7 +69,7 @@ class MegatronSink:
                 self.files.append(plan_archive(name, self._file(pipe, rank)))
 
     def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> None:
-        """Write the number of the iteration."""
+        """Write the iteration number."""
         with naming(directory / LATEST, "cannot be written"):
             write_new(directory / LATEST, str(self._request.step).encode())
 
@@ -117,7 +117,7 @@ class MegatronSink:
             part = tensor.inner.rpartition(".")[0]
             if part not in names.IN_LAYER:
                 raise CheckpointError(
-                    f"Megatron has no place for {tensor.name} of family {self._model.family}",
+                    f"Megatron has no equivalent of {tensor.name} of family {self._model.family}",
                     fix="convert to native or dcp",
                 )
             return place, list(names.IN_LAYER).index(part)
@@ -144,7 +144,7 @@ class MegatronSink:
         return NewTensor(dtype, shape, tuple(segments))
 
     def _state(self, members: Mapping[str, LogicalTensor], rank: int) -> dict[str, Any]:
-        """Adam's state as torch numbers it: group by group, those with weight decay first."""
+        """Adam's state in torch's numbering: group by group, those with weight decay first."""
         states: dict[int, dict[str, NewTensor]] = {}
         groups, masters = [], []
         for decay in (True, False):
@@ -176,7 +176,7 @@ class MegatronSink:
             "betas": tuple(ours.betas),
             "eps": ours.eps,
             "weight_decay": ours.weight_decay if decay else 0.0,
-            "step": self._optimizer_step,  # where apex and Transformer Engine count
+            "step": self._optimizer_step,  # apex and Transformer Engine count here
             "bias_correction": True,
             "wd_mult": 1.0 if decay else 0.0,
             "lr_mult": 1.0,
@@ -188,7 +188,7 @@ class MegatronSink:
 
 
 def _not_told(meta: CheckpointMeta) -> Iterator[LeftOut]:
-    """Rates of single tensors: Megatron's groups differ in weight decay alone."""
+    """Per-tensor learning rates: Megatron's groups differ only in weight decay."""
     rules = meta.run_state.get("rules") or {}
     if isinstance(rules, Mapping) and rules.get("factors"):
         yield LeftOut("rates that growths have left to single tensors", "Megatron has one for all")

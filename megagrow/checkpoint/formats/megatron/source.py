@@ -1,17 +1,17 @@
-"""Megatron-LM's classic checkpoints (`--ckpt-format torch`): a tensor x pipeline grid of pickles.
+"""Reads Megatron-LM's classic checkpoints (`--ckpt-format torch`): a tensor x pipeline grid.
 
     iter_0000007/mp_rank_TT[_PPP]/model_optim_rng.pt    or release/mp_rank_...
     latest_checkpointed_iteration.txt                   the iteration, or `release`
 
-Fused matrices have our order since checkpoint version 2.0: rows of QKV are [key/value group,
-its queries + key + value, head width], of a SwiGLU input each rank has its part of the gate, then
-of the other half.  Older versions have the axes of QKV in another order.  The token table is padded
-to a multiple of `make_vocab_size_divisible_by` times the tensor-parallel size.  A tied table lies
+Fused matrices have had our order since checkpoint version 2.0: rows of QKV are [key/value group,
+its queries + key + value, head width]; of a SwiGLU input each rank has its part of the gate, then
+of the other half.  Older versions order the axes of QKV differently.  The token table is padded
+to a multiple of `make_vocab_size_divisible_by` times the tensor-parallel size.  A tied table is
 on the first stage and, with a pipeline, again on the last.
 
-Optimizer state is read and written where it is torch's or apex's Adam on whole parameters, inside
-Megatron's 16-bit optimizer or bare.  That of its distributed optimizer lies in files of its own
-and is left out.  For writing see `megatron_sink`.
+Optimizer state is read and written if it is torch's or apex's Adam on whole parameters, inside
+Megatron's 16-bit optimizer or not.  The distributed optimizer's state is in separate files and
+is left out.  For writing see `sink`.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ from megagrow.state.catalog import ADAM_SLOTS, MASTER, Catalog, LogicalTensor
 from megagrow.state.layout import Layout
 
 _ITERATION = re.compile(r"iter_(\d{7,9})")
-# Where the axes of QKV [group, projection, head width, embed] lie before version 2.0.
+# Order of the axes of QKV [group, projection, head width, embed] before version 2.0.
 _OLD_QKV = {0.0: (1, 0, 2), 1.0: (0, 2, 1)}
 
 
 def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> Source:
-    """Open an iteration's directory, or the one above it.
+    """Open an iteration's directory or its parent.
 
     Args:
         told: the true vocabulary; names of arguments, and of copies that may differ, to ignore.
 
     Raises:
-        CheckpointError: missing, damaged, incomplete, hostile, of another of Megatron's formats,
-            or of a model that is not ours.
+        CheckpointError: missing, damaged, incomplete, hostile, in another of Megatron's formats,
+            or of a foreign model.
     """
     with laid_out(path, "Megatron-LM lays out its checkpoints"):
         return _open(find(path) or path, told)
@@ -80,7 +80,7 @@ def _open(path: Path, options: ReadOptions) -> Source:
     told = client_state(first.value)
     model, padded, left_out = names.read_model(args, where=first.where, told=options)
     ours = replayed_model(told["config"], told["run_state"], vocabulary=model.vocab)
-    if ours is not None:  # Megatron's arguments have one number for all fresh parameters
+    if ours is not None:  # Megatron's arguments have one std for all parameters
         model = model.model_copy(update={"init_std": ours.init_std, "mup": ours.mup})
     layout = Layout(
         tensor=1 + max(rank.tensor for rank in ranks), pipeline=1 + max(rank.pipe for rank in ranks)
@@ -127,7 +127,7 @@ def _open(path: Path, options: ReadOptions) -> Source:
         sizes={name: file.size for name, file in sorted(files.items())},
         boxes=boxes,
         records=[Record(name, *record) for name, file in files.items() for record in file.records],
-        left_out=tuple(dict.fromkeys(left_out)),  # ranks hold much under the same names
+        left_out=tuple(dict.fromkeys(left_out)),  # ranks repeat many names
     )
 
 
@@ -139,10 +139,10 @@ def _count(value: Any) -> int:
 
 
 class _Grid:
-    """Makes boxes of the files' tensors; what several files hold is compared.
+    """Makes boxes from the files' tensors; compares replicas held by several files.
 
     Attributes:
-        differing: copies that are not alike and were to be ignored.
+        differing: replicas that differ and were to be ignored.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class _Grid:
         states: Mapping[str, Mapping[str, tuple[str, StoredTensor]]],
         carried: set[str],
     ) -> Iterator[StoredBox]:
-        """The boxes of a file; names of what they are made of are added to `carried`."""
+        """The boxes of a file; adds the names they are made from to `carried`."""
         file = rank.file.path.relative_to(self._path).as_posix()
         for stored, value in rank.parameters.items():
             copy = _is_copy(stored, self._catalog)
@@ -192,14 +192,14 @@ class _Grid:
                     self._compare(rank, stored, slot, self._first[key], found)
                     continue
                 self._first[key] = found
-                if box is not None:  # else all is padding
+                if box is not None:  # otherwise it is all padding
                     axes = _qkv_axes(tensor, self._version)
                     yield StoredBox(name, slot, box, file, found.start, found.dtype, axes)
 
     def _compare(
         self, rank: Rank, stored: str, slot: str, first: StoredTensor, copy: StoredTensor
     ) -> None:
-        """A replica on another tensor-parallel rank, or the last stage's tied token table."""
+        """Compare a replica on another tensor rank, or the last stage's tied token table."""
         if same_values(first, copy):
             return
         if stored not in self._ignore:
@@ -232,18 +232,18 @@ def _qkv_axes(tensor: LogicalTensor, version: float) -> tuple[int, ...] | None:
 
 _OF_THE_RUN = {
     "rng_state": "random states: a run of megagrow derives its own",
-    "opt_param_scheduler": "the schedule of the learning rate: a run's configuration tells it",
-    "lr_scheduler": "the schedule of the learning rate: a run's configuration tells it",
+    "opt_param_scheduler": "the learning-rate schedule: it is in a run's configuration",
+    "lr_scheduler": "the learning-rate schedule: it is in a run's configuration",
 }
 _READ = {"args", "checkpoint_version", "iteration", "model", "optimizer", KEY}
-_HYPERPARAMETERS = "hyperparameters of the optimizer: a run's configuration tells them"
+_HYPERPARAMETERS = "optimizer hyperparameters: they are in a run's configuration"
 
 
 def _left_out(rank: Rank, carried: set[str], moments: bool, told: bool) -> tuple[LeftOut, ...]:
-    """What a file holds and nothing above carries."""
+    """What a file holds and is not carried."""
     held = [key for key in rank.value if key not in {"model", "optimizer"}]
     left = [
-        LeftOut(key, _OF_THE_RUN.get(key, "megagrow keeps nothing of the kind"))
+        LeftOut(key, _OF_THE_RUN.get(key, "megagrow has no equivalent"))
         for key in held
         if key not in _READ
     ]
@@ -257,7 +257,7 @@ def _left_out(rank: Rank, carried: set[str], moments: bool, told: bool) -> tuple
     optimizer = rank.value.get("optimizer")
     if optimizer is not None and not moments:
         held.append("optimizer")
-        where = "distributed: its moments lie in files of their own"
+        where = "distributed: its moments are in separate files"
         apart = arguments_of(rank).get("use_distributed_optimizer")
         left.append(LeftOut("optimizer", where if apart else "has no moments of Adam"))
     elif optimizer is not None:
@@ -294,7 +294,7 @@ def _refuse_distributed(path: Path) -> None:
 
 
 def find(path: Path) -> Path | None:
-    """The iteration's directory that a path means: itself, or the one that the tracker names."""
+    """The iteration's directory for a path: the path itself, or the one that the tracker names."""
     if _is_iteration(path):
         return path
     tracker = path / LATEST
@@ -310,7 +310,7 @@ def _is_iteration(path: Path) -> bool:
     if not path.is_dir():
         return False
     if is_torch_dist(path):
-        return True  # to be refused by name
+        return True  # to be rejected by name later
     ranks = (entry for entry in path.iterdir() if RANK.match(entry.name) and entry.is_dir())
     return any((rank / FILE).exists() for rank in ranks)
 
