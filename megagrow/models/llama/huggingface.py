@@ -1,7 +1,7 @@
 """LLaMA as Hugging Face's transformers stores it.
 
-Queries, keys and values are apart, and so are gate and up.  Rotary features are paired half
-against half on both sides.
+Queries, keys and values are separate, and so are gate and up. Both use the half-split pairing of
+rotary features.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def _read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _read_rope(config: Mapping[str, Any], where: str) -> float:
-    """The base of the rotary frequencies, wherever it stands; anything but plain ones is refused.
+    """The base of the rotary frequencies, wherever it is given; only plain RoPE is accepted.
 
-    transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`, unless
-    there is a `rope_scaling`: the three must agree.
+    transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 reads `rope_parameters`
+    unless there is a `rope_scaling`: all three must agree.
     """
     told = {"rope_theta": config.get("rope_theta")}
     for section in ("rope_scaling", "rope_parameters"):
@@ -84,7 +84,7 @@ def _read_rope(config: Mapping[str, Any], where: str) -> float:
     bases = {name: base for name, base in told.items() if base is not None}
     if len(set(bases.values())) > 1:
         raise CheckpointError(
-            f"{where}: says twice what the base of the rotary frequencies is", found=bases
+            f"{where}: gives the base of the rotary frequencies twice", found=bases
         )
     return next(iter(bases.values()), 1e4)
 
