@@ -58,8 +58,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _merged(stats: torch.Tensor) -> torch.Tensor:
-    """Combine the statistics of the ranks' parts [T, 3, rows] into those of whole rows [3,
-    rows]."""
+    """Combine the statistics of the ranks' parts, [T, 3, rows] -> [3, rows]."""
     tops, totals, targets = stats.unbind(1)
     top = tops.amax(0)
     return torch.stack((top, (totals * (tops - top).exp()).sum(0), targets.sum(0)))

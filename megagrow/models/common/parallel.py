@@ -245,8 +245,7 @@ def _require_equal_parts(x: torch.Tensor, parallel: TensorParallel, axis: int) -
 
 @contextmanager
 def random_numbers_of_this_rank(parallel: TensorParallel, device: torch.device) -> Iterator[None]:
-    """Inside this context each tensor-parallel rank draws its own numbers; outside all draw the
-    same.
+    """Inside, each tensor-parallel rank draws its own numbers; outside, all draw the same.
 
     The ranks start a step with the same seed.  A seed for the region is drawn from that common
     stream, which afterwards continues unaffected by the region; so the numbers depend on the step's
