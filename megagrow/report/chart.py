@@ -29,15 +29,7 @@ _MOST_DOTS = 80
 
 
 Style = Literal["raw", "main", "dots", "c1", "c2", "c3", "c4", "c5", "c6", "c7"]
-COLOURS: tuple[Style, ...] = (
-    "c1",
-    "c2",
-    "c3",
-    "c4",
-    "c5",
-    "c6",
-    "c7",
-)  # of several curves
+COLOURS: tuple[Style, ...] = ("c1", "c2", "c3", "c4", "c5", "c6", "c7")  # of several curves
 
 
 @dataclass(frozen=True)

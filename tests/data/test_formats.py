@@ -155,7 +155,7 @@ def test_data_that_is_not_read_is_refused_by_name(
 def test_what_is_no_regular_file_is_refused_by_name(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for source in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(DataError, match=r"(?s)pipe: is no regular file.*a named pipe"):
+        with pytest.raises(DataError, match=r"(?s)pipe: is not a regular file.*a named pipe"):
             read(source)
     (tmp_path / "pipe").unlink()
     with socket.socket(socket.AF_UNIX) as stranger:
