@@ -128,8 +128,7 @@ class Stream:
 
     @property
     def joins(self) -> int:
-        """An upper bound on the number of joins: adjacent tokens that are not adjacent in the
-        data."""
+        """An upper bound on the number of joins, where the stream skips data."""
         return sum(layer.joins for layer in self._layers)
 
     def places(self, start: int, count: int) -> Int64:

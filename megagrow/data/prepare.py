@@ -186,8 +186,7 @@ def _version(made: dict[str, Any]) -> int:
 
 
 def _as_made(data: dataset.PreparedData) -> dict[str, Any]:
-    """How a dataset was created; derived from its content if an earlier version did not record
-    it."""
+    """How a dataset was created; derived from its content if it was not recorded."""
     arguments = dict(data.made.get("arguments", {}))
     if _version(data.made) == 1:
         given = arguments.get("tokenizer_sha256") is not None

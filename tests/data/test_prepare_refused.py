@@ -1,4 +1,4 @@
-"""What can be refused is refused before long work, and leaves nothing behind."""
+"""Errors are reported before any long work, and nothing is left behind."""
 
 from __future__ import annotations
 
