@@ -38,7 +38,7 @@ def also_reporting_to(sink: Callable[[str], object]) -> Iterator[None]:
         _sinks.remove(sink)
 
 
-def report(who: str, error: BaseException, *, then: str = "it goes on", times: int = 1) -> None:
+def report(who: str, error: BaseException, *, then: str = "it continues", times: int = 1) -> None:
     """Report an exception of a background thread; never raises.
 
     A defect is reported with its traceback, a system or user error in one line.
@@ -141,7 +141,7 @@ class Loop:
                 if self._turn() is True:
                     return
             except SystemExit as error:
-                report(self._who, error, then="it was told to end, and does")
+                report(self._who, error, then="it was asked to stop, and stops")
                 return
             except BaseException as error:
                 self.faults.note(error)

@@ -93,7 +93,7 @@ class _Found:
         if self.holder is not None and self.holder.machine == _machine():
             same = _started(self.holder.pid) in (self.holder.started, _HIDDEN)
             return "" if same else "that process is gone"
-        return f"nothing was heard of it for {self.age:.0f} s" if self.age > SILENT else ""
+        return f"no refresh for {self.age:.0f} s" if self.age > SILENT else ""
 
 
 class Lock:
@@ -136,7 +136,7 @@ class Lock:
         """
         if self.lost():
             raise LockError(
-                f"{self.path.parent}: this job no longer has it to itself, and stops",
+                f"{self.path.parent}: this job lost its lock and stops",
                 found=self._lost,
                 expected=f"the lock of {self._mine}",
                 fix="start it again once no other job writes there; what was saved before is "

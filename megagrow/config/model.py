@@ -174,8 +174,8 @@ class ModelConfig(Section):
         by_role = isinstance(self.init_std, InitConfig)
         if by_role and self.init_std.head is not None and self.tie_embeddings:  # type: ignore[union-attr]
             raise ValueError(
-                "init_std.head is for an untied head, but tie_embeddings = true:  "
-                "the head is the token embedding, whose std is init_std.embedding; leave  "
+                "init_std.head is for an untied head, but tie_embeddings = true: "
+                "the head is the token embedding, whose std is init_std.embedding; leave "
                 "model.init_std.head out, or set model.tie_embeddings=false"
             )
         return self

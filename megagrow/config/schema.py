@@ -87,7 +87,7 @@ class OptimizerConfig(Section):
             getattr(self, key) != type(self).model_fields[key].default for key in given
         ):
             raise ValueError(
-                f"{' and '.join(sorted(given))}: Muon's alone, but name = {self.name}; set "
+                f"{' and '.join(sorted(given))}: only for Muon, but name = {self.name}; set "
                 "optimizer.name=muon, or leave it out"
             )
         return self
@@ -351,7 +351,7 @@ class Config(Section):
             of_muon = " and ".join(sorted(given.keys() & {"muon_lr", "momentum"}))
             if of_muon and self.optimizer.name != "muon":
                 raise ValueError(
-                    f"stages[{index}].optimizer: {of_muon}: Muon's alone, but optimizer.name = "
+                    f"stages[{index}].optimizer: {of_muon}: only for Muon, but optimizer.name = "
                     f"{self.optimizer.name}; leave it out"
                 )
         return self

@@ -104,25 +104,25 @@ def choose(
     Raises:
         DataError: there is no answer, or it is not allowed.
     """
-    told = _recorded(candidates.path)
+    recorded = _recorded(candidates.path)
     settings = _configuration(candidates.path)
-    end, why = _end(candidates, eod, told, settings)
-    begin = _begin(candidates, bos, told, settings)
+    end, why = _end(candidates, eod, recorded, settings)
+    begin = _begin(candidates, bos, recorded, settings)
     return Markers(end, begin, why)
 
 
 def _end(
     candidates: Candidates,
     asked: str | int | None,
-    told: Mapping[str, Any],
+    recorded: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> tuple[int, str]:
     if isinstance(asked, int):
-        return asked, "as recorded"
+        return asked, "as told"
     if asked is not None:
         return candidates.named(asked, "--eod"), "--eod"
-    if isinstance(told.get("eod"), int):
-        return told["eod"], "of the dataset"
+    if isinstance(recorded.get("eod"), int):
+        return recorded["eod"], "of the dataset"
     name = _name(settings.get("eos_token"))
     if name is not None:
         return candidates.named(name, "eos_token of tokenizer_config.json"), (
@@ -134,9 +134,9 @@ def _end(
     if len(known) == 1:
         return candidates.special[known[0]], "its only special token with such a name"
     raise DataError(
-        f"{candidates.path}: does not tell which token ends a document",
+        f"{candidates.path}: does not define which token ends a document",
         found=f"special tokens {_listed(candidates.special)}",
-        expected="eos_token in a tokenizer_config.json beside it, or one special token of the "
+        expected="eos_token in a tokenizer_config.json next to it, or one special token of the "
         f"names {', '.join(_END_NAMES)}",
         fix="--eod NAME says which of its special tokens it is"
         if candidates.special
@@ -147,7 +147,7 @@ def _end(
 def _begin(
     candidates: Candidates,
     asked: str | int | None,
-    told: Mapping[str, Any],
+    recorded: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> int | None:
     if asked == NONE:
@@ -156,8 +156,8 @@ def _begin(
         return asked
     if asked is not None:
         return candidates.named(asked, "--bos")
-    if told:
-        found = told.get("bos")
+    if recorded:
+        found = recorded.get("bos")
         return found if isinstance(found, int) else None
     adds, name = settings.get("add_bos_token"), _name(settings.get("bos_token"))
     if adds is False:
@@ -186,7 +186,7 @@ def _json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: cannot be read, though it tells of the tokenizer beside it",
+            f"{path}: cannot be read, but it describes the tokenizer next to it",
             found=str(error),
             fix="fix the file, or move the tokenizer away from it",
         ) from error

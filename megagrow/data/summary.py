@@ -16,7 +16,7 @@ def summary(outcome: Outcome) -> Iterator[str]:
     made, content = data.made, data.content
     yield f"{data.path}: " + ("prepared" if outcome.fresh else "already prepared")
     if outcome.outdated:
-        yield "  by an earlier version, which split whole documents; --overwrite makes it anew"
+        yield "  by an earlier version, which split whole documents; --overwrite rebuilds it"
     share = content.validation.tokens / (content.train.tokens + content.validation.tokens)
     asked = made["arguments"]["validation_fraction"]
     for name, split, more in (

@@ -393,6 +393,6 @@ def _scattered(growth: Growth, tensor: LogicalTensor) -> GrowthError:
     fitting = [n for n in growth.operator.policies if find_policy(n).new_block_peak is None]
     return GrowthError(
         f"state policy {growth.policy.name!r}: this growth scatters the old elements of "
-        f"{tensor.name}, so that they cannot be told from the new ones by their indices",
+        f"{tensor.name}, so they cannot be distinguished from the new ones by index",
         fix=f"set grow.state_policy to {' or '.join(fitting) or 'reset'}",
     )

@@ -41,7 +41,7 @@ def young_table(boxes: Sequence[YoungBox], device: torch.device | str = "cpu") -
         boxes: sorted by start and not overlapping, except that several may have the same start and
             shape. Then each one's old block is inside the old block of the next, and an element
             belongs to the last box in which it is young.
-        device: where the partition lies.
+        device: device of the partition.
 
     Raises:
         ValueError: a box has more than four axes or 2^31 elements.
@@ -77,7 +77,7 @@ def young_rates(
     Args:
         rates: for each box the learning rate and the number of this update, from 1.
         betas: of the moments.
-        device: where the partition lies.
+        device: device of the partition.
     """
     rows = [
         (lr, lr / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step)) for lr, step in rates

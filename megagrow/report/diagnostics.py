@@ -16,7 +16,7 @@ _X_LABEL = "tokens seen"
 _CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Share of the new parameters",
-        "in the squares of gradient and update, beside their share in number",
+        "in the squares of gradient and update, compared with their share in number",
         (
             ("gradient_share", "gradient"),
             ("update_share", "update"),

@@ -115,8 +115,8 @@ class Steps:
 
     def _append(self, group: _Group) -> None:
         last = self._groups[-1] if self._groups else None
-        room = last is not None and last.count + group.count <= self.size
-        if last is not None and room and last.last.stage == group.last.stage:
+        fits = last is not None and last.count + group.count <= self.size
+        if last is not None and fits and last.last.stage == group.last.stage:
             last.takes(group)
         else:
             self._groups.append(group)

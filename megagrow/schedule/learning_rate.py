@@ -150,14 +150,14 @@ class LearningRate:
     def __post_init__(self) -> None:
         planned = self._total_at(0)
         decay = self._decay(planned)
-        room = planned - decay
-        if self.warmup > room:
+        available = planned - decay
+        if self.warmup > available:
             decays = f" and decays over the last {decay}" if decay else ""
             raise ConfigError(
                 f"schedule.warmup = {self.warmup} steps does not fit: "
                 f"the run has {planned} steps{decays}",
                 found=self.warmup,
-                expected=f"at most {room}",
+                expected=f"at most {available}",
                 fix="set schedule.warmup lower, schedule.decay lower, or train longer (stages)",
             )
 

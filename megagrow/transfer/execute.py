@@ -132,13 +132,13 @@ def transfer_between_ranks(
         staged = max(staged, (send_buffer.numel() + receive_buffer.numel()) * width)
         for turn in range(max(len(sends), len(receives))):
             packed = _pack(sends[turn], old, send_buffer) if turn < len(sends) else None
-            room = None
+            received_flat = None
             if turn < len(receives):
-                room = receive_buffer[: sum(move.part.volume for move in receives[turn])]
-            channel.exchange(send=packed, to=to, receive=room, source=source)
-            if room is not None:
-                crossed += room.numel()
-                received += _unpack(receives[turn], room, new, noise)
+                received_flat = receive_buffer[: sum(move.part.volume for move in receives[turn])]
+            channel.exchange(send=packed, to=to, receive=received_flat, source=source)
+            if received_flat is not None:
+                crossed += received_flat.numel()
+                received += _unpack(receives[turn], received_flat, new, noise)
     return TransferReport(
         bytes_written=written * width,
         bytes_received=received * width,

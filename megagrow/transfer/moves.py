@@ -171,15 +171,15 @@ def messages(moves: Sequence[Move], limit: int) -> list[list[Move]]:
     Pieces are sorted by key; one that is longer than a message is split.
     """
     packed: list[list[Move]] = []
-    room = 0
+    space = 0
     for move in sorted(moves, key=lambda m: m.key):
         for part in split_box(move.part, limit):
-            if part.volume > room:
+            if part.volume > space:
                 packed.append([])
-                room = limit
+                space = limit
             piece = move if part == move.part else _narrowed(move, part)
             packed[-1].append(piece)
-            room -= part.volume
+            space -= part.volume
     return packed
 
 

@@ -128,9 +128,9 @@ def test_each_kind_of_tokenizer_has_its_own_end(tmp_path: Path, kind: str) -> No
 @pytest.mark.parametrize(
     ("parts", "options", "word"),
     [
-        ({"special": ("<|endoftext|>", "</s>")}, {}, "does not tell which.*--eod NAME"),
-        ({"special": ("<x>",)}, {}, "does not tell which.*special tokens <x>"),
-        ({"ordinary": ("</s>",)}, {}, "does not tell which.*special tokens none"),
+        ({"special": ("<|endoftext|>", "</s>")}, {}, "does not define which.*--eod NAME"),
+        ({"special": ("<x>",)}, {}, "does not define which.*special tokens <x>"),
+        ({"ordinary": ("</s>",)}, {}, "does not define which.*special tokens none"),
         ({"special": ("<x>",), "ordinary": ("</s>",)}, {"eod": "</s>"}, "ordinary.*<x>"),
         ({"special": ("<x>",)}, {"eod": "<y>"}, "no token.*<x>"),
         ({"special": ("<x>",)}, {"eod": "<x>", "bos": "a"}, "--bos 'a' cannot.*ordinary"),
@@ -157,7 +157,7 @@ def test_sentencepiece_ends_with_a_control_symbol_alone(tmp_path: Path) -> None:
     assert own.name(own.eod) == "</s>" and own.markers.bos is None
     spoken = {"eos_id": -1, "bos_id": -1, "user_defined_symbols": ["</s>", "<eod>"]}
     path = sentence_piece(tmp_path / "b.model", **spoken)
-    with pytest.raises(DataError, match=r"(?s)does not tell which.*special tokens none"):
+    with pytest.raises(DataError, match=r"(?s)does not define which.*special tokens none"):
         load_tokenizer(path)
     with pytest.raises(DataError, match="ordinary token"):
         load_tokenizer(path, eod="<eod>")

@@ -67,7 +67,7 @@ def _read_rope(config: Mapping[str, Any], where: str) -> float:
     transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 reads `rope_parameters`
     unless there is a `rope_scaling`: all three must agree.
     """
-    told = {"rope_theta": config.get("rope_theta")}
+    given = {"rope_theta": config.get("rope_theta")}
     for section in ("rope_scaling", "rope_parameters"):
         rope = config.get(section) or {}
         if not isinstance(rope, Mapping):
@@ -80,8 +80,8 @@ def _read_rope(config: Mapping[str, Any], where: str) -> float:
                 raise no_such_feature(where, f"{section}.{key}", rope[key], "default")
         if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise no_such_feature(where, f"{section}.partial_rotary_factor", rope, 1.0)
-        told[f"{section}.rope_theta"] = rope.get("rope_theta")
-    bases = {name: base for name, base in told.items() if base is not None}
+        given[f"{section}.rope_theta"] = rope.get("rope_theta")
+    bases = {name: base for name, base in given.items() if base is not None}
     if len(set(bases.values())) > 1:
         raise CheckpointError(
             f"{where}: gives the base of the rotary frequencies twice", found=bases
