@@ -1,7 +1,7 @@
 """megagrow: staged pretraining in which a language model grows while it trains.
 
-`docs/python-api.md` describes the functions that are offered here.  They are found in
-`megagrow.api` when they are first asked for, so `import megagrow` imports nothing else.
+`docs/python-api.md` describes the public functions. They are imported from `megagrow.api` on first
+use, so `import megagrow` imports nothing else.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""`python -m megagrow COMMAND ...`, which is what the command `megagrow` does."""
+"""`python -m megagrow COMMAND ...`: the same as the command `megagrow`."""
 
 from megagrow.cli.main import program
 

@@ -1,7 +1,7 @@
-"""What Python programs call: the functions that `import megagrow` offers.
+"""The Python API: the functions that `import megagrow` provides.
 
-Each is a thin layer over what the command of the same purpose does.  PyTorch and DeepSpeed are
-imported when a function needs them, not before.
+Each is a thin layer over the corresponding command. PyTorch and DeepSpeed are imported only when a
+function needs them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check the configuration of a run.
 
     Args:
-        path: a YAML file; a name such as ``configs/quickstart.yaml`` is that of a file that comes
-            with megagrow, where there is no such file.
+        path: a YAML file; if there is no such file, a name such as ``configs/quickstart.yaml``
+            selects the one that ships with megagrow.
         overrides: ``key.sub=value``, in order, as on the command line.
 
     Raises:
         ConfigError: the file cannot be read, or settings are unknown, missing or out of range;
-            all of them are named.
+            all wrong settings are named.
 
     Example:
         >>> config = megagrow.load_config("configs/quickstart.yaml", ["run.dir=runs/mine"])
@@ -42,23 +42,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def train_model(config: Config, resume: str | Path = "auto") -> Outcome:
-    """Train a run to its end, or go on with it.
+    """Train a run to its end, or resume it.
 
-    This process is the whole job, or the rank of one that a launcher has started (then every
-    rank calls it).  It stays in the job, so several runs may follow each other.  SIGTERM, SIGUSR1
+    This process is the whole job, or a rank of a job that a launcher started (then every rank must
+    call this). The process group is kept, so several runs may follow each other. SIGTERM, SIGUSR1
     and Ctrl-C end the training at the next safe point, with a checkpoint, as they do for the
-    command; they are listened to in the main thread alone.
+    command; signals are handled only in the main thread.
 
     Args:
-        config: the run.
-        resume: ``auto`` goes on from the newest checkpoint of ``run.dir`` if there is one,
-            ``good`` from the newest that is undamaged; ``never``, or the path of a checkpoint.
+        config: the run's configuration.
+        resume: ``auto`` resumes from the newest checkpoint of ``run.dir`` if there is one, ``good``
+            from the newest undamaged one; ``never``, or the path of a checkpoint.
 
     Returns:
-        The newest checkpoint of the run, and the signal that ended it early, if one did.
+        The newest checkpoint of the run, and the signal that ended it early, if any.
 
     Raises:
-        ConfigError, DataError, CheckpointError, GrowthError: what the run is refused for.
+        ConfigError, DataError, CheckpointError, GrowthError: the run cannot start.
         LockError: another job trains in ``run.dir``.
         TrainingError: the training had to stop.
         LostContactError: another rank of the job is gone.
@@ -101,15 +101,16 @@ def grow_checkpoint(
     state_policy: str | None = None,
     **more: Any,
 ) -> Path:
-    """Grow the checkpoint of a run into that of a larger model, without a job.
+    """Grow a run's checkpoint into a checkpoint of a larger model, without a training job.
 
     Args:
-        source: a native checkpoint, or a run directory: its newest one.
+        source: a native checkpoint, or a run directory, which means its newest one.
         target: the directory that will hold ``step_<step>`` of the grown model.
         operator: the name of a growth operator, or several joined by ``+``.
-        factor: how many times larger; 2 where no `sizes` are given either.
-        sizes: of the grown model instead of a factor, such as ``{"hidden": 512, "layers": 12}``.
-        state_policy: what becomes of the optimizer state; by default the operator's first one.
+        factor: how many times larger; 2 if no `sizes` are given either.
+        sizes: the grown model's sizes, instead of a factor, such as ``{"hidden": 512, "layers":
+            12}``.
+        state_policy: how optimizer state is carried over; default: the operator's first policy.
         more: further settings of a ``grow`` section, such as ``rewarm`` or ``noise``.
 
     Returns:
@@ -117,8 +118,8 @@ def grow_checkpoint(
 
     Raises:
         ConfigError: the settings do not go together.
-        CheckpointError: there is no such checkpoint, it is damaged, or it belongs to no run; or
-            the result is there already.
+        CheckpointError: the checkpoint is missing, damaged, or does not belong to a run; or the
+            result exists already.
         GrowthError: the growth does not fit the model.
 
     Example:
@@ -155,23 +156,23 @@ def convert_checkpoint(
 
     Args:
         source: a checkpoint of any format, or a run directory: its newest one.
-        target: the directory to make; nothing may be there.
+        target: the directory to create; it must not exist.
         to_format: ``native``, ``huggingface``, ``deepspeed``, ``universal``, ``megatron`` or
             ``dcp``.
-        from_format: by default what the source looks like.
-        tensor, pipeline, data, zero: the layout of the result; without any, the source's.
+        from_format: the source's format; detected by default.
+        tensor, pipeline, data, zero: the layout of the result; by default the source's.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default nothing is rounded.
-        tokenizer: a file or a directory to carry along; by default the model's own.
+        tokenizer: a file or a directory to include; by default the model's own.
         config: the configuration file of a run that is to start from the result.
         verify: whether to read the result back and compare every value.
 
     Returns:
-        What was done: bytes, seconds, what was rounded, left out and compared.
+        A report: bytes, seconds, and what was rounded, left out and compared.
 
     Raises:
-        ConfigError: an option that the format has no use for.
-        CheckpointError: the source is missing or damaged, has no place in the format, or the
-            target is taken; or the comparison failed.
+        ConfigError: an option does not apply to the format.
+        CheckpointError: the source is missing or damaged, cannot be expressed in the format, the
+            target exists, or the comparison failed.
 
     Example:
         >>> report = megagrow.convert_checkpoint("runs/mine", "export", to_format="huggingface")
@@ -198,18 +199,18 @@ def convert_checkpoint(
 
 
 def open_checkpoint(path: str | Path, *, from_format: str | None = None) -> Source:
-    """Open a checkpoint of any format for reading, by any number of threads.
+    """Open a checkpoint of any format for reading; thread-safe.
 
     Args:
         path: a checkpoint, or a run directory: its newest one.
-        from_format: by default what it looks like.
+        from_format: its format; detected by default.
 
     Returns:
-        The checkpoint: its ``step``, ``layout``, ``config``, and the logical tensors of its
-        ``catalog``, of each of which ``read`` gives any box.
+        The checkpoint, with ``step``, ``layout``, ``config`` and ``catalog``; ``read`` returns any
+        box of a logical tensor.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: it is missing or damaged.
 
     Example:
         >>> checkpoint = megagrow.open_checkpoint("runs/mine")

@@ -1,4 +1,4 @@
-"""What all command lines share: numbers with a range, examples, and errors that help."""
+"""Shared by all command lines: argument types with ranges, examples, and helpful errors."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from megagrow.files import or_shipped
 
 _SETTING = re.compile(r"^--([A-Za-z_]\w*(?:\.\w+)+)(=.*)?$", re.DOTALL)
 _NO_VALUE = re.compile(r"^--[a-z][\w-]*=--$")
-_LONGEST_NAME = 255  # bytes; of Linux's file systems
-_SHOWN = 60  # characters of a wrong value
+_LONGEST_NAME = 255  # bytes, on Linux file systems
+_SHOWN = 60  # characters of a wrong value that are shown
 _INSTALLED = {"pretrain": "train", "prepare_data": "prepare"}  # the others have the same name
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with examples below its options, which knows how settings are given.
+    """An argument parser with examples, and with hints about how settings are given.
 
     Args:
-        examples: lines that follow the heading "examples:", as for the scripts of `launch/`;
-            of the command `megagrow` they are shown as it takes them.
-        options: those of `argparse.ArgumentParser`.
+        examples: lines below the heading "examples:", written for the scripts of `launch/`; under
+            the command `megagrow` they are shown in its syntax.
+        options: options of `argparse.ArgumentParser`.
     """
 
     def __init__(self, *, examples: str = "", **options: Any) -> None:
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
             self.epilog = as_installed(self.epilog)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does; but `--option=--` is a wrong value and not an empty list."""
+        """As in argparse, but `--option=--` is a wrong value and not an empty list."""
         for word in sys.argv[1:] if args is None else args:
             if _NO_VALUE.match(word):
                 self.error(f"argument {word.partition('=')[0]}: '--' is no value")
@@ -62,7 +62,7 @@ def whole(least: int, most: int = 2**63 - 1) -> Any:
 
 
 def number(*, above: float | None = None, least: float | None = None, most: float = 1e18) -> Any:
-    """An argparse type: a number above a bound or at least one, and at most another."""
+    """An argparse type: a number with a lower bound (exclusive or inclusive) and an upper bound."""
     lowest = least if least is not None else above
     assert lowest is not None
     words = f"of at least {lowest:g}" if least is not None else f"above {lowest:g}"
@@ -71,7 +71,7 @@ def number(*, above: float | None = None, least: float | None = None, most: floa
 
 
 def as_path(text: str) -> Path:
-    """An argparse type: a path that a file system can have, whether it is there or not."""
+    """An argparse type: a valid path, whether it exists or not."""
     shown = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{shown!r} is not a path")
@@ -87,13 +87,13 @@ def as_path(text: str) -> Path:
 
 
 def as_path_text(text: str) -> str:
-    """The same, which stays text."""
+    """The same, as a string."""
     as_path(text)
     return text
 
 
 def as_file(text: str) -> Path:
-    """An argparse type: the path of a file, or the name of one that comes with megagrow."""
+    """An argparse type: the path of a file, or the name of one that ships with megagrow."""
     return or_shipped(as_path(text))
 
 
@@ -116,7 +116,7 @@ def _number(kind: type, least: float, most: float, expected: str) -> Any:
 
 
 def sections(text: str, *, name: str) -> str:
-    """Of examples in paragraphs, those whose command is `name` (its first argument)."""
+    """The paragraphs of examples whose command (the first argument) is `name`."""
     wanted = re.compile(rf"^  \S.*launch/\w+\.py {re.escape(name)}\b", re.MULTILINE)
     return (
         "\n\n".join(part for part in text.strip("\n").split("\n\n") if wanted.search(part)) + "\n"
@@ -124,10 +124,10 @@ def sections(text: str, *, name: str) -> str:
 
 
 def as_installed(examples: str) -> str:
-    """Examples of the scripts of `launch/` as the command `megagrow` takes them."""
+    """Rewrite examples for the scripts of `launch/` in the syntax of the command `megagrow`."""
     parts = []
     for part in examples.split("\n\n"):
-        # `supervise` takes a command in the place of a script; other launchers start a module.
+        # `supervise` takes a command instead of a script; other launchers start a module.
         train = "train" if "supervise.py" in part else "--module megagrow train"
         part = re.sub(
             r"python launch/(\w+)\.py",

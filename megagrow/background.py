@@ -1,10 +1,9 @@
-"""Threads that cannot fail unnoticed; every thread of megagrow is made here.
+"""Background threads whose failures are always reported; megagrow starts no thread elsewhere.
 
-A thread that dies of an exception leaves the program running without what the thread did for
-it: a watch that no longer watches, output that nobody passes on.  So a `Loop` reports every
-exception of its turns and goes on with the next one, and a `Task` or a `Pool` hands it to the
-thread that asks for the result.  Reports go to stderr and to wherever `also_reporting_to` says,
-such as a rank's own log.
+When an exception kills a thread, the program keeps running without the thread's work: a watchdog
+stops watching, output is no longer forwarded. So a `Loop` reports every exception of a turn and
+continues with the next one, and a `Task` or a `Pool` re-raises it in the thread that asks for the
+result. Reports go to stderr and to the sinks of `also_reporting_to`, such as a rank's own log.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _sinks: list[Callable[[str], object]] = []
 
 @contextlib.contextmanager
 def also_reporting_to(sink: Callable[[str], object]) -> Iterator[None]:
-    """While it lasts, reports of this process go to `sink` as well."""
+    """Context manager: send this process's reports to `sink` as well."""
     _sinks.append(sink)
     try:
         yield
@@ -39,15 +38,15 @@ def also_reporting_to(sink: Callable[[str], object]) -> Iterator[None]:
         _sinks.remove(sink)
 
 
-def report(who: str, error: BaseException, *, then: str = "it goes on", times: int = 1) -> None:
-    """Report an exception in the background; never raises.
+def report(who: str, error: BaseException, *, then: str = "it continues", times: int = 1) -> None:
+    """Report an exception of a background thread; never raises.
 
-    A defect comes with its traceback, what the system or the user did in one line.
+    A defect is reported with its traceback, a system or user error in one line.
 
     Args:
-        who: the thread, and what it was doing.
-        then: what happens now.
-        times: how often this error has come up by now.
+        who: the thread and what it was doing.
+        then: what happens next.
+        times: how often this error has occurred so far.
     """
     often = f" (for the {times}th time)" if times > 1 else ""
     with contextlib.suppress(Exception):
@@ -56,7 +55,7 @@ def report(who: str, error: BaseException, *, then: str = "it goes on", times: i
             trace = f"  found:    {error}"
         text = f"error in the background: {who} failed{often}; {then}\n{trace}"
         for sink in (_to_stderr, *_sinks):
-            # One place that cannot be written must not keep the report from the others.
+            # A sink that cannot be written must not keep the report from the others.
             with contextlib.suppress(Exception):
                 sink(text)
 
@@ -66,10 +65,10 @@ def _to_stderr(text: str) -> None:
 
 
 class Faults:
-    """Reports what goes wrong in one thread: each fault the 1st, the 10th, the 100th time.
+    """Reports the errors of one thread: each error the 1st, 10th, 100th, ... time.
 
     Args:
-        who: the thread, in words.
+        who: a description of the thread.
     """
 
     def __init__(self, who: str) -> None:
@@ -77,7 +76,7 @@ class Faults:
         self._times: Counter[tuple[str, str, int | None]] = Counter()
 
     def note(self, error: BaseException, *, doing: str = "") -> None:
-        """Report an error, unless it has come up before and this is no round number of times."""
+        """Report an error, unless it has occurred before and the count is not a power of ten."""
         last = traceback.extract_tb(error.__traceback__)[-1:]
         place = (last[0].filename, last[0].lineno) if last else ("", None)
         key = (type(error).__name__, *place)
@@ -88,23 +87,23 @@ class Faults:
 
     @contextlib.contextmanager
     def reported(self, doing: str) -> Iterator[None]:
-        """Report an exception of the block, and go on behind it."""
+        """Context manager: report an exception of the block and continue after it."""
         try:
             yield
         except SystemExit:
-            raise  # the thread is told to end
+            raise  # the thread must end
         except BaseException as error:
             self.note(error, doing=doing)
 
 
 class Loop:
-    """A daemon thread that calls `turn` again and again, whatever becomes of a turn.
+    """A daemon thread that calls `turn` repeatedly, even if a turn fails.
 
     Args:
         name: of the thread.
-        turn: returns True when nothing is left to do; anything else, or an exception (which is
-            reported), leads to the next turn.
-        every: seconds between two turns, and before the first one.
+        turn: returns True when there is nothing left to do; after any other value, or an exception
+            (which is reported), it is called again.
+        every: seconds between turns, and before the first one.
     """
 
     def __init__(self, name: str, turn: Callable[[], object], *, every: float) -> None:
@@ -115,25 +114,25 @@ class Loop:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start."""
         self._thread.start()
 
     def stop(self, *, timeout: float | None = None) -> None:
-        """Let the turn under way come to its end, at most so many seconds, and begin no other."""
+        """Stop after the current turn; wait for it at most so many seconds."""
         self._stopping.set()
         if self._thread.ident is not None and not self.is_current():
             self._thread.join(timeout)
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the last turn, at most so many seconds."""
+        """Wait for the last turn, with a timeout in seconds."""
         self._thread.join(timeout)
 
     def is_alive(self) -> bool:
-        """Whether it has been started and has not ended."""
+        """Whether it is running."""
         return self._thread.is_alive()
 
     def is_current(self) -> bool:
-        """Whether the caller is this thread."""
+        """Whether the calling thread is this one."""
         return threading.current_thread() is self._thread
 
     def _run(self) -> None:
@@ -142,20 +141,20 @@ class Loop:
                 if self._turn() is True:
                     return
             except SystemExit as error:
-                report(self._who, error, then="it was told to end, and does")
+                report(self._who, error, then="it was asked to stop, and stops")
                 return
             except BaseException as error:
                 self.faults.note(error)
-                # A turn that fails at once must not take a core.
+                # A turn that fails immediately must not keep a core busy.
                 self._stopping.wait(max(0.0, 0.05 - self._every))
 
 
 class Task(Generic[T]):
-    """One piece of work in a daemon thread of its own, whose result or error is asked for.
+    """One job in its own daemon thread, whose result or error is collected later.
 
     Args:
         name: of the thread.
-        work: what it does.
+        work: the function to call.
     """
 
     def __init__(self, name: str, work: Callable[[], T]) -> None:
@@ -165,20 +164,20 @@ class Task(Generic[T]):
         self._thread.start()
 
     def done(self) -> bool:
-        """Whether it has ended, one way or the other."""
+        """Whether it has ended, with a result or an error."""
         return self._future.done()
 
     def wait(self, timeout: float) -> bool:
-        """Wait for its end, at most so many seconds; whether it has ended."""
+        """Wait for its end, with a timeout in seconds; returns whether it has ended."""
         return bool(wait([self._future], timeout).done)
 
     def result(self) -> T:
-        """Wait for the result; raises the error of the work."""
+        """Wait for the result; raises the error of `work`."""
         self._asked = True
         return self._future.result()
 
     def close(self) -> None:
-        """Wait for the end, and report an error that nobody has asked for."""
+        """Wait for the end, and report an error that nobody has collected."""
         error = self._future.exception()
         if error is not None and not self._asked:
             self._asked = True
@@ -194,15 +193,15 @@ class Task(Generic[T]):
 
 
 class Pool:
-    """Threads that share out pieces of work; a context manager.
+    """A thread pool; a context manager.
 
-    The first error of a piece of work is raised where results are asked for, and ends the work.
-    Errors of other pieces are then reported, but for those that a user can fix: they follow
-    from the first, or come up again once it is fixed.
+    The first error is raised where results are collected, and ends the work. Other errors are then
+    reported, except those that a user can fix: they follow from the first, or occur again once it
+    is fixed.
 
     Args:
         threads: how many.
-        name: what their names begin with.
+        name: prefix of their names.
     """
 
     def __init__(self, threads: int, name: str) -> None:
@@ -222,15 +221,15 @@ class Pool:
         *,
         on_error: Callable[[], object] = lambda: None,
     ) -> Iterator[tuple[S, T]]:
-        """(item, result) of each item, as they end.
+        """Yield (item, result) for each item, in the order of completion.
 
         Args:
-            work: done in a thread.
-            items: all of them are taken at once.
-            on_error: called after the first error, to end what is under way sooner.
+            work: called in a thread.
+            items: consumed immediately.
+            on_error: called after the first error, to stop running work sooner.
 
         Raises:
-            Exception: the first error, once all that was begun has ended.
+            Exception: the first error, after all running work has ended.
         """
         waiting = {self._threads.submit(work, item): item for item in items}
         try:
@@ -243,7 +242,7 @@ class Pool:
             raise
 
     def map(self, work: Callable[[S], T], items: Iterable[S]) -> list[T]:
-        """The result of each item, in their order.
+        """Yield the result of each item, in order.
 
         Raises:
             Exception: as `each`.
@@ -260,13 +259,13 @@ class Pool:
 
 
 def be_a_worker() -> None:
-    """Make this process one of a pool's: it ends with its parent, and leaves Ctrl-C to it."""
+    """Set up a pool's worker process: it ends with its parent, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Loop("end with parent", _end_with_parent, every=0.0).start()
 
 
 def _end_with_parent() -> bool:
-    # A pool's workers would outlive a parent that is killed, and wait for ever.
+    # Otherwise a pool's workers would outlive a killed parent and wait forever.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

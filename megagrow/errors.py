@@ -1,8 +1,7 @@
 """Errors that a user can fix.
 
-Each says where the fault lies, what was found, what was expected and which
-command or setting fixes it.  Everything else that is raised is a defect of
-megagrow itself.
+Each says what is wrong where, what was found, what was expected and which command or setting fixes
+it. Any other exception is a defect of megagrow itself.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable
 
 
 class MegagrowError(Exception):
-    """A fault that the user can fix.
+    """An error that the user can fix.
 
     Args:
         where: the file, setting or object at fault, and what is wrong with it.
@@ -39,17 +38,17 @@ class MegagrowError(Exception):
         super().__init__("\n".join(parts))
 
     def within(self, place: str, *, setting: str) -> MegagrowError:
-        """The same error told from outside: of `place.setting...`, or else in `place`."""
+        """The same error with an outer location: `place.setting...`, or else "in `place`"."""
         dot = "." if str(self).startswith(f"{setting}.") else ": "
         return type(self)(f"{place}{dot}{self}")
 
     def or_fix(self, other: str) -> MegagrowError:
-        """The same error, which ends with a way to fix it, with one more."""
+        """The same error with an alternative fix appended."""
         return type(self)(f"{self}\n            or {other}")
 
 
 class ConfigError(MegagrowError):
-    """The configuration asks for something that cannot be."""
+    """The configuration asks for something impossible."""
 
 
 class DataError(MegagrowError):
@@ -57,7 +56,7 @@ class DataError(MegagrowError):
 
 
 class CheckpointError(MegagrowError):
-    """A checkpoint is missing, damaged, incomplete or of another run."""
+    """A checkpoint is missing, damaged, incomplete or from another run."""
 
 
 class GrowthError(MegagrowError):
@@ -65,7 +64,7 @@ class GrowthError(MegagrowError):
 
 
 class LockError(MegagrowError):
-    """A directory is another job's, or was taken from this one."""
+    """Another job holds a directory, or took it over from this one."""
 
 
 class TrainingError(MegagrowError):
@@ -73,7 +72,7 @@ class TrainingError(MegagrowError):
 
 
 def exit_status(work: Callable[[], object]) -> int:
-    """Do a command's work: 0, or 1 once an error that the user can fix has been told."""
+    """Run a command: returns 0, or 1 after printing an error that the user can fix."""
     try:
         work()
     except MegagrowError as error:

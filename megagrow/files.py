@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and those that come with megagrow."""
+"""Atomic file replacement, and the files that ship with megagrow."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
-# What holds `configs/`: the package itself where setup.py has put them into it, else the checkout.
+# The directory of `configs/`: the package itself if setup.py put them there, else the checkout.
 SHIPPED = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 
 
 def or_shipped(path: str | Path) -> Path:
-    """A path, or where nothing is there the file of megagrow's own that has this name.
+    """A path, or if it does not exist, megagrow's own file of this name.
 
     So `configs/quickstart.yaml` names the same configuration from any working directory.
     """
@@ -26,7 +26,7 @@ def or_shipped(path: str | Path) -> Path:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory survive a power cut."""
+    """Sync a directory to disk, so that its entries survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -35,7 +35,7 @@ def sync_directory(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no other process uses, on this host or another."""
+    """A name next to `path` that no other process uses, on this host or another."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
@@ -47,13 +47,13 @@ def free_name(path: Path) -> Path:
 
 
 def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Put `content` at `path`: afterwards the old file is there or the new one, never a part.
+    """Write `content` to `path` atomically: the old file or the new one, never a partial one.
 
     Args:
-        content: the whole of it, or its parts, which may be read from `path` itself.
+        content: all of it, or its parts, which may be read from `path` itself.
 
     Raises:
-        OSError: nothing at `path` has changed.
+        OSError: the write failed; `path` is unchanged.
     """
     temporary = temporary_name(path)
     try:

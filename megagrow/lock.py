@@ -1,14 +1,14 @@
-"""One job at a time in a directory: locks that also work between hosts, and that outlive no job.
+"""One job at a time in a directory: locks that work across hosts and do not outlive their job.
 
-A lock is a small file that says who holds it, made by link(2), which is atomic on NFS as well.
-While it is held a thread refreshes the file's time.  A holder that was killed leaves the file
-behind, which tells of its end:
+A lock is a small file that names its holder, created by link(2), which is atomic on NFS as well.
+While it is held, a thread refreshes the file's time. The file of a holder that was killed stays
+behind and is recognised as stale:
 
-- on the machine where the process ran, because the process is gone, or another has its number;
-- elsewhere, because the file has not been refreshed for `SILENT` seconds, by the clock of the
-  file system, which is the only one that both machines read.
+- on the machine where the process ran, because the process is gone or its PID was reused;
+- elsewhere, because the file has not been refreshed for `SILENT` seconds, by the clock of the file
+  system, the only one that both machines share.
 
-Whoever removes the file takes the lock from its holder, who notices and must stop: see `lost`.
+Removing the file takes the lock from its holder, which notices and must stop: see `lost`.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from pathlib import Path
 from megagrow.background import Loop
 from megagrow.errors import LockError
 
-NAME = "run.lock"  # inside a run's directory
-BEAT = 5.0  # seconds between two refreshments
-SILENT = 60.0  # seconds without one after which a holder on another machine counts as gone
+NAME = "run.lock"  # in a run's directory
+BEAT = 5.0  # seconds between two refreshes
+SILENT = 60.0  # seconds without a refresh after which a holder on another machine counts as gone
 _POLL = 0.25
-_HIDDEN = -1  # the start of a process that exists, but may not be looked at
+_HIDDEN = -1  # the start time of a process that exists, but cannot be inspected
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, as its file says.
+    """The holder of a lock, as recorded in its file.
 
     Attributes:
         host, pid: the process, for people.
-        machine: tells whether a process number means the same here as there.
-        started: when the process started, in the system's ticks.
+        machine: equal where a PID means the same process.
+        started: start time of the process, in system ticks.
         since: when it took the lock, in seconds since 1970 of its own clock.
         command: what it was started as.
-        token: of this lock alone.
+        token: unique to this lock.
     """
 
     host: str
@@ -78,7 +78,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class _Found:
-    """A lock file as it is now; `holder` is None where the file is none of ours, or half written.
+    """The current state of a lock file; `holder` is None if it is foreign or partially written.
 
     Attributes:
         age: seconds since it was refreshed, by the clock of its file system.
@@ -89,11 +89,11 @@ class _Found:
 
     @property
     def gone(self) -> str:
-        """Why its holder holds it no more, or ""."""
+        """Why its holder no longer holds it, or ""."""
         if self.holder is not None and self.holder.machine == _machine():
             same = _started(self.holder.pid) in (self.holder.started, _HIDDEN)
             return "" if same else "that process is gone"
-        return f"nothing was heard of it for {self.age:.0f} s" if self.age > SILENT else ""
+        return f"no refresh for {self.age:.0f} s" if self.age > SILENT else ""
 
 
 class Lock:
@@ -101,8 +101,8 @@ class Lock:
 
     Args:
         path: of the lock's file.
-        mine: what stands in it.
-        on_lost: called in the lock's thread, once it sees that the lock is lost.
+        mine: its content.
+        on_lost: called in the lock's thread when it finds that the lock is lost.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Lock:
         self._loop.start()
 
     def lost(self) -> str:
-        """How the lock was lost, or ""; reads the file."""
+        """How the lock was lost, or "" if it is held; reads the file."""
         if not self._lost:
             try:
                 found = _holder(self.path)
@@ -122,21 +122,21 @@ class Lock:
                 there = self.path.parent.is_dir()
                 self._lost = f"{self.path if there else self.path.parent} was removed or renamed"
             except OSError:
-                pass  # not known at present; the thread reports it and looks again
+                pass  # unknown for now; the thread reports it and checks again
             else:
                 if found is None or found.token != self._mine.token:
                     self._lost = f"{self.path} was taken over by {found or 'an unknown job'}"
         return self._lost
 
     def require(self) -> None:
-        """Refuse to go on without the lock.
+        """Raise if the lock was lost.
 
         Raises:
             LockError: it was lost.
         """
         if self.lost():
             raise LockError(
-                f"{self.path.parent}: this job no longer has it to itself, and stops",
+                f"{self.path.parent}: this job lost its lock and stops",
                 found=self._lost,
                 expected=f"the lock of {self._mine}",
                 fix="start it again once no other job writes there; what was saved before is "
@@ -144,7 +144,7 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Give it up; what has become another's lock stays."""
+        """Release it; a lock that another job has taken over is left alone."""
         self._loop.stop()
         with contextlib.suppress(FileNotFoundError):
             found = _holder(self.path)
@@ -152,28 +152,28 @@ class Lock:
                 self.path.unlink()
 
     def _beat(self) -> bool:
-        """Refresh it; True, which ends the thread, once it is lost."""
+        """Refresh it; returns True, which ends the thread, once it is lost."""
         if self.lost():
             _say(f"warning: {self._lost}; this job stops writing")
             self._on_lost()
             return True
-        # Without times: the file system's own, not this machine's.
-        with contextlib.suppress(FileNotFoundError):  # the next look tells
+        # Without explicit times: the file system's clock, not this machine's.
+        with contextlib.suppress(FileNotFoundError):  # detected at the next check
             os.utime(self.path)
         return False
 
 
 def beside(output: Path) -> Path:
-    """The lock of an output that is replaced as a whole, or may not be there yet."""
+    """The lock of an output that is replaced as a whole or does not exist yet."""
     whole = output.absolute()
     return whole.with_name(f".{whole.name}.lock")
 
 
 @contextlib.contextmanager
 def holding_output(output: Path) -> Iterator[Lock]:
-    """Hold the lock of a command's output while the block lasts; for the main thread.
+    """Context manager: hold the lock of a command's output; main thread only.
 
-    Where the lock is lost the block is interrupted.
+    The block is interrupted if the lock is lost.
 
     Raises:
         LockError: another job holds it, or took it over; or a run that trains has this directory.
@@ -191,7 +191,7 @@ def holding_output(output: Path) -> Iterator[Lock]:
 
 
 def _interrupt() -> None:
-    """End what this process does, in its main thread and in processes of its own."""
+    """Interrupt the main thread and end this process's children."""
     for child in multiprocessing.active_children():
         child.terminate()
     os.kill(os.getpid(), signal.SIGINT)
@@ -214,14 +214,14 @@ def acquire(
     """Take a lock; the caller releases it.
 
     Args:
-        path: of the lock's file; directories above it are made.
-        of: what it locks, in words, for messages.
-        wait: seconds to wait for another holder to end.  Where it may be gone, the time that it
-            takes to know is waited in any case.
-        elsewhere: how to write to another place, for messages.
-        runs: locks of runs that it may lie in, which nobody may hold.
-        say: is told of waiting, and of a lock that is taken over from a holder that is gone.
-        on_lost: of the lock.
+        path: the lock file; parent directories are created.
+        of: a description of what it locks, for messages.
+        wait: seconds to wait for another holder to end. If it may be dead, at least the time needed
+            to be certain.
+        elsewhere: how to write somewhere else, for messages.
+        runs: locks of the runs that may contain the path; nobody may hold them.
+        say: called with a message when waiting, or when taking over a stale lock.
+        on_lost: see `Lock`.
 
     Raises:
         LockError: another job holds it, or the file system refuses.
@@ -248,13 +248,13 @@ def acquire(
 
 
 def _take(path: Path, ready: Path, *, of: str, wait: float, say: Callable[[str], object]) -> None:
-    """Bring the file that is `ready` to its place, whatever time that takes, within limits."""
+    """Move the file `ready` to its place, waiting for another holder if necessary."""
     begun, waits = time.monotonic(), False
     while not _put(ready, path):
         try:
             found = _look(path, ready)
         except FileNotFoundError:
-            continue  # it was released just now
+            continue  # it has just been released
         if found.gone:
             if _take_over(path, found, ready):
                 say(f"{of}: a lock is taken over from a job that has ended ({found.gone}): "
@@ -263,7 +263,7 @@ def _take(path: Path, ready: Path, *, of: str, wait: float, say: Callable[[str],
         else:
             limit = wait
             if found.age > 3 * BEAT and _elsewhere(found):
-                limit = max(wait, SILENT + 2 * BEAT)  # by then it is known
+                limit = max(wait, SILENT + 2 * BEAT)  # by then it is certain
             if time.monotonic() - begun > limit:
                 raise _held(path, found, of=of)
             if not waits:
@@ -299,7 +299,7 @@ def _elsewhere(found: _Found) -> bool:
 
 
 def _put(ready: Path, path: Path) -> bool:
-    """Give a file that is ready its name as well, unless there is such a file."""
+    """Link a complete file to its final name, unless that exists."""
     try:
         os.link(ready, path)
         return True
@@ -326,13 +326,13 @@ def _copy(ready: Path, path: Path) -> bool:
 
 
 def _take_over(path: Path, found: _Found, ready: Path) -> bool:
-    """Put this holder in the place of one that is gone; False where another was quicker."""
+    """Replace a stale holder by this one; False if another process was faster."""
     stale = found.holder.token if found.holder is not None else "unknown"
     claim = path.with_name(f"{path.name}.{stale}.taken")
-    # Of all that see the same dead lock, one may replace it.
+    # Of all processes that see the same stale lock, only one may replace it.
     if not _put(ready, claim):
         with contextlib.suppress(FileNotFoundError):
-            if _look(claim, ready).gone:  # it died while it did so
+            if _look(claim, ready).gone:  # its process died doing so
                 claim.unlink()
         return False
     try:
@@ -348,7 +348,7 @@ def _take_over(path: Path, found: _Found, ready: Path) -> bool:
 
 
 def _sweep(path: Path, ready: Path) -> None:
-    """Delete what others left that were killed while they took this lock."""
+    """Delete files left behind by processes that were killed while taking this lock."""
     for left in path.parent.iterdir():
         if left.name.startswith(f"{path.name}.") and left != ready:
             with contextlib.suppress(FileNotFoundError):
@@ -357,12 +357,12 @@ def _sweep(path: Path, ready: Path) -> None:
 
 
 def _look(path: Path, probe: Path) -> _Found:
-    """A lock's file as it is now (FileNotFoundError where there is none).
+    """The current state of a lock file (FileNotFoundError if there is none).
 
     Args:
-        probe: a file of this process, to read the file system's clock by.
+        probe: a file of this process, used to read the file system's clock.
     """
-    with open(path, "rb") as stream:  # opened: NFS then asks its server for the true times
+    with open(path, "rb") as stream:  # open() makes NFS fetch the current times from the server
         refreshed, holder = os.fstat(stream.fileno()).st_mtime, _parsed(stream.read(1 << 16))
     os.utime(probe)  # without times: the file system's own
     return _Found(holder, max(0.0, probe.stat().st_mtime - refreshed))
@@ -385,7 +385,7 @@ def _parsed(content: bytes) -> Holder | None:
 
 
 def _machine() -> str:
-    """Of this boot of this machine, and of the processes that see each other's numbers."""
+    """Identifies this boot of this machine and this PID namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -394,7 +394,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """When a process of this machine started, in ticks; None where it is gone."""
+    """The start time of a process on this machine, in ticks; None if it is gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -405,5 +405,5 @@ def _started(pid: int) -> int | None:
         except OSError:
             return None
         return _HIDDEN
-    fields = text.rpartition(")")[2].split()  # the name in brackets may hold anything
-    return None if fields[0] in "ZX" else int(fields[19])  # a zombie writes no more
+    fields = text.rpartition(")")[2].split()  # the name in parentheses may contain anything
+    return None if fields[0] in "ZX" else int(fields[19])  # a zombie no longer writes

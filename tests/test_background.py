@@ -48,7 +48,7 @@ def test_a_loop_ends_where_nothing_is_left_to_do_or_it_is_told_to(capsys):
     told.start()
     told.join(20)
     assert not done.is_alive() and not told.is_alive()
-    assert "the thread told failed; it was told to end" in capsys.readouterr().err
+    assert "the thread told failed; it was asked to stop" in capsys.readouterr().err
 
 
 def test_a_fault_that_comes_again_and_again_is_reported_at_round_numbers(capsys):

@@ -8,7 +8,7 @@ from megagrow.state.layout import Layout
 
 
 def accumulation(batch: BatchConfig, layout: Layout) -> int:
-    """Micro-batches in one optimizer step of one data-parallel rank.
+    """Gradient-accumulation steps: micro-batches per optimizer step of one data-parallel rank.
 
     Raises:
         ConfigError: the global batch is not a multiple of micro-batch times data-parallel size.

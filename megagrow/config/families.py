@@ -1,6 +1,6 @@
-"""The families of models that a configuration may name, and what tells their models apart.
+"""The model families that a configuration may name, and their architectural properties.
 
-Whoever builds, counts or converts a model asks these properties, never the family's name.  The
+Code that builds, counts or converts a model tests these properties, never the family's name. The
 rest of a family, which needs PyTorch, is its folder in `megagrow.models`.
 """
 
@@ -13,15 +13,15 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How the models of a family are made.
+    """The architecture of a family's models.
 
     Attributes:
-        norm: LayerNorm, which takes the mean off and has a bias, or RMSNorm.
-        positions: a learned table, or turned queries and keys.
-        gated: whether the MLP is a product of two maps, one of them through the activation.
+        norm: LayerNorm, which subtracts the mean and has a bias, or RMSNorm.
+        positions: a learned embedding, or rotary (RoPE).
+        gated: whether the MLP is gated, as SwiGLU is.
         biases: whether linear layers have biases.
-        activation: of the MLP; `gelu` is its tanh form.
-        check: what a model of the family needs besides; it raises ValueError with a fix.
+        activation: of the MLP; `gelu` is the tanh approximation.
+        check: further requirements of the family; raises ValueError with a fix.
     """
 
     norm: Literal["layer", "rms"]
@@ -43,10 +43,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def register_architecture(name: str, architecture: Architecture) -> None:
-    """Let configurations name a family (see `megagrow.models.registry.register`).
+    """Make a family available to configurations (see `megagrow.models.registry.register`).
 
     Raises:
-        ValueError: there is another of that name.
+        ValueError: the name is taken.
     """
     if ARCHITECTURES.setdefault(name, architecture) != architecture:
         raise ValueError(f"there is another family {name!r}")

@@ -1,4 +1,4 @@
-"""How a growth stage ends, and what a growth is: the sections that name operators and rules."""
+"""The sections that describe how a growth stage ends and what a growth does."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _RULES = ("slope", "marginal", "planned")
 
 
 class UntilConfig(Section):
-    """The end of a growth stage: a bound, or a rule, or a rule with a bound as its latest end.
+    """The end of a growth stage: a bound, a rule, or a rule with a bound as its latest end.
 
     Bounds (`steps`, `tokens`, `flops`) count from the start of the run.  Rules watch the run:
-    `slope` ends the stage when d log L / d log C of the validation loss rises above it;
-    `marginal` when the larger model is foretold to gain more loss a FLOP; `planned` takes the
-    planner's moment, worked out before the run starts.
+    `slope` ends the stage when d log L / d log C of the validation loss rises above it; `marginal`
+    when the larger model is predicted to reduce the loss more per FLOP; `planned` ends it where the
+    planner says, computed before the run starts.
     """
 
-    steps: Annotated[int, Field(ge=0)] | None = None  # 0: the next stage's growth comes first
+    steps: Annotated[int, Field(ge=0)] | None = None  # 0: the next growth comes before any step
     tokens: Annotated[float, Field(gt=0)] | None = None
     flops: Annotated[float, Field(gt=0)] | None = None
     slope: Annotated[float, Field(lt=0)] | None = None
@@ -46,17 +46,17 @@ class UntilConfig(Section):
 
     @property
     def rule(self) -> str | None:
-        """The name of its rule, if it has one."""
+        """The name of the rule, if there is one."""
         return next(iter(self._given(*_RULES)), None)
 
     @property
     def bounded(self) -> bool:
-        """Whether it names steps, tokens or FLOPs."""
+        """Whether it gives steps, tokens or FLOPs."""
         return bool(self._given("steps", "tokens", "flops"))
 
 
 class GrowTarget(Section):
-    """Sizes of the model after a growth; those that are not named stay as they are."""
+    """Sizes of the model after a growth; sizes that are not given do not change."""
 
     layers: Layers | None = None
     hidden: Positive | None = None
@@ -69,24 +69,23 @@ class GrowTarget(Section):
 
 
 class GrowConfig(Section):
-    """One growth: which operator, how far, and what becomes of the optimizer state.
+    """One growth: the operator, the factor or target, and the policy for optimizer state.
 
-    `operator` is one name, or several joined by ``+`` that act one after the other in the same
-    growth.  How far is told by `factor` (for each of them; 2 by default) or by `target`.
-    `state_policy: null` takes the operator's default.  `rewarm` is the number
-    of steps over which the learning rate climbs back after the growth; null
-    takes the policy's default.  `restart` sets the learning-rate schedule back: the position S of
-    the growth becomes S / restart (Shen et al., arXiv 2203.06211); `paper` is theirs for depth,
-    width or both, whichever grows; null goes on.  `mup: true` divides the learning rate of matrices
-    by the growth of their inputs, and that of the final norm where it carries the output head's
-    share.  `ramp` is the number of steps over which `width_random` lets its new units in,
-    `fit_steps` for how many `ligo` is fitted; null takes the operator's default.  `noise` is the
-    standard deviation of the noise that `width_noise` and `width_perturb` (1 by default),
-    `depth_stack`, `depth_interleave` and `depth_slices` (0) add to copies, in units of the copies'
-    own root mean square; `shrink` what `shrink_pad_perturb` multiplies old weights by (0.4).
-    `depth_slices` takes `sources`, the old layer that each layer of the grown model is a copy of;
-    without it, `keep_first` and `keep_last` layers at the ends stay single, and those between are
-    stacked.
+    `operator` is one name, or several joined by ``+`` that are applied in order in the same growth.
+    The size is given by `factor` (for each of them; 2 by default) or by `target`. `state_policy:
+    null` selects the operator's default. `rewarm` is the number of steps over which the learning
+    rate warms up again after the growth; null selects the policy's default. `restart` sets the
+    learning-rate schedule back: the position S of the growth becomes S / restart (Shen et al.,
+    arXiv 2203.06211); `paper` selects their value for depth, width or both, whichever grows; null
+    does not set it back. `mup: true` divides the learning rate of matrices by the growth of their
+    inputs, and that of the final norm where it carries the output head's share.  `ramp` is the
+    number of steps over which `width_random` unmasks its new units, `fit_steps` the number of steps
+    for which `ligo` is fitted; null selects the operator's default.  `noise` is the standard
+    deviation of the noise that `width_noise` and `width_perturb` (1 by default), `depth_stack`,
+    `depth_interleave` and `depth_slices` (0) add to copies, in units of the copies' own root mean
+    square; `shrink` what `shrink_pad_perturb` multiplies old weights by (0.4). `depth_slices` takes
+    `sources`, the old layer that each layer of the grown model is a copy of; without it,
+    `keep_first` and `keep_last` layers at the ends are not copied, and those between are stacked.
     """
 
     operator: str
@@ -121,7 +120,7 @@ class GrowConfig(Section):
 
     @property
     def extent(self) -> str:
-        """How far, in words: ``x2``, or ``to hidden 512, layers 12``."""
+        """The size in words: ``x2``, or ``to hidden 512, layers 12``."""
         if self.target is None:
             return f"x{self.factor}"
         sizes = self.target.model_dump(exclude_none=True)

@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a checked `Config`, and back to YAML."""
+"""Load a YAML file and dotted overrides into a validated `Config`, and dump it to YAML."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from megagrow.files import or_shipped
 
 S = TypeVar("S", bound=BaseModel)
 
-# What pydantic's kinds of error expect, in the words of somebody who writes YAML; the other
-# kinds say it well enough themselves ("greater than 0").
+# What pydantic's error types expect, in YAML terms; the messages of the other types are clear
+# enough ("greater than 0").
 _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "a section",
@@ -40,7 +40,7 @@ _EXPECTED = {
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A run: read `path`, apply `overrides` (`key.sub=value`, in order) and check the whole.
+    """Load a run: read `path`, apply `overrides` (`key.sub=value`, in order) and validate.
 
     Raises:
         ConfigError: as in `load_settings`.
@@ -48,7 +48,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return load_settings(Config, path, overrides)
 
 
-# A file that is there, by the option that names one.
+# An example of an existing file, by the option that names it.
 _FOR_INSTANCE = {
     "--config": "configs/quickstart.yaml",
     "--machine": "configs/machines/h100.yaml",
@@ -63,19 +63,19 @@ def load_settings(
     *,
     option: str = "--config",
 ) -> S:
-    """The same for any kind of configuration; `option` is what named the file.
+    """The same for any schema; `option` is the command-line option that named the file.
 
-    A name such as `configs/quickstart.yaml` is that of a file that comes with megagrow, where
-    there is no such file here.
+    If there is no file `configs/quickstart.yaml`, for instance, the one that ships with megagrow is
+    read.
 
     Raises:
         ConfigError: the file is missing, unreadable, not YAML or not a mapping; an override
-            is malformed; or settings are unknown, missing or out of range.  All wrong settings
-            are named at once, each by its dotted key.
+            is malformed; or settings are unknown, missing or out of range.  All wrong settings are
+            reported at once, each by its dotted key.
     """
     try:
         text = or_shipped(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: no name of a file can be so
+    except (OSError, ValueError) as error:  # ValueError: not a valid file name
         raise ConfigError(
             f"{option} {_shortened(path)}: cannot be read",
             found=getattr(error, "strerror", None) or str(error),
@@ -94,7 +94,7 @@ def load_settings(
 
 
 def parse_config(data: Mapping[str, Any], *, source: str = "configuration") -> Config:
-    """Check plain data (what YAML or JSON can hold) as the configuration of a run.
+    """Validate plain data (YAML or JSON types) as the configuration of a run.
 
     Raises:
         ConfigError: as in `load_settings`.
@@ -103,18 +103,17 @@ def parse_config(data: Mapping[str, Any], *, source: str = "configuration") -> C
 
 
 def parse_settings(kind: type[S], data: Mapping[str, Any], *, source: str) -> S:
-    """Check plain data against a schema.
+    """Validate plain data against a schema.
 
-    Values are not coerced: text is not a number and `true` is not 1, though an integer may
-    stand where a real number is expected.  A section that holds nothing (all its lines are
-    comments) counts as absent.
+    Values are not coerced: text is not a number and `true` is not 1, but an integer is accepted
+    where a float is expected. An empty section (all its lines are comments) counts as absent.
 
     Raises:
         ConfigError: as in `load_settings`.
     """
     try:
-        # The JSON rules of pydantic's strict mode are the ones meant here: a list may
-        # become a tuple and an integer a float, and nothing else is converted.
+        # The JSON rules of pydantic's strict mode apply: a list may become a tuple and an integer a
+        # float, and nothing else is converted.
         text = json.dumps({key: value for key, value in data.items() if value is not None})
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
@@ -129,7 +128,7 @@ def parse_settings(kind: type[S], data: Mapping[str, Any], *, source: str) -> S:
 
 
 def in_words(error: Exception) -> str:
-    """An exception in one line; one of a schema by its keys and what they expect."""
+    """An exception in one line; a validation error by its keys and what they expect."""
     if not isinstance(error, ValidationError):
         return str(error)
     faults = []
@@ -149,13 +148,13 @@ def in_words(error: Exception) -> str:
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; loading it gives an equal `Config`.
 
-    Settings that are unset (None) are left out.
+    Unset settings (None) are omitted.
     """
     return write_yaml(config.model_dump(by_alias=True, exclude_none=True))
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Every key of the schema by its dotted path, a list's items as `stages[i]`."""
+    """Every key of the schema as a dotted path, list items as `stages[i]`."""
     for name, field in model.model_fields.items():
         path = prefix + (field.alias or name)
         yield path
@@ -165,7 +164,7 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
 
 
 def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section behind `Section`, `Section | None` or `list[Section]`; and is it a list."""
+    """The type inside `Section`, `Section | None` or `list[Section]`; and whether it is a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     origin = typing.get_origin(annotation)
@@ -187,7 +186,7 @@ def _fault(schema: type[BaseModel], details: ErrorDetails) -> str:
         lines = [f"{key}: missing, and it has no default"]
     elif kind == "value_error":
         message = message.removeprefix("Value error, ")
-        lines = [f"{key}: {message}" if key else message]  # a check of the whole names its keys
+        lines = [f"{key}: {message}" if key else message]  # a check across keys names them itself
     else:
         expected = _EXPECTED.get(kind, message.removeprefix("Input should be "))
         lines = [key, f"  found:    {_shown(value)}", f"  expected: {expected}"]
@@ -205,7 +204,7 @@ def _dotted(location: Sequence[int | str]) -> str:
 
 
 def _suggestion(schema: type[BaseModel], key: str) -> list[str]:
-    """What to say after an unknown key: the nearest known one, or those of its section."""
+    """The hint for an unknown key: the nearest known one, or all keys of its section."""
     section, _, name = re.sub(r"\[\d+\]", "[i]", key).rpartition(".")
     known = list(known_keys(schema))
     siblings = [k for k in known if k.rpartition(".")[0] == section]
@@ -217,14 +216,14 @@ def _suggestion(schema: type[BaseModel], key: str) -> list[str]:
     if near:
         return [f"  fix:      did you mean {key.removesuffix(name)}{near[0]}?"]
     elsewhere = [k for k in known if k.rpartition(".")[2] == name]
-    elsewhere = [k for k in elsewhere if "[i]" not in k] or elsewhere  # the whole run's first
+    elsewhere = [k for k in elsewhere if "[i]" not in k] or elsewhere  # keys outside lists first
     if elsewhere:
         return [f"  fix:      did you mean {' or '.join(elsewhere)}?"]
     return [f"  expected: one of {', '.join(names)}"] if names else []
 
 
 def _kind(value: Any) -> str:
-    """What a YAML author would call this value."""
+    """The value's type in YAML terms."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -244,7 +243,7 @@ def _shortened(path: str | Path) -> str:
 
 
 def _shown(value: Any) -> str:
-    """The value, shortened, and its kind."""
+    """The value, shortened, and its type."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     text = text if len(text) <= 60 else text[:57] + "..."
     return text if value is None else f"{text} ({_kind(value)})"

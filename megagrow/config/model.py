@@ -1,4 +1,4 @@
-"""What a model is: the section `model` of a configuration file."""
+"""The section `model` of a configuration file."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from megagrow.config.section import (
 
 Std = Annotated[float, Field(gt=0.0)]
 Rate = Annotated[float, Field(gt=0.0)]
-# Of GPT-2 (Radford et al., 2019) for everything, and with it of most models since.
+# GPT-2's std for everything (Radford et al., 2019), used by most models since.
 PUBLISHED_STD = 0.02
-# Of an embedding that is not the head as well.
+# The std of an untied embedding.
 EMBEDDING_STD = 0.5
 
 
 class InitConfig(Section):
-    """Standard deviations of fresh parameters by their role in the model.
+    """Standard deviations of initial parameters by their role in the model.
 
-    `embedding` is of the token table and `position` of learned positions.  `head` is of an
-    output head with a matrix of its own; a tied head is the token table, and `embedding` its
-    std.  `matrices` is of the matrices of the blocks: a number for all of them, or ``fan_in``,
-    1 / sqrt(inputs) for each (LeCun et al., "Efficient BackProp", 1998).  Those that write to the
-    residual stream are scaled by 1 / sqrt(2 * layers) in either case.
+    `embedding` is for the token embedding and `position` for learned positions. `head` is for an
+    untied output head; a tied head is the token embedding, so `embedding` is its std. `matrices` is
+    for the weight matrices of the blocks: a number for all of them, or ``fan_in``, 1 / sqrt(inputs)
+    for each (LeCun et al., "Efficient BackProp", 1998). Those that write to the residual stream are
+    scaled by 1 / sqrt(2 * layers) in either case.
 
-    Defaults: embedding 0.5, or 0.02 where it is the head too, since logits grow with it; position
+    Defaults: embedding 0.5, or 0.02 if it is tied to the head, since logits scale with it; position
     as embedding; head and matrices 0.02.
     """
 
@@ -67,13 +67,13 @@ class Stds(NamedTuple):
 
 
 class MupConfig(Section):
-    """The base shape of the maximal update parametrisation (muP): where rates are as configured.
+    """The base shape of the maximal update parametrisation (muP), at which rates are as configured.
 
-    A model of another shape has the initialisation and the rates of its tensors scaled by how far
-    its sizes are from these, so that what is best for the base shape stays best (`model.mup`).
-    `heads` and `ffn` are sizes of the same base model; where they are not given they stand to
-    those of the first model as `hidden` does, and stay so when it grows.  Without `layers` depth
-    scales nothing.
+    For a model of another shape, the initialisation and the rates of its tensors are scaled by the
+    ratio of its sizes to these, so that settings tuned at the base shape stay optimal
+    (`model.mup`). `heads` and `ffn` are sizes of the same base model; by default they have the same
+    ratio to the first model's as `hidden`, and do not change when it grows. Without `layers`, depth
+    has no effect.
     """
 
     hidden: Positive
@@ -86,8 +86,7 @@ class ModelConfig(Section):
     """The shape of a transformer.
 
     Family `gpt2`: LayerNorm, learned positions, GELU, biases.  Family `llama`: RMSNorm, rotary
-    positions, SwiGLU, no biases.  `vocab` may stay unset in a file: it is then taken from the
-    tokenizer.
+    positions, SwiGLU, no biases.  `vocab` may be omitted: it is then taken from the tokenizer.
     """
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -105,16 +104,16 @@ class ModelConfig(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
     rope_theta: Annotated[float, Field(gt=0.0)] = 1e4  # base of rotary positions
-    # Of all fresh matrices and embeddings, or by their role.
+    # Std of all initial matrices and embeddings, or by role.
     init_std: Annotated[
         Annotated[Std, Tag(VALUE)] | Annotated[InitConfig, Tag(SECTION)],
         Discriminator(section_or_value),
     ] = PUBLISHED_STD
-    # Initialisation and rates by the shape (Yang et al., arXiv 2203.03466); null: by none.
+    # muP: initialisation and rates depend on the shape (Yang et al., arXiv 2203.03466); null: off.
     mup: MupConfig | None = None
-    # Recompute in the backward pass: the attention core alone, or the whole block.
+    # Activation recomputation: the attention core only, or the whole block.
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    compile: bool = False  # each block by torch.compile
+    compile: bool = False  # apply torch.compile to each block
 
     @field_validator("family")
     @classmethod
@@ -129,7 +128,7 @@ class ModelConfig(Section):
     @classmethod
     def _a_whole_base_shape(cls, mup: MupConfig | None, info: ValidationInfo) -> MupConfig | None:
         sizes = {key: info.data[key] for key in ("hidden", "heads", "ffn") if key in info.data}
-        if mup is None or len(sizes) < 3:  # what is missing is told elsewhere
+        if mup is None or len(sizes) < 3:  # missing keys are reported elsewhere
             return mup
         share = mup.hidden / sizes["hidden"]
         missing = {key: sizes[key] * share for key in ("heads", "ffn") if not getattr(mup, key)}
@@ -175,15 +174,15 @@ class ModelConfig(Section):
         by_role = isinstance(self.init_std, InitConfig)
         if by_role and self.init_std.head is not None and self.tie_embeddings:  # type: ignore[union-attr]
             raise ValueError(
-                "init_std.head is of a head with a matrix of its own, but tie_embeddings = true: "
-                "the head is the token table, whose std is init_std.embedding; leave "
+                "init_std.head is for an untied head, but tie_embeddings = true: "
+                "the head is the token embedding, whose std is init_std.embedding; leave "
                 "model.init_std.head out, or set model.tie_embeddings=false"
             )
         return self
 
     @property
     def stds(self) -> Stds:
-        """Standard deviations of fresh parameters by role."""
+        """Standard deviations of initial parameters by role."""
         given = self.init_std
         if not isinstance(given, InitConfig):
             return Stds(given, given, given, given)
@@ -207,7 +206,7 @@ class ModelConfig(Section):
 
     @property
     def architecture(self) -> Architecture:
-        """What tells models of the family from others."""
+        """The architectural properties of the model's family."""
         return ARCHITECTURES[self.family]
 
     @property
@@ -217,7 +216,7 @@ class ModelConfig(Section):
 
     @property
     def vocabulary(self) -> int:
-        """The vocabulary size; raises ValueError while it is still unset."""
+        """The vocabulary size; raises ValueError if it is unset."""
         if self.vocab is None:
             raise ValueError("model.vocab is not set yet: it comes from the tokenizer")
         return self.vocab

@@ -15,15 +15,15 @@ _EXAMPLE = "for instance  optimizer.lr=1e-3  or  stages.1.until.tokens=5e5"
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`data` with each `key.sub=value` set, in order; `data` itself stays as it was.
+    """A copy of `data` with each `key.sub=value` set, in order.
 
     The value is parsed as YAML, so `stages=[{until: {steps: 5}}]` replaces the whole list.
-    Sections that are missing are made; a list index (`stages.1` or `stages[1]`) must exist.
-    Whether a key is known is the schema's business, not checked here.
+    Missing sections are created; a list index (`stages.1` or `stages[1]`) must exist.
+    Unknown keys are not detected here; the schema does that.
 
     Raises:
         ConfigError: the override has no `=`, no proper key, a value that is not YAML, or
-            steps into a value that has nothing inside.
+            indexes into a scalar.
     """
     result = copy.deepcopy(data)
     for override in overrides:
@@ -59,7 +59,7 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
             here[slot] = value
             return
         if isinstance(here, dict) and here.get(slot) is None:
-            here[slot] = {}  # an absent section, or one whose lines are all comments
+            here[slot] = {}  # an absent or empty section
         here = here[slot]
 
 

@@ -1,9 +1,8 @@
-"""What a run is: the schema of a configuration file.
+"""The schema of a run's configuration file.
 
-Every section is a frozen pydantic model that refuses unknown keys; checks
-that need more than one key name them all.  The model is in `megagrow.config.model`, ends
-of stages and growths are in `megagrow.config.growths`; loading files, overrides and presets is
-`megagrow.config.load`.
+Every section is a frozen pydantic model that rejects unknown keys; checks across several keys name
+them all. The model section is in `megagrow.config.model`, the ends of stages and growths are in
+`megagrow.config.growths`; files and overrides are loaded by `megagrow.config.load`.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ NotNegative = Annotated[float, Field(ge=0.0)]
 
 
 class RunConfig(Section):
-    """Where the run lives and its one seed."""
+    """The run's directory and seed."""
 
     dir: PathText = "runs/default"
-    # Seconds to wait for another job that still has `dir`, before this one is refused.
+    # Seconds to wait for another job to release `dir` before this one fails.
     wait: Annotated[float, Field(ge=0)] = 90.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
 
 
 class LayoutConfig(Section):
-    """How the model is spread; data parallel is world / (tensor * pipeline)."""
+    """Parallelism; the data-parallel size is world / (tensor * pipeline)."""
 
     tensor: Positive = 1
     pipeline: Positive = 1
     zero: Annotated[int, Field(ge=0, le=3)] = 1
-    sequence_parallel: bool = False  # norms and dropout on 1/tensor of the sequence
+    sequence_parallel: bool = False  # norms and dropout see 1/tensor of the sequence
     partition: Literal["parameters", "flops"] = "parameters"  # what pipeline stages balance
 
     @model_validator(mode="after")
@@ -55,20 +54,20 @@ class DataConfig(Section):
 
     path: PathText
     tokenizer: PathText | None = None  # default: the tokenizer inside `path`
-    # Rank 0 reads all of the dataset while the job starts and compares its checksums, about a
-    # second for a gigabyte; the first step waits for it.
+    # Rank 0 reads the whole dataset at startup and verifies its checksums, about a second per
+    # gigabyte; the first step waits for it.
     verify: bool = True
 
 
 class OptimizerConfig(Section):
-    """Weight decay is decoupled, and not applied to norms and biases.
+    """Optimizer settings. Weight decay is decoupled, and not applied to norms and biases.
 
-    Lion wants a learning rate 3 to 10 times lower than AdamW, a weight decay as much higher,
-    and betas of about [0.9, 0.99]; it has no use for eps.
+    Lion needs a learning rate 3 to 10 times lower than AdamW, a weight decay higher by the same
+    factor, and betas of about [0.9, 0.99]; it ignores eps.
 
-    Muon orthogonalises the momentum of the blocks' matrices and is AdamW for all other tensors,
-    which `betas` and `eps` are then for.  Matrices want a rate of their own, about 0.02; it
-    follows the schedule of `lr`.
+    Muon orthogonalises the momentum of the blocks' matrices and is AdamW, with `betas` and `eps`,
+    for all other tensors. Matrices need their own rate, about 0.02; it follows the schedule of
+    `lr`.
     """
 
     name: Literal["adamw", "lion", "muon"] = "adamw"
@@ -77,9 +76,9 @@ class OptimizerConfig(Section):
     eps: Rate = 1e-8
     weight_decay: NotNegative = 0.1
     grad_clip: NotNegative = 1.0  # 0 turns clipping off
-    offload: Literal["none", "cpu"] = "none"  # where optimizer state lives (ZeRO 1 to 3)
-    muon_lr: Rate | None = None  # of Muon's matrices; default: lr
-    momentum: Beta = 0.95  # of Muon's matrices
+    offload: Literal["none", "cpu"] = "none"  # where optimizer state is kept (ZeRO 1 to 3)
+    muon_lr: Rate | None = None  # for Muon's matrices; default: lr
+    momentum: Beta = 0.95  # for Muon's matrices
 
     @model_validator(mode="after")
     def _settings_of_muon(self) -> OptimizerConfig:
@@ -88,26 +87,26 @@ class OptimizerConfig(Section):
             getattr(self, key) != type(self).model_fields[key].default for key in given
         ):
             raise ValueError(
-                f"{' and '.join(sorted(given))}: Muon's alone, but name = {self.name}; set "
+                f"{' and '.join(sorted(given))}: only for Muon, but name = {self.name}; set "
                 "optimizer.name=muon, or leave it out"
             )
         return self
 
     @property
     def bias_correction(self) -> tuple[float, float] | None:
-        """The betas of moments that are corrected for their age; None where there are none."""
+        """The betas of bias-corrected moments, or None."""
         return None if self.name == "lion" else self.betas
 
     def changed(self, by: StageOptimizerConfig | None) -> OptimizerConfig:
-        """The settings of a stage, from those of the stage before it and what the stage names."""
+        """The settings of a stage: the previous stage's, with the ones that this stage changes."""
         return self if by is None else self.model_copy(update=by.model_dump(exclude_none=True))
 
 
 class StageOptimizerConfig(Section):
-    """What a growth stage changes of the optimizer, from its first update on.
+    """Optimizer settings that a growth stage changes, from its first update on.
 
-    A setting that it does not name stays as it is in the stage before.  `muon_lr` follows `lr`
-    as long as no stage, and no section `optimizer`, names it.
+    Settings that are not given keep the value of the previous stage. `muon_lr` follows `lr` until a
+    stage, or the section `optimizer`, sets it.
     """
 
     lr: Rate | None = None
@@ -117,7 +116,7 @@ class StageOptimizerConfig(Section):
     grad_clip: NotNegative | None = None
     muon_lr: Rate | None = None
     momentum: Beta | None = None
-    name: Any = Field(None, exclude=True)  # these two are there to be refused in words
+    name: Any = Field(None, exclude=True)  # these two exist only for a clear error
     offload: Any = Field(None, exclude=True)
 
     @model_validator(mode="after")
@@ -132,17 +131,17 @@ class StageOptimizerConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Number format of parameters and activations; master weights and moments are fp32."""
+    """Precision of parameters and activations; master weights and moments are fp32."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    # Dynamic loss scaling, for fp16 alone: it starts at 2**initial_scale_power, is halved when
+    # Dynamic loss scaling, for fp16 only: it starts at 2**initial_scale_power, is halved when
     # gradients overflow (the step is then skipped) and doubled after `window` good steps.
     initial_scale_power: Annotated[int, Field(ge=0, le=32)] = 16
     window: Positive = 1000
 
 
 class ScheduleConfig(Section):
-    """Learning rate over the run; `decay` is the fraction of steps that WSD decays."""
+    """Learning-rate schedule; `decay` is the fraction of steps over which WSD decays."""
 
     name: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     warmup: Annotated[int, Field(ge=0)] | None = None  # steps; default: a tenth of the run, <= 100
@@ -151,12 +150,12 @@ class ScheduleConfig(Section):
 
 
 class StageScheduleConfig(Section):
-    """The learning rate of one growth stage, times what the run's schedule says.
+    """The learning-rate schedule of one growth stage, as factors on the run's schedule.
 
-    `warmup`: over so many steps from the stage's first on the rate climbs from 0.  `decay`: the
-    fraction of the stage's own steps, its last ones, over which the rate falls in a straight
-    line to `floor` (of the rate before; default: `schedule.floor`).  In the last stage it takes
-    the place of `schedule.decay`.
+    `warmup`: the number of steps, from the stage's first on, over which the rate rises from 0.
+    `decay`: the final fraction of the stage's own steps, over which the rate falls linearly to
+    `floor` (relative to the rate before; default: `schedule.floor`). In the last stage it replaces
+    `schedule.decay`.
     """
 
     warmup: Positive | None = None
@@ -171,7 +170,7 @@ class StageScheduleConfig(Section):
 
 
 class BatchConfig(Section):
-    """Samples in one optimizer step, and in one forward pass of one rank."""
+    """Samples per optimizer step, and per forward pass of one rank."""
 
     global_: Positive = Field(alias="global")
     micro: Positive
@@ -188,11 +187,11 @@ class BatchConfig(Section):
 
 
 class StageConfig(Section):
-    """A growth stage: its end, and what is new at its start.
+    """A growth stage: its end, and what changes at its start.
 
-    A growth, a layout, a batch, a sequence length of the samples (at most the model's), settings
-    of the optimizer: what is not named stays.  Stages without a growth make a warm-up of batch or
-    sequence length.  `schedule` is of the stage alone.
+    A growth, a layout, a batch, a sequence length of the samples (at most the model's), optimizer
+    settings: what is not given does not change. Stages without a growth can warm up the batch or
+    sequence length. `schedule` applies to this stage only.
     """
 
     until: UntilConfig
@@ -205,19 +204,19 @@ class StageConfig(Section):
 
 
 class WandbConfig(Section):
-    """Where Weights & Biases keeps the run, in the words of its own library."""
+    """Weights & Biases settings, named as in `wandb.init`."""
 
     project: str
-    name: str | None = None  # default: made up by Weights & Biases
+    name: str | None = None  # default: chosen by Weights & Biases
     entity: str | None = None
     mode: Literal["online", "offline", "disabled"] = "online"
 
 
 class AverageConfig(Section):
-    """The mean of the weights over the last steps of a run, validated beside the last weights.
+    """The average of the weights over the last steps of a run, validated along with the weights.
 
-    `last` is the fraction of all steps, for instance a tenth of the decay.  The mean is kept in
-    host memory, an fp32 copy of what each rank holds; checkpoints have the last weights.
+    `last` is the fraction of all steps, for instance a tenth of the decay.  The average is kept in
+    host memory, as an fp32 copy of each rank's shard; checkpoints hold the weights themselves.
     """
 
     last: Annotated[float, Field(gt=0.0, le=1.0)]
@@ -230,15 +229,16 @@ class TrainConfig(Section):
     validation_samples: Positive = 64
     log_every: Positive = 10
     stop_after_steps: Positive | None = None
-    # After a growth, every so many steps: how twins part, ranks, what new parameters learn, and the
-    # mixing time.  Null: never.
+    # Interval in steps, after a growth, of the diagnostics: divergence of twins, ranks of matrices,
+    # learning of new parameters, mixing time. Null: never.
     growth_diagnostics: Positive | None = None
     tensorboard: bool = True
-    prometheus_port: Annotated[int, Field(gt=0, lt=65536)] | None = None  # of rank 0's host
-    # Where it listens: this host alone by default; 0.0.0.0 lets anyone read who reaches the port.
+    prometheus_port: Annotated[int, Field(gt=0, lt=65536)] | None = None  # on rank 0's host
+    # Listen address: this host only by default; with 0.0.0.0 anyone who can reach the port can
+    # read.
     prometheus_address: str = "127.0.0.1"
     wandb: WandbConfig | None = None
-    threads: Positive | None = None  # CPU threads a rank; default: cores / local ranks
+    threads: Positive | None = None  # CPU threads per rank; default: cores / local ranks
     average: AverageConfig | None = None
 
 
@@ -247,24 +247,24 @@ class CheckpointConfig(Section):
 
     every: Positive = 500
     keep: Positive = 2
-    # Write beside the steps that follow, from a copy of each rank's state in host memory.
-    # Default: on GPUs, whose hosts have memory and cores to spare; not on CPUs.
+    # Write in the background of the following steps, from a copy of each rank's state in host
+    # memory. Default: true on GPUs, whose hosts have spare memory and cores; false on CPUs.
     asynchronous: bool | None = None
 
 
 class WatchConfig(Section):
-    """How long a rank may make no progress before the job is ended, in seconds."""
+    """Watchdog timeouts: seconds without progress of a rank before the job is ended."""
 
     stall: Annotated[float, Field(gt=0)] = 60.0  # in training steps and validation
     slow: Annotated[float, Field(gt=0)] = 600.0  # while starting, growing and saving
 
 
 class RecoveryConfig(Section):
-    """What a run may do by itself about losses and gradients that are not finite, or spikes."""
+    """Automatic recovery from non-finite losses and gradients, and from loss spikes."""
 
-    skip: Annotated[int, Field(ge=0)] = 3  # bad steps in a row that are left out
-    rollback: Annotated[int, Field(ge=0)] = 1  # returns to the last checkpoint after that
-    # A loss above this multiple of the recent median is bad as well; null: no such limit.
+    skip: Annotated[int, Field(ge=0)] = 3  # consecutive bad steps that are skipped
+    rollback: Annotated[int, Field(ge=0)] = 1  # rollbacks to the last checkpoint after that
+    # A loss above this multiple of the recent median is bad as well; null: no limit.
     spike: Annotated[float, Field(gt=1.0)] | None = None
 
 
@@ -277,22 +277,22 @@ class LawConfig(Section):
     s_scale: Annotated[float, Field(gt=0)]
     s_power: Annotated[float, Field(gt=0)]
     unit: Literal["steps", "tokens"] = "tokens"
-    embeddings: bool = True  # whether N counts them
+    embeddings: bool = True  # whether N includes embeddings
 
 
 class OpsConfig(Section):
-    """Who serves the fused ops on a GPU (MEGAGROW_KERNELS chooses among the own ones)."""
+    """Backends of the fused ops on a GPU (MEGAGROW_KERNELS selects among megagrow's own)."""
 
-    # A library that is named must be installed, and passes a numerical check before it is used.
+    # A library given here must be installed and pass a numerical check before it is used.
     backend: Literal["own", "apex", "transformer_engine", "liger"] = "own"
 
 
 class GrowthConfig(Section):
-    """Settings of growths: the transfer that carries one, and the rules that end a stage.
+    """Settings of growths: the transfer, and the rules that end a stage.
 
-    `law` is what `planned` and `marginal` foretell by: a published law's name or constants, as
-    launch/plan.py --fit prints them.  `points` is how many validations in a row `slope` is taken
-    over, and the fewest that `marginal` fits.
+    `law` is the scaling law that `planned` and `marginal` predict with: the name of a published
+    law, or constants as launch/plan.py --fit prints them. `points` is the number of consecutive
+    validations that `slope` is computed over, and the minimum that `marginal` fits.
     """
 
     staging_mib: Annotated[float, Field(gt=0, le=2**30)] = 64.0  # per rank, all buffers together
@@ -306,7 +306,7 @@ class GrowthConfig(Section):
 
 
 class Config(Section):
-    """A whole run."""
+    """The configuration of a run."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig
@@ -351,7 +351,7 @@ class Config(Section):
             of_muon = " and ".join(sorted(given.keys() & {"muon_lr", "momentum"}))
             if of_muon and self.optimizer.name != "muon":
                 raise ValueError(
-                    f"stages[{index}].optimizer: {of_muon}: Muon's alone, but optimizer.name = "
+                    f"stages[{index}].optimizer: {of_muon}: only for Muon, but optimizer.name = "
                     f"{self.optimizer.name}; leave it out"
                 )
         return self

@@ -1,4 +1,4 @@
-"""What all sections of a configuration have in common."""
+"""The base class and common types of all configuration sections."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
-# A plan names every tensor of every layer; with a million of them it would take hours.
+# A plan lists every tensor of every layer; for a million layers it would take hours.
 Layers = Annotated[int, Field(gt=0, le=4096)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -22,22 +22,22 @@ def _path(text: str) -> str:
     return text
 
 
-# What can be a path, whether it is there or not.
+# Text that is a valid path, whether it exists or not.
 PathText = Annotated[str, AfterValidator(_path)]
 
 
-# Tags of what a setting may be that takes more than one kind of value, for pydantic's
-# Discriminator.  They are no keys, so no dotted key of an error shows them.
+# Tags for pydantic's Discriminator, for settings that accept more than one type. They are not keys,
+# so they are left out of the dotted keys in errors.
 SECTION, TEXT, VALUE = "<section>", "<text>", "<value>"
 
 
 def section_or_value(found: Any) -> str:
-    """The tag of a setting that is a section or one value."""
+    """The tag of a setting that is a section or a scalar."""
     return SECTION if isinstance(found, (dict, BaseModel)) else VALUE
 
 
 def text_or_value(found: Any) -> str:
-    """The tag of a setting that is a word or another value."""
+    """The tag of a setting that is a word or a value of another type."""
     return TEXT if isinstance(found, str) else VALUE
 
 

@@ -20,7 +20,7 @@ import yaml
 from megagrow.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"
-_MOST_VALUES = 100_000  # with each alias counted as a copy of what it stands for
+_MOST_VALUES = 100_000  # with each alias counted as a copy of its target
 _MOST_DIGITS = 40
 _MOST_NESTING = 100  # far above any real file; keeps a hostile one from exhausting the stack
 
@@ -38,7 +38,7 @@ _REAL = re.compile(
     re.VERBOSE,
 )
 
-# (tag, pattern, possible first characters); the first match wins.
+# (tag, pattern, possible first characters); the first match is used.
 _RESOLVERS = (
     ("null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
     ("bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
@@ -67,7 +67,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _weigh(self, node: yaml.Node) -> None:
-        """Count the values that a node stands for; an alias is the node that it names."""
+        """Count the values of a node; an alias counts as the node that it refers to."""
         sizes: dict[yaml.Node, int] = self.__dict__.setdefault("sizes", {})
         if node in sizes or isinstance(node, yaml.ScalarNode):
             return
@@ -80,7 +80,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that either YAML 1.1 or the reader here would take for something else."""
+    """Quotes text that either YAML 1.1 or this reader would parse as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -160,7 +160,7 @@ def read_yaml(text: str | bytes, *, source: str) -> Any:
 
     Args:
         text: the document.
-        source: what to call it in an error.
+        source: its name in errors.
 
     Raises:
         ConfigError: on a syntax error, a duplicate key, a forbidden tag, text that is not

@@ -1,8 +1,8 @@
-"""Where documents come from: text files, directories, JSONL, Python's own library.
+"""Sources of documents: text files, directories, JSONL, Python's standard library.
 
-A corpus is a sorted list of files, cut into pieces (a file, or a byte range of one
-that begins and ends between documents) and packed into shards of about equal size.
-Neither depends on how many workers there will be.  A compressed file is one piece.
+A corpus is a sorted list of files, split into pieces (a file, or a byte range that begins and ends
+between documents) and packed into shards of about equal size. Neither depends on the number of
+workers. A compressed file is one piece.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ STDLIB = "stdlib"
 _SHARD_BYTES = 1 << 20
 _MAX_SHARDS = 1024
 _FOREIGN = {"site-packages", "dist-packages", "__pycache__"}
-_EXAMPLES = 20  # names that are kept of files alike
+_EXAMPLES = 20  # example names kept per group of files
 
 
 @dataclass
 class Group:
-    """Files of which the same is to be said: how many, and the first names, below the input."""
+    """A group of files in a report: their number, and the first names relative to the input."""
 
     files: int
     names: list[str]
 
     def add(self, name: str) -> None:
-        """One more."""
+        """Add a file."""
         self.files += 1
         if len(self.names) < _EXAMPLES:
             self.names.append(name)
@@ -49,11 +49,11 @@ class Corpus:
     Attributes:
         files: number of files.
         size: bytes of all files.
-        fingerprint: sha256 over names, sizes and times of change.
+        fingerprint: sha256 over names, sizes and modification times.
         pieces: in the order of the documents.
         shards: the same, packed.
-        formats: what the files were taken for.
-        left_out: files and directories that were not taken, by the reason.
+        formats: the detected formats of the files.
+        left_out: files and directories that were skipped, by reason.
     """
 
     files: int
@@ -74,20 +74,19 @@ def open_corpus(
     form: str = "auto",
     text_key: str = "text",
 ) -> Corpus:
-    """Find the files of ``source`` and cut them into shards.
+    """Find the files of ``source`` and divide them into shards.
 
     Args:
         source: a file, a directory, or ``stdlib``.
-        glob: which files of a directory, matched on the name or the relative path;
-            names that begin with a dot are left out.
-        split: ``file`` or ``paragraph``: how documents lie in a text file.
-        exclude: directories to leave out.
-        form: ``auto``, or what all files are: ``text`` or ``jsonl``.
-        text_key: of the text in a JSON record.
+        glob: the files of a directory to use, matched on the name or the relative path; names that
+            begin with a dot are skipped.
+        split: ``file`` or ``paragraph``: the unit of a document in a text file.
+        exclude: directories to skip.
+        form: ``auto``, or the format of all files: ``text`` or ``jsonl``.
+        text_key: the key of the text in a JSON record.
 
     Raises:
-        DataError: no such source, no file in it, or a file that cannot be read or could be
-            read in two ways.
+        DataError: the source does not exist or is empty, or a file cannot be read or is ambiguous.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
     left_out: dict[str, Group] = {}
@@ -97,7 +96,7 @@ def open_corpus(
                 f"--input {STDLIB}: is source files, not JSON",
                 fix="leave out --text-key and --format",
             )
-        # What else lies there is not the library's text, and its sources are no records.
+        # Other files there are not the library's text, and its sources are not records.
         paths, form = _walk(root, "*.py", exclude, _FOREIGN, {}), "text"
     elif root.is_dir():
         paths = _walk(root, glob, exclude, set(), left_out)
@@ -140,7 +139,7 @@ def open_corpus(
 def _walk(
     root: Path, glob: str, exclude: tuple[Path, ...], names: set[str], left_out: dict[str, Group]
 ) -> list[Path]:
-    """The files below ``root`` in order; notes in ``left_out`` what else is there."""
+    """The files below ``root`` in order; records skipped ones in ``left_out``."""
     found = []
     own = {path.resolve() for path in exclude}
 
@@ -185,8 +184,8 @@ def _cut(path: Path, *, size: int, form: Form, split: str, target: int) -> Itera
 
 
 def _next_border(stream: BinaryIO, kind: str) -> int:
-    """Position of the next place where a document may begin."""
-    # The seek may have landed within a line.
+    """The next position at which a document may begin."""
+    # The seek may have landed inside a line.
     line = stream.readline()
     while line and kind == "paragraph":
         line = stream.readline()

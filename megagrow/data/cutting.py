@@ -1,15 +1,15 @@
-"""Cutting a long text so that its parts have, one after the other, the token ids of the whole.
+"""Split a long text into parts whose concatenated token ids are those of the whole text.
 
-A tokenizer takes many times its text in memory (SentencePiece 30 times, `tokenizers` more than a
-hundred), so a long document is encoded in parts wherever they are known to give the same ids.  That
-is so between two lines if the tokenizer splits text there anyway, whatever stands around:
+A tokenizer needs many times the size of its text in memory (SentencePiece 30 times, `tokenizers`
+more than a hundred), so a long document is encoded in parts where these are known to give the same
+ids. This holds between two lines if the tokenizer splits text there anyway, in any context:
 
-* A SentencePiece model of the kind that is trained here has no piece across a line end.
-* A ``tokenizer.json`` that rewrites nothing and splits by one of the patterns below ends a word at
+* A SentencePiece model as trained by megagrow has no piece across a line end.
+* A ``tokenizer.json`` without normalization that splits by one of the patterns below ends a word at
   a single line end between two visible characters: each pattern matches from left to right, none
   looks behind, and none matches a line end together with what follows it, unless that is blank.
 
-Any other tokenizer encodes a document at once, with what that takes.
+Any other tokenizer encodes a document at once, with the memory that this needs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from typing import Any
 
 _CHARACTERS = 1 << 18
-# A line end between two characters that no tokenizer takes for white space.
+# A line end between two characters that no tokenizer treats as white space.
 _BORDER = re.compile(r"(?<=[\w!-~])\n(?=[\w!-~])")
 _PATTERNS = {
-    # GPT-2's, which ByteLevel has built in.
+    # GPT-2's, which is built into ByteLevel.
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     # OpenAI's cl100k, with LLaMA 3.
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -35,7 +35,7 @@ _PATTERNS = {
 
 
 def at_line_ends(text: str) -> Iterator[str]:
-    """Cut after any line end, into parts of some hundred thousand characters."""
+    """Split after any line end, into parts of some hundred thousand characters."""
     start = 0
     while len(text) - start > _CHARACTERS:
         end = text.find("\n", start + _CHARACTERS)
@@ -47,7 +47,7 @@ def at_line_ends(text: str) -> Iterator[str]:
 
 
 def between_words(text: str) -> Iterator[str]:
-    """The same, where visible characters stand on both sides of a single line end."""
+    """The same, but only at a single line end between visible characters."""
     start = 0
     while len(text) - start > _CHARACTERS:
         border = _BORDER.search(text, start + _CHARACTERS)
@@ -59,7 +59,7 @@ def between_words(text: str) -> Iterator[str]:
 
 
 def splits_between_words(tokenizer_json: str) -> bool:
-    """Whether a ``tokenizer.json`` is known to split wherever `between_words` cuts."""
+    """Whether a ``tokenizer.json`` is known to split wherever `between_words` does."""
     parts: dict[str, Any] = json.loads(tokenizer_json)
     splitter = parts.get("pre_tokenizer") or {}
     steps = splitter.get("pretokenizers", [splitter])

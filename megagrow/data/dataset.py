@@ -1,14 +1,14 @@
-"""A prepared dataset: a directory with everything that training needs of the data.
+"""A prepared dataset: a directory with all data that training needs.
 
 ::
 
     train.bin  train.idx  validation.bin  validation.idx
     tokenizer.model (or tokenizer.json)
-    dataset.json    what the rest must agree with
+    dataset.json    describes the other files
 
-``dataset.json`` has two parts: ``content`` (counts, types, checksums), which is the
-same wherever the same data is prepared, and ``made`` (source and arguments), which
-says how.  The fingerprint is the sha256 of ``content`` alone.
+``dataset.json`` has two parts: ``content`` (counts, types, checksums), which is the same wherever
+the same data is prepared, and ``made`` (source and arguments).  The fingerprint is the sha256 of
+``content`` alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Split:
-    """What the manifest says of one split."""
+    """The manifest's description of one split."""
 
     documents: int
     tokens: int
@@ -48,7 +48,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Content:
-    """What the manifest says of the data itself."""
+    """The manifest's description of the data itself."""
 
     format_version: int
     tokenizer_file: str
@@ -58,17 +58,17 @@ class Content:
     dtype: str
     train: Split
     validation: Split
-    bos: int | None = None  # id of the token that begins each document, if one does
+    bos: int | None = None  # id of the token that begins each document, if any
 
     def record(self) -> dict[str, Any]:
-        """A form that JSON holds; without ``bos`` where there is none, as before there was one."""
+        """A form that JSON holds; without ``bos`` if there is none, as in earlier versions."""
         record = asdict(self)
         if self.bos is None:
             del record["bos"]
         return record
 
     def fingerprint(self) -> str:
-        """sha256 over all of it: equal for equal data, wherever and however made."""
+        """sha256 of the content: equal for equal data, wherever and however it was prepared."""
         canonical = json.dumps(self.record(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -80,8 +80,8 @@ class PreparedData:
     Attributes:
         path: the directory.
         content: counts and checksums.
-        made: the source and the arguments it was made with.
-        train, validation: the splits, mapped into memory.
+        made: the source and the arguments of the preparation.
+        train, validation: the splits, memory-mapped.
     """
 
     path: Path
@@ -92,7 +92,7 @@ class PreparedData:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the data, loaded when first asked for."""
+        """The tokenizer of the data, loaded on first use."""
         bos = NONE if self.content.bos is None else self.content.bos
         path = self.path / self.content.tokenizer_file
         return load_tokenizer(path, eod=self.content.eod, bos=bos)
@@ -123,7 +123,7 @@ def read_manifest(directory: Path) -> tuple[Content, dict[str, Any]]:
     """Read ``dataset.json`` of ``directory``.
 
     Raises:
-        DataError: there is no such directory or file, or it is damaged or of another version.
+        DataError: the directory or file is missing, damaged, or of another version.
     """
     path = directory / MANIFEST
     if not path.is_file():
@@ -155,7 +155,7 @@ def read_manifest(directory: Path) -> tuple[Content, dict[str, Any]]:
         ) from error
 
 
-# What `prepare_data.py` was given and the manifest keeps; a ready tokenizer is only a checksum.
+# Arguments of `prepare_data.py` that the manifest keeps; a given tokenizer is only a checksum.
 _OPTIONS = {
     "vocab_size": 4096, "tokenizer_sample": 8 << 20, "validation_fraction": 0.01, "seed": 1234,
     "dtype": "auto", "glob": "*", "format": "auto", "text_key": "text", "documents": "file",
@@ -163,7 +163,7 @@ _OPTIONS = {
 
 
 def prepare_again(made: Mapping[str, Any], directory: Path) -> str:
-    """The command that makes a damaged dataset anew, as far as its manifest tells how it was."""
+    """The command that rebuilds a damaged dataset, as far as its manifest records it."""
     given = made.get("arguments", {}) if isinstance(made.get("arguments", {}), dict) else {}
     words = ["--input", str(made.get("input", "TEXT")), "--output", str(directory), "--overwrite"]
     for key, default in _OPTIONS.items():
@@ -176,7 +176,7 @@ def prepare_again(made: Mapping[str, Any], directory: Path) -> str:
 
 @contextlib.contextmanager
 def as_prepared_by(config: str | Path, data: str | Path) -> Iterator[None]:
-    """Inside, a dataset that is missing names the command for it in a comment of a configuration.
+    """Context manager: errors for a missing dataset show the command from the config's comments.
 
     Args:
         config: the configuration file.
@@ -197,7 +197,7 @@ def as_prepared_by(config: str | Path, data: str | Path) -> Iterator[None]:
 
 
 def _recipe(config: Path, data: str) -> str | None:
-    """The command in the comments of a file that prepares a directory; lines end in a backslash."""
+    """The command in a file's comments that prepares a directory; lines end in a backslash."""
     try:
         text = or_shipped(config).read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -219,7 +219,7 @@ def _instead(path: Path) -> str:
 
 
 def _first_preparation(path: Path) -> str:
-    """The command that prepares a text which was taken for a dataset, or any text as `path`."""
+    """The command that prepares a text given instead of a dataset, or any text as `path`."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         made = Path("data") / (path.stem or "mine")
         command = shlex.join(["--input", str(path), "--output", str(made)])
@@ -229,7 +229,7 @@ def _first_preparation(path: Path) -> str:
 
 
 def _typed(kind: type[Any], values: dict[str, Any]) -> Any:
-    """Make a record of ``kind``, checking the type of each value."""
+    """Create a record of ``kind``, checking the type of each value."""
     made = kind(**values)
     for name, annotation in kind.__annotations__.items():
         value = getattr(made, name)
@@ -239,17 +239,17 @@ def _typed(kind: type[Any], values: dict[str, Any]) -> Any:
 
 
 def open_dataset(path: str | Path, tokenizer: str | Path | None = None) -> PreparedData:
-    """Open a prepared dataset and check that its parts agree.
+    """Open a prepared dataset and check that its parts are consistent.
 
     Sizes, headers, indices, counts and the tokenizer's checksum are checked; the
     checksums of the token files are not, see :func:`verify`.
 
     Args:
-        path: the directory that prepare_data.py made.
-        tokenizer: a tokenizer file that must be the dataset's own, if given.
+        path: the directory that prepare_data.py wrote.
+        tokenizer: a tokenizer file that must equal the dataset's own, if given.
 
     Raises:
-        DataError: the directory or a file is missing, damaged or disagrees with the rest.
+        DataError: the directory or a file is missing, damaged or inconsistent with the rest.
     """
     directory = Path(path)
     content, made = read_manifest(directory)
@@ -277,13 +277,13 @@ def open_dataset(path: str | Path, tokenizer: str | Path | None = None) -> Prepa
 
 
 def verify(data: PreparedData) -> int:
-    """Read all files of an opened dataset and compare their checksums.
+    """Read all files of an opened dataset and verify their checksums.
 
     Returns:
-        How many bytes that were.
+        The number of bytes read.
 
     Raises:
-        DataError: a file differs from what ``dataset.json`` says.
+        DataError: a file does not match ``dataset.json``.
     """
     fix = prepare_again(data.made, data.path)
     size = 0

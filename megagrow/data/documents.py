@@ -1,4 +1,4 @@
-"""The documents of a piece of a file: text as it stands, or the text of JSON records."""
+"""The documents in a piece of a file: plain text, or the text of JSON records."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from megagrow.errors import DataError
 
 _READ = 1 << 20  # characters
 _NO_VALUE = re.compile(r"[ \t\r\n]*")
-# Wrong lines are counted until so many lines after the first.
+# Wrong lines are counted up to this many lines after the first.
 _COUNTED = 100_000
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes ``[begin, end)`` of a file, and how documents lie in it.
+    """Bytes ``[begin, end)`` of a file, and how documents are stored in it.
 
-    ``kind`` is ``file`` (all of it is one document), ``paragraph`` (documents are
-    parted by blank lines), ``jsonl`` (an object a line) or ``json`` (objects of any
-    layout, or an array of them).  With a ``codec`` the piece is the whole file, and the
-    bytes are those of the compressed file.
+    ``kind`` is ``file`` (one document), ``paragraph`` (documents are separated by blank lines),
+    ``jsonl`` (an object per line) or ``json`` (objects in any layout, or an array of them).  With a
+    ``codec`` the piece is the whole file, and the bytes are those of the compressed file.
     """
 
     path: Path
@@ -37,10 +36,10 @@ class Piece:
 
 
 class _FaultError(Exception):
-    """A record that is not what its file promises.
+    """A record that does not match its file's format.
 
     Attributes:
-        found, expected: as in a DataError.
+        found, expected: see DataError.
     """
 
     def __init__(self, found: str, expected: str) -> None:
@@ -52,8 +51,8 @@ def read_documents(piece: Piece, *, text_key: str) -> Iterator[str | None]:
     """The documents of ``piece``; None for a whole file that cannot be read as UTF-8 text.
 
     Raises:
-        DataError: a line or record is not what its file promises: file and first such line of
-            the file are named, and how many lines are wrong; or compression is damaged.
+        DataError: a line or record does not match its file's format (the error names the file, the
+            first wrong line, and the number of wrong lines), or compressed data is damaged.
     """
     with opened(piece.path, piece.codec) as stream:
         if piece.kind == "file":
@@ -92,7 +91,7 @@ def _paragraphs(piece: Piece, stream: BinaryIO) -> Iterator[str]:
 
 
 def _lines(piece: Piece, stream: BinaryIO, *, bom: bool = False) -> Iterator[bytes]:
-    """The lines of a piece; of JSON without the mark of its encoding at the file's start."""
+    """The lines of a piece; for JSON without a byte-order mark."""
     whole = bool(piece.codec)
     offset = 0 if whole else piece.begin
     if not whole:
@@ -110,7 +109,7 @@ def _decoded(line: bytes) -> str:
 
 
 def _line_text(line: bytes, key: str) -> str | None:
-    """The text of a JSON line; None for a blank one."""
+    """The text of a JSON line; None if the line is blank."""
     if not line.strip():
         return None
     try:
@@ -132,13 +131,13 @@ def _record_text(record: Any, key: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        # JSON can spell half a surrogate pair, which is no character.
+        # JSON can encode half a surrogate pair, which is not a character.
         raise _FaultError(error.reason, "whole characters") from error
     return text
 
 
 def _records(piece: Piece, stream: BinaryIO, key: str) -> Iterator[str]:
-    """Texts of a series of JSON objects, or of the objects of one array; bounded by the largest."""
+    """Texts of a series or an array of JSON objects; memory is bounded by the largest object."""
     decoder = json.JSONDecoder()
     reader = codecs.getreader("utf-8-sig")(stream)
     buffer, at, number, size, array, more = "", 0, 0, _READ, False, True
@@ -164,7 +163,7 @@ def _records(piece: Piece, stream: BinaryIO, key: str) -> Iterator[str]:
             wrong = _FaultError(f"not JSON: {error}", _expected(key))
             if not _cut_off(error, buffer):
                 raise fault(wrong) from error
-            # The longer a record, the more is read at a time.
+            # The longer the record, the larger the reads.
             try:
                 added = reader.read(size) if more else ""
             except UnicodeDecodeError as bad:
@@ -186,15 +185,15 @@ def _records(piece: Piece, stream: BinaryIO, key: str) -> Iterator[str]:
 
 
 def _cut_off(error: Exception, buffer: str) -> bool:
-    """Whether JSON may be wrong only for want of what follows."""
+    """Whether the JSON error may be due only to truncated input."""
     if not isinstance(error, json.JSONDecodeError):
         return False
-    # A value or an escape that is cut off is told at its beginning, a string at its own.
+    # Errors of truncated values and escapes point to their beginning, of strings to the string's.
     return error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated string")
 
 
 def _bad_lines(piece: Piece, key: str | None) -> DataError:
-    """The error of the first wrong line of a piece's file, with how many there are."""
+    """The error for the first wrong line of a piece's file, with their number."""
     first, found, expected = 0, "", ""
     wrong = number = 0
     size = piece.path.stat().st_size

@@ -1,12 +1,12 @@
-"""What a file of a corpus is: told by its content, and by its name only where the name is clear.
+"""Format detection of a corpus file: by content, and by name only if the name is unambiguous.
 
-**Compression** is recognised by the first bytes, whatever the file is called.
+**Compression** is recognised by the first bytes, whatever the file's name.
 
-**JSON or text.**  ``.jsonl`` and ``.ndjson`` hold one JSON object a line.  Any other file is
-looked into: if its first line is a JSON object, it is JSON lines; if it begins with an object of
-several lines or an array of objects, it is a series of JSON records.  If the records have a text
-under the key, they are read as such.  If they have none, the file could be a document as well, a
-``package.json`` among source files, and the caller must say which.
+**JSON or text.**  ``.jsonl`` and ``.ndjson`` hold one JSON object per line. Any other file is
+inspected: if its first line is a JSON object, it is JSON lines; if it begins with an object of
+several lines or an array of objects, it is a series of JSON records. If the records have a text
+under the key, they are read as records. If not, the file may also be a document, such as a
+``package.json`` among source files, and the caller must decide.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ _CONTAINERS = {
 }
 _HEAD = 1 << 20
 _READ = 1 << 16
-_LONGEST_LOOK = 64 << 20  # bytes of one record that are read to tell what it is
+_LONGEST_LOOK = 64 << 20  # bytes of a record that are read for detection
 
 
 @dataclass(frozen=True)
 class Form:
-    """How documents lie in a file.
+    """How documents are stored in a file.
 
     Attributes:
-        kind: ``text``, ``jsonl`` (an object a line) or ``json`` (objects of any layout, or an
+        kind: ``text``, ``jsonl`` (an object per line) or ``json`` (objects in any layout, or an
             array of them).
         codec: ``gzip``, ``bzip2``, ``xz``, ``zstd``, or empty for a plain file.
     """
@@ -68,20 +68,20 @@ class Form:
 
 
 def form_of(path: Path, *, wanted: str, key: str) -> Form:
-    """Look into a file.
+    """Detect the format of a file.
 
     Args:
         path: the file.
-        wanted: ``auto``, or what all files are: ``text`` or ``jsonl``.
-        key: of the text in a JSON record.
+        wanted: ``auto``, or the format of all files: ``text`` or ``jsonl``.
+        key: the key of the text in a JSON record.
 
     Raises:
-        DataError: no regular file, an archive or table we do not read, damaged compression, a
-            file that is not what ``wanted`` says, or one that could be either.
+        DataError: not a regular file, an unsupported archive or table, damaged compressed data, a
+            file that does not match ``wanted``, or an ambiguous one.
     """
     if _type_of(path) != "a file":
         raise DataError(
-            f"{path}: is no regular file",
+            f"{path}: is not a regular file",
             found=_type_of(path),
             expected="a file: it is read twice, and by several processes",
             fix="write its content to a file and give that, or leave it out with --glob",
@@ -156,7 +156,7 @@ def _open(path: Path, codec: str) -> BinaryIO:
             import zstandard
         except ImportError as error:
             raise DataError(
-                f"{path}: the package that reads zstd is not installed",
+                f"{path}: the package for reading zstd is not installed",
                 found="no module 'zstandard'",
                 fix="pip install 'megagrow[zstd]', or decompress the file (zstd -d)",
             ) from error
@@ -165,13 +165,13 @@ def _open(path: Path, codec: str) -> BinaryIO:
 
 
 class _Zstd(io.RawIOBase):
-    """The content of a zstd file; the package's own reader takes one that is cut off for whole."""
+    """The content of a zstd file; the package's own reader does not detect truncation."""
 
     def __init__(self, file: BinaryIO, zstandard: Any) -> None:
         self._file = file
         self._frame = lambda: zstandard.ZstdDecompressor().decompressobj()
-        self._now: Any = None  # the frame under way
-        self._left = b""  # compressed, read and not used
+        self._now: Any = None  # the current frame
+        self._left = b""  # compressed bytes read but not yet used
         self._ready = b""
 
     def readable(self) -> bool:
@@ -212,7 +212,7 @@ def _refuse_containers(path: Path, head: bytes) -> None:
         what = "a tar archive"
     if what is not None:
         raise DataError(
-            f"{path}: {what}, which is not read",
+            f"{path}: {what}, which is not supported",
             expected="text, JSON lines or JSON records; plain, or compressed by gzip, bzip2, xz "
             "or zstd",
             fix="unpack or convert it, or leave it out with --glob",
@@ -220,7 +220,7 @@ def _refuse_containers(path: Path, head: bytes) -> None:
 
 
 def _json_kind(head: bytes, rest: BinaryIO) -> tuple[str | None, dict[str, Any]]:
-    """``jsonl`` or ``json`` with the first record; None for what is no JSON record."""
+    """``jsonl`` or ``json`` with the first record; None if it is not JSON records."""
     start = head.removeprefix(BOM).lstrip()
     if not start.startswith((b"{", b"[")):
         return None, {}
@@ -236,7 +236,7 @@ def _json_kind(head: bytes, rest: BinaryIO) -> tuple[str | None, dict[str, Any]]
     try:
         if text.startswith("["):
             inside = text[1:].lstrip()
-            # An array of records, or one without any: [], [1, 2].  `[1] A. Author` is text.
+            # An array of records, or one without records: [], [1, 2]. `[1] A. Author` is text.
             record, end = decoder.raw_decode(inside) if inside.startswith("{") else ({}, 0)
             is_array = end > 0 or isinstance(_parsed(whole), list)
             return ("json", record) if is_array else (None, {})

@@ -1,7 +1,7 @@
 r"""Token datasets in Megatron's ``.bin``/``.idx`` format.
 
-``PREFIX.bin`` is nothing but the tokens of all sequences, one after the other.
-``PREFIX.idx`` says where they lie; everything in it is little-endian::
+``PREFIX.bin`` contains only the tokens of all sequences, concatenated. ``PREFIX.idx`` contains
+their positions; everything in it is little-endian::
 
     9 bytes   b"MMIDIDX\0\0"
     uint64    version, 1
@@ -12,9 +12,9 @@ r"""Token datasets in Megatron's ``.bin``/``.idx`` format.
     int64[S]  offset of each sequence in PREFIX.bin in bytes
     int64[D]  the document table: 0, then the sequence after each document's last
 
-We write one sequence per document, so that D = S + 1.  The layout is that of
-``megatron/core/datasets/indexed_dataset.py`` in Megatron-LM, whose tools read
-what we write; of its files we read those without the multimodal extension.
+megagrow writes one sequence per document, so that D = S + 1. The layout is that of
+``megatron/core/datasets/indexed_dataset.py`` in Megatron-LM, whose tools can read it; files of
+Megatron-LM can be read if they do not use the multimodal extension.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Tokens = npt.NDArray[Any]
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The token type Megatron takes for a vocabulary: ``uint16`` below 65,500, else ``int32``."""
+    """Megatron's token type for a vocabulary: ``uint16`` below 65,500, else ``int32``."""
     return "uint16" if vocab_size < 65_500 else "int32"
 
 
@@ -77,21 +77,21 @@ def _map(path: Path, dtype: np.dtype[Any]) -> Tokens:
 
 
 class IndexedDataset:
-    """A ``.bin``/``.idx`` pair, mapped into memory and read only.
+    """A memory-mapped, read-only ``.bin``/``.idx`` pair.
 
     Attributes:
         dtype: token type.
         lengths: int32 ``[sequences]``, in tokens.
-        documents: int64 ``[document count + 1]``; document d is the sequences
-            ``documents[d]`` up to but without ``documents[d + 1]``.
+        documents: int64 ``[document count + 1]``; document d is the sequences ``documents[d]`` up
+            to, but not including, ``documents[d + 1]``.
         tokens: all tokens in order, ``[total tokens]``, unchecked: see :meth:`window`.
 
     Args:
         prefix: the path of both files without ``.bin`` and ``.idx``.
-        vocabulary: one more than the largest id, if that is known.
+        vocabulary: one more than the largest id, if known.
 
     Raises:
-        DataError: a file is missing, cut off, damaged or not of this format.
+        DataError: a file is missing, truncated, damaged or not of this format.
     """
 
     def __init__(self, prefix: str | Path, vocabulary: int | None = None) -> None:
@@ -181,21 +181,21 @@ class IndexedDataset:
         return len(self.documents) - 1
 
     def token_range(self, start: int, stop: int) -> Tokens:
-        """The tokens ``[start, stop)`` of all sequences laid end to end, without a copy."""
+        """The tokens ``[start, stop)`` of all sequences concatenated, without a copy."""
         if not 0 <= start <= stop <= self._total:
             raise IndexError(f"tokens [{start}, {stop}) of {self._total} in {self.prefix}")
         return self.tokens[start:stop]
 
     def window(self, start: int, length: int, what: str) -> npt.NDArray[np.int64]:
-        """Tokens ``[start, start + length)``, ``[length]``, the end joined to the beginning.
+        """Tokens ``[start, start + length)``, ``[length]``, wrapping around at the end.
 
         Args:
             start: in ``[0, total tokens)``.
             length: at most the total.
-            what: the tokens are, for the error.
+            what: a description of the tokens, for the error.
 
         Raises:
-            DataError: an id that the vocabulary does not have.
+            DataError: an id is not in the vocabulary.
         """
         stop = start + length
         found = self.tokens[start:stop].astype(np.int64)
@@ -205,7 +205,7 @@ class IndexedDataset:
         return self._checked(found, what, lambda number: (start + number) % self._total)
 
     def at(self, places: npt.NDArray[np.int64], what: str) -> npt.NDArray[np.int64]:
-        """The tokens at ``places``, of the same shape; else as :meth:`window`."""
+        """The tokens at ``places``, in the same shape; otherwise like :meth:`window`."""
         found = self.tokens[places].astype(np.int64)
         return self._checked(found, what, lambda number: int(places[number]))
 
@@ -230,9 +230,9 @@ class IndexedDataset:
 class IndexedWriter:
     """Writes a ``.bin``/``.idx`` pair document by document; use it as a context manager.
 
-    Both files are written under temporary names.  When the block ends without an
-    exception they are synced and renamed, the index last: an index without its
-    tokens is never seen.  After an exception nothing remains.
+    Both files are written under temporary names.  When the block ends without an exception they are
+    synced and renamed, the index last: an index never exists without its tokens. After an exception
+    nothing is left.
 
     Attributes:
         bin_sha256: sha256 of the token file, set when the block has ended.
@@ -270,7 +270,7 @@ class IndexedWriter:
         self.add_documents(values, np.array([len(values)]))
 
     def add_document_parts(self, parts: Iterable[Tokens]) -> int:
-        """Append one document that comes in parts, ``[any length]`` ids each; returns its length.
+        """Append one document given in parts, ``[any length]`` ids each; returns its length.
 
         The ids must fit the token type.
         """
@@ -282,7 +282,7 @@ class IndexedWriter:
         return length
 
     def add_documents(self, tokens: Tokens, lengths: Tokens) -> None:
-        """Append many documents laid end to end: ``[sum(lengths)]`` ids, ``[documents]`` lengths.
+        """Append many concatenated documents: ``[sum(lengths)]`` ids, ``[documents]`` lengths.
 
         The ids must fit the token type.
         """

@@ -1,17 +1,17 @@
-"""Which tokens stand around a document: the one that ends it, and perhaps one that begins it.
+"""The marker tokens of a document: the one that ends it, and optionally one that begins it.
 
-Such a token must never come out of text, or the text could end a document.  So only tokens that a
-tokenizer marks as special (Hugging Face) or as control symbols (SentencePiece) can be it, whatever
-they are called.  Which one it is, is taken from the first of these that tells:
+Text must never encode to such a token, or it could end a document. So only tokens that a tokenizer
+marks as special (Hugging Face) or as control symbols (SentencePiece) are allowed, whatever their
+names. The first of these sources that has an answer is used:
 
 1. the caller (``--eod``, ``--bos``);
-2. the prepared dataset that the tokenizer lies in (``dataset.json``);
-3. ``eos_token``, ``bos_token`` and ``add_bos_token`` of the ``tokenizer_config.json`` beside it;
-4. the tokenizer itself: SentencePiece's own end, or what its post-processor puts around a text;
+2. the prepared dataset that contains the tokenizer (``dataset.json``);
+3. ``eos_token``, ``bos_token`` and ``add_bos_token`` of the ``tokenizer_config.json`` next to it;
+4. the tokenizer itself: SentencePiece's end token, or the tokens that its post-processor adds;
 5. the one special token with a name that is used for nothing else.
 
-A document begins with a token of its own only where the tokenizer itself would put one, or the
-caller asks for it.
+A document begins with a marker only if the tokenizer itself would add one, or the caller asks for
+it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _END_NAMES = (
     "[EOS]",
     "<｜end▁of▁sentence｜>",  # DeepSeek's, with fullwidth bars
 )
-NONE = "none"  # for --bos: documents begin with no token
+NONE = "none"  # for --bos: documents begin without a marker
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Markers:
     Attributes:
         eod: id of the token that ends it.
         bos: id of the token that begins it, or None.
-        why: where that was found, in words.
+        why: a description of the source of this choice.
     """
 
     eod: int
@@ -55,14 +55,14 @@ class Markers:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a tokenizer has to offer.
+    """The candidate tokens of a tokenizer.
 
     Attributes:
         path: its file.
-        special: the tokens that text never becomes, by name.
-        ids: the id of any token, or None.
-        own: (begin, end) that the tokenizer puts around a text by itself, each may be None.
-        makes: whether the text of this name becomes this token, which must not be.
+        special: the tokens that text never encodes to, by name.
+        ids: function from the name of any token to its id, or None.
+        own: (begin, end) tokens that the tokenizer adds by itself, each may be None.
+        makes: whether the text of this name encodes to this token, which is not allowed.
     """
 
     path: Path
@@ -72,17 +72,17 @@ class Candidates:
     makes: Callable[[str, int], bool]
 
     def named(self, name: str, asked: str) -> int:
-        """The id of a token that was asked for by name.
+        """The id of a token given by name.
 
         Raises:
-            DataError: there is no such token, or text could become it.
+            DataError: there is no such token, or text could encode to it.
         """
         found = self.special.get(name)
         if found is not None:
             return found
         token = self.ids(name)
         if token is not None and asked.startswith("eos_token") and not self.makes(name, token):
-            return token  # made special by the configuration
+            return token  # the configuration marks it as special
         raise DataError(
             f"{self.path}: {asked} {name!r} cannot mark the borders of documents",
             found="an ordinary token, which text can contain" if token is not None else "no token",
@@ -97,32 +97,32 @@ def choose(
     """The tokens around a document.
 
     Args:
-        candidates: what the tokenizer offers.
-        eod: the name or id that the caller wants; None: as described above.
-        bos: the same of the token that begins a document; ``none`` for no such token.
+        candidates: the tokenizer's tokens.
+        eod: the name or id chosen by the caller; None: as described above.
+        bos: likewise for the token that begins a document; ``none`` for no such token.
 
     Raises:
-        DataError: the tokenizer does not tell, or tells something that cannot be.
+        DataError: there is no answer, or it is not allowed.
     """
-    told = _recorded(candidates.path)
+    recorded = _recorded(candidates.path)
     settings = _configuration(candidates.path)
-    end, why = _end(candidates, eod, told, settings)
-    begin = _begin(candidates, bos, told, settings)
+    end, why = _end(candidates, eod, recorded, settings)
+    begin = _begin(candidates, bos, recorded, settings)
     return Markers(end, begin, why)
 
 
 def _end(
     candidates: Candidates,
     asked: str | int | None,
-    told: Mapping[str, Any],
+    recorded: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> tuple[int, str]:
     if isinstance(asked, int):
-        return asked, "as recorded"
+        return asked, "as told"
     if asked is not None:
         return candidates.named(asked, "--eod"), "--eod"
-    if isinstance(told.get("eod"), int):
-        return told["eod"], "of the dataset"
+    if isinstance(recorded.get("eod"), int):
+        return recorded["eod"], "of the dataset"
     name = _name(settings.get("eos_token"))
     if name is not None:
         return candidates.named(name, "eos_token of tokenizer_config.json"), (
@@ -134,9 +134,9 @@ def _end(
     if len(known) == 1:
         return candidates.special[known[0]], "its only special token with such a name"
     raise DataError(
-        f"{candidates.path}: does not tell which token ends a document",
+        f"{candidates.path}: does not define which token ends a document",
         found=f"special tokens {_listed(candidates.special)}",
-        expected="eos_token in a tokenizer_config.json beside it, or one special token of the "
+        expected="eos_token in a tokenizer_config.json next to it, or one special token of the "
         f"names {', '.join(_END_NAMES)}",
         fix="--eod NAME says which of its special tokens it is"
         if candidates.special
@@ -147,7 +147,7 @@ def _end(
 def _begin(
     candidates: Candidates,
     asked: str | int | None,
-    told: Mapping[str, Any],
+    recorded: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> int | None:
     if asked == NONE:
@@ -156,8 +156,8 @@ def _begin(
         return asked
     if asked is not None:
         return candidates.named(asked, "--bos")
-    if told:
-        found = told.get("bos")
+    if recorded:
+        found = recorded.get("bos")
         return found if isinstance(found, int) else None
     adds, name = settings.get("add_bos_token"), _name(settings.get("bos_token"))
     if adds is False:
@@ -169,7 +169,7 @@ def _begin(
 
 
 def _recorded(path: Path) -> Mapping[str, Any]:
-    """What the manifest says if this is the tokenizer of a prepared dataset."""
+    """The manifest's content if this is the tokenizer of a prepared dataset."""
     content = _json(path.parent / "dataset.json").get("content")
     ours = isinstance(content, dict) and content.get("tokenizer_file") == path.name
     return content if ours else {}  # type: ignore[return-value]
@@ -186,7 +186,7 @@ def _json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: cannot be read, though it tells of the tokenizer beside it",
+            f"{path}: cannot be read, but it describes the tokenizer next to it",
             found=str(error),
             fix="fix the file, or move the tokenizer away from it",
         ) from error
@@ -194,7 +194,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _name(value: Any) -> str | None:
-    """A token's name, which may stand in a record of its own."""
+    """A token's name, which may be inside a record."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 

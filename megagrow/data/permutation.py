@@ -1,7 +1,7 @@
-"""Pseudo-random permutations that are computed, not stored, and stay the same for ever.
+"""Pseudo-random permutations that are computed, not stored, and never change between versions.
 
-A Feistel network permutes the next power of four; a walk from inside the range comes back into it,
-which makes a permutation of the range itself.  It needs no memory and no library's random numbers.
+A Feistel network permutes the next power of four; cycle walking restricts it to a permutation of
+the range itself. It needs no memory and no library's random numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def mixed(*values: int) -> int:
 
 
 def permuted(position: int, *, size: int, key: int) -> int:
-    """Where the permutation ``key`` of ``range(size)`` sends ``position``."""
+    """The image of ``position`` under the permutation ``key`` of ``range(size)``."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
@@ -45,7 +45,7 @@ def permuted(position: int, *, size: int, key: int) -> int:
 
 
 def positions(values: Int64, *, size: int, key: int) -> Int64:
-    """The inverse of `permuted`, of many values: which position each comes from."""
+    """The inverse of `permuted`, for an array of values."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     result = values.astype(np.uint64)
@@ -62,7 +62,7 @@ def positions(values: Int64, *, size: int, key: int) -> Int64:
 
 
 def _mix(value: UInt64) -> UInt64:
-    """`mix`, of an array; unsigned integers wrap around."""
+    """`mix` of an array; unsigned integers wrap around."""
     value = value + np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

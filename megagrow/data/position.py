@@ -1,15 +1,16 @@
-"""Where a run stands in its data, and what is left of an epoch when samples change their length.
+"""A run's position in its data, and the rest of an epoch after a change of the sample length.
 
-**Position.**  How many samples were taken, of which length, in the order in which that happened:
-``((32, 1000), (128, 500))``.  Everything else follows from it, the seed and the size of the data.
+**Position.**  The numbers of consumed samples by length, in order:
+``((32, 1000), (128, 500))``.  Everything else is a function of it, the seed and the size of the
+data.
 
-**A change of length.**  The samples that a run took so far are scattered over the epoch.  What they
-left is a stream of its own: the windows that are left, in the order of the data, and the few
-tokens behind the last window.  Samples of the new length are windows of that stream, in a seeded
-order of their own, until the epoch is over; the next epoch is cut from the whole data as usual.  So
-no token is a label twice in an epoch, and fewer than one sample's are left out of it, whatever the
-lengths.  The price: where the stream joins two stretches of text, a sample goes from one to the
-other as it does from one document to the next.
+**A change of length.**  The samples consumed so far are scattered over the epoch. The rest forms a
+stream: the remaining windows, in the order of the data, and the few tokens after the last window.
+Samples of the new length are windows of that stream, in their own seeded order, until the epoch is
+over; the next epoch is cut from the whole data as usual. So no token is a label twice in an epoch,
+and fewer tokens than one sample are left out of it, whatever the lengths. The price: where the
+stream joins two stretches of text, a sample crosses from one to the other, as it does between
+documents.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ import numpy.typing as npt
 from megagrow.data.permutation import mixed, positions
 
 Int64 = npt.NDArray[np.int64]
-_BLOCK = 512  # windows that share a count; 64 bytes of bits
-_CHUNK = 1 << 18  # windows looked at together, a multiple of _BLOCK
+_BLOCK = 512  # windows per count; 64 bytes of bits
+_CHUNK = 1 << 18  # windows processed together, a multiple of _BLOCK
 
 
 @dataclass(frozen=True)
 class Position:
-    """Samples taken so far.
+    """Samples consumed so far.
 
     Attributes:
         taken: (tokens of a sample, samples) for each length, in order; neighbours differ.  A
@@ -41,24 +42,25 @@ class Position:
 
     @property
     def samples(self) -> int:
-        """All of them, whatever their lengths."""
+        """The number of samples of all lengths."""
         return sum(count for _, count in self.taken)
 
     def split(self, sequence: int) -> tuple[tuple[tuple[int, int], ...], int]:
-        """For samples of this length: what was taken before them, and how many of them."""
+        """For samples of this length: what was consumed before them, and their number."""
         if self.taken and self.taken[-1][0] == sequence:
             return self.taken[:-1], self.taken[-1][1]
         return self.taken, 0
 
     def after(self, samples: int, *, sequence: int) -> Position:
-        """So many samples of this length later."""
+        """The position after this many more samples of this length."""
         before, done = self.split(sequence)
         return Position((*before, (sequence, done + samples))) if samples else self
 
     def measured(self, sequence: int) -> Position:
-        """With the length of the samples of earlier versions, which counted them alone.
+        """Fill in the sample length for a state of an earlier version, which stored only the count.
 
-        Those went on at their number in the new length's order, as `sequence` for all of them says.
+        Those versions continued at the same number in the new length's order, which is what
+        `sequence` for all of them means.
         """
         return Position(tuple((length or sequence, count) for length, count in self.taken))
 
@@ -80,12 +82,12 @@ class Position:
 
 @dataclass(frozen=True)
 class Stretch:
-    """What a position leaves of the epoch that it is in.
+    """The rest of the epoch that a position is in.
 
     Attributes:
         epoch: its number.
-        taken: (tokens of a sample, samples) of this epoch.
-        tokens: that are left of it.
+        taken: (tokens per sample, samples) consumed in this epoch.
+        tokens: number of tokens left in it.
     """
 
     epoch: int
@@ -93,7 +95,7 @@ class Stretch:
     tokens: int
 
     def after(self, sequence: int, samples: int, *, total: int) -> Stretch:
-        """So many samples later, in data of `total` tokens."""
+        """The rest after this many more samples, in data of `total` tokens."""
         here = self.tokens // sequence
         if samples < here:
             if samples == 0:
@@ -106,12 +108,12 @@ class Stretch:
 
 
 class Stream:
-    """The tokens that samples of several lengths left of an epoch, in the order of the data.
+    """The tokens of an epoch that samples of several lengths have not consumed, in data order.
 
     Args:
-        total: tokens of the data.
+        total: number of tokens of the data.
         seed: of the order.
-        stretch: what was taken; all of it is of one epoch.
+        stretch: the consumed samples, all of one epoch.
     """
 
     def __init__(self, *, total: int, seed: int, stretch: Stretch) -> None:
@@ -126,11 +128,11 @@ class Stream:
 
     @property
     def joins(self) -> int:
-        """At most so many places where two tokens of the stream are no neighbours in the data."""
+        """An upper bound on the number of joins, where the stream skips data."""
         return sum(layer.joins for layer in self._layers)
 
     def places(self, start: int, count: int) -> Int64:
-        """Where tokens [start, start + count) lie in the epoch, [count]."""
+        """The positions in the epoch of tokens [start, start + count), [count]."""
         found = np.arange(start, start + count, dtype=np.int64)
         for layer in reversed(self._layers):
             found = layer.places(found)
@@ -138,12 +140,12 @@ class Stream:
 
 
 def layer_key(seed: int, *, epoch: int, depth: int) -> int:
-    """The key of an epoch's order; `depth` counts the lengths that came before in it."""
+    """The key of an epoch's order; `depth` is the number of earlier lengths in it."""
     return mixed(seed, epoch, depth) if depth else mixed(seed, epoch)
 
 
 class _Layer:
-    """Which windows of a stream are left: one bit each, and a count for every block of them."""
+    """The remaining windows of a stream: one bit each, and a count per block of windows."""
 
     def __init__(self, length: int, sequence: int, taken: int, key: int) -> None:
         self._sequence, self._windows = sequence, length // sequence
@@ -156,7 +158,7 @@ class _Layer:
             stop = min(start + _CHUNK, self._windows)
             order = positions(np.arange(start, stop), size=self._windows, key=key)
             free = order >= taken
-            # A stretch begins at a free window behind one that is not.
+            # A stretch begins at a free window that follows a consumed one.
             self.joins += int((free & ~np.concatenate([[before], free[:-1]])).sum())
             before = bool(free[-1])
             self._bits[start // 8 : -(-stop // 8)] = np.packbits(free)
@@ -165,19 +167,19 @@ class _Layer:
         self._before = np.cumsum(counts)  # of free windows, by block
 
     def places(self, at: Int64) -> Int64:
-        """Where tokens of what is left lie in the stream that the windows were cut from."""
+        """The positions of remaining tokens in the stream that the windows were cut from."""
         free = int(self._before[-1])
         number, inside = np.divmod(at, self._sequence)
         window = np.empty_like(number)
         for one in np.unique(number):
-            # Behind the free windows come the tokens that were in none.
+            # After the free windows come the tokens that were in no window.
             window[number == one] = (
                 self._window(int(one)) if one < free else self._windows + int(one) - free
             )
         return window * self._sequence + inside
 
     def _window(self, number: int) -> int:
-        """The free window of this number."""
+        """The free window with this number."""
         block = int(np.searchsorted(self._before, number, side="right")) - 1
         bits = np.unpackbits(self._bits[block * _BLOCK // 8 : (block + 1) * _BLOCK // 8])
         inside = np.flatnonzero(bits)[number - int(self._before[block])]

@@ -1,6 +1,6 @@
-"""Text to a prepared dataset, by many processes, resumable, whole or not at all.
+"""Convert text to a prepared dataset: in parallel, resumable and atomic.
 
-All work is done in ``OUTPUT.work`` beside the output::
+All work is done in ``OUTPUT.work`` next to the output::
 
     lock          held by the one process that prepares this output
     plan-KEY/     KEY is the checksum of inputs and arguments
@@ -9,9 +9,9 @@ All work is done in ``OUTPUT.work`` beside the output::
       final/      the dataset, renamed to OUTPUT when complete
     old/          the output that is being replaced
 
-A run with the same inputs and arguments goes on with the finished shards of one
-that was killed or stopped, or that lacked space; a run with others removes them.  A
-run that fails for its input removes all of it: once that is fixed it is other input.
+A run with the same inputs and arguments continues with the finished shards of one that was killed
+or stopped, or that ran out of space; a run with others removes them. A run that fails because of
+its input removes everything: once fixed, the input is different.
 """
 
 from __future__ import annotations
@@ -43,30 +43,30 @@ from megagrow.errors import DataError, MegagrowError
 from megagrow.files import sync_directory, write_atomically
 from megagrow.lock import holding_output
 
-# Of the way in which the same input becomes a dataset; 1 where a manifest has none.
+# The version of the conversion; 1 if a manifest has none.
 VERSION = 2
 _AGAIN = "run the same command again: finished shards are kept"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What :func:`prepare` did: ``fresh`` is False if the output was there already."""
+    """The result of :func:`prepare`; ``fresh`` is False if the output existed already."""
 
     data: dataset.PreparedData
     fresh: bool
 
     @property
     def outdated(self) -> bool:
-        """Whether it was there from an earlier version, which split documents otherwise."""
+        """Whether it existed from an earlier version, which split documents differently."""
         return _version(self.data.made) != VERSION
 
 
 def prepare(request: Request) -> Outcome:
-    """Make the dataset that ``request`` asks for, or find that it is there.
+    """Create the dataset of ``request``, unless it exists already.
 
     Raises:
-        DataError: bad input; an output made otherwise and no ``overwrite``; another
-            process at work on the same output; no space.
+        DataError: bad input; a different existing output and no ``overwrite``; another process
+            working on the same output; no space.
     """
     try:
         return _prepare(replace(request, output=request.output.resolve()))
@@ -99,7 +99,7 @@ def _prepare(request: Request) -> Outcome:
         _require_ours(work)
         old = work / "old"
         if old.exists() and not output.exists():
-            # Killed between taking the old output away and putting the new one there.
+            # Killed between moving the old output away and the new one into place.
             os.rename(old, output)
         if _is_prepared(request, made):
             shutil.rmtree(work)
@@ -147,10 +147,10 @@ def _key(made: dict[str, Any]) -> str:
 
 
 def _is_prepared(request: Request, made: dict[str, Any]) -> bool:
-    """Whether the output is there as asked for; False if it is to be made.
+    """Whether the requested output exists; False if it has to be created.
 
     Raises:
-        DataError: something else is there that may not be replaced.
+        DataError: something else exists there that may not be replaced.
     """
     output = request.output
     if output.is_dir() and not any(output.iterdir()):
@@ -164,7 +164,7 @@ def _is_prepared(request: Request, made: dict[str, Any]) -> bool:
             fix="another --output",
         )
     if request.overwrite:
-        # A damaged output may be replaced as well.
+        # A damaged output may be replaced too.
         try:
             data = dataset.open_dataset(output)
             dataset.verify(data)
@@ -186,7 +186,7 @@ def _version(made: dict[str, Any]) -> int:
 
 
 def _as_made(data: dataset.PreparedData) -> dict[str, Any]:
-    """How a dataset was made; what an earlier version did not record follows from its content."""
+    """How a dataset was created; derived from its content if it was not recorded."""
     arguments = dict(data.made.get("arguments", {}))
     if _version(data.made) == 1:
         given = arguments.get("tokenizer_sha256") is not None
@@ -213,9 +213,9 @@ def _difference(found: dict[str, Any], made: dict[str, Any]) -> str:
 
 
 def _require_ours(work: Path) -> None:
-    """Make the directory of the work, or see that it is one of those."""
+    """Create the work directory, or check that an existing one is a work directory."""
     work.mkdir(parents=True, exist_ok=True)
-    (work / "lock").unlink(missing_ok=True)  # of versions that had it there
+    (work / "lock").unlink(missing_ok=True)  # of versions that kept it there
     strangers = [path.name for path in work.iterdir() if not path.name.startswith(("plan-", "old"))]
     if strangers:
         raise DataError(f"{work}: is not ours", found=strangers, fix="another --output")
@@ -224,7 +224,7 @@ def _require_ours(work: Path) -> None:
 def _build(
     request: Request, corpus: Corpus, *, plan: Path, made: dict[str, Any], markers: Markers | None
 ) -> Path:
-    """Tokenizer, shards, splits and manifest; returns the finished directory."""
+    """Create tokenizer, shards, splits and manifest; returns the finished directory."""
     tokenizer = _tokenizer(request, corpus, plan)
     markers = markers or tokenizer.markers
     dtype = require_dtype(request.dtype, tokenizer.vocab_size)
@@ -275,7 +275,7 @@ def _build(
 
 
 def _tokenizer(request: Request, corpus: Corpus, plan: Path) -> Tokenizer:
-    """The given tokenizer, copied, or one trained on a sample of the corpus."""
+    """Copy the given tokenizer, or train one on a sample of the corpus."""
     if request.tokenizer:
         path = plan / f"tokenizer{request.tokenizer.suffix}"
         write_atomically(path, request.tokenizer.read_bytes())
@@ -289,7 +289,7 @@ def _tokenizer(request: Request, corpus: Corpus, plan: Path) -> Tokenizer:
 
 
 def _sample(request: Request, corpus: Corpus) -> list[str]:
-    """Text from all over the corpus, as many characters as asked for."""
+    """Text sampled from the whole corpus, up to the given number of characters."""
     pieces = corpus.pieces
     order = sorted(range(len(pieces)), key=lambda number: mixed(request.seed, number))
     share = max(1 << 16, request.tokenizer_sample // max(1, len(pieces)))
@@ -317,7 +317,7 @@ def _sample(request: Request, corpus: Corpus) -> list[str]:
 def _split(
     request: Request, encoder: Encoder, shards: int, *, final: Path
 ) -> tuple[Chosen, dict[str, dataset.Split]]:
-    """Deal the documents of all shards to the two splits; see :mod:`megagrow.data.split`."""
+    """Distribute the documents of all shards over the splits; see :mod:`megagrow.data.split`."""
     parts = [IndexedDataset(encoder.prefix(number)) for number in range(shards)]
     chosen = choose(
         np.concatenate([part.lengths for part in parts]).astype(np.int64),
@@ -336,7 +336,7 @@ def _split(
             ends = chosen.tokens[start : start + len(part)]
             start += len(part)
             cut = (ends > 0) & (ends < part.lengths)
-            # Runs of documents that go the same way; one that is cut is a run of its own.
+            # Runs of documents that go to the same split; a document that is cut is a separate run.
             changes = np.diff(ends > 0) | cut[1:] | cut[:-1]
             borders = [0, *(np.flatnonzero(changes) + 1).tolist(), len(part)]
             for first, last in pairwise(borders):

@@ -1,4 +1,4 @@
-"""What to prepare: everything of a request that can be refused before any work."""
+"""What to prepare: a request, with all checks that are possible before any work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megagrow.data.formats import FORMATS
 from megagrow.data.markers import Markers
 from megagrow.errors import DataError
 
-# NumPy and the tokenizers are imported where they are used: a command line needs only the defaults.
+# NumPy and the tokenizers are imported on use: a command line needs only the defaults.
 
 DTYPES = ("auto", "uint16", "int32")
 
@@ -55,7 +55,7 @@ class Request:
         require(self.dtype in DTYPES, "--dtype", self.dtype, " or ".join(DTYPES))
         if self.format == "text" and self.text_key is not None:
             raise DataError(
-                "--text-key: there is none in plain text",
+                "--text-key: plain text has no keys",
                 found="--format text",
                 fix="leave out one of the two",
             )
@@ -76,19 +76,19 @@ class Request:
 
     @property
     def form(self) -> str:
-        """What all files are, or ``auto``: who names a key says that they are JSON."""
+        """The format of all files, or ``auto``; a given key implies JSON."""
         return "jsonl" if self.text_key is not None else self.format
 
     @property
     def key(self) -> str:
-        """Of the text in a JSON record."""
+        """The key of the text in a JSON record."""
         return "text" if self.text_key is None else self.text_key
 
     def arguments(self, markers: Markers | None) -> dict[str, Any]:
-        """What the content of the dataset depends on, besides the text.
+        """Everything that the content of the dataset depends on, except the text.
 
         Args:
-            markers: of the tokenizer that was given, if one was.
+            markers: of the given tokenizer, if any.
         """
         return {
             "tokenizer_sha256": sha256_file(self.tokenizer) if self.tokenizer else None,
@@ -107,7 +107,7 @@ class Request:
 
 
 def require_dtype(dtype: str, vocab_size: int) -> str:
-    """The token type; refuses one that is too small for the vocabulary (DataError)."""
+    """The token type; raises DataError if it is too small for the vocabulary."""
     import numpy as np
 
     from megagrow.data.indexed import dtype_for

@@ -1,20 +1,19 @@
-"""Which tokens sample k is made of: a function of data, seed and k alone.
+"""The tokens of sample k: a function of data, seed and k alone.
 
-**Windows.**  The tokens of all documents lie end to end, the end joined to the
-beginning.  In every epoch a seeded offset in ``[0, tokens)`` is drawn; from there
-on window j covers the tokens ``offset + j * sequence`` and the ``sequence + 1``
-next.  Inputs are the first ``sequence`` of them, labels the last.  An epoch has
-``tokens // sequence`` windows, so each token is a label at most once in an epoch
-and the few left over are others in each.
+**Windows.**  The tokens of all documents are concatenated, and wrap around at the end.  In every
+epoch a seeded offset in ``[0, tokens)`` is drawn; from there on window j covers the tokens ``offset
++ j * sequence`` and the ``sequence + 1`` next.  Inputs are the first ``sequence`` of them, labels
+the last.  An epoch has ``tokens // sequence`` windows, so each token is a label at most once in an
+epoch, and the few left over differ between epochs.
 
 **Order.**  Sample k is window ``permutation(k mod windows)`` of epoch
 ``k // windows``; the permutation is computed (`megagrow.data.permutation`).
 
-**State.**  How many samples of which length (`megagrow.data.position`).  Samples taken so far are
-``[0, count)`` of each, whatever ranks, batches or restarts took them.
+**State.**  The number of consumed samples by length (`megagrow.data.position`): samples ``[0,
+count)`` of each, regardless of ranks, batches and restarts.
 
-**Another length.**  Samples of the new length count from 0 again.  They begin with what is left of
-the epoch, cut anew, and go on with whole epochs: no token is a label twice in an epoch.
+**Another length.**  Samples of the new length are numbered from 0 again. The rest of the epoch is
+cut into new windows first, then whole epochs follow: no token is a label twice in an epoch.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from megagrow.data.position import Stream, Stretch, layer_key
 from megagrow.errors import DataError
 
 Int64 = npt.NDArray[np.int64]
-# How validation windows are chosen; a run that goes on says so if that has changed.
+# How validation windows are chosen; a resumed run reports it if that has changed.
 VALIDATION = "spread over the whole split"
-VALIDATION_BEFORE = "the first of the split"  # where a checkpoint does not tell
+VALIDATION_BEFORE = "the first of the split"  # if a checkpoint does not say
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,9 @@ class SampleIndex:
 
     Args:
         dataset: the training split.
-        sequence: tokens the model sees; a sample has one more.
+        sequence: tokens that the model sees; a sample has one more.
         seed: of the order.
-        before: (tokens of a sample, samples) that the run took of other lengths before these.
+        before: (tokens per sample, samples) of other lengths that the run consumed before.
 
     Raises:
         DataError: the dataset is smaller than one sample.
@@ -61,12 +60,12 @@ class SampleIndex:
 
     @property
     def windows(self) -> int:
-        """Number of samples in a whole epoch."""
+        """Number of samples per epoch."""
         return self.dataset.total_tokens // self.sequence
 
     @cached_property
     def begun(self) -> Stretch:
-        """What samples of other lengths left of the epoch that they ended in."""
+        """The rest of the epoch that samples of other lengths ended in."""
         total = self.dataset.total_tokens
         found = Stretch(0, (), total)
         for sequence, samples in self.before:
@@ -75,13 +74,13 @@ class SampleIndex:
 
     @cached_property
     def _left(self) -> Stream | None:
-        """The same, token by token; None of a whole epoch."""
+        """The same, token by token; None for a whole epoch."""
         total, begun = self.dataset.total_tokens, self.begun
         return Stream(total=total, seed=self.seed, stretch=begun) if begun.taken else None
 
     @property
     def recut(self) -> str | None:
-        """What a change of length does to the epoch, in words; None where it does nothing."""
+        """A description of what a change of length does to the epoch; None if nothing."""
         if self._left is None:
             return None
         begun = self.begun
@@ -97,7 +96,7 @@ class SampleIndex:
         """Sample k >= 0 of this length, ``[sequence + 1]`` token ids.
 
         Raises:
-            DataError: an id in it that the vocabulary does not have.
+            DataError: an id is not in the vocabulary.
         """
         if k < 0:
             raise IndexError(f"sample {k}")
@@ -107,7 +106,7 @@ class SampleIndex:
             key = layer_key(self.seed, epoch=begun.epoch, depth=len(begun.taken))
             window = permuted(k, size=first, key=key)
             labels = self._left.places(window * self.sequence, self.sequence)
-            # Inputs are the token before the first label, and all labels but the last.
+            # Inputs are the token before the first label, and all labels except the last.
             places = mix(layer_key(self.seed, epoch=begun.epoch, depth=0)) % total + np.concatenate(
                 [labels[:1], labels + 1]
             )
@@ -116,7 +115,7 @@ class SampleIndex:
         key = layer_key(self.seed, epoch=begun.epoch + 1 + epochs, depth=0)
         window = permuted(position, size=self.windows, key=key)
         start = (mix(key) + window * self.sequence) % total
-        # A dataset has more tokens than a window, so the end wraps once at most.
+        # A dataset has more tokens than a window, so it wraps around at most once.
         return self.dataset.window(start, self.sequence + 1, f"sample {k}")
 
     def batch(self, start: int, count: int) -> Int64:
@@ -130,11 +129,11 @@ class SampleIndex:
 def rank_slice(
     consumed_samples: int, *, micro: int, accumulation: int, data_rank: int, data_size: int
 ) -> list[int]:
-    """First sample number of each micro-batch that a data-parallel rank takes in one step.
+    """First sample number of each micro-batch of a data-parallel rank in one step.
 
     Micro-batch m of rank r is samples ``[first, first + micro)``.  A step over all
     ranks is samples ``[consumed_samples, consumed_samples + micro * accumulation *
-    data_size)`` in order, for every split of that product.
+    data_size)`` in order, for every factorisation of that product.
     """
     if not 0 <= data_rank < data_size:
         raise ValueError(f"data rank {data_rank} of {data_size}")
@@ -145,11 +144,11 @@ def rank_slice(
 
 
 def validation_windows(dataset: IndexedDataset, *, sequence: int, count: int) -> list[int]:
-    """Which windows of a split validate: one of each of ``count`` equal parts, or all.
+    """The validation windows of a split: one from each of ``count`` equal parts, or all.
 
-    Window j covers the tokens ``j * sequence`` and the ``sequence + 1`` next.  Which window of a
-    part it is, looks random and is a function of the data's size alone: runs with other seeds
-    validate on the same.
+    Window j covers the tokens ``j * sequence`` and the ``sequence + 1`` next.  The choice within a
+    part is pseudo-random, but a function of the data's size alone: runs with different seeds
+    validate on the same windows.
 
     Raises:
         DataError: the split has fewer tokens than one window.
@@ -166,14 +165,13 @@ def validation_windows(dataset: IndexedDataset, *, sequence: int, count: int) ->
 
 
 def validation_samples(dataset: IndexedDataset, *, sequence: int, count: int) -> Int64:
-    """``count`` windows spread over a split, or all that it has if they are fewer.
+    """``count`` windows spread over a split, or all if there are fewer.
 
     Returns:
         ``[windows, sequence + 1]`` token ids; no two have a label in common.
 
     Raises:
-        DataError: the split has fewer tokens than one window, or an id that the vocabulary does
-            not have.
+        DataError: the split has fewer tokens than one window, or an id is not in the vocabulary.
     """
     windows = validation_windows(dataset, sequence=sequence, count=count)
     return np.stack(

@@ -1,4 +1,4 @@
-"""Encode the shards of a corpus in several processes, each shard to files of its own."""
+"""Encode the shards of a corpus in several processes, each shard into its own files."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from megagrow.errors import DataError
 from megagrow.files import write_atomically
 
 Shard = tuple[Piece, ...]
-_CHARACTERS = 1 << 20  # of a text that are hashed at a time
+_CHARACTERS = 1 << 20  # hashed at a time
 
 
 class StoppedError(DataError):
-    """The work did not come to its end, but what is finished can be gone on with."""
+    """The work was interrupted, but finished shards can be reused."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a shard.
+    """The report of a shard.
 
     Attributes:
         documents: number of documents written.
-        empty: number of documents left out because they have no text.
+        empty: number of documents skipped because they have no text.
         unreadable: files that are not UTF-8 text.
     """
 
@@ -48,7 +48,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes shards; sent to each worker once, where it opens the tokenizer once."""
+    """Encodes shards; sent to each worker once, which then opens the tokenizer once."""
 
     folder: Path
     tokenizer: Path
@@ -62,11 +62,11 @@ class Encoder:
         return load_tokenizer(self.tokenizer, eod=self.markers.eod, bos=bos)
 
     def prefix(self, number: int) -> Path:
-        """Where shard ``number`` goes."""
+        """The path of shard ``number``."""
         return self.folder / f"shard-{number:06d}"
 
     def finished(self, number: int) -> Report | None:
-        """The report of a shard that an earlier run has finished, else None."""
+        """The report of a shard that an earlier run finished, or None."""
         try:
             report = Report(**json.loads(self._report_path(number).read_bytes()))
             intact = len(IndexedDataset(self.prefix(number))) == report.documents
@@ -76,7 +76,7 @@ class Encoder:
             return None
 
     def encode(self, number: int, shard: Shard) -> Report:
-        """Write the documents of ``shard``, each between its markers."""
+        """Write the documents of ``shard``, each with its markers."""
         documents, empty = 0, 0
         sums = bytearray()
         unreadable: list[str] = []
@@ -116,11 +116,11 @@ class Encoder:
 def encode_all(
     encoder: Encoder, shards: tuple[Shard, ...], *, workers: int, progress: Callable[[int], object]
 ) -> list[Report]:
-    """Encode all shards that no earlier run has finished; returns the reports in order.
+    """Encode all shards that no earlier run finished; returns the reports in order.
 
     Args:
-        workers: processes; with 1 this process does the work.
-        progress: called with the bytes of text of each shard that is done.
+        workers: number of processes; with 1 this process does the work.
+        progress: called with the number of text bytes of each finished shard.
 
     Raises:
         DataError: bad input, or a worker was killed.
@@ -146,7 +146,7 @@ def encode_all(
 
     executor = ProcessPoolExecutor(
         max_workers=min(workers, len(todo)),
-        # The same on every platform, and safe beside threads.
+        # The same on every platform, and safe with threads.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(encoder,),

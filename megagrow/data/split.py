@@ -1,12 +1,12 @@
-"""Which documents are for validation: a share of the tokens, whatever the documents' lengths.
+"""The validation split: a share of the tokens, whatever the documents' lengths.
 
-Documents are taken in the order of a seeded hash, each whole, until the validation set has as
-many tokens as were asked for, to within half a document.  A document that is longer than a
-quarter of that is *long*: its last tokens alone go there, and the rest is trained on.  Where there
-are few documents, as in a directory of two books, all are long and each gives as much.  A border
-lies between two tokens; both parts end and begin as documents do.
+Whole documents are taken in the order of a seeded hash, until the validation set has the requested
+number of tokens, to within half a document. A document that is longer than a quarter of that is
+*long*: only its last tokens go there, and the rest is trained on. If there are few documents, as in
+a directory of two books, all are long and each contributes the same. A border is between two
+tokens; both parts end and begin like documents.
 
-A document with exact copies elsewhere is taken last of all, when there is not enough without it.
+A document with exact copies elsewhere is used only if there is not enough without it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from megagrow.data.permutation import mixed
 
-_LEAST_DOCUMENTS = 4  # of which the validation set is made, where the corpus has as many
+_LEAST_DOCUMENTS = 4  # in the validation set, if the corpus has as many
 Int64 = npt.NDArray[np.int64]
 Sums = npt.NDArray[Any]
 SUM_BYTES = 16
@@ -28,13 +28,13 @@ SUM = np.dtype([("high", "<u8"), ("low", "<u8")])
 
 @dataclass(frozen=True)
 class Chosen:
-    """What goes to validation.
+    """The validation part.
 
     Attributes:
-        tokens: ``[documents]``, of the end of each document: 0, all of it, or some.
-        cut: documents of which a part goes there.
-        copies: documents that occur more than once in the corpus.
-        shared: documents for validation that may be in the training set as well.
+        tokens: ``[documents]``, number of tokens from the end of each document: 0, some or all.
+        cut: number of documents of which only a part goes there.
+        copies: number of documents that occur more than once in the corpus.
+        shared: number of validation documents that may be in the training set as well.
     """
 
     tokens: Int64
@@ -44,13 +44,13 @@ class Chosen:
 
 
 def choose(lengths: Int64, sums: Sums, *, fraction: float, seed: int) -> Chosen:
-    """Choose what goes to validation.
+    """Choose the validation part.
 
     Args:
-        lengths: ``[documents]``, in tokens; at least two in all.
-        sums: ``[documents]`` of type :data:`SUM`, a checksum of the text of each.
-        fraction: of the tokens, between 0 and 1.
-        seed: of the choice.
+        lengths: ``[documents]``, in tokens; at least two in total.
+        sums: ``[documents]`` of dtype :data:`SUM`, a checksum of each text.
+        fraction: fraction of the tokens, between 0 and 1.
+        seed: seed of the choice.
     """
     total = int(lengths.sum())
     target = min(max(1, round(fraction * total)), total - 1)
@@ -80,9 +80,9 @@ def choose(lengths: Int64, sums: Sums, *, fraction: float, seed: int) -> Chosen:
 
 
 def _level(lengths: Int64, target: int) -> int:
-    """The least number of tokens that, taken of each document at most, make the target."""
+    """The smallest per-document limit of tokens that reaches the target."""
     rising = np.sort(lengths)
-    # With level rising[i] the shorter documents give all, and the others the level.
+    # At limit rising[i] shorter documents contribute all their tokens, the others the limit.
     made = np.cumsum(rising) + rising * np.arange(len(rising) - 1, -1, -1)
     first = int(np.searchsorted(made, target))
     shorter = int(rising[:first].sum())

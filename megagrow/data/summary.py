@@ -1,4 +1,4 @@
-"""What became of a request to prepare data, in lines for the terminal: nothing is left unsaid."""
+"""The summary of a data preparation for the terminal, including everything that was left out."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _NAMES = 4
 
 
 def summary(outcome: Outcome) -> Iterator[str]:
-    """The lines, of a dataset just made or found."""
+    """The lines of the summary, for a new or an existing dataset."""
     data = outcome.data
     made, content = data.made, data.content
     yield f"{data.path}: " + ("prepared" if outcome.fresh else "already prepared")
     if outcome.outdated:
-        yield "  by an earlier version, which split whole documents; --overwrite makes it anew"
+        yield "  by an earlier version, which split whole documents; --overwrite rebuilds it"
     share = content.validation.tokens / (content.train.tokens + content.validation.tokens)
     asked = made["arguments"]["validation_fraction"]
     for name, split, more in (

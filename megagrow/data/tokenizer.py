@@ -1,13 +1,13 @@
-"""Text to token ids and back: SentencePiece models and Hugging Face ``tokenizer.json``.
+"""Tokenizers: SentencePiece models and Hugging Face ``tokenizer.json``.
 
-A tokenizer trained here gives back exactly the text it was given, whitespace
-included, which source code needs.  SentencePiece has three traps on that way:
+A tokenizer trained by megagrow is lossless, whitespace included, which source code needs.
+SentencePiece has three pitfalls in this respect:
 
 * It trains line by line and never learns a piece with a line end or a tab in it.
   Byte fallback turns both into one byte token each.
-* It rewrites white space: so identity normalisation, no dummy prefix, no removal.
-* It writes a blank as U+2581 and so reads a U+2581 of the text as a blank.  We
-  spell that character with its three byte tokens, which decode to itself.
+* It rewrites white space: hence identity normalisation, no dummy prefix, no removal.
+* It encodes a blank as U+2581 and so decodes a U+2581 of the text as a blank. megagrow encodes that
+  character as its three byte tokens, which decode to itself.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from megagrow.data.files import sha256_file
 from megagrow.data.markers import END_OF_DOCUMENT, Candidates, Markers, choose
 from megagrow.errors import DataError
 
-# 256 bytes, the unknown token and the end of a document; characters come on top.
+# 256 bytes, the unknown token and the end of a document; characters are added to that.
 LEAST_VOCABULARY = 259
 _BLANK = "\u2581"
 _BLANK_BYTES = tuple(f"<0x{byte:02X}>" for byte in _BLANK.encode())
 _MAX_LINE = 1 << 12  # characters, of at most 4 bytes
-_TRAINER_THREADS = 4  # part of the model file: fixed, so that its checksum is
+_TRAINER_THREADS = 4  # stored in the model file: fixed, so that its checksum is too
 _PROBE = "  a \n\n\tb  \u00e9\U0001f600 \x00\r\n "
 
 
@@ -41,7 +41,7 @@ Ids = npt.NDArray[np.int32]
 
 
 class Tokenizer(Protocol):
-    """What the program needs of a tokenizer.
+    """The tokenizer interface.
 
     Attributes:
         path: its file.
@@ -60,11 +60,11 @@ class Tokenizer(Protocol):
 
     @property
     def start(self) -> int:
-        """Id of the token that stands before a document's text: its own, or the last end."""
+        """Id of the token before a document's text: its begin token, or the previous end token."""
         ...
 
     def name(self, token: int) -> str:
-        """How a token is called."""
+        """The name of a token."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -72,7 +72,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_parts(self, text: str) -> Iterator[Ids]:
-        """The same, as arrays of a bounded part of the text each where the ids allow it."""
+        """The same as arrays, each for a bounded part of the text if the ids permit it."""
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -85,7 +85,7 @@ class Tokenizer(Protocol):
 
 
 class _Marked:
-    """What follows from the tokens around a document."""
+    """Properties that follow from the document markers."""
 
     markers: Markers
 
@@ -96,7 +96,7 @@ class _Marked:
 
     @property
     def start(self) -> int:
-        """Id of the token that stands before a document's text: its own, or the last end."""
+        """Id of the token before a document's text: its begin token, or the previous end token."""
         return self.markers.eod if self.markers.bos is None else self.markers.bos
 
 
@@ -131,18 +131,18 @@ class SentencePieceTokenizer(_Marked):
         return int(token) if self._model.id_to_piece(token) == name else None
 
     def name(self, token: int) -> str:
-        """How a token is called."""
+        """The name of a token."""
         return str(self._model.id_to_piece(token))
 
     @cached_property
     def _blank_ids(self) -> list[int] | None:
-        """Ids of the bytes of U+2581 if the model is of the exact kind, else None."""
+        """Ids of the bytes of U+2581 if the model is lossless, else None."""
         model = self._model
         ids = [model.piece_to_id(name) for name in _BLANK_BYTES]
         pieces = (model.id_to_piece(token) for token in range(self.vocab_size))
         exact = (
             model.unk_id() not in ids
-            # A prefix before every text would come again where a text is cut.
+            # A prefix before every text would be repeated where a text is cut.
             and "".join(model.encode("a", out_type=str)) == "a"
             and model.decode(model.encode(_PROBE)) == _PROBE
             and not any("\n" in piece and piece != "\n" for piece in pieces)
@@ -151,7 +151,7 @@ class SentencePieceTokenizer(_Marked):
 
     @property
     def exact(self) -> bool:
-        """Whether it is of the kind that is trained here: every text comes back as it was."""
+        """Whether it is lossless, like those trained by megagrow."""
         return self._blank_ids is not None
 
     def encode(self, text: str) -> list[int]:
@@ -159,10 +159,10 @@ class SentencePieceTokenizer(_Marked):
         return [token for part in self.encode_parts(text) for token in part.tolist()]
 
     def encode_parts(self, text: str) -> Iterator[Ids]:
-        """The same as arrays, of a part of the text each if the model is of our kind.
+        """The same as arrays, each for a part of the text if the model is lossless.
 
-        Of another kind the whole text is one part, which takes about 30 times its size: its
-        rules may look across any border.
+        Otherwise the whole text is one part, which takes about 30 times its size in memory, because
+        rules may cross any border.
         """
         blank = self._blank_ids
         if blank is None:
@@ -209,7 +209,7 @@ class HuggingFaceTokenizer(_Marked):
             ) from error
         self._model.no_truncation()
         self._model.no_padding()
-        # Text that spells a special token stays text.
+        # Text that looks like a special token stays text.
         self._model.encode_special_tokens = True
         self._splits = splits_between_words(self._model.to_str())
         vocabulary: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
@@ -225,7 +225,7 @@ class HuggingFaceTokenizer(_Marked):
         self.markers = choose(offers, eod=eod, bos=bos)
 
     def _own(self) -> tuple[int | None, int | None]:
-        """What the post-processor puts before and after a text; a single token each."""
+        """The tokens that the post-processor adds before and after a text; a single token each."""
         ids, own = ([e.ids for e in self._model.encode_batch(["a"], add_special_tokens=add)]
                     for add in (False, True))  # fmt: skip
         plain, full = ids[0], own[0]
@@ -236,19 +236,20 @@ class HuggingFaceTokenizer(_Marked):
         return (full[0] if before == 1 else None), (after[0] if len(after) == 1 else None)
 
     def name(self, token: int) -> str:
-        """How a token is called."""
+        """The name of a token."""
         return str(self._model.id_to_token(token))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, no special tokens added."""
-        # The fast way leaves out offsets, which would take most of the memory.
+        # The fast path omits offsets, which would take most of the memory.
         [encoding] = self._model.encode_batch_fast([text], add_special_tokens=False)
         return list(encoding.ids)
 
     def encode_parts(self, text: str) -> Iterator[Ids]:
-        """The same as arrays, of a part of the text each where that is known to be the same.
+        """The same as arrays, each for a part of the text if that is known to be equivalent.
 
-        Else the whole text is one part, which takes more than a hundred times its size.
+        Otherwise the whole text is one part, which takes more than a hundred times its size in
+        memory.
         """
         for chunk in between_words(text) if self._splits else [text]:
             yield np.array(self.encode(chunk), np.int32)
@@ -269,11 +270,12 @@ def load_tokenizer(
 
     Args:
         path: the file.
-        eod, bos: the tokens around a document, by name or id, ``none`` for a ``bos`` that is
-            not there; default: see :mod:`megagrow.data.markers`.
+        eod, bos: the document markers, by name or id, ``none`` for no ``bos``; default: see
+            :mod:`megagrow.data.markers`.
 
     Raises:
-        DataError: missing, damaged, of neither kind, or it does not tell what ends a document.
+        DataError: the file is missing, damaged, of another format, or does not define what ends a
+            document.
     """
     path = Path(path)
     if not path.is_file():
@@ -326,7 +328,7 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
-        # It reports a vocabulary that does not fit the corpus in this way only.
+        # A vocabulary that does not fit the corpus is reported only in this way.
         least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
         most = re.search(r"too high \(\d+\).*<= (\d+)", str(error))
         if least:
@@ -349,7 +351,7 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in text.split("\n"):
-            # Longer lines would be left out.
+            # Longer lines would be skipped.
             for start in range(0, len(line), _MAX_LINE):
                 yield line[start : start + _MAX_LINE]
 
@@ -358,7 +360,7 @@ _BYTES = "256 bytes, 2 special tokens and the characters of the text"
 
 
 def require_vocabulary(size: int) -> None:
-    """Refuse a vocabulary that no text can have (DataError), before any is read."""
+    """Raise DataError for a vocabulary that is impossible for any text, before reading any."""
     if size < LEAST_VOCABULARY:
         raise _unfit(
             size,

@@ -1,13 +1,14 @@
-"""tokenizer.json for other programs: the same ids as in training, for every text.
+"""Export tokenizer.json for other programs: the same ids as in training, for every text.
 
-A `tokenizer.json` is handed on as training read it: no truncation, no padding, and none of the
-tokens that its post-processor would put around a text.  A SentencePiece model is written as one:
+A `tokenizer.json` is exported as used in training: no truncation, no padding, and none of the
+tokens that its post-processor would add. A SentencePiece model is converted:
 
-* Of the kind that is trained here (see `tokenizer`) pieces are written with plain blanks, so that
-  U+2581 in a text is no piece and becomes its three bytes, as in our own encoding.
-* With a prefix before the text (LLaMA's kind), blanks and prefix are U+2581, as in the model.
+* For models trained by megagrow (see `tokenizer`) pieces are written with plain blanks, so that
+  U+2581 in a text matches no piece and becomes its three bytes, as in megagrow's encoding.
+* For models with a prefix before the text (like LLaMA's), blanks and prefix are U+2581, as in the
+model.
 
-The merges of a byte-pair model are all pairs of pieces that make a piece, best score first.
+The merges of a byte-pair model are all pairs of pieces that form a piece, best score first.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ _PROBES = (
 
 
 def probe_texts(tokenizer: Tokenizer, *, special: bool) -> Iterator[str]:
-    """Texts on which two readings of a tokenizer are compared.
+    """Texts on which two implementations of a tokenizer are compared.
 
     Blanks, line ends, other scripts, and mixtures of the tokenizer's own tokens.
 
     Args:
-        tokenizer: whose tokens are used.
-        special: whether texts that spell its document end are among them.
+        tokenizer: the tokenizer whose tokens are used.
+        special: whether to include texts that contain the name of its end token.
     """
     yield from _PROBES
     if special:
@@ -59,7 +60,7 @@ def probe_texts(tokenizer: Tokenizer, *, special: bool) -> Iterator[str]:
 def difference(
     tokenizer: Tokenizer, encode: Callable[[str], list[int]], *, special: bool
 ) -> tuple[str, list[int], list[int]] | None:
-    """The first probe that `encode` gives other ids: (text, its ids, ours); None if all agree."""
+    """The first probe with different ids: (text, `encode`'s ids, megagrow's); None if all agree."""
     for text in probe_texts(tokenizer, special=special):
         found, wanted = list(encode(text)), tokenizer.encode(text)
         if found != wanted:
@@ -68,7 +69,7 @@ def difference(
 
 
 def as_trained(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A tokenizer.json without what training does without, and the names of what was left out."""
+    """A tokenizer.json without the parts that training does not use, and their names."""
     changed = dict(content)
     for key in ("truncation", "padding"):
         if changed.get(key) is not None:
@@ -88,8 +89,8 @@ def from_sentencepiece(path: Path) -> dict[str, Any]:
     """A SentencePiece model as the content of a tokenizer.json.
 
     Raises:
-        DataError: the model is damaged, or no such content gives its ids (which needs the package
-            `tokenizers` to see, for models that were not trained here).
+        DataError: the model is damaged, or cannot be converted with the same ids (checking this
+            needs the package `tokenizers`, for models not trained by megagrow).
     """
     ours = load_tokenizer(path)
     assert isinstance(ours, SentencePieceTokenizer)
@@ -101,7 +102,7 @@ def from_sentencepiece(path: Path) -> dict[str, Any]:
         if ours.exact:
             return forms[0]
         raise DataError(
-            f"{path}: whether transformers would read the same ids cannot be seen",
+            f"{path}: cannot check that transformers would produce the same ids",
             found="no module 'tokenizers'",
             fix="pip install 'megagrow[hf]'",
         ) from None
@@ -161,7 +162,7 @@ def _content(
 
 
 def _marked(model: Any, token: int) -> bool:
-    """Whether a token is no piece of text."""
+    """Whether a token is not a piece of text."""
     return bool(
         model.is_unknown(token)
         or model.is_control(token)

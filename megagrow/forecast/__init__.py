@@ -1,1 +1,1 @@
-"""Arithmetic about runs that have not run: scaling laws, cost, memory, the planner."""
+"""Predictions about runs, by arithmetic: scaling laws, cost, memory, the planner."""

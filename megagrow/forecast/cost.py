@@ -1,4 +1,4 @@
-"""What a growth moves, by arithmetic alone; what a rank's memory holds is in `memory`."""
+"""The bytes that a growth moves, by arithmetic; memory per rank is in `memory`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ STATE_BYTES = 4  # master parameters and optimizer state are fp32
 
 @dataclass(frozen=True)
 class Received:
-    """How one rank comes by its new state (bytes).
+    """Where one rank's new state comes from (bytes).
 
     Attributes:
-        local: copied from what the rank itself held.
-        foreign: copied from what other ranks held; a value that lands twice counts twice.
-        crossed: what travels for it: pieces made of the same values travel once.
-        least: its values, each once: no transfer can have fewer cross.
-        by_holder: `crossed` by the rank that held it.
+        local: copied from the rank's own old state.
+        foreign: copied from other ranks' old state; a value that is used twice counts twice.
+        crossed: bytes received for it: pieces with the same source values are sent once.
+        least: each value once: the lower bound of any transfer.
+        by_holder: `crossed` by sending rank.
     """
 
     local: int
@@ -39,7 +39,7 @@ def received(
 ) -> Received:
     """Count what a rank receives in a transfer.
 
-    The plan takes from the rank itself whatever it holds, so the rest is what must cross.
+    The plan takes everything that the rank holds from itself, so the rest must cross.
     """
     local = foreign = 0
     by_holder: dict[int, int] = defaultdict(int)

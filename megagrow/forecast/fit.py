@@ -1,10 +1,10 @@
 """Fit L(N, S) to runs: Huber loss on log L, several starts, bootstrap intervals.
 
 The form is the one of `scaling`, written as log L = logsumexp(e, a - a_N log N, b - a_S log S), as
-Hoffmann et al. (arXiv 2203.15556, section 3.3) fit it.  Only steps at the peak learning rate
-count: a warm-up is no training yet, and prefixes of a run that decays later are biased.  Steps of a
-run lie close together and share their noise, so points are means over bins of equal width in
-log S, and the bootstrap draws bins.
+Hoffmann et al. (arXiv 2203.15556, section 3.3) fit it.  Only steps at the peak learning rate count:
+warm-up steps are not representative, and prefixes of a run that decays later are biased.
+Neighbouring steps of a run share their noise, so points are means over bins of equal width in log
+S, and the bootstrap resamples bins.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from megagrow.errors import DataError
 from megagrow.forecast.scaling import ScalingLaw, Unit
 
 Floats = npt.NDArray[np.float64]
-# Of log L.  Hoffmann et al. have 1e-3 for final losses; means over bins scatter by more, and a
-# Huber loss far below the scatter is an L1 loss, whose kinks hold the solver up.
+# In log L. Hoffmann et al. use 1e-3 for final losses; means over bins scatter by more, and with a
+# delta far below the scatter the Huber loss becomes L1, whose kinks slow the solver down.
 HUBER = 1e-2
-_LOW_FLOOR = -30.0  # log of a floor that is none
+_LOW_FLOOR = -30.0  # log of a floor that is effectively 0
 _STARTS = tuple(
     (e, a_n, a_s) for e in (-1.0, 0.5) for a_n in (0.08, 0.3) for a_s in (0.3, 0.8)
 )  # fmt: skip
@@ -37,8 +37,8 @@ class RunPoints:
 
     Attributes:
         n: parameters.
-        s: steps or tokens, rising, [points].
-        loss: nats a token, [points].
+        s: steps or tokens, increasing, [points].
+        loss: nats per token, [points].
     """
 
     n: float
@@ -48,12 +48,12 @@ class RunPoints:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law, and the laws that resampled data give.
+    """A fitted law, and the laws fitted to resampled data.
 
     Attributes:
         law: the fit to all points.
-        samples: one law a bootstrap sample.
-        points: how many were fitted.
+        samples: one law per bootstrap sample.
+        points: number of points fitted.
         error: root mean square of the residuals of log L.
     """
 
@@ -73,9 +73,9 @@ def binned(n: float, s: Sequence[float], loss: Sequence[float], *, bins: int = 2
 
     Args:
         n: parameters.
-        s: steps or tokens of each loss, above 0.
-        loss: as many losses; those that are not finite are left out.
-        bins: at most so many points.
+        s: steps or tokens of each loss, positive.
+        loss: as many losses; non-finite ones are dropped.
+        bins: maximum number of points.
     """
     across, values = np.asarray(s, np.float64), np.asarray(loss, np.float64)
     fine = np.isfinite(values) & (across > 0)
@@ -104,11 +104,11 @@ def fit_law(
     """Fit a law to runs of several sizes.
 
     Args:
-        runs: one a size, or more.
+        runs: one or more per size.
         unit: what their `s` counts.
         embeddings: whether their `n` counts embeddings.
-        floor: whether E is fitted; without, it is 0 as Kaplan et al. have it.
-        bootstrap: resampled fits.
+        floor: whether E is fitted; otherwise it is 0, as in Kaplan et al.
+        bootstrap: number of resampled fits.
         seed: of the resampling.
 
     Raises:
@@ -149,7 +149,7 @@ def fit_law(
 
 
 def _start(logs: tuple[Floats, ...], e: float, a_n: float, a_s: float) -> Floats:
-    """A guess in which both terms are a third of the mean loss in the middle of the data."""
+    """An initial guess: at the middle of the data both terms are a third of the mean loss."""
     level = float(logs[2].mean()) - math.log(3)
     a, b = level + a_n * logs[0].mean(), level + a_s * logs[1].mean()
     return np.array([min(e, level), a, math.log(a_n), b, math.log(a_s)])
@@ -225,7 +225,7 @@ class Curve(NamedTuple):
         return float(floor + self.capacity + (self.s_scale / s) ** self.s_power)
 
     def gain(self, rest: float) -> float:
-        """-dL/dS where the loss is `rest` above the model's limit; 0 at the limit."""
+        """-dL/dS at a loss of `rest` above the model's limit; 0 at the limit."""
         if rest <= 0:
             return 0.0
         return float(self.s_power * rest ** (1 + 1 / self.s_power) / self.s_scale)
@@ -235,9 +235,9 @@ def fit_curve(s: Sequence[float], loss: Sequence[float], *, floor: float) -> Cur
     """Fit one model's curve above a floor: Huber on log L, from several starts.
 
     Args:
-        s: tokens or steps, above 0, rising.
+        s: tokens or steps, positive, increasing.
         loss: as many losses.
-        floor: E, below all of them; a loss that is not makes the floor 0.
+        floor: E, below all losses; if one is not above it, 0 is used.
     """
     across = np.log(np.asarray(s, np.float64))
     level = np.asarray(loss, np.float64)

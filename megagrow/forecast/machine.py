@@ -1,19 +1,19 @@
-"""What a training step and a growth cost on a machine, by arithmetic: seconds, MFU, bytes.
+"""The predicted cost of a training step and of a growth on a machine: seconds, MFU, bytes.
 
-The model, all terms added up (nothing is taken to overlap, so times are on the safe side):
+The model is a sum of terms (no overlap is assumed, so times are conservative):
 
     compute    model FLOPs (times 4/3 with full recomputation) / (ranks * peak * efficiency), at the
-               pace of the pipeline stage that has most of them
+               pace of the slowest pipeline stage
     bubble     (p - 1) / m of that: 1F1B with m micro-batches, Narayanan et al. (arXiv 2104.04473)
     tensor     4 all-reduces of the stream for each block and micro-batch (2 forward, 2 backward),
-               a ring's 2 (t - 1) / t of the bytes each (Shoeybi et al., arXiv 1909.08053); what
-               sequence parallelism and recomputation add is in `stream_reductions`
-    pipeline   the stream, once forward and once backward, between neighbours, each micro-batch
+               a ring's 2 (t - 1) / t of the bytes each (Shoeybi et al., arXiv 1909.08053); sequence
+               parallelism and recomputation add to that, see `stream_reductions`
+    pipeline   the stream, once forward and once backward, between neighbours, per micro-batch
     data       gradients reduced and parameters gathered: 2 (d - 1) / d of the parameters' bytes,
                3 with ZeRO 3 (Rajbhandari et al., arXiv 1910.02054)
 
-Ranks are numbered with tensor parallelism fastest, then data, then pipeline, so a group is inside a
-node where the ranks it spans fit into one.
+Ranks are numbered with tensor parallelism fastest, then data, then pipeline, so a group is within a
+node if the ranks it spans fit into one.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class MachineConfig(Section):
     """Nodes of equal devices.
 
     Attributes:
-        nodes: how many.
-        gpus: devices of a node.
-        memory: bytes of a device.
-        flops: peak FLOP/s of a device in the precision of the run.
-        efficiency: what matrix products reach of it.
-        memory_bandwidth: bytes/s that a device's memory reads and writes together.
-        intra, inter: bytes/s between two devices of a node, and of two nodes, each way.
+        nodes: number of nodes.
+        gpus: devices per node.
+        memory: bytes per device.
+        flops: peak FLOP/s per device in the precision of the run.
+        efficiency: the fraction of it that matrix products reach.
+        memory_bandwidth: bytes/s of a device's memory, reads plus writes.
+        intra, inter: bytes/s between two devices within a node, and across nodes, each way.
         disk: bytes/s that a node writes to storage.
     """
 
@@ -63,17 +63,17 @@ class MachineConfig(Section):
 
     @property
     def world(self) -> int:
-        """Devices in all."""
+        """Total number of devices."""
         return self.nodes * self.gpus
 
     def bandwidth(self, span: int) -> float:
-        """Bytes/s within a group that spans so many consecutive ranks."""
+        """Bytes/s within a group that spans this many consecutive ranks."""
         return self.intra if span <= self.gpus else self.inter
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step, by what takes them, and the share of the peak it uses."""
+    """Seconds of one optimizer step by component, and its MFU."""
 
     compute: float
     bubble: float
@@ -100,12 +100,12 @@ def step_time(
     """Predict a step.
 
     Args:
-        config: the run: batch and precision are used.
+        config: the run; batch and precision are used.
         model: of the growth stage.
         placement: of the growth stage.
         machine: as many devices as the layout has ranks.
-        held: parameters of the fullest rank before ZeRO cuts them.
-        sequence_parallel: whether the stream is cut along the sequence between blocks.
+        held: parameters of the fullest rank before ZeRO partitions them.
+        sequence_parallel: whether the stream is split along the sequence between blocks.
     """
     layout, width = placement.layout, _BYTES[config.precision.dtype]
     micro_batches = accumulation(config.batch, layout)
@@ -118,7 +118,7 @@ def step_time(
     ideal = flops / (layout.world * machine.flops)
     compute = ideal * again * uneven / machine.efficiency
     stream = config.batch.micro * model.sequence * model.hidden * width
-    # Of the layer list the first entry is the embedding and the last the head.
+    # The first entry of the layer list is the embedding and the last one the head.
     blocks = max(min(b, model.layers + 1) - max(a, 1) for a, b in pairwise(placement.cuts))
     reductions = stream_reductions(model, sequence_parallel=sequence_parallel)
     tensor = _ring(layout.tensor) * reductions * 2 * stream * blocks * micro_batches
@@ -137,12 +137,12 @@ def step_time(
 
 
 def stream_reductions(model: ModelConfig, *, sequence_parallel: bool) -> float:
-    """All-reduces of the stream that a block takes in a micro-batch, forward and backward.
+    """All-reduces of the stream per block and micro-batch, forward and backward.
 
-    With sequence parallelism each is a reduce-scatter and an all-gather, half of one each, and the
-    backward pass gathers the inputs of two weights again (Korthikanti et al., arXiv 2205.05198).
-    Full recomputation runs the forward pass a second time, up to the last thing that the backward
-    pass needs: without dropout that is before the block's last reduction.
+    With sequence parallelism each is a reduce-scatter and an all-gather, which count half each, and
+    the backward pass gathers the inputs of two weights again (Korthikanti et al., arXiv
+    2205.05198). Full recomputation runs the forward pass a second time, up to the last tensor that
+    the backward pass needs: without dropout that is before the block's last reduction.
     """
     halves = 10 if sequence_parallel else 8
     if model.activation_checkpointing == "full":
@@ -158,14 +158,14 @@ def _ring(size: int) -> float:
 
 @dataclass(frozen=True)
 class GrowthTime:
-    """What a live growth takes on the rank that receives most.
+    """The cost of a live growth on the rank that receives most.
 
     Attributes:
         rank: that rank.
-        local: bytes it copies of its own.
-        intra, inter: bytes it receives from its node and from others.
-        seconds: for all of it; engines that are built anew come on top.
-        files_seconds: the way through a checkpoint instead: every node's state written and read.
+        local: bytes copied from its own state.
+        intra, inter: bytes received from its node and from other nodes.
+        seconds: total; building the new engines is not included.
+        files_seconds: growing through a checkpoint instead: every node's state written and read.
     """
 
     rank: int
@@ -182,9 +182,9 @@ def growth_time(
     """The slowest of some ranks.
 
     Args:
-        counts: how ranks come by their new state.
-        machine: where.
-        old_bytes, new_bytes: of the whole state before and after, on storage.
+        counts: where each rank's new state comes from.
+        machine: the machine.
+        old_bytes, new_bytes: size of the whole state before and after, on storage.
     """
     disk = machine.disk * machine.nodes
     files = old_bytes / disk + new_bytes / disk
@@ -193,7 +193,7 @@ def growth_time(
         node = rank // machine.gpus
         near = sum(n for holder, n in count.by_holder.items() if holder // machine.gpus == node)
         far = count.crossed - near
-        # What is copied is read once and written once.
+        # Copied bytes are read once and written once.
         copied = 2 * (count.local + count.foreign) / machine.memory_bandwidth
         seconds = copied + near / machine.intra + far / machine.inter
         found.append(GrowthTime(rank, count.local, near, far, seconds, files))
@@ -201,7 +201,7 @@ def growth_time(
 
 
 def layouts_to_try(model: ModelConfig, machine: MachineConfig) -> list[Layout]:
-    """Layouts that make sense on a machine: tensor parallelism inside a node, ZeRO 1, 2 or 3."""
+    """Sensible layouts on a machine: tensor parallelism within a node, ZeRO 1, 2 or 3."""
     found = []
     for tensor in _powers(min(machine.gpus, model.kv_groups)):
         for pipeline in _powers(model.layers + 2):

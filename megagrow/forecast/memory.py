@@ -1,10 +1,10 @@
-"""How much memory a rank needs, part by part, by arithmetic alone.
+"""The memory that a rank needs, by component, from arithmetic alone.
 
 Parameters, gradients and optimizer state follow from what DeepSpeed 0.19 keeps (checked against
 live engines in the tests).  With p the bytes of a parameter in the precision of the model, N the
-parameters of a rank before ZeRO cuts them, H those of its ZeRO partition:
+parameters of a rank before ZeRO partitions them, H those of its ZeRO partition:
 
-                      parameters   master, moments   gradients          for a moment
+                      parameters   master, moments   gradients          temporary
   ZeRO 0, fp32        4 N          0, 8 N            4 N                bucket
   ZeRO 0, 16 bit      2 N          4 N, 8 N          2 N                bucket, 4 N in the step
   ZeRO 1              p N          4 H, 8 H          q N, q H           bucket, or 4 H in the step
@@ -12,10 +12,11 @@ parameters of a rank before ZeRO cuts them, H those of its ZeRO partition:
   ZeRO 2              p N          4 H, 8 H          q H                bucket, or 4 H in the step
   ZeRO 3              p (H + G)    4 H, 8 H          q H                bucket and 4 H
 
-G is what ZeRO 3 holds gathered at most; q are the bytes in which gradients are summed over
-micro-batches, and a bucket is there in p and in the bytes of the sum over ranks where these
-differ.  ZeRO 1 in bf16 is another optimizer of DeepSpeed's if it sums in fp32.  With offload,
-master, moments, an fp32 copy of the gradients and the partition's own lie in the host's memory.
+G is the maximum that ZeRO 3 holds gathered; q is the width in bytes in which gradients are
+accumulated over micro-batches. A bucket exists in p bytes and, if different, in the width of the
+reduction over ranks. ZeRO 1 in bf16 uses another DeepSpeed optimizer if it accumulates in fp32.
+With offload, master, moments, an fp32 copy of the gradients and the partition's own are in host
+memory.
 
 Activations follow Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
 Models" (arXiv 2205.05198, section 4), which counts for a GPT layer in 16 bit s b h (10 + 24 / t)
@@ -39,24 +40,24 @@ from megagrow.state.placement import FLAT_ALIGNMENT, Placement
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MASTER = 4
-# DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: elements of gradients that are reduced at once.
+# DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: gradient elements per reduction.
 _REDUCED_AT_ONCE = 500_000_000
-# DeepSpeed's stage3_max_live_parameters, which megagrow leaves alone.
+# DeepSpeed's stage3_max_live_parameters, which megagrow does not change.
 _MAX_LIVE = 10**9
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank while it trains, at most.
+    """Peak bytes on one rank during training.
 
     Attributes:
-        parameters: what the model computes with, ZeRO 3's gathered ones included.
-        gradients: kept from backward to update.
-        optimizer: fp32 master parameters, where they are apart, and both moments.
-        activations: kept for the backward pass, all micro-batches in flight.
-        buckets: DeepSpeed's communication buckets, and copies it makes in the step.
-        host: in the host's memory, with offload.
-        early: of the gradients, what is there from the engine's start.
+        parameters: in the model's precision, including those that ZeRO 3 gathers.
+        gradients: kept from the backward pass to the update.
+        optimizer: fp32 master parameters, if separate, and both moments.
+        activations: kept for the backward pass, for all micro-batches in flight.
+        buckets: DeepSpeed's communication buckets, and its temporary copies in the step.
+        host: in host memory, with offload.
+        early: the part of the gradients that is allocated when the engine starts.
     """
 
     parameters: int
@@ -69,11 +70,11 @@ class RankMemory:
 
     @property
     def device(self) -> int:
-        """All that is on the device."""
+        """Total on the device."""
         return sum(getattr(self, part) for part in DEVICE_PARTS)
 
     def on_host(self) -> RankMemory:
-        """The same where the device is the host, so that offload saves nothing."""
+        """The total if the device is the host, where offload saves nothing."""
         return replace(self, optimizer=self.optimizer + self.host, host=0)
 
 
@@ -100,10 +101,10 @@ def rank_memory(
         placement: of the growth stage.
         pipe: the pipeline stage.
         bucket: elements of DeepSpeed's buckets.
-        accumulation: micro-batches in one optimizer step.
-        summed: bytes of an element of the gradients' sum over micro-batches.
-        reduced: bytes of an element of their sum over data ranks.
-        sequence_parallel: whether norms see a part of the sequence only.
+        accumulation: gradient-accumulation steps.
+        summed: bytes per element of gradients accumulated over micro-batches.
+        reduced: bytes per element of gradients reduced over data ranks.
+        sequence_parallel: whether norms see only a part of the sequence.
     """
     layout, p = placement.layout, BYTES[config.precision.dtype]
     groups = local_sizes(placement, pipe)
@@ -114,14 +115,14 @@ def rank_memory(
     kind = OPTIMIZERS[config.optimizer.name]
     optimizer = master + STATE_BYTES * slot_elements(placement, pipe, kind.slots[1:])
     step_copy = 4 * held
-    # A bucket of gradients, and its copy in the type that they are reduced in.
+    # A bucket of gradients, and its copy in the dtype of the reduction.
     bucket_bytes = (p + (reduced if reduced != p else 0)) * bucket
     bf16, early = config.precision.dtype == "bf16", 0
     if layout.zero == 0:
-        # DeepSpeed's pipeline in bf16 keeps the sum over micro-batches apart.
+        # DeepSpeed's pipeline in bf16 keeps the accumulated gradients separately.
         twice = bf16 and layout.pipeline > 1
         parameters, gradients = p * n, p * n * (2 if twice else 1)
-        # DeepSpeed sums gradients over the data ranks in flat copies of a bucket's size.
+        # DeepSpeed reduces gradients over the data ranks in flat copies of a bucket's size.
         buckets = (0 if p == 4 else step_copy) + (bucket_bytes if layout.data > 1 else 0)
     elif layout.zero == 1 and bf16 and summed == 4:
         parameters, gradients = p * n, summed * n
@@ -141,7 +142,7 @@ def rank_memory(
         optimizer = 0
         gradients -= summed * held
         buckets = bucket_bytes + (2 * p * largest if layout.zero < 3 else 0)
-    # Muon: the largest tensor of matrices whole, a matrix of it, and the iteration's own.
+    # Muon: the largest matrix tensor, gathered, one matrix of it, and the iteration's temporaries.
     buckets += 4 * _MASTER * max(
         (t.volume for _, tensors in placement.groups(pipe) for t in tensors
          if kind.orthogonalises(t)),
@@ -167,7 +168,7 @@ def rank_memory(
 
 
 def local_sizes(placement: Placement, pipe: int) -> list[list[int]]:
-    """Elements of a stage's parameters by group, cut by tensor parallelism alone."""
+    """Elements of a stage's parameters by group, split by tensor parallelism only."""
     return [
         [placement.local(tensor, 0).numel for tensor in tensors]
         for _, tensors in placement.groups(pipe)
@@ -175,7 +176,7 @@ def local_sizes(placement: Placement, pipe: int) -> list[list[int]]:
 
 
 def partition_size(layout: Layout, groups: Sequence[Sequence[int]]) -> int:
-    """Elements that ZeRO leaves one data rank of such groups of parameters, padding included."""
+    """Elements of such parameter groups in one data rank's ZeRO partition, padding included."""
     if layout.zero == 0:
         return sum(sum(sizes) for sizes in groups)
     if layout.zero == 3:
@@ -185,7 +186,7 @@ def partition_size(layout: Layout, groups: Sequence[Sequence[int]]) -> int:
 
 
 def slot_elements(placement: Placement, pipe: int, slots: Sequence[Slot]) -> int:
-    """Elements of some slots that ZeRO leaves one data rank of a pipeline stage."""
+    """Elements of some slots in the ZeRO partition of one data rank of a pipeline stage."""
     layout, total = placement.layout, 0
     for slot in slots:
         groups = [
@@ -197,7 +198,7 @@ def slot_elements(placement: Placement, pipe: int, slots: Sequence[Slot]) -> int
 
 
 def micro_batches_in_flight(pipeline: int, pipe: int, accumulation: int) -> int:
-    """Micro-batches whose activations a stage holds at once, under DeepSpeed's 1F1B."""
+    """Micro-batches whose activations a stage holds at the same time, under DeepSpeed's 1F1B."""
     if pipeline == 1:
         return 1
     return max(2, min(pipeline - pipe, accumulation))
@@ -213,16 +214,16 @@ def activation_bytes(
     places: range,
     in_flight: int = 1,
 ) -> int:
-    """Bytes that the forward pass of some layers leaves for the backward pass, on one rank.
+    """Bytes that the forward pass of some layers saves for the backward pass, on one rank.
 
     Args:
-        model: the shape.
-        micro: samples in a micro-batch.
-        width: bytes of an activation.
+        model: the model configuration.
+        micro: micro-batch size in samples.
+        width: bytes per activation element.
         tensor: tensor-parallel size.
-        sequence_parallel: whether norms and the stream are cut over those ranks.
+        sequence_parallel: whether norms and the stream are split over those ranks.
         places: positions in the layer list: 0 is the embedding, the last the head.
-        in_flight: micro-batches at once; what is held for a moment only counts once.
+        in_flight: simultaneous micro-batches; temporaries count once.
     """
     tokens = micro * model.sequence
     stream = model.hidden / (tensor if sequence_parallel else 1)
@@ -242,13 +243,13 @@ def activation_bytes(
 def _block_bytes(
     model: ModelConfig, *, width: int, tensor: int, stream: float
 ) -> tuple[float, float]:
-    """Bytes of a block for one token: (kept until its backward pass, held in it for a moment)."""
+    """Bytes of a block per token: (saved for its backward pass, temporary in it)."""
     heads = model.heads * model.head_dim / tensor
     keys = model.kv_groups * model.head_dim / tensor
     ffn = model.ffn / tensor
     made = model.architecture
-    # Input and output of both norms, then qkv, the output of attention, and the MLP's inside.
-    # Queries and keys after the rotation.
+    # Input and output of both norms, then qkv, the output of attention, and the inside of the MLP.
+    # Rotated queries and keys.
     turned = heads + keys if made.positions == "rotary" else 0.0
     qkv, inside = heads + 2 * keys, (4 if made.gated else 2) * ffn
     core = width * turned + 4 * model.heads / tensor  # and the softmax's row sums, fp32

@@ -1,21 +1,22 @@
-"""The mixing time of a growth: how long until the grown run is where a fresh one would be.
+"""The mixing time of a growth: how long until the grown run matches a run from scratch.
 
 Definition.  A growth leads at T_0 tokens (all that the run has consumed) from a model of N_1
-parameters to one of N_2.  Its mixing time is T - T_0, where T is the first validation behind the
-growth whose loss is at most F(T); F is what a fresh model of the grown shape is foretold after as
-many tokens from its start:
+parameters to one of N_2.  Its mixing time is T - T_0, where T is the first validation after the
+growth whose loss is at most F(T); F is the predicted loss of a model of the grown shape trained
+from scratch on as many tokens:
 
     F(S) = E + A (N_1 / N_2)^a_N + (S_c / S)^a_S
 
-A, S_c and a_S are fitted to the validations of the model before (Huber loss on log L): those from
-the end of its warm-up or re-warming on, S counted from the start of the run.  E, a_N and what
-counts as N are those of `growth.law`; an E that is not below all of these losses counts as 0.
-With fewer than `growth.points` validations, or a growth that adds no parameters, nothing is
-foretold.  F holds at the peak learning rate, as the losses do that it is fitted to: a decay lowers
-the loss, and may end the time early.  It is known to the distance of two validations.
+A, S_c and a_S are fitted to the validations of the model before the growth (Huber loss on log L):
+those after its warm-up or re-warm, with S counted from the start of the run. E, a_N and the
+definition of N are those of `growth.law`; an E that is not below all of these losses is replaced by
+0. With fewer than `growth.points` validations, or a growth that adds no parameters, there is no
+prediction. F is valid at the peak learning rate, like the losses that it is fitted to: a decay
+lowers the loss, and may end the mixing time early. The resolution is the interval between
+validations.
 
-After Bu, "Deep progressive training" (arXiv 2511.04981), whose mixing time ends where the grown
-run meets the curve of the target trained from scratch; here that curve is foretold, not trained.
+After Bu, "Deep progressive training" (arXiv 2511.04981), whose mixing time ends where the grown run
+meets the curve of the target trained from scratch; here that curve is predicted, not trained.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from typing import Any
 from megagrow.forecast.fit import Curve, Validated, fit_curve
 from megagrow.forecast.scaling import ScalingLaw
 
-_MOST = 256  # validations remembered
+_MOST = 256  # validations kept
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """What a run must remember for it; a part of its state.
+    """The state of the measurement; part of the run's state.
 
     Attributes:
-        validations: of the model as it is, after its warm-up, the oldest first.
-        born: tokens at the growth that made it.
-        curve: of a fresh model like it, above `floor`; None where nothing is foretold.
+        validations: those of the current model, after its warm-up, oldest first.
+        born: tokens at the growth that created it.
+        curve: of an equal model from scratch, above `floor`; None if there is no prediction.
         floor: E.
-        met: tokens from the growth until its loss was there; None: not yet.
+        met: tokens from the growth until its loss reached the curve; None: not yet.
     """
 
     validations: tuple[Validated, ...] = ()
@@ -49,16 +50,16 @@ class Mixing:
     met: int | None = None
 
     def foretold(self, tokens: int) -> float | None:
-        """F: the loss of a fresh model after so many tokens."""
+        """F: the predicted loss of a model from scratch after this many tokens."""
         if self.curve is None or tokens <= 0:
             return None
         return self.curve.loss(tokens, floor=self.floor)
 
     def after(self, validation: Validated, *, settled: bool) -> Mixing:
-        """With one more validation; a second one of a step takes the place of the first.
+        """A copy with one more validation; a second one at a step replaces the first.
 
         Args:
-            settled: whether it lies behind the warm-up.
+            settled: whether it is after the warm-up.
         """
         met, foretold = self.met, self.foretold(validation.tokens)
         if met is None and foretold is not None and validation.loss <= foretold:
@@ -69,13 +70,13 @@ class Mixing:
         return replace(self, validations=kept, met=met)
 
     def grown(self, law: ScalingLaw, *, small: int, large: int, tokens: int, points: int) -> Mixing:
-        """At the start of a grown model.
+        """The state at the start of a grown model.
 
         Args:
             law: E and a_N.
-            small, large: parameters before and after, as the law counts them.
-            tokens: that the run has consumed.
-            points: the fewest validations to fit.
+            small, large: parameters before and after, by the law's definition of N.
+            tokens: consumed by the run so far.
+            points: minimum number of validations to fit.
         """
         losses = [one.loss for one in self.validations]
         if len(losses) < points or small >= large:

@@ -1,4 +1,4 @@
-"""Stages that end where the planner says: its moments for the sizes that a run names."""
+"""Stages with `planned` ends: the planner's growth points for the sizes of a run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class PlannedEnd:
     """Where the planner ends a stage.
 
     Attributes:
-        index: of the stage.
-        loss: at which to grow, by the law.
+        index: index of the stage.
+        loss: the loss at which to grow, by the law.
         tokens: from the start of the run.
-        law: its name.
+        law: name of the law.
     """
 
     index: int
@@ -42,17 +42,17 @@ def run_law(config: Config) -> ScalingLaw:
 
 
 def planned_ends(config: Config, models: Sequence[ModelConfig]) -> tuple[PlannedEnd, ...]:
-    """The planner's end of each stage that asks for it.
+    """The planner's end of each stage with `planned: true`.
 
-    The stages before it must be planned as well, or change no model: what a law foretells counts
-    from scratch.
+    Earlier stages must be planned as well, or not change the model: a law's prediction is for
+    training from scratch.
 
     Args:
-        config: its stages, batch and law.
-        models: of the stages.
+        config: stages, batch and law are used.
+        models: the models of the stages.
 
     Raises:
-        ConfigError: growth is not foretold to save, or a stage before has another kind of end.
+        ConfigError: no saving is predicted, or an earlier stage has another kind of end.
     """
     found: list[PlannedEnd] = []
     law = run_law(config)
@@ -62,7 +62,7 @@ def planned_ends(config: Config, models: Sequence[ModelConfig]) -> tuple[Planned
         if stage.until.planned is None:
             if any(later.until.planned for later in config.stages[index:]):
                 raise ConfigError(
-                    f"stages[{index}].until: the planner foretells a run from its start only",
+                    f"stages[{index}].until: the planner predicts a run only from its start",
                     expected="planned: true in every stage before one that has it",
                     fix="set planned: true here too, or take another rule later",
                 )
@@ -74,7 +74,7 @@ def planned_ends(config: Config, models: Sequence[ModelConfig]) -> tuple[Planned
             raise ConfigError(
                 f"stages[{index}].until.planned: the law sees no saving in this stage",
                 found=f"{small.n:,} to {large.n:,} parameters, law {law.name}",
-                expected="a stage that is foretold to pay",
+                expected="a stage with a predicted saving",
                 fix="leave the stage out, or end it by steps, tokens, flops or slope",
             )
         tokens += took
@@ -84,7 +84,7 @@ def planned_ends(config: Config, models: Sequence[ModelConfig]) -> tuple[Planned
 
 
 def with_planned_ends(config: Config, ends: Sequence[PlannedEnd]) -> Config:
-    """The run with the planner's bounds in place; one of the stage's own that is earlier stays."""
+    """The configuration with the planner's bounds; a stage's own bound is kept if it is earlier."""
     stages = list(config.stages)
     for end in ends:
         until = stages[end.index].until
@@ -95,11 +95,11 @@ def with_planned_ends(config: Config, ends: Sequence[PlannedEnd]) -> Config:
 
 
 def restart_ratio(grow: GrowConfig, before: ModelConfig, after: ModelConfig) -> float:
-    """What a growth divides the position in the learning-rate schedule by.
+    """The divisor of the schedule position at a growth.
 
     Args:
         grow: its `restart` is a number, or `paper`.
-        before, after: the models; what grows decides, not the operator's name.
+        before, after: the models; the sizes that grow matter, not the operator's name.
 
     Raises:
         ConfigError: `paper`, and neither depth nor width grows.

@@ -1,14 +1,15 @@
 """The best schedule of growth stages for a target model and a budget, under a scaling law.
 
-Growth that preserves the training dynamics puts the large model on its own curve at the loss that
-the small one had (Shen et al., arXiv 2203.06211).  So to grow at loss L from N_1 to N_2 saves
+Growth that preserves the training dynamics puts the large model on its own loss curve at the small
+model's loss (Shen et al., arXiv 2203.06211).  So to grow at loss L from N_1 to N_2 saves
 
     C_2(L + d) - C_1(L)
 
-where C_i(L) are the FLOPs that size i takes to L from scratch, and d is what the growth adds to
-the loss.  The FLOPs of a whole schedule are those of the last size alone to the final loss, less
-the sum of these gains, so every pair of sizes has one best loss to grow at, whatever the other
-stages do; chains of sizes whose growths come in order are then followed to the end of the budget.
+where C_i(L) are the FLOPs that size i needs to reach L from scratch, and d is the increase of the
+loss at the growth.  The FLOPs of a whole schedule are those of the last size alone to the final
+loss, minus the sum of these gains, so every pair of sizes has one best loss to grow at, independent
+of the other stages; chains of sizes whose growths are in order are then followed to the end of the
+budget.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ _FACTORS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 @dataclass(frozen=True)
 class Size:
-    """A model on the way to the target.
+    """A model size on the way to the target.
 
     Attributes:
-        model: its shape.
-        depth, width: what it must grow by to be the target.
-        n: parameters as the law counts them.
+        model: its configuration.
+        depth, width: the growth factors to the target.
+        n: parameters, by the law's definition of N.
         flops_per_token: forward and backward.
     """
 
@@ -59,12 +60,12 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A schedule and what the law says of it.
+    """A schedule and the law's predictions for it.
 
     Attributes:
         stages: in order.
-        loss: at the end of the budget, before any decay of the learning rate.
-        saving: 1 - C / C_scratch at that loss, C_scratch being the target's from scratch.
+        loss: at the end of the budget, before any learning-rate decay.
+        saving: 1 - C / C_scratch at that loss, with C_scratch for the target from scratch.
     """
 
     stages: tuple[PlannedStage, ...]
@@ -73,11 +74,11 @@ class Schedule:
 
 
 class Curves:
-    """C(L) and L(C) of sizes under a law.
+    """C(L) and L(C) of model sizes under a law.
 
     Args:
         law: with S in steps or tokens.
-        batch_tokens: tokens in a step; what turns steps into tokens.
+        batch_tokens: tokens per step; converts steps into tokens.
     """
 
     def __init__(self, law: ScalingLaw, *, batch_tokens: int) -> None:
@@ -85,26 +86,26 @@ class Curves:
         self._tokens = batch_tokens if law.unit == "steps" else 1
 
     def tokens(self, size: Size, loss: float) -> float:
-        """Tokens that a size takes to a loss from scratch; infinite if it never comes there."""
+        """Tokens that a size needs to reach a loss from scratch; infinite if it never does."""
         return self.law.duration(size.n, loss) * self._tokens
 
     def flops(self, size: Size, loss: float) -> float:
-        """FLOPs that a size takes to a loss from scratch."""
+        """FLOPs that a size needs to reach a loss from scratch."""
         return self.tokens(size, loss) * size.flops_per_token
 
     def loss_at(self, size: Size, tokens: float) -> float:
-        """The loss of a size after so many tokens from scratch."""
+        """The loss of a size after this many tokens from scratch."""
         return self.law.loss(size.n, tokens / self._tokens)
 
 
 def size_of(model: ModelConfig, law: ScalingLaw, *, depth: int = 1, width: int = 1) -> Size:
-    """A model as a law sees it."""
+    """The `Size` of a model under a law."""
     n = parameters_for(law, model)
     return Size(model, depth, width, n, train_flops_per_token(model))
 
 
 def parameters_for(law: ScalingLaw, model: ModelConfig) -> int:
-    """N as the law counts it: with embeddings, or without."""
+    """N by the law's definition: with or without embeddings."""
     catalog = build_catalog(model)
     if law.embeddings:
         return catalog.parameters
@@ -113,12 +114,12 @@ def parameters_for(law: ScalingLaw, model: ModelConfig) -> int:
 
 
 def sizes_towards(target: ModelConfig, law: ScalingLaw, *, operators: Sequence[str]) -> list[Size]:
-    """The target and the smaller models that depth and width growth lead to it from.
+    """The target and the smaller models that can be grown into it by depth and width.
 
     Args:
-        target: the last stage's model.
-        law: says whether embeddings count.
-        operators: what may be used: names of depth and width operators.
+        target: the model of the last stage.
+        law: determines whether embeddings count.
+        operators: names of the depth and width operators that may be used.
     """
     deep = any(name.startswith("depth") for name in operators)
     wide = any(name.startswith("width") for name in operators)
@@ -128,7 +129,7 @@ def sizes_towards(target: ModelConfig, law: ScalingLaw, *, operators: Sequence[s
             sizes = (target.heads, target.kv_groups, target.hidden, target.ffn)
             if target.layers % depth or any(size % width for size in sizes):
                 continue
-            # As the width operator does it: more heads of the same size.
+            # Like the width operator: more heads of the same size.
             model = target.model_copy(
                 update={
                     "layers": target.layers // depth,
@@ -144,21 +145,21 @@ def sizes_towards(target: ModelConfig, law: ScalingLaw, *, operators: Sequence[s
 
 @dataclass(frozen=True)
 class _Growth:
-    """The best moment to grow from one size to another."""
+    """The best point to grow from one size to another."""
 
     loss: float
     gain: float
 
 
 def best_growth(curves: Curves, small: Size, large: Size, *, added_loss: float) -> _Growth | None:
-    """The loss at which growing saves most FLOPs, and how many; None if it never saves."""
+    """The loss at which growing saves the most FLOPs, and the saving; None if it never saves."""
     limit = curves.law.limit(small.n)
 
     def cost(rest: float) -> float:
         loss = limit + math.exp(rest)
         return curves.flops(small, loss) - curves.flops(large, loss + added_loss)
 
-    # The gain rises from the left, where the small model is at its limit, to one maximum.
+    # From the left, where the small model is at its limit, the gain rises to a single maximum.
     found = scipy.optimize.minimize_scalar(
         cost, bounds=(math.log(1e-6), math.log(20.0)), method="bounded", options={"xatol": 1e-7}
     )
@@ -179,11 +180,11 @@ def plan_schedule(
     """The schedule that ends with the lowest loss.
 
     Args:
-        curves: of the law.
+        curves: the law's curves.
         sizes: from `sizes_towards`; the last is the target.
         flops: the budget.
-        most_stages: growth stages at most; 1 is the target from scratch.
-        added_loss: what a growth adds to the loss, nats; 0 for operators that keep it.
+        most_stages: maximum number of growth stages; 1 is the target from scratch.
+        added_loss: increase of the loss at a growth, nats; 0 for operators that preserve it.
         allowed: whether a size fits on the machines.
 
     Raises:
@@ -212,14 +213,14 @@ def plan_schedule(
         found = _finish(curves, members, losses, flops=flops, added_loss=added_loss)
         if found is not None and (best is None or found.loss < best.loss):
             best = found
-    assert best is not None  # the target from scratch takes any budget
+    assert best is not None  # the target from scratch fits any budget
     return best
 
 
 def _chains(
     last: int, growths: dict[tuple[int, int], _Growth | None], most: int
 ) -> list[tuple[int, ...]]:
-    """All ways to the last size by growths that there are, at most so many stages."""
+    """All chains of growths that end at the last size, with at most `most_stages` stages."""
     chains: list[tuple[int, ...]] = []
     ends: list[tuple[int, ...]] = [(last,)]
     for _ in range(most - 1):
@@ -239,10 +240,10 @@ def _finish(
     flops: float,
     added_loss: float,
 ) -> Schedule | None:
-    """Follow a chain to the end of the budget; None where its last growth comes too late."""
+    """Follow a chain to the end of the budget; None if its last growth is too late."""
     stages: list[PlannedStage] = []
     done_tokens = done_flops = 0.0
-    begun = 0.0  # tokens that the size would have taken from scratch to where it starts
+    begun = 0.0  # tokens that the size would have needed from scratch to its starting point
     for size, loss in zip(sizes, losses, strict=False):
         took = curves.tokens(size, loss) - begun
         if took <= 0:
@@ -263,7 +264,7 @@ def _finish(
 
 
 def predict(curves: Curves, schedule: Schedule, added_loss: float = 0.0) -> Schedule | None:
-    """The same stages, at the same tokens, under another law; None where it cannot follow them."""
+    """The same stages, at the same tokens, under another law; None if that is impossible."""
     stages: list[PlannedStage] = []
     loss, tokens, flops = math.inf, 0.0, 0.0
     for stage in schedule.stages:
@@ -278,9 +279,10 @@ def predict(curves: Curves, schedule: Schedule, added_loss: float = 0.0) -> Sche
 
 
 def best_alone(curves: Curves, sizes: Sequence[Size], *, flops: float) -> tuple[Size, float]:
-    """Of the sizes, the one that is best from scratch with so many FLOPs, and its loss.
+    """The size that is best from scratch for a FLOPs budget, and its loss.
 
-    A target that is not that one is too large for its budget: growth then has to beat this too.
+    If that is not the target, the target is too large for its budget, and growth has to beat this
+    size as well.
     """
     found = [(curves.loss_at(size, flops / size.flops_per_token), size) for size in sizes]
     loss, size = min(found, key=lambda one: one[0])

@@ -1,1 +1,1 @@
-"""Growth operators and state policies: how a training state becomes a larger one's."""
+"""Growth operators and state policies: how a training state becomes that of a larger model."""

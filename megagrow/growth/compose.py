@@ -1,8 +1,8 @@
-"""Several operators in one growth: their blocks, composed where they meet.
+"""Several operators in one growth: the composition of their blocks.
 
-The model passes through those between only on paper: a block of the last operator
-reads elements of a tensor that a block of the one before has written, and the two
-affine maps make one.  So a composition moves the state once, and is an operator.
+The intermediate models are never materialised: a block of the last operator reads elements of a
+tensor that a block of the previous one has written, and the two affine maps compose to one. So a
+composition moves the state once, and is itself an operator.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megagrow.transfer.state_map import AxisMap, Drawn, Fill, Level, Statistic, 
 
 @dataclass(frozen=True, kw_only=True)
 class Composition(Operator):
-    """Operators one after the other (see `composed`).
+    """Operators applied in order (see `composed`).
 
     Attributes:
         parts: the operators, the first one first.
@@ -42,7 +42,7 @@ class Composition(Operator):
         return self._through(tensor, len(self.parts) - 1, (*self.catalogs, target))
 
     def interchangeable(self, small: Catalog, target: Catalog) -> bool:
-        """Whether those of any part are; what comes after treats them alike."""
+        """Whether the copies of any part are; later operators treat them alike."""
         catalogs = (*self.catalogs, target)
         return any(
             part.interchangeable(before, after)
@@ -50,7 +50,7 @@ class Composition(Operator):
         )
 
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
-        """What the parts agree on; they were checked (see `check_fills`)."""
+        """The fill that the parts agree on; already checked (see `check_fills`)."""
         return self._fills[tensor.name]
 
     @cached_property
@@ -58,16 +58,16 @@ class Composition(Operator):
         return {}
 
     def check_fills(self, target: Catalog) -> None:
-        """Find what uncovered parameters become.
+        """Determine the fill of parameters that no block covers.
 
         Raises:
-            GrowthError: an operator would have to copy values that one before it makes afresh.
+            GrowthError: an operator would have to copy values that an earlier one initialises.
         """
         catalogs = (*self.catalogs, target)
         for tensor in target:
             fills = self._fills_of(tensor, len(self.parts) - 1, catalogs) or {"covered"}
             if any(isinstance(fill, Level) for fill in fills):
-                fills -= {"zeros"}  # which is what a level is outside its block
+                fills -= {"zeros"}  # which a level is outside its block
             if len(fills) > 1:
                 raise GrowthError(
                     f"grow.operator: {self.name} would fill parts of {tensor.name} in two ways",
@@ -76,10 +76,10 @@ class Composition(Operator):
             self._fills[tensor.name] = fills.pop()
 
     def _traced(self, fill: Fill, last: int, catalogs: Sequence[Catalog]) -> Fill:
-        """What the operator `last` fills with, in terms of the first catalog's tensors.
+        """The fill of the operator `last`, in terms of the first catalog's tensors.
 
         Raises:
-            GrowthError: it depends on a tensor that the operators before it do not just copy.
+            GrowthError: it depends on a tensor that earlier operators do not merely copy.
         """
         if last == 0 or isinstance(fill, str):
             return fill
@@ -94,7 +94,7 @@ class Composition(Operator):
         """A statistic of the catalog before the operator `last`, as a multiple of one of the first.
 
         Raises:
-            GrowthError: the operators before it do not just copy its tensor.
+            GrowthError: earlier operators do not merely copy its tensor.
         """
         tensor = catalogs[last][statistic.tensor]
         blocks = self._through(tensor, last - 1, catalogs)

@@ -1,6 +1,6 @@
-"""What is looked at after a growth: which matrices, which of their elements are new, who has twins.
+"""What the diagnostics inspect after a growth: matrices, their new elements, and twin units.
 
-By the growth alone, so that every rank knows it and a resumed run looks at the same.
+A function of the growth alone, so that every rank knows it and a resumed run inspects the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megagrow.growth.plan import Growth
 from megagrow.state.catalog import LogicalTensor
 from megagrow.state.parts import part_of
 
-_LAYERS = 3  # that are looked at: the first, the middle and the last one of a kind
+_LAYERS = 3  # inspected layers: the first, the middle and the last one of a kind
 UNITS = "ffn"  # the axis whose units are compared and counted
 
 
@@ -23,11 +23,11 @@ class Watched:
     """A matrix of a block.
 
     Attributes:
-        tensor: it.
-        kept: the elements that the growth has not made, one progression an axis; None: it has
-            made all of them.
-        twins: pairs of units that are copies of one: (one of them, another).  Only of matrices
-            that read the stream, along the axis `UNITS`.
+        tensor: its tensor.
+        kept: the elements that existed before the growth, one progression per axis; None: all are
+            new.
+        twins: pairs of units that are copies of the same unit. Only for matrices that read the
+            residual stream, along the axis `UNITS`.
     """
 
     tensor: LogicalTensor
@@ -36,15 +36,15 @@ class Watched:
 
     @property
     def has_units(self) -> bool:
-        """Whether it is a matrix whose outputs are units that can be compared."""
+        """Whether its outputs are units that can be compared."""
         return part_of(self.tensor) == "reader" and UNITS in self.tensor.axes
 
 
 def watched(growth: Growth) -> tuple[Watched, ...]:
-    """The matrices to look at: of three layers that have new elements, and of three that have not.
+    """The matrices to inspect: in three layers with new elements, and in three layers without.
 
-    A tensor whose old elements are not one progression an axis is left out, since the new ones
-    then cannot be told by their indices (`growth.young`).
+    A tensor whose old elements are not one progression per axis is left out, since its new elements
+    cannot be identified by index (`growth.new_blocks`).
     """
     found: list[Watched] = []
     for tensor in growth.target:
@@ -75,7 +75,7 @@ def _some(places: Sequence[int]) -> set[int]:
 
 
 def _twins(growth: Growth, tensor: LogicalTensor) -> tuple[tuple[int, int], ...]:
-    """Units with the same source, in pairs: the first of them with each other one."""
+    """Pairs of units with the same source: the first of them with each of the others."""
     if part_of(tensor) != "reader" or UNITS not in tensor.axes:
         return ()
     at = tensor.axes.index(UNITS)

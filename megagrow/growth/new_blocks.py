@@ -1,7 +1,7 @@
-"""Which elements of a grown tensor are new, and where those of an earlier growth have gone.
+"""Which elements of a grown tensor are new, and where the new elements of earlier growths are now.
 
-What is kept of a tensor must be one arithmetic progression an axis, so that the optimizer tells old
-elements from new ones by their indices alone.
+The old elements of a tensor must be one arithmetic progression per axis, so that the optimizer can
+tell old elements from new ones by index alone.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from megagrow.transfer.state_map import AxisMap
 
 
 def is_whole(tensor: LogicalTensor, blocks: Sequence[Block]) -> bool:
-    """Whether a tensor is a copy of another, element by element."""
+    """Whether a tensor is an element-wise copy of another."""
     whole = tuple((0, 1, n) for n in tensor.shape)
     return len(blocks) == 1 and _progressions(blocks[0]) == whole
 
 
 def covers(tensor: LogicalTensor, blocks: Sequence[Block]) -> bool:
-    """Whether blocks are all of a tensor."""
+    """Whether the blocks cover the whole tensor."""
     return sum(b.volume for b in blocks) == tensor.volume
 
 
 def kept_by(blocks: Sequence[Block]) -> tuple[Progression, ...] | None:
-    """The elements of blocks together, as one progression an axis; None if there are none.
+    """The union of the blocks' elements, as one progression per axis; None if it is empty.
 
     Raises:
-        ValueError: they are not of that form.
+        ValueError: the union does not have that form.
     """
     return _product([_progressions(b) for b in blocks]) if blocks else None
 
 
 def carried(young: YoungBlocks, blocks: Sequence[Block]) -> YoungBlocks:
-    """Where blocks take the young blocks of an earlier growth.
+    """Where blocks copy the new blocks of an earlier growth to.
 
     Raises:
-        ValueError: what is old is no longer one progression an axis.
+        ValueError: the old elements are no longer one progression per axis.
     """
     if young.kept is None:
         return replace(young, inside=None)
@@ -58,7 +58,7 @@ def _progressions(block: Block) -> tuple[Progression, ...]:
 
 
 def _product(blocks: Sequence[tuple[Progression, ...]]) -> tuple[Progression, ...]:
-    """Disjoint products of progressions as one; raises ValueError where they are none."""
+    """The union of disjoint products of progressions as one; raises ValueError if it is not one."""
     joined = []
     for parts in zip(*blocks, strict=True):
         distinct = sorted(set(parts))
@@ -75,7 +75,7 @@ def _product(blocks: Sequence[tuple[Progression, ...]]) -> tuple[Progression, ..
 
 
 def _image(axis: AxisMap, progression: Progression) -> list[int]:
-    """Where a block takes the elements of a progression along an axis."""
+    """Where a block copies the elements of a progression to, along one axis."""
     first, step, count = progression
     source = range(
         axis.source_start, axis.source_start + axis.length * axis.source_step, axis.source_step

@@ -1,9 +1,8 @@
-"""What a growth operator is: blocks that make each grown tensor of a smaller model's.
+"""The growth operator interface: the blocks that a grown model's tensors consist of.
 
-An operator states two numbers for every block: how its parameters are scaled
-(``param``), and which multiple of the old gradient the grown model's gradient
-will be there (``grad``).  Everything about optimizer state follows from the
-second (the slot law), so operators know nothing of optimizers.
+An operator states two numbers for every block: the scale of its parameters (``param``), and the
+ratio of the grown model's gradient to the old one (``grad``). All optimizer state follows from the
+second (the slot law), so operators do not depend on optimizers.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ class Block:
 
     Attributes:
         source: the small model's tensor that it is copied from.
-        axes: which elements, axis by axis.
+        axes: the elements, axis by axis.
         param: grown parameter = param * old parameter.
-        grad: gradient of the grown model = grad * old gradient, or None where the
-            operator states nothing.
-        new: whether the block is additional capacity, not the old block in its place.
-        rate: how far the block must move where the old tensor moves by 1, so that the
-            grown function moves as the old one; None: as far as its parameters are scaled.
-        noise: what is added to the parameters.
+        grad: gradient of the grown model = grad * old gradient, or None if the operator makes no
+            statement.
+        new: whether the block adds parameters, as opposed to being the old block.
+        rate: how far the block must move when the old tensor moves by 1, so that the grown function
+            changes like the old one; None: equal to `param`.
+        noise: noise that is added to the parameters.
     """
 
     source: str
@@ -45,7 +44,7 @@ class Block:
     noise: Noise | None = None
 
     def scaled(self, coefficient: float, noise: Noise | None = None) -> Copy:
-        """The block as a copy of some slot."""
+        """The block as a `Copy` of a slot."""
         return Copy(self.source, self.axes, coefficient, noise)
 
     @property
@@ -56,21 +55,21 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """One way to grow a model: a description, and the blocks that a subclass answers with.
+    """A way to grow a model: a description here, and the blocks, which a subclass defines.
 
     Attributes:
-        name: as written in a configuration.
+        name: its name in the configuration.
         summary: one line on what it does.
-        keeps: what is the same right after the growth: one of `KEEPS`.
-        breaker: how exact copies come to differ (the symmetry law).
+        keeps: what the growth preserves: one of `KEEPS`.
+        breaker: what breaks the symmetry of exact copies (the symmetry law).
         source: paper or report that it comes from.
-        policies: names of the state policies that make sense; the first is the default.
+        policies: names of the supported state policies; the first is the default.
         sizes: keys of the model's configuration that it can enlarge.
-        ramp: over how many steps its new units come in, unless told; 0: they are in at once.
-        fitted: for how many steps it is fitted on data, unless told; its blocks are where the
-            fitting begins.  0: there is nothing to fit.
-        any_size: whether it reaches any larger size, not multiples alone.
-        settings: keys of the `grow` section that it takes besides; fields of the same names.
+        ramp: default number of steps over which new units are unmasked; 0: no mask.
+        fitted: default number of steps of fitting on data, which starts from its blocks; 0: it is
+            not fitted.
+        any_size: whether it supports any larger size, not only multiples.
+        settings: further keys of the `grow` section that it takes; it has fields of the same names.
     """
 
     name: str
@@ -86,12 +85,12 @@ class Operator:
     settings: tuple[str, ...] = ()
 
     def target(self, model: ModelConfig, factor: int) -> ModelConfig:
-        """The configuration of the model that a whole factor makes: its sizes, times that."""
+        """The configuration of the model grown by an integer factor: its sizes times the factor."""
         fields = model.model_dump(by_alias=True)
         return self.grown(model, {key: fields[key] * factor for key in self.sizes if fields[key]})
 
     def grown(self, model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
-        """The configuration of the model with these sizes, as the operator makes it.
+        """The configuration of the model with these sizes, as this operator grows it.
 
         Raises:
             GrowthError: there is no such model.
@@ -102,21 +101,21 @@ class Operator:
         """The blocks of one tensor of the grown model; they do not overlap.
 
         Raises:
-            GrowthError: the operator cannot reach this target.
+            GrowthError: the operator does not support this target.
         """
         raise NotImplementedError
 
     def interchangeable(self, small: Catalog, target: Catalog) -> bool:
-        """Whether copies that it makes have equal gradients for as long as their moments are."""
+        """Whether its copies have equal gradients as long as their moments are equal."""
         return False
 
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
-        """What parameters that no block covers become."""
+        """The fill of parameters that no block covers."""
         return "zeros"
 
 
-# What an operator may keep, the strongest first.  `loss`: every logit of every sample that the
-# small model takes; `old logits`: of the old vocabulary; `nothing`: the function changes.
+# What an operator may preserve, strongest first. `loss`: every logit of every sample that the small
+# model accepts; `old logits`: the logits of the old vocabulary; `nothing`: the function changes.
 KEEPS = ("loss", "old logits", "nothing")
 
 
@@ -133,13 +132,13 @@ def tiled(n: int, factor: int) -> list[AxisMap]:
 def repeated(n: int, factor: int) -> list[AxisMap]:
     """Copies interleaved: a b -> a a b b.
 
-    A copy stays beside its source, hence on the tensor-parallel rank that holds it.
+    A copy is adjacent to its source, hence on the same tensor-parallel rank.
     """
     return [AxisMap(c, factor, 0, 1, n) for c in range(factor)]
 
 
 def growth_factor(large: int, small: int, what: str) -> int:
-    """How many times larger an axis became; raises GrowthError if not a whole number."""
+    """The factor by which an axis grew; raises GrowthError if it is not an integer."""
     factor, rest = divmod(large, small)
     if rest or factor < 1:
         raise GrowthError(
@@ -150,14 +149,14 @@ def growth_factor(large: int, small: int, what: str) -> int:
 
 
 def unchanged(tensor: LogicalTensor, old: LogicalTensor) -> tuple[AxisMap, ...]:
-    """The axes of a tensor that an operator leaves alone; raises GrowthError if they grew."""
+    """The axes of a tensor that an operator does not change; raises GrowthError if they grew."""
     for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
         require_same(tensor.name, meaning, n, large)
     return tuple(same(n) for n in tensor.shape)
 
 
 def require_same(name: str, meaning: str, small: int, large: int) -> None:
-    """An axis that an operator cannot grow; raises GrowthError if the target wants it."""
+    """An axis that an operator cannot grow; raises GrowthError if the target is larger."""
     if small != large:
         raise GrowthError(
             f"{name}, axis {meaning}: this operator cannot grow it",
@@ -168,13 +167,13 @@ def require_same(name: str, meaning: str, small: int, large: int) -> None:
 
 
 def require_no_less(name: str, meaning: str, small: int, large: int) -> None:
-    """An axis that may grow to any size; raises GrowthError if the target wants less."""
+    """An axis that may grow to any size; raises GrowthError if the target is smaller."""
     if large < small:
         raise GrowthError(f"{name}, axis {meaning}: cannot shrink from {small} to {large}")
 
 
 def resized(model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
-    """A model with some sizes changed; all others stay, the width of a head included.
+    """A model with some sizes changed; all others are kept, head_dim included.
 
     Raises:
         GrowthError: there is no such model.

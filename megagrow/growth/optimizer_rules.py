@@ -1,8 +1,7 @@
-"""Rules that a growth leaves to the optimizer: rate factors and young blocks.
+"""Rules that a growth leaves for the optimizer: rate factors and new blocks.
 
-They are part of the run's state, and small: numbers per tensor, never per
-element.  Inside one matrix the old block is an arithmetic progression on each
-axis, so "the rest" needs no mask.
+They are part of the run's state, and small: numbers per tensor, never per element. The old block of
+a tensor is an arithmetic progression on each axis, so the rest needs no mask.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ Progression = tuple[int, int, int]  # start, step, count along one axis
 
 @dataclass(frozen=True, order=True)
 class Factors:
-    """Multiples of lr, weight decay and eps for one tensor (the `exact` policy).
+    """Factors on lr, weight decay and eps for one tensor (the `exact` policy).
 
     Attributes:
-        lr, weight_decay, eps: where the update does not depend on the gradient's scale, element
-            by element (AdamW, Lion).
-        orthogonal: of the learning rate where the update is an orthogonalised matrix (Muon);
-            weight decay is divided by it, and there is no eps.  None: no one number would do.
+        lr, weight_decay, eps: for element-wise updates that do not depend on the gradient's scale
+            (AdamW, Lion).
+        orthogonal: on the learning rate of orthogonalised updates (Muon); weight decay is divided
+            by it, and there is no eps. None: no single factor is correct.
     """
 
     lr: float = 1.0
@@ -36,7 +35,7 @@ class Factors:
     orthogonal: float | None = 1.0
 
     def times(self, other: Factors) -> Factors:
-        """Factors of one growth upon those of an earlier one."""
+        """The product with the factors of an earlier growth."""
         known = self.orthogonal is not None and other.orthogonal is not None
         return Factors(
             self.lr * other.lr,
@@ -47,11 +46,11 @@ class Factors:
 
 
 def beyond_shape(factors: Factors, old: LogicalTensor, new: LogicalTensor) -> Factors:
-    """What a growth leaves of the factors that it asks for, where shapes have rates of their own.
+    """The remaining factors of a growth when rates depend on the shape.
 
     Args:
-        factors: what the rates must be multiplied by, all in all.
-        old, new: the tensor before and after; their own rates change by themselves.
+        factors: the total factors on the rates.
+        old, new: the tensor before and after; their own rates change with the shape.
     """
     lr = new.rates.lr / old.rates.lr
     orthogonal = new.rates.orthogonal / old.rates.orthogonal
@@ -64,21 +63,21 @@ def beyond_shape(factors: Factors, old: LogicalTensor, new: LogicalTensor) -> Fa
 
 
 def _near_one(factor: float) -> float:
-    """The factor, or 1 where rounding alone keeps it from that: tensors then share a group."""
+    """The factor, or 1 if it differs only by rounding, so that tensors share a group."""
     return 1.0 if abs(factor - 1.0) < 1e-12 else factor
 
 
 @dataclass(frozen=True)
 class YoungBlocks:
-    """The new blocks of one tensor, since a growth.
+    """The new blocks of one tensor after a growth.
 
     Attributes:
-        kept: per axis the elements of the old block; None where all of the tensor is new.
+        kept: per axis the elements of the old block; None if the whole tensor is new.
         born: optimizer step at the growth; bias correction of the new blocks counts from it.
-        peak: multiple of the learning rate that they climb to.
-        rewarm: over how many steps.
-        inside: the new blocks of an earlier growth, inside the old block; their own step count
-            goes on.  None where all of the old block counts the optimizer's steps.
+        peak: multiple of the learning rate that they warm up to.
+        rewarm: number of steps of the warm-up.
+        inside: the new blocks of an earlier growth, inside the old block, which keep their own step
+            count. None if the whole old block uses the optimizer's step count.
     """
 
     kept: tuple[Progression, ...] | None
@@ -88,7 +87,7 @@ class YoungBlocks:
     inside: YoungBlocks | None = None
 
     def lr_factor(self, step: int) -> float:
-        """The multiple of the learning rate for the update that makes step `step` (from 1)."""
+        """The multiple of the learning rate for update number `step` (from 1)."""
         age = step - self.born
         if self.rewarm == 0:
             return self.peak
@@ -106,7 +105,7 @@ class YoungBlocks:
 
     @staticmethod
     def from_json(item: Mapping[str, Any]) -> YoungBlocks:
-        """Read what `dataclasses.asdict` made; earlier versions knew no `inside`."""
+        """Read the output of `dataclasses.asdict`; earlier versions had no `inside`."""
         kept, inside = item["kept"], item.get("inside")
         return YoungBlocks(
             None if kept is None else tuple((int(a), int(b), int(c)) for a, b, c in kept),
@@ -125,7 +124,7 @@ class OptimizerRules:
     young: Mapping[str, YoungBlocks] = field(default_factory=dict)
 
     def factors_of(self, name: str) -> Factors:
-        """The factors of a tensor; all 1 where no growth set any."""
+        """The factors of a tensor; all 1 if no growth set any."""
         return self.factors.get(name, Factors())
 
     def to_json(self) -> dict[str, Any]:
@@ -144,7 +143,7 @@ class OptimizerRules:
                 float(f["lr"]),
                 float(f["weight_decay"]),
                 float(f["eps"]),
-                # Not in the files of earlier versions, which knew no Muon.
+                # Not in the files of earlier versions, which did not support Muon.
                 None if f.get("orthogonal", 1.0) is None else float(f.get("orthogonal", 1.0)),
             )
             for name, f in data["factors"].items()
@@ -158,18 +157,18 @@ GroupKey = tuple[bool, float, float, float, bool]
 def group_keys(
     catalog: Catalog, rules: OptimizerRules, optimizer: OptimizerKind = ADAMW
 ) -> dict[str, GroupKey]:
-    """The optimizer's parameter group of every tensor, by its own rates and what growths left.
+    """The optimizer's parameter group of every tensor, from its rates and the rules of growths.
 
-    (no decay, lr, decay and eps factors, whether its updates are orthogonalised).  Groups are
-    laid out in the order of their keys, those with weight decay first.
+    A key is (no decay, lr, decay and eps factors, whether its updates are orthogonalised). Groups
+    are in the order of their keys, those with weight decay first.
 
     Args:
         catalog: the tensors.
-        rules: what growths left.
-        optimizer: that steps them.
+        rules: the rules of all growths so far.
+        optimizer: the optimizer that updates them.
 
     Raises:
-        GrowthError: no one learning rate of Muon follows the rules.
+        GrowthError: no single learning rate of Muon satisfies the rules.
     """
     keys = {}
     for tensor in catalog:

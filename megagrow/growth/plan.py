@@ -26,17 +26,17 @@ from megagrow.transfer.state_map import Copy, Fill
 
 @dataclass(frozen=True)
 class Growth:
-    """One growth between two catalogs; a `StateMap`.
+    """A growth between two catalogs; a `StateMap`.
 
     Attributes:
         operator: how parameters grow.
-        policy: how optimizer state and rates follow.
+        policy: how optimizer state and rates are carried over.
         small: the catalog before.
         target: the catalog after.
-        rewarm: steps of re-warming (see StatePolicy).
-        mup: whether a matrix whose inputs grew k-fold learns at 1/k of the rate from now on.
-        ramp: how new units come in, counted from the growth; None: they are in at once.
-        fit_steps: of fitting on data, where the operator asks for it.
+        rewarm: re-warm steps (see StatePolicy).
+        mup: whether a matrix whose inputs grew k-fold has 1/k of the rate from now on.
+        ramp: the ramp of new units, counted from the growth; None: no mask.
+        fit_steps: steps of fitting on data, if the operator is fitted.
     """
 
     operator: Operator
@@ -71,11 +71,12 @@ class Growth:
         return self.operator.fill(tensor, self.small, self.target)
 
     def caveats(self, *, grad_clip: float, dropout: float) -> list[str]:
-        """What keeps the growth from its promise or its use, a sentence each.
+        """Warnings: what makes the growth inexact or useless, a sentence each.
 
         Args:
             grad_clip: the norm that the run clips gradients at; 0 for none.
-            dropout: the model's; it parts copies, which it drops each by itself.
+            dropout: the model's; it breaks the symmetry of copies, since it drops each
+                independently.
         """
         found = []
         policy = self.policy.caveat(grad_clip=grad_clip, dropout=dropout)
@@ -97,19 +98,19 @@ class Growth:
         step: int,
         betas: tuple[float, float] | None = None,
     ) -> OptimizerRules:
-        """The optimizer's rules once the growth is done.
+        """The optimizer's rules after the growth.
 
         Args:
-            before: the rules in force until now.
+            before: the rules before the growth.
             step: the optimizer's step count at the growth.
-            betas: of AdamW, where it is what steps.
+            betas: AdamW's, if that is the optimizer.
 
-        Young blocks of an earlier growth keep their step count, inside the old block of this
-        one or where their tensor is copied whole.  Where they are copied in pieces, among old
-        elements, they count as grown up.
+        New blocks of an earlier growth keep their step count inside the old block of this one, or
+        if their tensor is copied as a whole. If they are copied in pieces among old elements, they
+        count as old.
 
         Raises:
-            GrowthError: they are copied in pieces while they are too young for that.
+            GrowthError: they are copied in pieces while bias correction still matters for them.
         """
         factors: dict[str, Factors] = {}
         young: dict[str, YoungBlocks] = {}
@@ -139,10 +140,10 @@ class Growth:
     ) -> YoungBlocks | None:
         """The new blocks of a tensor, and inside its old block those of earlier growths.
 
-        New is what starts with moments of zero: with the optimizer's step count its first updates
-        would be too long.  (`shen` leaves some of that in copied blocks, as published.)
+        Elements are new if their moments start at zero: with the optimizer's step count their
+        first updates would be too large.  (`shen` accepts that in copied blocks, as published.)
         """
-        if self.policy.restart_steps:  # all counts from 0 again, and nothing may be older
+        if self.policy.restart_steps:  # all step counts start from 0, so nothing may be older
             return None
         blocks, peak = self.blocks(tensor), self.policy.new_block_peak
         earlier = before.young.get(blocks[0].source) if blocks else None
@@ -162,7 +163,7 @@ class Growth:
             kept = kept_by(old)
         except ValueError:
             raise _scattered(self, tensor) from None
-        # Where a policy does not re-warm new blocks, they take the rate of the others.
+        # If a policy does not re-warm new blocks, they have the same rate as the others.
         return YoungBlocks(
             kept=kept,
             born=step,
@@ -174,11 +175,11 @@ class Growth:
     def _mup_factors(self, tensor: LogicalTensor, old: LogicalTensor) -> Factors:
         """Yang et al., arXiv 2203.03466, table 8: under Adam hidden matrices learn at 1 / fan-in.
 
-        The head reads its inputs through the final norm.  Where that carries the head's share of
-        1 / k, as copies do, its elements move the logits as the head's would, so 1 / k is the
-        norm's rate and not the head's (its weight may be the embedding); elsewhere it is the
-        rate of a head that is not tied.  Weight decay is set against the rate, so that the decay
-        of a step stays too.
+        The head reads its inputs through the final norm. If the norm carries the head's share of 1
+        / k, as with copies, its elements move the logits as the head's would, so 1 / k is the
+        norm's rate and not the head's (whose weight may be the embedding); otherwise it is the rate
+        of an untied head. Weight decay is divided by the rate factor, so that the decay per step is
+        unchanged.
         """
         if tensor.role in FINAL_NORM and self._norm_carries:
             inputs = frozenset(tensor.axes)
@@ -192,9 +193,9 @@ class Growth:
 
     @cached_property
     def _norm_carries(self) -> bool:
-        """Whether the final norm is scaled down by what the head's inputs grow by.
+        """Whether the final norm is scaled down by the growth factor of the head's inputs.
 
-        Where its gradient grows by as much, it is the norm's input that has another scale.
+        If its gradient grows by the same factor, it is the norm's input whose scale changed.
         """
         gain = self.target.of("final_norm_gain")
         if gain is None:
@@ -205,10 +206,10 @@ class Growth:
 
 
 def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Growth]:
-    """What a `grow` section makes of a model: the grown model, and the growth to it.
+    """Plan a `grow` section: the grown model, and the growth from the given model to it.
 
     Raises:
-        GrowthError: names, sizes and policy do not fit each other or the model.
+        GrowthError: names, sizes and policy do not fit together or do not fit the model.
     """
     parts = configured(find_operators(grow.operator), grow)
     wanted = {} if grow.target is None else grow.target.model_dump(exclude_none=True)
@@ -258,7 +259,7 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
 
 
 def _require_mup(grow: GrowConfig, model: ModelConfig, grown: ModelConfig) -> None:
-    """See that the rates of the grown model are those of its shape."""
+    """Check that the grown model's rates follow from its shape."""
     if grow.mup:
         raise GrowthError(
             "grow.mup: the rates follow from the shape already, before a growth and after it",
@@ -284,17 +285,17 @@ def make_growth(
     ramp: int | None = None,
     fit_steps: int | None = None,
 ) -> Growth:
-    """Look the operator and the policy up, and check that they fit each other and the models.
+    """Look up the operator and the policy, and check that they fit each other and the models.
 
     Args:
-        operator: itself, or its name.
-        policy: name of the state policy; None: the operator's first.
+        operator: the operator, or its name.
+        policy: name of the state policy; None: the operator's default.
         small, target: the catalogs before and after.
-        rewarm, ramp, fit_steps: where they are not to be the policy's and the operator's own.
+        rewarm, ramp, fit_steps: override the defaults of the policy and the operator.
 
     Raises:
-        GrowthError: unknown names, a policy that the operator does not support, a target that
-            the operator cannot reach, or a tensor that it cannot know what to do with.
+        GrowthError: unknown names, a policy or a target that the operator does not support, or a
+            tensor of unknown role.
     """
     found = find_operator(operator) if isinstance(operator, str) else operator
     if not found.policies:
@@ -340,12 +341,12 @@ def make_growth(
         found.check_fills(target)
     for tensor in target:
         _check_blocks(growth, tensor)
-    growth.rules_after(OptimizerRules(), step=0)  # refuses what the policy cannot express
+    growth.rules_after(OptimizerRules(), step=0)  # raises if the policy cannot express it
     return growth
 
 
 def _before_ramp(operator: Operator, small: Catalog) -> Catalog:
-    """The model whose units are the old ones, should new ones come in by and by."""
+    """The catalog whose units stay unmasked while a ramp admits the new ones."""
     if isinstance(operator, Composition):
         ramped = [i for i, part in enumerate(operator.parts) if part.ramp]
         return operator.catalogs[ramped[0]] if ramped else small
@@ -361,14 +362,14 @@ def _useless(key: str, why: str, found: Operator, others: Sequence[Operator]) ->
 
 
 def grown_model(model: ModelConfig, *, operator: str, factor: int) -> ModelConfig:
-    """The configuration that operators make of a model's, each by the same factor."""
+    """The configuration after all operators, each with the same factor."""
     for part in find_operators(operator):
         model = part.target(model, factor)
     return model
 
 
 def _check_blocks(growth: Growth, tensor: LogicalTensor) -> None:
-    """An operator whose blocks do not fit its own target is a defect, found before any copy."""
+    """Check that an operator's blocks fit its own target: a defect is found before any copy."""
     for block in growth.blocks(tensor):
         source = growth.small[block.source]
         for axis, n, m in zip(block.axes, tensor.shape, source.shape, strict=True):
@@ -392,6 +393,6 @@ def _scattered(growth: Growth, tensor: LogicalTensor) -> GrowthError:
     fitting = [n for n in growth.operator.policies if find_policy(n).new_block_peak is None]
     return GrowthError(
         f"state policy {growth.policy.name!r}: this growth scatters the old elements of "
-        f"{tensor.name}, so that they cannot be told from the new ones by their indices",
+        f"{tensor.name}, so they cannot be distinguished from the new ones by index",
         fix=f"set grow.state_policy to {' or '.join(fitting) or 'reset'}",
     )

@@ -1,11 +1,11 @@
-"""State policies: what becomes of optimizer state and learning rates at a growth, as data.
+"""State policies: how optimizer state and learning rates are carried through a growth, as data.
 
-Sources: `exact`, megagrow's laws 4 and 5; `sparkling`, Yu et al., arXiv 2602.02472 (old
-block keeps its moments, new blocks start at zero and re-warm to 1.3 times the learning
-rate over 250 steps, their own step count in the bias correction); `kept`, the same without
-the re-warm, as MSG (arXiv 2305.02869) keeps old blocks; `shen`, Shen et al., arXiv 2203.06211,
-as published and for any factor: the gradient's multiples wherever parameters were copied, zero
-where they start at 0, rates as they were; `copy` and `reset` are what stacking papers do.
+Sources: `exact`, megagrow's laws 4 and 5; `sparkling`, Yu et al., arXiv 2602.02472 (old block keeps
+its moments, new blocks start at zero and re-warm to 1.3 times the learning rate over 250 steps,
+with their own step count in the bias correction); `kept`, the same without the re-warm, as MSG
+(arXiv 2305.02869) keeps old blocks; `shen`, Shen et al., arXiv 2203.06211, as published and for any
+factor: moments follow the gradient's factors where parameters were copied, are zero where they
+start at 0, and rates are unchanged; `copy` and `reset` are used by papers on stacking.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ Moments = Literal["gradient", "copied gradient", "kept", "copy", "zero"]
 
 @dataclass(frozen=True)
 class StatePolicy:
-    """One way to carry optimizer state through a growth.
+    """A way to carry optimizer state through a growth.
 
     Attributes:
-        name: as written in a configuration.
+        name: its name in the configuration.
         summary: one line on what it does.
         moments: "gradient": g * m and g^2 * v in every block (the slot law); "copied
             gradient": the same, but zero in blocks whose parameters start at 0;
-            "kept": the old block's unchanged, new blocks zero; "copy": unchanged in
-            every block; "zero": none is kept.
+            "kept": unchanged in the old block, zero in new blocks; "copy": unchanged in every
+            block; "zero": all zero.
         scale_rates: whether lr, weight decay and eps are rescaled per tensor so that
             the grown run retraces the small one (the dynamics law).
         new_block_peak: multiple of the learning rate that new blocks re-warm to, or None.
-        restart_steps: whether the optimizer's step count starts again.
-        rewarm: default number of steps of re-warming: of the new blocks where
-            `new_block_peak` is set, else of the learning rate of everything.
+        restart_steps: whether the optimizer's step count is reset.
+        rewarm: default number of re-warm steps: for the new blocks if `new_block_peak` is set, else
+            for the learning rate of all parameters.
     """
 
     name: str
@@ -48,7 +48,7 @@ class StatePolicy:
     rewarm: int = 0
 
     def caveat(self, *, grad_clip: float, dropout: float) -> str | None:
-        """What keeps the policy from its promise.
+        """Warnings: what makes the policy inexact.
 
         Args:
             grad_clip: the norm that the run clips gradients at; 0 for none.
@@ -70,10 +70,10 @@ class StatePolicy:
         return "; and ".join(reasons) or None
 
     def coefficient(self, block: Block, kind: SlotKind) -> float:
-        """What a slot's old values are multiplied by in a block; 0 drops them.
+        """The factor of a slot's old values in a block; 0 drops them.
 
         Raises:
-            GrowthError: the policy needs the block's gradient and its operator states none.
+            GrowthError: the policy needs the block's gradient, but its operator states none.
         """
         if kind == "parameter":
             return block.param

@@ -1,4 +1,4 @@
-"""The rates of the `exact` policy: how far a tensor must move for the grown run to retrace."""
+"""The rate factors of the `exact` policy, with which the grown run retraces the small one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megagrow.state.matrices import Matrix, matrices
 def exact_factors(tensor: LogicalTensor, small: Catalog, blocks: Sequence[Block]) -> Factors:
     """The factors of a tensor of the grown model.
 
-    AdamW moves a parameter by lr * m / (sqrt(v) + eps) + lr * wd * p.  With m -> g m and
-    v -> g^2 v the quotient stays if eps -> g eps; the block's rate r then asks for lr -> r lr, and
-    wd -> wd / r leaves the decay as it was.
+    AdamW moves a parameter by lr * m / (sqrt(v) + eps) + lr * wd * p.  With m -> g m and v -> g^2 v
+    the quotient is unchanged if eps -> g eps; the block's rate r then requires lr -> r lr, and wd
+    -> wd / r keeps the decay unchanged.
 
     Raises:
-        GrowthError: no one rate retraces the small run, or no gradient is stated.
+        GrowthError: no single rate retraces the small run, or no gradient is stated.
     """
     pairs = {(b.param if b.rate is None else b.rate, b.grad) for b in blocks}
     if len(pairs) != 1:
@@ -47,11 +47,11 @@ def _orthogonal_factor(
 
     Let the grown momentum be g P m Q^T, where P and Q copy every row a and every column b times:
     P^T P = a, Q^T Q = b.  Then NS of it is P NS(m / |m|) Q^T / sqrt(a b), whatever g.  The block's
-    rate r therefore asks for lr -> r sqrt(a b) (old scale / new scale) lr.
+    rate r therefore requires lr -> r sqrt(a b) (old scale / new scale) lr.
 
     Returns:
-        The factor; None where rows or columns are not copied equally often, or where the
-        matrices of a fused tensor need different ones.
+        The factor; None if rows or columns are not copied equally often, or if the matrices of a
+        fused tensor need different factors.
     """
     if not tensor.is_matrix:
         return 1.0
@@ -66,8 +66,8 @@ def _orthogonal_factor(
 
 
 def _copies(new: Matrix, old: Matrix, blocks: Sequence[Block]) -> int | None:
-    """How often each element of a matrix is copied; None if not all equally often, row by row."""
-    meeting = []  # by block, how it lies on each axis of the matrix
+    """How often each row and column of a matrix is copied; None if not all equally often."""
+    meeting = []  # for each block, its extent on each axis of the matrix
     for block in blocks:
         axes = []
         for axis, part, before in zip(block.axes, new.index, old.index, strict=True):
@@ -80,6 +80,6 @@ def _copies(new: Matrix, old: Matrix, blocks: Sequence[Block]) -> int | None:
             meeting.append(axes)
     if not all(axis and axis[2] for axes in meeting for axis in axes):
         return None
-    # Every combination of the copies along each axis must be there, as P m Q^T has it.
+    # Every combination of the copies along each axis must be present, as in P m Q^T.
     copies = math.prod(len({axes[i] for axes in meeting}) for i in range(len(old.index)))
     return copies if copies == len(meeting) else None

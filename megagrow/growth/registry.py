@@ -47,7 +47,7 @@ OPERATORS: dict[str, Operator] = {operator.name: operator for operator in _ALL}
 
 
 def find_operator(name: str) -> Operator:
-    """The operator of a name; raises GrowthError with the nearest name."""
+    """Find an operator by name; raises GrowthError with the nearest name."""
     if name not in OPERATORS:
         raise GrowthError(
             "grow.operator: no such growth operator",
@@ -59,12 +59,12 @@ def find_operator(name: str) -> Operator:
 
 
 def find_operators(names: str) -> tuple[Operator, ...]:
-    """The operators of names joined by ``+``; raises GrowthError as `find_operator` does."""
+    """Find the operators of names joined by ``+``; raises GrowthError as `find_operator` does."""
     return tuple(find_operator(name.strip()) for name in names.split("+"))
 
 
 def find_policy(name: str) -> StatePolicy:
-    """The state policy of a name; raises GrowthError with the nearest name."""
+    """Find a state policy by name; raises GrowthError with the nearest name."""
     if name not in POLICIES:
         raise GrowthError(
             "grow.state_policy: no such state policy",

@@ -1,4 +1,4 @@
-"""What a `grow` section gives to its operators besides sizes, and the section in words."""
+"""Operator settings of a `grow` section other than sizes, and a description of the section."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from megagrow.errors import GrowthError
 from megagrow.growth.operator import Operator
 from megagrow.growth.registry import OPERATORS, find_operators
 
-# Of single operators, besides sizes.
+# Settings of single operators, other than sizes.
 _SETTINGS = ("noise", "shrink", "sources", "keep_first", "keep_last")
 
 
 def configured(parts: tuple[Operator, ...], grow: GrowConfig) -> tuple[Operator, ...]:
-    """The operators with the settings that the section gives them.
+    """The operators with the settings of the section.
 
     Raises:
-        GrowthError: it gives one that none of them takes, or several.
+        GrowthError: none of them takes a setting, or several do.
     """
     for key in _SETTINGS:
         value = getattr(grow, key)
@@ -47,7 +47,7 @@ def _with(part: Operator, fields: Mapping[str, Any]) -> Operator:
 
 
 def told(grow: GrowConfig) -> str:
-    """A growth in words: ``width x2``, ``untie``, ``depth_slices of layers 0 1 0 1``."""
+    """A description of a growth: ``width x2``, ``untie``, ``depth_slices of layers 0 1 0 1``."""
     parts = find_operators(grow.operator)
     words = ["+".join(part.name for part in parts)]
     if grow.sources is not None:

@@ -12,7 +12,7 @@ _HEADINGS = ("operator", "what it does", "keeps", "symmetry breaker", "state pol
 
 
 def text() -> str:
-    """For a terminal: a paragraph for each operator, then the policies."""
+    """For a terminal: a paragraph per operator, then the policies."""
     lines = []
     for operator in OPERATORS.values():
         lines.append(operator.name)

@@ -8,9 +8,9 @@ from megagrow.state.catalog import Catalog
 
 
 def build_catalog(model: ModelConfig) -> Catalog:
-    """All tensors of a model, with shapes, axes, roles and initialisation, as its family has them.
+    """All tensors of a model, as defined by its family: shapes, axes, roles, initialisation.
 
     Raises:
-        ValueError: the vocabulary size is not known yet.
+        ValueError: the vocabulary size is unset.
     """
     return family_of(model).catalog(model)

@@ -1,4 +1,4 @@
-"""What a family of models is to the rest of the code."""
+"""The interface of a model family."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from megagrow.state.catalog import Catalog
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family; what it leaves at its default is that of plain pre-norm transformers.
+    """One family; the defaults are those of plain pre-norm transformers.
 
     Attributes:
-        name: as written in a configuration.
-        architecture: what tells its models from others.
+        name: its name in the configuration.
+        architecture: the architectural properties of its models.
         layers: the kinds of layer of a model, in order: entry `place` is built as
             `kind(model, parallel, place)`.  The first is an `Embedding`, the last a `Head`.
-        catalog: the logical tensors of a model, which the layers' parameters have the names of.
-        flops: of the forward pass for one token, for each entry of the layer list.
-        huggingface: its directories of Hugging Face; None where there are none.
+        catalog: the logical tensors of a model; the layers' parameters have the same names.
+        flops: forward FLOPs per token, for each entry of the layer list.
+        huggingface: its Hugging Face format; None if there is none.
     """
 
     name: str

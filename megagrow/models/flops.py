@@ -1,10 +1,10 @@
 """Exact FLOP counts of a model, the x-axis of every comparison.
 
-A multiply-add is 2 FLOPs; the backward pass costs twice the forward pass.  Counted are
-the matrix products: projections, the output head, and attention's two products over the whole
-sequence (not halved for causality), as in PaLM (Chowdhery et al., arXiv 2204.02311, appendix B).
-Embedding look-ups, norms, activations and the optimizer are not counted; recomputation under
-activation checkpointing neither, since it is not work that the model asks for.
+A multiply-add is 2 FLOPs; the backward pass costs twice the forward pass. Only matrix products are
+counted: projections, the output head, and attention's two products over the whole sequence (not
+halved for causality), as in PaLM (Chowdhery et al., arXiv 2204.02311, appendix B). Embedding
+lookups, norms, activations and the optimizer are not counted, nor is recomputation under activation
+checkpointing, since the model does not require it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def train_flops_per_token(model: ModelConfig) -> int:
 
 
 def matrix_parameters(model: ModelConfig) -> int:
-    """Parameters that a token meets in a matrix product: the blocks' and the output head's.
+    """Parameters that take part in matrix products: the blocks' and the output head's.
 
-    Six times as many FLOPs, and attention's, train a token.  Embeddings that are looked up only,
-    norms and biases are not among them.
+    Training on a token takes six times as many FLOPs, plus attention's. Embeddings that are only
+    looked up, norms and biases are excluded.
     """
     without_attention = model.model_copy(update={"sequence": 0})
     return forward_flops_per_token(without_attention) // 2

@@ -1,4 +1,4 @@
-"""The families of models."""
+"""The registry of model families."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA)}
 
 
 def register(family: Family) -> None:
-    """Add a family from outside of this package; once more does nothing.
+    """Add a family from outside this package; adding it again has no effect.
 
-    Every process that reads a configuration of the family must have called it.
+    Every process that reads a configuration of the family must call this first.
 
     Raises:
-        ValueError: there is another of that name.
+        ValueError: the name is taken.
     """
     register_architecture(family.name, family.architecture)
     if FAMILIES.setdefault(family.name, family) != family:

@@ -1,8 +1,8 @@
-"""The transformer: the layers of a model's family, one after the other.
+"""The transformer: the layers of a model's family in sequence.
 
 The model is a list of layers, [Embedding, Block x L, Head], each a function of one tensor;
-`Transformer` runs them in one process, a pipeline can spread them over several.  Parameter
-names under a layer's `tensor_prefix` are the catalog's.
+`Transformer` runs them in one process, a pipeline spreads them over several. A layer's
+`tensor_prefix` plus a parameter's name is the name in the catalog.
 
 Shapes: B batch, S sequence.
 """
@@ -34,10 +34,10 @@ def layer_types(model: ModelConfig) -> list[Layer]:
 
 
 def layer_list(model: ModelConfig, parallel: TensorParallel = SERIAL) -> list[nn.Module]:
-    """All layers of a model, tied where it says so.
+    """All layers of a model, with tied weights if so configured.
 
     Raises:
-        ConfigError: the model cannot be cut over the tensor-parallel ranks.
+        ConfigError: the model cannot be split over the tensor-parallel ranks.
     """
     require_tensor_parallel(model, tensor=parallel.size, sequence=parallel.sequence)
     layers = [kind(model, parallel, place) for place, kind in enumerate(layer_types(model))]

@@ -1,7 +1,7 @@
-"""The face of the fused ops: the model and the optimizer call these, whatever serves them.
+"""The public fused ops, called by the model and the optimizer, independent of the backend.
 
-Each function takes the own kernel where one serves (`library.own`), else the library that
-`ops.backend` chose (`alternatives`), else PyTorch's own op, which is what a CPU trains with.
+Each function uses megagrow's kernel if it is active (`library.own`), else the library selected by
+`ops.backend` (`third_party`), else PyTorch's own op, which is always used for training on a CPU.
 """
 
 from megagrow.ops.adamw import YoungBox, adamw_, adamw_serves, young_rates, young_table

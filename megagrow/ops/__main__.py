@@ -1,4 +1,4 @@
-"""`python -m megagrow.ops`: what serves the fused ops here, and why; builds and checks them."""
+"""`python -m megagrow.ops`: shows which backend is active and why; builds and checks kernels."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def describe() -> str:
-    """What is active, what is installed, and what could be built, as text."""
+    """A text report: what is active, what is installed, and what could be built."""
     import torch
 
     from megagrow.ops import build, installed, library, third_party

@@ -1,4 +1,4 @@
-"""AdamW on a flat partition in one pass, with rates of their own for young blocks."""
+"""AdamW on a flat partition in one pass, with separate rates for new ("young") blocks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ AXES = 4
 
 @dataclass(frozen=True)
 class YoungBox:
-    """A box of a flat tensor in which all but an old block is young.
+    """A box of a flat tensor, in which everything except an old block is young.
 
     Attributes:
-        start: the box's first flat position; it is contiguous from there on.
-        shape: its sizes, at most four.
-        old: the old block inside the box: a slice an axis (start, stop, positive step); None
-            where all of the box is young.
+        start: the box's first flat position; the box is contiguous.
+        shape: its shape, at most four axes.
+        old: the old block inside the box: a slice per axis (start, stop, positive step); None if
+            the whole box is young.
     """
 
     start: int
@@ -32,16 +32,16 @@ class YoungBox:
 
 
 def young_table(boxes: Sequence[YoungBox], device: torch.device | str = "cpu") -> Tensor:
-    """The table that the op takes: int64 [boxes, 18].
+    """The table argument of the op: int64 [boxes, 18].
 
-    Each row: start, volume, then for four axes (shorter shapes are padded in front) the sizes,
-    and the begin, step and count of the old block.
+    Each row: start, volume, then for four axes (shorter shapes are padded in front) the sizes, and
+    the start, step and count of the old block.
 
     Args:
-        boxes: sorted by their start; without overlap, but that several may be of one place and
-            shape.  Those of the first have their old block inside the old block of the next, and
-            say what is young in there: the last that an element is young in counts.
-        device: where the partition lies.
+        boxes: sorted by start and not overlapping, except that several may have the same start and
+            shape. Then each one's old block is inside the old block of the next, and an element
+            belongs to the last box in which it is young.
+        device: device of the partition.
 
     Raises:
         ValueError: a box has more than four axes or 2^31 elements.
@@ -72,12 +72,12 @@ def young_rates(
     betas: tuple[float, float],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """What the young elements of each box are stepped with: fp32 [boxes, 3].
+    """The rates of the young elements of each box: fp32 [boxes, 3].
 
     Args:
-        rates: of each box the learning rate and the number of this update, from 1.
+        rates: for each box the learning rate and the number of this update, from 1.
         betas: of the moments.
-        device: where the partition lies.
+        device: device of the partition.
     """
     rows = [
         (lr, lr / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step)) for lr, step in rates
@@ -86,7 +86,7 @@ def young_rates(
 
 
 def adamw_serves(parameter: Tensor, *, young: bool) -> bool:
-    """Whether a kernel updates such a parameter; with young boxes only the own one can."""
+    """Whether a kernel can update this parameter; with young boxes only megagrow's own can."""
     if parameter.dtype != torch.float32:
         return False
     other = alternative("adamw", parameter) is not None
@@ -109,7 +109,7 @@ def adamw_(
     young: Tensor | None = None,
     rates: Tensor | None = None,
 ) -> None:
-    """One update of a flat partition, in place: 28 bytes an element with a bf16 gradient and copy.
+    """One in-place update of a flat partition: 28 bytes per element with a bf16 gradient and copy.
 
     Args:
         parameter: fp32 [n], the master; contiguous.
@@ -121,9 +121,9 @@ def adamw_(
         eps: added to the denominator.
         weight_decay: decoupled, times lr.
         step: the number of this update, from 1.
-        low: bf16 or fp16 [n], gets the new parameters.
-        scale: one fp32 number on the device that the gradient is multiplied with: clipping, and
-            the inverse of a loss scale.
+        low: bf16 or fp16 [n], receives the new parameters.
+        scale: fp32 scalar on the device that multiplies the gradient: clipping, and the inverse of
+            a loss scale.
         young: from `young_table`.
         rates: from `young_rates`, for this update.
     """

@@ -72,14 +72,14 @@ for _name, _backward, _context in (
 
 
 class RotaryInPlace(torch.autograd.Function):
-    """`rotary_`: the input is overwritten and returned; what comes back is turned back.
+    """`rotary_`: overwrites and returns its input; the backward pass rotates back.
 
-    What is returned is a view, since autograd lets nobody but itself change what may be one.
+    Returns a view, since autograd does not allow in-place changes of a tensor that may be a view.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
-        """Turn."""
+        """Rotate."""
         ctx.save_for_backward(cos, sin)
         ctx.turned = turned
         _ops.rotary_(x.detach(), cos, sin, turned, False)
@@ -88,7 +88,7 @@ class RotaryInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """Turn back."""
+        """Rotate back."""
         cos, sin = ctx.saved_tensors
-        # A gradient may be seen by others, so it is not overwritten.
+        # A gradient may be shared, so it is not overwritten.
         return _ops.rotary(grad.contiguous(), cos, sin, ctx.turned, True), None, None, None

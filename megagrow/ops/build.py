@@ -1,8 +1,8 @@
 """Compile the kernels: with nvcc for GPUs, with a C++ compiler for the emulator that tests use.
 
-Both builds bind through libtorch's stable ABI, so they take seconds, and a library serves every
-PyTorch from 2.11 on.  Also used by setup.py, before megagrow is installed: it imports nothing
-of megagrow at the top.
+Both use libtorch's stable ABI, so builds take seconds, and a library works with every PyTorch from
+2.11 on. Also used by setup.py, before megagrow is installed, so nothing of megagrow is imported at
+module level.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# Of the checkout, or in the package where setup.py has put them into it.
+# In the checkout, or in the package if setup.py copied them there.
 _PLACES = [base / "kernels" / "csrc" for base in (HERE.parent, HERE.parent.parent)]
 SOURCES = next((place for place in _PLACES if place.is_dir()), _PLACES[-1])
 CUDA_LIBRARY = HERE / "lib" / "libmegagrow_cuda.so"
 
-# Two units of about equal cost: headers are read once in each, and two cores are busy.
+# Two translation units of about equal cost: each parses the headers once, and two cores are used.
 UNITS = (("norm", "rope", "xent"), ("adamw", "boxes", "act"))
 ARCHITECTURES = ("8.0", "9.0a", "10.0")
 _OLDEST_TORCH = "0x020b000000000000"  # 2.11
 
 
 class BuildError(RuntimeError):
-    """A compiler is missing, or refused the sources."""
+    """A compiler is missing or failed."""
 
 
 def nvcc() -> str | None:
-    """The path of nvcc: of CUDA_HOME, or on PATH."""
+    """The path of nvcc: from CUDA_HOME, or on PATH."""
     home = os.environ.get("CUDA_HOME")
     if home and (Path(home) / "bin/nvcc").exists():
         return str(Path(home) / "bin/nvcc")
@@ -55,13 +55,13 @@ def architectures() -> list[str]:
 
 
 def gencode(architecture: str) -> str:
-    """Nvcc's option for a target such as ``9.0a``."""
+    """The nvcc option for a target such as ``9.0a``."""
     number = architecture.replace(".", "")
     return f"-gencode=arch=compute_{number},code=sm_{number}"
 
 
 def source_hash(*more: str, sources: Path = SOURCES) -> str:
-    """A key of the sources and of whatever else a build depends on."""
+    """A hash of the sources and of everything else a build depends on."""
     digest = hashlib.sha256()
     for path in sorted(sources.rglob("*")):
         if path.is_file():
@@ -77,13 +77,13 @@ def emulated_library(
     units: Sequence[Sequence[str]] = UNITS,
     flags: Sequence[str] | None = None,
 ) -> Path:
-    """The emulator's library, from the cache, or built in some seconds.
+    """The emulator's library, from the cache, or built in a few seconds.
 
     Args:
-        namespace: under which its ops are registered.
-        sources: the kernel texts; a test may give changed ones.
-        units: names of the files under cuda/, by translation unit.
-        flags: for the compiler; default: MEGAGROW_EMULATOR_FLAGS, or -O1.
+        namespace: the namespace in which its ops are registered.
+        sources: the kernel sources; a test may pass modified ones.
+        units: file names under cuda/, by translation unit.
+        flags: compiler flags; default: MEGAGROW_EMULATOR_FLAGS, or -O1.
 
     Raises:
         BuildError: there is no C++ compiler, or it fails.
@@ -124,7 +124,7 @@ def emulated_library(
 
 
 def cuda_library(library: Path = CUDA_LIBRARY) -> Path:
-    """Build the CUDA library for `architectures()`; half a minute to some minutes.
+    """Build the CUDA library for `architectures()`; takes half a minute to a few minutes.
 
     Raises:
         BuildError: nvcc is missing or fails.
@@ -134,7 +134,7 @@ def cuda_library(library: Path = CUDA_LIBRARY) -> Path:
         raise BuildError("nvcc is neither in CUDA_HOME nor on PATH")
     _require(SOURCES)
     targets = [gencode(name) for name in architectures()]
-    # Of a GPU build of torch alone; without one the library links, but loads elsewhere only.
+    # Only in a GPU build of torch; without one the library links, but loads only elsewhere.
     with_cuda = (_torch_root() / "lib" / "libtorch_cuda.so").exists()
     libraries = _torch_libraries("torch_cpu", *(["torch_cuda"] if with_cuda else []))
     _build(
@@ -151,7 +151,7 @@ def cuda_library(library: Path = CUDA_LIBRARY) -> Path:
 
 
 def nvcc_command(compiler: str) -> list[str]:
-    """The call of nvcc without targets, input and output."""
+    """The nvcc command line without targets, input and output."""
     return [
         compiler, "-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden",
         *_torch_flags(system=False),
@@ -159,12 +159,12 @@ def nvcc_command(compiler: str) -> list[str]:
 
 
 def unit_text(unit: Sequence[str], *, sources: Path = SOURCES) -> str:
-    """The text of a translation unit."""
+    """The source text of a translation unit."""
     return "".join(f'#include "{sources}/cuda/{name}.cu"\n' for name in unit)
 
 
 def cache() -> Path:
-    """Where builds for tests are kept; MEGAGROW_CACHE names another place."""
+    """The cache directory of test builds; MEGAGROW_CACHE overrides it."""
     named = os.environ.get("MEGAGROW_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = (Path(named) if named else base / "megagrow") / "kernels"
@@ -173,12 +173,12 @@ def cache() -> Path:
 
 
 def jobs() -> int:
-    """Compilers at a time: MAX_JOBS, or one for each core, at most two."""
+    """The number of parallel compilers: MAX_JOBS, or one per core, at most two."""
     return int(os.environ.get("MAX_JOBS") or min(2, os.cpu_count() or 1))
 
 
 def run_compilers(commands: Sequence[Sequence[str | Path]]) -> list[str]:
-    """Run commands side by side; what each printed.
+    """Run commands in parallel; returns their output.
 
     Raises:
         BuildError: one fails; the message has its output.
@@ -186,7 +186,7 @@ def run_compilers(commands: Sequence[Sequence[str | Path]]) -> list[str]:
 
     def run(command: Sequence[str | Path]) -> str:
         words = [str(word) for word in command]
-        # What is loaded before us, such as a sanitizer, is not meant for compilers.
+        # A preloaded library, such as a sanitizer, is not meant for compilers.
         environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
         done = subprocess.run(
             words, capture_output=True, text=True, check=False, env=environment
@@ -246,9 +246,9 @@ def _for_nvcc(flag: str) -> str:
 
 
 def optional_cuda_library(environment: Mapping[str, str] = os.environ) -> str:
-    """Build the CUDA library where that can be done; says in one line what was done or why not.
+    """Build the CUDA library if possible; returns one line: what was built, or why not.
 
-    MEGAGROW_CUDA=0 leaves it out; MEGAGROW_CUDA=1 makes a failure an error.
+    MEGAGROW_CUDA=0 skips it; MEGAGROW_CUDA=1 makes a failure an error.
     """
     wanted = environment.get("MEGAGROW_CUDA", "auto")
     try:

@@ -1,4 +1,4 @@
-"""Compile the CUDA sources for every target, without a GPU: registers, spills, what is undefined.
+"""Compile the CUDA sources for every target, without a GPU: registers, spills, undefined symbols.
 
 A kernel that spills registers to memory, or keeps an array there, fails the check.
 """
@@ -19,20 +19,20 @@ import torch
 
 from megagrow.ops import build
 
-# What only the CUDA part of PyTorch exports, and a CPU build of it lacks.
+# Symbols that only the CUDA part of PyTorch exports.
 OF_TORCH_CUDA = frozenset({"aoti_torch_get_current_cuda_stream"})
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas says of one kernel for one target.
+    """ptxas' report on one kernel for one target.
 
     Attributes:
-        name: demangled where c++filt is at hand.
+        name: demangled if c++filt is available.
         target: such as sm_90a.
-        registers: of a thread.
-        spilled_bytes: of a thread: spills, or the stack where arrays live that an index which
-            is known only at run time keeps out of registers; the greater of the two.
+        registers: per thread.
+        spilled_bytes: per thread, the larger of the spills and the stack frame; the stack holds
+            arrays that are indexed dynamically and so cannot be in registers.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Report:
-    """All kernels, and the library's symbols that neither PyTorch nor the system has."""
+    """All kernels, and the library's symbols that neither PyTorch nor the system defines."""
 
     kernels: list[Kernel]
     undefined: list[str]
@@ -54,7 +54,7 @@ class Report:
         return [kernel for kernel in self.kernels if kernel.spilled_bytes]
 
     def table(self) -> str:
-        """Kernels, registers and spills by file of origin and target, as text."""
+        """A text table of kernels, registers and spills by source file and target."""
         lines = [f"{'kernel':<28}{'target':<9}{'variants':>9}{'registers':>15}{'spilled':>9}"]
         families = sorted({(_family(k.name), k.target) for k in self.kernels})
         for family, target in families:
@@ -67,10 +67,10 @@ class Report:
 
 
 def check(architectures: Sequence[str] = build.ARCHITECTURES) -> Report:
-    """Compile and link for all targets, about a minute; kept by the sources' hash.
+    """Compile and link for all targets, about a minute; cached by the sources' hash.
 
     Raises:
-        BuildError: nvcc is missing, or refuses the sources.
+        BuildError: nvcc is missing or fails.
     """
     compiler = build.nvcc()
     if compiler is None:
@@ -160,7 +160,7 @@ def _undefined(library: Path) -> list[str]:
         rows = [line.split() for line in text.splitlines()]
         return {row[-1] for row in rows if row and (len(row) < 2 or row[-2] not in ("w", "v"))}
 
-    # A version behind @ is the C or C++ library's.
+    # A version after @ belongs to the C or C++ library.
     wanted = {name for name in symbols(library, "--undefined-only") if "@" not in name}
     torch_cpu = Path(torch.__file__).parent / "lib/libtorch_cpu.so"
     return sorted(wanted - symbols(torch_cpu, "--defined-only") - OF_TORCH_CUDA)

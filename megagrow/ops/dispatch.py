@@ -1,4 +1,4 @@
-"""One function an op: the own kernel, a chosen library, or PyTorch's own op."""
+"""One function per op: megagrow's kernel, a selected library, or PyTorch's own op."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megagrow.ops.autograd import RotaryInPlace
 from megagrow.ops.library import own
 from megagrow.ops.third_party import alternative
 
-BOX_AXES = 4  # of a box that `copy_boxes_` takes, after axes that lie end to end are joined
+BOX_AXES = 4  # of a box in `copy_boxes_`, after contiguous axes are merged
 
 _ops = torch.ops.megagrow
 
@@ -57,13 +57,13 @@ def add_layer_norm(
 
 
 def _fuses(op: str, x: Tensor, residual: Tensor, weight: Tensor) -> bool:
-    """Whether an own kernel adds the residual and normalises in one pass."""
+    """Whether megagrow's kernel adds the residual and normalises in one pass."""
     same = weight.dtype == residual.dtype == x.dtype
     return same and own(op, x) and alternative(op, x) is None
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up, of x [..., 2 n] whose last axis has the gates first -> [..., n]."""
+    """silu(gate) * up for x [..., 2 n], gates first on the last axis -> [..., n]."""
     gate, up = x.chunk(2, dim=-1)
     other = alternative("swiglu", x)
     if other is not None:
@@ -72,38 +72,38 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU of x [..., n] + bias [n], in its tanh form, which is GPT-2's own."""
+    """GELU (tanh approximation, as in GPT-2) of x [..., n] + bias [n]."""
     if own("bias_gelu", x) and bias.dtype == x.dtype:
         return _ops.bias_gelu(x.contiguous(), bias)
     return F.gelu(x + bias, approximate="tanh")
 
 
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
-    """Turn heads by their positions in place (see `megagrow.models.common.rotary` for the pairs).
+    """Rotate heads by their positions in place (see `megagrow.models.common.rotary` for the pairs).
 
     Args:
-        x: [B, S, G, heads, D] contiguous; overwritten, so nothing else may need it.
+        x: [B, S, G, heads, D] contiguous; overwritten, so nothing else may use it.
         cos: [S, D / 2], fp32 (fp64 for fp64).
-        sin: the same.
-        turned: how many heads of each group, from the first on.
+        sin: likewise.
+        turned: number of heads of each group to rotate, from the first on.
 
     Returns:
-        x, as autograd knows it after the turn.
+        x after the rotation, for autograd.
     """
     return RotaryInPlace.apply(x, cos, sin, turned)
 
 
 def softmax_stats(logits: Tensor, labels: Tensor, start: int) -> Tensor:
-    """What a cross entropy needs of one rank's logits, before ranks merge it.
+    """The statistics of one rank's logits for the cross entropy, before they are combined.
 
     Args:
-        logits: [rows, columns], the vocabulary from `start` on; columns may be 0.
+        logits: [rows, columns], the part of the vocabulary from `start` on; columns may be 0.
         labels: [rows] token ids.
         start: token id of the first column.
 
     Returns:
-        [3, rows] in fp32 (fp64 for fp64): the greatest logit (-inf without columns), the sum of
-        exp(logit - greatest), and the logit at the label, or 0 where it is not here.
+        [3, rows] in fp32 (fp64 for fp64): the largest logit (-inf without columns), the sum of
+        exp(logit - largest), and the logit at the label, or 0 if it is on another rank.
     """
     if own("cross_entropy", logits):
         return _ops.softmax_stats(logits.contiguous(), labels.contiguous(), start)
@@ -116,12 +116,12 @@ def cross_entropy_backward(
     """Grad * (softmax - 1 at the label), [rows, columns].
 
     Args:
-        grad: [rows], of the losses, in the type of `stats`.
+        grad: [rows], gradients of the losses, in the dtype of `stats`.
         logits: as for `softmax_stats`.
         labels: likewise.
-        stats: of whole rows, merged over the ranks.
+        stats: of whole rows, combined over the ranks.
         start: as for `softmax_stats`.
-        in_place: whether an own kernel may overwrite contiguous logits, and return them.
+        in_place: whether megagrow's kernel may overwrite contiguous logits and return them.
     """
     if not own("cross_entropy", logits):
         return references.cross_entropy_backward(grad, logits, labels, stats, start)
@@ -129,7 +129,7 @@ def cross_entropy_backward(
     if not (in_place and logits.is_contiguous()):
         return _ops.cross_entropy_backward(grad, logits.contiguous(), labels, stats, start)
     _ops.cross_entropy_backward_(grad, logits, labels, stats, start)
-    # So that a second backward pass is an error, and not wrong.
+    # So that a second backward pass raises an error instead of being wrong.
     torch.autograd.graph.increment_version(logits)
     return logits
 
@@ -143,10 +143,11 @@ def copy_boxes_(
     """targets[k] = sources[k] * scales[k] for many boxes at once.
 
     Args:
-        targets: views of one type and device, which do not overlap.
-        sources: of the targets' shapes, type and device; any strides.
-        scales: a factor each.
-        low: none, or for each target a bf16 or fp16 copy of equal strides, written as well.
+        targets: views of the same dtype and device that do not overlap.
+        sources: same shapes, dtype and device as the targets; any strides.
+        scales: one factor each.
+        low: empty, or for each target a bf16 or fp16 copy with equal strides, which is also
+            written.
     """
     if targets and own("copy_boxes", targets[0]):
         _ops.copy_boxes_(list(targets), list(sources), list(low), list(scales))

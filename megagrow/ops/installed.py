@@ -1,4 +1,4 @@
-"""Which other libraries of fused kernels are installed; looking imports none of them."""
+"""Detects other libraries of fused kernels without importing them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from pathlib import Path
 
 
 def apex_installed() -> bool:
-    """Whether NVIDIA apex is here, with its CUDA extensions.
+    """Whether NVIDIA apex is installed, with its CUDA extensions.
 
-    The package named ``apex`` on the package index is an unrelated project, so that name proves
-    nothing: apex is known by its extension ``amp_C``, or by its module ``apex.optimizers``.
+    The package named ``apex`` on the package index is an unrelated project, so the name alone is
+    not evidence: apex is recognised by its extension ``amp_C``, or by its module
+    ``apex.optimizers``.
     """
     return _found("amp_C") or _found("apex", "optimizers")
 
 
 def transformer_engine_installed() -> bool:
-    """Whether NVIDIA Transformer Engine is here, with its PyTorch part."""
+    """Whether NVIDIA Transformer Engine is installed, with its PyTorch part."""
     return _found("transformer_engine", "pytorch")
 
 
 def liger_installed() -> bool:
-    """Whether Liger-Kernel (Triton) is here."""
+    """Whether Liger-Kernel (Triton) is installed."""
     return _found("liger_kernel", "ops")
 
 
 def _found(package: str, module: str | None = None) -> bool:
-    """Whether a package, or a module directly in it, can be imported; nothing of it is run."""
+    """Whether a package, or a module directly in it, can be imported; none of its code is run."""
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):

@@ -1,8 +1,8 @@
-"""The ops as torch.library knows them, and which implementation is active.
+"""Registration of the ops with torch.library, and the choice of the active implementation.
 
-`torch.ops.megagrow.*` always works: the CUDA kernels serve CUDA tensors where their library is
-loaded, the emulator serves CPU tensors where a test asks for it, plain PyTorch everything else.
-The model asks `own(op, x)` first, and takes PyTorch's own fused ops where the answer is no.
+`torch.ops.megagrow.*` always works: the CUDA kernels handle CUDA tensors if their library is
+loaded, the emulator handles CPU tensors if a test selects it, and plain PyTorch everything else.
+The model first tests `own(op, x)`, and uses PyTorch's own fused ops if it is false.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _WINS = Path(__file__).with_name("compiled_wins.json")
 
 @dataclass(frozen=True)
 class Active:
-    """What serves, and why.
+    """The active implementation, and why.
 
     Attributes:
-        mode: what MEGAGROW_KERNELS asked for.
-        served: by device type, the element types that own kernels serve.
-        wins: the ops that stay own ones under torch.compile.
-        reason: one line for people.
+        mode: the value of MEGAGROW_KERNELS.
+        served: by device type, the dtypes that megagrow's kernels handle.
+        wins: the ops that use megagrow's kernels under torch.compile as well.
+        reason: a one-line explanation.
     """
 
     mode: Mode
@@ -53,10 +53,10 @@ _loaded: set[Path] = set()
 
 
 def own(op: str, x: Tensor) -> bool:
-    """Whether an own kernel is to serve an op on a tensor like x.
+    """Whether to use megagrow's kernel for an op on a tensor like x.
 
-    Under torch.compile only where a benchmark on this device has shown a win: an own op is a
-    wall that fusion does not cross.
+    Under torch.compile only if a benchmark on this device has shown a win: a custom op is a fusion
+    barrier.
     """
     now = _active or activate()
     if x.dtype not in now.served.get(x.device.type, ()):
@@ -65,10 +65,10 @@ def own(op: str, x: Tensor) -> bool:
 
 
 def activate(mode: str | None = None) -> Active:
-    """Choose what serves: by `mode`, or by MEGAGROW_KERNELS (``auto``), once for the process.
+    """Choose the implementation: by `mode`, or by MEGAGROW_KERNELS (``auto``), once per process.
 
     Raises:
-        ConfigError: the mode is unknown, or cannot be had.
+        ConfigError: the mode is unknown or not available.
     """
     global _active
     _active = _choose(mode or os.environ.get("MEGAGROW_KERNELS") or "auto")
@@ -76,13 +76,13 @@ def activate(mode: str | None = None) -> Active:
 
 
 def active() -> Active:
-    """What serves now."""
+    """The active implementation."""
     return _active or activate()
 
 
 @contextlib.contextmanager
 def using(mode: Mode) -> Iterator[Active]:
-    """Another choice for a while (tests and benchmarks)."""
+    """Context manager: use another implementation temporarily (tests and benchmarks)."""
     global _active
     before = _active
     try:
@@ -95,7 +95,7 @@ def load(library: Path) -> None:
     """Load a library of kernels once.
 
     Raises:
-        OSError: it is damaged, or made for another PyTorch.
+        OSError: it is damaged, or built for another PyTorch.
     """
     if library not in _loaded:
         torch.ops.load_library(str(library))
@@ -142,7 +142,7 @@ def _emulated(mode: Mode) -> Active:
 
 
 def _load_cuda() -> str | None:
-    """Load the CUDA kernels; returns why that cannot be, or None."""
+    """Load the CUDA kernels; returns why they cannot be loaded, or None."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     if not build.CUDA_LIBRARY.exists():
@@ -155,7 +155,7 @@ def _load_cuda() -> str | None:
 
 
 def _wins_on(device: str) -> frozenset[str]:
-    """The ops that a benchmark found faster than torch.compile's code on a device."""
+    """The ops that a benchmark found to be faster than torch.compile's code on a device."""
     table: Mapping[str, list[str]] = json.loads(_WINS.read_text(encoding="utf-8"))
     return frozenset(table.get(device, ()))
 
@@ -178,6 +178,6 @@ def _implementation(name: str) -> Any:
 _emulated_schemas = define(EMULATED)
 _library = define(NAMESPACE)
 for _name in SCHEMAS:
-    # The CUDA library registers its kernels under the key CUDA, which comes before this one.
+    # The CUDA library registers its kernels under the key CUDA, which takes precedence.
     _library.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", FAKES[_name], lib=_library)

@@ -1,7 +1,7 @@
-# ruff: noqa: D103 - what each function does is told beside its schema, in schemas.py
-"""What every op computes, in plain PyTorch: it serves where no kernel does, and in tests.
+# ruff: noqa: D103 - each function is described next to its schema, in schemas.py
+"""Reference implementations of all ops in plain PyTorch: the fallback, also used in tests.
 
-Signatures are those of the schemas.  Arithmetic is in fp32, or in fp64 for fp64.
+Signatures match the schemas. Arithmetic is in fp32, or in fp64 for fp64.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from megagrow.ops.schemas import statistics_dtype
 
-# Logits that are turned to fp32 at a time: few enough to stay in a core's cache, or for a GPU
-# enough to fill it.
+# Logits converted to fp32 at a time: few enough to stay in a core's cache, or enough to fill a GPU.
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
 _ALPHA, _CUBIC = math.sqrt(2.0 / math.pi), 0.044715  # of GELU's tanh form
 
@@ -26,7 +25,7 @@ def _up(x: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What is normalised, and what the op returns for it."""
+    """The tensor to normalise, and the op's corresponding output."""
     if residual is None:
         return x, x.new_empty(0)
     z = x + residual
@@ -163,7 +162,7 @@ def _cross_entropy_gradient(
     top, total, _ = stats
     scale, top = (grad / total).unsqueeze(1), top.unsqueeze(1)
     for chunk in _chunks(logits):
-        # grad * (softmax, less one at the target)
+        # grad * (softmax - 1 at the target)
         p = (logits[chunk] - top[chunk]).exp_().mul_(scale[chunk])
         into[chunk] = p.scatter_add_(1, index[chunk], at_target[chunk])
 
@@ -202,7 +201,7 @@ def adamw_(
 
 
 def _young_mask(row: Sequence[int]) -> Tensor:
-    """Which elements of a box of the table are young, flat."""
+    """A flat mask of the young elements of a box of the table."""
     size, begin, step, count = (row[k : k + 4] for k in (2, 6, 10, 14))
     old = torch.ones(size, dtype=torch.bool)
     for axis in range(4):

@@ -1,4 +1,4 @@
-"""The ops of a library of kernels: their schemas, and what shapes they return (fake kernels)."""
+"""The schemas of the ops, and their fake kernels (output shapes)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SCHEMAS = {
     # GELU (tanh form) of x [..., n] + bias [n]
     "bias_gelu": "(Tensor x, Tensor bias) -> Tensor",
     "bias_gelu_backward": "(Tensor grad, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)",
-    # x [batch, sequence, groups, heads, width]: the first `turned` heads of each group are turned
+    # x [batch, sequence, groups, heads, width]: rotates the first `turned` heads of each group
     "rotary": "(Tensor x, Tensor cos, Tensor sin, int turned, bool back) -> Tensor",
     "rotary_": "(Tensor(a!) x, Tensor cos, Tensor sin, int turned, bool back) -> ()",
-    # logits [rows, columns], of the vocabulary from `start` on; labels [rows]; stats [3, rows]:
-    # the greatest logit, the sum of exponentials less it, the logit at the label or 0
+    # logits [rows, columns], the part of the vocabulary from `start` on; labels [rows]; stats [3,
+    # rows]: the largest logit, the sum of exp(logit - largest), the logit at the label or 0
     "softmax_stats": "(Tensor logits, Tensor labels, int start) -> Tensor",
     "cross_entropy_backward": "(Tensor grad, Tensor logits, Tensor labels, Tensor stats, int start)"
     " -> Tensor",
@@ -38,14 +38,15 @@ SCHEMAS = {
     "adamw_": "(Tensor(a!) parameter, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
     " Tensor(d!)? low, Tensor? scale, Tensor? young, Tensor? rates, float lr, float beta1,"
     " float beta2, float eps, float weight_decay, int step) -> ()",
-    # targets[k] = sources[k] * scales[k]; low is empty, or as long, and gets the same
+    # targets[k] = sources[k] * scales[k]; low is empty, or of equal length and receives the same
+    # values
     "copy_boxes_": "(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!)[] low, float[] scales)"
     " -> ()",
 }
 
 
 def define(namespace: str) -> torch.library.Library:
-    """Define all ops under a namespace; they live as long as the library that is returned."""
+    """Define all ops in a namespace; they exist as long as the returned library."""
     library = torch.library.Library(namespace, "DEF")
     for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -53,7 +54,7 @@ def define(namespace: str) -> torch.library.Library:
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """What statistics of a tensor are kept in: fp32, or fp64 for fp64."""
+    """The dtype of a tensor's statistics: fp32, or fp64 for fp64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

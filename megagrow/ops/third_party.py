@@ -1,7 +1,8 @@
-"""NVIDIA apex, Transformer Engine and Liger in place of the own kernels, where a run chooses one.
+"""NVIDIA apex, Transformer Engine and Liger as alternatives to megagrow's kernels.
 
-A library is used only if it is installed, `ops.backend` names it, and it passes a numerical
-check against fp64 when it is chosen; it then serves the ops it has, and the own kernels the rest.
+A library is used only if it is installed, selected by `ops.backend`, and passes a numerical check
+against fp64 when it is selected; it then handles the ops that it has, and megagrow's kernels the
+rest.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ class Backend:
     """A library of kernels.
 
     Attributes:
-        name: as `ops.backend` names it.
-        installed: whether it is here.
+        name: its name in `ops.backend`.
+        installed: whether it is installed.
         functions: its ops, with the signatures of `PLAIN`.
-        fix: how to get it.
-        device: what it runs on.
+        fix: how to install it.
+        device: the device type it runs on.
     """
 
     name: str
@@ -89,7 +90,7 @@ def _transformer_engine_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps:
 def _liger_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    # Offset 0, statistics in fp32, and the gradient that comes in is left alone.
+    # Offset 0, statistics in fp32, and the incoming gradient is not modified.
     return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
 
 
@@ -102,7 +103,7 @@ def _liger_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Te
 def _liger_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-    # It overwrites what it is given, so it is given copies of its own.
+    # It overwrites its inputs, so it is given copies.
     return LigerSiLUMulFunction.apply(gate.contiguous(), up.contiguous())
 
 
@@ -141,10 +142,10 @@ _chosen: Backend | None = None
 
 
 def choose(name: str) -> None:
-    """Use a library for the ops it has (``own``: none) from now on, in this process.
+    """Select a library for the ops it has (``own``: none), for this process.
 
     Raises:
-        ConfigError: it is not installed, there is no device for it, or it computes wrongly.
+        ConfigError: it is not installed, has no suitable device, or fails the numerical check.
     """
     global _chosen
     if name == "own":
@@ -176,14 +177,14 @@ def choose(name: str) -> None:
 
 
 def alternative(op: str, x: Tensor) -> Callable[..., Any] | None:
-    """The chosen library's function for an op on a tensor like x, or None."""
+    """The selected library's function for an op on a tensor like x, or None."""
     if _chosen is None or x.device.type != _chosen.device:
         return None
     return _chosen.functions.get(op)
 
 
 def chosen() -> str:
-    """The name of the chosen library, or ``own``."""
+    """The name of the selected library, or ``own``."""
     return "own" if _chosen is None else _chosen.name
 
 
@@ -231,7 +232,7 @@ def self_check(backend: Backend, op: str) -> str | None:
         high = [x.to(backend.device, torch.float64) for x in inputs]
         try:
             ours = _results(op, backend.functions[op], low)
-        except Exception as error:  # a foreign library may fail in any way
+        except Exception as error:  # a third-party library may fail in any way
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         for got, wanted in zip(ours, _results(op, PLAIN[op], high), strict=True):
             if got.shape != wanted.shape:
@@ -243,7 +244,7 @@ def self_check(backend: Backend, op: str) -> str | None:
 
 
 def _results(op: str, function: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
-    """Outputs and gradients of an op, or what an update leaves."""
+    """Outputs and gradients of an op, or the tensors after an update."""
     if op == "adamw":
         tensors = [x.clone() for x in inputs]
         function(*tensors, **_NUMBERS[op])

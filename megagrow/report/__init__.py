@@ -1,4 +1,4 @@
-"""The report of a run: what its log says, as one HTML page that needs nothing else."""
+"""The report of a run: its log as one self-contained HTML page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Axes of a chart: scale, ticks, and how a value becomes a place."""
+"""Axes of a chart: scale, ticks, and positions of values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MANTISSAS: tuple[tuple[float, ...], ...] = (
 )
 
 
-# Nothing real is as large, and the arithmetic of an axis stays finite below it.
+# No real value is as large, and the arithmetic of an axis stays finite below it.
 _BEYOND = 1e140
 
 
@@ -30,7 +30,7 @@ class Axis:
         low, high: the values at its two ends, low < high.
         log: whether it is logarithmic (then low > 0).
         ticks: the values that get a label, within [low, high].
-        labels: one a tick.
+        labels: one per tick.
     """
 
     low: float
@@ -40,7 +40,7 @@ class Axis:
     labels: tuple[str, ...]
 
     def place(self, value: float) -> float:
-        """Where `value` lies: 0 at `low`, 1 at `high`; nan for what has no place."""
+        """The position of `value`: 0 at `low`, 1 at `high`; nan if it has none."""
         if self.log:
             if value <= 0:
                 return math.nan
@@ -60,11 +60,11 @@ def axis(
     """The axis that shows all finite `values`.
 
     Args:
-        log: logarithmic, over the values above 0; linear where there are none.
+        log: logarithmic, over the positive values; linear if there are none.
         zero: a linear axis begins at 0.
-        snap: a linear axis ends on ticks; otherwise it ends with the values.
+        snap: a linear axis ends at ticks; otherwise at the extreme values.
         prefixes: k, M, G, ... in tick labels; otherwise plain numbers.
-        count: about how many ticks.
+        count: approximate number of ticks.
     """
     finite = [value for value in values if abs(value) < _BEYOND]  # not nan, not inf
     positive = [value for value in finite if value > 1 / _BEYOND]
@@ -79,7 +79,7 @@ def axis(
     ticks = log_ticks(low, high, count) if log else linear_ticks(low, high, count)
     if snap and not log and len(ticks) > 1:
         spacing = ticks[1] - ticks[0]
-        # A sliver beyond the last tick does not deserve another one.
+        # A sliver beyond the last tick does not get another one.
         low = low if low > ticks[0] - 0.02 * spacing else ticks[0] - spacing
         high = high if high < ticks[-1] + 0.02 * spacing else ticks[-1] + spacing
         ticks = linear_ticks(low, high, count)
@@ -101,7 +101,7 @@ def linear_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float, count: int) -> list[float]:
-    """Round values within [low, high], about `count`, spread over a logarithmic axis."""
+    """About `count` round values within [low, high], spread over a logarithmic axis."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     fits: list[list[float]] = []
     for mantissas in _MANTISSAS:
@@ -117,7 +117,7 @@ def log_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def squeezed(values: Sequence[float]) -> bool:
-    """Whether a linear axis from 0 would press half of the values into its first tenth."""
+    """Whether a linear axis from 0 would squeeze half of the values into its first tenth."""
     positive = sorted(value for value in values if math.isfinite(value) and value > 0)
     return bool(positive) and positive[len(positive) // 2] < positive[-1] / 10
 
@@ -132,7 +132,7 @@ def _widen(value: float, log: bool) -> tuple[float, float]:
 def _labels(ticks: Sequence[float], *, prefixes: bool) -> tuple[str, ...]:
     if prefixes:
         return tuple(human(tick) for tick in ticks)
-    # All ticks of an axis in one style: decimals as long as none gets long.
+    # All ticks of an axis in one style: decimals unless one of them gets long.
     plain = [f"{tick:.6f}".rstrip("0").rstrip(".") for tick in ticks]
     if max((len(text) for text in plain), default=0) <= 7 and len(set(plain)) == len(plain):
         return tuple(text.replace("-", "−") for text in plain)

@@ -1,9 +1,8 @@
 """One chart as inline SVG.
 
-Across, places are percentages and sizes are pixels, so that a chart takes the
-width that the page gives it and its text keeps its size: the same SVG is
-readable on a telephone and on a wide screen.  Curves lie in a nested SVG
-that stretches, with strokes that do not.
+Horizontal positions are percentages and sizes are pixels, so that a chart adapts to the width of
+the page while its text keeps its size: the same SVG is readable on a phone and on a wide screen.
+Curves are in a nested SVG that stretches, with strokes that do not.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from megagrow.report.axis import Axis
 Point = tuple[float, float]
 
 _GRID = 1000  # units of the stretched coordinate system, each way
-_NARROWEST = 260  # px: the least plot width for which labels are kept apart
+_NARROWEST = 260  # px: the smallest plot width for which labels do not overlap
 _LETTER = 7.4  # px: a generous mean width of a letter in a label
 _ROW = 17  # px: height of one row of marker labels
 _MOST_ROWS = 5
 _BUCKETS = 400  # a curve is drawn with at most four points for each of these columns
-_BANDS = 120  # columns that answer the pointer
+_BANDS = 120  # columns that react to the pointer
 _MOST_DOTS = 80
 
 
 Style = Literal["raw", "main", "dots", "c1", "c2", "c3", "c4", "c5", "c6", "c7"]
-COLOURS: tuple[Style, ...] = ("c1", "c2", "c3", "c4", "c5", "c6", "c7")  # for curves side by side
+COLOURS: tuple[Style, ...] = ("c1", "c2", "c3", "c4", "c5", "c6", "c7")  # of several curves
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ class Span:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: `style` (a CSS class) says how it looks, `name` stands in the legend.
+    """One curve: `style` is its CSS class, `name` its text in the legend.
 
-    A point with a coordinate that is not finite breaks the curve.
+    A point with a non-finite coordinate breaks the curve.
     """
 
     name: str
@@ -80,8 +79,8 @@ def chart(
     """A figure with title, legend and plot.
 
     Args:
-        note: a line under the title: what is measured, in which unit, on which scale.
-        hover: (x, text) for the pointer; one text for each of some columns is used.
+        note: a line under the title: quantity, unit, scale.
+        hover: (x, text) for the pointer; one text per column is used.
         height: of the plot alone, px.
     """
     drawn = [one for one in series if any(_is_finite(point) for point in one.points)]
@@ -151,7 +150,7 @@ def _plot(
     for marker, (anchor, row, text) in zip(markers, labels, strict=True):
         at = across(marker.x)
         full = f"<title>{escape(marker.title)}</title>"
-        # A wide unseen line under the pointer; then the label, with a halo over other lines.
+        # A wide invisible line for the pointer; then the label, with a halo over other lines.
         parts.append(
             f'<line class="grip" x1="{at}" x2="{at}" y1="{top}" y2="{bottom}">{full}</line>'
         )
@@ -166,7 +165,7 @@ def _plot(
 
 
 def _curve(x: Axis, y: Axis, series: Series) -> str:
-    """The points as line pieces; a piece of a single point becomes a short dash."""
+    """The points as line segments; an isolated point becomes a short dash."""
     pieces: list[str] = []
     for run in _finite_runs(series.points):
         placed = [(x.place(a) * _GRID, (1 - y.place(b)) * _GRID) for a, b in run]
@@ -188,14 +187,14 @@ def _span(x: Axis, y: Axis, style: Style, span: Span) -> str:
 
 
 def _dots(x: Axis, y: Axis, series: Series) -> list[Point]:
-    """The points that get a dot: few enough to be told apart."""
+    """The points that get a dot: few enough to be distinguishable."""
     seen = [
         (a, b) for a, b in series.points if 0 <= x.place(a) <= 1 and -0.01 <= y.place(b) <= 1.01
     ]
     if series.style != "dots" and not series.marked and len(seen) > 1:
-        return []  # a line shows these; a lone point has none
+        return []  # the line is enough; an isolated point has none
     every = max(1, math.ceil(len(seen) / _MOST_DOTS))
-    # The last one is what a reader looks for: count from it.
+    # The last one matters most to the reader: count from it.
     return seen[::-1][::every][::-1]
 
 
@@ -214,14 +213,14 @@ def _bands(x: Axis, hover: Sequence[tuple[float, str]], top: float, height: floa
 
 
 def _place_labels(x: Axis, markers: Sequence[Marker]) -> tuple[list[tuple[str, int, str]], int]:
-    """(anchor, row, text) for each marker so that no two labels meet, and the number of rows.
+    """(anchor, row, text) for each marker such that no labels overlap, and the number of rows.
 
-    Labels are kept apart at the narrowest plot; as they are bound to their
-    lines and the plot only widens, they stay apart at any width.
+    Labels do not overlap at the narrowest plot; since they are attached to their lines and the plot
+    only gets wider, they do not overlap at any width.
     """
     for texts in ([m.label for m in markers], [f"#{n}" for n in range(1, len(markers) + 1)]):
         order = sorted(range(len(markers)), key=lambda i: markers[i].x)
-        ends: list[float] = []  # where the last label of each row ends, px
+        ends: list[float] = []  # end of the last label of each row, px
         placed: dict[int, tuple[str, int, str]] = {}
         for i in order:
             at = x.place(markers[i].x) * _NARROWEST
@@ -272,7 +271,7 @@ def _finite_runs(points: Sequence[Point]) -> Iterable[list[Point]]:
 
 
 def _thin(points: list[Point]) -> list[Point]:
-    """First, lowest, highest and last point of each column: the picture stays the same."""
+    """First, lowest, highest and last point of each column: the drawing does not change."""
     columns: dict[int, list[Point]] = {}
     for point in points:
         columns.setdefault(int(point[0] * _BUCKETS / _GRID), []).append(point)
@@ -292,10 +291,10 @@ def _is_finite(point: Point) -> bool:
 
 
 def standalone(figure: str, *, style: str, width: int = 960) -> str:
-    """A figure of `chart` as an SVG file of its own, `width` pixels wide.
+    """A figure of `chart` as a standalone SVG file, `width` pixels wide.
 
     Args:
-        figure: what `chart` returned.
+        figure: the return value of `chart`.
         style: the style sheet; browsers apply it inside an SVG file as well.
     """
     title, legend = (re.search(pattern, figure) for pattern in (_TITLE, _LEGEND))

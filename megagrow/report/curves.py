@@ -15,7 +15,7 @@ from megagrow.report.units import human, number_text, signed, whole
 
 @dataclass(frozen=True)
 class _Across:
-    """What a chart is drawn over."""
+    """The quantity on the horizontal axis."""
 
     key: str
     label: str
@@ -80,16 +80,15 @@ def side_charts(run: Run) -> list[str]:
 
 
 def growth_markers(run: Run) -> list[Marker]:
-    """Where growths are on a chart over tokens."""
+    """The positions of growths on a chart over tokens."""
     return _markers(run, _TOKENS, short=True)
 
 
 def running_mean(values: Sequence[float], stages: Sequence[int], reach: int) -> list[float]:
-    """The mean over up to `reach` values on either side, as many on each.
+    """A centred moving average over up to `reach` values on either side.
 
-    It neither lags nor mixes stages: at the ends of a stage the window
-    shrinks, so a jump at a growth stays a jump.  A value that is not finite
-    stays so and is left out of its neighbours' means.
+    It neither lags nor mixes stages: at the ends of a stage the window shrinks, so a jump at a
+    growth stays a jump. A non-finite value is kept as it is and left out of its neighbours' means.
     """
     means: list[float] = []
     begin = 0
@@ -148,7 +147,7 @@ def _x_axis(run: Run, across: _Across) -> Axis:
     values = [getattr(one, across.key) for one in (*run.steps, *run.validations, *run.growths)]
     log = squeezed(values)
     if log:
-        # The first per cent of a run would take a third of the axis.
+        # The first per cent of a run would occupy a third of the axis.
         finite = [value for value in values if math.isfinite(value)]
         values = [value for value in finite if value >= max(finite) / 2000] or finite
     return axis(values, log=log, zero=True, prefixes=True)
@@ -214,7 +213,7 @@ def _hover(run: Run, key: str, text: Callable[[Step], str]) -> list[tuple[float,
 
 
 def _spread(values: Sequence[float]) -> float:
-    """The largest over the smallest; 1 where that says nothing."""
+    """Ratio of the largest to the smallest; 1 if it is not meaningful."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite or min(finite) <= 0:
         return 1.0

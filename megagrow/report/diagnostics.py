@@ -1,4 +1,4 @@
-"""The part of a report that is about what became of growths: diagnostics and mixing times."""
+"""The growth section of a report: diagnostics and mixing times."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megagrow.report.units import human, number_text, whole
 
 _HEIGHT = 190  # px
 _X_LABEL = "tokens seen"
-# Of each chart: title, note, and the numbers that it shows by their names in the log.
+# For each chart: title, note, and the names in the log of the numbers that it shows.
 _CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Share of the new parameters",
-        "in the squares of gradient and update, beside their share in number",
+        "in the squares of gradient and update, compared with their share in number",
         (
             ("gradient_share", "gradient"),
             ("update_share", "update"),
@@ -37,7 +37,7 @@ _CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
 
 
 def diagnostics_section(run: Run, markers: Sequence[Marker]) -> str:
-    """Charts of the diagnostics over tokens, as HTML; empty where there are none."""
+    """Charts of the diagnostics over tokens, as HTML; empty if there are none."""
     seen = run.diagnoses
     if not seen:
         return ""

@@ -1,7 +1,7 @@
-"""The log of a run, `metrics.jsonl`: one JSON object a line, each with an `event`.
+"""The log of a run, `metrics.jsonl`: one JSON object per line, each with an `event`.
 
-Floats that are not finite have no JSON form: they are written as the strings
-"nan", "inf" and "-inf", and reading turns exactly these strings back.
+JSON has no non-finite floats: they are written as the strings "nan", "inf" and "-inf", and the
+reader converts exactly these strings back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megagrow.errors import DataError
 
 Line = dict[str, Any]
 
-_LONGEST = 4 << 20  # bytes of a line; the longest that runs write have thousands
+_LONGEST = 4 << 20  # bytes per line; the longest lines that runs write have thousands
 _BLOCK = 1 << 16
 
 _DAMAGE = (ValueError, TypeError, RecursionError)
@@ -26,12 +26,12 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def encode_line(line: Line) -> bytes:
-    """One log line in bytes, its newline included: strict JSON whatever the floats."""
+    """One log line as bytes, with newline: strict JSON for any floats."""
     return json.dumps(_to_json(line), allow_nan=False).encode() + b"\n"
 
 
 def read_metrics(path: str | Path) -> list[Line]:
-    """All lines of a log, in their order; `iter_metrics` where they may be many.
+    """All lines of a log in order; use `iter_metrics` for long logs.
 
     Raises:
         DataError: as `iter_metrics`.
@@ -40,29 +40,29 @@ def read_metrics(path: str | Path) -> list[Line]:
 
 
 def iter_metrics(path: str | Path) -> Iterator[Line]:
-    """The lines of a log, one after the other, each read when it is asked for.
+    """Iterate over the lines of a log, reading lazily.
 
-    A last line that a killed run left half written is passed over.
+    An incomplete last line of a killed run is skipped.
 
     Raises:
-        DataError: the file cannot be read, or a line of it is damaged (named by its number).
+        DataError: the file cannot be read, or a line is damaged (named by its number).
     """
     for _, line in read_lines(Path(path)):
         yield line
 
 
 def read_lines(path: Path, *, start: int = 0) -> Iterator[tuple[bytes, Line]]:
-    """As `iter_metrics`, each line with its own bytes (newline included).
+    """Like `iter_metrics`, with the raw bytes of each line (newline included).
 
     Args:
-        start: byte at which a line begins; what is before it is not read.
+        start: byte offset of the first line to read.
     """
     with _opened(path) as stream:
         stream.seek(start)
         for number, raw in enumerate(iter(lambda: stream.readline(_LONGEST), b""), start=1):
             if not raw.endswith(b"\n") and len(raw) < _LONGEST:
-                # The newline goes out with its line, so this line was cut by a kill; it may still
-                # be whole.
+                # A line is written together with its newline, so this line was cut off by a kill;
+                # it may still be complete.
                 with contextlib.suppress(*_DAMAGE):
                     yield raw + b"\n", _parse(raw)
                 return
@@ -73,11 +73,10 @@ def read_lines(path: Path, *, start: int = 0) -> Iterator[tuple[bytes, Line]]:
 
 
 def tail_start(path: Path, *, step: int, stage: int | None) -> int:
-    """Where the last training step of at most `step` (and `stage`) begins: a byte; else 0.
+    """The byte offset of the last training step of at most `step` (and `stage`), or 0.
 
-    Steps only rise in a log, so all lines before that one are of at most that step.  Read from
-    the end, and no farther than needed: what lies before it is not looked at, nor is damage there
-    noticed.
+    Steps only increase in a log, so all lines before that one are of at most that step. The file is
+    read from the end, no farther than needed: damage before that line is not noticed.
 
     Raises:
         DataError: the file cannot be read.
@@ -87,7 +86,7 @@ def tail_start(path: Path, *, step: int, stage: int | None) -> int:
             try:
                 line = _parse(raw)
             except _DAMAGE:
-                continue  # whoever reads on from the returned place comes to it
+                continue  # a reader that starts at the returned offset will find it
             at, of = line.get("step"), line.get("growth_stage")
             if line["event"] != "step" or not isinstance(at, int) or not isinstance(of, int):
                 continue
@@ -97,7 +96,7 @@ def tail_start(path: Path, *, step: int, stage: int | None) -> int:
 
 
 def last_line(path: Path) -> Line | None:
-    """The last whole line of a log, read from its end; None where there is none.
+    """The last complete line of a log, read from its end, or None.
 
     Raises:
         DataError: the file cannot be read.
@@ -132,7 +131,7 @@ def _backwards(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
         position -= size
         stream.seek(position)
         data = stream.read(size) + begun
-        # What is before the first newline belongs to a line that begins farther ahead.
+        # The part before the first newline belongs to a line that begins earlier.
         cut = data.find(b"\n") + 1 if position else 0
         at = position + len(data)
         for raw in reversed(data[cut:].splitlines(keepends=True) if cut or not position else []):

@@ -1,4 +1,4 @@
-"""The report page: what a run did, in one HTML file that needs nothing else."""
+"""The report page: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from megagrow.report.units import binary_bytes, duration, human, number_text, si
 
 _SHAPE = ("family", "layers", "hidden", "heads")
 _MORE_SHAPE = ("ffn", "sequence", "vocab")
-# What neither HTML nor XML allows in a text, however it is escaped.
+# Characters that neither HTML nor XML allows in text, even escaped.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
-_MOST = 4_096  # groups of steps, and validations, that a page holds; more are put together
+_MOST = 4_096  # maximum number of step groups and of validations on a page; more are merged
 _NONE = '<span aria-label="not known">–</span>'
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Make `run_dir/report.html` from the run's log and configuration; returns its path.
+    """Write `run_dir/report.html` from the run's log and configuration; returns its path.
 
-    A run that has only begun, or has not, gets a report that says so.
+    A run that has just begun, or not yet, gets a report that says so.
 
     Raises:
         DataError: `run_dir` is not a run directory, its log is damaged, or the
@@ -55,7 +55,7 @@ def write_report(run_dir: str | Path) -> Path:
         raise DataError(
             f"cannot write the report {path}",
             found=error.strerror,
-            expected="room on the disk and the right to write",
+            expected="disk space and write permission",
             fix=f"free space, then python launch/report.py {run_dir}",
         ) from error
     return path
@@ -78,7 +78,7 @@ def render(run: Run, *, name: str, config: str | None) -> str:
 
 
 def _drawn_from(run: Run) -> str:
-    """What the curves leave out, where they do."""
+    """A note on what the curves leave out, if anything."""
     said = []
     if run.steps_each > 1:
         said.append(
@@ -94,7 +94,7 @@ def _drawn_from(run: Run) -> str:
 
 
 def document(*, title: str, body: str) -> str:
-    """A whole page of a title (text) and a body (HTML)."""
+    """A complete page from a title (text) and a body (HTML)."""
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
@@ -130,7 +130,7 @@ def _header(run: Run, name: str) -> str:
 
 
 def _status(run: Run) -> tuple[str, bool]:
-    """How the run stands, in words, and whether it is at its end."""
+    """The status of the run in words, and whether it has finished."""
     reason = run.end.get("reason")
     why = reason if isinstance(reason, str) and reason else None
     if run.complete:
@@ -144,7 +144,7 @@ def _status(run: Run) -> tuple[str, bool]:
 
 
 def _validation_title(run: Run) -> str:
-    """What the loss of the last validation may be called."""
+    """The label for the loss of the last validation."""
     last = run.last_validation
     if last is None:
         return "Validation loss"
@@ -257,7 +257,7 @@ def _growth_table(run: Run) -> str:
 
 
 def _mixing(run: Run, growth: Growth) -> str:
-    """Tokens until the grown run was where a fresh model is foretold to be."""
+    """The mixing time in tokens."""
     if growth.stage in run.mixing:
         return _value(run.mixing[growth.stage], lambda tokens: human(tokens, "tokens"))
     return "not in this run" if growth.foretold else _NONE
@@ -295,7 +295,7 @@ def _configuration(run: Run, config: str | None) -> str:
 
 
 def _shape(model: dict[str, Any], keys: Sequence[str]) -> str:
-    """'gpt2, 4 layers, 256 hidden, ...' of what the log tells about `keys`."""
+    """'gpt2, 4 layers, 256 hidden, ...' for those `keys` that are in the log."""
     parts = []
     for key in keys:
         value = model.get(key)
@@ -332,12 +332,12 @@ def sheet(
 
 
 def _loss(value: float) -> str:
-    """Losses stand below one another: the same number of decimals for all."""
+    """The same number of decimals for all losses of a column."""
     return f"{value:.4f}" if math.isfinite(value) else number_text(value)
 
 
 def _value(value: float, write: Callable[[float], str]) -> str:
-    """A number as people read it, with the exact one for machines and for the pointer."""
+    """A readable number, with the exact value for machines and on hover."""
     if math.isnan(value):
         return _NONE
     exact = f"{value:.0f}" if math.isfinite(value) and value == int(value) else repr(value)

@@ -1,7 +1,7 @@
-"""What the log of a run amounts to: its curves, growth stages and totals.
+"""Summary of a run's log: curves, growth stages and totals.
 
-The log is taken as it is found: a value that is missing or not a number
-leaves a gap in the report and never stops it.
+The log is not trusted: a missing or non-numeric value leaves a gap in the report and is never an
+error.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Growth:
     bytes_moved: float
     peak_staging_bytes: float
     stage: int
-    foretold: bool = False  # whether a mixing time was looked for
+    foretold: bool = False  # whether a mixing time is measured
 
     @property
     def jump(self) -> float:
@@ -53,7 +53,7 @@ class Growth:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A look at an update of a grown model (`event` growth_diagnostics): numbers by their names."""
+    """Diagnostics of one update of a grown model (`event` growth_diagnostics): numbers by name."""
 
     step: int
     tokens: float
@@ -62,7 +62,7 @@ class Diagnosis:
 
 @dataclass
 class Stage:
-    """One growth stage: what it trained, on what, and how far the loss came."""
+    """One growth stage: its model, its data, and its losses."""
 
     index: int
     model: dict[str, Any] = field(default_factory=dict)
@@ -71,28 +71,28 @@ class Stage:
     steps: int = 0
     tokens: float = 0.0
     flops: float = 0.0
-    seconds: float = 0.0  # time in which the run was up, growth and validation included
+    seconds: float = 0.0  # time in which the run was running, growth and validation included
     first_validation: float = math.nan
     last_validation: float = math.nan
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run did so far.
+    """The progress of a run so far.
 
     Attributes:
-        steps: every step, or where they are too many of each `steps_each` neighbours those with
-            the extremes (`megagrow.report.thin`).
-        means: one for each group of steps; `steps` again where every step is there.
+        steps: every step, or if there are too many, the extremes of each group of `steps_each`
+            steps (`megagrow.report.thin`).
+        means: one per group of steps; equal to `steps` if every step is kept.
         validations: all, or every `validations_each`-th and the last.
-        diagnoses: likewise of the growths' diagnostics.
-        mixing: by the stage that a growth leads to, its mixing time in tokens.
+        diagnoses: likewise for growth diagnostics.
+        mixing: mixing times in tokens, by the stage that the growth leads to.
         start: the run_start line; empty if there is none.
-        end: the end line if the last job of the run ended by itself, at the run's own end or
-            before it; else empty.
-        last_step: the last one.
-        last_validation: the last one whose loss is a number.
-        total_steps: of the whole run as it was planned last; None if the log does not say.
+        end: the end line if the last job of the run exited by itself, at or before the run's end;
+            else empty.
+        last_step: the last step.
+        last_validation: the last validation with a finite loss.
+        total_steps: of the whole run, as last planned; None if the log does not say.
     """
 
     steps: tuple[Step, ...]
@@ -118,28 +118,28 @@ class Run:
 
     @property
     def goodput(self) -> float:
-        """Share of all time that went into steps that were kept; nan where nothing is known.
+        """Share of the total time spent on steps that were kept; nan if unknown.
 
-        The rest is start-up, validation, saving, growing, work that a kill undid, and the time
-        in which the run was down.
+        The rest is start-up, validation, saving, growing, work lost by a kill, and the time in
+        which the run was down.
         """
         known = self.useful_seconds > 0 and self.elapsed_seconds > 0
         return min(self.useful_seconds / self.elapsed_seconds, 1.0) if known else math.nan
 
     @property
     def seconds(self) -> float:
-        """Time in which the run was up; time between a kill and its resume is not in it."""
+        """Time in which the run was running, without the time between a kill and the resume."""
         return sum(stage.seconds for stage in self.stages)
 
     @property
     def at(self) -> int:
-        """Steps done."""
+        """Number of completed steps."""
         done = self.last_step.step if self.last_step is not None else 0
         return _index(self.end.get("step"), done)
 
     @property
     def complete(self) -> bool:
-        """Whether it came to the end that was planned, and was not stopped before it."""
+        """Whether it reached its planned end."""
         if not self.end:
             return False
         if self.total_steps is not None:
@@ -148,17 +148,17 @@ class Run:
 
     @property
     def final_validation(self) -> float:
-        """The loss after the run's last step; nan where that was not validated."""
+        """The validation loss after the run's last step; nan if there is none."""
         last = self.last_validation
         return last.loss if last is not None and last.step == self.at else math.nan
 
 
 def summarize(lines: Iterable[Line], *, most: int | None = None) -> Run:
-    """Read the curves, stages and totals out of a log's lines, one at a time.
+    """Compute the curves, stages and totals from a log's lines, in one pass.
 
     Args:
-        most: groups of steps, and validations, that are held at most; totals count every line
-            all the same.  None holds all of them.
+        most: maximum number of step groups and of validations to keep; totals count every line in
+            any case. None keeps all of them.
     """
     steps, validations = Steps(most), EveryNth[Validation](most)
     diagnoses, mixing = EveryNth[Diagnosis](most), dict[int, float]()
@@ -178,7 +178,7 @@ def summarize(lines: Iterable[Line], *, most: int | None = None) -> Run:
         if event == "end":
             end = line
         elif event in ("step", "resume"):
-            end = {}  # it went on
+            end = {}  # it was resumed
         if event == "run_start":
             start = start or line
         if event in ("run_start", "resume", "end"):
@@ -189,7 +189,7 @@ def summarize(lines: Iterable[Line], *, most: int | None = None) -> Run:
         stage.layout = _section(line, "layout") or stage.layout
 
         before, clock = clock, _finite(number(line, "time"), clock)
-        if clock > before:  # a clock that was set back counts for nothing
+        if clock > before:  # a clock that was set back is ignored
             elapsed += clock - before
             if event not in ("run_start", "resume"):
                 stage.seconds += clock - before
@@ -244,7 +244,7 @@ def summarize(lines: Iterable[Line], *, most: int | None = None) -> Run:
         elif math.isnan(stage.parameters):
             stage.parameters = number(line, "parameters")
         if event in ("step", "run_start", "resume"):
-            # A run that starts from another's checkpoint does not begin at nought.
+            # A run that starts from another run's checkpoint does not begin at 0.
             tokens = _finite(number(line, "tokens"), tokens)
             flops = _finite(number(line, "flops"), flops)
     return Run(
@@ -272,7 +272,7 @@ def summarize(lines: Iterable[Line], *, most: int | None = None) -> Run:
 
 
 def number(line: Line, key: str) -> float:
-    """The number at `key`; nan if there is none."""
+    """The number at `key`, or nan."""
     value = line.get(key)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:

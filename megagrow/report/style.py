@@ -1,4 +1,4 @@
-"""The look of the report: one style sheet, light or dark as the reader's system is."""
+"""The style sheet of the report, light or dark like the reader's system."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Curves of any length in bounded memory: neighbours are put together as they come.
+"""Curves of any length in bounded memory: neighbouring steps are merged online.
 
-A run of a million steps cannot be drawn step by step, nor need it be held so.  Once there are
-more groups than are wanted, each two neighbours become one: of every group stay the steps that a
-picture must show (the lowest and the highest loss, the largest gradient) and the means over all of
-it.  Groups do not reach over the end of a growth stage, where curves jump.
+A run of a million steps cannot be drawn step by step, and need not be kept so. Once there are too
+many groups, pairs of neighbours are merged: each group keeps the steps that a plot must show (the
+lowest and the highest loss, the largest gradient) and the means over all its steps. Groups do not
+extend across the end of a growth stage, where curves jump.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _AVERAGED = ("tokens", "flops", "loss", "lr", "grad_norm", "tokens_per_second")
 
 @dataclass(slots=True)
 class _Group:
-    """Neighbouring steps of one stage; sums and counts are of the values that are finite."""
+    """Neighbouring steps of one stage; sums and counts are over finite values."""
 
     count: int
     low: Step
@@ -52,7 +52,7 @@ class _Group:
         return _Group(1, step, step, step, step, sums, [int(fine) for fine in finite])
 
     def takes(self, other: _Group) -> None:
-        """Add a group that follows."""
+        """Merge the following group into this one."""
         self.count += other.count
         self.low = min(self.low, other.low, key=_by_loss)
         self.high = max(self.high, other.high, key=_by_loss)
@@ -74,17 +74,17 @@ class _Group:
 
 
 class Steps:
-    """The steps of a run, put together where there are too many.
+    """The steps of a run, merged into groups if there are too many.
 
     Args:
-        most: groups that are held at most; None holds every step.
+        most: maximum number of groups; None keeps every step.
 
     Attributes:
-        size: steps that a group has at most; 1 where every step is there.
-        count: steps that were added.
-        last: the last one.
-        not_finite: how many have a loss that is not a number.
-        first_not_finite: number of the first of them.
+        size: maximum steps per group; 1 if every step is kept.
+        count: number of steps added.
+        last: the last step.
+        not_finite: number of steps with a non-finite loss.
+        first_not_finite: step number of the first of them.
     """
 
     def __init__(self, most: int | None = None) -> None:
@@ -95,7 +95,7 @@ class Steps:
         self.first_not_finite: int | None = None
 
     def add(self, step: Step) -> None:
-        """One more step, behind the others; the same one again takes its place."""
+        """Append a step; if it has the number of the last one, replace that."""
         groups, again = self._groups, self.last is not None and self.last.step == step.step
         self.last = step
         if again and groups[-1].count == 1:
@@ -115,26 +115,26 @@ class Steps:
 
     def _append(self, group: _Group) -> None:
         last = self._groups[-1] if self._groups else None
-        room = last is not None and last.count + group.count <= self.size
-        if last is not None and room and last.last.stage == group.last.stage:
+        fits = last is not None and last.count + group.count <= self.size
+        if last is not None and fits and last.last.stage == group.last.stage:
             last.takes(group)
         else:
             self._groups.append(group)
 
     def kept(self) -> tuple[Step, ...]:
-        """Real steps: all, or of each group those with the extremes of loss and gradient."""
+        """Actual steps: all, or from each group those with extreme loss or gradient."""
         return tuple(step for group in self._groups for step in group.kept())
 
     def means(self) -> tuple[Step, ...]:
-        """One for each group, with the means of its values; its step is the last one's."""
+        """One per group, with the means of its values and the step number of its last step."""
         return tuple(group.mean() for group in self._groups)
 
 
 class EveryNth(Generic[T]):
-    """Items of a long row: all, or every n-th and the last.
+    """Items of a long sequence: all, or every n-th and the last.
 
     Args:
-        most: that are held at most; None holds all.
+        most: maximum number of items; None keeps all.
 
     Attributes:
         size: the n.
@@ -146,7 +146,7 @@ class EveryNth(Generic[T]):
         self.last: T | None = None
 
     def add(self, item: T) -> None:
-        """One more, behind the others."""
+        """Append an item."""
         if self.count % self.size == 0:
             self._held.append(item)
         self.count += 1
@@ -156,20 +156,20 @@ class EveryNth(Generic[T]):
             self.size *= 2
 
     def replace_last(self, item: T) -> None:
-        """The last one again, with other values."""
+        """Replace the last item."""
         if self._held and self._held[-1] is self.last:
             self._held[-1] = item
         self.last = item
 
     def kept(self) -> tuple[T, ...]:
-        """In their order, the last one among them."""
+        """The items in order, including the last one."""
         if self.last is None or self._held[-1] is self.last:
             return tuple(self._held)
         return (*self._held, self.last)
 
 
 def _by_loss(step: Step) -> tuple[bool, float]:
-    """Losses that are not finite come last: they are a gap in the curve, which must be seen."""
+    """Non-finite losses sort last: they are a gap in the curve, which must be visible."""
     return (False, step.loss) if math.isfinite(step.loss) else (True, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Human-readable numbers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def human(value: float, unit: str = "", *, digits: int = 3) -> str:
     """`value` with a decimal prefix and `digits` significant digits: 1234567 -> '1.23 M'.
 
-    A number below 1000 that is whole is written whole; a value that is not
-    finite is written in words.
+    An integer below 1000 is written exactly; a non-finite value is written in words.
     """
     if not math.isfinite(value):
         return _not_finite(value)
     magnitude = abs(value)
     power = 0
-    # The rounded number decides: 999.9996 k is 1 M, not 1000 k.
+    # The rounded number determines the prefix: 999.9996 k is 1 M, not 1000 k.
     while power < len(_PREFIXES) - 1 and float(f"{magnitude:.{digits}g}") >= 1000:
         magnitude /= 1000
         power += 1

@@ -1,15 +1,15 @@
-"""Rules that end a growth stage while the run goes on: what they seen, and what they decide.
+"""Rules that end a growth stage from what validation has shown so far.
 
 `slope`: d log L / d log C of the validation loss, by least squares over the last few validations
-(Shen et al., arXiv 2203.06211, smooth over five), against a threshold: theirs are -0.0575 for
+(Shen et al., arXiv 2203.06211, smooth over five), against a threshold. Theirs are -0.0575 for
 depth, -0.0475 for width and -0.03 for both before a growth, -0.052 for the end of the run.  C
 counts from the start of the run.
 
 `marginal`: a curve L(S) = E + A + (S_c / S)^a_S is fitted to the stage's validations so far, with E
-and a_N of a law; the larger model would have A_2 = A (N_1 / N_2)^a_N and the same S_c.  The stage
-ends as soon as the larger model gains more loss a FLOP at this loss.  A model that was grown did
-not start from scratch: its S counts from where the larger curve had the loss of its first
-validation.
+and a_N from a scaling law; the larger model would have A_2 = A (N_1 / N_2)^a_N and the same S_c.
+The stage ends as soon as the larger model would reduce the loss more per FLOP at this loss. A grown
+model did not start from scratch: its S counts from where the larger curve reaches the loss of its
+first validation.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ import numpy as np
 from megagrow.forecast.fit import Curve, Validated, fit_curve
 from megagrow.forecast.scaling import ScalingLaw
 
-_MOST = 256  # validations remembered; a stage rarely has as many
+_MOST = 256  # validations kept; a stage rarely has as many
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What rules remember: a part of the run's state, so that a resumed run decides alike.
+    """The state of the rules: part of the run's state, so that a resumed run decides the same.
 
     Attributes:
-        validations: of this growth stage after its warm-up, the oldest first.
-        curve: what `marginal` fitted last, in this stage or the one before it.
-        credit: tokens that this stage's model would have needed from scratch to its start.
+        validations: those of this growth stage after its warm-up, oldest first.
+        curve: the last fit of `marginal`, in this stage or the one before it.
+        credit: tokens that this stage's model would have needed from scratch to reach its starting
+            loss.
     """
 
     validations: tuple[Validated, ...] = ()
@@ -42,7 +43,7 @@ class Seen:
     credit: float = 0.0
 
     def after(self, validation: Validated) -> Seen:
-        """With one more validation."""
+        """A copy with one more validation."""
         return replace(self, validations=(*self.validations, validation)[-_MOST:])
 
     def to_json(self) -> dict[str, Any]:
@@ -68,12 +69,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a rule says after a validation.
+    """A rule's decision after a validation.
 
     Attributes:
         end: whether the stage ends here.
-        inputs: what it was decided by, for the log.
-        seen: the state afterwards.
+        inputs: the quantities that it depends on, for the log.
+        seen: the updated state.
     """
 
     end: bool
@@ -82,12 +83,12 @@ class Decision:
 
 
 def slope(seen: Seen, *, threshold: float, points: int) -> Decision | None:
-    """End when the slope is above (flatter than) the threshold; None with too few points.
+    """End if the slope is above (flatter than) the threshold; None with too few points.
 
     Args:
         seen: the stage's validations.
         threshold: negative.
-        points: validations that the slope is taken over.
+        points: number of validations that the slope is computed over.
     """
     last = seen.validations[-points:]
     if len(last) < points or min(one.flops for one in last) <= 0:
@@ -104,7 +105,7 @@ def _slope(compute: Sequence[float], loss: Sequence[float]) -> float:
 
 
 class Sizes(NamedTuple):
-    """What `marginal` must know of the two models: parameters and FLOPs of a token."""
+    """What `marginal` needs to know about the two models: parameters and FLOPs per token."""
 
     small: int
     large: int
@@ -113,13 +114,13 @@ class Sizes(NamedTuple):
 
 
 def marginal(seen: Seen, law: ScalingLaw, sizes: Sizes, *, points: int) -> Decision | None:
-    """End when the larger model is foretold to gain more loss a FLOP; None with too few points.
+    """End if the larger model is predicted to gain more per FLOP; None with too few points.
 
     Args:
         seen: the stage's validations.
-        law: E and a_N; its other constants start the fit.
+        law: gives E and a_N; its other constants are the fit's initial values.
         sizes: before and after the growth.
-        points: the fewest validations to fit.
+        points: the minimum number of validations to fit.
     """
     if len(seen.validations) < points:
         return None
@@ -148,9 +149,9 @@ def marginal(seen: Seen, law: ScalingLaw, sizes: Sizes, *, points: int) -> Decis
 
 
 def _with_credit(seen: Seen, law: ScalingLaw, sizes: Sizes) -> Seen:
-    """Set a grown model's start on the curve that the stage before has shown.
+    """Place a grown model's start on the curve fitted in the previous stage.
 
-    `seen.curve` holds this model's own capacity: `next_stage` has scaled it.
+    `seen.curve` has this model's capacity term: `next_stage` has scaled it.
     """
     assert seen.curve is not None
     rest = seen.validations[0].loss - law.floor - seen.curve.capacity
@@ -160,7 +161,7 @@ def _with_credit(seen: Seen, law: ScalingLaw, sizes: Sizes) -> Seen:
 
 
 def next_stage(seen: Seen, law: ScalingLaw, *, small: int, large: int) -> Seen:
-    """What a rule knows at the start of the next stage: the curve, at the new size."""
+    """A rule's state at the start of the next stage: the curve, scaled to the new size."""
     curve = seen.curve
     if curve is not None:
         scale = math.exp(law.n_power * math.log(small / large))

@@ -11,29 +11,31 @@ steps, D decay steps and floor f (all rates are times the peak):
     cosine     W <= step                f + (1 - f) (1 + cos(pi (step - W) / (T - W))) / 2
     constant   W <= step                1
 
-Decays reach the floor at T, after the last update, so that with f = 0 no update is wasted
-on a rate of 0 (as no warm-up step has one).  Beyond T the rate stays.
+Decays reach the floor at T, after the last update, so that even with f = 0 no update has a rate of
+0 (nor does any warm-up step). Beyond T the rate is constant.
 
-The rate of an update never depends on what happens after it.  Three events change the schedule,
-each from its own step on; the updates before keep the rates of a run that knows nothing of it.
+The rate of an update never depends on what happens after it. Three events change the schedule, each
+from its own step on; the rates of earlier updates are unaffected.
 
 A growth at step g with a restart (Shen et al., arXiv 2203.06211, set the step of the schedule back
-at a growth) makes the updates from g on take the rates of an earlier position: g + i stands at
-p + i, p < g.  From g on T is where the last update stands, so that a decay still ends with the run.
+at a growth) gives the updates from g on the rates of an earlier position: update g + i has position
+p + i, p < g. From g on, T is the position of the run's end, so that a decay still ends with the
+run.
 
 A rule that ends a stage at step s may move the end of the run (a bound in tokens or FLOPs is
-reached after another number of steps).  A schedule that is falling at s goes on from the rate that
-it has: its way to T is walked in the steps that are left, faster or slower, so that the rate does
-not jump and still ends at the floor.  One that is not (warm-up, the plateau of wsd) takes the new
-end, and wsd decays over the last D of the new T, or over all that is left if that is less.
+reached after another number of steps).  A schedule that is decaying at s continues from its current
+rate: the rest of the way to T is stretched or compressed to the remaining steps, so that the rate
+does not jump and still ends at the floor. One that is not (warm-up, the plateau of wsd) takes the
+new end, and wsd decays over the last D of the new T, or over all remaining steps if there are
+fewer.
 
 A growth at step g with a re-warm of r steps multiplies the rates of the updates
-g ... g + r - 1 by 1/r, 2/r ... 1; where re-warms overlap the smaller factor holds.
+g ... g + r - 1 by 1/r, 2/r ... 1; where re-warms overlap, the smaller factor applies.
 
-A growth stage may have a peak of its own, which holds from its first update until another stage
-has another.  It may warm up, which is a re-warm at its start, and decay by itself: over its last
-d updates, before the end of the stage at step e, its rates are multiplied by what falls in a
-straight line from 1 at e - d to the stage's floor at e.  That end is known when the stage begins.
+A growth stage may set its own peak, which applies from its first update until a later stage sets
+another. It may have a warm-up, which is a re-warm at its start, and its own decay: over its last d
+updates, before the end of the stage at step e, its rates are multiplied by a factor that falls
+linearly from 1 at e - d to the stage's floor at e. That end is known when the stage begins.
 
 Sources: warm-up and cosine, Loshchilov and Hutter, "SGDR" (2017); warmup-stable-decay,
 Hu et al., "MiniCPM" (2024) and Haegele et al., "Scaling Laws and Compute-Optimal Training
@@ -55,30 +57,30 @@ Kind = Literal["wsd", "cosine", "linear", "constant"]
 
 
 class Rewarm(NamedTuple):
-    """The rate climbs back over `steps` updates, from update `step` on; 0 steps: no re-warm."""
+    """The rate warms up again over `steps` updates, from update `step` on; 0 steps: no re-warm."""
 
     step: int
     steps: int
 
 
 class Restart(NamedTuple):
-    """From update `step` on, the schedule goes on as from its position `to`."""
+    """From update `step` on, the schedule continues from its position `to`."""
 
     step: int
     to: int
 
 
 class Moved(NamedTuple):
-    """The end of the run moved at update `step`; before, it was at `total_steps`."""
+    """At update `step` the end of the run moved; until then it was `total_steps`."""
 
     step: int
     total_steps: int
 
 
 class Phase(NamedTuple):
-    """A growth stage with a peak or a decay of its own: the updates `start` to `end` - 1.
+    """A growth stage with its own peak or decay: the updates `start` to `end` - 1.
 
-    The peak stays until the next phase; the last `decay` updates fall to `floor` times the rate.
+    The peak applies until the next phase; the last `decay` updates fall to `floor` times the rate.
     """
 
     start: int
@@ -88,7 +90,7 @@ class Phase(NamedTuple):
     floor: float = 0.0
 
     def factor(self, step: int) -> float:
-        """What the phase's own decay makes of the rate of an update."""
+        """The factor of the phase's own decay on the rate of an update."""
         if not self.end - self.decay <= step < self.end:
             return 1.0
         left = (self.end - step) / self.decay
@@ -96,9 +98,9 @@ class Phase(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """The updates from `start` on, until the next span: where they stand in which schedule.
+    """The updates from `start` until the next span, and their positions in the schedule.
 
-    Update `start` stands at `position`, and those after it `pace` further each.
+    Update `start` is at `position`, and each later one `pace` further.
     """
 
     start: int
@@ -116,19 +118,19 @@ class _Span(NamedTuple):
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A schedule; see the module for its formulas.
+    """A schedule; see the module docstring for the formulas.
 
     Attributes:
-        peak: the highest rate, up to the first phase.
-        total_steps: the steps of the whole run, all growth stages together.
+        peak: the highest rate, until the first phase.
+        total_steps: number of steps of the whole run, over all growth stages.
         warmup: W in steps, at most T - D.
         kind: wsd, cosine, linear or constant.
-        decay: D / T, the fraction of all steps that wsd decays (D is rounded to a step).
+        decay: D / T, the fraction of all steps over which wsd decays (D is rounded to a step).
         floor: f, the final rate as a fraction of the peak (0 to 1).
-        rewarms: one for each growth that asks for it.
-        restarts: the same, in the order of their steps.
-        moved: where a rule moved the end of the run, in the order of their steps.
-        phases: growth stages with a peak or a decay of their own, in the order of their steps.
+        rewarms: one for each growth that has one.
+        restarts: likewise, in the order of their steps.
+        moved: moves of the run's end by rules, in the order of their steps.
+        phases: growth stages with their own peak or decay, in the order of their steps.
 
     Raises:
         ConfigError: warm-up and decay do not fit into the run.
@@ -148,40 +150,40 @@ class LearningRate:
     def __post_init__(self) -> None:
         planned = self._total_at(0)
         decay = self._decay(planned)
-        room = planned - decay
-        if self.warmup > room:
+        available = planned - decay
+        if self.warmup > available:
             decays = f" and decays over the last {decay}" if decay else ""
             raise ConfigError(
                 f"schedule.warmup = {self.warmup} steps does not fit: "
                 f"the run has {planned} steps{decays}",
                 found=self.warmup,
-                expected=f"at most {room}",
+                expected=f"at most {available}",
                 fix="set schedule.warmup lower, schedule.decay lower, or train longer (stages)",
             )
 
     @property
     def decay_steps(self) -> int:
-        """D: how many of the last steps decay under wsd; 0 for the other kinds."""
+        """D: the number of final steps over which wsd decays; 0 for the other kinds."""
         return round(self._spans[-1].decay)
 
     def position(self, step: int) -> float:
-        """Where the update number `step` stands in the schedule, restarts taken in."""
+        """The position in the schedule of update `step`, restarts included."""
         return self._span(step).at(step)
 
     @property
     def length(self) -> float:
-        """T at the end of the run: restarts make it shorter than the run."""
+        """T at the end of the run; restarts make it shorter than the run."""
         return self._spans[-1].length
 
     def at(self, step: int) -> float:
-        """The rate of the update number `step`, counted from 0."""
+        """The rate of update `step`, counted from 0."""
         span = self._span(step)
         phase = next((phase for phase in reversed(self.phases) if phase.start <= step), None)
         peak, factor = (phase.peak, phase.factor(step)) if phase else (self.peak, 1.0)
         return peak * self._shape(span.at(step), span) * self._rewarm(step) * factor
 
     def _total_at(self, step: int) -> int:
-        """Where the run was to end, as far as was known at an update."""
+        """The end of the run as it was known at an update."""
         later = (moved.total_steps for moved in self.moved if step < moved.step)
         return next(later, self.total_steps)
 
@@ -193,7 +195,7 @@ class LearningRate:
 
     @cached_property
     def _spans(self) -> tuple[_Span, ...]:
-        """The schedule from one event to the next, each made of what was known before it."""
+        """The schedule as spans between events, each computed from what was known before it."""
         total = self._total_at(0)
         spans = [_Span(0, 0, 1.0, total, self._decay(total))]
         events: list[Moved | Restart] = [*self.moved, *self.restarts]
@@ -221,7 +223,7 @@ class LearningRate:
         return self.kind != "constant" and position > start
 
     def _shape(self, step: float, span: _Span) -> float:
-        """The schedule without growths, as a fraction of the peak."""
+        """The schedule without any growth, as a fraction of the peak."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.kind == "constant":
@@ -236,13 +238,13 @@ class LearningRate:
         return left + self.floor * (1.0 - left)
 
     def _rewarm(self, step: int) -> float:
-        """The factor that recent growths leave."""
+        """The re-warm factor of recent growths."""
         climbs = ((step - at + 1) / steps for at, steps in self.rewarms if at <= step < at + steps)
         return min(climbs, default=1.0)
 
 
 def default_warmup(total_steps: int) -> int:
-    """Steps of warm-up where the configuration names none: 100, or a tenth of a shorter run."""
+    """The default number of warm-up steps: 100, or a tenth of a shorter run."""
     return min(100, total_steps // 10)
 
 
@@ -255,17 +257,17 @@ def learning_rate(
     moved: Sequence[tuple[int, int]] = (),
     phases: Sequence[Phase] = (),
 ) -> LearningRate:
-    """The schedule that `config` asks for.
+    """The schedule that `config` defines.
 
     Args:
-        config: its `optimizer.lr` and `schedule` are used.
+        config: only `optimizer.lr` and `schedule` are used.
         total_steps: the end of the last growth stage (see `resolve_stages`).
-        rewarms: (step of the growth, steps to re-warm over) for each growth, with the
-            state policy's default already filled in.
-        restarts: (step of the growth, what its position is divided by), in order.
-        moved: (step at which a rule moved the end of the run, where that was before), in order.
-        phases: growth stages with a peak or a decay of their own, in order.  A decay of the last
-            one that ends with the run takes the place of the run's own.
+        rewarms: (step of the growth, re-warm steps) for each growth, with the state policy's
+            default filled in.
+        restarts: (step of the growth, divisor of its position), in order.
+        moved: (step at which a rule moved the end of the run, the end before that), in order.
+        phases: growth stages with their own peak or decay, in order. If the last one has a decay
+            that ends with the run, it replaces the run's own.
 
     Raises:
         ConfigError: warm-up and decay do not fit into the run.
@@ -273,7 +275,7 @@ def learning_rate(
     schedule = config.schedule
     warmup = schedule.warmup
     if warmup is None:
-        # By the run's first length: a rule that ends a stage must not move what is past.
+        # From the run's initial length: a rule that ends a stage must not change the past.
         warmup = default_warmup(moved[0][1] if moved else total_steps)
     own_decay = bool(phases) and phases[-1].decay > 0 and phases[-1].end == total_steps
     rate = LearningRate(

@@ -1,4 +1,4 @@
-"""Where each growth stage starts and ends, by exact integer arithmetic before the run starts."""
+"""Where each growth stage starts and ends, computed exactly before the run starts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from megagrow.errors import ConfigError
 class StagePlan:
     """One growth stage: the updates `start_step` ... `end_step - 1` and what they consume.
 
-    Steps, tokens and FLOPs count from the start of the run; the end of a stage is the
-    start of the next, but for the FLOPs of fitting its growth, which lie between the two.
-    FLOPs are those of the model (forward and backward), not of a rank.
+    Steps, tokens and FLOPs count from the start of the run; the end of a stage is the start of the
+    next, except that the FLOPs of fitting a growth come in between. FLOPs are those of the model
+    (forward and backward), not of a rank.
     """
 
     index: int
@@ -40,7 +40,7 @@ class StagePlan:
 
     @property
     def seen(self) -> ModelConfig:
-        """The model at the sequence length of the stage's samples, which arithmetic is about."""
+        """The model at the stage's sample length, which determines FLOPs and memory."""
         return self.model.model_copy(update={"sequence": self.sequence})
 
     @property
@@ -50,12 +50,12 @@ class StagePlan:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step consumes, all ranks together."""
+        """Tokens per optimizer step, over all ranks."""
         return self.batch.global_ * self.sequence
 
     @property
     def flops_per_step(self) -> int:
-        """FLOPs of one optimizer step, all ranks together; 0 in a stage without a step."""
+        """FLOPs per optimizer step, over all ranks; 0 in a stage without steps."""
         return (self.end_flops - self.start_flops) // max(1, self.steps)
 
 
@@ -70,23 +70,24 @@ def resolve_stages(
 ) -> tuple[StagePlan, ...]:
     """The stages of `config` in steps, tokens and FLOPs.
 
-    A stage ends after the first step that reaches its bound (`until`), so it may pass a
-    bound in tokens or FLOPs by less than one step.  What a stage that ends by a rule alone gets
-    is its latest end: stages of that kind in a row share the way to the next bound evenly.
+    A stage ends after the first step that reaches its bound (`until`), so it may exceed a bound in
+    tokens or FLOPs by less than one step. A stage that ends by a rule alone is given a latest end:
+    consecutive stages of this kind divide the range up to the next bound evenly.
 
-    A stage whose bound is exactly where it begins has no step: several growths at one step, or a
-    growth before the first (of weights from elsewhere, `until: {steps: 0}`).  The last has some.
+    A stage whose bound is exactly where it begins has no steps: this allows several growths at one
+    step, or a growth before the first step (of imported weights, `until: {steps: 0}`). The last
+    stage has at least one step.
 
     Args:
-        config: its `stages` and `batch` are used.
-        models: the model of each stage, growths applied.
+        config: only `stages` and `batch` are used.
+        models: the model of each stage, after its growth.
         layouts: the layout of each stage.
-        flops_per_token: FLOPs of training a model on one token (forward and backward).
-        growth_flops: of the growth into each stage, where it is fitted on data; none by default.
-        ends: steps at which the first stages did end, where a rule has ended them.
+        flops_per_token: a model's training FLOPs per token (forward and backward).
+        growth_flops: FLOPs of fitting the growth into each stage; none by default.
+        ends: steps at which the first stages actually ended, if a rule ended them.
 
     Raises:
-        ConfigError: a stage would be empty, its bound being reached before it starts; or its
+        ConfigError: a stage would be empty because its bound is reached before it starts, or its
             samples are longer than the model's sequence.
     """
     if not len(models) == len(layouts) == len(config.stages):
@@ -140,10 +141,10 @@ def resolve_stages(
 
 
 def stage_of(plans: Sequence[StagePlan], step: int) -> StagePlan:
-    """The stage that the update number `step`, counted from 0, belongs to.
+    """The stage of update `step`, counted from 0.
 
     Raises:
-        ValueError: no update has this number.
+        ValueError: there is no such update.
     """
     for plan in plans:
         if plan.start_step <= step < plan.end_step:
@@ -152,13 +153,13 @@ def stage_of(plans: Sequence[StagePlan], step: int) -> StagePlan:
 
 
 def stage_batch(config: Config, index: int) -> BatchConfig:
-    """A stage's own batch, else the last one given before it."""
+    """A stage's own batch, or else the last one given before it."""
     given = [stage.batch for stage in config.stages[: index + 1] if stage.batch is not None]
     return given[-1] if given else config.batch
 
 
 def stage_optimizer(config: Config, index: int) -> OptimizerConfig:
-    """The optimizer's settings in a stage: the run's, with what stages up to it have changed."""
+    """The optimizer settings of a stage: the run's, with all changes up to this stage."""
     settings = config.optimizer
     for stage in config.stages[: index + 1]:
         settings = settings.changed(stage.optimizer)
@@ -166,10 +167,10 @@ def stage_optimizer(config: Config, index: int) -> OptimizerConfig:
 
 
 def sample_length(config: Config, model: ModelConfig, index: int) -> int:
-    """Tokens of the samples of a stage, whose model is given.
+    """Sample length of a stage in tokens, given its model.
 
     Raises:
-        ConfigError: they are longer than the model's sequence.
+        ConfigError: the samples are longer than the model's sequence.
     """
     given = [stage.sequence for stage in config.stages[: index + 1] if stage.sequence is not None]
     if not given:
@@ -186,7 +187,7 @@ def sample_length(config: Config, model: ModelConfig, index: int) -> int:
 
 
 def _bounds(config: Config) -> list[tuple[str, Fraction]]:
-    """The unit and the bound of each stage; of one that a rule alone ends, its latest end."""
+    """The unit and the bound of each stage; for a stage ended by a rule alone, its latest end."""
     found: list[tuple[str, Fraction]] = []
     waiting = 0
     for stage in config.stages:
@@ -201,7 +202,7 @@ def _bounds(config: Config) -> list[tuple[str, Fraction]]:
 
 
 def _bound(until: UntilConfig) -> tuple[str, Fraction]:
-    """The unit and the bound of a stage, the float taken at its exact value."""
+    """The unit and the bound of a stage; a float is converted exactly."""
     for unit in ("steps", "tokens", "flops"):
         value = getattr(until, unit)
         if value is not None:

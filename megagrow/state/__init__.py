@@ -1,1 +1,1 @@
-"""Training state as data: logical tensors, boxes, who holds them, and how they move."""
+"""Training state as data: logical tensors, boxes, layouts, and which rank holds what."""

@@ -28,7 +28,7 @@ class Box:
 
     @property
     def stop(self) -> tuple[int, ...]:
-        """Per axis the first index behind the box."""
+        """Per axis, the first index past the box."""
         return tuple(o + n for o, n in zip(self.offset, self.shape, strict=True))
 
     @property
@@ -37,25 +37,25 @@ class Box:
         return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
 
     def intersect(self, other: Box) -> Box | None:
-        """The common part, or None where there is none."""
+        """The overlap of the two boxes, or None if they are disjoint."""
         offset = tuple(map(max, self.offset, other.offset))
         stop = tuple(map(min, self.stop, other.stop))
         shape = tuple(b - a for a, b in zip(offset, stop, strict=True))
         return None if any(n <= 0 for n in shape) else Box(offset, shape)
 
     def contains(self, other: Box) -> bool:
-        """Whether `other` lies wholly inside."""
+        """Whether `other` is entirely inside."""
         return all(
             a <= c and d <= b
             for a, b, c, d in zip(self.offset, self.stop, other.offset, other.stop, strict=True)
         )
 
     def relative_to(self, origin: Sequence[int]) -> Box:
-        """The same box counted from `origin`."""
+        """The same box in coordinates relative to `origin`."""
         return Box(tuple(o - p for o, p in zip(self.offset, origin, strict=True)), self.shape)
 
     def moved_by(self, origin: Sequence[int]) -> Box:
-        """The box that lies here when counted from `origin`: inverse of `relative_to`."""
+        """Convert back to absolute coordinates; inverts `relative_to`."""
         return Box(tuple(o + p for o, p in zip(self.offset, origin, strict=True)), self.shape)
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Box:
 
 
 def whole(shape: Sequence[int]) -> Box:
-    """The box that is all of a tensor of this shape."""
+    """The box that covers a whole tensor of this shape."""
     return Box((0,) * len(shape), tuple(shape))
 
 
@@ -79,8 +79,8 @@ def flat_range_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tu
     """Cut the flat range [start, stop) of a row-major tensor into boxes.
 
     Yields (box, flat position of its first element) in rising order.  Every
-    box is contiguous in memory, and there are at most 2n-1 for n axes: up
-    to n-1 that climb to a full row, one of full rows, and n-1 that descend.
+    box is contiguous in memory, and there are at most 2n-1 for n axes: up to n-1 leading up to a
+    full row, one of full rows, and n-1 after the last full row.
     """
     if not shape:
         if start < stop:
@@ -123,9 +123,9 @@ def split_box(box: Box, limit: int) -> Iterator[Box]:
 
 
 def tiling_fault(shape: Sequence[int], boxes: Iterable[Box]) -> str | None:
-    """Prove that boxes tile a tensor exactly: no gap, no overlap, none outside.
+    """Check that boxes tile a tensor exactly: no gap, no overlap, nothing outside.
 
-    Returns None if they do, else one sentence that says what is wrong.
+    Returns None if they do, otherwise one sentence saying what is wrong.
     """
     total = whole(shape)
     kept = sorted(boxes)
@@ -149,7 +149,7 @@ def _overlap(kept: Sequence[Box]) -> tuple[Box, Box] | None:
     starts = np.array([box.offset for box in kept], dtype=np.int64)
     stops = np.array([box.stop for box in kept], dtype=np.int64)
     for i in range(len(kept) - 1):
-        # Sorted by first offset: only those that start before this one ends can meet it.
+        # Sorted by first offset, so only boxes that start before this one ends can overlap it.
         end = i + 1 + int(np.searchsorted(starts[i + 1 :, 0], stops[i, 0], side="left"))
         if end == i + 1:
             continue
@@ -160,7 +160,7 @@ def _overlap(kept: Sequence[Box]) -> tuple[Box, Box] | None:
 
 
 def union_volume(boxes: Iterable[Box]) -> int:
-    """Elements that lie in at least one of some boxes of one tensor."""
+    """Number of elements covered by at least one of the boxes."""
     distinct = set(boxes)
     if not distinct:
         return 0
@@ -168,7 +168,7 @@ def union_volume(boxes: Iterable[Box]) -> int:
     stops = np.array([box.stop for box in distinct], dtype=np.int64)
     if starts.shape[1] == 0:
         return 1
-    # On the grid of all their edges every box is a block of whole cells.
+    # On the grid formed by all box edges, every box is a block of whole cells.
     edges = [np.union1d(starts[:, axis], stops[:, axis]) for axis in range(starts.shape[1])]
     covered = np.zeros([len(edge) - 1 for edge in edges], dtype=bool)
     for start, stop in zip(starts, stops, strict=True):

@@ -1,4 +1,4 @@
-"""The catalog: the logical tensors that a model configuration stands for.
+"""The catalog: the logical tensors that a model configuration defines.
 
 A logical tensor is a whole parameter, as one process without any parallelism
 would hold it.  Fused weights keep their structure as axes, so that
@@ -26,7 +26,7 @@ _OF_A_BLOCK = re.compile(r"layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Init:
-    """How a fresh tensor is filled; `std` is of "normal", and the value of "constant"."""
+    """How a tensor is initialised; `std` is the std of "normal" and the value of "constant"."""
 
     kind: InitKind
     std: float = 0.0
@@ -34,12 +34,12 @@ class Init:
 
 @dataclass(frozen=True)
 class Rates:
-    """Multiples of the run's settings that a tensor's shape asks for (muP).
+    """Per-tensor multipliers of the run's optimizer settings (muP).
 
     Attributes:
-        lr, eps: of the learning rate and eps of AdamW and Lion; weight decay is divided by `lr`,
-            so that the decay of a step is the run's.
-        orthogonal: of the learning rate of Muon's matrices, likewise.
+        lr, eps: multiply the learning rate and eps of AdamW and Lion; weight decay is divided by
+            `lr`, so that the decay per step is unchanged.
+        orthogonal: multiplies the learning rate of Muon's matrices, likewise.
     """
 
     lr: float = 1.0
@@ -56,18 +56,18 @@ class LogicalTensor:
         shape: whole shape, without any padding.
         axes: the meaning of each axis (``vocab``, ``embed``, ``kv_group``, ``projection``,
             ``query``, ``head_dim``, ``ffn``, ``position``).
-        init: how it starts.
+        init: how it is initialised.
         decay: whether weight decay applies.
         places: positions in the model's layer list that use it: 0 is the embedding,
             1..L the blocks, L+1 the final norm and head.  A tied tensor has two.
-        role: what it is in the model; see `megagrow.state.roles`.
-        reads: the axes that it sums its inputs over, which are its last; the others it writes,
-            scales or looks up.
-        centred: of a norm: whether that takes the mean off what it normalises (LayerNorm).
-        training: of a model that is not ours a tensor may also be a parameter that no optimizer
-            trains, or a buffer; of these there is the value alone, in any element type.
-        aliases: further names of the same tensor in such a model.
-        rates: how it learns beside the others.
+        role: its function in the model; see `megagrow.state.roles`.
+        reads: the input axes, which it sums over and which come last; the others are outputs, gains
+            or table rows.
+        centred: for a norm, whether it subtracts the mean (LayerNorm).
+        training: in a foreign model a tensor may also be a frozen parameter or a buffer; those have
+            a value only, of any dtype.
+        aliases: other names of the same tensor in such a model.
+        rates: multipliers of the optimizer's settings.
     """
 
     name: str
@@ -111,24 +111,24 @@ class LogicalTensor:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it holds linear maps of a block: no embedding, head, norm or bias."""
+        """Whether it is a weight matrix of a block: not an embedding, head, norm or bias."""
         return self.role in MATRICES
 
     @property
     def layer(self) -> int | None:
-        """The number of the block that it belongs to, from 0; None for the model's ends."""
+        """The index of its block, from 0; None for tensors outside the blocks."""
         match = _OF_A_BLOCK.fullmatch(self.name)
         return int(match[1]) if match else None
 
     @property
     def inner(self) -> str:
-        """Its name inside its block, which the same tensor of another block has too."""
+        """Its name inside its block, the same in every block."""
         match = _OF_A_BLOCK.fullmatch(self.name)
         return match[2] if match else self.name
 
 
 def of_layer(layer: int, inner: str) -> str:
-    """The name of a tensor of a block: inverse of `LogicalTensor.layer` and `inner`."""
+    """The full name of a block's tensor; inverts `LogicalTensor.layer` and `inner`."""
     return f"layers.{layer}.{inner}"
 
 
@@ -137,9 +137,9 @@ class Slot:
     """A per-parameter array that training keeps: the parameter itself or optimizer state.
 
     Attributes:
-        name: as files and optimizers call it.
-        kind: what becomes of it under growth (the slot law).
-        matrices: whether the matrices of the blocks have it; all other tensors do.
+        name: its key in files and in the optimizer's state.
+        kind: how growth scales it (the slot law).
+        matrices: whether the blocks' weight matrices have it; all other tensors do.
     """
 
     name: str
@@ -159,12 +159,12 @@ class Slot:
 
 MASTER = Slot("master", "parameter")
 ADAM_SLOTS = (MASTER, Slot("exp_avg", "first_moment"), Slot("exp_avg_sq", "second_moment"))
-# Muon keeps the momentum of matrices alone, and is AdamW for the other tensors.
+# Muon keeps only momentum for matrices, and is AdamW for all other tensors.
 MUON_SLOTS = (*ADAM_SLOTS[:2], Slot("exp_avg_sq", "second_moment", matrices=False))
 
 
 def slots_of(tensor: LogicalTensor, slots: Iterable[Slot]) -> tuple[Slot, ...]:
-    """Those of some slots that a tensor has, in their order."""
+    """The given slots that a tensor has, in the given order."""
     return tuple(slot for slot in slots if slot.of(tensor))
 
 
@@ -199,7 +199,7 @@ class Catalog:
         return 1 + max((t.layer for t in self.tensors if t.layer is not None), default=-1)
 
     def of(self, role: Role) -> LogicalTensor | None:
-        """The tensor of a role that a model has once at most; None where it has none."""
+        """The one tensor with this role, or None; for roles that occur at most once."""
         found = self._by_role.get(role, ())
         if len(found) > 1:
             raise ValueError(f"{len(found)} tensors have the role {role}")
@@ -207,7 +207,7 @@ class Catalog:
 
     @cached_property
     def centred(self) -> bool:
-        """Whether norms take the mean off what they normalise."""
+        """Whether the norms subtract the mean."""
         return any(tensor.centred for tensor in self.tensors)
 
     @cached_property
@@ -219,7 +219,7 @@ class Catalog:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters; a tied tensor counts once, a buffer not at all."""
+        """Number of parameters; a tied tensor counts once, buffers are excluded."""
         return sum(tensor.volume for tensor in self.tensors if tensor.training != "buffer")
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -250,5 +250,5 @@ class Catalog:
         )
 
     def fingerprint(self) -> str:
-        """Text that is equal exactly where two catalogs are."""
+        """Canonical text: equal if and only if two catalogs are equal."""
         return json.dumps(self.to_json(), sort_keys=True)

@@ -1,7 +1,7 @@
-"""Fresh values of any box of a logical tensor, the same in every layout.
+"""Initial values of any box of a logical tensor, the same in every layout.
 
 Element i (row-major) of a tensor is a function of the run's seed, the
-tensor's name and i alone, so a rank makes its own shard without making the
+tensor's name and i alone, so a rank generates its own shard without generating the
 rest, and the whole model starts the same on one process as on a thousand.
 The generator is Philox, a counter-based one (Salmon et al., "Parallel random
 numbers: as easy as 1, 2, 3", SC 2011), as NumPy implements it.
@@ -18,7 +18,7 @@ from megagrow.state.boxes import Box, flat_offset
 from megagrow.state.catalog import LogicalTensor
 
 _DRAWS_PER_COUNT = 4  # one step of Philox's counter yields four 64-bit words
-_PART = 1 << 15  # values made at a time
+_PART = 1 << 15  # values generated at a time
 
 
 def fresh(tensor: LogicalTensor, box: Box, *, seed: int) -> np.ndarray:
@@ -39,11 +39,11 @@ def normals(shape: Sequence[int], box: Box, *, name: str, seed: int) -> np.ndarr
 
 
 def _runs(shape: Sequence[int], box: Box) -> Iterator[tuple[int, int]]:
-    """The stretches of flat positions that a box covers, in row-major order."""
+    """The contiguous flat ranges that a box covers, in row-major order."""
     tail = len(box.shape)
     while tail > 0 and box.shape[tail - 1] == shape[tail - 1]:
         tail -= 1
-    # Axes from `tail` on are whole, so a stretch spans them and the box's part of axis tail-1.
+    # Axes from `tail` on are whole, so a range spans them and the box's part of axis tail-1.
     outer = box.shape[: max(tail - 1, 0)]
     length = box.volume // int(np.prod(outer, dtype=np.int64))
     for index in np.ndindex(*outer):
@@ -61,12 +61,12 @@ def _normals(seed: int, name: str, start: int, length: int) -> np.ndarray:
     generator = np.random.Generator(philox)
 
     def draw(count: int) -> np.ndarray:
-        """The generator's words as they come; unlike `random_raw` this lets other threads run."""
+        """Raw 64-bit words of the generator; unlike `random_raw` this releases the GIL."""
         return generator.integers(0, 2**64 - 1, count, dtype=np.uint64, endpoint=True)
 
     draw(start % _DRAWS_PER_COUNT)
     values = np.empty(length)
-    # In parts that a core's cache holds, and in place: new memory costs more than arithmetic.
+    # In place and in cache-sized parts: allocating memory costs more than the arithmetic.
     for first in range(0, length, _PART):
         u: np.ndarray = values[first : first + _PART]
         words = draw(len(u))

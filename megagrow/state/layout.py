@@ -2,7 +2,7 @@
 
 Arithmetic only.  Ranks are numbered as DeepSpeed's pipeline topology numbers
 them, the tensor-parallel axis fastest: rank = (pipe * data + d) * tensor + t,
-so that tensor-parallel neighbours sit on one node.
+so that tensor-parallel groups stay within a node.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from megagrow.errors import ConfigError
 
-# Axes that tensor parallelism cuts, in Megatron's manner: column-parallel weights on their
+# Axes that tensor parallelism splits, as in Megatron: column-parallel weights on their
 # output units, row-parallel weights on their input units, embeddings on the vocabulary.
 SPLIT_AXES = frozenset({"vocab", "kv_group", "ffn"})
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where a rank sits in the grid."""
+    """A rank's coordinates in the grid."""
 
     pipe: int
     data: int
@@ -41,7 +41,7 @@ class Layout:
         return self.data * self.tensor * self.pipeline
 
     def coordinates(self, rank: int) -> Coordinates:
-        """The place of a rank in the grid."""
+        """The coordinates of a rank."""
         outer, tensor = divmod(rank, self.tensor)
         pipe, data = divmod(outer, self.data)
         return Coordinates(pipe=pipe, data=data, tensor=tensor)
@@ -57,7 +57,7 @@ class Layout:
 
 
 def make_layout(*, world: int, tensor: int, pipeline: int, zero: int, key: str) -> Layout:
-    """The layout of `world` ranks; data parallel takes what tensor and pipeline leave.
+    """The layout of `world` ranks; the data-parallel size is world / (tensor * pipeline).
 
     Args:
         key: the configuration key to name in errors, e.g. ``stages[1].layout``.
@@ -79,17 +79,17 @@ def make_layout(*, world: int, tensor: int, pipeline: int, zero: int, key: str) 
 def even_split(length: int, parts: int, index: int) -> tuple[int, int]:
     """Part `index` of `length` items cut into equal parts: (start, stop), clipped to `length`.
 
-    Parts have ceil(length / parts) items; what the last ones lack is padding.
+    Parts have ceil(length / parts) items; the last ones are padded.
     """
     size = -(-length // parts)
     return min(index * size, length), min((index + 1) * size, length)
 
 
 def balanced_cuts(weights: Sequence[int], parts: int) -> tuple[int, ...]:
-    """Cut a list into `parts` contiguous runs whose greatest weight is least.
+    """Cut a list into `parts` contiguous runs, minimising the largest total weight.
 
     Returns parts + 1 positions, the first 0 and the last len(weights).  Every run has
-    at least one item.  Binary search over the greatest weight; O(n log sum).
+    at least one item.  Binary search over the largest weight; O(n log sum).
 
     Raises:
         ValueError: fewer items than parts.

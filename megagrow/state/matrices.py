@@ -1,8 +1,8 @@
-"""The linear maps inside a logical tensor, which Muon orthogonalises each by itself.
+"""The linear maps inside a logical tensor; Muon orthogonalises each one separately.
 
-Fused weights hold several: queries, keys and values are three maps from the stream, and a
-gate and its partner are two.  Each runs over all heads, as they do in
-Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
+Fused weights hold several: queries, keys and values are three maps from the residual stream, and
+the gate and up projections are two. Each covers all heads, as in Jordan et al., "Muon: an optimizer
+for hidden layers in neural networks" (2024).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Matrix:
 
     Attributes:
         index: where it is in its tensor.
-        rows, columns: number of its outputs and of its inputs; the part of the tensor, laid out
-            row by row, has this shape, up to an order of the rows that depends on nothing.
+        rows, columns: number of its outputs and inputs; the part of the tensor, laid out row by
+            row, has this shape, up to a fixed permutation of the rows.
     """
 
     index: tuple[slice, ...]
@@ -29,15 +29,15 @@ class Matrix:
 
     @property
     def scale(self) -> float:
-        """What its orthogonalised update is multiplied by: sqrt(max(1, rows / columns))."""
+        """The factor of its orthogonalised update: sqrt(max(1, rows / columns))."""
         return math.sqrt(max(1.0, self.rows / self.columns))
 
 
 def matrices(tensor: LogicalTensor) -> tuple[Matrix, ...]:
-    """The matrices of a tensor; none where it is no matrix of a block."""
+    """The matrices of a tensor; empty if it is not a weight matrix of a block."""
     if not tensor.is_matrix:
         return ()
-    cuts = {"projection": (1, 1), "gate_up": (1,)}  # lengths of the last parts of an axis
+    cuts = {"projection": (1, 1), "gate_up": (1,)}  # lengths of the trailing parts of an axis
     for axis, meaning in enumerate(tensor.axes):
         if meaning in cuts:
             lengths = (tensor.shape[axis] - sum(cuts[meaning]), *cuts[meaning])
@@ -52,7 +52,7 @@ def matrices(tensor: LogicalTensor) -> tuple[Matrix, ...]:
 
 
 def _matrix(tensor: LogicalTensor, index: tuple[slice, ...]) -> Matrix:
-    """Outputs come first, and what is read last."""
+    """Output axes come first, input axes last."""
     sizes = [part.stop - part.start for part in index]
     columns = math.prod(sizes[len(sizes) - len(tensor.reads) :])
     return Matrix(index, math.prod(sizes) // columns, columns)

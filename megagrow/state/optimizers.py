@@ -1,4 +1,4 @@
-"""What each optimizer keeps of a tensor and how it steps it: both by the tensor's role."""
+"""Which state each optimizer keeps for a tensor and how it updates it, by the tensor's role."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class OptimizerKind:
     """One optimizer.
 
     Attributes:
-        name: as written in a configuration.
-        slots: the parameter, and what it keeps beside it.
-        orthogonal: the roles of the tensors whose updates are orthogonalised matrices; all others
-            it steps element by element.
+        name: its name in the configuration.
+        slots: the parameter and the optimizer state.
+        orthogonal: roles of the tensors whose updates are orthogonalised; all others are updated
+            element-wise.
     """
 
     name: str
@@ -24,7 +24,7 @@ class OptimizerKind:
     orthogonal: frozenset[Role] = frozenset()
 
     def orthogonalises(self, tensor: LogicalTensor) -> bool:
-        """Whether the updates of a tensor are orthogonalised matrices."""
+        """Whether the updates of a tensor are orthogonalised."""
         return tensor.training == "trained" and tensor.role in self.orthogonal
 
 

@@ -1,4 +1,4 @@
-"""Which part of a model a logical tensor is: its role, with all norms and biases in one."""
+"""A coarser grouping of roles: all norms and biases are one part."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _PARTS: dict[str, Part] = {part: part for part in PARTS}
 
 
 def part_of(tensor: LogicalTensor) -> Part:
-    """The part of a tensor of one of our models.
+    """The part that a tensor of a megagrow model belongs to.
 
     Returns:
-        embedding: the table of tokens, which is the head too where that is tied;
-        position: the table of learned positions;
-        head: the output head's matrix of its own;
-        reader: a matrix of a block whose inputs are the residual stream;
-        writer: one whose outputs go to it;
+        embedding: the token embedding, which is also the output head if tied;
+        position: the learned position embedding;
+        head: the weight of an untied output head;
+        reader: a block's matrix that reads the residual stream;
+        writer: a block's matrix that writes to the residual stream;
         vector: a norm or a bias.
     """
     return _PARTS.get(tensor.role, "vector")

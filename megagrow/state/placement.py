@@ -1,10 +1,9 @@
-"""Who holds which boxes: a catalog laid out on a process grid.
+"""Placement: which rank holds which boxes of a catalog on a process grid.
 
-Everything is answered by arithmetic, for any rank, from the catalog, the
-layout and the parameter groups alone, so every rank can plan a transfer
-without asking another.
+Everything is computed, for any rank, from the catalog, the layout and the parameter groups alone,
+so every rank can plan a transfer without communication.
 
-How DeepSpeed 0.19 cuts optimizer state over the data-parallel ranks:
+How DeepSpeed 0.19 partitions optimizer state over the data-parallel ranks:
   ZeRO 0     not at all: each rank holds all of its tensor-parallel slice;
   ZeRO 1, 2  the parameters of a group are laid end to end, padded to a
              multiple of 2 * data, and cut into `data` equal flat ranges;
@@ -33,8 +32,8 @@ class Shard:
     Attributes:
         tensor: name of the logical tensor.
         box: which part of it, in logical coordinates.
-        start: flat position of the box in the rank's local parameter, where the
-            box is contiguous.
+        start: flat position of the box in the rank's local parameter, in which the box is
+            contiguous.
     """
 
     tensor: str
@@ -44,10 +43,10 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """A rank's tensor-parallel slice of a tensor, before ZeRO cuts it.
+    """A rank's tensor-parallel slice of a tensor, before ZeRO partitions it.
 
-    `shape` is what the parameter has in memory; it is larger than `box` where
-    the vocabulary is padded.
+    `shape` is what the parameter has in memory; it is larger than `box` if the vocabulary is
+    padded.
     """
 
     box: Box
@@ -61,7 +60,7 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class _Address:
-    """Where a local parameter lies in its group's flat buffer (in elements)."""
+    """Where a local parameter is in its group's flat buffer (in elements)."""
 
     start: int
     partition: int  # size of one data rank's flat range
@@ -75,8 +74,8 @@ class Placement:
         layout: the process grid.
         group_of: the optimizer's parameter group of a tensor, as any sortable key; groups
             are laid out in the order of their keys.
-        weights: cost of each entry of the layer list, which pipeline stages share out evenly;
-            by default its number of parameters.
+        weights: cost of each entry of the layer list, which is balanced over pipeline stages; by
+            default its number of parameters.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class Placement:
         return balanced_cuts(weights, self.layout.pipeline)
 
     def stages(self, tensor: LogicalTensor) -> tuple[int, ...]:
-        """Pipeline stages that hold a tensor; the first is its home."""
+        """Pipeline stages that hold a tensor; the first one owns it."""
         places = tensor.places
         if places not in self._stages_at:
             at = {bisect_right(self.cuts, place) - 1 for place in places}
@@ -133,7 +132,7 @@ class Placement:
                 members.setdefault(self._group_of[tensor.name], []).append(tensor)
         return sorted(members.items(), key=lambda item: item[0])  # type: ignore[arg-type, return-value]
 
-    # --- what ZeRO leaves a rank ----------------------------------------------------------
+    # --- ZeRO partitions ------------------------------------------------------------------
 
     def shards(self, rank: int) -> Iterator[Shard]:
         """All boxes that a rank holds, in the order of its groups."""
@@ -143,13 +142,13 @@ class Placement:
                 yield from self._shards_of(tensor, at)
 
     def shards_of(self, name: str, rank: int) -> Iterator[Shard]:
-        """The boxes of one tensor that a rank holds; none where it has no part of it."""
+        """The boxes of one tensor that a rank holds; may be empty."""
         at = self.layout.coordinates(rank)
         if at.pipe in self.stages(self.catalog[name]):
             yield from self._shards_of(self.catalog[name], at)
 
     def flat_range(self, tensor: LogicalTensor, at: Coordinates) -> tuple[int, int]:
-        """The flat range of its local parameter that a rank holds: (start, stop), maybe empty."""
+        """The flat range of its local parameter that a rank holds; may be empty."""
         numel = self.local(tensor, at.tensor).numel
         if self.layout.zero == 0 or self.layout.data == 1:
             return 0, numel
@@ -191,7 +190,7 @@ class Placement:
                 start += size
         return addresses
 
-    # --- the inverse question: who holds a box --------------------------------------------
+    # --- the inverse: which ranks hold a box ----------------------------------------------
 
     def holders(self, name: str, box: Box) -> Iterator[tuple[int, Box]]:
         """Every rank's part of a box, replicas included: (rank, part)."""
@@ -201,10 +200,10 @@ class Placement:
                 yield from self._parts(tensor, box, stage=stage, data=None, tensor_rank=tensor_rank)
 
     def sources(self, name: str, box: Box, *, reader: int) -> Iterator[tuple[int, Box]]:
-        """One rank for each piece of a box, `reader` itself where it holds it: (rank, part).
+        """One rank for each piece of a box, `reader` itself if it holds the piece: (rank, part).
 
-        Where several ranks hold the same piece the choice is a fixed function of
-        `reader`, so that the sending rank knows it as well.
+        If several ranks hold the same piece, the choice is a fixed function of `reader`, so the
+        sending rank makes the same one.
         """
         tensor = self.catalog[name]
         for tensor_rank in self._tensor_ranks(tensor, box) if self.is_split(tensor) else (0,):
@@ -214,7 +213,7 @@ class Placement:
     def chosen(self, name: str, *, tensor_rank: int, reader: int) -> tuple[int, int | None, int]:
         """Which replica serves `reader`: (pipeline stage, data rank, tensor rank).
 
-        The data rank is None where ZeRO partitions the tensor, so that there is no choice.
+        The data rank is None if ZeRO partitions the tensor, because there is then only one holder.
         """
         tensor = self.catalog[name]
         me = self.layout.coordinates(reader % self.layout.world)
@@ -227,7 +226,7 @@ class Placement:
         )
 
     def written_by(self, rank: int) -> Iterator[Shard]:
-        """The shards that this rank, of all that hold them, writes to a checkpoint."""
+        """The shards that this rank writes to a checkpoint; exactly one holder writes each."""
         at = self.layout.coordinates(rank)
         for index, tensor in enumerate(self.catalog):
             mine = (
@@ -239,7 +238,7 @@ class Placement:
                 yield from self._shards_of(tensor, at)
 
     def is_split(self, tensor: LogicalTensor) -> bool:
-        """Whether tensor parallelism cuts this tensor."""
+        """Whether tensor parallelism splits this tensor."""
         return self.layout.tensor > 1 and split_axis(tensor) is not None
 
     def _tensor_ranks(self, tensor: LogicalTensor, box: Box) -> Sequence[int]:
@@ -253,7 +252,7 @@ class Placement:
     def _parts(
         self, tensor: LogicalTensor, box: Box, *, stage: int, data: int | None, tensor_rank: int
     ) -> Iterator[tuple[int, Box]]:
-        """Parts of a box on the data ranks of one (stage, tensor rank); `data` narrows to one."""
+        """Parts of a box on the data ranks of one (stage, tensor rank), or on rank `data`."""
         local = self.local(tensor, tensor_rank)
         wanted = box.intersect(local.box)
         if wanted is None:
@@ -263,7 +262,7 @@ class Placement:
         for number, data_rank in enumerate(meet):
             at = Coordinates(pipe=stage, data=data_rank, tensor=tensor_rank)
             rank = self.layout.rank(pipe=stage, data=data_rank, tensor=tensor_rank)
-            # Without ZeRO all data ranks hold the same, of which there may be hundreds.
+            # Without ZeRO all data ranks, of which there may be hundreds, hold the same.
             if number == 0 or self.layout.zero > 0:
                 shards = (shard.box.intersect(wanted) for shard in self._shards_of(tensor, at))
                 parts = [common for common in shards if common is not None]
@@ -273,7 +272,7 @@ class Placement:
     def _data_ranks(
         self, tensor: LogicalTensor, wanted: Box, local: Local, stage: int
     ) -> Sequence[int]:
-        """The data ranks whose flat range can meet a box of the local parameter."""
+        """The data ranks whose flat range may intersect a box of the local parameter."""
         if self.layout.zero == 0:
             return range(self.layout.data)
         inside = wanted.relative_to(local.box.offset)
@@ -284,7 +283,7 @@ class Placement:
 
 
 def split_axis(tensor: LogicalTensor) -> int | None:
-    """The axis that tensor parallelism cuts, or None for a replicated tensor."""
+    """The axis that tensor parallelism splits, or None for a replicated tensor."""
     for axis, meaning in enumerate(tensor.axes):
         if meaning in SPLIT_AXES:
             return axis

@@ -1,15 +1,15 @@
-"""What a logical tensor is in its model: the one thing that code asks a tensor, never its name.
+"""Roles: what a logical tensor does in its model. Code tests the role, never the name.
 
-    embedding                            the table of tokens; the head too where that is tied
-    position                             the table of learned positions
-    head                                 the output head's matrix of its own
-    reader, reader_bias                  a matrix of a block whose inputs are the residual stream
-    writer, writer_bias                  one whose outputs are added to it
-    norm_gain, norm_bias                 of a norm inside a block
-    final_norm_gain, final_norm_bias     of the norm before the head
-    other                                none of these, or not known
+    embedding                            the token embedding, also the output head if tied
+    position                             the learned position embedding
+    head                                 the weight of an untied output head
+    reader, reader_bias                  a block's matrix that reads the residual stream; its bias
+    writer, writer_bias                  a block's matrix that writes to it; its bias
+    norm_gain, norm_bias                 the norms inside a block
+    final_norm_gain, final_norm_bias     the norm before the head
+    other                                anything else, or unknown
 
-A tensor that no optimizer trains has a role as well; `LogicalTensor.training` says the rest.
+A frozen tensor or buffer has a role as well; see `LogicalTensor.training`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NORMS: frozenset[Role] = GAINS | FINAL_NORM | {"norm_bias"}
 
 # --- files written before tensors had roles -------------------------------------------------
 
-# Their models were of two families with these names.
+# Such files exist for two model families, which used these names.
 _EARLIER: tuple[tuple[str, Role], ...] = (
     (r"embedding\.token", "embedding"),
     (r"embedding\.position", "position"),
@@ -60,9 +60,9 @@ _EARLIER: tuple[tuple[str, Role], ...] = (
 
 
 def with_roles(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The tensors of a stored catalog, with roles also where an earlier version wrote it.
+    """The tensors of a stored catalog, with roles added if an earlier version wrote it.
 
-    `role` said then what `training` says now.
+    In that version `role` meant what `training` means now.
     """
     found = [dict(item) for item in items]
     if any(item.get("role") in ROLES for item in found):
@@ -77,13 +77,13 @@ def with_roles(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _earlier_role(name: str, axes: Iterable[str]) -> Role:
-    if set(axes).isdisjoint(("embed", "ffn", "head_dim")):  # of a model that is not ours
+    if set(axes).isdisjoint(("embed", "ffn", "head_dim")):  # a foreign model
         return "other"
     return next((role for pattern, role in _EARLIER if re.fullmatch(pattern, name)), "other")
 
 
 def _earlier_reads(role: Role, axes: Iterable[str]) -> tuple[str, ...]:
-    """A writer reads all axes but the stream, a reader the stream."""
+    """A writer's inputs are all axes but the residual stream, a reader's input is the stream."""
     if role == "writer":
         return tuple(axis for axis in axes if axis != "embed")
     return ("embed",) if role in ("reader", "head") else ()

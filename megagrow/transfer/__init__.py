@@ -1,1 +1,1 @@
-"""The one mover: state of one layout to another, through an operator."""
+"""Move training state from one layout to another, optionally through a growth operator."""

@@ -1,4 +1,4 @@
-"""The ends of a transfer: what can be read, what can be written, and the way to other ranks."""
+"""The ends of a transfer: sources, targets, and the channel to other ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Operation = Literal["sum", "max"]
 
 
 class Source(Protocol):
-    """Something that can hand out a box it holds: live state, whole tensors, or a checkpoint."""
+    """Something that boxes can be read from: live state, whole tensors, or a checkpoint."""
 
     def dtype(self, tensor: str, slot: str) -> torch.dtype:
         """The element type of a tensor's slot."""
@@ -21,9 +21,10 @@ class Source(Protocol):
     def read(
         self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The values of a box, of its shape, in `out` if it is given.
+        """The values of a box, of its shape.
 
-        Without, they are a view where possible, not to be written to.
+        They are written to `out` if it is given; otherwise the result may be a view, which must
+        not be modified.
         """
         ...
 
@@ -54,12 +55,12 @@ class Channel(Protocol):
         ...
 
     def reduce(self, values: torch.Tensor, *, operation: Operation) -> None:
-        """Replace a tensor by what all ranks' make together, element by element."""
+        """All-reduce a tensor in place."""
         ...
 
 
 class NoChannel:
-    """The channel of a job of one process: there is nobody to talk to."""
+    """The channel of a single-process job."""
 
     rank = 0
     world = 1
@@ -67,8 +68,8 @@ class NoChannel:
     def exchange(
         self, *, send: torch.Tensor | None, to: int, receive: torch.Tensor | None, source: int
     ) -> None:
-        """Never called: a single rank has no peer."""
+        """Never called: a single process has no peer."""
         raise AssertionError("a single process has no peer to exchange with")
 
     def reduce(self, values: torch.Tensor, *, operation: Operation) -> None:
-        """Of one rank's tensor it is the tensor itself."""
+        """No-op: the reduction over one rank."""

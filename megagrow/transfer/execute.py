@@ -1,8 +1,8 @@
-"""Carry a plan out: fill, copy in place, and exchange the rest in bounded messages.
+"""Execute a transfer: fill, copy locally, and exchange the rest in messages of bounded size.
 
 No rank ever holds more than its old shard, its new shard and the staging
-buffers (the no-gather law).  A transfer talks to other ranks only through a
-`Channel`, so this package does not import torch.distributed.
+buffers (the no-gather law).  A transfer communicates only through a `Channel`, so this package does
+not import torch.distributed.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from megagrow.transfer.state_map import Copy, Drawn, Level, StateMap
 from megagrow.transfer.statistics import Statistics, measure, measuring_bytes, required
 
 _FRESH_BYTES_AN_ELEMENT = 48  # float64 temporaries of the generator, see fresh.py
-_NOISE_ELEMENTS = 1 << 18  # made at a time, where a block has noise
-_LANDINGS = 256  # local copies that are handed to a kernel together
+_NOISE_ELEMENTS = 1 << 18  # noise values generated at a time
+_LANDINGS = 256  # local copies per kernel launch
 
-Landing = tuple[Move, torch.Tensor]  # a move, and the values it brings
-MakeNoise = Callable[[Copy, Box], np.ndarray]  # of a part of a block, in block coordinates
+Landing = tuple[Move, torch.Tensor]  # a move and its values
+MakeNoise = Callable[[Copy, Box], np.ndarray]  # for a part of a block, in block coordinates
 
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What one rank's part of a transfer did (bytes, seconds).
+    """Statistics of one rank's part of a transfer (bytes, seconds).
 
     Attributes:
-        bytes_written: of new state that was copied from old state.
-        bytes_received: those of them that came from other ranks.
-        bytes_crossed: what travelled for them; a value that lands twice travels once.
-        bytes_least: what must travel: every value that the rank needs and does not hold, once.
-        peak_staging_bytes: the largest staging memory.
+        bytes_written: new state that was copied from old state.
+        bytes_received: the part of `bytes_written` that came from other ranks.
+        bytes_crossed: bytes received over the channel; a value used twice is sent once.
+        bytes_least: the lower bound: every value that the rank needs and does not hold, once.
+        peak_staging_bytes: peak staging memory.
         seconds: wall time.
     """
 
@@ -81,8 +81,8 @@ def transfer_between_ranks(
 ) -> TransferReport:
     """Make the new state of all ranks out of the old state of all ranks.
 
-    Every rank of the job calls this together.  Each of the two staging buffers
-    has at most half of `staging_bytes`.
+    A collective call: every rank of the job must make it. Each of the two staging buffers takes at
+    most half of `staging_bytes`.
     """
     begin = time.perf_counter()
     rank = channel.rank
@@ -104,7 +104,8 @@ def transfer_between_ranks(
         written += move.part.volume
         if move.holder == rank:
             here.append((move, _piece(old, move)))
-            # A kernel takes many; else one at a time, since a piece may be a copy of its own.
+            # A kernel takes many at once; otherwise one at a time, since a piece may own its
+            # memory.
             if len(here) == _LANDINGS or not ops.own("copy_boxes", here[0][1]):
                 _land_all(here, new, noise)
                 here = []
@@ -121,7 +122,7 @@ def transfer_between_ranks(
     width = torch.empty((), dtype=dtype).element_size()
     limit = max(1, staging_bytes // (2 * width))
     received = crossed = 0
-    # Rank r sends to r+s while it receives from r-s: every pair meets once, none waits in a ring.
+    # In step s, rank r sends to r+s and receives from r-s: each pair meets once, without deadlock.
     for step in range(1, channel.world):
         to, source = (rank + step) % channel.world, (rank - step) % channel.world
         sends = messages(merged(outgoing.pop(to, [])), limit)
@@ -131,13 +132,13 @@ def transfer_between_ranks(
         staged = max(staged, (send_buffer.numel() + receive_buffer.numel()) * width)
         for turn in range(max(len(sends), len(receives))):
             packed = _pack(sends[turn], old, send_buffer) if turn < len(sends) else None
-            room = None
+            received_flat = None
             if turn < len(receives):
-                room = receive_buffer[: sum(move.part.volume for move in receives[turn])]
-            channel.exchange(send=packed, to=to, receive=room, source=source)
-            if room is not None:
-                crossed += room.numel()
-                received += _unpack(receives[turn], room, new, noise)
+                received_flat = receive_buffer[: sum(move.part.volume for move in receives[turn])]
+            channel.exchange(send=packed, to=to, receive=received_flat, source=source)
+            if received_flat is not None:
+                crossed += received_flat.numel()
+                received += _unpack(receives[turn], received_flat, new, noise)
     return TransferReport(
         bytes_written=written * width,
         bytes_received=received * width,
@@ -164,8 +165,8 @@ def transfer_from_storage(
     """Make one rank's new state from storage that any rank can read.
 
     Args:
-        statistics: what the state map needs of them; None: they are measured, which reads their
-            tensors whole, a piece at a time.
+        statistics: the statistics that the state map needs; None: measure them, which reads their
+            tensors completely, a piece at a time.
     """
     begin = time.perf_counter()
     if statistics is None:
@@ -208,7 +209,7 @@ def fill_uncovered(
     staging_bytes: int,
     statistics: Statistics,
 ) -> int:
-    """Give every element that no block covers its value; returns the peak of staging bytes."""
+    """Fill every element that no block covers; returns the peak staging bytes."""
     staged = sum(values.nbytes for values in statistics.values())
     with Pool(torch.get_num_threads(), "fresh values") as pool:
         for shard in placement.shards(rank):
@@ -234,7 +235,7 @@ def fill_uncovered(
 
 def _fill_level(rule: Level, box: Box, memory: torch.Tensor, statistics: Statistics) -> None:
     memory.zero_()
-    # A block of no tensor's: its source is the statistic.
+    # A block without a source tensor: its source is the statistic.
     block = Copy("", rule.axes, rule.coefficient)
     part = block.from_target(box)
     if part is None:
@@ -258,7 +259,7 @@ def _fill_made(
     pool: Pool,
     staging_bytes: int,
 ) -> int:
-    """Make the values of a box, a piece a thread at a time; returns the peak of staging bytes."""
+    """Generate the values of a box, in several threads; returns the peak staging bytes."""
     threads = torch.get_num_threads()
     limit = max(1, staging_bytes // (threads * _FRESH_BYTES_AN_ELEMENT))
     pieces = list(split_box(box, limit))
@@ -281,7 +282,7 @@ def _fill_made(
 
 
 def _least(moves: Iterable[Move]) -> int:
-    """Elements that some pieces are made of, each once."""
+    """Number of distinct source elements of some pieces."""
     boxes: dict[tuple[str, str], set[Box]] = defaultdict(set)
     for move in moves:
         boxes[move.copy.source, move.slot.name].add(move.source_box)
@@ -293,7 +294,7 @@ def _memory(new: Target, move: Move) -> torch.Tensor:
 
 
 def _reads_straight(move: Move, old: Source, memory: torch.Tensor) -> bool:
-    """Whether a piece can be read to where it belongs: same shape, order and element type."""
+    """Whether a piece can be read directly into the target: same shape, order and dtype."""
     return (
         move.source_box.shape == tuple(memory.shape)
         and all(part.step in (None, 1) for part in move.source_index())
@@ -306,7 +307,7 @@ def _piece(old: Source, move: Move) -> torch.Tensor:
 
 
 def _land_all(landings: Sequence[Landing], new: Target, noise: MakeNoise) -> None:
-    """Land pieces: by one kernel for many where one serves, else one after the other."""
+    """Write pieces to the target: many per kernel launch if possible, otherwise one by one."""
     plain = [(m, p) for m, p in landings if m.copy.noise is None and ops.own("copy_boxes", p)]
     if plain:
         memory = [_memory(new, m) for m, _ in plain]
@@ -321,7 +322,7 @@ def _land_all(landings: Sequence[Landing], new: Target, noise: MakeNoise) -> Non
 def _land(move: Move, piece: torch.Tensor, new: Target, noise: MakeNoise) -> None:
     memory = _memory(new, move)
     scale = move.copy.coefficient
-    # Scaled in the precision it is kept in: the same product in every layout.
+    # Scaled in the target's precision, so the product is the same in every layout.
     if scale != 1.0 and piece.dtype == memory.dtype and piece.device == memory.device:
         torch.mul(piece, scale, out=memory)
     else:
@@ -340,7 +341,7 @@ def _add_noise(move: Move, memory: torch.Tensor, noise: MakeNoise) -> None:
 
 
 def _noise(copy: Copy, box: Box, *, seed: int, statistics: Statistics) -> np.ndarray:
-    """What is added to a part of a block that has noise."""
+    """The noise that is added to a part of a block."""
     rule = copy.noise
     assert rule is not None
     unit = 1.0 if rule.statistic is None else statistics[rule.statistic].item()
@@ -364,7 +365,7 @@ def _pack(batch: Iterable[Move], old: Source, buffer: torch.Tensor) -> torch.Ten
 
 
 def _unpack(batch: Iterable[Move], buffer: torch.Tensor, new: Target, noise: MakeNoise) -> int:
-    """Land a message; returns the number of elements written."""
+    """Write a received message to the target; returns the number of elements written."""
     position = written = 0
     landings: list[Landing] = []
     for move in batch:

@@ -1,8 +1,8 @@
-"""The transfer plan: which piece goes from where to where, by arithmetic alone.
+"""The transfer plan: which rank sends which piece to which rank, computed without communication.
 
 A rank works out what it receives from the boxes it needs, and what it sends
-from the boxes it has.  Both sides name a piece by the same key and cut it the
-same way, so they agree on every message without exchanging a word.
+from the boxes it has.  Both sides give a piece the same key and split it the same way, so they
+agree on every message without communication.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megagrow.transfer.state_map import AxisMap, Copy, StateMap
 
 
 class Locator(Protocol):
-    """The part of a source that planning needs: a placement, or the index of a checkpoint."""
+    """What planning needs from a source: a placement, or the index of a checkpoint."""
 
     def sources(self, name: str, box: Box, *, reader: int) -> Iterator[tuple[int, Box]]:
         """One holder for each piece of a box: (holder, piece)."""
@@ -26,7 +26,7 @@ class Locator(Protocol):
 
 
 class Holder(Protocol):
-    """The part of a target that planning needs: a placement, or a single box."""
+    """What planning needs from a target: a placement, or a single box."""
 
     def shards(self, rank: int) -> Iterator[Shard]:
         """All boxes that a rank holds."""
@@ -35,11 +35,11 @@ class Holder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One piece of a block on its way from a holder to a rank.
+    """One piece of a block, to be moved from a holder to a rank.
 
     `part` is in block coordinates; `target_box` and `source_box` are the smallest
-    boxes around it on either side, `index` is (target tensor, slot, block).  `twins` are
-    other pieces, for the same rank, made of the same source elements (see `merged`).
+    boxes around it on either side, `index` is (target tensor, slot, block).  `twins` are other
+    pieces for the same rank that use the same source elements (see `merged`).
     """
 
     index: tuple[int, int, int]
@@ -53,7 +53,7 @@ class Move:
 
     @property
     def key(self) -> tuple[tuple[int, int, int], Box]:
-        """Sorts the pieces of a message the same way on both sides."""
+        """Sort key: orders the pieces of a message identically on both sides."""
         return self.index, self.part
 
     @property
@@ -82,7 +82,7 @@ def plan_receives(
     number = {tensor.name: i for i, tensor in enumerate(state_map.target)}
     for shard in target.shards(rank):
         tensor = state_map.target[shard.tensor]
-        # Slots of a tensor mostly have the same blocks, up to coefficients.
+        # The slots of a tensor usually have the same blocks, up to coefficients.
         pieces: dict[tuple[str, tuple[AxisMap, ...]], list[tuple[int, Box]]] = {}
         for s, slot in enumerate(slots):
             if not slot.of(tensor):
@@ -111,7 +111,7 @@ def _received(copy: Copy, box: Box, source: Locator, rank: int) -> Iterator[tupl
 def plan_sends(
     state_map: StateMap, source: Placement, target: Placement, *, slots: Sequence[Slot], rank: int
 ) -> Iterator[Move]:
-    """Every piece that `rank` gives, to other ranks and to itself."""
+    """Every piece that `rank` sends, to other ranks and to itself."""
     at = source.layout.coordinates(rank)
     feeds: dict[str, list[tuple[tuple[int, int, int], str, Slot, Copy]]] = {}
     for t, tensor in enumerate(state_map.target):
@@ -121,7 +121,7 @@ def plan_sends(
             for c, copy in enumerate(state_map.copies(tensor, slot)):
                 feeds.setdefault(copy.source, []).append(((t, s, c), tensor.name, slot, copy))
     for shard in source.shards(rank):
-        served: dict[int, bool] = {}  # whether it is this rank that a receiver gets it from
+        served: dict[int, bool] = {}  # whether this rank serves a receiver
         pieces: dict[tuple[str, tuple[AxisMap, ...]], list[tuple[int, Box]]] = {}
         for index, name, slot, copy in feeds.get(shard.tensor, ()):
             block = name, copy.axes
@@ -140,7 +140,7 @@ def plan_sends(
 
 
 def _landing(copy: Copy, box: Box, name: str, target: Placement) -> Iterator[tuple[int, Box]]:
-    """The pieces of a block that a source box feeds: (receiver, piece)."""
+    """The pieces of a block that are read from a source box: (receiver, piece)."""
     given = copy.from_source(box)
     if given is None:
         return
@@ -152,10 +152,10 @@ def _landing(copy: Copy, box: Box, name: str, target: Placement) -> Iterator[tup
 
 
 def merged(moves: Iterable[Move]) -> list[Move]:
-    """Let what several pieces between two ranks have in common cross once.
+    """Deduplicate: send source elements that several pieces share only once.
 
-    Of the pieces made of the same source elements (the copies of a width growth) the first
-    carries the others as its twins.
+    Of the pieces with the same source elements (the copies of a width growth), the first carries
+    the others as its twins.
     """
     first: dict[tuple[object, ...], list[Move]] = {}
     for move in sorted(moves, key=lambda m: m.key):
@@ -168,18 +168,18 @@ def merged(moves: Iterable[Move]) -> list[Move]:
 def messages(moves: Sequence[Move], limit: int) -> list[list[Move]]:
     """Cut the pieces between two ranks into messages of at most `limit` elements.
 
-    The pieces come in the order of their keys; one that is longer than a message is split.
+    Pieces are sorted by key; one that is longer than a message is split.
     """
     packed: list[list[Move]] = []
-    room = 0
+    space = 0
     for move in sorted(moves, key=lambda m: m.key):
         for part in split_box(move.part, limit):
-            if part.volume > room:
+            if part.volume > space:
                 packed.append([])
-                room = limit
+                space = limit
             piece = move if part == move.part else _narrowed(move, part)
             packed[-1].append(piece)
-            room -= part.volume
+            space -= part.volume
     return packed
 
 

@@ -1,4 +1,4 @@
-"""Reading through a state map: any box of the state that it would make, without making the rest."""
+"""Read through a state map: any box of the resulting state, without computing the rest."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from megagrow.transfer.statistics import Statistics, measure, required
 
 
 class Through:
-    """What a state map makes of stored state, as a source; several threads may read at once.
+    """Stored state seen through a state map, as a source; several threads may read at once.
 
     Args:
-        state_map: what is made.
-        old: the state that it is made of.
-        locator: who holds the boxes of `old`.
-        slots: of the state that is made.
-        dtype: the element type of a (tensor, slot) of it.
-        seed: of the run, for values that are made afresh.
-        staging_bytes: memory for a read besides the box itself.
+        state_map: defines the resulting state.
+        old: the stored state.
+        locator: which holder has which boxes of `old`.
+        slots: the slots of the resulting state.
+        dtype: the dtype of a (tensor, slot) of the resulting state.
+        seed: the run's seed, for freshly initialised values.
+        staging_bytes: memory that a read may use in addition to the box itself.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Through:
     def read(
         self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The values of a box of a target tensor's slot, bit for bit those of a transfer."""
+        """The values of a box of a target tensor's slot, bit-identical to those of a transfer."""
         if out is None:
             out = torch.empty(box.shape, dtype=self.dtype(tensor, slot))
         one = _OneBox(tensor, box, out)

@@ -1,10 +1,9 @@
-"""How the next training state is made of the last, as data.
+"""State maps: how the next training state is computed from the last, as data.
 
-A state map says for every target tensor and slot which blocks of which source
-tensors it is made of.  The identity is one; a growth operator with its state
-policy makes another.  A block relates the two sides axis by axis through
-arithmetic progressions, so that copies may be laid end to end (``tile``) or
-interleaved (``repeat``) without any special case.
+For every target tensor and slot, a state map lists the blocks of source tensors that it consists
+of. The identity is one; a growth operator with its state policy defines another.  A block maps
+indices axis by axis through arithmetic progressions, so that copies may be laid end to end
+(``tile``) or interleaved (``repeat``) without any special case.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from megagrow.state.catalog import Catalog, LogicalTensor, Slot
 
 @dataclass(frozen=True, slots=True)
 class AxisMap:
-    """How a block lies along one axis.
+    """How a block maps indices along one axis.
 
     Element u is target index ``target_start + u * target_step`` and source index
     ``source_start + u * source_step``, for 0 <= u < length.
@@ -33,26 +32,26 @@ class AxisMap:
     length: int
 
     def from_target(self, start: int, stop: int) -> tuple[int, int]:
-        """The u whose target index lies in [start, stop): (first, behind the last)."""
+        """The u whose target index is in [start, stop): (first, last + 1)."""
         return _pull(self.target_start, self.target_step, self.length, start, stop)
 
     def from_source(self, start: int, stop: int) -> tuple[int, int]:
-        """The u whose source index lies in [start, stop): (first, behind the last)."""
+        """The u whose source index is in [start, stop): (first, last + 1)."""
         return _pull(self.source_start, self.source_step, self.length, start, stop)
 
 
 def compose(outer: AxisMap, inner: AxisMap) -> AxisMap | None:
-    """From outer's target through what outer reads and inner writes to inner's source.
+    """Compose two axis maps; None if they share no element.
 
-    The elements where they meet are those of two progressions at once, again a progression;
-    None where there are none.
+    Outer's source axis is inner's target axis.  The common elements of two progressions are
+    again a progression.
     """
     step, other = outer.source_step, inner.target_step
     common = math.gcd(step, other)
     gap, rest = divmod(inner.target_start - outer.source_start, common)
     if rest:
         return None
-    # outer's element u meets inner's element w where u * step = w * other + (difference).
+    # outer's element u equals inner's element w where u * step = w * other + (difference).
     du, dw = other // common, step // common
     u = gap * pow(dw, -1, du) % du
     w = (u * dw - gap) // du
@@ -78,12 +77,12 @@ def _pull(first: int, step: int, length: int, start: int, stop: int) -> tuple[in
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """A number of a source tensor's parameters, or one for every line along an axis.
+    """A statistic of a source tensor's parameters: one number, or one per index of the other axes.
 
     Attributes:
         tensor, shape: the source tensor.
         kind: root mean square, or mean.
-        axis: which is reduced; None: all of them.
+        axis: the axis that is reduced; None: all axes.
     """
 
     tensor: str
@@ -93,25 +92,26 @@ class Statistic:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The shape of its values: the tensor's, with 1 for what is reduced."""
+        """The shape of its values: the tensor's shape with reduced axes of length 1."""
         return tuple(1 if self.axis in (None, at) else n for at, n in enumerate(self.shape))
 
     @property
     def count(self) -> int:
-        """How many elements are reduced to one."""
+        """Number of elements that are reduced to one."""
         return math.prod(self.shape) // math.prod(self.kept)
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Normal random numbers over a block, by the run's seed, this name and the element alone.
+    """Normal random numbers over a block.
 
-    Blocks of equal shape with the same name have the same numbers, times their own `std`
-    (which may be negative), so that they can cancel.
+    They are a function of the run's seed, this name and the element alone.  Blocks of equal
+    shape with the same name have the same numbers, times their own `std` (which may be negative),
+    so that they can cancel.
 
     Attributes:
-        std: their standard deviation, in units of `statistic` where there is one.
-        statistic: of one number.
+        std: their standard deviation, in units of `statistic` if it is given.
+        statistic: a statistic that is one number.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A fill: normal random numbers by the run's seed, this name and the element alone.
+    """A fill: normal random numbers, a function of the run's seed, this name and the element alone.
 
     Their standard deviation is `std` times a statistic that is one number.
     """
@@ -133,10 +133,10 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A fill: zeros, and `coefficient` times a statistic in one block.
+    """A fill: `coefficient` times a statistic in one block, zeros elsewhere.
 
     Attributes:
-        axes: the block.  On an axis that the statistic has reduced, its source side is not read.
+        axes: the block. On a reduced axis of the statistic, the source side is not used.
     """
 
     statistic: Statistic
@@ -176,7 +176,7 @@ class Copy:
         )
 
     def from_source(self, box: Box) -> Box | None:
-        """The part of the block that a source box feeds, in block coordinates."""
+        """The part of the block that is read from a source box, in block coordinates."""
         return _block_box(
             [
                 axis.from_source(a, b)
@@ -185,14 +185,14 @@ class Copy:
         )
 
     def target_slices(self, part: Box, origin: Sequence[int]) -> tuple[slice, ...]:
-        """Where a part of the block lies in the target, as an index counted from `origin`."""
+        """The target index of a part of the block, relative to `origin`."""
         return tuple(
             _progression(axis.target_start - o, axis.target_step, u, n)
             for axis, o, u, n in zip(self.axes, origin, part.offset, part.shape, strict=True)
         )
 
     def source_slices(self, part: Box, origin: Sequence[int]) -> tuple[slice, ...]:
-        """Where a part of the block lies in the source, as an index counted from `origin`."""
+        """The source index of a part of the block, relative to `origin`."""
         return tuple(
             _progression(axis.source_start - o, axis.source_step, u, n)
             for axis, o, u, n in zip(self.axes, origin, part.offset, part.shape, strict=True)
@@ -223,11 +223,11 @@ def _hull(slices: Sequence[slice]) -> Box:
 
 
 class StateMap(Protocol):
-    """How every slot of a target catalog follows from a source catalog."""
+    """How every slot of a target catalog is computed from a source catalog."""
 
     @property
     def target(self) -> Catalog:
-        """The catalog that is made."""
+        """The target catalog."""
         ...
 
     def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
@@ -235,7 +235,7 @@ class StateMap(Protocol):
         ...
 
     def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:
-        """What elements that no block covers become."""
+        """The fill of elements that no block covers."""
         ...
 
 

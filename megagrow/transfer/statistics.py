@@ -1,6 +1,6 @@
-"""Statistics of tensors that a growth depends on, bit for bit the same in every layout.
+"""Statistics of tensors that a growth depends on, bit-identical in every layout.
 
-Floating-point sums depend on their order, hence on who holds what.  So the largest magnitude comes
+Floating-point sums depend on their order, hence on the layout. So the largest magnitude is found
 first, which is exact in any order, and everything is then summed as integers: fractions of that
 magnitude (or of its square) in units as fine as 63 bits allow.  Each rank sums what it holds, in
 bounded pieces, and two collectives add it up.
@@ -23,7 +23,7 @@ from megagrow.transfer.state_map import Drawn, Level, StateMap, Statistic
 Statistics = Mapping[Statistic, torch.Tensor]
 
 _BYTES_AN_ELEMENT = 32  # float64 and int64 temporaries of a piece
-_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of a piece: what a cache holds, or fills a GPU
+_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # per piece: fits a cache, or fills a GPU
 
 
 def required(state_map: StateMap, slots: Sequence[Slot] = (MASTER,)) -> list[Statistic]:
@@ -55,13 +55,13 @@ def measure(
     """The values of statistics, float64 on the CPU, of shape `Statistic.kept`.
 
     Args:
-        needed: which; all ranks give the same.
-        old: the state.
-        locator: who holds what of it.
-        rank: this rank, where each sums what it holds; None: this process reads everything.
+        needed: the statistics; the same on all ranks.
+        old: the source state.
+        locator: which rank holds which of its boxes.
+        rank: this rank, which sums what it holds; None: this process reads everything.
         channel: to the other ranks.
-        device: where their sums travel.
-        staging_bytes: memory for a piece.
+        device: of the tensors that are reduced over the ranks.
+        staging_bytes: memory per piece.
 
     Raises:
         GrowthError: on all ranks, if a tensor has values that are not finite.
@@ -80,7 +80,7 @@ def measure(
     largest = torch.zeros(len(needed), dtype=torch.float64, device=device)
     for i, statistic in enumerate(needed):
         for _, values in pieces(statistic):
-            # A comparison with NaN is false, so infinity stands for it.
+            # Comparisons with NaN are false, so NaN is replaced by infinity.
             peak = values.abs().max().to(largest).nan_to_num(nan=math.inf, posinf=math.inf)
             largest[i] = torch.maximum(largest[i], peak)
     if channel is not None and channel.world > 1:
@@ -120,7 +120,7 @@ def _summed(
     pieces: Callable[[Statistic], Iterable[tuple[Box, torch.Tensor]]],
     device: torch.device | str,
 ) -> torch.Tensor:
-    """This rank's sums as integers, those of all statistics end to end."""
+    """This rank's sums as integers, all statistics concatenated."""
     parts = []
     for statistic, peak in zip(needed, peaks, strict=True):
         total = torch.zeros(statistic.kept, dtype=torch.int64, device=device)
@@ -142,7 +142,7 @@ def _summed(
 
 
 def _bits(statistic: Statistic) -> int:
-    """As many as leave room for the sum."""
+    """Bits per element, such that the sum does not overflow."""
     return 62 - statistic.count.bit_length()
 
 

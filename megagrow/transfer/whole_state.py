@@ -1,4 +1,4 @@
-"""Training state of one process in plain tensors, whole: for tests, tools and offline work."""
+"""Training state as whole tensors in one process: for tests, tools and offline growth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megagrow.state.catalog import Catalog, Slot
 
 
 class MemoryState:
-    """Whole logical tensors, readable and writable box by box.
+    """Whole logical tensors that can be read and written box by box.
 
     Args:
         tensors: memory by (tensor name, slot name), each of the logical tensor's shape.
@@ -24,7 +24,7 @@ class MemoryState:
     def empty(
         catalog: Catalog, slots: Sequence[Slot], *, dtype: torch.dtype = torch.float32
     ) -> MemoryState:
-        """Fresh memory for every slot, filled with NaN so that a gap would show."""
+        """New memory for every slot, NaN-filled so that gaps show."""
         return MemoryState(
             {
                 (tensor.name, slot.name): torch.full(tensor.shape, torch.nan, dtype=dtype)

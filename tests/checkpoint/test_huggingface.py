@@ -359,7 +359,7 @@ def test_every_setting_of_transformers_is_refused_carried_or_listed(tmp_path, fa
         ({"sliding_window": None, "temperature": 0.6}, None),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope_scaling.factor"),
-        ({"rope_theta": 5e5}, "says twice"),
+        ({"rope_theta": 5e5}, "gives the base of the rotary frequencies twice"),
         ({"sliding_window": 4}, "sliding_window"),
         ({"is_causal": False}, "is_causal"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),

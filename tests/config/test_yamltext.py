@@ -59,7 +59,7 @@ def test_merge_keys_and_anchors():
 
 
 def ninefold(first, form):
-    """Each level is nine aliases of the one before."""
+    """Each level has nine aliases of the previous one."""
     lines = [f"a0: &a0 {first}"]
     for level in range(1, 40):
         aliases = ", ".join([f"*a{level - 1}"] * 9)

@@ -1,4 +1,4 @@
-"""configs/tokenizers/bytes.json: a token for each byte."""
+"""configs/tokenizers/bytes.json: one token per byte."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""A long text is encoded in parts only where the ids are those of the whole."""
+"""A long text is encoded in parts only if the ids equal those of the whole."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def trained(path: Path, pre_tokenizer: Any, *, normalizer: Any = None) -> Tokeni
     model.normalizer, model.decoder = normalizer, decoders.ByteLevel()
     model.pre_tokenizer = pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    # Word ends and line ends as often as can be, so that there are tokens with both.
+    # As many word ends and line ends as possible, so that there are tokens with both.
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["</s>"],
                                   initial_alphabet=alphabet, show_progress=False)  # fmt: skip
     model.train_from_iterator([TEXT, "a\nb\n\nc.\n\n d\n" * 200], trainer)

@@ -1,4 +1,4 @@
-"""A prepared dataset opens if its parts agree, and says which does not."""
+"""A prepared dataset opens if its parts are consistent; otherwise the error names the part."""
 
 from __future__ import annotations
 

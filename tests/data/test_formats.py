@@ -1,4 +1,4 @@
-"""What a file is, is told by its content; nothing of an input is left out unsaid."""
+"""The format of a file is detected from its content; everything that is skipped is reported."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_zstd_without_its_package_is_refused_by_name(
 
 
 def test_frames_follow_one_another_and_one_cut_off_is_noticed(tmp_path: Path) -> None:
-    """Our reader of zstd's frames, fed by zlib, whose objects have the same methods."""
+    """megagrow's zstd frame reader, tested with zlib, whose objects have the same methods."""
     stand_in = types.SimpleNamespace(
         ZstdDecompressor=lambda: types.SimpleNamespace(decompressobj=zlib.decompressobj)
     )
@@ -155,7 +155,7 @@ def test_data_that_is_not_read_is_refused_by_name(
 def test_what_is_no_regular_file_is_refused_by_name(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for source in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(DataError, match=r"(?s)pipe: is no regular file.*a named pipe"):
+        with pytest.raises(DataError, match=r"(?s)pipe: is not a regular file.*a named pipe"):
             read(source)
     (tmp_path / "pipe").unlink()
     with socket.socket(socket.AF_UNIX) as stranger:

@@ -1,4 +1,4 @@
-"""The .bin/.idx format: every byte of it, and every way it can be damaged."""
+"""The .bin/.idx format: every byte, and every kind of damage."""
 
 from __future__ import annotations
 

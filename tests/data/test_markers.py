@@ -1,4 +1,4 @@
-"""The tokens around a document: never one that text can become."""
+"""Document markers: never a token that text can encode to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def hugging_face(
     around: str = "",
     config: Any = None,
 ) -> Path:
-    """A tokenizer of single bytes with more tokens; `around` is a post-processor's template."""
+    """A byte tokenizer with additional tokens; `around` is a post-processor's template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -62,7 +62,7 @@ def sentence_piece(path: Path, **options: Any) -> Path:
 
 
 KINDS: dict[str, tuple[dict[str, Any], str, str | None]] = {
-    # what it has; the end, the begin
+    # the tokenizer's tokens; the end and begin markers
     "gemma: </s> is a word of its texts": (
         {"special": ("<pad>", "<eos>", "<bos>"), "ordinary": ("<s>", "</s>")},
         "<eos>",
@@ -128,9 +128,9 @@ def test_each_kind_of_tokenizer_has_its_own_end(tmp_path: Path, kind: str) -> No
 @pytest.mark.parametrize(
     ("parts", "options", "word"),
     [
-        ({"special": ("<|endoftext|>", "</s>")}, {}, "does not tell which.*--eod NAME"),
-        ({"special": ("<x>",)}, {}, "does not tell which.*special tokens <x>"),
-        ({"ordinary": ("</s>",)}, {}, "does not tell which.*special tokens none"),
+        ({"special": ("<|endoftext|>", "</s>")}, {}, "does not define which.*--eod NAME"),
+        ({"special": ("<x>",)}, {}, "does not define which.*special tokens <x>"),
+        ({"ordinary": ("</s>",)}, {}, "does not define which.*special tokens none"),
         ({"special": ("<x>",), "ordinary": ("</s>",)}, {"eod": "</s>"}, "ordinary.*<x>"),
         ({"special": ("<x>",)}, {"eod": "<y>"}, "no token.*<x>"),
         ({"special": ("<x>",)}, {"eod": "<x>", "bos": "a"}, "--bos 'a' cannot.*ordinary"),
@@ -157,7 +157,7 @@ def test_sentencepiece_ends_with_a_control_symbol_alone(tmp_path: Path) -> None:
     assert own.name(own.eod) == "</s>" and own.markers.bos is None
     spoken = {"eos_id": -1, "bos_id": -1, "user_defined_symbols": ["</s>", "<eod>"]}
     path = sentence_piece(tmp_path / "b.model", **spoken)
-    with pytest.raises(DataError, match=r"(?s)does not tell which.*special tokens none"):
+    with pytest.raises(DataError, match=r"(?s)does not define which.*special tokens none"):
         load_tokenizer(path)
     with pytest.raises(DataError, match="ordinary token"):
         load_tokenizer(path, eod="<eod>")
@@ -191,7 +191,7 @@ def test_the_choice_is_recorded_and_every_document_lies_between_its_tokens(tmp_p
             assert (first, last) == (0, 1) and not {0, 1} & set(ids)
             seen.append(data.tokenizer.decode(ids))
     assert sorted(seen) == sorted(texts)
-    # The tokenizer in the dataset is opened alike without being told again, wherever it lies.
+    # The dataset's tokenizer has the same markers when opened again, wherever it is.
     again = load_tokenizer(tmp_path / "out" / "tokenizer.json").markers
     assert (
         (again.eod, again.bos) == (data.tokenizer.markers.eod, data.tokenizer.markers.bos) == (1, 0)

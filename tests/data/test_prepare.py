@@ -136,7 +136,7 @@ def test_text_file_as_paragraphs_and_as_one_document(tmp_path: Path) -> None:
     assert "Paragraph 0.\r\nIt goes on.\r\n" in documents(data, "train") + documents(
         data, "validation"
     )
-    # One document: its end is for validation.
+    # One document: its end is used for validation.
     data = prepare(request(path, tmp_path / "b", vocab_size=290)).data
     [head], [tail] = documents(data, "train"), documents(data, "validation")
     assert head + tail == path.read_bytes().decode()
@@ -156,7 +156,7 @@ def test_small_corpus_has_a_validation_document(tmp_path: Path) -> None:
     ask = request(tmp_path / "c.jsonl", tmp_path / "o", vocab_size=290, validation_fraction=1e-9)
     data = prepare(ask).data
     assert (data.train.document_count, data.validation.document_count) == (3, 1)
-    # All of one document: three of equal length, a third asked for.
+    # The whole of one document: three of equal length, a third requested.
     ask = request(tmp_path / "c.jsonl", tmp_path / "p", vocab_size=290, validation_fraction=1 / 3)
     data = prepare(ask).data
     assert data.validation.total_tokens == pytest.approx(data.train.total_tokens / 2, rel=0.02)

@@ -1,4 +1,4 @@
-"""What can be refused is refused before long work, and leaves nothing behind."""
+"""Errors are reported before any long work, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megagrow.errors import DataError
     [
         ({"vocab_size": 258}, r"258 tokens cannot be trained.*at least 259.*--vocab-size 4096"),
         ({"vocab_size": 70_000, "dtype": "uint16"}, r"--dtype uint16: too small.*--dtype int32"),
-        ({"text_key": "text", "format": "text"}, r"--text-key: there is none in plain text"),
+        ({"text_key": "text", "format": "text"}, r"--text-key: plain text has no keys"),
         ({"format": "csv"}, r"--format: out of range"),
     ],
 )

@@ -53,7 +53,7 @@ def test_permutation_reaches_each_place_once(size: int, key: int) -> None:
 
 
 def test_order_is_pinned(data: IndexedDataset) -> None:
-    # Runs that resume with a later version must go on in the same order.
+    # Runs that are resumed with a later version must continue in the same order.
     firsts = [int(SampleIndex(data, 100, seed=7).sample(k)[0]) for k in range(12)]
     assert firsts == PINNED
 
@@ -137,7 +137,7 @@ PINNED_VALIDATION = (100, 200, 600, 800)
 
 @pytest.mark.parametrize("count", [1, 2, 7, 33, 62, 63, 1000])
 def test_validation_covers_the_whole_split(data: IndexedDataset, count: int) -> None:
-    """One window of each of `count` equal parts of the split, and none twice."""
+    """One window from each of `count` equal parts of the split, without duplicates."""
     sequence = 16
     windows = (TOKENS - 1) // sequence
     chosen = validation_windows(data, sequence=sequence, count=count)
@@ -163,7 +163,7 @@ def test_an_id_outside_the_vocabulary_names_file_sample_and_token(tmp_path: Path
 
 
 def _covers(index: SampleIndex, k: int) -> bool:
-    """Whether sample k holds the first id that the vocabulary does not have."""
+    """Whether sample k contains the first id outside the vocabulary."""
     whole = SampleIndex(IndexedDataset(index.dataset.prefix), index.sequence, index.seed)
     return TOKENS - 3 in whole.sample(k)
 
@@ -189,7 +189,7 @@ def test_positions_invert_the_permutation(size: int, key: int) -> None:
 
 
 def _walk(data: IndexedDataset, lengths: list[tuple[int, int]], seed: int) -> list[Int64]:
-    """The samples of a run that takes so many of each length, one step a sample."""
+    """The samples of a run that consumes the given number of each length, one per step."""
     position, found = Position(), []
     for sequence, count in lengths:
         for _ in range(count):
@@ -209,7 +209,7 @@ _LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30)), min_size=
 def test_an_epoch_labels_each_token_once_whatever_the_lengths(
     data: IndexedDataset, lengths: list[tuple[int, int]], seed: int
 ) -> None:
-    """Non-multiples and changes back included; the last length goes on into the next epoch."""
+    """Includes non-multiples and changes back; the last length continues into the next epoch."""
     *changes, (last, _) = lengths
     before = Position()
     for sequence, count in changes:
@@ -221,7 +221,7 @@ def test_an_epoch_labels_each_token_once_whatever_the_lengths(
     walked += [index.sample(k) for k in range(done, rest)]
     labels = np.concatenate([sample[1:] for sample in walked])
     counts = np.bincount(labels, minlength=TOKENS)
-    # Whole epochs before leave out fewer tokens than a sample has, each of them another few.
+    # Earlier whole epochs leave out fewer tokens than one sample, different ones each.
     beyond = -(-max(0, done - rest) // index.windows)
     assert counts.max() <= epoch + 1 + beyond
     if epoch == 0 and done <= rest:
@@ -243,7 +243,7 @@ def test_samples_do_not_depend_on_the_lengths_that_come_after(
 ) -> None:
     first, longer = _walk(data, lengths, seed), _walk(data, [*lengths, *more], seed)
     assert all(np.array_equal(a, b) for a, b in zip(first, longer, strict=False))
-    # And one length alone has the order that it always had.
+    # With a single length the order is unchanged.
     sequence, count = lengths[0]
     alone = SampleIndex(data, sequence, seed).batch(0, count)
     assert all(np.array_equal(a, b) for a, b in zip(first, alone, strict=False))
@@ -259,7 +259,7 @@ def test_a_quarter_of_an_epoch_of_short_samples_hides_no_token_from_the_long_one
     seen += [long.sample(k)[1:] for k in range((TOKENS - 8 * quarter) // 32)]
     counts = np.bincount(np.concatenate(seen), minlength=TOKENS)
     assert counts.max() == 1 and (counts == 0).sum() == (TOKENS - 8 * quarter) % 32
-    # Text that is adjacent in the data stays so: a join is where two labels are no neighbours.
+    # Text that is adjacent in the data stays so: a join is where two labels are not adjacent.
     joins = sum(int((np.diff(labels) % TOKENS != 1).sum()) for labels in seen)
     assert long.recut is not None and f"up to {long._left.joins}" in long.recut
     assert 0 < joins <= long._left.joins < quarter + 1
@@ -279,7 +279,7 @@ def test_a_position_keeps_lengths_and_reads_what_earlier_versions_wrote() -> Non
 
 
 def test_a_wrong_id_is_found_in_an_epoch_cut_anew(tmp_path):
-    """Samples after a change of length are looked up token by token; their ids are checked too."""
+    """Samples after a change of length are read token by token; their ids are checked too."""
     prefix = tmp_path / "wrong"
     with IndexedWriter(prefix, "uint16") as writer:
         writer.add_document(np.full(200, 7))

@@ -1,4 +1,4 @@
-"""The validation set has the share of the tokens that was asked for, of texts not trained on."""
+"""The validation set has the requested share of the tokens, from texts not trained on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megagrow.data.summary import summary
 
 
 def sums(values: list[int]) -> np.ndarray:
-    """A checksum that is the value, in both halves."""
+    """A checksum with the value in both halves."""
     return np.array([(value % 3, value) for value in values], SUM)
 
 

@@ -1,4 +1,4 @@
-"""Text comes back from its tokens exactly."""
+"""Text is decoded exactly."""
 
 from __future__ import annotations
 

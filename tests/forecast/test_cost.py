@@ -1,4 +1,4 @@
-"""Bytes of a growth by arithmetic, against counting every element."""
+"""Predicted bytes of a growth, compared with counting every element."""
 
 import itertools
 

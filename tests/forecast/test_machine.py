@@ -1,4 +1,4 @@
-"""The communication that a step is foretold to take, against what a model really sends."""
+"""The predicted communication of a step, compared with what a model actually sends."""
 
 import itertools
 from collections import Counter
@@ -22,7 +22,7 @@ def _model(layers, activation_checkpointing, dropout):
 
 
 def _sent(comm):
-    """Elements that a forward and a backward pass hand to each kind of collective."""
+    """Elements that a forward and a backward pass send through each kind of collective."""
     from megagrow.models.common import parallel as calls
     from megagrow.models.common.parallel import TensorParallel
     from megagrow.models.transformer import Transformer
@@ -31,7 +31,7 @@ def _sent(comm):
 
     def counted(kind, function, size):
         def call(*args, **more):
-            # Gradients of norms are summed as well, which no batch makes larger.
+            # Gradients of norms are reduced as well, independent of the batch.
             if size(*args).numel() > _model(1, "none", 0.0).hidden:
                 counts[kind] += size(*args).numel()
             return function(*args, **more)

@@ -1,4 +1,4 @@
-"""Activation memory: the paper's formula where both count the same, and what each setting saves."""
+"""Activation memory: the paper's formula where both count the same, and the effect of settings."""
 
 import pytest
 from toys import toy_model

@@ -1,4 +1,4 @@
-"""Published laws, the closed-form rule when to grow, fits, and the planner."""
+"""Published laws, the closed-form growth rule, fits, and the planner."""
 
 import math
 
@@ -70,7 +70,7 @@ def test_the_marginal_rule_in_closed_form(g, ratio, saving, n):
     found = when_to_grow(KAPLAN, n, g * n)
     assert found.ratio == pytest.approx(ratio, abs=0.005)
     assert found.saving == pytest.approx(saving, abs=0.0006)
-    # Both gain the same loss a FLOP there, compute being N S.
+    # Both reduce the loss equally per FLOP there, with compute N S.
     step = 1e-6
     costs = [
         n * (KAPLAN.duration(n, found.loss - step) - KAPLAN.duration(n, found.loss))
@@ -120,9 +120,9 @@ def test_fits_recover_constants_within_their_intervals(law, longest):
         low, high = fit.interval(name)
         assert low <= getattr(law, name) <= high, name
         if name != "floor":
-            assert high - low < 0.1 * getattr(law, name)  # an interval that says something
+            assert high - low < 0.1 * getattr(law, name)  # a meaningful interval
     assert fit.error < 0.005
-    # What it is for: extrapolated to ten times the size and the length.
+    # The use case: extrapolation to ten times the size and the length.
     assert fit.law.loss(2.5e10, 10 * longest) == pytest.approx(
         law.loss(2.5e10, 10 * longest), rel=0.01
     )
@@ -150,7 +150,7 @@ def test_a_single_curve():
 
 
 def proportional(size):
-    """A size whose FLOPs are 6 N a token, as the closed form has it."""
+    """A size with 6 N FLOPs per token, as in the closed form."""
     return planner.Size(size.model, size.depth, size.width, size.n, 6 * size.n)
 
 

@@ -1,6 +1,6 @@
-"""The small models that all laws are tried on: all families, tied and untied, grouped queries.
+"""The small models for all tests of the laws: all families, tied and untied, grouped queries.
 
-A family of the package is among them by being registered; so is one from outside.
+Registered families are included automatically, from the package and from outside.
 """
 
 import toy_family

@@ -1,4 +1,4 @@
-"""Heads and rotary positions: what is right, and that the naive ways are wrong."""
+"""Heads and rotary positions: the correct growth, and that the naive ones are wrong."""
 
 import pytest
 import torch
@@ -113,7 +113,7 @@ def test_queries_must_share_out():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_every_part_of_wider_heads_comes_alive(family):
-    """After two steps of plain gradient descent no new feature is still without gradient."""
+    """After two steps of plain gradient descent every new feature has a gradient."""
     model = toy_model(family=family)
     state = random_state(build_catalog(model), seed=1)
     large, _, new = grow(model, state, operator="head_dim")
@@ -148,7 +148,7 @@ def test_every_part_of_an_identity_layer_comes_alive(family):
 
 @pytest.mark.parametrize(("family", "dead"), [("llama", True), ("gpt2", False)])
 def test_identity_layers_by_zero_norm_gains_have_a_dead_mlp(family, dead):
-    """As the paper has them: without biases nothing in the MLP gets a gradient, ever."""
+    """As in the paper: without biases nothing in the MLP ever gets a gradient."""
     model = toy_model(family=family)
     state = random_state(build_catalog(model), seed=1)
     large, _, new = grow(model, state, operator="depth_stack")

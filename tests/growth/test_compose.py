@@ -218,7 +218,7 @@ def test_depth_reaches_any_number_of_layers(operator, layers):
     ["width_noise", "width+depth_stack", "depth_stack+width_noise", "depth_stack+width_fresh"],
 )
 def test_noise_and_compositions_are_the_same_in_every_layout(operator):
-    """Law 6, for what the registry's own tests do not try."""
+    """Law 6, for cases that the registry's tests do not cover."""
     model = toy_model()
     small = build_catalog(model)
     state = random_state(small, seed=5, dtype=torch.float32)
@@ -249,11 +249,11 @@ def test_noise_follows_the_seed():
     assert not torch.equal(one, other)
     summed = one.view(24, 2, 8).sum(1)  # over the copies of the input
     torch.testing.assert_close(summed, other.view(24, 2, 8).sum(1), rtol=0, atol=1e-14)
-    assert (one[::2] - one[1::2]).abs().max() > 1e-3  # a row's copy has noise of its own
+    assert (one[::2] - one[1::2]).abs().max() > 1e-3  # a row's copy has its own noise
 
 
 def test_a_ramp_counts_the_units_of_the_model_before_it():
-    """Of a width growth and new units behind it, only the latter come in by and by."""
+    """In a width growth followed by new units, only the latter have a ramp."""
     model = toy_model()
     small = random_state(build_catalog(model), seed=1)
     middle, _, first = _grown(model, small, operator="width")

@@ -1,4 +1,4 @@
-"""Laws 5 and 10: the exact policy retraces the small run, and twins part only with a breaker."""
+"""Laws 5 and 10: `exact` retraces the small run; twins separate only with a symmetry breaker."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ exact_operators = pytest.mark.parametrize(
 
 
 def _start(model):
-    """A run some steps after its start, so that its moments mean something."""
+    """A run a few steps after its start, so that its moments are meaningful."""
     state = random_state(build_catalog(model), seed=4)
     for (_, slot), values in state.tensors.items():
         if slot != "master":
@@ -96,7 +96,7 @@ def test_factors_of_the_width_operator():
 
 
 def _update_gap(growth, before, after):
-    """The greatest difference between what two copies of the same elements were moved by."""
+    """The largest difference between the updates of two copies of the same elements."""
     gap = 0.0
     for tensor in growth.target:
         first = {}
@@ -131,7 +131,7 @@ def test_exact_copies_stay_twins(operator, factor, model):
     [("width", "copy"), ("width", "reset"), ("width", "shen"), ("width_diag", "shen")],
 )
 def test_width_alone_has_no_breaker(operator, policy, model):
-    """Moments that are as symmetric as the copies leave them twins for ever."""
+    """With moments as symmetric as the copies, twins stay identical."""
     assert _gap_after(model, operator=operator, factor=2, policy=policy) <= 1e-12
 
 
@@ -152,7 +152,7 @@ def test_copies_that_never_part_are_told_of_and_no_others(operator, policy):
     apart = _gap_after(model, operator=operator, factor=2, policy=policy) > 1e-12
     assert len(told) == (not apart)
     assert all("copies never part" in line and "width_fresh" in line for line in told)
-    # Dropout parts them, as it drops each by itself.
+    # Dropout separates them, since it drops each independently.
     assert not any("never part" in line for line in growth.caveats(grad_clip=0.0, dropout=0.1))
 
 
@@ -186,12 +186,12 @@ def test_the_published_policy_departs_from_the_small_run(operator):
     small = _start(model)
     large, _ = small.grown(operator=operator, factor=2, policy="shen")
     departure = np.abs(large.losses(_future(model)) - small.losses(_future(model)))
-    assert departure[0] <= 1e-12  # the loss itself is kept
+    assert departure[0] <= 1e-12  # the loss itself is preserved
     assert departure.max() > 1e-3
 
 
 def _moved_by_one_update(model, state, factors):
-    """By how much each tensor's first AdamW update alone moves the logits (no decay, eps 0)."""
+    """How much each tensor's first AdamW update alone changes the logits (no decay, eps 0)."""
     [batch] = token_batches(model, samples=4, seed=8)
     module = build(model, state)
     module(torch.from_numpy(batch)).backward()

@@ -1,4 +1,4 @@
-"""Growths close together: every element of the optimizer's state counts steps of its own."""
+"""Growths in quick succession: every element of the optimizer's state has its own step count."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ BETAS, STEPS = (0.9, 0.999), 4
 
 
 def _births(growth, births, step, *, policy):
-    """When each element's moments began, from what the growth's blocks copy; by tensor."""
+    """The step at which each element's moments began, from the growth's blocks; by tensor."""
     found = {}
     for tensor in growth.target:
         born = torch.full(tensor.shape, float(step), dtype=torch.float64)
@@ -32,7 +32,7 @@ def _births(growth, births, step, *, policy):
 
 
 def _check(run, births, batch):
-    """One update of the run, against AdamW element by element with the age of each."""
+    """One update of the run, compared with element-wise AdamW with each element's step count."""
     before, step = run.state().tensors, run.steps
     run.losses(batch)
     gradients = {name: p.grad for name, p in named_tensors(run.module).items()}
@@ -59,7 +59,7 @@ def _check(run, births, batch):
         (("width", "depth_identity"), "kept"),
         (("depth_identity", "width"), "kept"),
         (("width_split", "width_noise"), "kept"),
-        (("vocab", "vocab"), "copy"),  # what is copied from nowhere is as new
+        (("vocab", "vocab"), "copy"),  # elements without a source count as new
         (("vocab", "depth_stack", "vocab"), "copy"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),

@@ -1,4 +1,4 @@
-"""Models of transformers: imported, grown and exported, they give the logits that they gave."""
+"""Models of transformers, imported, grown and exported, give the same logits as before."""
 
 import pytest
 import torch
@@ -145,7 +145,7 @@ FAMILIES = {
     "gpt2": (GPT2, _gpt2, _import_gpt2, _export_gpt2),
     "llama": (LLAMA, _llama, _import_llama, _export_llama),
 }
-# Under a ramp a model is not one that transformers knows.
+# A model in a ramp cannot be expressed in transformers.
 # transformers' GPT-2 has one key to a query and hidden = heads * head_dim.
 NOT_IN_GPT2 = {"head_dim", "kv_groups"}
 CASES = [

@@ -1,6 +1,6 @@
 """Laws 2, 3 and 4, for every registered operator: loss, gradients and optimizer slots.
 
-A new operator is tested here by being registered.
+Registered operators are tested automatically.
 """
 
 import re
@@ -80,7 +80,7 @@ def test_depth_interleave_repeats_each_layer(model, factor):
 
 
 def test_every_operator_says_what_it_keeps():
-    # One that keeps neither needs a test of its own, as those two have above.
+    # An operator that preserves neither needs its own test, like the two above.
     assert {o.keeps for o in OPERATORS.values()} <= set(KEEPS)
     changing = [o.name for o in OPERATORS.values() if o.keeps == "nothing"]
     # width_perturb: test_noise.py; ligo: test_ligo.py; others: test_starts.py.
@@ -154,7 +154,7 @@ def _noise(block, state):
 
 
 def _filled(fill, tensor, state):
-    """All of a tensor as a fill would make it, by NumPy."""
+    """A whole tensor as filled by a fill, in NumPy."""
     values = np.zeros(tensor.shape)
     if fill == "fresh":
         return fresh(tensor, whole(tensor.shape), seed=0)
@@ -196,7 +196,7 @@ def _scale_by_definition(policy, slot, block):
 @pytest.mark.parametrize("factor", [2, 3])
 @pytest.mark.parametrize("policy", OPERATORS["width"].policies)
 def test_width_by_its_formula(policy, factor, model):
-    """Every element on its own: which old one it copies, times what."""
+    """For every element: the old element that it copies, and the factor."""
     state, _, growth, new = _grown(model, "width", factor, policy)
     for tensor in growth.target:
         pick, copy_number = [], []
@@ -205,7 +205,7 @@ def test_width_by_its_formula(policy, factor, model):
             if meaning == "embed":  # the stream is [h, h, ...]
                 pick.append(at % (n // factor))
                 copy_number.append(at // (n // factor))
-            elif meaning in ("kv_group", "ffn"):  # a copy beside its source
+            elif meaning in ("kv_group", "ffn"):  # copies next to their source
                 pick.append(at // factor)
                 copy_number.append(at % factor)
             else:
@@ -254,7 +254,7 @@ def _stacked_source(name, layers):
 
 
 def _indices(block):
-    """(target, source) elements of a block, as lists of indices an axis."""
+    """(target, source) elements of a block, as lists of indices per axis."""
     there = [[a.target_start + u * a.target_step for u in range(a.length)] for a in block.axes]
     here = [[a.source_start + u * a.source_step for u in range(a.length)] for a in block.axes]
     return np.ix_(*there), np.ix_(*here)

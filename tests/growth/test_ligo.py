@@ -1,4 +1,4 @@
-"""Learned maps: they begin as the operator's blocks, reach every tensor, and are worth fitting."""
+"""Learned maps: they start as the operator's blocks, cover every tensor, and fitting helps."""
 
 import numpy as np
 import pytest

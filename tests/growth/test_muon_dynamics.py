@@ -52,7 +52,7 @@ def test_exact_retraces_the_small_run(operator, factor, model):
 
 
 def _grown(run, target):
-    """A run that goes on in a model with other sizes, and the growth's rules."""
+    """A run that continues in a model with other sizes, and the growth's rules."""
     model, growth = plan_growth(
         GrowConfig(operator="width", state_policy="exact", target=target), run.model
     )
@@ -101,7 +101,7 @@ def test_fused_matrices_that_need_different_rates_are_refused():
     rules = growth.rules_after(OptimizerRules(), step=0)
     assert rules.factors_of("layers.0.attention.qkv.weight").orthogonal is None
     assert OptimizerRules.from_json(rules.to_json()) == rules
-    group_keys(growth.target, rules)  # AdamW has no such trouble
+    group_keys(growth.target, rules)  # no problem with AdamW
     with pytest.raises(GrowthError, match=r"(?s)optimizer.name muon.*qkv.*sparkling"):
         group_keys(growth.target, rules, MUON)
 

@@ -65,7 +65,7 @@ def moved(model, *, muon=False):
 
 
 def ends(models, **options):
-    """By coordinate, its change in the largest model over that in the smallest."""
+    """By coordinate: its change in the largest model over that in the smallest."""
     small, large = (moved(model, **options) for model in models)
     common = [name for name in small if name in large]
     assert len(common) > 4 and "logits" in common
@@ -85,7 +85,7 @@ def wide(hidden, family, *, mup, tied=False):
 def test_activations_move_as_far_at_every_width(family, tied):
     """Yang et al., arXiv 2203.03466, section D.1: over widths 64 to 512."""
     kept = ends([wide(h, family, mup=True, tied=tied) for h in (64, 512)])
-    # The random part of fresh logits falls with the width, and with it what is unlearned.
+    # The random part of initial logits falls with the width, and so does what is unlearned.
     assert 0.3 < kept.pop("logits") < 1.2
     assert all(0.4 < ratio < 2.0 for ratio in kept.values()), kept
     for hidden in (128, 256):
@@ -108,7 +108,7 @@ def deep(layers, family, *, mup):
 @pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_block_writes_falls_as_blocks_become_more(family, muon):
-    """CompleteP, arXiv 2505.01618: their sum moves as far at every depth, here 2 to 16."""
+    """CompleteP, arXiv 2505.01618: their sum changes equally at every depth, here 2 to 16."""
 
     def first_of(mup):
         ratios = ends([deep(n, family, mup=mup) for n in (2, 16)], muon=muon)
@@ -155,7 +155,7 @@ def test_rates_and_initialisation_of_a_shape(tied):
     assert catalog["final_norm.weight"].init == Init("constant", 1 / 2)
     stds = {
         "embedding.token": 1, f"{block}.attention.qkv.weight": 2**-0.5,
-        # Of the base: 1 / sqrt(2 layers); that many more write.
+        # At the base: 1 / sqrt(2 layers); the model has more writers by the ratio of depths.
         f"{block}.attention.out.weight": 2**-0.5 * 2**0.5 / 2,
         f"{block}.mlp.down.weight": 3**-0.5 * 2**0.5 / 2,
     }  # fmt: skip
@@ -166,7 +166,7 @@ def test_rates_and_initialisation_of_a_shape(tied):
         assert catalog[name].init.std == pytest.approx(plain[name].init.std * ratio), name
     keys = group_keys(catalog, OptimizerRules({"embedding.token": Factors(lr=0.1)}))
     assert keys["embedding.token"] == (False, 0.1, 1.0, 0.5, False)
-    # Weight decay is set against the rate: a step decays as much at every width.
+    # Weight decay is divided by the rate: the decay per step is the same at every width.
     assert all(key[1] * key[2] == pytest.approx(1.0 if name != "embedding.token" else 0.1)
                for name, key in keys.items())  # fmt: skip
 
@@ -223,7 +223,7 @@ def test_exact_asks_for_the_rates_of_the_shape(model, operator):
         section = GrowConfig(operator=operator, state_policy="exact", **extent)
         _, growth = plan_growth(section, model)
         rules = growth.rules_after(OptimizerRules(), step=7)
-        if operator == "width":  # but for Muon's, where matrices get another aspect
+        if operator == "width":  # except Muon's, where the aspect ratio of matrices changes
             left = {(f.lr, f.weight_decay, f.eps) for f in rules.factors.values()}
             assert left <= {(1.0, 1.0, 1.0)} and (not left or extent in uneven)
         plain = plan_growth(section, model.model_copy(update={"mup": None}))[1]
@@ -259,7 +259,7 @@ def test_after_a_growth_one_update_of_any_tensor_moves_the_logits_as_far_as_befo
     assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), rel=1e-6)
 
 
-# `head_dim` is refused, and a ramp keeps the loss by its mask.
+# `head_dim` is an error, and a ramp preserves the loss by its mask.
 LOSS_KEPT = [
     pytest.param(model, operator.name, id=f"{name}-{operator.name}")
     for model, (name, _) in zip(MODELS, toy_models(), strict=True)
@@ -272,7 +272,7 @@ LOSS_KEPT = [
 @pytest.mark.parametrize("base", [4, 8, 16])
 @pytest.mark.parametrize(("model", "operator"), LOSS_KEPT)
 def test_what_keeps_the_loss_keeps_it_under_mup(model, operator, base):
-    """Whatever the final norm begins at: below, at and above the base shape."""
+    """For any initial value of the final norm: below, at and above the base shape."""
     model = model.model_copy(update={"mup": model.mup.model_copy(update={"hidden": base})})
     state = random_state(build_catalog(model), seed=4)
     large, growth = plan_growth(GrowConfig(operator=operator), model)
@@ -292,7 +292,7 @@ def test_what_does_not_go_with_it_is_refused():
 
 
 def test_a_model_with_mup_computes_what_the_same_tensors_do_without():
-    """No multiplier stands in the forward pass: an export is a plain model."""
+    """There is no multiplier in the forward pass: an export is a plain model."""
     model = MODELS[0]
     state = random_state(build_catalog(model), seed=3)
     tokens = torch.from_numpy(token_batches(model, samples=2, seed=1)[0][:, :-1])
@@ -302,7 +302,7 @@ def test_a_model_with_mup_computes_what_the_same_tensors_do_without():
 
 
 def test_parts_have_the_rates_of_their_kind():
-    """By role: what is the same kind in two families has the same rates."""
+    """By role: corresponding tensors of two families have the same rates."""
     found = {}
     for model in MODELS:
         for tensor in build_catalog(model):

@@ -1,4 +1,4 @@
-"""Noise on copies: as large as they are, where it is asked for, and the same in every layout."""
+"""Noise on copies: its scale, which tensors have it, and the same values in every layout."""
 
 import itertools
 
@@ -49,7 +49,7 @@ def _rms(values):
 @pytest.mark.parametrize(("noise", "std"), [(None, 1.0), (0.2, 0.2), (3.0, 3.0)])
 @pytest.mark.parametrize("operator", ["width_noise", "width_perturb"])
 def test_it_is_as_large_as_asked_in_units_of_the_trained_tensor(operator, noise, std, scale):
-    """Not of the scale that the run began with."""
+    """Not in units of the initial std."""
     state, _, _, new = _grown(operator=operator, noise=noise, scale=scale)
     _, _, _, plain = _grown(operator="width", scale=scale)
     added = new.tensors[UP, "master"] - plain.tensors[UP, "master"]

@@ -1,4 +1,4 @@
-"""Growths as state maps: their checks, their fills, and the rules that they leave."""
+"""Growths as state maps: their checks, their fills, and their optimizer rules."""
 
 import itertools
 import json
@@ -151,7 +151,7 @@ def test_the_default_rewarm_is_the_policys():
 
 
 def test_old_elements_in_several_blocks_are_told_as_one():
-    """Queries, keys and values of wider heads are blocks of their own; every k-th slot is old."""
+    """Queries, keys and values of wider heads are separate blocks; every k-th index is old."""
     rules = _growth(toy_model(), "head_dim", "kept", factor=3).rules_after(OptimizerRules(), step=4)
     qkv = rules.young["layers.0.attention.qkv.weight"]  # [kv_group, projection, head_dim, embed]
     assert qkv.kept == ((0, 1, 2), (0, 1, 3), (0, 3, 4), (0, 1, 8))
@@ -188,7 +188,7 @@ def test_young_blocks_stay_young_where_they_are_copied_whole():
     assert deeper.young["layers.3.mlp.up.weight"] == first.young["layers.1.mlp.up.weight"]
     wider = _growth(wide, "width", "sparkling").rules_after(first, step=9)
     assert {young.born for young in wider.young.values()} == {9}
-    # Those of the growth before keep their own step, inside the old block of the later one.
+    # The new blocks of the earlier growth keep their step count inside the later one's old block.
     up = wider.young["layers.0.mlp.up.weight"]  # [ffn, embed]: 12 x 8, 24 x 16, 48 x 32
     assert up.kept == ((0, 2, 24), (0, 1, 16))
     assert (up.inside.kept, up.inside.born, up.inside.inside) == (((0, 4, 12), (0, 1, 8)), 3, None)
@@ -202,7 +202,7 @@ def test_young_blocks_are_not_copied_among_old_ones_before_their_moments_are_gro
     with pytest.raises(GrowthError, match="a growth 20 optimizer steps after that one"):
         second.rules_after(first, step=1020, betas=(0.9, 0.999))
     assert not second.rules_after(first, step=1000 + 6000, betas=(0.9, 0.999)).young
-    assert not second.rules_after(first, step=1020).young  # an optimizer that does not correct
+    assert not second.rules_after(first, step=1020).young  # an optimizer without bias correction
 
 
 def test_no_block_is_born_after_the_step_count_starts_again():
@@ -242,7 +242,7 @@ def test_groups_put_decay_first_and_part_factors():
 
 
 def test_exact_says_what_keeps_it_from_retracing_the_small_run():
-    """Clipping, and dropout: the copies of a unit are dropped each by itself."""
+    """Clipping, and dropout: the copies of a unit are dropped independently."""
     exact = find_policy("exact")
     assert exact.caveat(grad_clip=0.0, dropout=0.0) is None
     clipped = exact.caveat(grad_clip=1.0, dropout=0.0)

@@ -1,4 +1,4 @@
-"""Slots beyond Adam's: the gradient law defines them, whatever the optimizer calls them."""
+"""Slots other than Adam's: the gradient law defines them, whatever their names."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
 def _accumulated(model, state, slots, batches):
-    """What an optimizer has gathered in its slots at fixed parameters."""
+    """The slots of an optimizer after some steps at fixed parameters."""
     module, kept = build(model, state), {}
     for batch in batches:
         module.zero_grad()
@@ -101,7 +101,7 @@ def test_lion_retraces_the_small_run(operator, model):
 
 
 def test_muon_turns_the_grown_momentum_into_the_tiled_update():
-    """Its update is the polar factor, blind to scale: of tiles it is tiles of 1/k the old one."""
+    """Its update is the scale-invariant polar factor: for tiles it is tiles of 1/k the old one."""
     model = MODELS["llama-tied"]
     state = random_state(build_catalog(model), seed=1)
     _, _, new = grow(model, state, operator="width", policy="exact", factor=2)

@@ -44,7 +44,7 @@ def _order(growth):
 
 
 def test_slices_of_a_list():
-    """SOLAR's overlap in small: 0 to 2, then 1 to 3."""
+    """A small version of SOLAR's overlap: 0 to 2, then 1 to 3."""
     section = {"operator": "depth_slices", "sources": [0, 1, 2, 1, 2, 3]}
     model = toy_model(layers=4)
     state, large, growth, new = _grown(model, **section)

@@ -1,4 +1,4 @@
-"""`width_fresh` by its formulas, element by element, and what it makes of the model's eps."""
+"""`width_fresh` against its formulas, element by element, and its effect on the model's eps."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_every_tensor_is_padded_as_its_role_says(model):
 
 @every_model
 def test_all_that_is_new_learns_from_the_second_step_on(model):
-    """Writers and embeddings at once, readers as soon as what they feed is read."""
+    """Writers and embeddings at the first step, readers once their outputs are read."""
     state = random_state(build_catalog(model), seed=1)
     large, _, new = grow(model, state, operator="width_fresh", factor=2)
     module = build(large, new)
@@ -83,7 +83,7 @@ def test_all_that_is_new_learns_from_the_second_step_on(model):
 
 
 def test_the_random_numbers_are_not_those_that_the_tensor_began_with():
-    """Else a new column would be the row below, as it was initialised."""
+    """Otherwise a new column would equal the initial values of the next row."""
     model = toy_model()
     state = random_state(build_catalog(model), seed=1)
     name = "layers.0.mlp.up.weight"
@@ -109,7 +109,7 @@ def test_eps_falls_as_the_mean_square_of_the_stream_does(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_with_the_old_eps_the_function_would_change(family):
-    """So eps is part of the growth: a large one shows it."""
+    """So eps is part of the growth: a large value shows it."""
     model = toy_model(family=family, norm_eps=0.05)
     state = random_state(build_catalog(model), seed=1)
     large, _, new = grow(model, state, operator="width_fresh", factor=2)
@@ -122,7 +122,7 @@ def test_with_the_old_eps_the_function_would_change(family):
 
 
 def test_mup_leaves_the_final_norm_alone():
-    """Its gains fall since its input has another scale, not to carry a share of the head's."""
+    """Its gains fall because its input's scale changed, not to carry a share of the head's."""
     model = toy_model(family="llama", tie_embeddings=False)
     section = GrowConfig(operator="width_fresh", factor=2, mup=True)
     rules = plan_growth(section, model)[1].rules_after(OptimizerRules(), step=0)

@@ -1,4 +1,4 @@
-"""A training run in one process, for the laws of the dynamics."""
+"""A training run in one process, for tests of the dynamics laws."""
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class Run:
         return SharedTensor(tensor.shape, matrices(tensor), ((whole(tensor.shape), 0),), young)
 
     def losses(self, batches):
-        """One step a batch; the losses before each."""
+        """One step per batch; returns the losses before each step."""
         found = []
         self.optimizer.set_learning_rate(self.lr)
         for batch in batches:
@@ -84,7 +84,7 @@ class Run:
         return MemoryState(tensors)
 
     def grown(self, *, operator, factor, policy):
-        """The run that goes on in the grown model, and the growth."""
+        """The run continued in the grown model, and the growth."""
         model, growth, state = grow(
             self.model, self.state(), operator=operator, factor=factor, policy=policy
         )

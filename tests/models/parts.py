@@ -16,7 +16,7 @@ def this_rank(comm, *, sequence=False):
 
 
 def local_part(model, name, whole, parallel):
-    """A rank's part of a whole tensor; padding is NaN, so that its use would show."""
+    """A rank's part of a whole tensor; padding is NaN, so that any use of it shows."""
     tensor = build_catalog(model)[name]
     placement = Placement(build_catalog(model), Layout(tensor=parallel.size))
     local = placement.local(tensor, parallel.rank)
@@ -27,7 +27,7 @@ def local_part(model, name, whole, parallel):
 
 
 def random_parameters(model, *, seed=0):
-    """Whole fp64 tensors by name, none of them at a special value."""
+    """Whole fp64 tensors by name, all with generic values."""
     generator = torch.Generator().manual_seed(seed)
     return {
         tensor.name: (tensor.init.kind == "ones")

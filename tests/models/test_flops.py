@@ -36,7 +36,7 @@ def test_flops_are_those_of_the_products_that_run(model):
         with FlopCounterMode(display=False) as backward:
             loss.backward()
     assert forward.get_total_flops() == tokens * forward_flops_per_token(model)
-    # The input of the first projection is no parameter, yet its gradient is computed.
+    # The input of the first projection is not a parameter, but its gradient is computed.
     total = forward.get_total_flops() + backward.get_total_flops()
     assert total == tokens * train_flops_per_token(model)
 

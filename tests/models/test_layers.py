@@ -92,7 +92,8 @@ def cut(x, axis, rank, world):
 
 
 def run(layer, parameters, x, gradient):
-    """Output, input gradient and parameter gradients; what parameters lack is NaN padding."""
+    """Output, input gradient and parameter gradients; missing rows of parameters are NaN
+    padding."""
     layer.double()
     with torch.no_grad():
         for name, parameter in layer.named_parameters():

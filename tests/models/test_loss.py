@@ -27,7 +27,7 @@ def sample(case, rows=(2, 3), vocabulary=VOCABULARY):
 
 
 def weights(like):
-    """Another gradient for every row."""
+    """A different gradient for every row."""
     return torch.arange(1.0, like.numel() + 1, dtype=like.dtype).view(like.shape)
 
 

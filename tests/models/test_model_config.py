@@ -47,7 +47,7 @@ def test_one_number_is_the_std_of_all():
 
 def test_by_role_what_is_not_given_has_its_default():
     assert make(init_std={}, tie_embeddings=False).stds == (0.5, 0.5, 0.02, 0.02)
-    # Logits grow with a token table that is the head as well.
+    # Logits scale with a token embedding that is tied to the head.
     assert make(init_std={}).stds == (0.02, 0.02, 0.02, 0.02)
     given = {"embedding": 0.3, "matrices": "fan_in"}
     assert make(init_std=given).stds == (0.3, 0.3, 0.02, None)
@@ -57,7 +57,7 @@ def test_by_role_what_is_not_given_has_its_default():
 
 def test_a_tied_head_has_no_std_of_its_own():
     message = refusal(init_std={"head": 0.1})
-    assert "the head is the token table" in message and "init_std.embedding" in message
+    assert "the head is the token embedding" in message and "init_std.embedding" in message
 
 
 def test_it_is_read_as_it_was_written():

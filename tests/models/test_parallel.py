@@ -9,7 +9,7 @@ from megagrow.errors import ConfigError
 from megagrow.models.common import parallel as regions
 from megagrow.models.common.parallel import SERIAL, TensorParallel, require_tensor_parallel
 
-SHAPE = 2, 4, 8  # batch, sequence, width; both latter divide by 2 and by 4
+SHAPE = 2, 4, 8  # batch, sequence, width; the latter two are divisible by 2 and by 4
 
 REGIONS = [
     regions.copy_to_tensor_parallel_region,
@@ -52,13 +52,13 @@ def expected(name, rank, xs, gradient):
 
 
 def gradient_of(rank, like):
-    """What comes back to a rank's output; another on every rank."""
+    """The gradient of a rank's output; different on every rank."""
     generator = torch.Generator().manual_seed(100 + rank)
     return torch.randn(like.shape, generator=generator, dtype=torch.float64)
 
 
 def strided(x):
-    """The same values, in memory in another order."""
+    """The same values in another memory order."""
     return x.transpose(0, 2).contiguous().transpose(0, 2)
 
 
@@ -107,7 +107,7 @@ def test_unequal_parts_are_refused():
 
 
 def masks(rank, world):
-    """Dropout masks before, inside and after the region of own numbers."""
+    """Dropout masks before, inside and after the region of per-rank random numbers."""
     parallel = TensorParallel(None, rank, world)
     x = torch.ones(64)
     before = F.dropout(x, 0.5)

@@ -53,7 +53,7 @@ def test_angles_of_low_precision_are_exact_before_rounding():
 
 
 def test_a_table_made_in_inference_mode_serves_training():
-    x = heads(1, 7, 1, 10)  # a shape of its own, for which no table is kept yet
+    x = heads(1, 7, 1, 10)  # a new shape, for which no table is cached yet
     with torch.inference_mode():
         rotate(x, THETA)
     rotate(x.requires_grad_(), THETA).sum().backward()

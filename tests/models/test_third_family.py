@@ -1,6 +1,6 @@
-"""A family from outside of the package: registered, it trains, grows, and goes to other formats.
+"""A family from outside the package: it is registered, trained, grown and converted.
 
-The laws of growth are tried on it in tests/growth, where it is one of the models.
+The laws of growth are tested on it in tests/growth, as one of the models.
 """
 
 import json
@@ -50,7 +50,7 @@ def test_modules_catalog_and_flops_of_a_family_agree(family):
 
 
 def test_two_families_do_not_share_a_name():
-    registry.register(toy_family.TOY)  # once more does nothing
+    registry.register(toy_family.TOY)  # again: no effect
     other = Architecture(
         norm="rms", positions="rotary", gated=True, biases=False, activation="gelu"
     )

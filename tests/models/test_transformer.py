@@ -1,4 +1,4 @@
-"""Whole models in one process: against Hugging Face's, in parts, and in lower precision."""
+"""Whole models in one process: compared with Hugging Face's, in parts, and in lower precision."""
 
 import pytest
 import torch
@@ -124,7 +124,7 @@ def test_grouped_queries_are_repeated_keys_and_values(family):
 
 
 def copy_to_hugging_face(parameters, state, names):
-    """Fill a Hugging Face state dict; `names` gives ours and how to reshape it."""
+    """Fill a Hugging Face state dict; `names` maps to megagrow's name and the reshaping."""
     for theirs, value in state.items():
         value.copy_(names(theirs, parameters).reshape(value.shape))
 
@@ -181,7 +181,7 @@ def same_logits_and_loss(model, theirs, names):
     with torch.no_grad():
         copy_to_hugging_face(parameters, theirs.state_dict(), names)
     module, x = module_with(model, parameters), samples()
-    # Positions are turned in fp32 there, hence the tolerance.
+    # There rotary positions are computed in fp32, hence the tolerance.
     wanted = theirs(input_ids=x[:, :-1]).logits
     torch.testing.assert_close(module.logits(x[:, :-1]), wanted, rtol=1e-5, atol=1e-5)
     loss = theirs(input_ids=x, labels=x).loss
@@ -255,7 +255,7 @@ def test_recomputation_keeps_less():
         kept_bytes(model.model_copy(update={"activation_checkpointing": recompute}))
         for recompute in ("none", "selective", "full")
     )
-    # Selective: at least the turned queries and keys of each layer, [B, S, E] in fp64.
+    # Selective: at least the rotated queries and keys of each layer, [B, S, E] in fp64.
     assert none - selective >= 4 * 2 * (3 * 64 * 16 * 8)
     assert full < none / 4
 

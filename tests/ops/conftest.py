@@ -16,14 +16,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(scope="session")
 def compiled():
-    """The kernels are compiled and load; once for a session, and kept between sessions."""
+    """Compile and load the kernels: once per session, cached between sessions."""
     with library.using("cuda" if DEVICE == "cuda" else "emulated"):
         pass
 
 
 @pytest.fixture(params=["ascending"] if DEVICE == "cuda" else ["ascending", "descending"])
 def kernels(request, compiled, monkeypatch):
-    """Own kernels serve, in each schedule; what they leave unwritten is NaN."""
+    """Activate megagrow's kernels, in each schedule; unwritten output is NaN."""
     monkeypatch.setenv("MEGAGROW_EMULATOR_REVERSE", str(int(request.param == "descending")))
     torch.use_deterministic_algorithms(True, warn_only=True)
     with library.using("cuda" if DEVICE == "cuda" else "emulated") as active:
@@ -33,7 +33,7 @@ def kernels(request, compiled, monkeypatch):
 
 @pytest.fixture
 def fp64_kernels(kernels):
-    """As `kernels`, for tests in fp64, which the emulator alone serves."""
+    """Like `kernels`, for tests in fp64, which only the emulator supports."""
     if DEVICE == "cuda":
         pytest.skip("fp64 kernels are built for the emulator only")
 

@@ -1,4 +1,4 @@
-"""The flat AdamW: against torch.optim.AdamW element by element in fp64, young boxes included."""
+"""The flat AdamW against torch.optim.AdamW, element by element in fp64, with young boxes."""
 
 import itertools
 
@@ -15,7 +15,7 @@ BETAS, EPS, DECAY, LR, STEP = (0.9, 0.95), 1e-6, 0.1, 1e-2, 4
 BOXES = [
     (3, (4, 5), (slice(0, 1), slice(2, 4))),  # of an earlier growth, inside the next one's old
     (3, (4, 5), (slice(0, 2), slice(1, 4))),  # begins and ends inside vectors
-    (23, (17,), (slice(2, 17, 5),)),  # beside the last one
+    (23, (17,), (slice(2, 17, 5),)),  # adjacent to the last one
     (64, (2, 3, 4, 5), None),  # three growths: nothing is left of before the first
     (64, (2, 3, 4, 5), (slice(1, 2), slice(0, 1), slice(1, 2), slice(0, 5, 2))),
     (64, (2, 3, 4, 5), (slice(0, 2), slice(0, 1), slice(1, 4, 2), slice(0, 5))),
@@ -40,10 +40,10 @@ def young_mask(start, shape, old, n):
 
 
 def expected(p, g, m, v, boxes):
-    """fp64: every kind of element stepped by an optimizer of its own."""
+    """fp64: each kind of element is updated by a separate optimizer."""
     n = p.numel()
     kinds = [(young_mask(*box, n), *rate) for box, rate in zip(boxes, RATES, strict=False)]
-    # The last box that an element is young in counts.
+    # An element belongs to the last box in which it is young.
     for number, (mask, *_) in enumerate(kinds):
         for later, *_ in kinds[number + 1 :]:
             mask &= ~later
@@ -69,7 +69,7 @@ def expected(p, g, m, v, boxes):
 
 
 def close(got, wanted):
-    """Within some units in the last place of what was added up, which is about 1 in fp32."""
+    """Within a few units in the last place of the summands, which are about 1, in fp32."""
     torch.testing.assert_close(got.cpu().double(), wanted, rtol=4e-7, atol=5e-7)
 
 
@@ -79,7 +79,7 @@ def close(got, wanted):
 def test_flat_adamw(kernels, n, dtype, offset):
     generator = torch.Generator().manual_seed(n)
     draw = torch.randn(4, n + offset, generator=generator).to(DEVICE)
-    # Without an offset each begins where memory does, else inside a vector.
+    # Without an offset each begins at an aligned address, otherwise inside a vector.
     p, g, m, v = [row[offset:] if offset else row.clone() for row in draw]
     v.abs_()
     g = g.to(dtype)

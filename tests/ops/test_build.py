@@ -1,4 +1,4 @@
-"""What is built and what serves, and what is said where it cannot be."""
+"""Builds, the choice of the implementation, and the messages if a build is impossible."""
 
 import pytest
 import torch

@@ -17,7 +17,7 @@ def test_every_kernel_compiles_for_every_target_and_none_spills():
     targets = {kernel.target for kernel in report.kernels}
     assert targets == {"sm_80", "sm_90a", "sm_100"}
     assert not report.spilling
-    # Nothing that a GPU build of PyTorch would not have: the library will load there.
+    # Nothing that a GPU build of PyTorch lacks, so the library will load there.
     assert report.undefined == []
     every = (
         "norm_forward norm_backward adamw copy_boxes softmax_stats softmax_gradient "

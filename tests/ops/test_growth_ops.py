@@ -1,4 +1,4 @@
-"""A growth whose copies a kernel makes is bit for bit the one that PyTorch makes."""
+"""A growth with the copy kernel is bit-identical to one with PyTorch's copies."""
 
 import pytest
 import torch

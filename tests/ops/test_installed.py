@@ -1,4 +1,4 @@
-"""Other libraries are recognised by what only they have."""
+"""Other libraries are recognised by features that only they have."""
 
 import sys
 
@@ -9,7 +9,7 @@ from megagrow.ops import installed
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """Makes packages in a folder of their own: packages("apex/optimizers") and so on."""
+    """Creates packages in a temporary folder: packages("apex/optimizers") and so on."""
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("amp_C", "apex", "transformer_engine", "liger_kernel"):
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -30,7 +30,7 @@ def assert_close(got, wanted, dtype):
     assert got.shape == wanted.shape
     assert not got.isnan().any(), "something was left unwritten"
     if wanted.numel():
-        # Where sums cancel, against what they are sums of, which is about 1 each.
+        # Where sums cancel, relative to the summands, which are about 1.
         error = (got.double() - wanted).norm() / wanted.norm().clamp_min(
             0.3 * wanted.numel() ** 0.5
         )
@@ -119,7 +119,7 @@ def test_cross_entropy(kernels, shape, dtype):
     rows, width = shape
     logits = 5 * randn(*shape, dtype=dtype)
     start = 11
-    # Labels below, inside and above what is here.
+    # Labels below, inside and above this rank's range.
     labels = (torch.arange(rows, device=DEVICE) * 7) % (width + 8) + start - 4
     stats = OPS.softmax_stats(logits, labels, start)
     wanted = references.softmax_stats(logits.double(), labels, start)

@@ -1,6 +1,6 @@
-"""The emulator sees what it is for: a barrier or an output left out makes results wrong.
+"""The emulator detects defects: a missing barrier or output makes results wrong.
 
-Each mutant is the kernels' text with one line changed, compiled under a namespace of its own.
+Each mutant is the kernels' source with one line changed, compiled in its own namespace.
 """
 
 import os
@@ -18,7 +18,7 @@ from megagrow.ops.schemas import define
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: in a file, `before` becomes `after`; and the unit and op in which it shows."""
+    """One change: in a file, `before` becomes `after`; and the unit and op that it affects."""
 
     name: str
     file: str
@@ -29,7 +29,7 @@ class Mutant:
 
 
 def barrier(name, context, unit, op):
-    """The mutant without the barrier that stands in a piece of reduce.h."""
+    """The mutant without the barrier in a part of reduce.h."""
     return Mutant(
         name, "common/reduce.h", context, context.replace("  __syncthreads();\n", ""), unit, op
     )
@@ -73,7 +73,7 @@ def arguments(op):
 
 
 def is_right(namespace, op):
-    """Whether an op of a namespace agrees with the reference."""
+    """Whether an op of a namespace matches the reference."""
     args = arguments(op)
     results = getattr(getattr(torch.ops, namespace), op)(*args)
     wanted = references.REFERENCES[op](*args)
@@ -85,7 +85,7 @@ def is_right(namespace, op):
 
 
 def in_both_schedules(namespace, op, monkeypatch):
-    """The answers of `is_right`, ascending and descending; an error counts as wrong."""
+    """The results of `is_right`, ascending and descending; an error counts as wrong."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     answers = []
     try:

@@ -1,4 +1,4 @@
-"""Cross entropy by kernels over a vocabulary that two processes share out."""
+"""Vocab-parallel cross entropy with kernels on two processes."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ VOCABULARY, SHAPE = 37, (2, 5)
 def sample():
     generator = torch.Generator().manual_seed(0)
     logits = 6 * torch.randn(*SHAPE, VOCABULARY, generator=generator, dtype=torch.float64)
-    logits[0, 0, 30], logits[1, 1, 2] = 200.0, 300.0  # the greatest is on another rank
+    logits[0, 0, 30], logits[1, 1, 2] = 200.0, 300.0  # the largest is on another rank
     labels = torch.randint(VOCABULARY, SHAPE, generator=generator)
     labels[0, 0], labels[0, 1], labels[0, 2] = 30, 0, VOCABULARY - 1
     return logits, labels

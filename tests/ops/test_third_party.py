@@ -1,4 +1,4 @@
-"""Another library serves only if it is installed, chosen and right."""
+"""Another library is used only if it is installed, selected and correct."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The loss curve with kernels on is the one that PyTorch's own ops give."""
+"""The loss curve with kernels is the same as with PyTorch's own ops."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ YOUNG = "layers.1.mlp.down.weight"
 
 
 def losses(model, dtype, mode):
-    """A run of some steps with weight decay, and a tensor with young blocks that re-warm."""
+    """A run of some steps with weight decay, and a tensor with new blocks that re-warm."""
     module = build(model, random_state(build_catalog(model), seed=1, dtype=torch.float32))
     module.to(DEVICE, dtype)
     parameters = named_tensors(module)
@@ -61,7 +61,7 @@ def test_fifty_steps(compiled, family, dtype, tolerance):
 
 
 def test_recomputed_attention_turns_its_heads_once(kernels):
-    """Rotary positions are put in place, so what is recomputed must not do it again."""
+    """Rotary positions are applied in place, so recomputation must not apply them again."""
     results = []
     for recompute in ("none", "selective", "full"):
         model = toy_model(family="llama", activation_checkpointing=recompute)

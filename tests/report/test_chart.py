@@ -56,7 +56,7 @@ def test_a_gap_breaks_the_curve_and_marker_labels_stay_apart():
     assert [text.text for text in labels] == [marker.label for marker in markers]
     heights = [text.get("y") for text in labels[:3]]
     assert len(set(heights)) == 3  # one above the other
-    assert labels[3].get("y") in heights  # far off: takes a row that is there
+    assert labels[3].get("y") in heights  # far away: reuses an existing row
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_peak():

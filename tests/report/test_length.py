@@ -1,4 +1,4 @@
-"""Logs of any length are gone on with, and reported, in bounded memory."""
+"""Logs of any length are continued and reported in bounded memory."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from megagrow.train.logging.metrics import MetricsLog
 
 MiB = 1 << 20
 
-# Not `ru_maxrss`, which a program has from the one that started it.
+# Not `ru_maxrss`, which a process inherits from its parent.
 PEAK = """
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ print(peak() - before)
 
 
 def write_log(run_dir, steps):
-    """A log of so many steps, a validation every 100; its path."""
+    """Write a log with this many steps and a validation every 100; returns its path."""
     run_dir.mkdir()
     path = run_dir / "metrics.jsonl"
     with open(path, "w", encoding="ascii") as stream:
@@ -56,7 +56,7 @@ def write_log(run_dir, steps):
 
 
 def peak(program, *arguments):
-    """Bytes that a program's peak memory grew by."""
+    """The increase of a program's peak memory in bytes."""
     words = [sys.executable, "-c", PEAK + program, *map(str, arguments)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -83,7 +83,7 @@ def test_a_resume_reads_no_more_of_the_log_than_lies_behind_the_checkpoint(tmp_p
     start = tail_start(path, step=29_000, stage=0)
     content = path.read_bytes()
     assert content[start:].startswith(b'{"event": "step", "step": 29000,')
-    # Damage far before it costs nothing now, and is named by whoever reads that far.
+    # Damage far before it has no effect now, and is reported by a reader that gets there.
     damaged = bytearray(content)
     place = content.index(b'"step": 17,') - len(b'{"event": "step", ')
     damaged[place : place + 5] = b"oops!"
@@ -93,7 +93,7 @@ def test_a_resume_reads_no_more_of_the_log_than_lies_behind_the_checkpoint(tmp_p
     assert path.read_bytes() == bytes(damaged[: content.index(b'{"event": "step", "step": 29001,')])
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 18"):
         read_metrics(path)
-    # Behind it, it is named with its number in the file.
+    # Damage after it is reported with its line number.
     log_end = path.read_bytes() + b"oops\n"
     path.write_bytes(log_end)
     number = log_end.count(b"\n")
@@ -112,7 +112,7 @@ def test_reading_from_the_end_finds_what_reading_from_the_start_does(tmp_path, m
         if step == 6:
             lines.append({"event": "growth", "step": 5, "growth_stage": 1, "text": "é\r"})
         lines.append({"event": "step", "step": step, "growth_stage": stage})
-        # Beside the steps that follow, an earlier one is saved: its line comes late.
+        # An earlier step is saved in the background of later ones: its line comes late.
         lines.append({"event": "checkpoint", "step": max(step - 2, 0)})
     raws = [encode_line(line) for line in lines]
     for half in (b"", b'{"event": "st', raws[-1][:-1]):

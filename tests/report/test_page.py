@@ -98,7 +98,7 @@ def report_of(tmp_path, lines, config="run: {}\n"):
 
 
 class Page(HTMLParser):
-    """Checks that tags nest; keeps the tags, and the cells of each table by its id."""
+    """Checks that tags are nested; collects the tags, and the cells of each table by its id."""
 
     def __init__(self, text):
         super().__init__()
@@ -242,7 +242,7 @@ def test_only_the_loss_after_the_last_step_of_a_whole_run_is_called_final(tmp_pa
     page = Page(report_of(tmp_path, lines))
     assert "finished: all stages done" in page.text and "Final validation loss" in page.text
     assert summarize(lines).final_validation == 1.0625
-    # The last validation is not a number: the one before it is no final one.
+    # The last validation is not a number, and the one before it is not final.
     lines.insert(-1, validation_line(30, 1, math.nan))
     lines.remove(validation_line(30, 1, 1.0625))
     page = Page(report_of(tmp_path, lines))
@@ -264,7 +264,7 @@ def test_hostile_strings_are_only_text(tmp_path):
     assert "script" not in {tag for tag, _ in page.tags}
     assert "b" not in {tag for tag, _ in page.tags}
     assert page.text.count("<script>alert(1)</script>") >= 6
-    assert "\0" not in text  # has no place in XML, and HTML parsers differ about it
+    assert "\0" not in text  # not allowed in XML, and HTML parsers differ
     assert len([svg for svg in svgs(text) if svg.get("class") == "plot"]) == 5
 
 
@@ -352,7 +352,7 @@ def test_reporting_needs_neither_torch_nor_deepspeed():
 
 
 def long_run(steps):
-    """A log of which a page cannot show every line: one spike of each kind, one gap, a growth."""
+    """A log that is too long for a page: one spike of each kind, one gap, a growth."""
     yield {"event": "run_start", "total_steps": steps, "time": 1000.0}
     for step in range(1, steps + 1):
         line = step_line(step, 0 if step <= steps // 2 else 1, loss=4.0 if step % 2 else 2.0)
@@ -377,7 +377,7 @@ def test_a_long_log_is_thinned_as_it_is_read_without_losing_what_a_picture_must_
     assert thin.steps_each == 64 and len(thin.means) <= 500 and len(thin.steps) <= 1500
     assert thin.steps_counted == 20_000
     assert len(thin.validations) <= 501 and thin.validations[-1] == whole.validations[-1]
-    # Totals are of all lines; extremes and gaps are there; a mean mixes no two stages.
+    # Totals cover all lines; extremes and gaps are kept; means do not mix stages.
     for name in ("stages", "growths", "seconds", "goodput", "last_step", "not_finite",
                  "first_not_finite", "final_validation", "complete"):  # fmt: skip
         assert getattr(thin, name) == getattr(whole, name), name

@@ -1,4 +1,4 @@
-"""What a log amounts to: the share of time that was useful."""
+"""Summary of a log: the share of useful time."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_goodput_counts_steps_that_were_kept_against_all_time():
     run = summarize(lines)
     assert (run.useful_seconds, run.elapsed_seconds) == (8.0, 100.0)
     assert run.goodput == pytest.approx(0.08)
-    assert run.seconds == 22.0  # up, but for the start
+    assert run.seconds == 22.0  # running, without the start
 
 
 def test_a_clock_that_jumps_back_takes_no_time_away():

@@ -1,4 +1,4 @@
-"""The rules that end a stage, on curves that are known."""
+"""The rules that end a stage, on known curves."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_marginal_ends_where_the_closed_form_says():
     assert LAW.loss(SMALL, tokens - 4e4) > wanted.loss >= LAW.loss(SMALL, tokens) - 1e-3
     assert decision.inputs["capacity"] == pytest.approx(LAW.capacity(SMALL), rel=1e-2)
     assert decision.inputs["capacity_after"] == pytest.approx(LAW.capacity(LARGE), rel=1e-2)
-    # A dearer large model is worth growing to later.
+    # If the large model is more expensive, growing pays off later.
     later, _ = first_end(LAW, sizes._replace(large_flops=8 * LARGE))
     assert later > tokens
 

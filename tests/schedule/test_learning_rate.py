@@ -95,8 +95,8 @@ def test_rises_then_falls_without_a_jump(kind, total, warm_part, decay, floor):
     assert all(b >= a for a, b in pairwise(found[:warmup]))
     assert all(b <= a + 1e-12 for a, b in pairwise(found[warmup:]))
     assert all(floor - 1e-12 <= rate <= 1.0 for rate in found[warmup:])
-    # No two neighbours differ by more than the steepest of the straight lines; a cosine is
-    # steeper than the line through its ends by pi / 2.
+    # Adjacent rates differ by no more than the steepest straight line; a cosine is steeper than the
+    # line through its ends by pi / 2.
     length = {"wsd": schedule.decay_steps, "constant": total}.get(kind, total - warmup)
     steepest = max(1 / max(1, warmup), math.pi / 2 / max(1, length))
     assert all(abs(b - a) <= steepest + 1e-12 for a, b in pairwise(found))
@@ -197,7 +197,7 @@ def test_the_rate_up_to_any_step_does_not_depend_on_what_comes_after(
     for step, _ in moved:
         if step in set_back or step < warmup:
             continue
-        # What the schedule says here does not change with the end; its slope may.
+        # The rate at this step does not change with the end; its slope may.
         known = [run for at, run in so_far if at < step][-1]
         assert last.at(step) == pytest.approx(known.at(step), abs=1e-12)
     steepest = max(last.at(step) for step in range(ends[-1]))
@@ -217,19 +217,19 @@ def test_a_falling_rate_goes_on_from_where_it_is_when_a_rule_moves_the_end(kind,
 def test_a_plateau_takes_the_new_end_and_decays_into_it():
     run = LearningRate(1.0, 300, warmup=5, decay=0.2, moved=(Moved(80, 200),))
     assert run.decay_steps == 60 and run.at(239) == 1.0 and run.at(270) == pytest.approx(0.5)
-    # Less is left than the decay would take: all of it decays, from the rate that there is.
+    # Fewer steps are left than the decay needs: all of them decay, from the current rate.
     short = LearningRate(1.0, 90, warmup=5, decay=0.2, moved=(Moved(80, 200),))
     assert short.at(80) == 1.0 and short.at(85) == pytest.approx(0.5)
 
 
-# --- stages with rates of their own -------------------------------------------------------
+# --- stages with their own rates ----------------------------------------------------------
 
 
 def test_a_peak_of_a_stage_stays_until_another_has_one():
     phases = (Phase(5, 10, 2.0), Phase(12, 20, 0.5))
     found = rates(kind="constant", warmup=0, phases=phases)
     assert found == [1.0] * 5 + [2.0] * 7 + [0.5] * 9
-    # The run's own schedule goes on: this is what it says, times the peak.
+    # The run's own schedule continues: its value times the peak.
     plain, own = (rates(kind="cosine", warmup=2, phases=p) for p in ((), phases))
     assert own[:5] == plain[:5] and own[12:] == [rate * 0.5 for rate in plain[12:]]
 
@@ -241,7 +241,7 @@ def test_a_decay_of_a_stage_ends_with_it():
 
 
 def _staged(stages, *, total, kind, decay):
-    """The rate of a run whose first stages are these, the last of which lasts to the end."""
+    """The rate of a run that begins with these stages; the last one lasts to the end."""
     config = parse_config(
         {
             "model": {"layers": 1, "hidden": 4, "heads": 1, "ffn": 4, "sequence": 4},
@@ -272,7 +272,7 @@ def _staged(stages, *, total, kind, decay):
     ),
 )
 def test_the_rates_of_a_stage_do_not_depend_on_later_stages(kind, stages):
-    """But for wsd's decay at the end of the run, which is left out of the comparison."""
+    """Except for wsd's decay at the end of the run, which is not compared."""
     ends, known = 0, []
     for number, (steps, lr, warmup, decay) in enumerate(stages):
         ends += steps

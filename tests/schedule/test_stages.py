@@ -24,7 +24,7 @@ def config(*untils, batch=4, sequence=8):
 
 
 def per_token(model):
-    """A stand-in for the FLOP count: any exact function of the shape."""
+    """A substitute for the FLOP count: any exact function of the shape."""
     return 100 * model.hidden
 
 
@@ -119,7 +119,7 @@ def test_an_empty_stage_is_refused_with_both_figures(untils, says):
 
 
 def test_growths_may_share_a_step():
-    """Also the first: weights from elsewhere may grow before they are trained."""
+    """Also the first stage: imported weights may grow before training."""
     run = config({"steps": 0}, {"steps": 0}, {"steps": 5}, {"steps": 5}, {"steps": 7})
     plans = resolve(run)
     assert [(plan.start_step, plan.end_step) for plan in plans] == [

@@ -1,4 +1,4 @@
-"""Boxes against brute force: numbering the elements of small tensors."""
+"""Boxes compared with brute force: numbered elements of small tensors."""
 
 import math
 
@@ -43,7 +43,7 @@ def elements(shape, box):
 
 @st.composite
 def tilings(draw, shape):
-    """A random exact tiling: boxes cut in two again and again."""
+    """A random exact tiling, by repeatedly splitting boxes in two."""
     parts = [whole(shape)]
     for _ in range(draw(st.integers(0, 6))):
         box = parts.pop(draw(st.integers(0, len(parts) - 1)))
@@ -92,7 +92,7 @@ def test_flat_range_boxes_cut_exactly_the_range(shape, data):
     start = data.draw(st.integers(0, numel))
     stop = data.draw(st.integers(start, numel))
     found = list(flat_range_boxes(shape, start, stop))
-    # In rising order, each box contiguous and where it says: together just the range.
+    # In increasing order, each box contiguous and at its position: together exactly the range.
     listed = []
     for box, position in found:
         inside = numbered(shape)[box.slices].ravel().tolist()
@@ -121,7 +121,7 @@ def test_exact_tilings_have_no_fault(shape, data):
 @settings(max_examples=300)
 @given(shapes.filter(len), st.data())
 def test_tiling_fault_agrees_with_counting(shape, data):
-    """An exact tiling with one box changed, added or taken away."""
+    """An exact tiling with one box changed, added or removed."""
     parts = data.draw(tilings(shape))
     odd = data.draw(boxes_in(shape))
     how = data.draw(st.sampled_from(["replace", "add", "drop"]))

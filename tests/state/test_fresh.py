@@ -1,4 +1,4 @@
-"""Fresh values: functions of seed, name and position alone."""
+"""Initial values: functions of seed, name and position alone."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_values_are_normal():
 
 
 def test_the_values_never_change():
-    """A resumed or grown run depends on them: another generator would be another run."""
+    """Resumed and grown runs depend on these values: another generator would change the run."""
     values = fresh(_tensor((2, 3), name="embedding.token"), whole((2, 3)), seed=1234)
     again = fresh(_tensor((6,), name="embedding.token"), whole((6,)), seed=1234)
     np.testing.assert_array_equal(values.ravel(), again)

@@ -1,6 +1,6 @@
-"""Who holds what, against a naive model of DeepSpeed's and Megatron's partitioning.
+"""Placement, compared with a naive model of DeepSpeed's and Megatron's partitioning.
 
-The naive model lays out element numbers, one by one, and cuts them as the engines do.
+The naive model lays out element numbers, one by one, and partitions them as the engines do.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ layouts = st.builds(
 
 @st.composite
 def catalogs(draw):
-    """A few tensors of any shape, some tied, with a split axis or without."""
+    """A few tensors of any shape, some tied, with or without a split axis."""
     tensors = []
     for number in range(draw(st.integers(3, 5))):
         axes = draw(
@@ -111,7 +111,7 @@ def elements(placement, name, box):
 
 
 def check(catalog, layout):
-    """All that a placement answers, against the naive model."""
+    """All methods of a placement, compared with the naive model."""
     placement = placement_of(catalog, layout)
     held = [naive_holdings(placement, rank) for rank in range(layout.world)]
     written = {tensor.name: [] for tensor in catalog}
@@ -135,7 +135,7 @@ def check(catalog, layout):
 
 
 def check_box(placement, held, name, box):
-    """Holders are all ranks that hold a part; sources are one for each element."""
+    """Holders are all ranks that hold a part; sources are one rank per element."""
     wanted = set(elements(placement, name, box))
     by_rank = {}
     for rank, part in placement.holders(name, box):
@@ -151,7 +151,7 @@ def check_box(placement, held, name, box):
             numbers = elements(placement, name, part)
             assert set(numbers) <= set(held[rank][name])
             given_ += numbers
-            # What the reader holds it takes from itself.
+            # The reader takes everything that it holds from itself.
             assert rank == reader or not own & set(numbers)
         assert sorted(given_) == sorted(wanted)
 

@@ -1,4 +1,4 @@
-"""What a tensor is in its model, and what optimizers keep of it for that."""
+"""Roles of tensors, and the optimizer state that follows from them."""
 
 import json
 from collections import Counter

@@ -29,7 +29,7 @@ REFUSED = {
              ["stages[1].optimizer: name cannot change in a run", "set optimizer.name"]),
     "offload": ({"stages": staged(optimizer={"offload": "cpu"})}, ["offload cannot change"]),
     "muon": ({"stages": staged(optimizer={"muon_lr": 0.1})},
-             ["stages[1].optimizer: muon_lr: Muon's alone", "optimizer.name = adamw"]),
+             ["stages[1].optimizer: muon_lr: only for Muon", "optimizer.name = adamw"]),
     "floor alone": ({"stages": staged(schedule={"floor": 0.1})}, ["schedule: floor", "give decay"]),
     "first warm-up": ({"stages": staged(schedule={"warmup": 2}, stage=0)},
                       ["stages[0].schedule.warmup", "set schedule.warmup"]),

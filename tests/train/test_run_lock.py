@@ -82,7 +82,7 @@ def test_a_job_that_loses_its_directory_stops_at_the_next_step_and_writes_no_mor
         (taken, "on h7"),
     ):
         assert [o.status for o in outcomes] == [1, 1]
-        assert "this job no longer has it to itself" in outcomes[0].err and why in outcomes[0].err
+        assert "this job lost its lock and stops" in outcomes[0].err and why in outcomes[0].err
     # The removed one did not come back in part; the next run started fresh, the third resumed.
     assert "resuming" not in unlocked[0].err and "resuming from" in taken[0].err
     steps = [line["step"] for line in events(read_metrics(run / "metrics.jsonl"), "step")]

@@ -1,4 +1,4 @@
-"""Plans: both sides of every message agree without a word."""
+"""Plans: both sides of every message agree without communication."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,7 +57,7 @@ def test_what_is_sent_is_what_is_received(old, new, growth, tied):
     keys = [(m.holder, m.receiver, m.key) for m in received]
     assert len(keys) == len(set(keys))
     assert sorted(keys) == sorted((m.holder, m.receiver, m.key) for m in sent)
-    # Together they are all that blocks cover of what the target ranks hold.
+    # Together they are all elements of the target ranks that blocks cover.
     needed = 0
     for rank in range(new.world):
         for shard in b.shards(rank):

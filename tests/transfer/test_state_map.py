@@ -1,4 +1,4 @@
-"""Blocks: which elements they relate, and how boxes pull back through them."""
+"""Blocks: the elements they map, and the preimages of boxes."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Statistics that growths depend on: right, and bit for bit the same for every holder of parts."""
+"""Statistics that growths depend on: correct, and bit-identical in every layout."""
 
 import math
 
@@ -48,7 +48,7 @@ def _one(values, kind, axis=None):
 )
 def test_statistics_are_what_they_are_called(rows, columns, scale, seed):
     values = scale * np.random.default_rng(seed).normal(size=(rows, columns))
-    # A sum that cancels is known to the precision of what is summed.
+    # A sum with cancellation has the precision of its summands.
     close = {"rtol": 1e-12, "atol": 1e-14 * np.abs(values).max()}
     rms = np.sqrt(np.mean((values / scale) ** 2)) * scale
     np.testing.assert_allclose(_one(values, "rms"), [[rms]], rtol=1e-12)
@@ -112,7 +112,7 @@ def test_every_layout_measures_the_same_bits(family, layout):
 
 
 def test_pieces_are_as_small_as_asked():
-    """The no-gather law: what is read at a time does not depend on the tensor."""
+    """The no-gather law: the size of a read does not depend on the tensor."""
     values = np.random.default_rng(0).normal(size=(40, 50))
     tensor = LogicalTensor("w", values.shape, ("a", "b"), Init("zeros"), True, (0,))
     state, read = MemoryState({("w", "master"): torch.from_numpy(values)}), []

@@ -70,7 +70,7 @@ def _grown(model, growth):
 
 
 def _transfer(channel, job, before, after, *, staging_bytes=1 << 20, watch=nullcontext):
-    """One rank's part of a job that `_grown` describes: (fault, report, own bytes, all bytes)."""
+    """One rank's part of the job of `_grown`: (fault, report, own bytes, all bytes)."""
     small, state, state_map, expected, rules = job
     a, b = _place(small, before), _place(state_map.target, after, rules)
     old = ShardState(a, channel.rank, whole_state=state)
@@ -92,7 +92,7 @@ def _on_threads(job, before, after, **options):
 
 
 class _NoLargeTensor(TorchDispatchMode):
-    """Refuses to make tensor memory of more than `limit` bytes in this thread."""
+    """Fails if a tensor of more than `limit` bytes is allocated in this thread."""
 
     def __init__(self, limit):
         super().__init__()
@@ -115,14 +115,14 @@ class _NoLargeTensor(TorchDispatchMode):
 def test_growing_in_one_layout_and_landing_in_another_is_slicing(pair, tied):
     before, after = map(_layout, pair)
     model = toy_model(tie_embeddings=tied)
-    # Each pair takes its turn through growths; test_any_two_layouts draws the rest.
+    # Growths take turns over the pairs; test_any_two_layouts draws the rest.
     number = 2 * PAIRS.index(pair) + tied
     for growth in (GROWTHS[number % len(GROWTHS)], ("width", "exact", 2 + number % 2)):
         for fault, *_ in _on_threads(_grown(model, growth), before, after):
             assert fault is None, growth
 
 
-# A model that every pair above can cut evenly: 12 groups of 2 queries each in the LLaMA family.
+# A model that every pair above can split evenly: 12 groups of 2 queries each in the LLaMA family.
 _HEADS = {"hidden": 48, "heads": 24, "ffn": 12, "layers": 2, "vocab": 11, "sequence": 3}
 
 
@@ -130,7 +130,7 @@ _HEADS = {"hidden": 48, "heads": 24, "ffn": 12, "layers": 2, "vocab": 11, "seque
 @pytest.mark.parametrize("kind", ["width", "depth"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_pair_grows_in_width_and_depth_in_both_families(family, kind, pair):
-    """Law 6, bit for bit; operators of each kind and their policies take turns over the pairs."""
+    """Law 6, bit for bit; operators of every kind and their policies take turns over the pairs."""
     grouped = {"kv_heads": 12} if family == "llama" else {}
     model = toy_model(**_HEADS, family=family, **grouped)
     some = [g for g in growths() if g[0].split("_")[0] == kind]
@@ -173,7 +173,7 @@ def test_any_two_layouts(before, after, growth, family, tied, vocab):
 @pytest.mark.parametrize("staging_bytes", [256, 1024, 4096, 1 << 20])
 @pytest.mark.parametrize("growth", [None, ("width", "exact", 3), ("depth_stack", "copy", 2)])
 def test_no_rank_gathers(growth, staging_bytes):
-    """Law 7: staging keeps to its setting, and every byte comes once."""
+    """Law 7: staging stays within its setting, and every byte is received once."""
     before, after = Layout(data=4, zero=1), Layout(data=2, tensor=2, zero=2)
     model = toy_model()
     # Two buffers, each of half the setting, and nothing else of any size.
@@ -253,7 +253,7 @@ class _Files:
         self.reads = Counter()
 
     def sources(self, name, box, *, reader):
-        # A checkpoint has no replicas: what `written_by` says, whoever reads.
+        # A checkpoint has no replicas: `written_by` decides, for every reader.
         for rank in self.parts:
             for shard in self.placement.written_by(rank):
                 common = shard.box.intersect(box) if shard.tensor == name else None
@@ -314,7 +314,7 @@ def test_a_single_rank_has_no_peer():
 
 
 def _real_pairs(comm, pairs):
-    """Faults of this rank over pairs of layouts, growths and families."""
+    """This rank's faults over pairs of layouts, growths and families."""
     faults = []
     for before, after, growth in pairs:
         job = _grown(toy_model(), growth)
@@ -328,7 +328,7 @@ def _data_layouts():
 
 
 def test_real_processes():
-    """Every layout before and after once, over gloo; the slow test below takes all pairs."""
+    """Every layout before and after once, over gloo; the slow test below covers all pairs."""
     found = _data_layouts()
     some = [("width", "exact", 2), ("width", "sparkling", 3), ("depth_stack", "copy", 2), None]
     pairs = [

@@ -1,1 +1,1 @@
-"""The growth operators, one file for a kind of them, and their registry."""
+"""The growth operators, one file per kind."""

@@ -1,16 +1,15 @@
-"""Growth of one kind of size alone: head width, heads, vocabulary, sequence.
+"""Growth of a single size: head width, heads, vocabulary, sequence length.
 
 Head width (`head_dim`).  Attention scores are q . k / sqrt(D), so the old query
-features are scaled by sqrt(k) when D grows to k D.  Rotary positions turn the pairs
-(i, i + D/2) by theta^(-2i/D), so old feature d must sit in slot k d, which has the
-same frequency; elsewhere duplicates would turn at other speeds.  New query features
-start at 0 and read copies of the old keys; new value features are copies that
-the output projection does not read yet.  So the function is kept and every new
-feature has a gradient, at the first step or from the second on.
+features are scaled by sqrt(k) when D grows to k D.  Rotary positions rotate the pairs (i, i + D/2)
+by theta^(-2i/D), so old feature d must go to index k d, which has the same frequency; anywhere else
+it would rotate at another frequency.  New query features start at 0 and read copies of the old
+keys; new value features are copies that the output projection does not read yet. So the function is
+preserved and every new feature has a gradient, from the first or the second step on.
 
 Heads (`kv_groups`).  Either query heads are duplicated inside each key/value group
-(their outputs read with share 1/k), or key/value heads are duplicated and each copy
-serves its part of the queries; the function stays the same in both.
+(their outputs are read with weight 1/k), or key/value heads are duplicated and each copy serves a
+part of the queries; both preserve the function.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class HeadDim(Operator):
         return resized(model, {"head_dim": model.head_dim * factor})
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
-        """Old features in slots 0, k, 2k, ...; copies of keys and values in the others."""
+        """Old features at indices 0, k, 2k, ...; copies of keys and values at the others."""
         old = small[tensor.name]
         if "head_dim" not in tensor.axes:
             return (Block(tensor.name, unchanged(tensor, old), grad=1.0),)
@@ -91,15 +90,15 @@ HEAD_DIM = HeadDim(
 
 @dataclass(frozen=True, kw_only=True)
 class KeyValueGroups(Operator):
-    """More query heads to a key/value head, or more key/value heads for the query heads."""
+    """More query heads per key/value head, or more key/value heads for the same query heads."""
 
     def target(self, model: ModelConfig, factor: int) -> ModelConfig:
-        """Query heads times the factor; key/value heads stay."""
+        """Query heads times the factor; key/value heads are unchanged."""
         heads = {"heads": model.heads * factor, "kv_heads": model.kv_groups}
         return resized(model, heads)
 
     def interchangeable(self, small: Catalog, target: Catalog) -> bool:
-        """Duplicated query heads are; groups that are cut up serve different queries."""
+        """True for duplicated query heads; split groups serve different queries."""
         return any(
             axis == "query" and large > small[tensor.name].shape[at]
             for tensor in target
@@ -107,12 +106,12 @@ class KeyValueGroups(Operator):
         )
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
-        """Duplicates, or the old groups cut into parts."""
+        """Duplicates, or the old groups split into parts."""
         old = small[tensor.name]
         if "kv_group" not in tensor.axes:
             return (Block(tensor.name, unchanged(tensor, old), grad=1.0),)
         axis = 1 if "projection" in tensor.axes else tensor.axes.index("query")
-        extra = 2 if "projection" in tensor.axes else 0  # a key and a value beside the queries
+        extra = 2 if "projection" in tensor.axes else 0  # the group's key and value
         if tensor.shape[axis] >= old.shape[axis]:
             found = []
             for duplicate in duplicates(tensor, old):
@@ -140,7 +139,7 @@ class KeyValueGroups(Operator):
             rows: list[tuple[AxisMap, float | None, bool]]
             rows = [(AxisMap(0, 1, c * part, 1, part), 1.0, False)]
             if extra:
-                # A key's gradient is the sum over its copies', in no fixed proportion.
+                # A key's gradient is the sum of its copies' gradients, in no fixed proportion.
                 rows.append((AxisMap(part, 1, queries, 1, extra), None, c > 0))
             for row, grad, new in rows:
                 axes = [same(n) for n in old.shape]
@@ -149,7 +148,7 @@ class KeyValueGroups(Operator):
         return tuple(blocks)
 
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
-        """Nothing is left."""
+        """Nothing is left uncovered."""
         return "covered"
 
 
@@ -166,11 +165,11 @@ KV_GROUPS = KeyValueGroups(
 
 @dataclass(frozen=True, kw_only=True)
 class MoreRows(Operator):
-    """More tokens, or longer samples: old rows stay, new ones are fresh.
+    """More tokens, or longer samples: old rows are kept, new ones are initialised.
 
     Attributes:
-        axis: what the rows are.
-        grad: of the gradients of old rows, their multiple; None where it is not stated.
+        axis: the axis of the rows.
+        grad: the factor of the old rows' gradients; None if none is stated.
     """
 
     axis: str
@@ -187,7 +186,7 @@ class MoreRows(Operator):
         return (Block(tensor.name, tuple(same(n) for n in old.shape), grad=self.grad),)
 
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
-        """New rows as at the start of a run."""
+        """New rows are initialised as at the start of a run."""
         return "fresh"
 
 
@@ -201,7 +200,7 @@ VOCAB = MoreRows(
     sizes=("vocab",),
     any_size=True,
     axis="vocab",
-    grad=None,  # new tokens enter every softmax
+    grad=None,  # new tokens are part of every softmax
 )
 
 SEQUENCE = MoreRows(

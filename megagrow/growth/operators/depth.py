@@ -2,20 +2,18 @@
 
     depth_stack       whole copies of the stack, appended: M o M o ... o M
     depth_interleave  every layer followed by its copies: l1 l1 l2 l2 ...
-    depth_identity    the same places, but the copies start as the identity
+    depth_identity    the same positions, but the copies start as the identity
 
 `depth_stack` is the operator that "Stacking Your Transformers" (Du et al.,
-arXiv 2405.15319, where it is called G_stack) found to save most, after Gong et
-al. (ICML 2019).  The function changes under the first two, so the loss jumps and
-is soon lower than it was.
+arXiv 2405.15319, where it is called G_stack) found to save most, after Gong et al. (ICML 2019). The
+first two change the function, so the loss jumps, and soon falls below its old value.
 
 A copy is the identity once its two output projections and their biases are 0.
 Zero norm gains, as Shen et al. (arXiv 2203.06211) describe them, would leave the
-MLP of a bias-free RMSNorm and SwiGLU block without any gradient; zero projections
-get their own gradient at the first step and everything else from the second on
-(LLaMA Pro, arXiv 2401.02415).
+MLP of a bias-free RMSNorm and SwiGLU block without any gradient; zero projections have a gradient
+at the first step and everything else from the second on (LLaMA Pro, arXiv 2401.02415).
 
-All of them reach any number of layers above the old one.
+All of them support any larger number of layers.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ class Copies(Operator):
     """Copies of layers.
 
     Attributes:
-        noise: standard deviation of what is added to a copy's matrices, in units of their own
+        noise: standard deviation of the noise added to a copy's matrices, in units of their own
             root mean square.
     """
 
@@ -47,7 +45,7 @@ class Copies(Operator):
         source, new = self.copied(tensor, small, target)
         old, noise = small[source], None
         if new and tensor.is_matrix:
-            # By the number of layers too: a later growth is to have other numbers.
+            # The name includes the number of layers, so that a later growth has different noise.
             noise = own_noise(f"{tensor.name} of {target.layers}", self.noise, old)
         return (Block(source, unchanged(tensor, old), new=new, noise=noise),)
 
@@ -107,7 +105,7 @@ class DepthIdentity(Operator):
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """One block, the whole tensor.
 
-        Nothing reaches the inside of a copy through a projection that is 0: its gradient is 0.
+        No gradient passes through a zero projection, so inside a copy it is 0.
         """
         source, new = _interleaved(tensor, small, target)
         axes = unchanged(tensor, small[source])
@@ -139,9 +137,9 @@ def stacked(tensor: LogicalTensor, small: Catalog) -> tuple[str, bool]:
 def from_layer(
     tensor: LogicalTensor, source: Callable[[int], tuple[int, bool]]
 ) -> tuple[str, bool]:
-    """(source, whether it is a copy) of a tensor, from those of its layer.
+    """(source, whether it is a copy) of a tensor, given that of its layer.
 
-    What belongs to no layer is itself.
+    A tensor outside the layers is its own source.
     """
     if tensor.layer is None:
         return tensor.name, False
@@ -150,9 +148,9 @@ def from_layer(
 
 
 def _interleaved(tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
-    """(source, whether it is a copy): the layers of a model, spread over more.
+    """(source, whether it is a copy): a model's layers, each followed by its copies.
 
-    Each is followed by its copies, as evenly as they share out.
+    The copies are distributed as evenly as possible.
     """
     old, large = small.layers, target.layers
 

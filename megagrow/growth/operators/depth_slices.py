@@ -1,4 +1,4 @@
-"""`depth_slices`: the grown model's layers by a list, or copies of the middle layers alone.
+"""`depth_slices`: the grown model's layers from a list, or copies of the middle layers only.
 
     sources: [0, 1, 2, 3, 2, 3, 4, 5]   layer i of the grown model is layer sources[i] of the old
     keep_first, keep_last: 1            the first and the last layer once, those between stacked
@@ -24,8 +24,9 @@ class DepthSlices(Copies):
     """Copies of chosen layers.
 
     Attributes:
-        sources: for each layer of the grown model, that of the old one that it is.
-        keep_first, keep_last: without `sources`, so many layers at either end are not copied.
+        sources: for each layer of the grown model, its source layer in the old one.
+        keep_first, keep_last: without `sources`, the number of layers at either end that are not
+            copied.
     """
 
     sources: tuple[int, ...] | None = None
@@ -33,15 +34,15 @@ class DepthSlices(Copies):
     keep_last: int = 0
 
     def target(self, model: ModelConfig, factor: int) -> ModelConfig:
-        """As many layers as are listed; else the factor times as many."""
+        """As many layers as are listed, or else the factor times as many."""
         return self.grown(model, {} if self.sources else {"layers": factor * model.layers})
 
     def grown(self, model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
         """As many layers as are listed, or named.
 
         Raises:
-            GrowthError: the list names layers that there are not, or leaves some out; or it does
-                not go with the other settings.
+            GrowthError: the list names layers that do not exist, leaves some out, or conflicts with
+                other settings.
         """
         if self.sources is None:
             if self.keep_first + self.keep_last >= model.layers:
@@ -88,7 +89,7 @@ class DepthSlices(Copies):
         return from_layer(tensor, lambda layer: (order[layer], order.index(order[layer]) < layer))
 
     def _order(self, old: int, large: int) -> tuple[int, ...]:
-        """The ends once, the middle stacked between them."""
+        """The layers at the ends once, the middle stacked between them."""
         first, last = self.keep_first, self.keep_last
         middle = range(first, old - last)
         stacked = [middle[i % len(middle)] for i in range(large - first - last)]

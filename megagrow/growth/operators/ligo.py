@@ -2,16 +2,16 @@
 
 "Learning to Grow Pretrained Models" (Wang et al., arXiv 2303.00980).  A layer of the grown model
 is a learned sum of the small model's layers, each widened by learned maps: W' = sum_l w_l B W A^T.
-Only the maps are fitted, by the language model's own loss, for a few hundred steps; what they make
-of the small parameters is where the training of the large model begins.
+Only the maps are fitted, on the language-modelling loss, for a few hundred steps; applied to the
+small parameters they give the initial parameters of the large model.
 
-Maps act on whole units, axis by axis: one for the residual stream where it is written, read and
-normed; in each layer one for the heads (queries, keys and values apart) and one for the ffn units,
-where they are written and where they are read.  The paper's tie reading to writing and mix the
-features inside heads too, which rotary positions would not survive.
+Maps act on whole units, axis by axis: separate ones for the residual stream where it is written,
+read and normalised; in each layer one for the heads (separate for queries, keys and values) and one
+for the ffn units, where they are written and where they are read. The paper ties reading to writing
+and also mixes the features inside heads, which is incompatible with rotary positions.
 
-The fitting begins at the stack of copies of the tiled model, so at width alone it begins at the
-small model's loss.  The fitting itself is `megagrow.train.fit`.
+The fitting starts from stacked copies of the tiled model, so for width alone it starts at the small
+model's loss. The fitting loop is in `megagrow.train.fit`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Ligo(Operator):
-    """Learned maps; the blocks are those that the fitting begins with."""
+    """Learned maps; the blocks are the initial values of the fitting."""
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """Tiled copies of stacked layers."""
@@ -119,13 +119,13 @@ class Maps(nn.Module):
 
 
 def _parts(tensor: LogicalTensor) -> tuple[str, ...]:
-    """Queries, keys and values have maps of their own."""
+    """Queries, keys and values have separate maps."""
     return ("q", "k", "v") if "projection" in tensor.axes else ("",)
 
 
 def _mapped_axes(tensor: LogicalTensor, part: str) -> Iterator[tuple[int, str]]:
     """The axes of (a part of) a tensor that may have a map, and the map's name."""
-    layer = tensor.name.rpartition(".")[0]  # which a matrix and its bias share
+    layer = tensor.name.rpartition(".")[0]  # shared by a matrix and its bias
     for at, axis in enumerate(tensor.axes):
         if axis == "embed":
             yield at, _stream_map(tensor)
@@ -134,7 +134,7 @@ def _mapped_axes(tensor: LogicalTensor, part: str) -> Iterator[tuple[int, str]]:
 
 
 def _stream_map(tensor: LogicalTensor) -> str:
-    """The residual stream is one, so all layers share the maps that write, norm and read it."""
+    """The name of a stream map: all layers share the maps that write, normalise and read it."""
     if tensor.role in NORMS:
         return "final_norm" if tensor.role in FINAL_NORM else "norm"
     if tensor.role == "head":
@@ -143,7 +143,7 @@ def _stream_map(tensor: LogicalTensor) -> str:
 
 
 def _first_map(tensor: LogicalTensor, at: int, n: int, large: int) -> torch.Tensor:
-    """[large, n]: copies, read with equal shares (see `equal_shares`)."""
+    """[large, n]: copies, read with equal weights (see `equal_shares`)."""
     axis = "query" if tensor.axes[at] == "projection" else tensor.axes[at]
     k = growth_factor(large, n, f"{tensor.name}, axis {axis}")
     result = torch.zeros(large, n)
@@ -165,7 +165,7 @@ class Fitted:
     target: Catalog
 
     def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
-        """The whole tensor, where the slot is the parameter."""
+        """The whole tensor if the slot is the parameter."""
         return Identity(self.target).copies(tensor, slot) if slot.kind == "parameter" else ()
 
     def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:

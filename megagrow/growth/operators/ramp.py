@@ -1,12 +1,13 @@
-"""New units that come in by and by: `width_random`, and the ramp that it leaves behind.
+"""`width_random`: new units that are gradually unmasked, and the ramp that does so.
 
-"Masked Structural Growth" (Yao et al., arXiv 2305.02869): the new units start at random, under
-a mask that is 0 at the growth and climbs to 1.  What they write counts by their mask, in sums as
-in the statistics of norms, so at the growth the model is the small one, whatever they hold.
-While a ramp lasts the model has its masks (`megagrow.models.common.masks`); after it, it is plain.
+"Masked Structural Growth" (Yao et al., arXiv 2305.02869): the new units start at random, under a
+mask that is 0 at the growth and rises to 1. Their outputs are weighted by the mask, in sums and in
+the statistics of norms, so at the growth the model computes the same as the small one, whatever
+their values. During a ramp the model has masks (`megagrow.models.common.masks`); afterwards it is a
+plain model.
 
-Old units stay where they are and new ones lie behind them, except that a group's old query heads
-are its last, beside the key and the value that they use.  So any larger size can be reached.
+Old units keep their indices and new ones follow them, except that a group's old query heads are its
+last, next to the key and the value that they use. So any larger size is possible.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from megagrow.transfer.state_map import AxisMap, Fill
 
 @dataclass(frozen=True)
 class Ramp:
-    """New units on their way in; part of a run's state until they are.
+    """The ramp of new units; part of the run's state until it ends.
 
     Attributes:
-        old: by axis (`embed`, `kv_group`, `query`, `ffn`) how many units it had.
+        old: the number of old units by axis (`embed`, `kv_group`, `query`, `ffn`).
         born: step of the run at the growth.
-        steps: how many steps later the new units count in full.
+        steps: number of steps after which new units have their full weight.
     """
 
     old: Mapping[str, int]
@@ -37,7 +38,7 @@ class Ramp:
     steps: int
 
     def progress(self, step: int) -> float:
-        """What the new units count at a step of the run: from 0 at the growth to 1."""
+        """The weight of the new units at a step of the run, from 0 at the growth to 1."""
         return min((step - self.born) / self.steps, 1.0)
 
     def to_json(self) -> dict[str, Any]:
@@ -55,7 +56,7 @@ class Ramp:
 
 
 def make_ramp(small: Catalog, target: Catalog, *, steps: int) -> Ramp | None:
-    """The ramp of a growth at step 0; None where it has no steps, or no axis grows."""
+    """The ramp of a growth at step 0; None if it has no steps, or no axis grows."""
     old, new = _units(small), _units(target)
     return None if steps == 0 or old == new else Ramp(old, 0, steps)
 
@@ -70,16 +71,16 @@ def _units(catalog: Catalog) -> dict[str, int]:
 
 
 def beside(tensor: LogicalTensor, old: LogicalTensor) -> tuple[AxisMap, ...]:
-    """Where the old elements of a tensor lie when new units stand beside the old ones.
+    """The indices of a tensor's old elements when new units are added to the old ones.
 
     Raises:
-        GrowthError: an axis shrinks, or is none of width.
+        GrowthError: an axis shrinks, or is not a width axis.
     """
     axes = []
     for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
         if meaning not in (*GROWING, "projection"):
             require_same(tensor.name, meaning, n, large)
-        # Queries, and with them the key and the value behind them, are the last of their axis.
+        # Queries, and the key and the value after them, are last on their axis.
         last = meaning in ("query", "projection")
         if last and large < n:
             raise GrowthError(
@@ -94,14 +95,14 @@ def beside(tensor: LogicalTensor, old: LogicalTensor) -> tuple[AxisMap, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class WidthRandom(Operator):
-    """Fresh units beside the old ones."""
+    """Freshly initialised units in addition to the old ones."""
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
-        """The old elements; with its mask at 0 the grown model has the old gradients there."""
+        """The old elements; with the mask at 0 the grown model has the old gradients there."""
         return (Block(tensor.name, beside(tensor, small[tensor.name]), grad=1.0),)
 
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
-        """New units as at the start of a run."""
+        """New units are initialised as at the start of a run."""
         return "fresh"
 
 

@@ -1,4 +1,4 @@
-"""`shrink_pad_perturb`: old weights shrunk, padded, and perturbed as much as fresh ones vary.
+"""`shrink_pad_perturb`: old weights are shrunk, padded, and perturbed with the init std.
 
     W' = s [[W, 0], [0, 0]] + N(0, init_std^2)     matrices
     E' = [s E, fresh]                              embeddings, an untied head
@@ -6,9 +6,9 @@
     b' = [s b, 0]                                  biases; those of norms [b, 0]
 
 Mallik et al., arXiv 2411.07340 and 2605.13405, after the shrink-and-perturb of Ash and Adams
-(arXiv 1910.08475).  The function is not kept: they find that a simple start near an initialisation
-trains on as well as one that keeps the loss, best below 20 tokens a parameter and at twice the
-size.  Moments and steps start again.
+(arXiv 1910.08475).  The function is not preserved: they find that a simple start near an
+initialisation trains as well as one that preserves the loss, best below 20 tokens per parameter and
+at twice the size. Moments and step counts are reset.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class ShrinkPadPerturb(Operator):
     """Any larger width of each axis.
 
     Attributes:
-        shrink: what old weights are multiplied by.
+        shrink: the factor of old weights.
     """
 
     shrink: float = 0.4
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
-        """The old elements; in matrices with as much noise as new ones have."""
+        """The old elements; in matrices with noise of the init std."""
         noise = None
         if tensor.is_matrix:
             noise = Noise(f"{tensor.name} {list(tensor.shape)} perturbed", tensor.init.std)
@@ -42,7 +42,7 @@ class ShrinkPadPerturb(Operator):
         return (Block(tensor.name, beside(tensor, small[tensor.name]), param, noise=noise),)
 
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
-        """New units as at the start of a run."""
+        """New units are initialised as at the start of a run."""
         return "fresh"
 
 

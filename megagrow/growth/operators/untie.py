@@ -1,8 +1,8 @@
-"""`untie`: the output head gets weights of its own, which begin as the embedding's.
+"""`untie`: the output head gets its own weight, initialised from the embedding.
 
-The function stays.  The tied tensor's gradient was the sum of what the embedding and the head
-want; afterwards each has its own, so no multiple of the old one is stated for the two, and the
-moments that both take over are those of the sum.  The model gains parameters, but no FLOPs.
+The function is preserved. The tied tensor's gradient was the sum of the embedding's and the head's;
+afterwards each has its own, so no multiple of the old one is stated for either, and both inherit
+the moments of the sum. The model gains parameters, but no FLOPs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from megagrow.state.catalog import Catalog, LogicalTensor
 
 @dataclass(frozen=True, kw_only=True)
 class Untie(Operator):
-    """A head of its own; nothing else changes."""
+    """An untied head; nothing else changes."""
 
     def grown(self, model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
         """The model with `tie_embeddings` false."""
         return resized(model, sizes).model_copy(update={"tie_embeddings": False})
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
-        """Every tensor as it was; the head from the embedding, where it is new."""
+        """Every tensor unchanged; a new head is copied from the embedding."""
         table, tied = small.of("embedding"), small.of("head") is None
         if table is not None and tied and tensor.role in ("embedding", "head"):
             return (Block(table.name, unchanged(tensor, table), new=tensor.role == "head"),)

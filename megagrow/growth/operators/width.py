@@ -1,9 +1,9 @@
 """Width growth: more units in every layer, the same function.
 
-All operators here duplicate units.  With h the residual stream, the grown
-stream is k copies [h, h, ...]; heads and ffn units are duplicated likewise.
-What reads a duplicated axis must take shares of its copies that sum to 1, so
-that each unit gets what it got before; the operators differ in the shares:
+All operators here duplicate units. With h the residual stream, the grown stream is k copies [h, h,
+...]; heads and ffn units are duplicated likewise. A matrix that reads a duplicated axis must weight
+the copies with shares that sum to 1, so that each unit receives the same input as before; the
+operators differ in the shares:
 
     width          equal shares: every matrix is [[W, W], [W, W]] / k
     width_diag     copy i reads copy i alone: [[W, 0], [0, W]]
@@ -11,16 +11,15 @@ that each unit gets what it got before; the operators differ in the shares:
     width_noise    equal shares and noise that cancels in the sum
     width_perturb  equal shares and noise that does not, so the function changes
 
-Embeddings, norms and biases are repeated; the shares of the output head are
-carried by the final norm, so that a tied head needs nothing.  LayerNorm and
-RMSNorm see the statistics that they saw.
+Embeddings, norms and biases are repeated; the shares of the output head are applied in the final
+norm, so that a tied head needs no change. The statistics of LayerNorm and RMSNorm do not change.
 
-Gradients.  What reads copy j with share a_j sends a_j of the old gradient back
-to it, if the gradients of its own copies sum to the old one; they do, from the
-head downwards.  In the stream that holds copy by copy only where shares are
-equal: a norm's backward pass mixes all its inputs.
+Gradients. A matrix that reads copy j with share a_j sends a_j times the old gradient back to it, if
+the gradients of its own copies sum to the old one; by induction from the head downwards they do. In
+the stream this holds for each copy only if shares are equal: a norm's backward pass mixes all its
+inputs.
 
-Each axis may grow by a factor of its own, the width of a head excepted.
+Each axis may grow by its own factor, except head_dim.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ WIDTH_SIZES = ("hidden", "heads", "kv_heads", "ffn")
 
 @dataclass(frozen=True)
 class _Duplicate:
-    """One of the blocks of copies: which copy (of how many) along each growing axis."""
+    """One block of copies: the index of the copy (and their number) along each growing axis."""
 
     axes: tuple[AxisMap, ...]
     copy: dict[str, tuple[int, int]]
@@ -58,10 +57,10 @@ class _Duplicate:
 def duplicates(tensor: LogicalTensor, old: LogicalTensor) -> list[_Duplicate]:
     """All blocks of a tensor whose units are duplicated; the old block comes first.
 
-    Where only query heads are duplicated, keys and values have blocks of their own.
+    If only query heads are duplicated, keys and values have separate blocks.
 
     Raises:
-        GrowthError: an axis does not grow by a whole factor.
+        GrowthError: an axis does not grow by an integer factor.
     """
     parts: list[list[tuple[AxisMap, dict[str, tuple[int, int]]]]] = []
     for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
@@ -85,12 +84,12 @@ def duplicates(tensor: LogicalTensor, old: LogicalTensor) -> list[_Duplicate]:
 
 
 def copies_along(meaning: str, n: int, k: int) -> list[AxisMap]:
-    """Where the k copies of n units lie, the old ones first in the list."""
-    # The residual stream is one vector that all layers share, so its copies lie end to end;
-    # heads and ffn units may be permuted layer by layer, so theirs lie beside their source.
+    """The indices of the k copies of n units, the old ones first in the list."""
+    # The residual stream is one vector shared by all layers, so its copies are laid end to end;
+    # heads and ffn units may be permuted within each layer, so their copies follow their source.
     if meaning == "embed":
         return tiled(n, k)
-    # Inside a key/value group the old ones come last: beside the group's key and value.
+    # Inside a key/value group the old ones come last: next to the group's key and value.
     return tiled(n, k)[::-1] if meaning == "query" else repeated(n, k)
 
 
@@ -105,7 +104,7 @@ def _projections(name: str, n: int, large: int) -> list[tuple[AxisMap, dict[str,
 
 
 def equal_shares(tensor: LogicalTensor, block: _Duplicate) -> tuple[float, float]:
-    """(param, grad) of a block where every copy is read with the same share."""
+    """(param, grad) of a block if every copy is read with the same share."""
     inputs = tensor.reads
     share = math.prod(1 / k for axis, (_, k) in block.copy.items() if axis in inputs)
     others = math.prod(1 / k for axis, (_, k) in block.copy.items() if axis not in inputs)
@@ -117,16 +116,16 @@ def equal_shares(tensor: LogicalTensor, block: _Duplicate) -> tuple[float, float
 
 
 def is_new(block: _Duplicate) -> bool:
-    """Whether any of its copies is not the first."""
+    """Whether any of its copies is other than the first."""
     return any(c > 0 for c, _ in block.copy.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Width(Operator):
-    """Tile every matrix; heads, hidden and ffn grow by the factor, head_dim stays."""
+    """Tile every matrix; heads, hidden and ffn grow by the factor, head_dim is unchanged."""
 
     def interchangeable(self, small: Catalog, target: Catalog) -> bool:
-        """They read and write alike."""
+        """True: all copies read and write the same."""
         return True
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
@@ -154,11 +153,11 @@ class WidthDiagonal(Operator):
     """Block-diagonal matrices; all axes by the same factor."""
 
     def interchangeable(self, small: Catalog, target: Catalog) -> bool:
-        """Each reads its own copy, and all of these are alike."""
+        """True: each reads its own copy, and all of these are equal."""
         return True
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
-        """All copies; those off the diagonal start at 0, but have the gradient of the others."""
+        """All copies; off-diagonal blocks start at 0, but have the same gradient as the others."""
         blocks = []
         for block in duplicates(tensor, small[tensor.name]):
             share, grad = equal_shares(tensor, block)
@@ -234,14 +233,14 @@ class WidthNoise(Operator):
     """Tile, plus noise on the copies of an input that sums to 0 over them.
 
     Attributes:
-        noise: its standard deviation, in units of the share of the tensor's root mean square that
-            a copy takes: with 1 it is as large as what it is added to.
+        noise: its standard deviation, in units of the root mean square of the scaled copy: with 1
+            it is as large as the values that it is added to.
     """
 
     noise: float = 1.0
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
-        """All copies of all grown axes; those that are read carry the noise."""
+        """All copies of all grown axes; copies on input axes carry the noise."""
         inputs, old = tensor.reads, small[tensor.name]
         head = tensor.role == "head"
         blocks = []
@@ -264,7 +263,7 @@ class WidthNoise(Operator):
 
 
 def own_noise(name: str, std: float, old: LogicalTensor) -> Noise | None:
-    """Noise in units of a source tensor's own root mean square; None where it is 0."""
+    """Noise in units of the source tensor's own root mean square; None if it is 0."""
     return Noise(name, std, Statistic(old.name, old.shape, "rms")) if std else None
 
 
@@ -291,7 +290,7 @@ class WidthPerturb(Operator):
     noise: float = 1.0
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
-        """All copies of all grown axes; those of matrices carry noise, the first one too."""
+        """All copies of all grown axes; in matrices all of them carry noise, the first included."""
         old = small[tensor.name]
         found = duplicates(tensor, old)
         blocks = []
@@ -318,5 +317,5 @@ WIDTH_PERTURB = WidthPerturb(
 
 
 def _alternating(number: int, count: int) -> float:
-    """Numbers 0 to count-1, made to sum to 0 and to have mean square 1; no two are equal."""
+    """The numbers 0 to count-1, normalised to sum 0 and mean square 1; no two are equal."""
     return (2 * number - (count - 1)) / math.sqrt((count**2 - 1) / 3)

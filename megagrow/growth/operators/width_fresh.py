@@ -1,4 +1,4 @@
-"""`width_fresh`: new units that read at random and write nothing yet; no copies are made.
+"""`width_fresh`: new units with random readers and zero writers; no copies are made.
 
 With h the residual stream, the grown stream is h' = [h, 0]:
 
@@ -7,22 +7,24 @@ With h the residual stream, the grown stream is h' = [h, 0]:
     writers to it         W' = [[W, 0], [0, 0]]     o, down
     gains of its norms    g' = [g, mean(g)] sqrt(H/H'),  eps' = eps H/H'
 
-R is normal, as large as the trained tensor (its own root mean square).  RMSNorm divides by a root
-mean square that has fallen by sqrt(H/H'), which its gains and its eps take back, so every old unit
-computes what it did.  A tied head needs nothing: its new columns are 0.
+R is normal, with the root mean square of the trained tensor. RMSNorm divides by a root mean square
+that has changed by sqrt(H/H'), which its gains and its eps compensate, so every old unit computes
+the same as before. A tied head needs no change: its new columns are 0.
 
-LayerNorm subtracts the mean, which zeros would move; there the stream is padded with its own mean,
-h' = [h, mean(h), ...]: new columns of embeddings, and of writers and their biases, are the mean of
-the old ones.  The mean stays, the variance falls by H/H', the normalised new units are 0, and so
-are the new elements of the norm's bias.
+LayerNorm subtracts the mean, which zeros would change; there the stream is padded with its own
+mean, h' = [h, mean(h), ...]: new columns of embeddings, and of writers and their biases, are the
+mean of the old ones. The mean is unchanged, the variance is multiplied by H/H', the normalised new
+units are 0, and so are the new elements of the norm's bias.
 
-Gradients.  New units of an RMSNorm are 0 and enter no sum of its backward pass, so the grown model
-has the old gradients; those of gains are multiplied by sqrt(H'/H), as what they scale is.
-LayerNorm's backward pass mixes new units in: with a wider stream the gradients of the head and of
-the norm before it are exact multiples, no others.  Writers are 0 but readers are not, so new
-elements of writers and embeddings have a gradient at once, and readers from the second step on.
+Gradients. New units of an RMSNorm are 0 and contribute nothing to its backward pass, so the grown
+model has the old gradients; those of gains are multiplied by sqrt(H'/H), like the values that they
+scale. LayerNorm's backward pass mixes in the new units: with a wider stream only the gradients of
+the head and of the norm before it are exact multiples.  Writers are 0 but readers are not, so new
+elements of writers and embeddings have a gradient at the first step, and readers from the second
+step on.
 
-Why not copies: twins have one gradient, and AdamW parts them slowly (docs/growth-operators.md).
+Why not copies: twins have equal gradients, and AdamW separates them slowly
+(docs/growth-operators.md).
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class WidthFresh(Operator):
     """Fresh readers, silent writers, a padded stream; any larger size of each axis."""
 
     def grown(self, model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
-        """The sizes, and an eps of the norms that falls as the mean square of the stream does."""
+        """The sizes, and `norm_eps` scaled like the mean square of the stream."""
         wide = resized(model, sizes)
         if wide.hidden == model.hidden:
             return wide
@@ -64,11 +66,11 @@ class WidthFresh(Operator):
         return (Block(tensor.name, beside(tensor, old), param, stated),)
 
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
-        """Readers at random, a mean for gains and a centred stream, zeros for the rest."""
+        """Random readers, the mean for gains and a centred stream, zeros for the rest."""
         old = small[tensor.name]
         if "embed" in tensor.reads:
             own = Statistic(old.name, old.shape, "rms")
-            # The shape sets the numbers apart from those that the tensor began with.
+            # The shape in the name makes the numbers differ from the tensor's initial values.
             return Drawn(f"{tensor.name} {list(tensor.shape)}", 1.0, own)
         if "embed" not in tensor.axes or not _widened(small, target):
             return "zeros"

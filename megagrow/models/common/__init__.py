@@ -1,1 +1,1 @@
-"""Parts that model families share."""
+"""Code shared by model families."""

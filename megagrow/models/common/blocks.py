@@ -1,9 +1,10 @@
-"""The layers of plain pre-norm transformers, as the architecture of a family says.
+"""The layers of plain pre-norm transformers, configured by the family's architecture.
 
-A layer is a function of one tensor.  Parameter names under its `tensor_prefix` are the catalog's.
+A layer is a function of one tensor. Its `tensor_prefix` plus a parameter's name is the name in the
+catalog.
 
-Shapes: B batch, S sequence, s a rank's part of the sequence where sequence parallelism splits
-it, else the whole of it, E embed; G key/value heads and Q queries to each, D their width.
+Shapes: B batch, S sequence, s a rank's part of the sequence with sequence parallelism, else S, E
+embed; G key/value heads, Q queries per key/value head, D head_dim.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from megagrow.models.common.rotary import rotate, rotate_packed_
 
 
 class Embedding(VocabParallelEmbedding):
-    """Token embedding, plus a position where those are learned: [B, S] token ids -> [B, s, E]."""
+    """Token embedding plus learned positions, if any: [B, S] token ids -> [B, s, E]."""
 
     def __init__(self, model: ModelConfig, parallel: TensorParallel = SERIAL, place: int = 0):
         super().__init__(model.vocabulary, model.hidden, parallel=parallel)
@@ -83,16 +84,16 @@ class Attention(nn.Module):
         qkv = qkv.view(*qkv.shape[:2], self.groups, self.queries + 2, self.head_dim)
         theta = self.theta
         if theta is not None and ops.own("rotary", qkv):
-            # In place, so it must not be recomputed, and cannot hurt: nothing else keeps qkv.
+            # In place, so it must not be recomputed; safe, since nothing else keeps qkv.
             qkv, theta = rotate_packed_(qkv, theta, turned=self.queries + 1), None
         if self.recompute and self.training:
             return self.out(checkpoint(self._core, qkv, theta, use_reentrant=False))
         return self.out(self._core(qkv, theta))
 
     def _core(self, qkv: torch.Tensor, theta: float | None) -> torch.Tensor:
-        """[B, S, G, Q + 2, D] -> [B, S, G * Q * D], every head on its own.
+        """Attention of all heads: [B, S, G, Q + 2, D] -> [B, S, G * Q * D].
 
-        Positions are rotary with base `theta`; None where there are none, or they are in.
+        Positions are rotary with base `theta`; None if there are none, or if already applied.
         """
         q, k, v = qkv.split((self.queries, 1, 1), dim=3)
         if theta is not None:
@@ -111,7 +112,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Pre-norm perceptron, gated or plain, of a sum: x and residual [B, s, E] each.
+    """Pre-norm MLP, gated or plain, of a sum: x and residual [B, s, E] each.
 
     Returns [B, s, E], without the residual, and the sum x + residual.
     """
@@ -155,7 +156,7 @@ class Block(nn.Module):
         self.dropout = Dropout(model.dropout, parallel=parallel)
         self.recompute = model.activation_checkpointing == "full"
         if model.compile:
-            self.compile(dynamic=False)  # a run has few shapes, and each is worth its own code
+            self.compile(dynamic=False)  # a run has few shapes, each worth its own compilation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply."""
@@ -171,7 +172,7 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Final norm and output head: [B, s, E] -> logits [B, S, v] of this rank's vocabulary.
 
-    A tied head has a weight named as the embedding's, which whoever builds both must tie.
+    A tied head has a weight with the embedding's name; the caller that builds both must tie them.
     """
 
     def __init__(self, model: ModelConfig, parallel: TensorParallel = SERIAL, place: int = -1):
@@ -191,7 +192,7 @@ class Head(nn.Module):
 
 
 class Layer(Protocol):
-    """What makes one entry of the layer list; `place` is its position there."""
+    """The constructor of an entry of the layer list; `place` is its position in the list."""
 
     def __call__(self, model: ModelConfig, parallel: TensorParallel, place: int) -> nn.Module:
         """Build it."""

@@ -1,4 +1,4 @@
-"""FLOPs of plain pre-norm transformers (see `megagrow.models.flops` for what counts)."""
+"""FLOPs of plain pre-norm transformers (see `megagrow.models.flops` for what is counted)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a family tells of its directories of Hugging Face: names, settings, ways to write them."""
+"""How a family is stored in Hugging Face format: tensor names, settings, reading and writing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megagrow.errors import CheckpointError
 
 NEVER = re.compile(r"(?!)")
 
-# Settings that change what any model computes, with the values that ours computes too; a setting
-# that is absent has the first.
+# Settings that change what any model computes, with the values that megagrow supports; the first is
+# the default.
 COMMON: Mapping[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "tie_encoder_decoder": (False,),
@@ -25,12 +25,13 @@ COMMON: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a stored array and what it is of a logical tensor.
+    """One line of a table: a stored array and the part of a logical tensor that it is.
 
     Attributes:
         stored, tensor: names; `{i}` is the layer.
-        axes: order of the logical axes in the array, or None for their own.
-        rows: how many of those make the array's first axis, the others its second; 0 for a vector.
+        axes: order of the logical axes in the array, or None for the logical order.
+        rows: number of axes that form the array's first axis, the others form its second; 0 for a
+            vector.
         cut: the part of a fused tensor: q, k or v; gate or up.
     """
 
@@ -43,23 +44,23 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace:
-    """How models of a family are stored by Hugging Face's transformers.
+    """How Hugging Face's transformers stores a family's models.
 
     Attributes:
         model_type, architecture: as config.json calls the family and its class.
-        title: what people call the family, in messages.
-        ends, block: the tables of names, outside of the blocks and of one of them.
-        read: (config.json, its path for messages) -> our section `model`.
-        write: settings of config.json of a model, besides those that all families have.
+        title: the family's usual name, for messages.
+        ends, block: the tables of names, outside the blocks and for one block.
+        read: (config.json, its path for messages) -> the section `model`.
+        write: settings of a model's config.json, other than those common to all families.
         carried: keys of config.json that `read` reads.
-        only: keys that change what the model computes, with the values that ours computes too; a
-            setting that is absent has the first.
-        repeats: keys that say once more what a field of our model says, by that field.
-        refusal: why a model cannot be written, with what is found, if it cannot.
-        untold: settings of the training that config.json has no place for: (what, reason).
-        prefix: of stored names, which some directories leave out.
-        masks: names of constant masks that old versions stored along.
-        frequencies: names of rotary frequencies that old versions stored along.
+        only: keys that change what the model computes, with the values that megagrow supports; the
+            first is the default.
+        repeats: keys that duplicate a field of `ModelConfig`, with that field.
+        refusal: why a model cannot be written, and what was found, if it cannot.
+        untold: training settings that config.json cannot express: (what, reason).
+        prefix: of stored names; some directories omit it.
+        masks: names of constant masks that old versions also stored.
+        frequencies: names of rotary frequencies that old versions also stored.
     """
 
     model_type: str
@@ -85,7 +86,7 @@ def keys(text: str) -> frozenset[str]:
 
 
 def no_such_feature(where: str, key: str, found: Any, expected: Any) -> CheckpointError:
-    """What a setting of config.json that our model cannot express is refused with."""
+    """The error for a setting of config.json that megagrow's model does not support."""
     return CheckpointError(
         f"{where}: {key}: megagrow's model has no such feature",
         found=repr(found)[:200],

@@ -1,11 +1,10 @@
-"""Layers whose parameters have the shapes of a rank's part of their logical tensors.
+"""Layers whose parameters are a rank's tensor-parallel shards of the logical tensors.
 
-A weight keeps its structure as axes in memory (heads, head_dim, ...) and is
-viewed as a matrix where it is used, which costs nothing.  Parameters are left
-uninitialised: a state transfer fills them.
+A weight keeps its structure as axes in memory (heads, head_dim, ...) and is viewed as a matrix in
+use, which is free. Parameters are left uninitialised: a state transfer fills them.
 
-Shapes: B batch, S sequence, s a rank's part of the sequence where sequence parallelism
-splits it, else the whole of it; T the number of tensor-parallel ranks.
+Shapes: B batch, S sequence, s a rank's part of the sequence with sequence parallelism, else S; T
+the number of tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from megagrow.state.layout import even_split
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b with the weight cut on one of its output axes.
+    """y = x W^T + b with the weight split on one of its output axes.
 
     Args:
-        out_axes: this rank's sizes of the output axes; the output has their product as width.
+        out_axes: this rank's sizes of the output axes; the output's width is their product.
         in_axes: sizes of the input axes.
         bias: whether there is one.
-        gelu: whether GELU (its tanh form, which is GPT-2's own) follows.
+        gelu: whether GELU (the tanh approximation, as in GPT-2) follows.
         parallel: the ranks that hold the other parts.
 
     Shapes: [B, s, prod(in_axes)] -> [B, S, prod(out_axes)], this rank's units.
@@ -60,7 +59,8 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer."""
-        # Here and not in whoever owns the layer: ZeRO-3 has the bias only while it runs.
+        # Here and not in the owning module: ZeRO-3 has the bias gathered only while this layer
+        # runs.
         if self._gelu and self.bias is not None and ops.own("bias_gelu", x):
             y = linear(x, self.weight, None, rows=self._rows, parallel=self._parallel)
             return ops.bias_gelu(y, self.bias)
@@ -69,9 +69,9 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T + b with the weight cut on one of its input axes.
+    """y = x W^T + b with the weight split on one of its input axes.
 
-    The bias is the same on all ranks and added once, after the sum over them.
+    The bias is replicated and added once, after the reduction.
 
     Args:
         out_axes: sizes of the output axes.
@@ -106,10 +106,10 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of a table by token id, with the table cut on the vocabulary.
+    """Embedding lookup with the table split on the vocabulary.
 
-    All ranks hold ceil(vocabulary / T) rows; where the last ones lack some, the rest is
-    padding, which is never used.
+    All ranks hold ceil(vocabulary / T) rows; the last ones may end with padding, which is never
+    used.
 
     Shapes: [B, S] token ids -> [B, s, width].
     """
@@ -131,12 +131,12 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelOutput(nn.Module):
-    """The output head: logits of this rank's part of the vocabulary, padding left out.
+    """The output head: logits of this rank's part of the vocabulary, without padding.
 
     Args:
         vocabulary: its size.
         width: of the input.
-        name: of the one parameter, [ceil(vocabulary / T), width] on every rank.
+        name: name of its parameter, [ceil(vocabulary / T), width] on every rank.
         parallel: the ranks that hold the other parts.
 
     Shapes: [B, s, width] -> [B, S, rows], rows <= ceil(vocabulary / T).
@@ -185,7 +185,7 @@ class AddLayerNorm(LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square of the last axis (Zhang & Sennrich, arXiv 1910.07467)."""
+    """RMSNorm over the last axis (Zhang & Sennrich, arXiv 1910.07467)."""
 
     def __init__(self, width: int, eps: float, *, parallel: TensorParallel = SERIAL) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class AddRMSNorm(RMSNorm):
 
 
 class Dropout(nn.Module):
-    """Dropout of the residual stream: one mask on all ranks, or one for each sequence part."""
+    """Dropout of the residual stream: the same mask on all ranks, or one per sequence part."""
 
     def __init__(self, p: float, *, parallel: TensorParallel = SERIAL) -> None:
         super().__init__()

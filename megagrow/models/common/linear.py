@@ -1,4 +1,4 @@
-"""The matrix product of all layers, with tensor parallelism's communication inside."""
+"""The matrix product of all layers, including tensor-parallel communication."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def linear(
 ) -> torch.Tensor:
     """The product of x [..., I] with the first `rows` rows of a weight, as a matrix [R, I].
 
-    With more than one rank it enters the tensor-parallel region: x is the same on all ranks or
-    a part of the sequence, which is gathered, and the gradient of x is summed over the ranks
-    while that of the weight is computed.
+    With more than one rank it enters the tensor-parallel region: x is either the same on all ranks
+    or a part of the sequence, which is gathered; the gradient of x is reduced over the ranks while
+    that of the weight is computed.
     """
     return _Linear.apply(x, weight, bias, rows, parallel)
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps x as it came, and the parameter itself instead of a view of it.
+    """Saves x before the gather, and the parameter itself instead of a view of it.
 
-    So a gathered sequence does not live until the backward pass, and ZeRO-3 can free the whole
+    So the gathered sequence is not kept until the backward pass, and ZeRO-3 can free the whole
     parameter in between.
     """
 
@@ -88,7 +88,7 @@ def _matrix(weight: torch.Tensor, width: int, rows: int) -> torch.Tensor:
 
 
 def _gradient(left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The product in the weight's shape, with zeros for the rows that it lacks."""
+    """The product in the weight's shape, padded with zero rows."""
     if left.shape[0] * right.shape[1] == weight.numel():
         return (left @ right).view(weight.shape)
     padded = weight.new_zeros(weight.shape)

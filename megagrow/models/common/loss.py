@@ -1,4 +1,4 @@
-"""The next-token loss, over a vocabulary that tensor-parallel ranks share out."""
+"""Vocab-parallel cross entropy: the next-token loss over a split vocabulary."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megagrow.models.common.parallel import SERIAL, TensorParallel, all_gather
 def vocab_parallel_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, *, start: int = 0, parallel: TensorParallel = SERIAL
 ) -> torch.Tensor:
-    """Cross entropy in nats, the softmax in fp32 at least; logits are never gathered.
+    """Cross entropy in nats, with the softmax in at least fp32; logits are never gathered.
 
-    The gradient may be written over the logits, which nothing else must need then.
+    The gradient may overwrite the logits, so nothing else may use them afterwards.
 
     Args:
         logits: [..., v], this rank's part of the vocabulary, without padding; v may be 0.
         labels: [...] token ids, the same on all ranks.
         start: token id of this rank's first logit.
-        parallel: the ranks that share the vocabulary.
+        parallel: the ranks over which the vocabulary is split.
 
     Returns:
         [...] losses, the same on all ranks, fp32 (fp64 for fp64 logits).
@@ -31,10 +31,10 @@ def vocab_parallel_cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps the logits and two numbers a row: the greatest logit, and the sum of exponentials.
+    """Saves the logits and two numbers per row: the largest logit, and the sum of exponentials.
 
-    Each rank passes over its logits once forward and once backward; what they need of one
-    another is three numbers a row.  An own kernel writes the gradient over the logits.
+    Each rank reads its logits once forward and once backward; ranks exchange three numbers per row.
+    megagrow's kernel overwrites the logits with the gradient.
     """
 
     @staticmethod
@@ -47,7 +47,7 @@ class _CrossEntropy(torch.autograd.Function):
         top, total, target = stats
         ctx.save_for_backward(logits, labels, stats)
         ctx.start = start
-        # In this order, so that nothing is lost where all logits are large.
+        # In this order, so that no precision is lost when all logits are large.
         return total.log() - (target - top)
 
     @staticmethod
@@ -58,7 +58,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _merged(stats: torch.Tensor) -> torch.Tensor:
-    """Statistics of whole rows [3, rows] out of those of each rank's part, [T, 3, rows]."""
+    """Combine the statistics of the ranks' parts, [T, 3, rows] -> [3, rows]."""
     tops, totals, targets = stats.unbind(1)
     top = tops.amax(0)
     return torch.stack((top, (totals * (tops - top).exp()).sum(0), targets.sum(0)))

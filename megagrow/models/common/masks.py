@@ -1,10 +1,10 @@
-"""A model with new units on their way in: masks, for as long as a ramp lasts.
+"""Masks of a model during a ramp, which gradually admits new units.
 
-The plain layers know nothing of it.  A model under a ramp has other classes in a few places
-(embedding, norms, the two projections that write to the stream), with the same parameters under
-the same names: what a unit writes is multiplied by its mask, 1 for old units and the ramp's
-progress for new ones, and a norm's statistics weigh each unit by it.  At 0 that is the small
-model, at 1 the plain large one.
+The plain layers are not aware of it. A model under a ramp has other classes in a few places
+(embedding, norms, the two projections that write to the stream), with the same parameters under the
+same names: a unit's output is multiplied by its mask, 1 for old units and the ramp's progress for
+new ones, and a norm's statistics are weighted by it. At 0 that is the small model, at 1 the plain
+large one.
 
 Shapes: B batch, S sequence, s a rank's part of it, E embed.
 """
@@ -31,13 +31,13 @@ from megagrow.models.common.parallel import SERIAL, TensorParallel
 
 
 class Masks:
-    """One mask for each kind of unit of this rank, changed in place by `set`.
+    """The masks of this rank's units, one per kind, updated in place by `set`.
 
     Args:
         model: the grown model.
-        old: by axis how many units it had before.
+        old: the number of old units by axis.
         parallel: the ranks that hold the other heads and ffn units.
-        like: a parameter; masks have its device and element type.
+        like: a parameter; masks have its device and dtype.
 
     Attributes:
         embed: [E].
@@ -65,7 +65,7 @@ class Masks:
         )
 
     def set(self, progress: float) -> None:
-        """Say what new units count, from 0 to 1."""
+        """Set the weight of new units, from 0 to 1."""
         for mask, old in zip((self.embed, self.heads, self.ffn), self._old, strict=True):
             mask.fill_(progress)[old] = 1.0
 
@@ -77,16 +77,16 @@ def ramp_in(
     *,
     parallel: TensorParallel = SERIAL,
 ) -> Masks:
-    """Put a model, or a pipeline stage of one, under masks.
+    """Install masks in a model or a pipeline stage.
 
-    Its element type must not change afterwards.  To take the masks away, build the model anew.
+    Its dtype must not change afterwards. To remove the masks, rebuild the model.
 
     Args:
-        module: the grown model, built plain.
+        module: the grown model, built without masks.
         model, old, parallel: see `Masks`.
 
     Raises:
-        TypeError: a family has norms or an embedding of its own, which would go unmasked.
+        TypeError: a family has its own norms or embedding, which would not be masked.
     """
     masks = Masks(model, old, parallel=parallel, like=next(module.parameters()))
     for part in list(module.modules()):
@@ -174,10 +174,10 @@ _RAMPED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def _widened(x: torch.Tensor) -> torch.Tensor:
-    """Statistics of lower precisions are taken in fp32, as in plain norms."""
+    """Statistics of lower precisions are computed in fp32, as in plain norms."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _part(units: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
-    """This rank's part of an axis that tensor parallelism cuts."""
+    """This rank's part of an axis that tensor parallelism splits."""
     return units.chunk(parallel.size)[parallel.rank]

@@ -1,10 +1,10 @@
-"""Tensor and sequence parallelism: the group of ranks, and the regions between which data moves.
+"""Tensor and sequence parallelism: the process group, and entering and leaving its regions.
 
 Inside the tensor-parallel region every rank holds its own heads, ffn units or vocabulary;
 outside, all ranks hold the same tensors.  With sequence parallelism each rank holds its part
 of the sequence outside.  Each function below enters or leaves a region: a collective forward,
 its transpose backward (Shoeybi et al., Megatron-LM, arXiv 1909.08053; Korthikanti et al.,
-arXiv 2205.05198).  With one rank none of them does anything.
+arXiv 2205.05198).  With one rank they are no-ops.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ SEQUENCE = 1  # axis of activations [B, S, E]
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """This rank among those that share one copy of the model.
+    """This rank in its tensor-parallel group.
 
     Attributes:
-        group: the ranks, as torch.distributed knows them; None for one rank.
+        group: the torch.distributed process group; None for one rank.
         rank: this one, from 0.
-        size: how many.
+        size: number of ranks.
         sequence: whether norms, dropout and residual stream are split along the sequence.
     """
 
@@ -51,16 +51,16 @@ SERIAL = TensorParallel()
 def require_tensor_parallel(
     model: ModelConfig, *, tensor: int, sequence: bool = False, key: str = "layout"
 ) -> None:
-    """Check that a model can be cut over `tensor` ranks.
+    """Check that a model can be split over `tensor` ranks.
 
     Args:
         model: the model.
-        tensor: how many ranks.
-        sequence: whether the sequence is cut as well.
+        tensor: number of ranks.
+        sequence: whether the sequence is split as well.
         key: the configuration key to name in errors, e.g. ``stages[1].layout``.
 
     Raises:
-        ConfigError: heads, ffn units or (with sequence parallelism) the sequence do not divide.
+        ConfigError: heads, ffn units or (with sequence parallelism) the sequence are not divisible.
     """
     counts = {"kv_heads" if model.kv_heads else "heads": model.kv_groups, "ffn": model.ffn}
     if sequence:
@@ -82,8 +82,8 @@ def require_tensor_parallel(
 def copy_to_tensor_parallel_region(x: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     """Forward: identity.  Backward: all-reduce.
 
-    Also for a parameter that all ranks hold but each applies to its part of the sequence:
-    its gradient is then summed before anything else sees it.
+    Also used for a replicated parameter that each rank applies to its part of the sequence: its
+    gradient is then summed over the ranks.
     """
     return x if parallel.size == 1 else _Copy.apply(x, parallel)
 
@@ -111,8 +111,8 @@ def scatter_to_sequence_parallel_region(x: torch.Tensor, parallel: TensorParalle
 def gather_from_sequence_parallel_region(x: torch.Tensor, parallel: TensorParallel) -> torch.Tensor:
     """Forward: all-gather along the sequence.  Backward: reduce-scatter.
 
-    For a sequence that then enters the tensor-parallel region, where each rank finds another
-    part of its gradient.
+    For a sequence that enters the tensor-parallel region, where each rank computes a partial
+    gradient.
     """
     return x if parallel.size == 1 else _GatherSequence.apply(x, parallel)
 
@@ -191,7 +191,7 @@ class _ReduceScatterSequence(torch.autograd.Function):
 
 # --- collectives ----------------------------------------------------------------------------
 
-# Newer names of the same calls, under which PyTorch 2.13 does not warn.
+# Newer names of the same calls, for which PyTorch 2.13 does not warn.
 _gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -199,14 +199,14 @@ _scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 def all_reduce(
     x: torch.Tensor, parallel: TensorParallel, op: Any = dist.ReduceOp.SUM
 ) -> torch.Tensor:
-    """The sum (or another reduction) over the ranks; a contiguous `x` is overwritten."""
+    """All-reduce (sum by default); a contiguous `x` is overwritten."""
     x = x.contiguous()
     dist.all_reduce(x, op=op, group=parallel.group)
     return x
 
 
 def all_gather(x: torch.Tensor, parallel: TensorParallel, axis: int) -> torch.Tensor:
-    """The parts of all ranks, end to end along an axis."""
+    """All-gather: the parts of all ranks, concatenated along an axis."""
     parts = x.new_empty(parallel.size, *x.shape)
     _gather_single(parts.flatten(0, 1), x.contiguous(), group=parallel.group)
     return parts.movedim(0, axis).flatten(axis, axis + 1)
@@ -215,9 +215,9 @@ def all_gather(x: torch.Tensor, parallel: TensorParallel, axis: int) -> torch.Te
 def reduce_scatter(
     x: torch.Tensor, parallel: TensorParallel, axis: int, *, wait: bool = True
 ) -> tuple[torch.Tensor, Any]:
-    """This rank's part, along an axis, of the sum over the ranks, and the work to wait for.
+    """Reduce-scatter along an axis: this rank's part of the sum, and the work to wait for.
 
-    With `wait` the work is done and None.
+    With `wait`, it has completed and the work is None.
     """
     _require_equal_parts(x, parallel, axis)
     parts = x.unflatten(axis, (parallel.size, -1)).movedim(axis, 0).contiguous()
@@ -245,16 +245,16 @@ def _require_equal_parts(x: torch.Tensor, parallel: TensorParallel, axis: int) -
 
 @contextmanager
 def random_numbers_of_this_rank(parallel: TensorParallel, device: torch.device) -> Iterator[None]:
-    """Inside, each tensor-parallel rank draws its own numbers; outside all draw the same.
+    """Inside, each tensor-parallel rank draws its own numbers; outside, all draw the same.
 
     The ranks start a step with the same seed.  A seed for the region is drawn from that common
-    stream, which then goes on as if nothing had happened; so the numbers follow from the
-    step's seed alone, and recomputing an activation, which restores the stream, repeats them.
+    stream, which afterwards continues unaffected by the region; so the numbers depend on the step's
+    seed alone, and activation recomputation, which restores the stream, repeats them.
     """
     if parallel.size == 1:
         yield
         return
-    # Drawn on the CPU, so that no GPU is waited for.
+    # Drawn on the CPU, to avoid synchronising with a GPU.
     seed = int(torch.randint(2**62, (), device="cpu")) + parallel.rank
     generator = _default_generator(device)
     before = generator.get_state()
@@ -266,7 +266,7 @@ def random_numbers_of_this_rank(parallel: TensorParallel, device: torch.device) 
 
 
 def seed_random_numbers(seed: int, device: torch.device) -> None:
-    """As `torch.manual_seed`, but for the CPU and this device alone, which takes no millisecond."""
+    """Like `torch.manual_seed`, but for the CPU and this device only, which is faster."""
     for generator in {_default_generator(torch.device("cpu")), _default_generator(device)}:
         generator.manual_seed(seed)
 

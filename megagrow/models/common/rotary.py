@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al., RoFormer, arXiv 2104.09864).
 
 Feature i of a head's first half forms a pair with feature i of the second half, as
-Hugging Face's LLaMA pairs them; position p turns pair i by the angle p * theta^(-2i/D).
+Hugging Face's LLaMA pairs them; position p rotates pair i by the angle p * theta^(-2i/D).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from megagrow import ops
 
 
 def rotate_packed_(x: torch.Tensor, theta: float, *, turned: int) -> torch.Tensor:
-    """Turn the first `turned` heads of each group in place: [B, S, G, heads, D]; by own kernel."""
+    """Rotate the first `turned` heads of each group [B, S, G, heads, D] in place, in one kernel."""
     high = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = _kept_table(x.shape[1], x.shape[-1], theta, high, x.device)
     return ops.rotary_(x, cos, sin, turned)
 
 
 def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """Turn every head by its position: [B, S, ..., D] -> the same shape, contiguous."""
-    # The compiler traces the computation, and cannot look into a cache.
+    """Rotate every head by its position: [B, S, ..., D] -> the same shape, contiguous."""
+    # torch.compile traces the computation and cannot use a cache.
     table = rotary_table if torch.compiler.is_compiling() else _kept_table
     cos, sin = table(x.shape[1], x.shape[-1], theta, x.dtype, x.device)
     shape = (x.shape[1], *(1 for _ in x.shape[2:-1]), x.shape[-1] // 2)
@@ -44,13 +44,13 @@ def rotary_table(
 def _kept_table(
     sequence: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # A table that is first needed in inference mode must serve training later.
+    # A table that is created in inference mode may be used in training later.
     with torch.inference_mode(False):
         return rotary_table(sequence, head_dim, theta, dtype, device)
 
 
 class _Rotate(torch.autograd.Function):
-    """Forward: turn by the angles.  Backward: turn back."""
+    """Forward: rotate by the angles. Backward: rotate back."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

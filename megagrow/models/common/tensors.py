@@ -17,13 +17,13 @@ DECAYED: frozenset[Role] = MATRICES | {"embedding", "position", "head"}
 def catalog(model: ModelConfig) -> Catalog:
     """All tensors of a model, with shapes, axes and initialisation.
 
-    Matrices and embeddings start at N(0, std) by their role (`ModelConfig.stds`); the two matrices
-    of a block that write to the residual stream are scaled by 1/sqrt(2 * layers) (Radford et al.,
-    GPT-2, section 2.3).  Weight decay acts on matrices and embeddings, not on norms and biases.
-    Under `model.mup` both the start and the rates of a tensor follow from the shape (`model.mup`).
+    Matrices and embeddings are initialised with N(0, std) by role (`ModelConfig.stds`); the two
+    matrices of a block that write to the residual stream are scaled by 1/sqrt(2 * layers) (Radford
+    et al., GPT-2, section 2.3).  Weight decay applies to matrices and embeddings, not to norms and
+    biases. With `model.mup` both the initialisation and the rates of a tensor depend on the shape.
 
     Raises:
-        ValueError: the vocabulary size is not known yet.
+        ValueError: the vocabulary size is unset.
     """
     tensors: list[LogicalTensor] = []
     made = model.architecture
@@ -68,7 +68,7 @@ def catalog(model: ModelConfig) -> Catalog:
             add(f"{name}.bias", embed, roles[1], ZEROS, rates, place)
 
     def add_reader(name: str, out: dict[str, int], inner: float, place: int) -> None:
-        """A matrix whose inputs are the residual stream; `inner`: the scale of its outputs."""
+        """A matrix that reads the residual stream; `inner`: the muP ratio of its outputs."""
         std = _std(stds.matrices, embed, scale.hidden)
         rates = scale.reader(inner)
         axes, init = {**out, **embed}, Init("normal", std)
@@ -77,7 +77,7 @@ def catalog(model: ModelConfig) -> Catalog:
             add(f"{name}.bias", out, "reader_bias", ZEROS, scale.reader_bias(inner), place)
 
     def add_writer(name: str, inputs: dict[str, int], inner: float, place: int) -> None:
-        """One whose outputs go there; `inner`: the scale of its inputs."""
+        """A matrix that writes to the residual stream; `inner`: the muP ratio of its inputs."""
         std = _std(stds.matrices, inputs, inner) / (2 * model.layers / scale.layers) ** 0.5
         axes, init = {**embed, **inputs}, Init("normal", std / scale.layers)
         add(f"{name}.weight", axes, "writer", init, scale.writer(inner), place, reads=inputs)
@@ -111,5 +111,5 @@ def catalog(model: ModelConfig) -> Catalog:
 
 
 def _std(given: float | None, inputs: dict[str, int], scale: float) -> float:
-    """Of a matrix: what is given for the base shape, or by its own inputs."""
+    """The std of a matrix: as configured for the base shape, or from its fan-in."""
     return 1 / math.prod(inputs.values()) ** 0.5 if given is None else given / scale**0.5

@@ -1,7 +1,7 @@
 """GPT-2 as Hugging Face's transformers stores it.
 
-Weights of linear layers are [inputs, outputs], and query, key and value three blocks of outputs;
-ours are [kv_group, query + 2, head_dim, embed].
+Weights of linear layers are [inputs, outputs], and query, key and value are three blocks of
+outputs; megagrow's are [kv_group, query + 2, head_dim, embed].
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LLaMA as Hugging Face's transformers stores it.
 
-Queries, keys and values are apart, and so are gate and up.  Rotary features are paired half
-against half on both sides.
+Queries, keys and values are separate, and so are gate and up. Both use the half-split pairing of
+rotary features.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def _read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _read_rope(config: Mapping[str, Any], where: str) -> float:
-    """The base of the rotary frequencies, wherever it stands; anything but plain ones is refused.
+    """The base of the rotary frequencies, wherever it is given; only plain RoPE is accepted.
 
-    transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`, unless
-    there is a `rope_scaling`: the three must agree.
+    transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 reads `rope_parameters`
+    unless there is a `rope_scaling`: all three must agree.
     """
-    told = {"rope_theta": config.get("rope_theta")}
+    given = {"rope_theta": config.get("rope_theta")}
     for section in ("rope_scaling", "rope_parameters"):
         rope = config.get(section) or {}
         if not isinstance(rope, Mapping):
@@ -80,11 +80,11 @@ def _read_rope(config: Mapping[str, Any], where: str) -> float:
                 raise no_such_feature(where, f"{section}.{key}", rope[key], "default")
         if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise no_such_feature(where, f"{section}.partial_rotary_factor", rope, 1.0)
-        told[f"{section}.rope_theta"] = rope.get("rope_theta")
-    bases = {name: base for name, base in told.items() if base is not None}
+        given[f"{section}.rope_theta"] = rope.get("rope_theta")
+    bases = {name: base for name, base in given.items() if base is not None}
     if len(set(bases.values())) > 1:
         raise CheckpointError(
-            f"{where}: says twice what the base of the rotary frequencies is", found=bases
+            f"{where}: gives the base of the rotary frequencies twice", found=bases
         )
     return next(iter(bases.values()), 1e4)
 

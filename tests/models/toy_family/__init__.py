@@ -1,7 +1,7 @@
-"""A family that megagrow does not have, all of it in this folder; `register()` makes it known.
+"""A family that is not part of megagrow, entirely in this folder; `register()` adds it.
 
 RMSNorm, learned positions, an ungated SiLU, no biases, and blocks whose attention and MLP read the
-same stream side by side.
+same stream in parallel.
 """
 
 import torch
@@ -41,5 +41,5 @@ TOY = Family(
 
 
 def register(*_):
-    """What a test calls, and each rank of a job as its hook."""
+    """Called by tests, and by each rank of a job as its hook."""
     registry.register(TOY)

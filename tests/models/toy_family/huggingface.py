@@ -1,4 +1,4 @@
-"""How toys would be stored by transformers: names, orders of axes and settings of their own."""
+"""How transformers might store toys: their own names, orders of axes and settings."""
 
 from megagrow.models.common.huggingface import COMMON, HuggingFace, Row, keys
 
@@ -19,7 +19,7 @@ _BLOCK = (
     Row("toy.{i}.think.in", "layers.{i}.mlp.up.weight", (1, 0)),
     Row("toy.{i}.think.out", "layers.{i}.mlp.down.weight"),
 )
-# Settings of config.json, by those of ours.
+# Settings of config.json, by megagrow's settings.
 _SETTINGS = {
     "layers": "depth", "hidden": "width", "heads": "heads", "kv_heads": "kv_heads",
     "head_dim": "head_width", "ffn": "inner", "sequence": "places", "norm_eps": "eps",
