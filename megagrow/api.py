@@ -38,7 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     from megagrow.config.load import load_config
 
-    return load_config(path, overrides)
+    return load_config(path, [overrides] if isinstance(overrides, str) else overrides)
 
 
 def train_model(config: Config, resume: str | Path = "auto") -> Outcome:
@@ -149,7 +149,12 @@ def convert_checkpoint(
     zero: int | None = None,
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
+    allow_other_tokenizer: bool = False,
+    vocab_size: int | None = None,
+    ignore: Sequence[str] = (),
     config: str | Path | None = None,
+    shard_gib: float | None = None,
+    grow: Mapping[str, Any] | None = None,
     verify: bool = False,
 ) -> Report:
     """Convert a checkpoint to another format or layout; the target appears complete or not at all.
@@ -163,7 +168,13 @@ def convert_checkpoint(
         tensor, pipeline, data, zero: the layout of the result; by default the source's.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default nothing is rounded.
         tokenizer: a file or a directory to include; by default the model's own.
+        allow_other_tokenizer: accept a tokenizer that is not the model's.
+        vocab_size: the true vocabulary, where the source has only the padded table (megatron).
+        ignore: settings of the source that change nothing, or copies of which the first is right.
         config: the configuration file of a run that is to start from the result.
+        shard_gib: the largest file, for formats that split by size; default: 5.
+        grow: a ``grow`` section, such as ``{"operator": "depth_stack", "factor": 2}``: the model is
+            grown on the way.
         verify: whether to read the result back and compare every value.
 
     Returns:
@@ -193,7 +204,12 @@ def convert_checkpoint(
         zero=zero,
         dtype=dtype,
         tokenizer=None if tokenizer is None else Path(tokenizer),
+        allow_other_tokenizer=allow_other_tokenizer,
+        vocab_size=vocab_size,
+        ignore=ignore,
         config=config,
+        shard_gib=shard_gib,
+        grow=grow or (),
     )
     return convert(job, verify=verify)
 

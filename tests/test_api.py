@@ -76,6 +76,22 @@ def test_errors_are_the_users_to_fix(tmp_path):
         megagrow.convert_checkpoint(tmp_path, tmp_path / "x", to_format="dcp", dtype="int8")
     with pytest.raises(CheckpointError, match="no such checkpoint format"):
         megagrow.convert_checkpoint(tmp_path, tmp_path / "x", to_format="gguf", zero=1)
+    for layout in ({"tensor": 0}, {"data": -1}, {"pipeline": 1.5}, {"zero": 7}, {"zero": True}):
+        with pytest.raises(ConfigError, match=next(iter(layout))):
+            megagrow.convert_checkpoint(tmp_path, tmp_path / "x", to_format="native", **layout)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_is_grown_on_the_way(documented):
+    home, _ = documented
+    code = """
+import megagrow
+megagrow.convert_checkpoint("runs/mine", "deeper", to_format="native", verify=True,
+                            grow={"operator": "depth_stack", "factor": 2})
+small, large = megagrow.open_checkpoint("runs/mine"), megagrow.open_checkpoint("deeper")
+assert large.catalog.parameters > small.catalog.parameters
+"""
+    python(code, home)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = megagrow.nothing
 

@@ -20,7 +20,7 @@ EXAMPLES = """\
 
   # for transformers' from_pretrained, with the tokenizer
   python launch/convert.py --from runs/quickstart --to exports/quickstart \\
-      --to-format huggingface --tokenizer data/quickstart
+      --to-format huggingface --tokenizer data/stdlib
 
   # weights to start a run from: configs/quickstart.yaml then goes on with --resume imports/model
   python launch/convert.py --from MODEL --to imports/model --to-format native \\
@@ -130,7 +130,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--grow",
         nargs="+",
-        default=(),
+        action="extend",
+        default=[],
         metavar="KEY=VALUE",
         help="grow the model on the way: a `grow` section, such as operator=width_fresh factor=2",
     )
@@ -167,8 +168,10 @@ def _advance(bar: Any, count: int) -> None:
 
 def describe(about: Survey, job: Job) -> str:
     """What will be done, in lines for a person to read."""
+    grown = {"growth": str(job.transform)} if job.transform is not None else {}
     rows = {
         "from": f"{about.source} ({about.source_format})",
+        **grown,
         "to": f"{job.target} ({job.target_format})",
         "files": f"{about.files:,} with {about.bytes:,} bytes",
         "disk": f"{about.disk_bytes:,} bytes needed, {about.free_bytes:,} free; no temporary copy",

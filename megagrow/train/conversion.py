@@ -42,7 +42,7 @@ def conversion(
     ignore: Sequence[str] = (),
     config: str | Path | None = None,
     shard_gib: float | None = None,
-    grow: Sequence[str] = (),
+    grow: Sequence[str] | Mapping[str, Any] = (),
 ) -> Job:
     """The job that the options of `megagrow convert` ask for; nothing is read but what it takes.
 
@@ -51,6 +51,7 @@ def conversion(
         CheckpointError: no such format, or there is no checkpoint at `source`.
     """
     layout = {"tensor": tensor, "pipeline": pipeline, "data": data, "zero": zero}
+    _require_sizes(**layout)
     given = {**layout, "tokenizer": tokenizer, "shard-gib": shard_gib}
     for name, value in given.items():
         if value is not None:
@@ -79,12 +80,33 @@ def conversion(
     )
 
 
-def _growth(settings: Sequence[str]) -> Grow | None:
-    """A `grow` section given as `key=value`."""
+def _growth(settings: Sequence[str] | Mapping[str, Any]) -> Grow | None:
+    """A `grow` section, as such or as `key=value`."""
     if not settings:
         return None
-    section = apply_overrides({}, settings)
+    if isinstance(settings, Mapping):
+        section = dict(settings)
+    else:
+        keys = [setting.partition("=")[0] for setting in settings]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ConfigError(
+                f"--grow: {', '.join(twice)} is given more than once",
+                found=" ".join(settings),
+                fix="name several operators in one, such as operator=depth_stack+width",
+            )
+        section = apply_overrides({}, settings)
     return Grow(parse_settings(GrowConfig, section, source="--grow"))
+
+
+def _require_sizes(*, zero: int | None, **sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and (type(size) is not int or size < 1):
+            raise ConfigError(
+                f"{name}: not a parallel size", found=repr(size), expected="a whole number from 1"
+            )
+    if zero is not None and (type(zero) is not int or zero not in range(4)):
+        raise ConfigError("zero: no such ZeRO stage", found=repr(zero), expected="0, 1, 2 or 3")
 
 
 def _require_option(name: str, to_format: str) -> None:

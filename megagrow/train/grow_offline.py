@@ -171,6 +171,10 @@ def _planned(grow: GrowConfig, small: ModelConfig) -> tuple[ModelConfig, Growth]
     return model, growth
 
 
+# Of a `grow` section, what has a meaning in a run alone.
+_RUN_SETTINGS = ("state_policy", "rewarm", "ramp", "fit_steps", "restart", "mup")
+
+
 @dataclass(frozen=True)
 class Grow:
     """Takes a checkpoint of any format through a growth: what `Job.transform` wants.
@@ -180,6 +184,11 @@ class Grow:
     """
 
     grow: GrowConfig
+
+    def __str__(self) -> str:
+        """Its settings, as `--grow` takes them."""
+        given = self.grow.model_dump(mode="json", exclude_defaults=True)
+        return " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
 
     def __call__(self, source: Source) -> Source:
         """The grown checkpoint, as a source.
@@ -198,11 +207,27 @@ class Grow:
                 found=", ".join(moments),
                 fix="convert its weights alone (--to-format huggingface), and grow those",
             )
+        left = [
+            name for name in _RUN_SETTINGS
+            if getattr(self.grow, name) not in (None, type(self.grow).model_fields[name].default)
+        ]  # fmt: skip
+        if left:
+            raise GrowthError(
+                f"{source.path}: weights without a run have no optimizer and no schedule",
+                found=", ".join(f"grow.{name} = {getattr(self.grow, name)}" for name in left),
+                fix=f"leave out {', '.join(left)}, or start a run from the weights and grow in it",
+            )
         small = model_of(source)
         model, growth = _planned(self.grow, small)
-        if growth.fit_steps:
+        if growth.fit_steps or growth.ramp is not None:
+            needs = (
+                "is fitted on the data of a run"
+                if growth.fit_steps
+                else ("lets its new units in step by step, under a mask that only a run has")
+            )
             raise GrowthError(
-                f"{growth.operator.name} is fitted on the data of a run, which weights do not have",
+                f"{source.path}: weights without a run cannot be grown by "
+                f"{growth.operator.name}, which {needs}",
                 fix="give another operator, or start a run from the weights and grow in it",
             )
         values = Through(

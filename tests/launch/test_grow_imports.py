@@ -262,7 +262,11 @@ def test_a_run_is_grown_on_the_way_as_it_is_grown_by_itself(small_run, tmp_path)
 @pytest.mark.parametrize(
     ("grow", "says"),
     [
-        (["operator=ligo", "fit_steps=2"], "is fitted on the data of a run"),
+        (["operator=ligo"], "is fitted on the data of a run"),
+        (["operator=width_random"], "under a mask that only a run has"),
+        (["operator=width", "mup=true"], "have no optimizer and no schedule"),
+        (["operator=width", "state_policy=exact", "rewarm=9"], "grow.rewarm = 9"),
+        (["operator=width", "factor=2", "--grow", "operator=depth_stack"], "more than once"),
         (["operator=width", "target={hidden: 8}"], "larger"),
         (["operator=widht"], "widht"),
         (["operator"], "operator"),
@@ -274,3 +278,14 @@ def test_a_growth_on_the_way_that_cannot_be(theirs, tmp_path, grow, says, capsys
     error = capsys.readouterr().err
     assert error.startswith("error: ") and says in error
     assert not list(tmp_path.iterdir())
+
+
+def test_the_run_to_be_is_of_the_grown_model(theirs, tmp_path, dataset, capsys):  # noqa: F811
+    config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run", model=LLAMA))
+    options = ["--from", theirs, "--to", tmp_path / "x", "--to-format", "native"]
+    grow = ["--grow", "operator=width_fresh", "factor=2"]
+    assert command("convert", *options, "--config", config, *grow) == 1
+    assert "as it is after the growth" in capsys.readouterr().err
+    wider = {**LLAMA, "hidden": 16, "heads": 4, "kv_heads": 2, "ffn": 32, "norm_eps": 5e-7}
+    config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run", model=wider))
+    assert command("convert", *options, "--config", config, *grow) == 0

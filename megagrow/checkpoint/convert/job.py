@@ -176,7 +176,14 @@ def open_job(job: Job) -> Opened:
         require_own_tokenizer(source, job.fingerprints)
     if job.config is not None:
         told = dataclasses.replace(meta, config=source.config, run_state=source.run_state)
-        meta = dataclasses.replace(meta, catalog=catalog_for(meta, told))
+        try:
+            meta = dataclasses.replace(meta, catalog=catalog_for(meta, told))
+        except CheckpointError as error:
+            if job.transform is None:
+                raise
+            raise error.or_fix(
+                "describe in --config the model as it is after the growth, and no growth at step 0"
+            ) from None
     job = dataclasses.replace(job, source=path.resolve(), source_format=source_format.name)
     digest = _digest(job, source)
     request = Request(
