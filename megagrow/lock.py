@@ -237,6 +237,7 @@ def acquire(
             _sweep(path, ready)
         finally:
             ready.unlink(missing_ok=True)
+        return Lock(path, mine, on_lost)
     except OSError as error:
         raise LockError(
             f"{of}: cannot be written",
@@ -244,7 +245,13 @@ def acquire(
             expected="a directory, or a name that is free, on a disk with space",
             fix=f"{elsewhere}, or free space",
         ) from error
-    return Lock(path, mine, on_lost)
+    except BaseException:
+        # Such as Ctrl-C right after it was taken, when nobody would release it.
+        with contextlib.suppress(OSError):
+            found = _holder(path)
+            if found is not None and found.token == mine.token:
+                path.unlink()
+        raise
 
 
 def _take(path: Path, ready: Path, *, of: str, wait: float, say: Callable[[str], object]) -> None:

@@ -265,3 +265,16 @@ with holding_output(Path({str(tmp_path / "out")!r})):
     with holding_output(tmp_path / "out"):
         pass
     child.communicate()
+
+
+def test_ctrl_c_right_after_a_lock_is_taken_leaves_none(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_sweep", interrupted)
+        with pytest.raises(KeyboardInterrupt), holding_output(tmp_path / "out"):
+            pass
+    assert not list(tmp_path.iterdir())
+    with holding_output(tmp_path / "out"):
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,4 +146,8 @@ def _size(text: str) -> tuple[str, int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; turns an error that the user can fix into a message and an exit status."""
     options = parse(arguments)
-    return exit_status(lambda: run(options))
+    try:
+        return exit_status(lambda: run(options))
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130

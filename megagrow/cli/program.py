@@ -10,17 +10,21 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+_INTERRUPTED = 130  # as a shell reports a program that SIGINT ended
 _BROKEN_PIPE = 141  # as a shell has it for a program that SIGPIPE ended
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
     """Run a command and end the process with its status.
 
-    A reader that closes the pipe early (`| head`) ends it without a traceback.
+    A reader that closes the pipe early (`| head`) ends it without a traceback, and so does Ctrl-C.
     """
     try:
         status = main()
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = _INTERRUPTED
     except BrokenPipeError:
         # What is still buffered must not fail once more when the interpreter flushes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

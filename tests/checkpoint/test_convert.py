@@ -382,3 +382,19 @@ def test_a_run_of_another_model_does_not(tmp_path, change, message):
     config = {"model": toy_model(**GQA | change).model_dump(mode="json", by_alias=True)}
     with pytest.raises(CheckpointError, match=message):
         convert(Job(weights, tmp_path / "start", "native", config=config))
+
+
+def test_a_target_that_another_job_made_meanwhile_leaves_no_work(tmp_path, monkeypatch):
+    """Both saw that nothing is there; the second one gets the lock when the first has ended."""
+    path, _ = save_model(tmp_path / "run")
+    target = tmp_path / "out"
+    opened = converting.survey_of
+
+    def first_ends(*arguments):
+        target.mkdir()
+        return opened(*arguments)
+
+    monkeypatch.setattr(converting, "survey_of", first_ends)
+    with pytest.raises(CheckpointError, match="already"):
+        convert(Job(path, target, "native"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]

@@ -36,3 +36,10 @@ def test_a_closed_pipe_is_no_traceback():
         process.stdout.close()
         assert process.wait(timeout=100) == status
         assert process.stderr.read() == b""
+
+
+def test_ctrl_c_is_no_traceback():
+    code = "from megagrow.cli.program import run_program\ndef main(): raise KeyboardInterrupt\n"
+    command = [sys.executable, "-c", f"{code}run_program(main)"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

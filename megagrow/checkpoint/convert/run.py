@@ -89,7 +89,7 @@ def convert(
     about = survey_of(opened, workers, buffer_bytes)
     work = job.target.with_name(f"{job.target.name}.converting-{opened.digest}")
     out, done = work / "out", work / "done.jsonl"
-    with holding_output(job.target), _working_in(out, done):
+    with holding_output(job.target), _working_in(out, done, job.target):
         begin = time.perf_counter()
         kept = _finished(opened.pieces, out, _recorded(done))
         moved(sum(opened.pieces[i].bytes for i in kept))
@@ -139,8 +139,9 @@ def _refuse_existing(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _working_in(out: Path, done: Path) -> Iterator[None]:
+def _working_in(out: Path, done: Path, target: Path) -> Iterator[None]:
     """Create the work directory; remove it again if the work fails before any piece is done."""
+    _refuse_existing(target)  # by now another job may have made it
     with naming(out, "cannot be made"):
         out.mkdir(parents=True, exist_ok=True)
     try:
