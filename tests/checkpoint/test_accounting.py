@@ -234,7 +234,7 @@ def test_inspect_and_evaluate_print_what_is_left_out(tmp_path, capsys, monkeypat
     (path / "note.txt").write_text("x")
     monkeypatch.setattr("sys.argv", ["inspect.py", str(path)])
     assert command("inspect").main() == 0
-    assert "left out         note.txt (no file that this format reads)" in capsys.readouterr().out
+    assert "left out      note.txt (no file that this format reads)" in capsys.readouterr().out
     text = tmp_path / "text.txt"
     text.write_text("a few words")
     assert command("evaluate").main([str(path), "--text", str(text)]) == 1  # has no tokenizer

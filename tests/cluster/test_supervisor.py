@@ -184,7 +184,7 @@ def test_the_supervisor_is_killed(supervise, tmp_path):
 
 
 def test_ranks_that_never_start(supervise, tmp_path):
-    process = supervise(ranks=2, options=["--start", "1", "--restarts", 0],
+    process = supervise(ranks=2, options=["--start", "30", "--restarts", 0],
                         directory=tmp_path / "missing")  # fmt: skip
     status, _, err = finish(process)
     assert status == 1 and "FileNotFoundError" in err

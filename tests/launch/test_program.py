@@ -9,7 +9,7 @@ ENDS = """
 import atexit, sys, threading, time
 from megagrow.cli.program import run_program
 if {joined}:
-    import torch.distributed
+    import megagrow.engine.comm
 atexit.register(lambda: print("last words", flush=True))
 threading.Thread(target=lambda: (time.sleep(0.3), print("awaited", flush=True))).start()
 def main():
