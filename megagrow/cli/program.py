@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         # What is still buffered must not fail once more when the interpreter flushes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = _BROKEN_PIPE
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command has ended; let it leave in peace
     if "megagrow.engine.comm" not in sys.modules:  # no process group was made
         sys.exit(status)
     _leave(status)

@@ -398,3 +398,18 @@ def test_a_target_that_another_job_made_meanwhile_leaves_no_work(tmp_path, monke
     with pytest.raises(CheckpointError, match="already"):
         convert(Job(path, target, "native"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_a_lock_that_a_killed_job_left_beside_its_result_is_removed(tmp_path):
+    path, _ = save_model(tmp_path / "run")
+    target = tmp_path / "out"
+    convert(Job(path, target, "native"))
+    code = (
+        "import os, sys; from pathlib import Path; from megagrow.lock import holding_output\n"
+        "with holding_output(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, target], cwd=Path.cwd(), check=False)
+    assert (tmp_path / ".out.lock").exists()
+    with pytest.raises(CheckpointError, match="already"):
+        convert(Job(path, target, "native"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]

@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -89,7 +90,8 @@ def run_all(
             tasks = [] if _is_over(until) else missing()
             for task in tasks:
                 if len(running) < jobs and task.member.directory not in running.values():
-                    running[pool.submit(_alone, task, until)] = task.member.directory
+                    with _born_deaf():
+                        running[pool.submit(_alone, task, until)] = task.member.directory
             if not running:
                 return not missing()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -108,6 +110,16 @@ def run_all(
             if any(not future.done() for future in running):
                 process.terminate()
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _born_deaf() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C from their first moment; their parent ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _is_over(until: float | None) -> bool:

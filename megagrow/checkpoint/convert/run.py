@@ -84,7 +84,10 @@ def convert(
         MegagrowError: as `survey`; or a system call or the verification failed.
         LockError: another conversion to the same target is running, or a run trains there.
     """
-    _refuse_existing(job.target)
+    if os.path.lexists(job.target):
+        # Under the lock, so that one which a killed job left is removed.
+        with holding_output(job.target):
+            _refuse_existing(job.target)
     opened = open_job(job)
     about = survey_of(opened, workers, buffer_bytes)
     work = job.target.with_name(f"{job.target.name}.converting-{opened.digest}")
