@@ -32,9 +32,10 @@ CONTEXT.set_forkserver_preload(_PRELOAD)
 
 
 def begin(shim: Path) -> None:
-    """Start the forking process with the shim loaded; call before the first `start`."""
+    """Start the forking process with the shim loaded; one that runs without it is replaced."""
     from multiprocessing import forkserver
 
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # there is no public way
     os.environ["LD_PRELOAD"] = str(shim)
     try:
         forkserver.ensure_running()

@@ -136,6 +136,12 @@ class System:
                 fix=f"see {log}",
             )
         calls = Counter(Path(f"{log}.calls").read_text())
+        if not calls:
+            raise CheckpointError(
+                f"{command.name}: none of its system calls passed through the shim",
+                expected="a forking process with the shim loaded",
+                fix="start it with `processes.begin` right before the campaign",
+            )
         found = _Undisturbed(command.outcome(path), seconds, calls, _beside(path))
         shutil.rmtree(path)
         return found
@@ -193,11 +199,9 @@ class System:
             return {}, 0.0
         # A full disk fails writes of data and names; a broken one fails anything.
         kinds = "wm" if how == "ENOSPC" else "wfrm"
-        # Where no call was seen undisturbed (other processes may have made them all), the first.
-        letters = [letter for letter in kinds if known.calls[letter]] or ["w"]
-        counts = [max(1, known.calls[letter]) for letter in letters]
-        [letter] = self.draw.choices(letters, [count**0.5 for count in counts])
-        call, at = _CALLS[letter], self.draw.randint(1, max(1, known.calls[letter]))
+        letters = [letter for letter in kinds if known.calls[letter]]
+        letter = self.draw.choices(letters, [known.calls[one] ** 0.5 for one in letters])[0]
+        call, at = _CALLS[letter], self.draw.randint(1, known.calls[letter])
         if how == "EROFS":
             call, at = self.draw.choice(("open", "mkdir", "rename")), 1
             at = self.draw.randint(1, max(1, known.calls[call[0]]))
