@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -255,6 +254,9 @@ def check_memory(config: Config, *, world: int, memory: str | None) -> str:
     return f"memory: at most {human(most, 'B')} a rank, fits into {human(limit, 'B')} ({given})"
 
 
+_MOST_MEMORY = 2**60
+
+
 def read_memory(text: str) -> int:
     """Convert ``80GB``, ``80g`` or ``512MiB`` to bytes.
 
@@ -264,11 +266,11 @@ def read_memory(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I)?)?B?\s*", text.upper())
     power = "KMGT".index(found[2]) + 1 if found and found[2] else 0
     size = float(found[1]) * (1024 if found[3] else 1000) ** power if found else 0.0
-    if not 0.0 < size < math.inf:
+    if not 1.0 <= size <= _MOST_MEMORY:
         raise ConfigError(
             "--memory: is not an amount of memory",
             found=text,
-            expected="a number with a unit, such as 80GB or 64GiB",
+            expected="a number with a unit, such as 80GB or 64GiB; at most 1 EiB",
         )
     return int(size)
 
