@@ -14,7 +14,8 @@ from worlds import logical
 from megagrow.checkpoint.interface import stored_source
 from megagrow.checkpoint.interface.format import FilePlan, Late, Mark, Values, Zeros
 from megagrow.checkpoint.interface.meta import CheckpointMeta
-from megagrow.checkpoint.interface.stored_source import Record, StoredBox, StoredSource
+from megagrow.checkpoint.interface.stored_boxes import Record, StoredBox
+from megagrow.checkpoint.interface.stored_source import StoredSource
 from megagrow.checkpoint.io.checksum import CHUNK_BYTES
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, flat_range_boxes, whole

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,54 +20,23 @@ import torch
 
 from megagrow.checkpoint.interface.format import LeftOut
 from megagrow.checkpoint.interface.meta import CheckpointMeta
-from megagrow.checkpoint.interface.sidecar_checksums import FIX, SealedFile, read_seal
-from megagrow.checkpoint.interface.sidecar_checksums import NAME as SEAL
+from megagrow.checkpoint.interface.sidecar_checksums import read_seal
+from megagrow.checkpoint.interface.stored_boxes import (
+    Record,
+    StoredBox,
+    by_slot,
+    prove_tiled,
+    sealed_records,
+)
 from megagrow.checkpoint.io.checksum import crc32
 from megagrow.checkpoint.io.files import READING, RESTORE, naming, open_regular, read_exactly
 from megagrow.errors import CheckpointError
-from megagrow.state.boxes import Box, flat_offset, flat_range_boxes, tiling_fault, whole
-from megagrow.state.catalog import Catalog, Slot, slots_of
+from megagrow.state.boxes import Box, flat_offset, flat_range_boxes, whole
+from megagrow.state.catalog import Catalog, Slot
 from megagrow.state.layout import Layout
 
 _BUFFER_BYTES = 4 << 20
 _RUN_BYTES = 64 << 10  # shorter ranges are read together with their gaps
-
-
-@dataclass(frozen=True, slots=True)
-class StoredBox:
-    """A box of a slot of a logical tensor, as stored in a file.
-
-    Attributes:
-        file: path relative to the checkpoint's directory.
-        start: offset of its first byte in the file.
-        axes: permutation of the box's axes under which the elements are row-major, or None.
-    """
-
-    tensor: str
-    slot: str
-    box: Box
-    file: str
-    start: int
-    dtype: torch.dtype
-    axes: tuple[int, ...] | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Size in the file."""
-        return self.box.volume * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        return f"tensor {self.tensor}, slot {self.slot}, box {self.box}"
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A range of a file that has a CRC-32."""
-
-    file: str
-    start: int
-    bytes: int
-    crc32: int
 
 
 class StoredSource:
@@ -108,12 +76,12 @@ class StoredSource:
         self.files = dict(sizes)
         self._number = {name: i for i, name in enumerate(self.files)}
         self.zeros = dict(zeros)
-        self._stored = _by_slot(path, meta, self.files, boxes, self.zeros)
+        self._stored = by_slot(path, meta, self.files, boxes, self.zeros)
         if not proved:
-            _prove_tiled(path, meta.catalog, self._stored)
+            prove_tiled(path, meta.catalog, self._stored)
         sealed, chunk = read_seal(path)
         if sealed:
-            records = _sealed(path, self.files, sealed, chunk)
+            records = sealed_records(path, self.files, sealed, chunk)
             self.files |= {name: file.size for name, file in sealed.items()}
         self._records: dict[str, list[Record]] = {}
         for record in sorted(records, key=lambda r: (r.file, r.start)):
@@ -343,67 +311,6 @@ class StoredSource:
                     expected=f"{self.files[file]} bytes",
                     fix=RESTORE,
                 )
-
-
-def _sealed(
-    path: Path, sizes: Mapping[str, int], sealed: Mapping[str, SealedFile], chunk: int
-) -> Iterator[Record]:
-    """The chunks with sidecar checksums as records (CheckpointError if a file was replaced)."""
-    for name, size in sizes.items():
-        if name not in sealed or sealed[name].size != size:
-            raise CheckpointError(
-                f"{path / name}: is not the file that {SEAL} tells of",
-                found=f"{size} bytes",
-                expected=f"{sealed[name].size} bytes" if name in sealed else "no such file",
-                fix=FIX,
-            )
-    for name, file in sealed.items():
-        for number, told in enumerate(file.crc32):
-            start = number * chunk
-            yield Record(name, start, min(chunk, file.size - start), int(told, 16))
-
-
-def _by_slot(
-    path: Path,
-    meta: CheckpointMeta,
-    sizes: Mapping[str, int],
-    boxes: Iterable[StoredBox],
-    zeros: Collection[tuple[str, str]],
-) -> dict[tuple[str, str], list[StoredBox]]:
-    stored: dict[tuple[str, str], list[StoredBox]] = {
-        (tensor.name, slot.name): []
-        for tensor in meta.catalog
-        for slot in slots_of(tensor, meta.slots)
-        if (tensor.name, slot.name) not in zeros
-    }
-    for item in boxes:
-        at = f"{path / item.file}: {item}"
-        if (item.tensor, item.slot) not in stored:
-            raise CheckpointError(f"{at}: not in the catalog")
-        if item.start < 0 or item.start + item.bytes > sizes.get(item.file, 0):
-            raise CheckpointError(
-                f"{at}: reaches outside its file, which may be truncated",
-                found=f"bytes {item.start} to {item.start + item.bytes}",
-                expected=f"inside {sizes.get(item.file, 0)} bytes",
-                fix=RESTORE,
-            )
-        stored[item.tensor, item.slot].append(item)
-    return stored
-
-
-def _prove_tiled(
-    path: Path, catalog: Catalog, stored: Mapping[tuple[str, str], Sequence[StoredBox]]
-) -> None:
-    for (name, slot), items in stored.items():
-        fault = tiling_fault(catalog[name].shape, [item.box for item in items])
-        if fault is None and len({item.dtype for item in items}) > 1:
-            fault = f"element types differ: {sorted({str(item.dtype) for item in items})}"
-        if fault is not None:
-            raise CheckpointError(
-                f"{path}: tensor {name}, slot {slot} is not stored exactly once: {fault}",
-                found=", ".join(f"{i.box} in {i.file}" for i in items[:6]) or "no box at all",
-                expected=f"boxes that tile shape {list(catalog[name].shape)}",
-            )
 
 
 def _tail(shape: Sequence[int], inside: Box) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megagrow.checkpoint.interface.accounting import account, unread_files
 from megagrow.checkpoint.interface.meta import CheckpointMeta
-from megagrow.checkpoint.interface.stored_source import Record, StoredBox, StoredSource
+from megagrow.checkpoint.interface.stored_boxes import Record, StoredBox
+from megagrow.checkpoint.interface.stored_source import StoredSource
 from megagrow.checkpoint.io.dtypes import DTYPES
 from megagrow.checkpoint.io.files import (
     READING,

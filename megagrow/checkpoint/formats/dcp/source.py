@@ -25,7 +25,8 @@ from megagrow.checkpoint.interface.accounting import account, unread_files
 from megagrow.checkpoint.interface.format import Format
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.sidecar_checksums import NAME as SEAL
-from megagrow.checkpoint.interface.stored_source import Record, StoredBox, StoredSource
+from megagrow.checkpoint.interface.stored_boxes import Record, StoredBox
+from megagrow.checkpoint.interface.stored_source import StoredSource
 from megagrow.checkpoint.interface.torch_dist import is_torch_dist
 from megagrow.checkpoint.io.files import (
     RESTORE,

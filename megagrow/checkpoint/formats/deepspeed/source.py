@@ -36,7 +36,8 @@ from megagrow.checkpoint.formats.deepspeed.sink import DeepSpeedSink
 from megagrow.checkpoint.interface.client_state import client_state
 from megagrow.checkpoint.interface.format import Format, LeftOut, Source
 from megagrow.checkpoint.interface.meta import CheckpointMeta
-from megagrow.checkpoint.interface.stored_source import Record, StoredBox, StoredSource
+from megagrow.checkpoint.interface.stored_boxes import Record, StoredBox
+from megagrow.checkpoint.interface.stored_source import StoredSource
 from megagrow.checkpoint.io.files import laid_out
 from megagrow.state.boxes import flat_offset, flat_range_boxes
 from megagrow.state.catalog import Catalog

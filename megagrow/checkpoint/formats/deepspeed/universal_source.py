@@ -36,7 +36,8 @@ from megagrow.checkpoint.interface.client_state import client_state
 from megagrow.checkpoint.interface.format import Format, LeftOut, Source
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import replayed_model
-from megagrow.checkpoint.interface.stored_source import Record, StoredBox, StoredSource
+from megagrow.checkpoint.interface.stored_boxes import Record, StoredBox
+from megagrow.checkpoint.interface.stored_source import StoredSource
 from megagrow.checkpoint.io.files import READING, RESTORE, laid_out, naming
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError

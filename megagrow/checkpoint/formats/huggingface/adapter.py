@@ -34,7 +34,8 @@ from megagrow.checkpoint.interface.format import (
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import model_of, refuse_ramp
 from megagrow.checkpoint.interface.own_tokenizer import fingerprints_beside
-from megagrow.checkpoint.interface.stored_source import StoredBox, StoredSource
+from megagrow.checkpoint.interface.stored_boxes import StoredBox
+from megagrow.checkpoint.interface.stored_source import StoredSource
 from megagrow.checkpoint.interface.tokenizer_files import COMPANIONS, FILES, OwnTokenizer
 from megagrow.checkpoint.io.files import RESTORE, naming, read_small, write_new
 from megagrow.checkpoint.io.strict_json import read_json

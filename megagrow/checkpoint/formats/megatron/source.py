@@ -39,7 +39,8 @@ from megagrow.checkpoint.interface.client_state import KEY, client_state
 from megagrow.checkpoint.interface.format import NOTHING_TOLD, Format, LeftOut, ReadOptions, Source
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import replayed_model
-from megagrow.checkpoint.interface.stored_source import Record, StoredBox, StoredSource
+from megagrow.checkpoint.interface.stored_boxes import Record, StoredBox
+from megagrow.checkpoint.interface.stored_source import StoredSource
 from megagrow.checkpoint.interface.torch_dist import METADATA, is_torch_dist
 from megagrow.checkpoint.io.files import RESTORE, laid_out
 from megagrow.checkpoint.io.strict_json import read_json
