@@ -147,9 +147,7 @@ class Lock:
         """Release it; a lock that another job has taken over is left alone."""
         self._loop.stop()
         with contextlib.suppress(FileNotFoundError):
-            found = _holder(self.path)
-            if found is not None and found.token == self._mine.token:
-                self.path.unlink()
+            _remove_own(self.path, self._mine)
 
     def _beat(self) -> bool:
         """Refresh it; returns True, which ends the thread, once it is lost."""
@@ -238,20 +236,18 @@ def acquire(
         finally:
             ready.unlink(missing_ok=True)
         return Lock(path, mine, on_lost)
-    except OSError as error:
+    except BaseException as error:
+        # Also a Ctrl-C right after it was taken: the caller has no lock to release.
+        with contextlib.suppress(OSError):
+            _remove_own(path, mine)
+        if not isinstance(error, OSError):
+            raise
         raise LockError(
             f"{of}: cannot be written",
             found=f"{error.filename or path}: {error.strerror or error}",
             expected="a directory, or a name that is free, on a disk with space",
             fix=f"{elsewhere}, or free space",
         ) from error
-    except BaseException:
-        # Such as Ctrl-C right after it was taken, when nobody would release it.
-        with contextlib.suppress(OSError):
-            found = _holder(path)
-            if found is not None and found.token == mine.token:
-                path.unlink()
-        raise
 
 
 def _take(path: Path, ready: Path, *, of: str, wait: float, say: Callable[[str], object]) -> None:
@@ -352,6 +348,13 @@ def _take_over(path: Path, found: _Found, ready: Path) -> bool:
         return False
     finally:
         claim.unlink(missing_ok=True)
+
+
+def _remove_own(path: Path, mine: Holder) -> None:
+    """Remove a lock file, unless it is another holder's (OSError)."""
+    found = _holder(path)
+    if found is not None and found.token == mine.token:
+        path.unlink()
 
 
 def _sweep(path: Path, ready: Path) -> None:

@@ -267,13 +267,16 @@ with holding_output(Path({str(tmp_path / "out")!r})):
     child.communicate()
 
 
-def test_ctrl_c_right_after_a_lock_is_taken_leaves_none(tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("error", "raised"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(5, "EIO"), LockError)]
+)
+def test_what_fails_right_after_a_lock_is_taken_leaves_none(tmp_path, monkeypatch, error, raised):
+    def fails(*_):
+        raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_sweep", interrupted)
-        with pytest.raises(KeyboardInterrupt), holding_output(tmp_path / "out"):
+        patch.setattr(module, "_sweep", fails)
+        with pytest.raises(raised), holding_output(tmp_path / "out"):
             pass
     assert not list(tmp_path.iterdir())
     with holding_output(tmp_path / "out"):
