@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import NoReturn
 
 _INTERRUPTED = 130  # as a shell reports a program that SIGINT ended
-_BROKEN_PIPE = 141  # as a shell has it for a program that SIGPIPE ended
+_BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
     """Run a command and end the process with its status.
 
-    A reader that closes the pipe early (`| head`) ends it without a traceback, and so does Ctrl-C.
+    Neither Ctrl-C nor a reader that closes the pipe early (`| head`) causes a traceback.
     """
     try:
         status = main()
@@ -27,20 +27,20 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         status = _INTERRUPTED
     except BrokenPipeError:
-        # What is still buffered must not fail once more when the interpreter flushes it.
+        # The interpreter's final flush must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = _BROKEN_PIPE
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command has ended; let it leave in peace
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done
     if "megagrow.engine.comm" not in sys.modules:  # no process group was made
         sys.exit(status)
     _leave(status)
 
 
 def _leave(status: int) -> NoReturn:
-    """End the process without the interpreter's own teardown.
+    """End the process and skip the interpreter's teardown.
 
-    Threads of PyTorch's communication may outlive there what they use, and then abort a job that
-    has come to its end ("terminate called without an active exception", status 134).
+    There, communication threads of PyTorch may outlive the objects they use and abort a job that
+    has already finished ("terminate called without an active exception", status 134).
     """
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:

@@ -17,13 +17,18 @@ def _of(data: PreparedData) -> dict[str, str]:
     return {"data": data.fingerprint, "tokenizer": data.content.tokenizer_sha256}
 
 
+def is_of_run(checkpoint: Source) -> bool:
+    """Whether a checkpoint belongs to a run, and not just to a model."""
+    return "stages" in checkpoint.config
+
+
 def require_run(checkpoint: Source) -> None:
     """Require that a checkpoint is a run's.
 
     Raises:
         CheckpointError: it was converted from weights without a run's configuration.
     """
-    if "stages" not in checkpoint.config:
+    if not is_of_run(checkpoint):
         path = checkpoint.path
         raise CheckpointError(
             f"{path}: belongs to no run: it was converted without --config, so it has no data, "

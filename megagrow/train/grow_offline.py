@@ -35,7 +35,7 @@ from megagrow.state.boxes import whole
 from megagrow.state.catalog import MASTER, slots_of
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
-from megagrow.train.fingerprints import require_run, require_same_data
+from megagrow.train.fingerprints import is_of_run, require_run, require_same_data
 from megagrow.train.fit import Fit, fit_growth
 from megagrow.train.state import RunState
 from megagrow.transfer.ends import Source as Ends
@@ -136,7 +136,7 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
 
 
 def plan_of_run(checkpoint: Source, grow: GrowConfig) -> OfflineGrowth:
-    """The same for a checkpoint of a run that is open, of any format."""
+    """Plan a growth of an open checkpoint of a run, of any format; see `plan_offline`."""
     require_run(checkpoint)
     try:
         config = parse_config(checkpoint.config, source=f"{checkpoint.path}: its configuration")
@@ -171,22 +171,24 @@ def _planned(grow: GrowConfig, small: ModelConfig) -> tuple[ModelConfig, Growth]
     return model, growth
 
 
-# Of a `grow` section, what has a meaning in a run alone.
-_RUN_SETTINGS = ("state_policy", "rewarm", "ramp", "fit_steps", "restart", "mup")
+# The settings of a `grow` section that concern weights alone; all others need a run.
+_OF_WEIGHTS = {
+    "operator", "factor", "target", "noise", "shrink", "sources", "keep_first", "keep_last",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Grow:
-    """Takes a checkpoint of any format through a growth: what `Job.transform` wants.
+    """Grows a checkpoint of any format during a conversion; used as `Job.transform`.
 
-    One of a run becomes that of the grown run; weights without a run become those of the grown
-    model.
+    A run's checkpoint becomes a checkpoint of the grown run, and weights without a run become
+    weights of the grown model.  Without a run there is no seed: fresh values are drawn with seed 0.
     """
 
     grow: GrowConfig
 
     def __str__(self) -> str:
-        """Its settings, as `--grow` takes them."""
+        """The settings, in the form that `--grow` takes."""
         given = self.grow.model_dump(mode="json", exclude_defaults=True)
         return " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
 
@@ -194,28 +196,26 @@ class Grow:
         """The grown checkpoint, as a source.
 
         Raises:
-            CheckpointError: it has optimizer state and is of no run, or does not say its model.
-            GrowthError: the growth does not fit the model, or needs the data of a run.
+            CheckpointError: it has optimizer state but no run, or its model is unknown.
+            GrowthError: the growth does not fit the model, or needs a run.
         """
-        if "stages" in source.config:
+        if is_of_run(source):
             return plan_of_run(source, self.grow)(source)
         moments = [slot.name for slot in source.slots if slot.kind != "parameter"]
         if moments:
             raise CheckpointError(
-                f"{source.path}: has optimizer state but is of no run, so the rates that a growth "
-                "gives to old and new parameters could not be kept",
+                f"{source.path}: has optimizer state but belongs to no run, which would have to "
+                "keep the learning rates of old and new parameters",
                 found=", ".join(moments),
-                fix="convert its weights alone (--to-format huggingface), and grow those",
+                fix="convert only the weights (--to-format huggingface), and grow those",
             )
-        left = [
-            name for name in _RUN_SETTINGS
-            if getattr(self.grow, name) not in (None, type(self.grow).model_fields[name].default)
-        ]  # fmt: skip
-        if left:
+        given = self.grow.model_dump(mode="json", exclude_defaults=True)
+        others = {key: value for key, value in given.items() if key not in _OF_WEIGHTS}
+        if others:
             raise GrowthError(
                 f"{source.path}: weights without a run have no optimizer and no schedule",
-                found=", ".join(f"grow.{name} = {getattr(self.grow, name)}" for name in left),
-                fix=f"leave out {', '.join(left)}, or start a run from the weights and grow in it",
+                found=", ".join(f"grow.{key} = {value}" for key, value in others.items()),
+                fix=f"omit {', '.join(others)}, or start a run from the weights and grow it there",
             )
         small = model_of(source)
         model, growth = _planned(self.grow, small)
@@ -223,12 +223,12 @@ class Grow:
             needs = (
                 "is fitted on the data of a run"
                 if growth.fit_steps
-                else ("lets its new units in step by step, under a mask that only a run has")
+                else "unmasks its new units step by step, under a mask that only a run has"
             )
             raise GrowthError(
                 f"{source.path}: weights without a run cannot be grown by "
                 f"{growth.operator.name}, which {needs}",
-                fix="give another operator, or start a run from the weights and grow in it",
+                fix="choose another operator, or start a run from the weights and grow it there",
             )
         values = Through(
             growth,

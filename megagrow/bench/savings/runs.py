@@ -90,7 +90,7 @@ def run_all(
             tasks = [] if _is_over(until) else missing()
             for task in tasks:
                 if len(running) < jobs and task.member.directory not in running.values():
-                    with _born_deaf():
+                    with _ignoring_interrupts():
                         running[pool.submit(_alone, task, until)] = task.member.directory
             if not running:
                 return not missing()
@@ -113,8 +113,8 @@ def run_all(
 
 
 @contextlib.contextmanager
-def _born_deaf() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C from their first moment; their parent ends them."""
+def _ignoring_interrupts() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C from the start; the parent terminates them."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
