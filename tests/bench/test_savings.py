@@ -695,6 +695,31 @@ def test_the_processes_of_a_launcher_train_together(data, tmp_path):
     assert [line["world"] for line in log if line["event"] == "run_start"] == [2]
 
 
+def test_a_sweep_may_be_decided_by_several_seeds(data, tmp_path):
+    """What is best with the first seed alone need not be."""
+    mapping = settings(data, tmp_path)
+    mapping["sweep"] = {"lr": [0.01, 0.02], "budgets": [1.0e7], "seeds": 2}
+    bench = bench_of(mapping)
+    swept = {(task.member.seed, task.member.point["optimizer.lr"]) for task in bench.missing()
+             if task.member.name == "scratch"}  # fmt: skip
+    assert swept == {(seed, lr) for seed in (1, 2) for lr in (0.01, 0.02)}
+    # By the first seed 0.01 is better by 0.1, by the second worse by 0.3.
+    losses = {(1, 0.01): 1.0, (1, 0.02): 1.1, (2, 0.01): 1.4, (2, 0.02): 1.1}
+    pairs = [(task.member, branch) for task in bench.missing() for branch in task.wanted]
+    for one, branch in pairs:
+        loss = losses.get((one.seed, one.point["optimizer.lr"]), 2.0)
+        point = Point(branch.budget, branch.budget, 10.0, 0.1, loss, 0.0, 0.0, loss)
+        key = bench.key(one, branch)
+        entry = {key: EndPoint(key, point, "0.0.9")}
+        bench.known = replace(bench.known, points={**bench.known.points, **entry})
+    assert bench.best("scratch", bench.budgets[0]) == {"optimizer.lr": 0.02}
+    assert bench.loss("scratch", bench.budgets[0], {"optimizer.lr": 0.01}) == pytest.approx(1.2)
+    assert bench.config.tuning_seeds == 2
+    mapping["sweep"]["seeds"] = 4
+    with pytest.raises(ConfigError, match=r"sweep\.seeds: 4 of 3 seeds"):
+        parse(mapping)
+
+
 # --- what files know ----------------------------------------------------------------------
 
 

@@ -177,9 +177,10 @@ class SavingsConfig(Section):
         decay: fraction of a budget that the decay of the learning rate takes.
         average: fraction of each decay, its last part, over which weights are averaged; all losses
             are then those of the mean weights.  By default those of the last weights.
-        sweep: tunes the baseline, with the first seed.
+        sweep: tunes the baseline, with the first seed or the first `sweep.seeds`.
         small_sweep: the same for the small models alone; by default the baseline's.
-        seeds: the first tunes and chooses, and is in no mean; the others measure.
+        seeds: the first tunes and chooses, and is in no mean; the others measure.  If sweeps use
+            several seeds, some that measure have tuned the baseline and the small models, too.
         finalists: how many of the best variants of each budget run with the other seeds.
         variants: the ways to grow.  The model that each starts with is also a control.
         controls: additional smaller models that are trained without growth.
@@ -207,6 +208,8 @@ class SavingsConfig(Section):
             for budget in (sweep.budgets if sweep is not None else None) or ():
                 if budget not in self.budgets.values:
                     raise ValueError(f"{name}.budgets: {budget:g} is none of {self.budgets.values}")
+            if sweep is not None and sweep.seeds > len(self.seeds):
+                raise ValueError(f"{name}.seeds: {sweep.seeds} of {len(self.seeds)} seeds")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: names a value twice")
         for key in _OURS:
@@ -225,6 +228,11 @@ class SavingsConfig(Section):
             if section == "controls" and not name.startswith(f"{SMALL}_"):
                 raise ValueError(f"controls.{name}: must begin with {SMALL}_")
         return self
+
+    @property
+    def tuning_seeds(self) -> int:
+        """How many of the first seeds decide the sweep that uses the most."""
+        return max(sweep.seeds for sweep in (self.sweep, self.small_sweep) if sweep is not None)
 
     def sweep_of(self, name: str) -> tuple[SweepConfig, str]:
         """The sweep that tunes the baseline or a small model, and its key."""

@@ -104,7 +104,7 @@ def savings_figure(result: Mapping[str, Any]) -> str:
     return chart(
         title="Compute saved over tokens a parameter",
         note="FLOPs at equal validation loss after a completed decay, against the tuned baseline; "
-        "mean over seeds that neither tuned nor chose, with 95 % intervals; bounds of one kind "
+        "mean over all seeds but the first, which chose, with 95 % intervals; bounds of one kind "
         "are in the table alone",
         x=axis(places, log=True, snap=True),
         y=axis(values, snap=True),

@@ -36,6 +36,8 @@ def plan_text(campaign: Campaign) -> str:
     lines += known.notes
     lines.append(f"then, as soon as sweeps and the first seed say how: {names}, at every budget")
     lines.append(f"seeds: {config.seeds[0]} tunes and chooses, {len(config.seeds) - 1} measure")
+    if config.tuning_seeds > 1:
+        lines.append(f"sweeps: decided by the mean over the first {config.tuning_seeds} seeds")
     return "\n".join(lines)
 
 
