@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megagrow.config.rules import BOUNDS, RULES
 from megagrow.config.section import Layers, Positive, Section
 
 Count = Annotated[int, Field(ge=0)]
-_RULES = ("slope", "marginal", "planned")
 
 
 class UntilConfig(Section):
@@ -30,15 +30,18 @@ class UntilConfig(Section):
 
     @model_validator(mode="after")
     def _one_of_each(self) -> UntilConfig:
-        bounds, rules = self._given("steps", "tokens", "flops"), self._given(*_RULES)
+        bounds, rules = self._given(*BOUNDS), self._given(*RULES)
         if len(bounds) > 1 or len(rules) > 1 or not bounds + rules:
             raise ValueError(
-                "give exactly one of steps, tokens, flops, or a rule (slope, marginal, planned) "
+                f"give exactly one of {', '.join(BOUNDS)}, or a rule ({', '.join(RULES)}) "
                 "alone or with one of them as the latest end; "
                 f"found {' and '.join(bounds + rules) or 'none'}"
             )
-        if rules == ["planned"] and bounds not in ([], ["tokens"]):
-            raise ValueError(f"planned counts in tokens; its latest end cannot be in {bounds[0]}")
+        if rules and not set(bounds) <= set(RULES[rules[0]].bounds):
+            raise ValueError(
+                f"{rules[0]} counts in {', '.join(RULES[rules[0]].bounds)}; "
+                f"its latest end cannot be in {bounds[0]}"
+            )
         return self
 
     def _given(self, *keys: str) -> list[str]:
@@ -47,12 +50,22 @@ class UntilConfig(Section):
     @property
     def rule(self) -> str | None:
         """The name of the rule, if there is one."""
-        return next(iter(self._given(*_RULES)), None)
+        return next(iter(self._given(*RULES)), None)
 
     @property
     def bounded(self) -> bool:
         """Whether it gives steps, tokens or FLOPs."""
-        return bool(self._given("steps", "tokens", "flops"))
+        return bool(self._given(*BOUNDS))
+
+    @property
+    def watches(self) -> bool:
+        """Whether a rule may end the stage after any validation."""
+        return self.rule is not None and RULES[self.rule].watches
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a rule asks about the growth that follows the stage."""
+        return self.rule is not None and RULES[self.rule].looks_ahead
 
 
 class GrowTarget(Section):

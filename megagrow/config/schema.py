@@ -328,7 +328,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _the_last_stage_is_bounded(self) -> Config:
         until, last = self.stages[-1].until, len(self.stages) - 1
-        if not until.bounded or until.rule not in (None, "slope"):
+        if not until.bounded or until.looks_ahead:
             raise ValueError(
                 f"stages[{last}].until.{until.rule}: no growth follows the last stage; say where "
                 "the run ends, for instance until: {tokens: 1e9}, alone or with a slope"
@@ -370,7 +370,7 @@ class Config(Section):
                     f"{key}.decay: schedule.name = {self.schedule.name} falls by itself; set "
                     "schedule.name=wsd or constant, or leave it out"
                 )
-            if asked.decay is not None and stage.until.rule in ("slope", "marginal"):
+            if asked.decay is not None and stage.until.watches:
                 raise ValueError(
                     f"{key}.decay: until.{stage.until.rule} ends the stage at a step that is not "
                     "known before, so a decay into it cannot begin in time; bound the stage with "

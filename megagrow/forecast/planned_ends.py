@@ -59,7 +59,7 @@ def planned_ends(config: Config, models: Sequence[ModelConfig]) -> tuple[Planned
     curves = Curves(law, batch_tokens=config.batch.global_ * config.model.sequence)
     tokens = begun = 0.0
     for index, stage in enumerate(config.stages[:-1]):
-        if stage.until.planned is None:
+        if stage.until.rule is None or stage.until.watches:
             if any(later.until.planned for later in config.stages[index:]):
                 raise ConfigError(
                     f"stages[{index}].until: the planner predicts a run only from its start",

@@ -14,6 +14,7 @@ from megagrow.config import (
     OptimizerConfig,
     UntilConfig,
 )
+from megagrow.config.rules import BOUNDS
 from megagrow.errors import ConfigError
 
 
@@ -203,7 +204,7 @@ def _bounds(config: Config) -> list[tuple[str, Fraction]]:
 
 def _bound(until: UntilConfig) -> tuple[str, Fraction]:
     """The unit and the bound of a stage; a float is converted exactly."""
-    for unit in ("steps", "tokens", "flops"):
+    for unit in BOUNDS:
         value = getattr(until, unit)
         if value is not None:
             return unit, Fraction(value)

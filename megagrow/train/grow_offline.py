@@ -339,7 +339,7 @@ def _rest(left: UntilConfig, state: RunState) -> UntilConfig:
     """The end of the old stage, if it is still ahead; else twice the steps so far."""
     reached = {"steps": state.step, "tokens": state.tokens, "flops": state.flops}
     ahead = [key for key, at in reached.items() if (getattr(left, key) or 0) > at]
-    if ahead and left.rule in (None, "slope"):  # the other rules are about a growth that follows
+    if ahead and not left.looks_ahead:  # such rules are about a growth that follows
         return left
     return UntilConfig(steps=2 * max(1, state.step))
 

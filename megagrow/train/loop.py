@@ -228,8 +228,8 @@ class Trainer(Run):
     def _ask_rule(self, loss: float) -> None:
         """Pass a validation to the stage's rule, and end the stage here if it says so."""
         stage, state = self.stage, self.state
-        rule = self.config.stages[stage.index].until.rule
-        if rule not in ("slope", "marginal") or state.ramp is not None:
+        until = self.config.stages[stage.index].until
+        if not until.watches or state.ramp is not None:
             return
         if not self._is_settled():
             return
@@ -244,10 +244,10 @@ class Trainer(Run):
         self.state = replace(self.state, seen=decision.seen)
         end = decision.end and state.step < stage.plan.end_step
         self.journal.event(
-            "stage_rule", step=state.step, rule=rule, **{"end": end, **decision.inputs}
+            "stage_rule", step=state.step, rule=until.rule, **{"end": end, **decision.inputs}
         )
         if end:
-            self.journal.say(f"step {state.step}: {rule} ends stage {stage.index}")
+            self.journal.say(f"step {state.step}: {until.rule} ends stage {stage.index}")
             self.state = replace(self.state, ends=(*state.ends, state.step))
             before = self.plan.total_steps
             self._plan_from(self.state.ends)

@@ -207,7 +207,7 @@ def plan_run(
             for stage, step, before, after in zip(
                 config.stages, ends, totals, totals[1:], strict=False
             )
-            if stage.until.rule in ("slope", "marginal") and before != after
+            if stage.until.watches and before != after
         ],
     )
     plan = RunPlan(tuple(stages), rate, OPTIMIZERS[config.optimizer.name], planned)

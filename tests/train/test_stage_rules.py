@@ -5,11 +5,15 @@ import math
 import pytest
 from jobs import events, growths, launch, log_of, settings, train, trajectory, write_config
 
+from megagrow.config import UntilConfig
 from megagrow.config.load import parse_config
+from megagrow.config.rules import BOUNDS, RULES
 from megagrow.errors import ConfigError
 from megagrow.forecast.planned_ends import planned_ends
 from megagrow.models.flops import train_flops_per_token
+from megagrow.schedule.end_rules import Seen
 from megagrow.train.run_plan import plan_run
+from megagrow.train.stage_rules import WATCHERS, decide
 
 WIDTH = {"operator": "width", "factor": 2, "rewarm": 1}
 EVERY = {"train": {"validate_every": 1, "validation_samples": 10, "tensorboard": False}}
@@ -229,3 +233,43 @@ def test_fitting_counts_in_the_plans_flops(dataset, tmp_path):
     mapping["stages"][1]["grow"] = {"operator": "depth_stack", "target": {"layers": 4}}
     stacked = plan_run(parse_config(mapping), world=1, vocabulary=320).stages[1].plan
     assert stacked.start_flops == small.end_flops and stacked.steps > large.steps
+
+
+def test_every_rule_is_a_setting_and_every_one_that_watches_is_asked():
+    settings_of_rules = set(UntilConfig.model_fields) - set(BOUNDS)
+    assert settings_of_rules == set(RULES)
+    assert set(WATCHERS) == {name for name, rule in RULES.items() if rule.watches}
+    # Those that do not watch are computed before the run, by `forecast.planned_ends`.
+    assert set(RULES) - set(WATCHERS) == {"planned"}
+
+
+def test_a_stage_without_a_rule_that_watches_has_no_verdict(tmp_path, dataset):
+    config = parse_config(settings(dataset, tmp_path))
+    with pytest.raises(KeyError):
+        decide(Seen(), config=config, plan=plan_run(config, world=1, vocabulary=320), index=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_a_rule_says_of_itself_is_what_is_refused(tmp_path, dataset, rule):
+    value = -0.1 if rule == "slope" else True
+    made = UntilConfig(**{rule: value, "tokens": 1e6})
+    assert (made.rule, made.watches) == (rule, RULES[rule].watches)
+    for unit in set(BOUNDS) - set(RULES[rule].bounds):
+        with pytest.raises(ValueError, match=f"latest end cannot be in {unit}"):
+            UntilConfig(**{rule: value, unit: 10})
+    mapping = settings(dataset, tmp_path, stages=[{"until": {rule: value, "tokens": 1e6}}])
+    if RULES[rule].looks_ahead:
+        with pytest.raises(ConfigError, match="no growth follows the last stage"):
+            parse_config(mapping)
+    else:
+        parse_config(mapping)
+    decay = [
+        {"until": {rule: value, "tokens": 1e6}, "schedule": {"decay": 0.5}},
+        {"grow": WIDTH, "until": {"tokens": 2e6}},
+    ]
+    mapping = settings(dataset, tmp_path, stages=decay)
+    if RULES[rule].watches:
+        with pytest.raises(ConfigError, match="a step that is not known before"):
+            parse_config(mapping)
+    else:
+        parse_config(mapping)
