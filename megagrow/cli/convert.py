@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megagrow.arguments import Parser, as_path, as_path_text, number, whole
 from megagrow.errors import exit_status
+from megagrow.state.precision import ELEMENTS
 
 if TYPE_CHECKING:  # they need PyTorch, whose import takes a second: not for --help
     from megagrow.checkpoint.convert.run import Job, Report, Survey
@@ -30,7 +31,6 @@ EXAMPLES = """\
   python launch/convert.py --from MODEL --to exports/deeper --to-format huggingface \\
       --grow operator=depth_stack factor=2
 """
-_DTYPES = ("float32", "bfloat16", "float16")
 # Those of `megagrow.checkpoint.convert.registry`, in its order.
 FORMATS = {
     "native": "megagrow's own, in any layout",
@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             help=f"{axis}-parallel size of the result; without any size, the source's layout",
         )
     add("--zero", type=int, choices=range(4), metavar="Z", help="ZeRO stage of the result")
-    add("--dtype", choices=_DTYPES, help="element type; by default nothing is rounded")
+    add("--dtype", choices=ELEMENTS, help="element type; by default nothing is rounded")
     add(
         "--tokenizer",
         type=as_path,

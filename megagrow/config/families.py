@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+Norm = Literal["layer", "rms"]
+Positions = Literal["learned", "rotary"]
+Activation = Literal["gelu", "silu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +28,21 @@ class Architecture:
         check: further requirements of the family; raises ValueError with a fix.
     """
 
-    norm: Literal["layer", "rms"]
-    positions: Literal["learned", "rotary"]
+    norm: Norm
+    positions: Positions
     gated: bool
     biases: bool
-    activation: Literal["gelu", "silu"]
+    activation: Activation
     check: Callable[[Any], None] | None = None
+
+    def __post_init__(self) -> None:
+        known = {"norm": Norm, "positions": Positions, "activation": Activation}
+        for field, values in known.items():
+            if getattr(self, field) not in get_args(values):
+                raise ValueError(
+                    f"{field} {getattr(self, field)!r:.40} of an architecture: expected one of "
+                    f"{', '.join(get_args(values))}"
+                )
 
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from megagrow.config.growths import GrowConfig, UntilConfig
 from megagrow.config.model import ModelConfig
 from megagrow.config.section import Fraction, PathText, Positive, Section
+from megagrow.state.optimizers import OPTIMIZERS, OptimizerKind
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(gt=0.0)]
@@ -83,7 +84,7 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def _settings_of_muon(self) -> OptimizerConfig:
         given = {"muon_lr", "momentum"} & self.model_fields_set
-        if self.name != "muon" and any(
+        if not self.kind.orthogonal and any(
             getattr(self, key) != type(self).model_fields[key].default for key in given
         ):
             raise ValueError(
@@ -93,9 +94,14 @@ class OptimizerConfig(Section):
         return self
 
     @property
+    def kind(self) -> OptimizerKind:
+        """What is known about the optimizer."""
+        return OPTIMIZERS[self.name]
+
+    @property
     def bias_correction(self) -> tuple[float, float] | None:
         """The betas of bias-corrected moments, or None."""
-        return None if self.name == "lion" else self.betas
+        return self.betas if self.kind.bias_corrected else None
 
     def changed(self, by: StageOptimizerConfig | None) -> OptimizerConfig:
         """The settings of a stage: the previous stage's, with the ones that this stage changes."""
@@ -349,7 +355,7 @@ class Config(Section):
         for index, stage in enumerate(self.stages):
             given = stage.optimizer.model_dump(exclude_none=True) if stage.optimizer else {}
             of_muon = " and ".join(sorted(given.keys() & {"muon_lr", "momentum"}))
-            if of_muon and self.optimizer.name != "muon":
+            if of_muon and not self.optimizer.kind.orthogonal:
                 raise ValueError(
                     f"stages[{index}].optimizer: {of_muon}: only for Muon, but optimizer.name = "
                     f"{self.optimizer.name}; leave it out"

@@ -40,10 +40,8 @@ from megagrow.growth.optimizer_rules import GroupKey, OptimizerRules
 from megagrow.models.common.masks import Masks, ramp_in
 from megagrow.models.common.parallel import TensorParallel, seed_random_numbers
 from megagrow.models.transformer import Transformer, named_tensors
-from megagrow.state.optimizers import OPTIMIZERS
 from megagrow.state.placement import Placement
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from megagrow.state.precision import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class Engine:
         self.layout = layout = placement.layout
         self.accumulation = accumulation(config.batch, layout)
         self.coordinates = layout.coordinates(comm.rank)
-        self.slots = OPTIMIZERS[config.optimizer.name].slots
+        self.slots = config.optimizer.kind.slots
         groups = comm.groups(layout)
         parallel = groups.tensor_parallel(sequence=spread.sequence_parallel)
 
@@ -115,7 +113,7 @@ class Engine:
         )
         self.precisions = precisions(
             settings,
-            muon=config.optimizer.name == "muon",
+            optimizer=config.optimizer.kind,
             gpu=comm.device.type == "cuda",
         )
         self._optimizer = _make_optimizer(
@@ -170,7 +168,7 @@ class Engine:
                 )
             else:
                 module = Transformer(self.model, parallel)
-        module.to(_DTYPES[config.precision.dtype])
+        module.to(PRECISIONS[config.precision.dtype].dtype)
         parameters = named_tensors(module)
         poison(parameters.values(), shared=self.layout.zero > 0)
         self._masks: Masks | None = None
@@ -305,15 +303,35 @@ class Engine:
 def _make_optimizer(
     config: OptimizerConfig, formats: Precisions, groups: list[dict[str, Any]]
 ) -> BlockOptimizer:
-    if config.name == "muon":
-        return BlockMuon(
-            groups,
-            betas=config.betas,
-            momentum=config.momentum,
-            iteration=_DTYPES[formats.newton_schulz or "fp32"],
-        )
-    kind = BlockAdamW if config.name == "adamw" else BlockLion
-    return kind(groups, betas=config.betas)
+    """The optimizer (KeyError if it is none of `_OPTIMIZERS`)."""
+    return _OPTIMIZERS[config.name](config, formats, groups)
+
+
+def _make_adamw(
+    config: OptimizerConfig, formats: Precisions, groups: list[dict[str, Any]]
+) -> BlockOptimizer:
+    return BlockAdamW(groups, betas=config.betas)
+
+
+def _make_lion(
+    config: OptimizerConfig, formats: Precisions, groups: list[dict[str, Any]]
+) -> BlockOptimizer:
+    return BlockLion(groups, betas=config.betas)
+
+
+def _make_muon(
+    config: OptimizerConfig, formats: Precisions, groups: list[dict[str, Any]]
+) -> BlockOptimizer:
+    return BlockMuon(
+        groups,
+        betas=config.betas,
+        momentum=config.momentum,
+        iteration=PRECISIONS[formats.newton_schulz or "fp32"].dtype,
+    )
+
+
+# One for each of `state.optimizers.OPTIMIZERS`, by name (a test compares them).
+_OPTIMIZERS = {"adamw": _make_adamw, "lion": _make_lion, "muon": _make_muon}
 
 
 def _parameter_groups(

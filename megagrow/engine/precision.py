@@ -17,6 +17,7 @@ from megagrow.config import Config
 from megagrow.config.batch import accumulation
 from megagrow.errors import ConfigError
 from megagrow.state.layout import Layout
+from megagrow.state.optimizers import OptimizerKind
 
 # These would override formats that only `precision` may set.
 _REFUSED = (
@@ -112,12 +113,12 @@ def _sums_in_fp32(config: Config, layout: Layout) -> bool:
     return several and layout.zero > 0 and not offloads_whole_sums
 
 
-def precisions(settings: Mapping[str, Any], *, muon: bool, gpu: bool) -> Precisions:
+def precisions(settings: Mapping[str, Any], *, optimizer: OptimizerKind, gpu: bool) -> Precisions:
     """The formats in which an engine with these settings computes.
 
     Args:
         settings: the full configuration for `deepspeed.initialize`.
-        muon: whether the optimizer is Muon.
+        optimizer: the iteration of one that orthogonalises has a format of its own.
         gpu: whether the model is on a GPU.
     """
     enabled = [name for name in ("bf16", "fp16") if settings.get(name, {}).get("enabled")]
@@ -128,7 +129,7 @@ def precisions(settings: Mapping[str, Any], *, muon: bool, gpu: bool) -> Precisi
         accumulation=summed,
         reduction=settings.get("communication_data_type") or compute,
         state="fp32",
-        newton_schulz=newton_schulz_format(compute, gpu=gpu) if muon else None,
+        newton_schulz=newton_schulz_format(compute, gpu=gpu) if optimizer.orthogonal else None,
         micro_batches=settings["gradient_accumulation_steps"],
     )
 

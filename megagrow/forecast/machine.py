@@ -32,9 +32,9 @@ from megagrow.forecast.cost import Received
 from megagrow.models.flops import forward_flops_by_place, train_flops_per_token
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
+from megagrow.state.precision import PRECISIONS
 
 Rate = Annotated[float, Field(gt=0)]
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 class MachineConfig(Section):
@@ -107,7 +107,7 @@ def step_time(
         held: parameters of the fullest rank before ZeRO partitions them.
         sequence_parallel: whether the stream is split along the sequence between blocks.
     """
-    layout, width = placement.layout, _BYTES[config.precision.dtype]
+    layout, width = placement.layout, PRECISIONS[config.precision.dtype].bytes
     micro_batches = accumulation(config.batch, layout)
     tokens = config.batch.global_ * model.sequence
     flops = train_flops_per_token(model) * tokens

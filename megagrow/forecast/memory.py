@@ -35,10 +35,9 @@ from megagrow.config import Config, ModelConfig
 from megagrow.forecast.cost import STATE_BYTES
 from megagrow.state.catalog import Slot
 from megagrow.state.layout import Layout
-from megagrow.state.optimizers import OPTIMIZERS
 from megagrow.state.placement import FLAT_ALIGNMENT, Placement
+from megagrow.state.precision import PRECISIONS
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MASTER = 4
 # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: gradient elements per reduction.
 _REDUCED_AT_ONCE = 500_000_000
@@ -106,13 +105,13 @@ def rank_memory(
         reduced: bytes per element of gradients reduced over data ranks.
         sequence_parallel: whether norms see only a part of the sequence.
     """
-    layout, p = placement.layout, BYTES[config.precision.dtype]
+    layout, p = placement.layout, PRECISIONS[config.precision.dtype].bytes
     groups = local_sizes(placement, pipe)
     n = sum(sum(sizes) for sizes in groups)
     held = partition_size(layout, groups)
     largest = max(max(sizes) for sizes in groups)
     master = 0 if layout.zero == 0 and p == 4 else _MASTER * held
-    kind = OPTIMIZERS[config.optimizer.name]
+    kind = config.optimizer.kind
     optimizer = master + STATE_BYTES * slot_elements(placement, pipe, kind.slots[1:])
     step_copy = 4 * held
     # A bucket of gradients, and its copy in the dtype of the reduction.

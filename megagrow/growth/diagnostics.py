@@ -12,7 +12,6 @@ from megagrow.growth.new_blocks import is_whole, kept_by
 from megagrow.growth.optimizer_rules import Progression
 from megagrow.growth.plan import Growth
 from megagrow.state.catalog import LogicalTensor
-from megagrow.state.parts import part_of
 
 _LAYERS = 3  # inspected layers: the first, the middle and the last one of a kind
 UNITS = "ffn"  # the axis whose units are compared and counted
@@ -37,7 +36,7 @@ class Watched:
     @property
     def has_units(self) -> bool:
         """Whether its outputs are units that can be compared."""
-        return part_of(self.tensor) == "reader" and UNITS in self.tensor.axes
+        return self.tensor.role == "reader" and UNITS in self.tensor.axes
 
 
 def watched(growth: Growth) -> tuple[Watched, ...]:
@@ -76,7 +75,7 @@ def _some(places: Sequence[int]) -> set[int]:
 
 def _twins(growth: Growth, tensor: LogicalTensor) -> tuple[tuple[int, int], ...]:
     """Pairs of units with the same source: the first of them with each of the others."""
-    if part_of(tensor) != "reader" or UNITS not in tensor.axes:
+    if tensor.role != "reader" or UNITS not in tensor.axes:
         return ()
     at = tensor.axes.index(UNITS)
     copies: dict[tuple[str, int], list[int]] = {}

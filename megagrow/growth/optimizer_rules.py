@@ -182,8 +182,9 @@ def group_keys(
             rates = (rate, 1.0 / rate, 1.0)
         else:
             raise GrowthError(
-                f"grow.state_policy: 'exact' does not go with optimizer.name muon here: the "
-                f"matrices of {tensor.name} would need a learning rate each",
+                "grow.state_policy: 'exact' does not go with optimizer.name "
+                f"{optimizer.name} here: the matrices of {tensor.name} would need a "
+                "learning rate each",
                 fix="grow all axes of the model by one factor, or set grow.state_policy to "
                 "sparkling",
             )

@@ -17,9 +17,10 @@ from megagrow.engine.deepspeed.config import deepspeed_config
 from megagrow.engine.precision import on_gpu, precisions
 from megagrow.errors import ConfigError
 from megagrow.forecast.cost import STATE_BYTES, Received, received
-from megagrow.forecast.memory import BYTES, DEVICE_PARTS, local_sizes, rank_memory, slot_elements
+from megagrow.forecast.memory import DEVICE_PARTS, local_sizes, rank_memory, slot_elements
 from megagrow.growth.settings import told
 from megagrow.report.units import human
+from megagrow.state.precision import PRECISIONS
 from megagrow.train.rates import in_words, shape_in_words, start_in_words
 from megagrow.train.ready import data_lines, open_data, ready, start_lines
 from megagrow.train.run_plan import RunPlan, plan_run
@@ -124,7 +125,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
 def _precision_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     stage = plan.stages[index]
     settings = deepspeed_config(stage.settings(config), stage.layout, parameters=1)
-    formats = precisions(settings, muon=config.optimizer.name == "muon", gpu=on_gpu())
+    formats = precisions(settings, optimizer=config.optimizer.kind, gpu=on_gpu())
     lines = [f"  precision   {formats}"]
     if formats.caveat is not None:
         lines.append(f"              which {formats.caveat}")
@@ -166,7 +167,7 @@ def training_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
     for pipe in range(stage.layout.pipeline):
         numel = sum(map(sum, local_sizes(placement, pipe)))
         settings = deepspeed_config(config, stage.layout, parameters=numel)
-        formats = precisions(settings, muon=config.optimizer.name == "muon", gpu=on_gpu())
+        formats = precisions(settings, optimizer=config.optimizer.kind, gpu=on_gpu())
         memory = rank_memory(
             config,
             stage.seen,
@@ -174,8 +175,8 @@ def training_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
             pipe=pipe,
             bucket=settings["zero_optimization"]["reduce_bucket_size"],
             accumulation=formats.micro_batches,
-            summed=BYTES[formats.accumulation],
-            reduced=BYTES[formats.reduction],
+            summed=PRECISIONS[formats.accumulation].bytes,
+            reduced=PRECISIONS[formats.reduction].bytes,
             sequence_parallel=stage.plan.layout.sequence_parallel,
         )
         parts = {part: getattr(memory, part) for part in DEVICE_PARTS}

@@ -45,7 +45,7 @@ Beyond Fixed Training Durations" (2024).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -54,6 +54,21 @@ from megagrow.config.schema import Config
 from megagrow.errors import ConfigError
 
 Kind = Literal["wsd", "cosine", "linear", "constant"]
+
+
+class _Shape(NamedTuple):
+    """How a schedule falls: when, and the rate as a function of the share of the fall left."""
+
+    falls: Literal["never", "at the end", "from warm-up on"]
+    curve: Callable[[float], float] = lambda left: left
+
+
+_SHAPES: dict[Kind, _Shape] = {
+    "wsd": _Shape("at the end"),
+    "cosine": _Shape("from warm-up on", lambda left: (1.0 - math.cos(math.pi * left)) / 2),
+    "linear": _Shape("from warm-up on"),
+    "constant": _Shape("never"),
+}
 
 
 class Rewarm(NamedTuple):
@@ -188,7 +203,7 @@ class LearningRate:
         return next(later, self.total_steps)
 
     def _decay(self, length: float) -> int:
-        return round(self.decay * length) if self.kind == "wsd" else 0
+        return round(self.decay * length) if _SHAPES[self.kind].falls == "at the end" else 0
 
     def _span(self, step: int) -> _Span:
         return next(span for span in reversed(self._spans) if span.start <= max(step, 0))
@@ -219,22 +234,25 @@ class LearningRate:
 
     def _falls(self, position: float, span: _Span) -> bool:
         """Whether the rate at a position depends on where the schedule ends."""
-        start = span.length - span.decay if self.kind == "wsd" else self.warmup
-        return self.kind != "constant" and position > start
+        return _SHAPES[self.kind].falls != "never" and position > self._fall_start(span)
+
+    def _fall_start(self, span: _Span) -> float:
+        """The position from which the rate falls, if it does."""
+        at_the_end = _SHAPES[self.kind].falls == "at the end"
+        return span.length - span.decay if at_the_end else self.warmup
 
     def _shape(self, step: float, span: _Span) -> float:
         """The schedule without any growth, as a fraction of the peak."""
         if step < self.warmup:
             return (step + 1) / self.warmup
-        if self.kind == "constant":
+        shape, start = _SHAPES[self.kind], self._fall_start(span)
+        if shape.falls == "never":
             return 1.0
-        start = span.length - span.decay if self.kind == "wsd" else self.warmup
         length = span.length - start
         if step < start or length <= 0:
             return 1.0
         left = max(0, span.length - step) / length  # 1 at the start of the decay, 0 at T
-        if self.kind == "cosine":
-            left = (1.0 - math.cos(math.pi * left)) / 2
+        left = shape.curve(left)
         return left + self.floor * (1.0 - left)
 
     def _rewarm(self, step: int) -> float:

@@ -20,6 +20,13 @@ from megagrow.state.roles import MATRICES, ROLES, Role, with_roles
 InitKind = Literal["normal", "zeros", "ones", "constant"]
 SlotKind = Literal["parameter", "first_moment", "second_moment"]
 Training = Literal["trained", "frozen", "buffer"]
+# What an axis of a tensor of megagrow's models means: the vocabulary; the residual stream; groups
+# of query heads that share a key/value head; the group's queries, its key and its value; its
+# queries; the features of a head; the units of the MLP; the gate and the unit itself; the position.
+Axis = Literal[
+    "vocab", "embed", "kv_group", "projection", "query", "head_dim", "ffn", "gate_up", "position"
+]  # fmt: skip
+AXES: tuple[Axis, ...] = get_args(Axis)
 
 _OF_A_BLOCK = re.compile(r"layers\.(\d+)\.(.+)")
 
@@ -30,6 +37,10 @@ class Init:
 
     kind: InitKind
     std: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(InitKind):
+            raise ValueError(f"init of kind {self.kind!r:.40}, which is none of InitKind")
 
 
 @dataclass(frozen=True)
@@ -54,8 +65,7 @@ class LogicalTensor:
     Attributes:
         name: unique in the catalog, e.g. ``layers.3.mlp.up.weight``.
         shape: whole shape, without any padding.
-        axes: the meaning of each axis (``vocab``, ``embed``, ``kv_group``, ``projection``,
-            ``query``, ``head_dim``, ``ffn``, ``position``).
+        axes: the meaning of each axis: one of `AXES`, except in a foreign model.
         init: how it is initialised.
         decay: whether weight decay applies.
         places: positions in the model's layer list that use it: 0 is the embedding,
@@ -145,6 +155,10 @@ class Slot:
     name: str
     kind: SlotKind
     matrices: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(SlotKind):
+            raise ValueError(f"slot {self.name} of kind {self.kind!r:.40}, none of SlotKind")
 
     def of(self, tensor: LogicalTensor) -> bool:
         """Whether a tensor has this slot."""

@@ -33,14 +33,34 @@ class Matrix:
         return math.sqrt(max(1.0, self.rows / self.columns))
 
 
+# Output axes of matrices: lengths of the trailing parts that are matrices of their own.
+_CUTS: dict[str, tuple[int, ...]] = {
+    "embed": (),
+    "kv_group": (),
+    "projection": (1, 1),
+    "query": (),
+    "head_dim": (),
+    "ffn": (),
+    "gate_up": (1,),
+}
+
+
 def matrices(tensor: LogicalTensor) -> tuple[Matrix, ...]:
-    """The matrices of a tensor; empty if it is not a weight matrix of a block."""
+    """The matrices of a tensor; empty if it is not a weight matrix of a block.
+
+    Raises:
+        ValueError: an output axis whose matrices are not known.
+    """
     if not tensor.is_matrix:
         return ()
-    cuts = {"projection": (1, 1), "gate_up": (1,)}  # lengths of the trailing parts of an axis
-    for axis, meaning in enumerate(tensor.axes):
-        if meaning in cuts:
-            lengths = (tensor.shape[axis] - sum(cuts[meaning]), *cuts[meaning])
+    for axis, meaning in enumerate(tensor.axes[: len(tensor.axes) - len(tensor.reads)]):
+        if meaning not in _CUTS:
+            raise ValueError(
+                f"{tensor.name}: axis {meaning!r} is not known to lie in one matrix, or to be cut "
+                f"into several; known are {', '.join(_CUTS)}"
+            )
+        if _CUTS[meaning]:
+            lengths = (tensor.shape[axis] - sum(_CUTS[meaning]), *_CUTS[meaning])
             parts, start = [], 0
             for length in lengths:
                 index = [slice(0, n) for n in tensor.shape]

@@ -17,11 +17,13 @@ class OptimizerKind:
         slots: the parameter and the optimizer state.
         orthogonal: roles of the tensors whose updates are orthogonalised; all others are updated
             element-wise.
+        bias_corrected: whether it divides its moments by 1 - beta^step.
     """
 
     name: str
     slots: tuple[Slot, ...]
     orthogonal: frozenset[Role] = frozenset()
+    bias_corrected: bool = True
 
     def orthogonalises(self, tensor: LogicalTensor) -> bool:
         """Whether the updates of a tensor are orthogonalised."""
@@ -29,7 +31,7 @@ class OptimizerKind:
 
 
 ADAMW = OptimizerKind("adamw", ADAM_SLOTS)
-LION = OptimizerKind("lion", ADAM_SLOTS[:2])
+LION = OptimizerKind("lion", ADAM_SLOTS[:2], bias_corrected=False)
 MUON = OptimizerKind("muon", MUON_SLOTS, MATRICES)
 
 OPTIMIZERS = {kind.name: kind for kind in (ADAMW, LION, MUON)}

@@ -5,11 +5,26 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from megagrow.state.catalog import LogicalTensor
+from megagrow.state.roles import Role
 
-Part = Literal["embedding", "position", "head", "reader", "writer", "vector"]
+Part = Literal["embedding", "position", "head", "reader", "writer", "vector", "other"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-_PARTS: dict[str, Part] = {part: part for part in PARTS}
+# Every role has one (a test compares them).
+_PARTS: dict[Role, Part] = {
+    "embedding": "embedding",
+    "position": "position",
+    "head": "head",
+    "reader": "reader",
+    "reader_bias": "vector",
+    "writer": "writer",
+    "writer_bias": "vector",
+    "norm_gain": "vector",
+    "norm_bias": "vector",
+    "final_norm_gain": "vector",
+    "final_norm_bias": "vector",
+    "other": "other",
+}
 
 
 def part_of(tensor: LogicalTensor) -> Part:
@@ -21,6 +36,7 @@ def part_of(tensor: LogicalTensor) -> Part:
         head: the weight of an untied output head;
         reader: a block's matrix that reads the residual stream;
         writer: a block's matrix that writes to the residual stream;
-        vector: a norm or a bias.
+        vector: a norm or a bias;
+        other: what has no role of these.
     """
-    return _PARTS.get(tensor.role, "vector")
+    return _PARTS[tensor.role]

@@ -17,12 +17,11 @@ from megagrow.config.overrides import apply_overrides
 from megagrow.data.dataset import open_dataset
 from megagrow.errors import ConfigError
 from megagrow.state.layout import Layout
+from megagrow.state.precision import ELEMENTS
 from megagrow.train.fingerprints import fingerprints
 from megagrow.train.grow_offline import Grow
 from megagrow.train.run_plan import with_vocabulary
 from megagrow.train.state import RunState
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def conversion(
@@ -56,9 +55,9 @@ def conversion(
     for name, value in given.items():
         if value is not None:
             _require_option(name, to_format)
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and dtype not in ELEMENTS:
         raise ConfigError(
-            "--dtype: not an element type of checkpoints", found=dtype, expected=", ".join(DTYPES)
+            "--dtype: not an element type of checkpoints", found=dtype, expected=", ".join(ELEMENTS)
         )
     told = ReadOptions(vocabulary=vocab_size, ignore=tuple(sorted(ignore)))
     run, held = _run_to_be(config)

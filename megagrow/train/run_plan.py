@@ -210,7 +210,7 @@ def plan_run(
             if stage.until.watches and before != after
         ],
     )
-    plan = RunPlan(tuple(stages), rate, OPTIMIZERS[config.optimizer.name], planned)
+    plan = RunPlan(tuple(stages), rate, config.optimizer.kind, planned)
     for i in range(len(stages)):
         plan.placement(i)  # raises if the optimizer does not support it
     plan.rules_at(len(stages) - 1, strict=True)

@@ -8,6 +8,7 @@ from toys import random_state, toy_model
 from worlds import SoloGroup
 
 from megagrow.checkpoint import CheckpointMeta, Piece, save
+from megagrow.errors import CheckpointError
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import slots_of
@@ -59,3 +60,22 @@ def test_weights_alone_get_the_slots_that_their_run_reads(tmp_path, kind):
     assert result.slots == kind.slots
     for (_, slot), values in (contents(result.path) if kind.name != "muon" else {}).items():
         assert slot == "master" or not values.any()
+
+
+@pytest.mark.parametrize("target", ["deepspeed", "universal"])
+def test_deepspeed_gets_the_slots_of_the_runs_optimizer(tmp_path, target):
+    kind = OPTIMIZERS["lion"]
+    source = opened(saved(tmp_path / "old", kind, kind.slots))
+    result = opened(to(source.path, tmp_path / "new", target))
+    assert [slot.name for slot in result.slots] == ["master", "exp_avg"]
+    expected = contents(source.path)
+    found = contents(result.path)
+    assert set(found) == set(expected)
+    assert all((found[key] == expected[key].float()).all() for key in expected)
+
+
+def test_a_slot_of_some_tensors_is_not_made_up_for_the_others(tmp_path):
+    kind = OPTIMIZERS["muon"]
+    path = saved(tmp_path / "old", kind, kind.slots)
+    with pytest.raises(CheckpointError, match=r"no exp_avg_sq \(optimizer muon\)"):
+        to(path, tmp_path / "new", "deepspeed")

@@ -16,6 +16,7 @@ from megagrow.engine.precision import precisions
 from megagrow.errors import ConfigError
 from megagrow.plan.dry_run import describe
 from megagrow.state.layout import Layout
+from megagrow.state.optimizers import ADAMW
 from megagrow.train.grow_live import fill_fresh, start_engine
 from megagrow.train.run_plan import plan_run
 from megagrow.train.state import RunState
@@ -156,7 +157,7 @@ def test_gradients_are_summed_in_fp32_wherever_deepspeed_can():
     def formats(zero, dtype="bf16", offload="none", batch=8, **passed):
         config = settings({"zero": zero}, dtype, batch=batch, offload=offload, deepspeed=passed)
         found = deepspeed_config(config, Layout(data=2, zero=zero), parameters=8)
-        told = precisions(found, muon=False, gpu=False)
+        told = precisions(found, optimizer=ADAMW, gpu=False)
         return told.accumulation, told.reduction
 
     for dtype in ("bf16", "fp16"):

@@ -18,7 +18,6 @@ from megagrow.cli import configs, convert
 from megagrow.cli.main import COMMANDS, main
 from megagrow.cluster import launchers
 from megagrow.errors import MegagrowError
-from megagrow.train.conversion import DTYPES
 
 SCRIPTS = sorted(path.stem for path in (REPOSITORY / "launch").glob("*.py"))
 HEAVY = ("torch", "deepspeed", "numpy", "scipy")
@@ -112,7 +111,7 @@ def test_examples_are_shown_as_the_command_takes_them():
 
 def test_what_a_command_line_knows_of_libraries_that_it_does_not_import():
     assert list(convert.FORMATS) == list(registry.FORMATS)
-    assert convert._DTYPES == DTYPES and convert._BUFFER_MIB << 20 == BUFFER_BYTES
+    assert convert._BUFFER_MIB << 20 == BUFFER_BYTES
 
 
 def test_inspect_and_a_dry_run_do_without_deepspeed(dataset, tmp_path):

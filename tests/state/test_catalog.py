@@ -55,7 +55,7 @@ def test_stds_by_role(family, matrices):
         else:
             assert tensor.init.std == stds[part]
     rotary = model.architecture.positions == "rotary"
-    assert seen == set(PARTS) - ({"position"} if rotary else set())
+    assert seen == set(PARTS) - {"other"} - ({"position"} if rotary else set())
 
 
 def test_fingerprints_tell_catalogs_apart():

@@ -28,7 +28,7 @@ from megagrow.checkpoint.interface.format import (
     cut,
 )
 from megagrow.checkpoint.interface.meta import CheckpointMeta
-from megagrow.checkpoint.interface.model_of import catalog_for
+from megagrow.checkpoint.interface.model_of import catalog_for, optimizer_of
 from megagrow.checkpoint.interface.own_tokenizer import own_tokenizer, require_own_tokenizer
 from megagrow.checkpoint.interface.tokenizer_files import OwnTokenizer
 from megagrow.checkpoint.io.checksum import CHUNK_BYTES
@@ -232,12 +232,15 @@ def _require_axes(job: Job) -> None:
 
 
 def _require_whole_slots(source: Source, sink: Sink, job: Job) -> None:
-    """Refuse to export Muon state as Adam state: zero second moments would make a run diverge."""
+    """Refuse a slot that only some tensors have for a format that wants it of all.
+
+    So Muon state is not exported as Adam's: zero second moments would make a run diverge.
+    """
     partial = {slot.name for slot in source.slots if not slot.matrices}
     if any(slot.matrices and slot.name in partial for slot in sink.slots):
         raise CheckpointError(
-            f"{source.path}: its matrices have Muon's momentum and no {', '.join(sorted(partial))},"
-            f" which format {job.target_format} wants of every tensor",
+            f"{source.path}: its matrices have no {', '.join(sorted(partial))} (optimizer "
+            f"{optimizer_of(source).name}), which format {job.target_format} wants of every tensor",
             fix="convert to native, to dcp, or to huggingface (weights alone)",
         )
 

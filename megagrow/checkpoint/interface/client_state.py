@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 KEY = "megagrow"  # an extra key, as clients of DeepSpeed's engine add them
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def client_state(head: Mapping[str, Any]) -> dict[str, Any]:

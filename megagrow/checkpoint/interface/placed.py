@@ -7,7 +7,6 @@ from megagrow.checkpoint.interface.model_of import optimizer_of
 from megagrow.errors import ConfigError
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.state.catalog import Catalog
-from megagrow.state.optimizers import OPTIMIZERS
 from megagrow.state.placement import Placement, split_axis
 
 
@@ -33,7 +32,7 @@ def placed(catalog: Catalog, request: Request) -> Placement:
                 found=f"axis {tensor.axes[axis]} of length {tensor.shape[axis]}",
                 fix=f"give --tensor a divisor of {tensor.shape[axis]}",
             )
-    optimizer = OPTIMIZERS[optimizer_of(request.meta).name]
+    optimizer = optimizer_of(request.meta).kind
     placement = Placement(catalog, layout, group_keys(catalog, _rules(request), optimizer))
     try:
         placement.cuts  # noqa: B018

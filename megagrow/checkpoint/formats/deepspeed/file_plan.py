@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,15 +14,16 @@ from megagrow.checkpoint.containers.pickle_reader import Opaque
 from megagrow.checkpoint.containers.torch_writer import number, size_of
 from megagrow.checkpoint.formats.deepspeed import names
 from megagrow.checkpoint.formats.deepspeed.engine_state import EngineState
-from megagrow.checkpoint.interface.client_state import DTYPES, KEY, plain_json
+from megagrow.checkpoint.interface.client_state import KEY, plain_json
 from megagrow.checkpoint.interface.format import Request, Segment, Values, Zeros
 from megagrow.checkpoint.interface.model_of import optimizer_of, refuse_ramp, section, told_model
 from megagrow.checkpoint.interface.placed import placed
 from megagrow.config.schema import PrecisionConfig
 from megagrow.errors import ConfigError
 from megagrow.state.boxes import flat_range_boxes
-from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Slot, Training
+from megagrow.state.catalog import MASTER, LogicalTensor, Slot, Training
 from megagrow.state.placement import split_axis
+from megagrow.state.precision import PRECISIONS
 
 VERSION = "0.19.8"  # the DeepSpeed version whose files these are
 
@@ -47,12 +49,14 @@ class Plan:
             )
         self.optimizer = optimizer_of(meta)
         self.precision = section(PrecisionConfig, meta.config.get("precision"))
-        self.dtype = request.dtype or DTYPES[self.precision.dtype]
+        self.dtype = request.dtype or PRECISIONS[self.precision.dtype].dtype
         held = {slot.name for slot in meta.slots}
-        moments = {slot.name for slot in ADAM_SLOTS[1:]}
         self.engine = EngineState.of(meta) if self.model is None else None
-        # The engine expects Adam's full state; what the source lacks starts at zero.
-        self.slots: tuple[Slot, ...] = ADAM_SLOTS
+        # The engine expects its optimizer's full state, of every tensor, since a group is one flat
+        # tensor; what the source lacks starts at zero.
+        kept_of_all = (replace(slot, matrices=True) for slot in self.optimizer.kind.slots)
+        self.slots: tuple[Slot, ...] = tuple(kept_of_all)
+        moments = {slot.name for slot in self.slots[1:]}
         if self.engine is not None:  # a foreign engine has its own optimizer
             kept = self.engine.slots
             self.slots = (MASTER, *(slot for slot in meta.slots if slot.name in kept))

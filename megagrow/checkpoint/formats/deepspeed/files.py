@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megagrow.checkpoint.containers.pickle_reader import Opaque, StoredTensor
 from megagrow.checkpoint.containers.torch_reader import TorchFile, read_torch_file
 from megagrow.checkpoint.formats.deepspeed.mapping import NAME as MAPPING
@@ -25,6 +23,7 @@ from megagrow.checkpoint.io.files import READING, RESTORE, naming
 from megagrow.errors import CheckpointError
 from megagrow.state.catalog import MASTER, Slot
 from megagrow.state.layout import Layout
+from megagrow.state.precision import format_of
 
 MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
@@ -118,8 +117,8 @@ class Tag:
         return common_slots([self.saved(mp) for mp in range(self.model_parallel)])
 
     @property
-    def precision(self) -> str:
-        """The element type that the engine computes in, by its name in a configuration."""
+    def precision(self) -> str | None:
+        """The number format that the engine computes in; None if a run of ours cannot."""
         config = self.head.get("ds_config")
         for name in ("bf16", "fp16"):
             part = config.get(name) if isinstance(config, dict) else None
@@ -128,8 +127,10 @@ class Tag:
         if any(name.startswith("bf16_") for name in self._optims.values()):
             return "bf16"
         trained = [t for n, t in self._module(0).items() if n not in self.frozen]
-        kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-        return kinds.get(trained[0].dtype, "fp32") if trained else "fp32"
+        if not trained:
+            return "fp32"
+        found = format_of(trained[0].dtype)
+        return None if found is None else found.name
 
     @property
     def decayed(self) -> dict[str, bool]:

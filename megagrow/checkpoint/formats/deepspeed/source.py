@@ -67,7 +67,8 @@ def _open(tag: Tag) -> Source:
         config.setdefault("model", scheme.model.model_dump(mode="json", by_alias=True))
     if tag.optimizer:
         config.setdefault("optimizer", tag.optimizer)
-    config.setdefault("precision", {"dtype": tag.precision})
+    if "precision" not in config and tag.precision is not None:
+        config["precision"] = {"dtype": tag.precision}
     steps = tag.head.get("global_steps")
     state = dict(told["run_state"]) or {"optimizer_step": tag.optimizer_step}
     order = group_order(tag, scheme, state, mapping[0] if mapping else None)
@@ -94,6 +95,8 @@ def _left_out(tag: Tag, scheme: Scheme) -> Iterator[LeftOut]:
     """What the files hold and the scheme does not use."""
     for name in sorted({name for kept in tag.buffers for name in kept} - set(scheme.names)):
         yield LeftOut(name, "a buffer that the model does not have")
+    if tag.precision is None:
+        yield LeftOut("the type that parameters are computed in", "no run of megagrow has it")
     for name in tag.aliases:
         if tag.aliases[name] not in scheme.names:
             yield LeftOut(name, "a further name of what is left out")

@@ -16,7 +16,7 @@ import torch
 from megagrow.checkpoint.containers.pickle_reader import Opaque
 from megagrow.checkpoint.containers.torch_writer import NewTensor, number, plan_archive
 from megagrow.checkpoint.formats.megatron import names
-from megagrow.checkpoint.interface.client_state import DTYPES, KEY, plain_json
+from megagrow.checkpoint.interface.client_state import KEY, plain_json
 from megagrow.checkpoint.interface.format import FilePlan, LeftOut, Request, Segment, Values, Zeros
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import model_of, optimizer_of, refuse_ramp, section
@@ -25,6 +25,7 @@ from megagrow.checkpoint.io.files import naming, write_new
 from megagrow.config.schema import PrecisionConfig
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Rates, Slot
+from megagrow.state.precision import PRECISIONS
 
 FILE = "model_optim_rng.pt"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -55,7 +56,7 @@ class MegatronSink:
         self._optimizer = optimizer_of(meta)
         precision = section(PrecisionConfig, meta.config.get("precision"))
         # Without an optimizer there are no masters to keep what rounding would lose.
-        asked = request.dtype or (DTYPES[precision.dtype] if self._trained else None)
+        asked = request.dtype or (PRECISIONS[precision.dtype].dtype if self._trained else None)
         self._dtype = asked or request.dtype_of(names.TOKENS, MASTER.name)
         self._padded = names.padded_vocabulary(self._model.vocabulary, self._layout.tensor)
         told = meta.run_state.get("optimizer_step")
