@@ -81,6 +81,10 @@ class GrowTarget(Section):
     sequence: Positive | None = None
 
 
+# The sizes of a model, by their keys in the section `model`.
+SIZES: tuple[str, ...] = tuple(GrowTarget.__pydantic_fields__)
+
+
 class GrowConfig(Section):
     """One growth: the operator, the factor or target, and the policy for optimizer state.
 

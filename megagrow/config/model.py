@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     ConfigDict,
@@ -220,3 +220,15 @@ class ModelConfig(Section):
         if self.vocab is None:
             raise ValueError("model.vocab is not set yet: it comes from the tokenizer")
         return self.vocab
+
+    def effective(self, setting: str) -> Any:
+        """The value of a setting, by its key in a file, with its default filled in."""
+        return getattr(self, _FILLED_IN.get(setting, setting))
+
+
+# Properties that fill in what a setting leaves open, where they have another name.
+_FILLED_IN = {"kv_heads": "kv_groups", "vocab": "vocabulary"}
+# The keys of the section.
+MODEL_SETTINGS: tuple[str, ...] = tuple(
+    field.alias or name for name, field in ModelConfig.__pydantic_fields__.items()
+)

@@ -23,6 +23,7 @@ from megagrow.checkpoint.interface.grown import GrownCheckpoint
 from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.checkpoint.native.steps import find, step_of, step_path
 from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
+from megagrow.config.growths import SIZES
 from megagrow.config.load import parse_config
 from megagrow.data.dataset import open_dataset, verify
 from megagrow.data.sampler import SampleIndex
@@ -347,9 +348,8 @@ def _rest(left: UntilConfig, state: RunState) -> UntilConfig:
 def describe_sizes(plan: OfflineGrowth) -> list[str]:
     """The growth's effect on the model's sizes, and which sizes it leaves alone."""
     small, model, changed, left = plan.small, plan.model, [], []
-    for name in _SIZES:
-        before, after = getattr(small, name), getattr(model, name)
-        setting = name.replace("kv_groups", "kv_heads").replace("vocabulary", "vocab")
+    for setting in SIZES:
+        before, after = small.effective(setting), model.effective(setting)
         if before != after:
             changed.append(f"{setting} {before} -> {after}")
         elif setting in plan.growth.operator.sizes:
@@ -362,11 +362,6 @@ def describe_sizes(plan: OfflineGrowth) -> list[str]:
     if refusal is not None:
         lines.append(f"{refusal[0]}, so it cannot be exported (found: {refusal[1]})")
     return lines
-
-
-_SIZES = (
-    "layers", "hidden", "heads", "kv_groups", "head_dim", "ffn", "vocabulary", "sequence",
-)  # fmt: skip
 
 
 def stages_to_go_on(plan: OfflineGrowth) -> list[dict[str, Any]]:

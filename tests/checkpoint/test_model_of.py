@@ -10,9 +10,17 @@ from toys import toy_model
 
 from megagrow.checkpoint.convert.load_model import load_model
 from megagrow.checkpoint.convert.summary import describe
-from megagrow.checkpoint.interface.model_of import model_of, told_model
-from megagrow.config.growths import GrowConfig
+from megagrow.checkpoint.interface import model_of as shapes
+from megagrow.checkpoint.interface.model_of import (
+    NOT_OF_THE_FUNCTION,
+    catalog_for,
+    model_of,
+    told_model,
+)
+from megagrow.config.growths import SIZES, GrowConfig
+from megagrow.config.model import MODEL_SETTINGS
 from megagrow.errors import CheckpointError
+from megagrow.growth.registry import OPERATORS
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import LogicalTensor
 from megagrow.train.grow_offline import plan_offline, write_offline
@@ -100,3 +108,54 @@ def test_a_checkpoint_from_before_tensors_had_roles_is_read_as_today(tmp_path, m
         path, _ = save_model(tmp_path, model)
     assert '"role"' not in (path / "manifest.json").read_text()
     assert opened(path).catalog == build_catalog(model)
+
+
+# What a run may set otherwise than the weights that it starts from, and what it may not.
+MAY = {"dropout": 0.3, "init_std": 0.07, "mup": {"hidden": 8}, "sequence": None, "vocab": None,
+       "activation_checkpointing": "full", "compile": True}  # fmt: skip
+MAY_NOT = {"family", "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "tie_embeddings",
+           "norm_eps", "rope_theta"}  # fmt: skip
+
+
+def test_every_model_setting_is_compared_or_known_not_to_change_the_function():
+    assert set(MAY) == NOT_OF_THE_FUNCTION
+    assert set(MODEL_SETTINGS) == set(MAY) | MAY_NOT and not set(MAY) & MAY_NOT
+
+
+class Told:
+    """A model's tensors under a configuration."""
+
+    def __init__(self, catalog, model):
+        self.catalog, self.run_state = catalog, {"growth_stage": 0}
+        self.config = {"model": model.model_dump(mode="json", by_alias=True)}
+
+
+@pytest.mark.parametrize("key", [key for key, value in MAY.items() if value is not None])
+def test_a_setting_of_training_may_differ_from_the_weights(key):
+    model = toy_model(family="llama")
+    catalog = build_catalog(model)
+    run = toy_model(family="llama", **{key: MAY[key]})
+    assert catalog_for(Told(catalog, run), Told(catalog, model)) == build_catalog(run)
+
+
+@pytest.mark.parametrize("change", [{"norm_eps": 1e-6}, {"rope_theta": 5e5}], ids=str)
+def test_a_setting_of_the_function_may_not_differ_from_the_weights(change):
+    model = toy_model(family="llama")
+    catalog = build_catalog(model)
+    with pytest.raises(CheckpointError, match=f"model.{next(iter(change))}"):
+        catalog_for(Told(catalog, toy_model(family="llama", **change)), Told(catalog, model))
+
+
+def test_a_new_setting_is_compared_unless_it_is_listed(monkeypatch):
+    model = toy_model(family="llama")
+    catalog = build_catalog(model)
+    run = toy_model(family="llama", dropout=0.3)
+    monkeypatch.setattr(shapes, "NOT_OF_THE_FUNCTION", NOT_OF_THE_FUNCTION - {"dropout"})
+    with pytest.raises(CheckpointError, match=r"model.dropout"):
+        catalog_for(Told(catalog, run), Told(catalog, model))
+
+
+def test_sizes_are_listed_once():
+    whole_numbers = {key for key in MODEL_SETTINGS if type(toy_model().effective(key)) is int}
+    assert set(SIZES) == whole_numbers
+    assert {size for operator in OPERATORS.values() for size in operator.sizes} <= set(SIZES)

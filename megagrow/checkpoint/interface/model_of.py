@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from megagrow.config import GrowConfig, ModelConfig
 from megagrow.config.load import in_words
+from megagrow.config.model import MODEL_SETTINGS
 from megagrow.config.schema import OptimizerConfig, StageOptimizerConfig
 from megagrow.errors import CheckpointError, MegagrowError
 from megagrow.growth.plan import plan_growth
@@ -138,11 +139,18 @@ def refuse_ramp(state: Described, *, program: str) -> None:
         )
 
 
-# Settings that change what a model computes; the rest of the section is about training.
-_FUNCTION = (
-    "family", "layers", "hidden", "heads", "kv_groups", "head_dim", "ffn", "tie_embeddings",
-    "norm_eps", "rope_theta",
-)  # fmt: skip
+# Settings that do not change what a model computes from given parameters. All others are compared.
+NOT_OF_THE_FUNCTION = frozenset(
+    {
+        "dropout",  # in training only
+        "init_std",
+        "mup",  # initial values and rates of tensors
+        "sequence",  # how long samples are; the length of a position table is compared as a shape
+        "vocab",  # see `_require_vocabulary`
+        "activation_checkpointing",
+        "compile",
+    }
+)
 
 
 def catalog_for(run: Described, source: Described) -> Catalog:
@@ -159,11 +167,10 @@ def catalog_for(run: Described, source: Described) -> Catalog:
     model = model_of(run)
     before = told_model(source)
     if before is not None:
-        for key in _FUNCTION:
-            found, expected = getattr(model, key), getattr(before, key)
-            unused = key == "rope_theta" and model.architecture.positions != "rotary"
+        for setting in (key for key in MODEL_SETTINGS if key not in NOT_OF_THE_FUNCTION):
+            found, expected = model.effective(setting), before.effective(setting)
+            unused = setting == "rope_theta" and model.architecture.positions != "rotary"
             if found != expected and not unused:
-                setting = key.replace("kv_groups", "kv_heads")
                 raise CheckpointError(
                     f"model.{setting}: the run's model is not the one of these parameters",
                     found=found,
