@@ -141,16 +141,16 @@ def growth_operators(names: str) -> list[str]:
     from megagrow.errors import ConfigError
     from megagrow.growth.registry import find_operator
 
-    found = [find_operator(name.strip()).name for name in names.split(",") if name.strip()]
-    kinds = [name.split("_")[0] for name in found]
-    if not found or len(set(kinds)) < len(kinds) or not set(kinds) <= {"depth", "width"}:
+    found = [find_operator(name.strip()) for name in names.split(",") if name.strip()]
+    depth, width = sum(one.deepens for one in found), sum(one.widens for one in found)
+    if not found or depth > 1 or width > 1 or depth + width < len(found):
         raise ConfigError(
             "--operators: a plan takes one depth operator, one width operator, or one of each",
             found=names,
             expected="for instance depth_stack,width",
             fix="leave --operators out for depth_stack,width",
         )
-    return found
+    return [operator.name for operator in found]
 
 
 def run(options: argparse.Namespace) -> str:

@@ -24,6 +24,7 @@ import scipy
 from megagrow.config import ModelConfig
 from megagrow.errors import ConfigError
 from megagrow.forecast.scaling import ScalingLaw
+from megagrow.growth.registry import find_operator
 from megagrow.models.catalog import build_catalog
 from megagrow.models.flops import train_flops_per_token
 
@@ -121,8 +122,9 @@ def sizes_towards(target: ModelConfig, law: ScalingLaw, *, operators: Sequence[s
         law: determines whether embeddings count.
         operators: names of the depth and width operators that may be used.
     """
-    deep = any(name.startswith("depth") for name in operators)
-    wide = any(name.startswith("width") for name in operators)
+    used = [find_operator(name) for name in operators]
+    deep = any(operator.deepens for operator in used)
+    wide = any(operator.widens for operator in used)
     found = []
     for depth in _FACTORS if deep else (1,):
         for width in _FACTORS if wide else (1,):

@@ -84,6 +84,16 @@ class Operator:
     any_size: bool = False
     settings: tuple[str, ...] = ()
 
+    @property
+    def deepens(self) -> bool:
+        """Whether it grows depth alone: it adds layers, and changes no other size."""
+        return set(self.sizes) == {"layers"}
+
+    @property
+    def widens(self) -> bool:
+        """Whether it grows width alone: the residual stream among its sizes, but not the layers."""
+        return "hidden" in self.sizes and "layers" not in self.sizes
+
     def target(self, model: ModelConfig, factor: int) -> ModelConfig:
         """The configuration of the model grown by an integer factor: its sizes times the factor."""
         fields = model.model_dump(by_alias=True)

@@ -11,9 +11,6 @@ from megagrow.errors import GrowthError
 from megagrow.growth.operator import Operator
 from megagrow.growth.registry import OPERATORS, find_operators
 
-# Settings of single operators, other than sizes.
-_SETTINGS = ("noise", "shrink", "sources", "keep_first", "keep_last")
-
 
 def configured(parts: tuple[Operator, ...], grow: GrowConfig) -> tuple[Operator, ...]:
     """The operators with the settings of the section.
@@ -21,7 +18,9 @@ def configured(parts: tuple[Operator, ...], grow: GrowConfig) -> tuple[Operator,
     Raises:
         GrowthError: none of them takes a setting, or several do.
     """
-    for key in _SETTINGS:
+    # In the order of the section: settings of single operators, other than sizes.
+    taken = {key for operator in (*OPERATORS.values(), *parts) for key in operator.settings}
+    for key in (key for key in type(grow).model_fields if key in taken):
         value = getattr(grow, key)
         if value is None:
             continue

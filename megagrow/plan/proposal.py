@@ -23,6 +23,7 @@ from megagrow.forecast.planner import (
     sizes_towards,
 )
 from megagrow.forecast.scaling import PUBLISHED, ScalingLaw, Unit
+from megagrow.growth.registry import find_operator
 from megagrow.plan.on_machine import PlacedStage, best_layout, require_layout
 from megagrow.report.log import read_metrics
 from megagrow.report.run import number, summarize
@@ -175,8 +176,8 @@ def run_points(directories: Sequence[str | Path], *, unit: Unit) -> list[RunPoin
 
 def ready_config(config: Config, proposal: Proposal, *, operators: Sequence[str]) -> dict[str, Any]:
     """The run with the proposed stages, as plain data for a YAML file."""
-    depth = next((name for name in operators if name.startswith("depth")), None)
-    width = next((name for name in operators if name.startswith("width")), None)
+    depth = next((name for name in operators if find_operator(name).deepens), None)
+    width = next((name for name in operators if find_operator(name).widens), None)
     settings: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude_none=True)
     stages = proposal.schedule.stages
     settings["model"] = stages[0].size.model.model_dump(
