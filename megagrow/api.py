@@ -152,6 +152,7 @@ def convert_checkpoint(
     allow_other_tokenizer: bool = False,
     vocab_size: int | None = None,
     ignore: Sequence[str] = (),
+    family: str | None = None,
     config: str | Path | None = None,
     shard_gib: float | None = None,
     grow: Mapping[str, Any] | None = None,
@@ -171,6 +172,7 @@ def convert_checkpoint(
         allow_other_tokenizer: accept a tokenizer that is not the model's.
         vocab_size: the true vocabulary, where the source has only the padded table (megatron).
         ignore: settings of the source that change nothing, or copies of which the first is right.
+        family: the model's, where the source fits several (deepspeed, universal, megatron).
         config: the configuration file of a run that is to start from the result.
         shard_gib: the largest file, for formats that split by size; default: 5.
         grow: a ``grow`` section, such as ``{"operator": "depth_stack", "factor": 2}``: the model is
@@ -207,6 +209,7 @@ def convert_checkpoint(
         allow_other_tokenizer=allow_other_tokenizer,
         vocab_size=vocab_size,
         ignore=ignore,
+        family=family,
         config=config,
         shard_gib=shard_gib,
         grow=grow or (),

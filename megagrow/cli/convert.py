@@ -103,6 +103,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="settings of the source that change nothing, or copies of which the first is right",
     )
     add(
+        "--family",
+        metavar="NAME",
+        help="family of the model, where the source fits several (deepspeed, universal, megatron)",
+    )
+    add(
         "--config",
         type=as_path_text,
         metavar="FILE",

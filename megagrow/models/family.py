@@ -26,6 +26,9 @@ class Family:
         catalog: the logical tensors of a model; the layers' parameters have the same names.
         flops: forward FLOPs per token, for each entry of the layer list.
         huggingface: its Hugging Face format; None if there is none.
+        megatron: whether Megatron-LM's GPT model computes the same function of the same tensors,
+            given the arguments that follow from the architecture. Only then are its models written
+            in Megatron's format, or read from it.
     """
 
     name: str
@@ -34,3 +37,9 @@ class Family:
     catalog: Callable[[ModelConfig], Catalog] = catalog
     flops: Callable[[ModelConfig], list[int]] = forward_flops_by_place
     huggingface: HuggingFace | None = None
+    megatron: bool = False
+
+    def __post_init__(self) -> None:
+        made = self.architecture
+        if self.megatron and made.activation != ("silu" if made.gated else "gelu"):
+            raise ValueError(f"family {self.name}: Megatron's MLP is GELU's or SwiGLU")

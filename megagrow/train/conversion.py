@@ -39,6 +39,7 @@ def conversion(
     allow_other_tokenizer: bool = False,
     vocab_size: int | None = None,
     ignore: Sequence[str] = (),
+    family: str | None = None,
     config: str | Path | None = None,
     shard_gib: float | None = None,
     grow: Sequence[str] | Mapping[str, Any] = (),
@@ -59,7 +60,7 @@ def conversion(
         raise ConfigError(
             "--dtype: not an element type of checkpoints", found=dtype, expected=", ".join(ELEMENTS)
         )
-    told = ReadOptions(vocabulary=vocab_size, ignore=tuple(sorted(ignore)))
+    told = ReadOptions(vocab_size, tuple(sorted(ignore)), family)
     run, held = _run_to_be(config)
     return Job(
         source=source,

@@ -4,6 +4,8 @@ The laws of growth are tested on it in tests/growth, as one of the models.
 """
 
 import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +17,12 @@ from megagrow.checkpoint import CheckpointMeta, NativeCheckpoint, Piece, SoloGro
 from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.checkpoint.formats.deepspeed.names import recognised_model
+from megagrow.checkpoint.formats.megatron.names import read_model, write_args
+from megagrow.checkpoint.interface.format import ReadOptions
 from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.config import ModelConfig
 from megagrow.config.families import ARCHITECTURES, Architecture
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.models import registry
 from megagrow.models.catalog import build_catalog
@@ -164,5 +168,76 @@ def test_the_shape_is_told_by_the_names_of_a_deepspeed_checkpoint_alone():
     for family in registry.FAMILIES:
         model = toy_model(family=family, tie_embeddings=False)
         shapes = {tensor.name: tensor.shape for tensor in build_catalog(model)}
-        found = recognised_model(shapes, tensor=1)
+        found = recognised_model(shapes, tensor=1, where=Path("there"))
         assert isinstance(found, ModelConfig) and found.family == family
+
+
+# --- families that files cannot tell apart ------------------------------------------------
+
+
+@pytest.fixture
+def twin(monkeypatch):
+    """A family with llama's tensors that computes another function of them."""
+    made = ARCHITECTURES["llama"]
+    monkeypatch.setitem(ARCHITECTURES, "twin", made)
+    family = Family(name="twin", architecture=made)
+    monkeypatch.setitem(registry.FAMILIES, "twin", family)
+    return family
+
+
+def without_client_state(path):
+    """Remove what megagrow adds to the files of another program."""
+    for file in path.rglob("*model_states.pt"):
+        head = torch.load(file, weights_only=False)
+        if "megagrow" in head:
+            del head["megagrow"]
+            torch.save(head, file)
+    for file in path.glob("*.crc*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize("form", ["deepspeed", "universal"])
+def test_of_two_families_that_fit_none_is_chosen(form, twin, tmp_path):
+    source = saved(tmp_path / "native", toy_model(family="llama"))
+    path = tmp_path / form
+    convert(Job(source, path, form), workers=1)
+    written, at = detect(path)
+    assert model_of(written.open_source(at)).family == "llama"  # it is written down
+    with pytest.raises(CheckpointError, match="does not fit family twin"):
+        written.open(at, ReadOptions(family="twin"))
+    without_client_state(path)
+    with pytest.raises(CheckpointError, match="fits several families") as refused:
+        written.open_source(at)
+    assert "--family llama" in str(refused.value)
+    for family in ("llama", "twin"):
+        assert model_of(written.open(at, ReadOptions(family=family))).family == family
+    with pytest.raises(CheckpointError, match="does not fit family gpt2"):
+        written.open(at, ReadOptions(family="gpt2"))
+    with pytest.raises(ConfigError, match="no such family"):
+        written.open(at, ReadOptions(family="t5"))
+    with pytest.raises(ConfigError, match="does not use --vocab-size"):
+        written.open(at, ReadOptions(vocabulary=13))
+
+
+def test_megatron_gets_no_family_that_merely_has_the_tensors_of_its_own(twin, tmp_path):
+    path = saved(tmp_path / "native", toy_model(family="twin"))
+    with pytest.raises(CheckpointError, match="Megatron has no model of family twin"):
+        convert(Job(path, tmp_path / "there", "megatron"), workers=1)
+
+
+def test_of_two_families_that_megatron_has_none_is_chosen(twin, monkeypatch):
+    model = toy_model(family="llama")
+    args = write_args(model, Layout(), padded=128)
+    read = partial(read_model, args, where="there")
+    assert read(told=ReadOptions())[0].family == "llama"
+    also = Family(name="twin", architecture=twin.architecture, megatron=True)
+    monkeypatch.setitem(registry.FAMILIES, "twin", also)
+    with pytest.raises(CheckpointError, match="fits several families"):
+        read(told=ReadOptions())
+    assert read(told=ReadOptions(), written="twin")[0].family == "twin"
+    assert read(told=ReadOptions(family="twin"))[0].family == "twin"
+
+
+def test_a_family_that_megatron_cannot_express_does_not_claim_it_can():
+    with pytest.raises(ValueError, match="Megatron's MLP"):
+        Family(name="toy", architecture=toy_family.TOY.architecture, megatron=True)

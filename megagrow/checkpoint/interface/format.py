@@ -57,10 +57,18 @@ class ReadOptions:
         vocabulary: number of tokens, if the files give only the padded number of table rows.
         ignore: names, as in an error or `left_out`, of settings that do not affect what the model
             computes, or of copies that may differ.
+        family: the family of the model, if the files fit several.
     """
 
     vocabulary: int | None = None
     ignore: tuple[str, ...] = ()
+    family: str | None = None
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The command-line names of those that are supplied."""
+        told = {"vocab-size": self.vocabulary, "ignore": self.ignore, "family": self.family}
+        return frozenset(name for name, value in told.items() if value)
 
 
 NOTHING_TOLD = ReadOptions()
@@ -352,6 +360,7 @@ class Format:
         open_sink: plan a checkpoint (CheckpointError, ConfigError if the state does not fit).
         sealed: whether its own files checksum every byte, so that no sidecar is needed.
         open_told: `open_source` for a format that takes `ReadOptions`.
+        told: the command-line names of those that it takes.
         options: the options that a conversion into it accepts, by command-line name.
     """
 
@@ -362,17 +371,16 @@ class Format:
     sealed: bool = False
     options: frozenset[str] = frozenset({"tensor", "pipeline", "data", "zero"})
     open_told: Callable[[Path, ReadOptions], Source] | None = None
+    told: frozenset[str] = frozenset()
 
     def open(self, path: Path, options: ReadOptions) -> Source:
         """Open what `find` returned (CheckpointError; ConfigError for unsupported options)."""
-        if options == NOTHING_TOLD:
-            return self.open_source(path)
-        if self.open_told is None:
+        unused = ", ".join(f"--{name}" for name in sorted(options.given - self.told))
+        if unused:
             raise ConfigError(
-                f"format {self.name} does not use --vocab-size or --ignore",
-                fix="leave out --vocab-size and --ignore",
+                f"format {self.name} does not use {unused}", fix=f"leave out {unused}"
             )
-        return self.open_told(path, options)
+        return self.open_told(path, options) if self.open_told else self.open_source(path)
 
     @property
     def axes(self) -> tuple[str, ...]:

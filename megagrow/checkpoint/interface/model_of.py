@@ -66,6 +66,13 @@ def replayed_model(
     return model
 
 
+def family_in(config: Mapping[str, Any]) -> str | None:
+    """The family of a run's model, which no growth changes; None if the configuration has none."""
+    section = _section(config)
+    found = section.get("family") if isinstance(section, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
 def told_model(state: Described) -> ModelConfig | None:
     """The model whose tensors `state.catalog` lists, growths included; None if not configured.
 

@@ -4,4 +4,6 @@ from megagrow.config.families import ARCHITECTURES
 from megagrow.models.family import Family
 from megagrow.models.llama.huggingface import HUGGINGFACE
 
-LLAMA = Family(name="llama", architecture=ARCHITECTURES["llama"], huggingface=HUGGINGFACE)
+LLAMA = Family(
+    name="llama", architecture=ARCHITECTURES["llama"], huggingface=HUGGINGFACE, megatron=True
+)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
+from megagrow.checkpoint.interface.one_family import one_family
 from megagrow.config import ModelConfig
 from megagrow.models.catalog import build_catalog
 from megagrow.models.registry import FAMILIES
@@ -49,7 +51,9 @@ def last_place(modules: Iterable[str]) -> int:
     return max((int(m[1]) if m else -1 for m in matches), default=-1) if all(matches) else -1
 
 
-def recognised_model(shapes: Mapping[str, tuple[int, ...]], *, tensor: int) -> ModelConfig | None:
+def recognised_model(
+    shapes: Mapping[str, tuple[int, ...]], *, tensor: int, where: Path, family: str | None = None
+) -> ModelConfig | None:
     """The model implied by the shapes of one tensor-parallel rank's parameters, if any.
 
     With several tensor-parallel ranks the vocabulary includes its padding, and with rotary
@@ -58,12 +62,18 @@ def recognised_model(shapes: Mapping[str, tuple[int, ...]], *, tensor: int) -> M
     Args:
         shapes: by logical name.
         tensor: number of tensor-parallel ranks.
+        where: the checkpoint, for errors.
+        family: the model's family, if the user says it.
+
+    Raises:
+        CheckpointError: they fit several families, or not the given one.
     """
-    for family in FAMILIES:
-        model = _as_family(family, shapes, tensor=tensor)
-        if model is not None:
-            return model
-    return None
+    found = {
+        name: model
+        for name in FAMILIES
+        if (model := _as_family(name, shapes, tensor=tensor)) is not None
+    }
+    return one_family(found, where=str(where), family=family)
 
 
 def _as_family(

@@ -28,6 +28,7 @@ from megagrow.checkpoint.formats.deepspeed.mapping import (
 from megagrow.checkpoint.formats.deepspeed.saved_optimizer import assign
 from megagrow.checkpoint.interface.accounting import enumerated
 from megagrow.checkpoint.interface.model_of import replayed_model
+from megagrow.checkpoint.interface.one_family import require_family
 from megagrow.checkpoint.io.files import RESTORE
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError
@@ -55,7 +56,7 @@ class Scheme:
     last: int
 
 
-def recognised(tag: Tag, told: Mapping[str, Any]) -> Scheme:
+def recognised(tag: Tag, told: Mapping[str, Any], family: str | None) -> Scheme:
     """One of our models, recognised by configuration or names and shapes; else plain tensors."""
     layout = tag.layout
     last = names.last_place(name for shapes in tag.shapes for name in shapes)
@@ -67,7 +68,11 @@ def recognised(tag: Tag, told: Mapping[str, Any]) -> Scheme:
     written = replayed_model(
         told["config"], told["run_state"], vocabulary=_vocabulary(tag, local, layout)
     )
-    model = written or names.recognised_model(local, tensor=layout.tensor)
+    if written is not None:
+        require_family(written, where=str(tag.path), family=family)
+    model = written or names.recognised_model(
+        local, tensor=layout.tensor, where=tag.path, family=family
+    )
     placement = Placement(build_catalog(model), layout) if model else None
     if placement is not None and _fits(placement, local):
         ours = placement

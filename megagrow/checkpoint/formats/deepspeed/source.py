@@ -34,8 +34,9 @@ from megagrow.checkpoint.formats.deepspeed.scheme import (
 )
 from megagrow.checkpoint.formats.deepspeed.sink import DeepSpeedSink
 from megagrow.checkpoint.interface.client_state import client_state
-from megagrow.checkpoint.interface.format import Format, LeftOut, Source
+from megagrow.checkpoint.interface.format import NOTHING_TOLD, Format, LeftOut, ReadOptions, Source
 from megagrow.checkpoint.interface.meta import CheckpointMeta
+from megagrow.checkpoint.interface.one_family import require_family
 from megagrow.checkpoint.interface.stored_boxes import Record, StoredBox
 from megagrow.checkpoint.interface.stored_source import StoredSource
 from megagrow.checkpoint.io.files import laid_out
@@ -43,26 +44,31 @@ from megagrow.state.boxes import flat_offset, flat_range_boxes
 from megagrow.state.catalog import Catalog
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, options: ReadOptions = NOTHING_TOLD) -> Source:
     """Open a tag's directory or its parent.
 
     The model is taken from the checkpoint's client state (under the key ``megagrow``), else
     recognised from names and shapes as one of ours, else read as plain tensors under their own
     names.  A mapping file in the directory takes precedence: see `mapping`.
 
+    Args:
+        options: the family, where names and shapes fit several.
+
     Raises:
         CheckpointError: missing, damaged, incomplete, hostile, or split over tensor-parallel
             ranks in an unknown way.
     """
     with laid_out(path, "DeepSpeed 0.19 lays checkpoints out"):
-        return _open(Tag(find(path) or path))
+        return _open(Tag(find(path) or path), options.family)
 
 
-def _open(tag: Tag) -> Source:
+def _open(tag: Tag, family: str | None) -> Source:
     told = client_state(tag.head)
     mapping = read_mapping(tag.path)
-    scheme = mapped(tag, *mapping) if mapping else recognised(tag, told)
+    scheme = mapped(tag, *mapping) if mapping else recognised(tag, told, family)
     config = dict(told["config"])
+    if mapping and scheme.model is not None:
+        require_family(scheme.model, where=str(mapping[1]), family=family)
     if scheme.model:
         config.setdefault("model", scheme.model.model_dump(mode="json", by_alias=True))
     if tag.optimizer:
@@ -175,4 +181,6 @@ FORMAT = Format(
     find=find,
     open_source=open_source,
     open_sink=DeepSpeedSink,
+    open_told=open_source,
+    told=frozenset({"family"}),
 )

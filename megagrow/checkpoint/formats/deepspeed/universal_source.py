@@ -33,9 +33,10 @@ from megagrow.checkpoint.formats.deepspeed.scheme import another_model
 from megagrow.checkpoint.formats.deepspeed.universal_sink import LATEST, UniversalSink
 from megagrow.checkpoint.interface.accounting import unread_files
 from megagrow.checkpoint.interface.client_state import client_state
-from megagrow.checkpoint.interface.format import Format, LeftOut, Source
+from megagrow.checkpoint.interface.format import NOTHING_TOLD, Format, LeftOut, ReadOptions, Source
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import replayed_model
+from megagrow.checkpoint.interface.one_family import require_family
 from megagrow.checkpoint.interface.stored_boxes import Record, StoredBox
 from megagrow.checkpoint.interface.stored_source import StoredSource
 from megagrow.checkpoint.io.files import READING, RESTORE, laid_out, naming
@@ -50,14 +51,17 @@ _FILES = {"fp32": MASTER, **{slot.name: slot for slot in MOMENTS}}
 _PAYLOAD = {"param", "cat_dim", "vocab_tensor", "param_n_sub_params", "sub_param_shape"}
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, options: ReadOptions = NOTHING_TOLD) -> Source:
     """Open a tag's directory or its parent.
+
+    Args:
+        options: the family, where names and shapes fit several.
 
     Raises:
         CheckpointError: missing, damaged, hostile, or in another layout.
     """
     with laid_out(path, "a universal checkpoint of DeepSpeed 0.19"):
-        return _open(find(path) or path)
+        return _open(find(path) or path, options.family)
 
 
 class _Tag:
@@ -185,7 +189,7 @@ class _Scheme:
     logical: Mapping[str, str]
 
 
-def _scheme(tag: _Tag, told: Mapping[str, Any]) -> _Scheme:
+def _scheme(tag: _Tag, told: Mapping[str, Any], family: str | None) -> _Scheme:
     groups = tag.head.get("param_shapes") or ()
     shapes = {n: tuple(shape) for group in groups for n, shape in group.items()}
     last = names.last_place(tag.held)
@@ -199,7 +203,9 @@ def _scheme(tag: _Tag, told: Mapping[str, Any]) -> _Scheme:
     local = {logical[module]: shape for module, shape in reversed(found.items())}
     rows = local[names.TOKENS][0] if names.TOKENS in local else None
     written = replayed_model(told["config"], told["run_state"], vocabulary=rows)
-    model = written or names.recognised_model(local, tensor=1)
+    if written is not None:
+        require_family(written, where=str(tag.path), family=family)
+    model = written or names.recognised_model(local, tensor=1, where=tag.path, family=family)
     catalog = build_catalog(model) if model else None
     if catalog is not None and {t.name: t.shape for t in catalog} == local:
         return _Scheme(model, catalog, logical)
@@ -227,10 +233,10 @@ def _scheme(tag: _Tag, told: Mapping[str, Any]) -> _Scheme:
     return _Scheme(None, catalog, {tensor.name: tensor.name for tensor in catalog})
 
 
-def _open(path: Path) -> Source:
+def _open(path: Path, family: str | None) -> Source:
     tag = _Tag(path)
     told = client_state(tag.head)
-    scheme = _scheme(tag, told)
+    scheme = _scheme(tag, told, family)
     boxes: dict[tuple[str, str], StoredBox] = {}
 
     def add(name: str, slot: Slot, stored: StoredTensor) -> None:
@@ -308,5 +314,7 @@ FORMAT = Format(
     find=find,
     open_source=open_source,
     open_sink=UniversalSink,
+    open_told=open_source,
+    told=frozenset({"family"}),
     options=frozenset({"tensor", "pipeline"}),
 )

@@ -337,5 +337,6 @@ FORMAT = Format(
     open_source=open_source,
     open_sink=HuggingFaceSink,
     open_told=open_source,
+    told=frozenset({"vocab-size", "ignore"}),
     options=frozenset({"tokenizer", "shard-gib"}),
 )

@@ -15,10 +15,12 @@ from pydantic import ValidationError
 
 from megagrow.checkpoint.formats.megatron.arguments import require_known
 from megagrow.checkpoint.interface.format import LeftOut, ReadOptions
+from megagrow.checkpoint.interface.one_family import one_family
 from megagrow.config import ModelConfig
-from megagrow.config.families import ARCHITECTURES, Architecture
+from megagrow.config.families import Architecture
 from megagrow.config.load import in_words
 from megagrow.errors import CheckpointError
+from megagrow.models.registry import FAMILIES, family_of
 from megagrow.state.boxes import Box
 from megagrow.state.catalog import LogicalTensor
 from megagrow.state.layout import Layout
@@ -148,33 +150,42 @@ def local_part(
 
 
 def read_model(
-    args: Mapping[str, Any], *, where: str, told: ReadOptions
+    args: Mapping[str, Any], *, where: str, told: ReadOptions, written: str | None = None
 ) -> tuple[ModelConfig, int, list[LeftOut]]:
     """The model of a checkpoint's arguments, its token table's rows, and what is left out.
 
     The rows include padding.  The vocabulary is `vocab_size`, else what the user supplies, else all
     rows.
 
+    Args:
+        args: Megatron's arguments.
+        where: the file, for errors.
+        told: what the user says.
+        written: the family that megagrow wrote down beside them, if it did.
+
     Raises:
         CheckpointError: names the argument that our model cannot express, that is missing, or
-            whose effect is unknown.
+            whose effect is unknown; or the arguments fit several families.
     """
     left_out = list(require_known(args, where=where, ignore=told.ignore))
     rope = args.get("position_embedding_type") == "rope" or args.get(
         "use_rotary_position_embeddings"
     )
-    kinds = {name: _kind(made) for name, made in ARCHITECTURES.items() if _has(made)}
+    kinds = {name: _kind(one.architecture) for name, one in FAMILIES.items() if one.megatron}
     kind = (
         args.get("normalization", "LayerNorm"),
         bool(rope),
         bool(args.get("swiglu", False)),
         bool(args.get("add_bias_linear", True)),
     )
-    family = next((name for name, wanted in kinds.items() if wanted == kind), None)
+    fitting = {name: name for name, wanted in kinds.items() if wanted == kind}
+    if written in fitting and told.family is None:
+        fitting = {written: written}
+    family = one_family(fitting, where=f"{where}: args", family=told.family)
     if family is None:
         names = ("normalization", "rotary positions", "swiglu", "add_bias_linear")
         raise CheckpointError(
-            f"{where}: args: neither of the families that megagrow has",
+            f"{where}: args: none of the families that megagrow reads from Megatron's files",
             found=", ".join(f"{n} {v}" for n, v in zip(names, kind, strict=True)),
             expected="; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in kinds.items()),
         )
@@ -269,11 +280,11 @@ def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, 
     """Megatron's arguments for a model: those that its loading compares or adopts.
 
     Raises:
-        CheckpointError: Megatron has no such MLP.
+        CheckpointError: Megatron has no such family.
     """
-    if not _has(model.architecture):
+    if not family_of(model).megatron:
         raise CheckpointError(
-            f"Megatron has no model of family {model.family}: its MLP is GELU's or SwiGLU",
+            f"Megatron has no model of family {model.family}, or none that megagrow knows",
             fix="convert to native or dcp",
         )
     normalization, rotary, gated, biases = _kind(model.architecture)
@@ -323,11 +334,6 @@ def _kind(made: Architecture) -> tuple[str, bool, bool, bool]:
     """What distinguishes models in Megatron: norm, rotary positions, SwiGLU, biases."""
     norm = "LayerNorm" if made.norm == "layer" else "RMSNorm"
     return norm, made.positions == "rotary", made.gated, made.biases
-
-
-def _has(made: Architecture) -> bool:
-    """Whether Megatron has such an MLP."""
-    return made.activation == ("silu" if made.gated else "gelu")
 
 
 def _whole_if_it_is(value: float) -> float:

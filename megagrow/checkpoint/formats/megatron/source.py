@@ -38,7 +38,7 @@ from megagrow.checkpoint.interface.accounting import account, unread_files
 from megagrow.checkpoint.interface.client_state import KEY, client_state
 from megagrow.checkpoint.interface.format import NOTHING_TOLD, Format, LeftOut, ReadOptions, Source
 from megagrow.checkpoint.interface.meta import CheckpointMeta
-from megagrow.checkpoint.interface.model_of import replayed_model
+from megagrow.checkpoint.interface.model_of import family_in, replayed_model
 from megagrow.checkpoint.interface.stored_boxes import Record, StoredBox
 from megagrow.checkpoint.interface.stored_source import StoredSource
 from megagrow.checkpoint.interface.torch_dist import METADATA, is_torch_dist
@@ -58,7 +58,8 @@ def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> Source:
     """Open an iteration's directory or its parent.
 
     Args:
-        told: the true vocabulary; names of arguments, and of copies that may differ, to ignore.
+        told: the true vocabulary; the family, where arguments fit several; names of arguments, and
+            of copies that may differ, to ignore.
 
     Raises:
         CheckpointError: missing, damaged, incomplete, hostile, in another of Megatron's formats,
@@ -79,7 +80,10 @@ def _open(path: Path, options: ReadOptions) -> Source:
             f"{first.where}: checkpoint_version", found=version, expected="0 to 3"
         )
     told = client_state(first.value)
-    model, padded, left_out = names.read_model(args, where=first.where, told=options)
+    written = family_in(told["config"])
+    model, padded, left_out = names.read_model(
+        args, where=first.where, told=options, written=written
+    )
     ours = replayed_model(told["config"], told["run_state"], vocabulary=model.vocab)
     if ours is not None:  # Megatron's arguments have one std for all parameters
         model = model.model_copy(update={"init_std": ours.init_std, "mup": ours.mup})
@@ -322,5 +326,6 @@ FORMAT = Format(
     open_source=open_source,
     open_sink=MegatronSink,
     open_told=open_source,
+    told=frozenset({"vocab-size", "ignore", "family"}),
     options=frozenset({"tensor", "pipeline"}),
 )
