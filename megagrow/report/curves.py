@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megagrow.report.axis import Axis, axis, squeezed
 from megagrow.report.chart import Marker, Point, Series, chart
 from megagrow.report.run import Run
-from megagrow.report.thin import Step
+from megagrow.report.step_facts import StepFacts
 from megagrow.report.units import human, number_text, signed, whole
 
 
@@ -122,7 +122,7 @@ def _loss_chart(run: Run, across: _Across, title: str) -> str:
     series.append(Series("validation", validation, "dots"))
     by_step = {v.step: v.loss for v in run.validations}
 
-    def text(step: Step) -> str:
+    def text(step: StepFacts) -> str:
         lines = f"training loss {number_text(step.loss)}"
         if step.step in by_step:
             lines += f"\nvalidation loss {number_text(by_step[step.step])}"
@@ -169,7 +169,7 @@ def _raw_and_mean(run: Run, key: str, what: str, prefix: str = "") -> list[Serie
     ]
 
 
-def _points(steps: Sequence[Step], key: str, values: Sequence[float]) -> list[Point]:
+def _points(steps: Sequence[StepFacts], key: str, values: Sequence[float]) -> list[Point]:
     return [(getattr(step, key), value) for step, value in zip(steps, values, strict=True)]
 
 
@@ -196,7 +196,7 @@ def _markers(run: Run, across: _Across, *, short: bool = False) -> list[Marker]:
     return markers
 
 
-def _hover(run: Run, key: str, text: Callable[[Step], str]) -> list[tuple[float, str]]:
+def _hover(run: Run, key: str, text: Callable[[StepFacts], str]) -> list[tuple[float, str]]:
     return [
         (
             getattr(step, key),

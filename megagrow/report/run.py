@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from megagrow.report.log import Line
-from megagrow.report.thin import EveryNth, Step, Steps
+from megagrow.report.step_facts import StepFacts
+from megagrow.report.thin import EveryNth, Steps
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,20 @@ class Run:
         total_steps: of the whole run, as last planned; None if the log does not say.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[StepFacts, ...]
     validations: tuple[Validation, ...]
     growths: tuple[Growth, ...]
     stages: tuple[Stage, ...]
     start: Line
     end: Line
     resumes: int
-    means: tuple[Step, ...] = ()
+    means: tuple[StepFacts, ...] = ()
     diagnoses: tuple[Diagnosis, ...] = ()
     mixing: Mapping[int, float] = field(default_factory=dict)
     steps_each: int = 1
     steps_counted: int = 0
     validations_each: int = 1
-    last_step: Step | None = None
+    last_step: StepFacts | None = None
     last_validation: Validation | None = None
     total_steps: int | None = None
     not_finite: int = 0  # steps whose loss is not a number
@@ -195,16 +197,8 @@ def summarize(lines: Iterable[Line], *, most: int | None = None) -> Run:
                 stage.seconds += clock - before
 
         if event == "step":
-            step = Step(
-                step=_index(line.get("step"), 0),
-                tokens=number(line, "tokens"),
-                flops=number(line, "flops"),
-                loss=number(line, "loss"),
-                lr=number(line, "lr"),
-                grad_norm=number(line, "grad_norm"),
-                tokens_per_second=number(line, "tokens_per_second"),
-                stage=now,
-            )
+            at = _index(line.get("step"), 0)
+            step = StepFacts.read(partial(number, line), step=at, growth_stage=now)
             steps.add(step)
             if step.tokens > tokens and step.tokens_per_second > 0:
                 useful += (step.tokens - tokens) / step.tokens_per_second

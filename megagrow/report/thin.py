@@ -12,24 +12,12 @@ import math
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from megagrow.report.step_facts import AVERAGED, StepFacts
+
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One optimizer step (`event` step); values that were not logged are nan."""
-
-    step: int
-    tokens: float
-    flops: float
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens_per_second: float
-    stage: int
-
-
-_AVERAGED = ("tokens", "flops", "loss", "lr", "grad_norm", "tokens_per_second")
+Step = StepFacts  # the name that `bench.savings` imports
 
 
 @dataclass(slots=True)
@@ -46,7 +34,7 @@ class _Group:
 
     @staticmethod
     def of(step: Step) -> _Group:
-        values = [getattr(step, name) for name in _AVERAGED]
+        values = [getattr(step, name) for name in AVERAGED]
         finite = [math.isfinite(value) for value in values]
         sums = [value if fine else 0.0 for value, fine in zip(values, finite, strict=True)]
         return _Group(1, step, step, step, step, sums, [int(fine) for fine in finite])
@@ -69,8 +57,8 @@ class _Group:
         if self.count == 1:
             return self.last
         means = (s / n if n else math.nan for s, n in zip(self.sums, self.counts, strict=True))
-        values = dict(zip(_AVERAGED, means, strict=True))
-        return Step(step=self.last.step, stage=self.last.stage, **values)
+        values = dict(zip(AVERAGED, means, strict=True))
+        return Step(step=self.last.step, growth_stage=self.last.growth_stage, **values)
 
 
 class Steps:

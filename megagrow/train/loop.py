@@ -15,6 +15,7 @@ from megagrow.data.sampler import rank_slice
 from megagrow.errors import CheckpointError
 from megagrow.forecast.fit import Validated
 from megagrow.growth.plan import Growth
+from megagrow.report.step_facts import StepFacts
 from megagrow.train import checkpoints
 from megagrow.train.grow_live import GrowthReport, grow
 from megagrow.train.health.agree import on_first
@@ -142,14 +143,17 @@ class Trainer(Run):
             self.state = replace(self.state, recent=remember(self.state.recent, loss))
         if not result.applied:
             self.journal.overflowed(self.state, scale=self.engine.loss_scale["cur_scale"])
-        self.journal.step(
-            self.state,
+        facts = StepFacts(
+            step=self.state.step,
+            tokens=self.state.tokens,
+            flops=self.state.flops,
             loss=loss,
             lr=lr,
             grad_norm=result.grad_norm,
-            seconds=seconds,
-            stage=self.stage,
+            tokens_per_second=plan.tokens_per_step / seconds,
+            growth_stage=self.stage.index,
         )
+        self.journal.step(facts, flops_per_second=plan.flops_per_step / seconds)
         if found:
             self.journal.diagnosed(self.state, found)
         if at_log_line and self.comm.world > 1:

@@ -3,8 +3,12 @@
 import math
 
 import pytest
+from jobs import TRAJECTORY
 
 from megagrow.report.run import summarize
+from megagrow.report.step_facts import AVERAGED, FACTS, TIMELESS, StepFacts
+from megagrow.report.thin import Steps
+from megagrow.train.logging.metrics import MetricsLog, read_metrics
 
 
 def line(event, time, **fields):
@@ -40,3 +44,28 @@ def test_a_clock_that_jumps_back_takes_no_time_away():
 
 def test_nothing_is_known():
     assert math.isnan(summarize([]).goodput)
+
+
+def test_every_number_of_a_step_is_written_read_and_averaged(tmp_path):
+    """Each fact of two steps differs, so that none is taken for another."""
+    log = MetricsLog(tmp_path)
+    facts = []
+    for number in (1, 2):
+        values = {name: 10.0 * number + at for at, name in enumerate(FACTS)}
+        facts.append(StepFacts(**values | {"step": number, "growth_stage": 0}))
+        log.step(facts[-1])
+    log.close()
+    lines = read_metrics(log.path)
+    assert [list(one) for one in lines] == [["event", *FACTS, "time"]] * 2
+    assert list(summarize(lines).steps) == facts
+    steps = Steps(most=1)
+    for one in facts:
+        steps.add(one)
+    [mean] = steps.means()
+    for name in AVERAGED:
+        assert getattr(mean, name) == sum(getattr(one, name) for one in facts) / 2
+    assert set(FACTS) - set(AVERAGED) == {"step", "growth_stage"}
+
+
+def test_what_a_repeated_step_has_again_is_all_but_its_speed():
+    assert TIMELESS == TRAJECTORY

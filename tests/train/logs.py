@@ -1,16 +1,20 @@
 """Log lines of a run, for tests of the log and its mirrors."""
 
+from megagrow.report.step_facts import StepFacts
+
 
 def log_step(log, step, stage=0, loss=3.0):
     log.step(
-        step=step,
-        tokens=step * 100,
-        flops=step * 10_000,
-        loss=loss,
-        lr=1e-3,
-        grad_norm=0.5,
-        tokens_per_second=1000.0,
-        growth_stage=stage,
+        StepFacts(
+            step=step,
+            tokens=step * 100,
+            flops=step * 10_000,
+            loss=loss,
+            lr=1e-3,
+            grad_norm=0.5,
+            tokens_per_second=1000.0,
+            growth_stage=stage,
+        )
     )
 
 

@@ -1,5 +1,7 @@
 import io
+import math
 
+from megagrow.report.step_facts import FACTS, StepFacts
 from megagrow.train.logging.progress import Progress
 
 
@@ -9,13 +11,9 @@ class Terminal(io.StringIO):
 
 
 def advance(progress, step, *, stage=0):
-    progress.step(
-        step=step,
-        loss=3.21987,
-        tokens_per_second=12_300.0,
-        flops_per_second=45.2e9,
-        growth_stage=stage,
-    )
+    unshown = dict.fromkeys(FACTS, math.nan)
+    shown = {"step": step, "loss": 3.21987, "tokens_per_second": 12_300.0, "growth_stage": stage}
+    progress.step(StepFacts(**unshown | shown), flops_per_second=45.2e9)
 
 
 def test_plain_lines_where_there_is_no_terminal():

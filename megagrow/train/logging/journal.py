@@ -16,6 +16,7 @@ from megagrow.files import free_name, write_atomically
 from megagrow.growth.settings import told
 from megagrow.report import write_report
 from megagrow.report.log import read_lines, tail_start
+from megagrow.report.step_facts import StepFacts
 from megagrow.train.grow_live import GrowthReport
 from megagrow.train.health.recovery import RollBack
 from megagrow.train.health.run_lock import run_id
@@ -116,30 +117,11 @@ class Journal:
         if self._log is not None:
             self._log.event(name, **fields)
 
-    def step(
-        self, state: RunState, *, loss: float, lr: float, grad_norm: float, seconds: float,
-        stage: Stage,
-    ) -> None:  # fmt: skip
-        """Record a step whose update was applied; `state` is the one after it."""
-        speed = stage.plan.tokens_per_step / seconds
+    def step(self, facts: StepFacts, *, flops_per_second: float) -> None:
+        """Record a step whose update was applied."""
         if self._log is not None:
-            self._log.step(
-                step=state.step,
-                tokens=state.tokens,
-                flops=state.flops,
-                loss=loss,
-                lr=lr,
-                grad_norm=grad_norm,
-                tokens_per_second=speed,
-                growth_stage=stage.index,
-            )
-        self._progress.step(
-            step=state.step,
-            loss=loss,
-            tokens_per_second=speed,
-            flops_per_second=stage.plan.flops_per_step / seconds,
-            growth_stage=stage.index,
-        )
+            self._log.step(facts)
+        self._progress.step(facts, flops_per_second=flops_per_second)
 
     def overflowed(self, state: RunState, *, scale: float) -> None:
         """Record an update skipped because fp16 gradients overflowed."""
@@ -220,7 +202,7 @@ class Journal:
             self._log.diagnostics(step=state.step, tokens=state.tokens, found=found)
 
     def mixed(self, state: RunState, loss: float) -> None:
-        """Record the end of the last growth's mixing time (see `schedule.mixing`)."""
+        """Record the end of the last growth's mixing time (see `megagrow.forecast.mixing`)."""
         assert state.mixing is not None and state.mixing.met is not None
         tokens, foretold = state.mixing.met, state.mixing.foretold(state.tokens)
         self.say(
@@ -342,7 +324,7 @@ class Journal:
 
 
 def _foretold(state: RunState) -> dict[str, Any]:
-    """The learning curve of a new model of the grown shape, if known (`schedule.mixing`)."""
+    """The learning curve of a new model of the grown shape, if known; see `forecast.mixing`."""
     mixing = state.mixing
     if mixing is None or mixing.curve is None or mixing.born != state.tokens:
         return {}

@@ -19,6 +19,7 @@ from typing import Any
 from megagrow.errors import TrainingError
 from megagrow.files import free_name, write_atomically
 from megagrow.report.log import encode_line, read_lines, read_metrics, tail_start
+from megagrow.report.step_facts import StepFacts
 from megagrow.train.logging.telemetry import Mirror
 
 __all__ = ["MetricsLog", "read_metrics"]
@@ -73,28 +74,12 @@ class MetricsLog:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         self._opened = os.fstat(self._file.fileno())
 
-    def step(
-        self,
-        *,
-        step: int,
-        tokens: int,
-        flops: int,
-        loss: float,
-        lr: float,
-        grad_norm: float,
-        tokens_per_second: float,
-        growth_stage: int,
-    ) -> None:
+    def step(self, facts: StepFacts) -> None:
         """One optimizer step."""
-        scalars = {
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "tokens_per_second": tokens_per_second,
-            "growth_stage": growth_stage,
-        }
-        self._write({"event": "step", "step": step, "tokens": tokens, "flops": flops, **scalars})
-        self._mirror("train", step, {"tokens": tokens, "flops": flops, **scalars})
+        numbers = facts.to_json()
+        self._write({"event": "step", **numbers})
+        del numbers["step"]
+        self._mirror("train", facts.step, numbers)
 
     def validation(
         self, *, step: int, tokens: int, flops: int, val_loss: float, growth_stage: int

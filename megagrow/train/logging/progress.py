@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from megagrow.report.step_facts import StepFacts
 from megagrow.report.units import human
 
 _BAR_FORMAT = (
@@ -65,30 +66,23 @@ class Progress:
             self._bar.total = total_steps
             self._bar.refresh()
 
-    def step(
-        self,
-        *,
-        step: int,
-        loss: float,
-        tokens_per_second: float,
-        flops_per_second: float,
-        growth_stage: int,
-    ) -> None:
-        """Show that `step` steps are done; rates are totals over all ranks."""
+    def step(self, facts: StepFacts, *, flops_per_second: float) -> None:
+        """Show that a step is done; rates are totals over all ranks."""
         if not self._speaking:
             return
-        facts = [
-            f"loss {loss:.4f}",
-            human(tokens_per_second, "tokens/s"),
+        shown = [
+            f"loss {facts.loss:.4f}",
+            human(facts.tokens_per_second, "tokens/s"),
             human(flops_per_second, "FLOP/s"),
         ]
+        step = facts.step
         if self._bar is not None:
-            self._bar.set_description_str(f"stage {growth_stage}", refresh=False)
-            self._bar.set_postfix_str(", ".join(facts), refresh=False)
+            self._bar.set_description_str(f"stage {facts.growth_stage}", refresh=False)
+            self._bar.set_postfix_str(", ".join(shown), refresh=False)
             self._bar.update(step - self._bar.n)
         elif step % self._log_every == 0 or step == self._total:
-            head = [f"step {step}/{self._total}", f"stage {growth_stage}"]
-            self.say("  ".join([*head, *facts, f"{self._time_left(step)} left"]))
+            head = [f"step {step}/{self._total}", f"stage {facts.growth_stage}"]
+            self.say("  ".join([*head, *shown, f"{self._time_left(step)} left"]))
 
     def say(self, text: str) -> None:
         """Print a log line; a bar makes space for it."""
