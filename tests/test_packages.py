@@ -136,3 +136,14 @@ def test_threads_are_made_where_none_dies_unnoticed():
         if names:
             found[path.relative_to(PACKAGE.parent).as_posix()] = names
     assert found == {f"megagrow/{name}": names for name, names in MAY_START.items()}
+
+
+def test_a_runs_data_is_opened_and_sampled_in_one_way():
+    """By `data.dataset.open_data` and `PreparedData.samples`, so that a blend is one change."""
+    for path in FILES:
+        if package(path) in ("data", "bench"):  # benchmarks open what no run has configured
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func).split(".")[-1]
+                assert called not in ("open_dataset", "SampleIndex"), f"{path}:{node.lineno}"

@@ -22,7 +22,7 @@ from megagrow.growth.settings import told
 from megagrow.report.units import human
 from megagrow.state.precision import PRECISIONS
 from megagrow.train.rates import in_words, shape_in_words, start_in_words
-from megagrow.train.ready import data_lines, open_data, ready, start_lines
+from megagrow.train.ready import data_if_there, data_lines, ready, start_lines
 from megagrow.train.run_plan import RunPlan, plan_run
 from megagrow.transfer.state_map import Identity, StateMap
 
@@ -73,7 +73,7 @@ def describe(config: Config, *, world: int, resume: str = "auto") -> str:
 
 def vocabulary(config: Config) -> int | None:
     """The dataset's vocabulary size; None if it does not exist yet and the model sets its own."""
-    data = open_data(config, may_come=True)
+    data = data_if_there(config, may_come=True)
     return None if data is None else data.vocab_size
 
 

@@ -14,7 +14,7 @@ from megagrow.checkpoint.interface.format import ReadOptions
 from megagrow.config import GrowConfig
 from megagrow.config.load import load_config, parse_settings
 from megagrow.config.overrides import apply_overrides
-from megagrow.data.dataset import open_dataset
+from megagrow.data.dataset import open_data
 from megagrow.errors import ConfigError
 from megagrow.state.layout import Layout
 from megagrow.state.precision import ELEMENTS
@@ -152,6 +152,6 @@ def _run_to_be(
     if path is None:
         return None, None
     config = load_config(path)
-    data = open_dataset(config.data.path, config.data.tokenizer)
+    data = open_data(config.data)
     config = with_vocabulary(config, data.vocab_size)
     return config.model_dump(mode="json", by_alias=True), fingerprints(data)

@@ -25,8 +25,7 @@ from megagrow.checkpoint.native.steps import find, step_of, step_path
 from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
 from megagrow.config.growths import SIZES
 from megagrow.config.load import parse_config
-from megagrow.data.dataset import open_dataset, verify
-from megagrow.data.sampler import SampleIndex
+from megagrow.data.dataset import open_data, verify
 from megagrow.errors import CheckpointError, ConfigError, GrowthError
 from megagrow.growth.operators.ligo import Fitted
 from megagrow.growth.plan import Growth, plan_growth
@@ -300,7 +299,7 @@ def write_offline(
 
 def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, Fit, int]:
     """The fitted parameters, the fit's cost, and the tokens per sample, as in a live run."""
-    data = open_dataset(plan.config.data.path, plan.config.data.tokenizer)
+    data = open_data(plan.config.data)
     require_same_data(plan.checkpoint, data)
     if plan.config.data.verify:
         verify(data)
@@ -317,7 +316,7 @@ def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, Fit, int]:
         plan.growth,
         model=plan.model,
         small=small,
-        samples=SampleIndex(data.train, sequence, seed, before),
+        samples=data.samples(sequence, seed=seed, before=before),
         first=done,
         batch=stage_batch(plan.config, index),
     )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from megagrow import ops
 from megagrow.config import Config
-from megagrow.data.dataset import MANIFEST, PreparedData, open_dataset
-from megagrow.data.sampler import SampleIndex, validation_samples
+from megagrow.data.dataset import MANIFEST, PreparedData, open_data
+from megagrow.data.sampler import validation_samples
 from megagrow.engine.deepspeed.drivers import validation_share
 from megagrow.errors import DataError, MegagrowError, TrainingError
 from megagrow.report.units import human
@@ -48,7 +48,7 @@ def ready(config: Config, *, world: int, data_may_come: bool = False) -> Ready:
         MegagrowError: anything that would stop the run before its first step, or later for lack
             of data.
     """
-    data = open_data(config, may_come=data_may_come)
+    data = data_if_there(config, may_come=data_may_come)
     vocabulary = None if data is None else data.vocab_size
     plan = plan_run(config, world=world, vocabulary=vocabulary)
     config = with_vocabulary(config, vocabulary)
@@ -117,7 +117,7 @@ def _epochs(tokens: int, size: int) -> str:
     return f"{tokens / size:.3g}"
 
 
-def open_data(config: Config, *, may_come: bool) -> PreparedData | None:
+def data_if_there(config: Config, *, may_come: bool) -> PreparedData | None:
     """The run's dataset; None if it may not exist yet and the model sets its vocabulary.
 
     Raises:
@@ -128,7 +128,7 @@ def open_data(config: Config, *, may_come: bool) -> PreparedData | None:
     if may_come and missing and config.model.vocab is not None:
         return None
     try:
-        return open_dataset(path, config.data.tokenizer)
+        return open_data(config.data)
     except DataError as error:
         if may_come and missing:
             raise error.or_fix("give model.vocab=N: a dry run then needs no data") from None
@@ -160,7 +160,7 @@ def _require_samples(config: Config, plan: RunPlan, data: PreparedData, index: i
     """Reject data without a sample for a stage, in training or validation."""
     stage = plan.stages[index]
     try:
-        SampleIndex(data.train, stage.plan.sequence, config.run.seed)
+        data.samples(stage.plan.sequence, seed=config.run.seed)
         samples = validation_samples(
             data.validation, sequence=stage.model.sequence, count=config.train.validation_samples
         )

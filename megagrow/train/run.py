@@ -14,7 +14,7 @@ from megagrow.checkpoint import NativeCheckpoint
 from megagrow.cluster.environment import threads_of_a_rank
 from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
-from megagrow.data.sampler import SampleIndex, validation_samples
+from megagrow.data.sampler import validation_samples
 from megagrow.engine.comm import Comm
 from megagrow.engine.precision import Precisions
 from megagrow.errors import CheckpointError, DataError
@@ -224,7 +224,7 @@ class Run:
         """Training samples of the stage's length, from the run's position in the data."""
         length = self.stage.plan.sequence
         before, done = self.state.position.split(length)
-        self.samples = SampleIndex(self.data.train, length, self.config.run.seed, before)
+        self.samples = self.data.samples(length, seed=self.config.run.seed, before=before)
         if done == 0 and (recut := self.samples.recut) is not None:
             self.journal.say(f"stage {self.stage.index}: {recut}")
 
