@@ -29,6 +29,8 @@ FILES = [
     for path in sorted(PACKAGE.rglob("*.py"))
     if not any(path.relative_to(PACKAGE).match(pattern) for pattern in ALLOWED)
 ]
+# Benchmarks measure the families that their tables have rows for.
+LISTS_OF_BENCHMARKS = ("bench/commands.py", "cli/benchmark.py")
 
 # A name of a tensor, or its beginning or end, wherever it is spelt.
 _TENSOR = re.compile(
@@ -59,6 +61,9 @@ def offences(source):
         elif isinstance(node, ast.MatchValue):
             if any(text in FAMILIES for text in _texts([node.value])):
                 yield node.value.lineno, "matches a family"
+        elif isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+            if len(FAMILIES & set(_texts([node]))) > 1:
+                yield node.lineno, "lists families"
         elif isinstance(node, ast.Dict):
             if any(key is not None and FAMILIES & set(_texts([key])) for key in node.keys):
                 yield node.lineno, "looks families up in a table"
@@ -95,8 +100,38 @@ def _is_name(node):
 
 @pytest.mark.parametrize("path", FILES, ids=[p.relative_to(PACKAGE).as_posix() for p in FILES])
 def test_nothing_depends_on_the_name_of_a_tensor_or_family(path):
-    found = [f"{path}:{line} {what}" for line, what in offences(path.read_text(encoding="utf-8"))]
+    found = [
+        f"{path}:{line} {what}"
+        for line, what in offences(path.read_text(encoding="utf-8"))
+        if what != "lists families" or not path.as_posix().endswith(LISTS_OF_BENCHMARKS)
+    ]
     assert not found, "ask tensor.role or model.architecture: " + "\n".join(found)
+
+
+def lists_of_families(tree):
+    """The lines of tuples and lists that name several families, and nothing else but strings."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Tuple, ast.List)) and len(node.elts) > 1:
+            texts = [one.value for one in node.elts if isinstance(one, ast.Constant)]
+            if len(texts) == len(node.elts) and set(texts) <= FAMILIES:
+                yield node.lineno
+
+
+# Tests that compare a family with another program's own implementation, family by family, and the
+# names of cases that are more than families.
+OWN_LISTS = {"models/test_transformer.py", "checkpoint/test_huggingface.py",
+             "checkpoint/test_convert.py"}  # fmt: skip
+
+
+def test_tests_take_all_families():
+    """From `toys.FAMILIES`, so that a new family is tested without touching them."""
+    root = PACKAGE.parent / "tests"
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if name in OWN_LISTS or path == Path(__file__) or name.startswith("bench/"):
+            continue
+        found = list(lists_of_families(ast.parse(path.read_text(encoding="utf-8"))))
+        assert not found, f"{name}: lines {found} list families; take toys.FAMILIES"
 
 
 def test_what_may_spell_names_is_there():
@@ -112,6 +147,8 @@ def test_what_may_spell_names_is_there():
         'gated = kind in ("llama", "mistral")',
         'old = model.family in OTHERS or model.family == "t5"',
         'TABLE = {"gpt2": 1, "llama": 2}',
+        'FAMILIES = ("gpt2", "llama")',
+        'choices = ["llama", "gpt2", "other"]',
         'match family:\n    case "gpt2": pass',
         'if tensor.name.startswith("final_norm."): pass',
         'if tensor.name.endswith(".bias"): pass',
@@ -139,6 +176,7 @@ def test_the_test_sees(bad):
         'if config.optimizer.name == "muon": pass',
         '"""Of `final_norm.weight` and layers.3.mlp.up.weight, in gpt2."""',
         'settings = {"family": "gpt2", "layers": 2}',
+        'words = ["gpt2", "bert"]',
         'if operator.name.startswith("width"): pass',
         'path.name.endswith(".safetensors")',
     ],

@@ -11,7 +11,7 @@ import torch
 import yaml
 from foreign import WholeSource, differing, open_checkpoint, write_checkpoint
 from ranks import run_ranks
-from toys import random_state, toy_model, toy_models
+from toys import FAMILIES, random_state, toy_model, toy_models
 
 from megagrow.checkpoint.formats.deepspeed import names
 from megagrow.checkpoint.formats.deepspeed import source as deepspeed
@@ -60,7 +60,7 @@ def test_what_is_written_is_read_again_in_every_layout(name, model, tmp_path):
         assert back.run_state == source.run_state and back.fingerprints == source.fingerprints
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_from_layout_to_layout(family, tmp_path):
     """Twelve pairs in a chain: what is read in one layout is written in the next."""
     source = first = whole_source(toy_model(family=family, tie_embeddings=family == "llama"))
@@ -144,7 +144,7 @@ def test_latest_cannot_lead_outside(tmp_path):
 def test_zero_to_fp32_of_deepspeed_reads_it(tmp_path):
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    for family, zero in itertools.product(("gpt2", "llama"), (1, 2, 3)):
+    for family, zero in itertools.product(FAMILIES, (1, 2, 3)):
         model = toy_model(family=family)
         source = whole_source(model)
         path = write_checkpoint(FORMAT, source, tmp_path / f"{family}{zero}", Layout(3, zero=zero))
@@ -224,7 +224,7 @@ def test_deepspeed_saves_what_we_read_and_goes_on_from_what_we_write(tmp_path):
         pipeline: [zero[2]],
         flat_pipeline: [tensor],
     }
-    families = itertools.cycle(("gpt2", "llama"))
+    families = itertools.cycle(FAMILIES)
     layouts = [(next(families), layout) for layout in targets]
     for answers in run_ranks(2, save_and_go_on, tmp_path, layouts, targets, timeout=300.0):
         for layout, target, expected, losses in answers:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from jobs import dataset  # noqa: F401 - a fixture
 from states import opened, save_model, to
-from toys import toy_model
+from toys import FAMILIES, toy_model
 
 from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.checkpoint.formats.huggingface.tokenizer import Carried, compare
@@ -65,7 +65,7 @@ def agrees(directory, tokenizer, texts):
     return loaded
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_runs_own_tokenizer_goes_along_and_gives_the_same_ids(tmp_path, dataset, family):  # noqa: F811
     """Found through the data's path, compared by SHA-256, written for transformers."""
     own = dataset / "tokenizer.model"

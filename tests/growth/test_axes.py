@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import build, grow, mapped, random_state, token_batches, toy_model
+from toys import FAMILIES, build, grow, mapped, random_state, token_batches, toy_model
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
@@ -31,7 +31,7 @@ def _grouped(family):
     return toy_model(family=family, heads=8, kv_heads=2, head_dim=4)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_query_heads_concatenated_over_the_groups_are_wrong(family):
     model = _grouped(family)
     state = random_state(build_catalog(model), seed=1)
@@ -74,7 +74,7 @@ def test_duplicated_head_features_are_wrong_under_rotary_positions(family, wrong
     assert off > 0.1 if wrong else off <= 1e-10
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_softmax_scale_of_wider_heads_is_compensated(family):
     model = toy_model(family=family)
     state = random_state(build_catalog(model), seed=1)
@@ -86,7 +86,7 @@ def test_the_softmax_scale_of_wider_heads_is_compensated(family):
     assert (_logits(large, unscaled) - _logits(model, state)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("groups", [4, 8])
 def test_key_value_heads_split_up(family, groups):
     model = _grouped(family)
@@ -111,7 +111,7 @@ def test_queries_must_share_out():
         plan_growth(GrowConfig(operator="kv_groups", target={"kv_heads": 6, "heads": 12}), model)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_part_of_wider_heads_comes_alive(family):
     """After two steps of plain gradient descent every new feature has a gradient."""
     model = toy_model(family=family)
@@ -130,7 +130,7 @@ def test_every_part_of_wider_heads_comes_alive(family):
     assert (block.out.weight.grad.abs().amax(dim=(0, 1, 2)) > 1e-6).all()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_part_of_an_identity_layer_comes_alive(family):
     model = toy_model(family=family)
     state = random_state(build_catalog(model), seed=1)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MODELS
 from toys import (
+    FAMILIES,
     ShardState,
     ThreadChannel,
     build,
@@ -178,7 +179,7 @@ TARGETS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("operator", "target"), TARGETS)
 def test_given_targets_are_reached_with_the_loss_kept(operator, target, family):
     model = toy_model(family=family)

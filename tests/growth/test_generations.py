@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from toys import random_state, token_batches, toy_model
+from toys import FAMILIES, random_state, token_batches, toy_model
 from trained import DECAY, EPS, LR, Run
 
 from megagrow.growth.optimizer_rules import OptimizerRules
@@ -46,7 +46,7 @@ def _check(run, births, batch):
         assert (found - p).abs().max() <= 1e-10, tensor.name
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("operators", "policy"),
     [

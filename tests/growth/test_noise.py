@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from toys import (
+    FAMILIES,
     ShardState,
     build,
     mapped,
@@ -125,7 +126,7 @@ def test_two_growths_add_other_numbers():
     ],
     ids=lambda s: s["operator"],
 )
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_has_the_same_noise(section, family):
     model = toy_model(family=family)
     small = build_catalog(model)

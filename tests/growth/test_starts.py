@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from models import MODELS
-from toys import build, mapped, random_state, token_batches, toy_model
+from toys import FAMILIES, build, mapped, random_state, token_batches, toy_model
 
 from megagrow.config import GrowConfig
 from megagrow.config.load import parse_settings
@@ -136,7 +136,7 @@ def test_a_list_survives_the_file_it_is_written_to():
 # --- untie --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_becomes_a_copy_with_its_moments(family):
     model = toy_model(family=family)
     state, large, growth, new = _grown(model, operator="untie")
@@ -151,7 +151,7 @@ def test_the_head_becomes_a_copy_with_its_moments(family):
     assert told(GrowConfig(operator="untie")) == "untie"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_embedding_and_head_share_out_the_tied_gradient_and_part(family):
     model = toy_model(family=family)
     state, large, _, new = _grown(model, operator="untie")

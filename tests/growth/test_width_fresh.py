@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from models import MODELS
-from toys import build, grow, random_state, token_batches, toy_model
+from toys import FAMILIES, build, grow, random_state, token_batches, toy_model
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
@@ -95,7 +95,7 @@ def test_the_random_numbers_are_not_those_that_the_tensor_began_with():
     assert growth.fill(growth.target[name], MASTER).name == f"{name} [24, 16]"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_eps_falls_as_the_mean_square_of_the_stream_does(family):
     model = toy_model(family=family, norm_eps=1e-3)
     target = {"hidden": 12, "ffn": 13}
@@ -107,7 +107,7 @@ def test_eps_falls_as_the_mean_square_of_the_stream_does(family):
     assert plan_growth(composed, model)[0].norm_eps == pytest.approx(5e-4, rel=1e-15)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_with_the_old_eps_the_function_would_change(family):
     """So eps is part of the growth: a large value shows it."""
     model = toy_model(family=family, norm_eps=0.05)

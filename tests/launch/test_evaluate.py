@@ -9,7 +9,7 @@ import pytest
 import torch
 from jobs import command, make_dataset
 from states import save_model, to
-from toys import build, toy_model
+from toys import FAMILIES, build, toy_model
 
 from megagrow.data.dataset import open_dataset
 from megagrow.evaluation.detokenizer import wikitext_detokenized
@@ -246,7 +246,7 @@ def harness(monkeypatch):
     return stand_in
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_harness_scores_what_we_score(tmp_path, data, harness, capsys, family):
     """Bits per byte of one text by our own evaluation, and by transformers on the export."""
     held = {"tokenizer": open_dataset(data).tokenizer.fingerprint()}

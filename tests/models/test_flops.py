@@ -5,6 +5,7 @@ import torch
 from parts import module_with, random_parameters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from toys import FAMILIES
 
 from megagrow.config import ModelConfig
 from megagrow.models.catalog import build_catalog
@@ -20,7 +21,7 @@ MODELS = [
     ModelConfig(
         family=family, layers=3, hidden=24, heads=4, ffn=20, sequence=8, vocab=13, **changes
     )
-    for family, changes in itertools.product(("gpt2", "llama"), SHAPES)
+    for family, changes in itertools.product(FAMILIES, SHAPES)
 ]
 
 

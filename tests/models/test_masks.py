@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import build, grow, random_state, token_batches, toy_models
+from toys import FAMILIES, build, grow, random_state, token_batches, toy_models
 
 from megagrow.models.catalog import build_catalog
 from megagrow.models.common.layers import AddRMSNorm
@@ -42,7 +42,7 @@ def test_new_units_have_a_gradient_as_soon_as_they_count(model):
         assert (new.abs().max() > 1e-9) == alive
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_of_norms_weigh_units_by_their_mask(family):
     model = dict(toy_models())[f"{family}-tied"]
     large, ramp, state = _grown(model)

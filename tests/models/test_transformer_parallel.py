@@ -6,6 +6,7 @@ import pytest
 import torch
 from parts import gradients, local_part, module_with, random_parameters, this_rank
 from ranks import run_ranks
+from toys import FAMILIES
 
 from megagrow.config import ModelConfig
 from megagrow.models.catalog import build_catalog
@@ -33,7 +34,7 @@ VARIANTS = {
 }
 CASES = {
     f"{family}-{variant}": make(family, **changes)
-    for family, (variant, changes) in itertools.product(("gpt2", "llama"), VARIANTS.items())
+    for family, (variant, changes) in itertools.product(FAMILIES, VARIANTS.items())
 }
 
 

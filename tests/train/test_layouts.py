@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from jobs import DEPTH, WIDTH, events, growths, launch, log_of, settings, train, write_config
+from toys import FAMILIES
 
 # (tensor, pipeline, ZeRO) of four processes; each is resumed in the next one.
 LAYOUTS = [
@@ -34,7 +35,7 @@ def in_four(dataset, tmp_path, name, **changes):
     return write_config(tmp_path / f"{name}.yaml", mapping)
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
 

@@ -5,6 +5,7 @@ import torch
 from jobs import events, growths, launch, log_of, main, settings, stages, train, trajectory
 from jobs import write_config as write
 from test_rates import groups_in
+from toys import FAMILIES
 
 from megagrow.checkpoint import NativeCheckpoint, step_path
 from megagrow.checkpoint.convert.registry import get_format
@@ -41,7 +42,7 @@ def test_stopped_and_resumed_through_growths(tmp_path, dataset, name):
     assert stored.catalog["layers.0.mlp.up.weight"].rates.lr == 1 / 4  # hidden 16 of 4
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_has_the_curve_of_one_process(tmp_path, dataset, family):
     """Alternating over both growths, tensor, pipeline and data parallel, ZeRO 0 to 3."""
     model = {"family": family, "tie_embeddings": family == "gpt2"}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from jobs import events, launch, log_of, main, settings, train, trajectory, write_config
 from test_resume import same_tensors
+from toys import FAMILIES
 
 from megagrow.checkpoint import NativeCheckpoint, step_path
 from megagrow.checkpoint.convert.load_model import load_model
@@ -37,7 +38,7 @@ def _losses(lines):
     return np.array([line["loss"] for line in events(lines, "step")])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_ramp_in_every_kind_of_layout(tmp_path, dataset, family):
     alone = train(1, _config(dataset, tmp_path, "alone", family=family))
     [growth] = events(alone, "growth")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import ShardState, larger, on_threads, random_state, toy_model
+from toys import FAMILIES, ShardState, larger, on_threads, random_state, toy_model
 
 from megagrow.errors import GrowthError
 from megagrow.growth.plan import make_growth
@@ -71,7 +71,7 @@ def test_values_that_are_not_finite_are_refused(bad):
         _one(values, "rms")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_growth_needs(family):
     model = toy_model(family=family)
     small = build_catalog(model)
@@ -85,7 +85,7 @@ def test_what_a_growth_needs(family):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_measures_the_same_bits(family, layout):
     model = toy_model(family=family)
     catalog = build_catalog(model)
