@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megagrow.checkpoint.convert.job import Report
-    from megagrow.checkpoint.interface.format import Source
+    from megagrow.checkpoint.convert.job import ConversionReport
+    from megagrow.checkpoint.interface.format import CheckpointSource
     from megagrow.config import Config
     from megagrow.train.job import Outcome
 
@@ -157,7 +157,7 @@ def convert_checkpoint(
     shard_gib: float | None = None,
     grow: Mapping[str, Any] | None = None,
     verify: bool = False,
-) -> Report:
+) -> ConversionReport:
     """Convert a checkpoint to another format or layout; the target appears complete or not at all.
 
     Args:
@@ -217,7 +217,7 @@ def convert_checkpoint(
     return convert(job, verify=verify)
 
 
-def open_checkpoint(path: str | Path, *, from_format: str | None = None) -> Source:
+def open_checkpoint(path: str | Path, *, from_format: str | None = None) -> CheckpointSource:
     """Open a checkpoint of any format for reading; thread-safe.
 
     Args:

@@ -38,7 +38,7 @@ _HIDDEN = -1  # the start time of a process that exists, but cannot be inspected
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockHolder:
     """The holder of a lock, as recorded in its file.
 
     Attributes:
@@ -63,9 +63,9 @@ class Holder:
         return f"process {self.pid} on {self.host}, since {since}: {self.command}"
 
     @staticmethod
-    def me() -> Holder:
+    def me() -> LockHolder:
         """This process, with a new token."""
-        return Holder(
+        return LockHolder(
             host=socket.gethostname(),
             pid=os.getpid(),
             machine=_machine(),
@@ -84,7 +84,7 @@ class _Found:
         age: seconds since it was refreshed, by the clock of its file system.
     """
 
-    holder: Holder | None
+    holder: LockHolder | None
     age: float
 
     @property
@@ -106,7 +106,7 @@ class Lock:
     """
 
     def __init__(
-        self, path: Path, mine: Holder, on_lost: Callable[[], object] = lambda: None
+        self, path: Path, mine: LockHolder, on_lost: Callable[[], object] = lambda: None
     ) -> None:
         self.path, self._mine, self._on_lost = path, mine, on_lost
         self._lost = ""
@@ -224,7 +224,7 @@ def acquire(
     Raises:
         LockError: another job holds it, or the file system refuses.
     """
-    mine = Holder.me()
+    mine = LockHolder.me()
     ready = path.with_name(f"{path.name}.{mine.token}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -350,7 +350,7 @@ def _take_over(path: Path, found: _Found, ready: Path) -> bool:
         claim.unlink(missing_ok=True)
 
 
-def _remove_own(path: Path, mine: Holder) -> None:
+def _remove_own(path: Path, mine: LockHolder) -> None:
     """Remove a lock file, unless it is another holder's (OSError)."""
     found = _holder(path)
     if found is not None and found.token == mine.token:
@@ -378,13 +378,13 @@ def _look(path: Path, probe: Path) -> _Found:
     return _Found(holder, max(0.0, probe.stat().st_mtime - refreshed))
 
 
-def _holder(path: Path) -> Holder | None:
+def _holder(path: Path) -> LockHolder | None:
     return _parsed(path.read_bytes()[: 1 << 16])
 
 
-def _parsed(content: bytes) -> Holder | None:
+def _parsed(content: bytes) -> LockHolder | None:
     try:
-        holder = Holder(**json.loads(content))
+        holder = LockHolder(**json.loads(content))
         int(holder.pid), int(holder.started), float(holder.since)
     except (ValueError, TypeError):
         return None

@@ -17,7 +17,7 @@ import pytest
 
 from megagrow import lock as module
 from megagrow.errors import LockError
-from megagrow.lock import NAME, Holder, acquire, beside, holding_output
+from megagrow.lock import NAME, LockHolder, acquire, beside, holding_output
 
 
 def write(path, holder, *, age=0.0):
@@ -29,7 +29,7 @@ def write(path, holder, *, age=0.0):
 
 
 def other_host(**changes):
-    return replace(Holder.me(), host="h7", machine="another boot", token="f" * 16, **changes)
+    return replace(LockHolder.me(), host="h7", machine="another boot", token="f" * 16, **changes)
 
 
 def dead_pid():
@@ -55,7 +55,7 @@ def test_a_second_job_is_refused_and_told_who_has_it(tmp_path):
     with pytest.raises(LockError) as caught:
         take(path)
     text = str(caught.value)
-    me = Holder.me()
+    me = LockHolder.me()
     assert f"process {me.pid} on {me.host}, since 20" in text and "pytest" in text
     first.release()
     assert list(path.parent.iterdir()) == []
@@ -90,7 +90,7 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over_at_once_and_said(tm
         wait_until(lambda: module._started(child.pid) is None)  # not yet waited for: a zombie
     if how == "gone":
         child.wait()
-    write(tmp_path / NAME, replace(Holder.me(), pid=pid, started=started, token="a" * 16))
+    write(tmp_path / NAME, replace(LockHolder.me(), pid=pid, started=started, token="a" * 16))
     said = []
     mine = take(tmp_path / NAME, said)
     assert len(said) == 1 and "taken over from a job that has ended" in said[0]
@@ -103,7 +103,7 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over_at_once_and_said(tm
 
 def test_a_process_that_runs_keeps_its_lock_however_old_it_is(tmp_path):
     child = subprocess.Popen(["sleep", "100"])
-    holder = replace(Holder.me(), pid=child.pid, started=module._started(child.pid))
+    holder = replace(LockHolder.me(), pid=child.pid, started=module._started(child.pid))
     write(tmp_path / NAME, holder, age=9999.0)
     try:
         with pytest.raises(LockError, match=r"sign of life was 9999 s ago"):
@@ -165,7 +165,7 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path, monkeypatch, links)
         monkeypatch.setattr(os, "link", refused)
     path = tmp_path / NAME
     for _ in range(10):
-        write(path, replace(Holder.me(), pid=dead_pid(), token="b" * 16))
+        write(path, replace(LockHolder.me(), pid=dead_pid(), token="b" * 16))
         got, start = [], threading.Barrier(6)
 
         def race(got=got, start=start):
@@ -184,7 +184,7 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path, monkeypatch, links)
 
 
 def test_a_job_that_died_while_it_took_over_is_no_obstacle(tmp_path):
-    dead = replace(Holder.me(), pid=dead_pid(), token="c" * 16)
+    dead = replace(LockHolder.me(), pid=dead_pid(), token="c" * 16)
     write(tmp_path / NAME, dead)
     write(tmp_path / f"{NAME}.{'c' * 16}.taken", replace(dead, token="d" * 16))
     # And one before it that never came so far.

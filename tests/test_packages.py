@@ -147,3 +147,16 @@ def test_a_runs_data_is_opened_and_sampled_in_one_way():
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func).split(".")[-1]
                 assert called not in ("open_dataset", "SampleIndex"), f"{path}:{node.lineno}"
+
+
+def test_no_two_public_classes_share_a_name():
+    """A name found by search, or in a traceback, means one thing.  Benchmarks are apart."""
+    places = {}
+    for path in FILES:
+        if package(path) == "bench":
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(path.relative_to(PACKAGE).as_posix())
+    shared = {name: found for name, found in places.items() if len(found) > 1}
+    assert not shared

@@ -12,7 +12,7 @@ from megagrow.errors import exit_status
 from megagrow.state.precision import ELEMENTS
 
 if TYPE_CHECKING:  # they need PyTorch, whose import takes a second: not for --help
-    from megagrow.checkpoint.convert.run import Job, Report, Survey
+    from megagrow.checkpoint.convert.run import ConversionReport, Job, Survey
 
 EXAMPLES = """\
   # another layout: from the run's own to tensor 2 x pipeline 2
@@ -196,7 +196,7 @@ def _differences(about: Survey) -> list[str]:
     return lines
 
 
-def conclusion(report: Report, job: Job) -> str:
+def conclusion(report: ConversionReport, job: Job) -> str:
     """What was done."""
     rate = report.survey.bytes / max(report.seconds, 1e-9) / 1e9
     done = f"{report.survey.bytes:,} bytes in {report.seconds:.1f} s, {rate:.2f} GB/s"

@@ -12,7 +12,7 @@ BOUNDS = ("steps", "tokens", "flops")  # units in which the end of a stage can b
 
 
 @dataclass(frozen=True)
-class Rule:
+class StageRule:
     """How a rule ends a stage.
 
     Attributes:
@@ -27,8 +27,8 @@ class Rule:
     bounds: tuple[str, ...] = BOUNDS
 
 
-RULES: dict[str, Rule] = {
-    "slope": Rule(watches=True, looks_ahead=False),
-    "marginal": Rule(watches=True, looks_ahead=True),
-    "planned": Rule(watches=False, looks_ahead=True, bounds=("tokens",)),
+RULES: dict[str, StageRule] = {
+    "slope": StageRule(watches=True, looks_ahead=False),
+    "marginal": StageRule(watches=True, looks_ahead=True),
+    "planned": StageRule(watches=False, looks_ahead=True, bounds=("tokens",)),
 }

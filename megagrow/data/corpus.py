@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from megagrow.data.documents import Piece
+from megagrow.data.documents import TextPiece
 from megagrow.data.formats import Form, form_of
 from megagrow.errors import DataError
 
@@ -29,7 +29,7 @@ _EXAMPLES = 20  # example names kept per group of files
 
 
 @dataclass
-class Group:
+class FileGroup:
     """A group of files in a report: their number, and the first names relative to the input."""
 
     files: int
@@ -59,10 +59,10 @@ class Corpus:
     files: int
     size: int
     fingerprint: str
-    pieces: tuple[Piece, ...]
-    shards: tuple[tuple[Piece, ...], ...]
-    formats: dict[str, Group]
-    left_out: dict[str, Group]
+    pieces: tuple[TextPiece, ...]
+    shards: tuple[tuple[TextPiece, ...], ...]
+    formats: dict[str, FileGroup]
+    left_out: dict[str, FileGroup]
 
 
 def open_corpus(
@@ -89,7 +89,7 @@ def open_corpus(
         DataError: the source does not exist or is empty, or a file cannot be read or is ambiguous.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
-    left_out: dict[str, Group] = {}
+    left_out: dict[str, FileGroup] = {}
     if source == STDLIB:
         if form == "jsonl":
             raise DataError(
@@ -117,13 +117,13 @@ def open_corpus(
     digest = hashlib.sha256()
     sizes = []
     forms: list[Form] = []
-    formats: dict[str, Group] = {}
+    formats: dict[str, FileGroup] = {}
     for path in paths:
         forms.append(form_of(path, wanted=form, key=text_key))
         status = path.stat()
         sizes.append(status.st_size)
         name = path.relative_to(root).as_posix() if path != root else path.name
-        formats.setdefault(str(forms[-1]), Group(0, [])).add(name)
+        formats.setdefault(str(forms[-1]), FileGroup(0, [])).add(name)
         digest.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
     total = sum(sizes)
     target = max(_SHARD_BYTES, total // _MAX_SHARDS)
@@ -137,14 +137,18 @@ def open_corpus(
 
 
 def _walk(
-    root: Path, glob: str, exclude: tuple[Path, ...], names: set[str], left_out: dict[str, Group]
+    root: Path,
+    glob: str,
+    exclude: tuple[Path, ...],
+    names: set[str],
+    left_out: dict[str, FileGroup],
 ) -> list[Path]:
     """The files below ``root`` in order; records skipped ones in ``left_out``."""
     found = []
     own = {path.resolve() for path in exclude}
 
     def leave_out(path: Path, why: str) -> None:
-        left_out.setdefault(why, Group(0, [])).add(path.relative_to(root).as_posix())
+        left_out.setdefault(why, FileGroup(0, [])).add(path.relative_to(root).as_posix())
 
     for folder, folders, files in os.walk(root):
         here = Path(folder)
@@ -169,17 +173,17 @@ def _walk(
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _cut(path: Path, *, size: int, form: Form, split: str, target: int) -> Iterator[Piece]:
+def _cut(path: Path, *, size: int, form: Form, split: str, target: int) -> Iterator[TextPiece]:
     kind = split if form.kind == "text" else form.kind
     if kind in ("file", "json") or form.codec:
-        yield Piece(path, 0, size, kind, form.codec)
+        yield TextPiece(path, 0, size, kind, form.codec)
         return
     begin = 0
     with open(path, "rb") as stream:
         while begin < size:
             stream.seek(begin + target)
             end = min(size, _next_border(stream, kind))
-            yield Piece(path, begin, end, kind)
+            yield TextPiece(path, begin, end, kind)
             begin = end
 
 
@@ -194,8 +198,8 @@ def _next_border(stream: BinaryIO, kind: str) -> int:
     return stream.tell() if line else os.fstat(stream.fileno()).st_size
 
 
-def _pack(pieces: tuple[Piece, ...], target: int) -> Iterator[tuple[Piece, ...]]:
-    shard: list[Piece] = []
+def _pack(pieces: tuple[TextPiece, ...], target: int) -> Iterator[tuple[TextPiece, ...]]:
+    shard: list[TextPiece] = []
     size = 0
     for piece in pieces:
         shard.append(piece)

@@ -20,7 +20,7 @@ _COUNTED = 100_000
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """Bytes ``[begin, end)`` of a file, and how documents are stored in it.
 
     ``kind`` is ``file`` (one document), ``paragraph`` (documents are separated by blank lines),
@@ -47,7 +47,7 @@ class _FaultError(Exception):
         self.found, self.expected = found, expected
 
 
-def read_documents(piece: Piece, *, text_key: str) -> Iterator[str | None]:
+def read_documents(piece: TextPiece, *, text_key: str) -> Iterator[str | None]:
     """The documents of ``piece``; None for a whole file that cannot be read as UTF-8 text.
 
     Raises:
@@ -75,7 +75,7 @@ def read_documents(piece: Piece, *, text_key: str) -> Iterator[str | None]:
             yield from _paragraphs(piece, stream)
 
 
-def _paragraphs(piece: Piece, stream: BinaryIO) -> Iterator[str]:
+def _paragraphs(piece: TextPiece, stream: BinaryIO) -> Iterator[str]:
     paragraph: list[str] = []
     for line in _lines(piece, stream, bom=True):
         if line.strip():
@@ -90,7 +90,7 @@ def _paragraphs(piece: Piece, stream: BinaryIO) -> Iterator[str]:
         yield "".join(paragraph)
 
 
-def _lines(piece: Piece, stream: BinaryIO, *, bom: bool = False) -> Iterator[bytes]:
+def _lines(piece: TextPiece, stream: BinaryIO, *, bom: bool = False) -> Iterator[bytes]:
     """The lines of a piece; for JSON without a byte-order mark."""
     whole = bool(piece.codec)
     offset = 0 if whole else piece.begin
@@ -136,7 +136,7 @@ def _record_text(record: Any, key: str) -> str:
     return text
 
 
-def _records(piece: Piece, stream: BinaryIO, key: str) -> Iterator[str]:
+def _records(piece: TextPiece, stream: BinaryIO, key: str) -> Iterator[str]:
     """Texts of a series or an array of JSON objects; memory is bounded by the largest object."""
     decoder = json.JSONDecoder()
     reader = codecs.getreader("utf-8-sig")(stream)
@@ -192,12 +192,12 @@ def _cut_off(error: Exception, buffer: str) -> bool:
     return error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated string")
 
 
-def _bad_lines(piece: Piece, key: str | None) -> DataError:
+def _bad_lines(piece: TextPiece, key: str | None) -> DataError:
     """The error for the first wrong line of a piece's file, with their number."""
     first, found, expected = 0, "", ""
     wrong = number = 0
     size = piece.path.stat().st_size
-    whole = Piece(piece.path, 0, size, piece.kind, piece.codec)
+    whole = TextPiece(piece.path, 0, size, piece.kind, piece.codec)
     with opened(piece.path, piece.codec) as stream:
         for number, line in enumerate(_lines(whole, stream, bom=key is None), start=1):
             try:

@@ -49,7 +49,7 @@ _AGAIN = "run the same command again: finished shards are kept"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Preparation:
     """The result of :func:`prepare`; ``fresh`` is False if the output existed already."""
 
     data: dataset.PreparedData
@@ -61,7 +61,7 @@ class Outcome:
         return _version(self.data.made) != VERSION
 
 
-def prepare(request: Request) -> Outcome:
+def prepare(request: Request) -> Preparation:
     """Create the dataset of ``request``, unless it exists already.
 
     Raises:
@@ -77,7 +77,7 @@ def prepare(request: Request) -> Outcome:
         ) from error
 
 
-def _prepare(request: Request) -> Outcome:
+def _prepare(request: Request) -> Preparation:
     output = request.output
     work = output.with_name(output.name + ".work")
     markers = None
@@ -93,7 +93,7 @@ def _prepare(request: Request) -> Outcome:
         "version": VERSION,
     }
     if not work.exists() and _is_prepared(request, made):
-        return Outcome(dataset.open_dataset(output), fresh=False)
+        return Preparation(dataset.open_dataset(output), fresh=False)
 
     with holding_output(output):
         _require_ours(work)
@@ -103,7 +103,7 @@ def _prepare(request: Request) -> Outcome:
             os.rename(old, output)
         if _is_prepared(request, made):
             shutil.rmtree(work)
-            return Outcome(dataset.open_dataset(output), fresh=False)
+            return Preparation(dataset.open_dataset(output), fresh=False)
         plan = work / f"plan-{_key(made)}"
         for other in work.iterdir():
             if other != plan:
@@ -127,7 +127,7 @@ def _prepare(request: Request) -> Outcome:
         os.rename(final, output)
         sync_directory(output.parent)
         shutil.rmtree(work)
-    return Outcome(dataset.open_dataset(output), fresh=True)
+    return Preparation(dataset.open_dataset(output), fresh=True)
 
 
 def _open_corpus(request: Request, work: Path) -> Corpus:
@@ -375,4 +375,4 @@ def _nothing(request: Request, unreadable: list[str]) -> DataError:
     )
 
 
-__all__ = ["Outcome", "Request", "prepare"]
+__all__ = ["Preparation", "Request", "prepare"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megagrow.background import be_a_worker
-from megagrow.data.documents import Piece, read_documents
+from megagrow.data.documents import TextPiece, read_documents
 from megagrow.data.indexed import IndexedDataset, IndexedWriter, Tokens
 from megagrow.data.markers import NONE, Markers
 from megagrow.data.split import SUM, SUM_BYTES, Sums
@@ -23,7 +23,7 @@ from megagrow.data.tokenizer import Tokenizer, load_tokenizer
 from megagrow.errors import DataError
 from megagrow.files import write_atomically
 
-Shard = tuple[Piece, ...]
+Shard = tuple[TextPiece, ...]
 _CHARACTERS = 1 << 20  # hashed at a time
 
 
@@ -32,7 +32,7 @@ class StoppedError(DataError):
 
 
 @dataclass(frozen=True)
-class Report:
+class ShardReport:
     """The report of a shard.
 
     Attributes:
@@ -65,17 +65,17 @@ class Encoder:
         """The path of shard ``number``."""
         return self.folder / f"shard-{number:06d}"
 
-    def finished(self, number: int) -> Report | None:
+    def finished(self, number: int) -> ShardReport | None:
         """The report of a shard that an earlier run finished, or None."""
         try:
-            report = Report(**json.loads(self._report_path(number).read_bytes()))
+            report = ShardReport(**json.loads(self._report_path(number).read_bytes()))
             intact = len(IndexedDataset(self.prefix(number))) == report.documents
             summed = len(self.sums(number)) == report.documents
             return report if intact and summed else None
         except (OSError, ValueError, TypeError, DataError):
             return None
 
-    def encode(self, number: int, shard: Shard) -> Report:
+    def encode(self, number: int, shard: Shard) -> ShardReport:
         """Write the documents of ``shard``, each with its markers."""
         documents, empty = 0, 0
         sums = bytearray()
@@ -91,7 +91,7 @@ class Encoder:
                         writer.add_document_parts(self._marked(text))
                         sums += _checksum(text)
                         documents += 1
-        report = Report(documents, empty, unreadable)
+        report = ShardReport(documents, empty, unreadable)
         write_atomically(self._sums_path(number), bytes(sums))
         write_atomically(self._report_path(number), json.dumps(asdict(report)).encode())
         return report
@@ -115,7 +115,7 @@ class Encoder:
 
 def encode_all(
     encoder: Encoder, shards: tuple[Shard, ...], *, workers: int, progress: Callable[[int], object]
-) -> list[Report]:
+) -> list[ShardReport]:
     """Encode all shards that no earlier run finished; returns the reports in order.
 
     Args:
@@ -184,5 +184,5 @@ def _start_worker(encoder: Encoder) -> None:
     be_a_worker()
 
 
-def _work(number: int, shard: Shard) -> Report:
+def _work(number: int, shard: Shard) -> ShardReport:
     return _encoder.encode(number, shard)

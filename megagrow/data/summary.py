@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megagrow.data.prepare import Outcome
+from megagrow.data.prepare import Preparation
 
 _NAMES = 4
 
 
-def summary(outcome: Outcome) -> Iterator[str]:
+def summary(outcome: Preparation) -> Iterator[str]:
     """The lines of the summary, for a new or an existing dataset."""
     data = outcome.data
     made, content = data.made, data.content

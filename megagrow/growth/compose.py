@@ -14,7 +14,7 @@ from functools import cached_property
 from megagrow.config import ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.new_blocks import is_whole
-from megagrow.growth.operator import KEEPS, Block, Operator
+from megagrow.growth.operator import KEEPS, GrowthBlock, Operator
 from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.transfer.state_map import AxisMap, Drawn, Fill, Level, Statistic, compose
 
@@ -37,7 +37,9 @@ class Composition(Operator):
             model = part.target(model, factor)
         return model
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """The blocks from the first catalog to the last."""
         return self._through(tensor, len(self.parts) - 1, (*self.catalogs, target))
 
@@ -111,7 +113,7 @@ class Composition(Operator):
 
     def _through(
         self, tensor: LogicalTensor, last: int, catalogs: Sequence[Catalog]
-    ) -> tuple[Block, ...]:
+    ) -> tuple[GrowthBlock, ...]:
         outer = self.parts[last].blocks(tensor, catalogs[last], catalogs[last + 1])
         if last == 0:
             return outer
@@ -182,7 +184,7 @@ def composed(parts: Sequence[Operator], catalogs: Sequence[Catalog]) -> Composit
     )
 
 
-def _joined(outer: Block, inner: Block, whole: Composition) -> Block | None:
+def _joined(outer: GrowthBlock, inner: GrowthBlock, whole: Composition) -> GrowthBlock | None:
     axes: list[AxisMap] = []
     for late, early in zip(outer.axes, inner.axes, strict=True):
         axis = compose(late, early)
@@ -197,7 +199,7 @@ def _joined(outer: Block, inner: Block, whole: Composition) -> Block | None:
             fix="name the operator that adds noise last, after depth operators only",
         )
     grad = None if outer.grad is None or inner.grad is None else outer.grad * inner.grad
-    return Block(
+    return GrowthBlock(
         source=inner.source,
         axes=tuple(axes),
         param=outer.param * inner.param,
@@ -208,5 +210,5 @@ def _joined(outer: Block, inner: Block, whole: Composition) -> Block | None:
     )
 
 
-def _rate(block: Block) -> float:
+def _rate(block: GrowthBlock) -> float:
     return block.param if block.rate is None else block.rate

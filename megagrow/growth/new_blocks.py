@@ -10,24 +10,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megagrow.growth.operator import Block
+from megagrow.growth.operator import GrowthBlock
 from megagrow.growth.optimizer_rules import Progression, YoungBlocks
 from megagrow.state.catalog import LogicalTensor
 from megagrow.transfer.state_map import AxisMap
 
 
-def is_whole(tensor: LogicalTensor, blocks: Sequence[Block]) -> bool:
+def is_whole(tensor: LogicalTensor, blocks: Sequence[GrowthBlock]) -> bool:
     """Whether a tensor is an element-wise copy of another."""
     whole = tuple((0, 1, n) for n in tensor.shape)
     return len(blocks) == 1 and _progressions(blocks[0]) == whole
 
 
-def covers(tensor: LogicalTensor, blocks: Sequence[Block]) -> bool:
+def covers(tensor: LogicalTensor, blocks: Sequence[GrowthBlock]) -> bool:
     """Whether the blocks cover the whole tensor."""
     return sum(b.volume for b in blocks) == tensor.volume
 
 
-def kept_by(blocks: Sequence[Block]) -> tuple[Progression, ...] | None:
+def kept_by(blocks: Sequence[GrowthBlock]) -> tuple[Progression, ...] | None:
     """The union of the blocks' elements, as one progression per axis; None if it is empty.
 
     Raises:
@@ -36,7 +36,7 @@ def kept_by(blocks: Sequence[Block]) -> tuple[Progression, ...] | None:
     return _product([_progressions(b) for b in blocks]) if blocks else None
 
 
-def carried(young: YoungBlocks, blocks: Sequence[Block]) -> YoungBlocks:
+def carried(young: YoungBlocks, blocks: Sequence[GrowthBlock]) -> YoungBlocks:
     """Where blocks copy the new blocks of an earlier growth to.
 
     Raises:
@@ -53,7 +53,7 @@ def carried(young: YoungBlocks, blocks: Sequence[Block]) -> YoungBlocks:
     )
 
 
-def _progressions(block: Block) -> tuple[Progression, ...]:
+def _progressions(block: GrowthBlock) -> tuple[Progression, ...]:
     return tuple((axis.target_start, axis.target_step, axis.length) for axis in block.axes)
 
 

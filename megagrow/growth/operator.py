@@ -20,7 +20,7 @@ from megagrow.transfer.state_map import AxisMap, Copy, Fill, Noise
 
 
 @dataclass(frozen=True)
-class Block:
+class GrowthBlock:
     """One block of a grown tensor.
 
     Attributes:
@@ -107,7 +107,9 @@ class Operator:
         """
         return resized(model, sizes)
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """The blocks of one tensor of the grown model; they do not overlap.
 
         Raises:

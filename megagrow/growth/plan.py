@@ -11,7 +11,7 @@ from megagrow.config import GrowConfig, ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.compose import Composition, composed
 from megagrow.growth.new_blocks import carried, covers, is_whole, kept_by
-from megagrow.growth.operator import Block, Operator
+from megagrow.growth.operator import GrowthBlock, Operator
 from megagrow.growth.operators.ramp import Ramp, make_ramp
 from megagrow.growth.optimizer_rules import Factors, OptimizerRules, YoungBlocks, beyond_shape
 from megagrow.growth.policy import StatePolicy
@@ -48,12 +48,12 @@ class Growth:
     ramp: Ramp | None = None
     fit_steps: int = 0
 
-    def blocks(self, tensor: LogicalTensor) -> tuple[Block, ...]:
+    def blocks(self, tensor: LogicalTensor) -> tuple[GrowthBlock, ...]:
         """The operator's blocks of one target tensor."""
         return self._blocks[tensor.name]
 
     @cached_property
-    def _blocks(self) -> dict[str, tuple[Block, ...]]:
+    def _blocks(self) -> dict[str, tuple[GrowthBlock, ...]]:
         return {t.name: self.operator.blocks(t, self.small, self.target) for t in self.target}
 
     def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:

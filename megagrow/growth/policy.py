@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megagrow.errors import GrowthError
-from megagrow.growth.operator import Block
+from megagrow.growth.operator import GrowthBlock
 from megagrow.state.catalog import SlotKind
 
 Moments = Literal["gradient", "copied gradient", "kept", "copy", "zero"]
@@ -69,7 +69,7 @@ class StatePolicy:
             )
         return "; and ".join(reasons) or None
 
-    def coefficient(self, block: Block, kind: SlotKind) -> float:
+    def coefficient(self, block: GrowthBlock, kind: SlotKind) -> float:
         """The factor of a slot's old values in a block; 0 drops them.
 
         Raises:

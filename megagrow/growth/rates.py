@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 
 from megagrow.errors import GrowthError
-from megagrow.growth.operator import Block
+from megagrow.growth.operator import GrowthBlock
 from megagrow.growth.optimizer_rules import Factors
 from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.state.matrices import Matrix, matrices
 
 
-def exact_factors(tensor: LogicalTensor, small: Catalog, blocks: Sequence[Block]) -> Factors:
+def exact_factors(tensor: LogicalTensor, small: Catalog, blocks: Sequence[GrowthBlock]) -> Factors:
     """The factors of a tensor of the grown model.
 
     AdamW moves a parameter by lr * m / (sqrt(v) + eps) + lr * wd * p.  With m -> g m and v -> g^2 v
@@ -41,7 +41,7 @@ def exact_factors(tensor: LogicalTensor, small: Catalog, blocks: Sequence[Block]
 
 
 def _orthogonal_factor(
-    tensor: LogicalTensor, old: LogicalTensor, blocks: Sequence[Block], rate: float
+    tensor: LogicalTensor, old: LogicalTensor, blocks: Sequence[GrowthBlock], rate: float
 ) -> float | None:
     """Muon moves a matrix M by lr * scale * NS(M / |M|), NS an odd polynomial.
 
@@ -65,7 +65,7 @@ def _orthogonal_factor(
     return factors[0] if max(factors) - min(factors) <= 1e-12 * max(factors) else None
 
 
-def _copies(new: Matrix, old: Matrix, blocks: Sequence[Block]) -> int | None:
+def _copies(new: Matrix, old: Matrix, blocks: Sequence[GrowthBlock]) -> int | None:
     """How often each row and column of a matrix is copied; None if not all equally often."""
     meeting = []  # for each block, its extent on each axis of the matrix
     for block in blocks:

@@ -42,7 +42,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Report:
+class OpsReport:
     """All kernels, and the library's symbols that neither PyTorch nor the system defines."""
 
     kernels: list[Kernel]
@@ -66,7 +66,7 @@ class Report:
         return "\n".join(lines)
 
 
-def check(architectures: Sequence[str] = build.ARCHITECTURES) -> Report:
+def check(architectures: Sequence[str] = build.ARCHITECTURES) -> OpsReport:
     """Compile and link for all targets, about a minute; cached by the sources' hash.
 
     Raises:
@@ -80,7 +80,7 @@ def check(architectures: Sequence[str] = build.ARCHITECTURES) -> Report:
     kept = build.cache() / f"check_{key}.json"
     if kept.exists():
         data = json.loads(kept.read_text(encoding="utf-8"))
-        return Report([Kernel(**k) for k in data["kernels"]], data["undefined"])
+        return OpsReport([Kernel(**k) for k in data["kernels"]], data["undefined"])
     report = _compile(compiler, architectures)
     if key != build.source_hash(*architectures, version, torch.__version__):
         raise build.BuildError("the sources were changed while they were compiled")
@@ -90,7 +90,7 @@ def check(architectures: Sequence[str] = build.ARCHITECTURES) -> Report:
     return report
 
 
-def _compile(compiler: str, architectures: Sequence[str]) -> Report:
+def _compile(compiler: str, architectures: Sequence[str]) -> OpsReport:
     targets = [build.gencode(name) for name in architectures]
     with tempfile.TemporaryDirectory() as place:
         objects: list[Path] = []
@@ -107,7 +107,7 @@ def _compile(compiler: str, architectures: Sequence[str]) -> Report:
         library = Path(place) / "library.so"
         build.run_compilers([[compiler, "-shared", *targets, *objects, "-o", library]])
         undefined = _undefined(library)
-    return Report(_kernels(output), undefined)
+    return OpsReport(_kernels(output), undefined)
 
 
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")

@@ -21,7 +21,7 @@ from megagrow.forecast.memory import DEVICE_PARTS, local_sizes, rank_memory, slo
 from megagrow.growth.settings import told
 from megagrow.report.units import human
 from megagrow.state.precision import PRECISIONS
-from megagrow.train.rates import in_words, shape_in_words, start_in_words
+from megagrow.train.rates import rates_in_words, shape_in_words, start_in_words
 from megagrow.train.ready import data_if_there, data_lines, ready, start_lines
 from megagrow.train.run_plan import RunPlan, plan_run
 from megagrow.transfer.state_map import Identity, StateMap
@@ -98,7 +98,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
             f"  batch       {steps.batch.global_} samples of {steps.sequence} tokens, "
             f"micro-batch {steps.batch.micro}"
         )
-    lines += [f"  rates       {line}" for line in in_words(config, index)]
+    lines += [f"  rates       {line}" for line in rates_in_words(config, index)]
     rule = config.stages[index].until.rule
     if rule is not None:
         known = [end for end in plan.planned if end.index == index]

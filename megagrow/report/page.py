@@ -15,7 +15,7 @@ from megagrow.files import write_atomically
 from megagrow.report.curves import growth_markers, loss_charts, side_charts
 from megagrow.report.diagnostics import diagnostics_section
 from megagrow.report.log import iter_metrics
-from megagrow.report.run import Growth, Run, Stage, summarize
+from megagrow.report.run import GrowthSummary, Run, StageSummary, summarize
 from megagrow.report.style import STYLE
 from megagrow.report.units import binary_bytes, duration, human, number_text, signed, whole
 
@@ -216,7 +216,7 @@ def _stage_table(run: Run) -> str:
     return "<h2>Growth stages</h2>" + sheet("stages", heads, rows, total, left=(1,))
 
 
-def _stage_row(stage: Stage) -> list[str]:
+def _stage_row(stage: StageSummary) -> list[str]:
     shape = escape(_shape(stage.model, _SHAPE))
     for more in (_shape(stage.model, _MORE_SHAPE), _layout(stage.layout)):
         shape += f"<small>{escape(more)}</small>" if more else ""
@@ -256,14 +256,14 @@ def _growth_table(run: Run) -> str:
     return "<h2>Growths</h2>" + sheet("growths", heads, rows, None, left=(1,))
 
 
-def _mixing(run: Run, growth: Growth) -> str:
+def _mixing(run: Run, growth: GrowthSummary) -> str:
     """The mixing time in tokens."""
     if growth.stage in run.mixing:
         return _value(run.mixing[growth.stage], lambda tokens: human(tokens, "tokens"))
     return "not in this run" if growth.foretold else _NONE
 
 
-def _growth_row(number: int, growth: Growth) -> list[str]:
+def _growth_row(number: int, growth: GrowthSummary) -> list[str]:
     policy = f"<small>state: {escape(growth.state_policy)}</small>" if growth.state_policy else ""
     return [
         str(number),

@@ -29,7 +29,7 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class Growth:
+class GrowthSummary:
     """One growth; `stage` is the stage that it leads to."""
 
     step: int
@@ -63,7 +63,7 @@ class Diagnosis:
 
 
 @dataclass
-class Stage:
+class StageSummary:
     """One growth stage: its model, its data, and its losses."""
 
     index: int
@@ -99,8 +99,8 @@ class Run:
 
     steps: tuple[StepFacts, ...]
     validations: tuple[Validation, ...]
-    growths: tuple[Growth, ...]
-    stages: tuple[Stage, ...]
+    growths: tuple[GrowthSummary, ...]
+    stages: tuple[StageSummary, ...]
     start: Line
     end: Line
     resumes: int
@@ -166,8 +166,8 @@ def summarize(lines: Iterable[Line], *, most: int | None = None) -> Run:
     diagnoses, mixing = EveryNth[Diagnosis](most), dict[int, float]()
     last_validation: Validation | None = None
     total: int | None = None
-    growths: list[Growth] = []
-    stages: dict[int, Stage] = {}
+    growths: list[GrowthSummary] = []
+    stages: dict[int, StageSummary] = {}
     start: Line = {}
     end: Line = {}
     resumes = 0
@@ -176,7 +176,7 @@ def summarize(lines: Iterable[Line], *, most: int | None = None) -> Run:
     for line in lines:
         event = line["event"]
         now = _index(line.get("growth_stage"), now)
-        stage = stages.setdefault(now, Stage(now))
+        stage = stages.setdefault(now, StageSummary(now))
         if event == "end":
             end = line
         elif event in ("step", "resume"):
@@ -276,8 +276,8 @@ def number(line: Line, key: str) -> float:
     return math.nan
 
 
-def _growth(line: Line, stage: int) -> Growth:
-    return Growth(
+def _growth(line: Line, stage: int) -> GrowthSummary:
+    return GrowthSummary(
         step=_index(line.get("step"), 0),
         tokens=number(line, "tokens"),
         flops=number(line, "flops"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megagrow.checkpoint.interface.format import Source
+from megagrow.checkpoint.interface.format import CheckpointSource
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import VALIDATION
 from megagrow.errors import CheckpointError
@@ -17,12 +17,12 @@ def _of(data: PreparedData) -> dict[str, str]:
     return {"data": data.fingerprint, "tokenizer": data.content.tokenizer_sha256}
 
 
-def is_of_run(checkpoint: Source) -> bool:
+def is_of_run(checkpoint: CheckpointSource) -> bool:
     """Whether a checkpoint belongs to a run, and not just to a model."""
     return "stages" in checkpoint.config
 
 
-def require_run(checkpoint: Source) -> None:
+def require_run(checkpoint: CheckpointSource) -> None:
     """Require that a checkpoint is a run's.
 
     Raises:
@@ -38,7 +38,7 @@ def require_run(checkpoint: Source) -> None:
         )
 
 
-def require_same_data(checkpoint: Source, data: PreparedData) -> None:
+def require_same_data(checkpoint: CheckpointSource, data: PreparedData) -> None:
     """Require that a dataset is the one that a checkpoint was trained on.
 
     Raises:

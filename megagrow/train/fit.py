@@ -28,7 +28,7 @@ LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
-class Fit:
+class GrowthFit:
     """The result of a fit.
 
     Attributes:
@@ -52,7 +52,7 @@ def fit(
     *,
     steps: int,
     lr: float = LEARNING_RATE,
-) -> Fit:
+) -> GrowthFit:
     """Fit maps with Adam, at a learning rate that decays to 0.
 
     Args:
@@ -91,7 +91,7 @@ def fit(
     with torch.no_grad():
         result = {name: values.contiguous() for name, values in maps(parameters).items()}
     flops = tokens * _flops_per_token(model, sequence) + len(losses) * _map_flops(maps, parameters)
-    return Fit(result, tuple(losses), flops, taken)
+    return GrowthFit(result, tuple(losses), flops, taken)
 
 
 def fit_flops(growth: Growth, *, model: ModelConfig, samples: int, sequence: int) -> int:
@@ -129,7 +129,7 @@ def fit_growth(
     samples: SampleIndex,
     first: int,
     batch: BatchConfig,
-) -> tuple[MemoryState, Fit]:
+) -> tuple[MemoryState, GrowthFit]:
     """Fit a growth's maps on the next samples, which are thereby consumed.
 
     Args:

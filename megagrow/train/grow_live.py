@@ -18,7 +18,7 @@ from megagrow.growth.plan import Growth
 from megagrow.state.catalog import MASTER, Slot
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
-from megagrow.train.fit import Fit, fit_growth
+from megagrow.train.fit import GrowthFit, fit_growth
 from megagrow.train.run_plan import Stage
 from megagrow.train.state import RunState
 from megagrow.transfer.ends import Source, Target
@@ -184,7 +184,7 @@ def _fitted(
     state: RunState,
     comm: Comm,
     samples: SampleIndex,
-) -> tuple[MemoryState, Placement, Fit]:
+) -> tuple[MemoryState, Placement, GrowthFit]:
     """The fitted parameters of the large model, and the fit's cost on one process."""
     small = MemoryState.empty(growth.small, (MASTER,))
     everywhere = _Whole(small, Placement(growth.small, Layout(data=comm.world)))

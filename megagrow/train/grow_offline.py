@@ -18,7 +18,7 @@ import torch
 from megagrow.checkpoint import NativeCheckpoint
 from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.convert.run import BUFFER_BYTES, Job, convert
-from megagrow.checkpoint.interface.format import Source
+from megagrow.checkpoint.interface.format import CheckpointSource
 from megagrow.checkpoint.interface.grown import GrownCheckpoint
 from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.checkpoint.native.steps import find, step_of, step_path
@@ -36,7 +36,7 @@ from megagrow.state.catalog import MASTER, slots_of
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
 from megagrow.train.fingerprints import is_of_run, require_run, require_same_data
-from megagrow.train.fit import Fit, fit_growth
+from megagrow.train.fit import GrowthFit, fit_growth
 from megagrow.train.state import RunState
 from megagrow.transfer.ends import Source as Ends
 from megagrow.transfer.moves import Locator
@@ -59,14 +59,14 @@ class OfflineGrowth:
         config: the run's configuration, including the growth.
     """
 
-    checkpoint: Source
+    checkpoint: CheckpointSource
     growth: Growth
     small: ModelConfig
     model: ModelConfig
     state: RunState
     config: Config
 
-    def __call__(self, source: Source) -> Source:
+    def __call__(self, source: CheckpointSource) -> CheckpointSource:
         """The grown checkpoint, as a source."""
         state_map: StateMap = self.growth
         old: Ends = source
@@ -118,7 +118,7 @@ class OfflineGrowth:
         return _dtype(self.growth, self.checkpoint, tensor, slot)
 
 
-def _dtype(growth: Growth, source: Source, tensor: str, slot: str) -> torch.dtype:
+def _dtype(growth: Growth, source: CheckpointSource, tensor: str, slot: str) -> torch.dtype:
     return source.dtype(growth.blocks(growth.target[tensor])[0].source, slot)
 
 
@@ -135,7 +135,7 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
     return plan_of_run(NativeCheckpoint.open(_native(source)), grow)
 
 
-def plan_of_run(checkpoint: Source, grow: GrowConfig) -> OfflineGrowth:
+def plan_of_run(checkpoint: CheckpointSource, grow: GrowConfig) -> OfflineGrowth:
     """Plan a growth of an open checkpoint of a run, of any format; see `plan_offline`."""
     require_run(checkpoint)
     try:
@@ -192,7 +192,7 @@ class Grow:
         given = self.grow.model_dump(mode="json", exclude_defaults=True)
         return " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
 
-    def __call__(self, source: Source) -> Source:
+    def __call__(self, source: CheckpointSource) -> CheckpointSource:
         """The grown checkpoint, as a source.
 
         Raises:
@@ -297,7 +297,7 @@ def write_offline(
     return target
 
 
-def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, Fit, int]:
+def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, GrowthFit, int]:
     """The fitted parameters, the fit's cost, and the tokens per sample, as in a live run."""
     data = open_data(plan.config.data)
     require_same_data(plan.checkpoint, data)

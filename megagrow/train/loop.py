@@ -22,13 +22,13 @@ from megagrow.train.health.agree import on_first
 from megagrow.train.health.data_check import told_by_its_rank
 from megagrow.train.health.recovery import RollBack, no_way_back, remember
 from megagrow.train.health.signals import agreed
-from megagrow.train.run import Run
+from megagrow.train.run import TrainingRun
 from megagrow.train.run_plan import Stage
 from megagrow.train.stage_rules import carry, decide
 from megagrow.train.state import step_seed
 
 
-class Trainer(Run):
+class Trainer(TrainingRun):
     """Trains a run to its end."""
 
     # --- the run --------------------------------------------------------------------------

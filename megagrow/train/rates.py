@@ -98,7 +98,7 @@ def _correction(betas: tuple[float, float], age: int) -> float:
     return math.sqrt(1.0 - betas[1] ** age) / (1.0 - betas[0] ** age)
 
 
-def in_words(config: Config, index: int) -> list[str]:
+def rates_in_words(config: Config, index: int) -> list[str]:
     """A stage's own settings, one line each for optimizer and schedule."""
     stage, lines = config.stages[index], []
     if stage.optimizer is not None:

@@ -35,7 +35,7 @@ from megagrow.train.saving import Saver
 from megagrow.train.state import RunState
 
 
-class Run:
+class TrainingRun:
     """Everything that makes up a run on the processes of one job, ready to train.
 
     Args:

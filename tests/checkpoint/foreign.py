@@ -3,7 +3,7 @@
 import torch
 
 from megagrow.checkpoint.interface.file_writer import LEAST_BUFFER_BYTES, write_piece
-from megagrow.checkpoint.interface.format import Request, cut
+from megagrow.checkpoint.interface.format import SinkRequest, cut
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.io.checksum import CHUNK_BYTES
 from megagrow.models.catalog import build_catalog
@@ -41,7 +41,7 @@ def request_for(source, layout, **options):
     dtypes = {
         (t.name, s.name): source.dtype(t.name, s.name) for t in meta.catalog for s in meta.slots
     }
-    return Request(meta=meta, step=source.step, dtypes=dtypes, **options)
+    return SinkRequest(meta=meta, step=source.step, dtypes=dtypes, **options)
 
 
 def write_file(path, plan, source, *, limit=1 << 40, chunk_bytes=CHUNK_BYTES):

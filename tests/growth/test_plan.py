@@ -10,7 +10,7 @@ from toys import FAMILIES, build, grow, growths, larger, random_state, token_bat
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.operator import Block
+from megagrow.growth.operator import GrowthBlock
 from megagrow.growth.operators.width import Width
 from megagrow.growth.optimizer_rules import Factors, OptimizerRules, YoungBlocks, group_keys
 from megagrow.growth.plan import grown_model, make_growth, plan_growth
@@ -83,7 +83,7 @@ def test_a_policy_must_fit_its_operator():
 
 
 def test_a_policy_that_follows_the_gradient_needs_one():
-    block = Block("w", (AxisMap(0, 1, 0, 1, 4),))
+    block = GrowthBlock("w", (AxisMap(0, 1, 0, 1, 4),))
     with pytest.raises(GrowthError, match="states no gradient"):
         find_policy("exact").coefficient(block, "first_moment")
 
@@ -99,7 +99,7 @@ def test_width_refuses_a_target_that_is_no_multiple():
 
 
 def test_a_block_outside_its_target_is_found(monkeypatch):
-    outside = Block("embedding.token", (AxisMap(0, 1, 0, 1, 13), AxisMap(9, 1, 0, 1, 8)))
+    outside = GrowthBlock("embedding.token", (AxisMap(0, 1, 0, 1, 13), AxisMap(9, 1, 0, 1, 8)))
     monkeypatch.setattr(Width, "blocks", lambda *_: (outside,))
     with pytest.raises(GrowthError, match="reaches outside"):
         _growth(toy_model(), "width")

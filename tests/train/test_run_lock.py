@@ -10,7 +10,7 @@ from jobs import events, files_below, launch, settings, write_config
 
 from megagrow.checkpoint import list_steps
 from megagrow.errors import CheckpointError
-from megagrow.lock import NAME, Holder, _started, acquire
+from megagrow.lock import NAME, LockHolder, _started, acquire
 from megagrow.report.log import read_metrics
 from megagrow.train.checkpoints import is_saved
 from megagrow.train.state import RunState
@@ -27,7 +27,7 @@ def test_a_second_job_is_refused_on_all_ranks_before_it_writes_anything(tmp_path
         assert [o.status for o in outcomes] == [1, 1]
         error = outcomes[0].err
         assert f"run.dir = {run}: another job is writing there" in error
-        assert f"process {Holder.me().pid} on" in error and f"rm {run / NAME}" in error
+        assert f"process {LockHolder.me().pid} on" in error and f"rm {run / NAME}" in error
         assert outcomes[1].err == ""
     assert "waiting up to 0.5 s" in patient[0].err and "waiting" not in hasty[0].err
     assert files_below(tmp_path) == before and not (run / "logs").exists()

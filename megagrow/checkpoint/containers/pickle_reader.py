@@ -119,7 +119,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class PickledRange:
     """The range of a file that holds a storage's values."""
 
     start: int
@@ -131,7 +131,7 @@ def read_pickle(
     data: bytes,
     *,
     where: Path,
-    storages: Mapping[str, Stretch] | None = None,
+    storages: Mapping[str, PickledRange] | None = None,
     names: Collection[str] | None = None,
     permuted: bool = False,
     instructions: int = MOST_INSTRUCTIONS,
@@ -219,7 +219,7 @@ class _Machine(_PYTHONS):
     def __init__(
         self,
         path: Path,
-        records: Mapping[str, Stretch],
+        records: Mapping[str, PickledRange],
         data: bytes,
         names: Collection[str] | None,
         permuted: bool,

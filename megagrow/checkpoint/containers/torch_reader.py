@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.containers.pickle_reader import Stretch, read_pickle
+from megagrow.checkpoint.containers.pickle_reader import PickledRange, read_pickle
 from megagrow.checkpoint.io.checksum import crc32
 from megagrow.checkpoint.io.files import READING, RESTORE, naming, open_regular, read_exactly
 from megagrow.errors import CheckpointError
@@ -70,7 +70,7 @@ def read_torch_file(
     return TorchFile(path, size, value, stored)
 
 
-def _list_records(path: Path, window: _Window) -> dict[str, Stretch]:
+def _list_records(path: Path, window: _Window) -> dict[str, PickledRange]:
     """The records of the archive, by name relative to its root."""
     try:
         with zipfile.ZipFile(window) as archive:
@@ -85,7 +85,7 @@ def _list_records(path: Path, window: _Window) -> dict[str, Stretch]:
     if not 0 < len(entries) <= _RECORD_LIMIT:
         raise _fault(path, "number of records", len(entries), f"1 to {_RECORD_LIMIT}")
     root = entries[0].filename.partition("/")[0]
-    records: dict[str, Stretch] = {}
+    records: dict[str, PickledRange] = {}
     for entry in entries:
         top, _, name = entry.filename.partition("/")
         if top != root or not name or name in records:
@@ -97,18 +97,18 @@ def _list_records(path: Path, window: _Window) -> dict[str, Stretch]:
     return records
 
 
-def _locate(path: Path, window: _Window, entry: zipfile.ZipInfo) -> Stretch:
+def _locate(path: Path, window: _Window, entry: zipfile.ZipInfo) -> PickledRange:
     head = window.at(entry.header_offset, 30)
     if len(head) == 30:
         signature, name, extra = struct.unpack("<4s22xHH", head)
         first = entry.header_offset + 30 + name + extra
         whole = entry.compress_size == entry.file_size and first + entry.file_size <= window.length
         if signature == b"PK\3\4" and whole:
-            return Stretch(window.start + first, entry.file_size, entry.CRC)
+            return PickledRange(window.start + first, entry.file_size, entry.CRC)
     raise _fault(path, f"record {entry.filename[:200]} is damaged or cut short")
 
 
-def _small(path: Path, descriptor: int, records: Mapping[str, Stretch], name: str) -> bytes:
+def _small(path: Path, descriptor: int, records: Mapping[str, PickledRange], name: str) -> bytes:
     entry = records.get(name)
     if entry is None or entry.size > _PICKLE_LIMIT:
         found = "no such record" if entry is None else f"{entry.size} bytes"

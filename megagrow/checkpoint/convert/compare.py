@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from megagrow.checkpoint.interface.file_writer import as_bytes, blocks
-from megagrow.checkpoint.interface.format import Source
+from megagrow.checkpoint.interface.format import CheckpointSource
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import whole
 
 
 def compare(
-    old: Source, new: Source, tensor: str, slot: str, *, buffer_bytes: int
+    old: CheckpointSource, new: CheckpointSource, tensor: str, slot: str, *, buffer_bytes: int
 ) -> tuple[int, float]:
     """Compare a slot of a tensor; a slot that `old` lacks must be zeros in `new`.
 

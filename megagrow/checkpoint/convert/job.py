@@ -19,12 +19,12 @@ from megagrow.checkpoint.interface.accounting import made_zeros
 from megagrow.checkpoint.interface.file_writer import LEAST_BUFFER_BYTES
 from megagrow.checkpoint.interface.format import (
     NOTHING_TOLD,
+    CheckpointSource,
     FilePiece,
     LeftOut,
     ReadOptions,
-    Request,
     Sink,
-    Source,
+    SinkRequest,
     cut,
 )
 from megagrow.checkpoint.interface.meta import CheckpointMeta
@@ -77,7 +77,7 @@ class Job:
     told: ReadOptions = NOTHING_TOLD
     config: Mapping[str, Any] | None = None
     fingerprints: Mapping[str, str] | None = None
-    transform: Callable[[Source], Source] | None = None
+    transform: Callable[[CheckpointSource], CheckpointSource] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """What a conversion did.
 
     Attributes:
@@ -141,7 +141,7 @@ class Opened:
     """
 
     job: Job
-    source: Source
+    source: CheckpointSource
     sink: Sink
     meta: CheckpointMeta
     pieces: tuple[FilePiece, ...]
@@ -186,7 +186,7 @@ def open_job(job: Job) -> Opened:
             ) from None
     job = dataclasses.replace(job, source=path.resolve(), source_format=source_format.name)
     digest = _digest(job, source)
-    request = Request(
+    request = SinkRequest(
         meta=meta,
         step=source.step,
         dtypes={
@@ -205,7 +205,7 @@ def open_job(job: Job) -> Opened:
     return Opened(job, source, sink, meta, pieces, digest)
 
 
-def _run_state(source: Source, job: Job) -> dict[str, Any]:
+def _run_state(source: CheckpointSource, job: Job) -> dict[str, Any]:
     """The source's run state, completed by the job's: foreign sources have only a part of it."""
     if not source.run_state:
         return dict(job.run_state)
@@ -231,7 +231,7 @@ def _require_axes(job: Job) -> None:
         )
 
 
-def _require_whole_slots(source: Source, sink: Sink, job: Job) -> None:
+def _require_whole_slots(source: CheckpointSource, sink: Sink, job: Job) -> None:
     """Refuse a slot that only some tensors have for a format that wants it of all.
 
     So Muon state is not exported as Adam's: zero second moments would make a run diverge.
@@ -245,7 +245,7 @@ def _require_whole_slots(source: Source, sink: Sink, job: Job) -> None:
         )
 
 
-def _digest(job: Job, source: Source) -> str:
+def _digest(job: Job, source: CheckpointSource) -> str:
     files = []
     for name, size in source.files.items():
         with naming(source.path / name, "cannot be examined", READING):

@@ -28,16 +28,16 @@ from megagrow.background import Pool
 from megagrow.checkpoint.convert.compare import compare
 from megagrow.checkpoint.convert.job import (
     BUFFER_BYTES,
+    ConversionReport,
     Job,
     Opened,
-    Report,
     Survey,
     open_job,
     survey_of,
 )
 from megagrow.checkpoint.convert.registry import get_format
 from megagrow.checkpoint.interface.file_writer import write_piece
-from megagrow.checkpoint.interface.format import FilePiece, Source
+from megagrow.checkpoint.interface.format import CheckpointSource, FilePiece
 from megagrow.checkpoint.interface.sidecar_checksums import write_seal
 from megagrow.checkpoint.io.checksum import CHUNK_BYTES, checksum
 from megagrow.checkpoint.io.files import (
@@ -52,7 +52,7 @@ from megagrow.files import sync_directory
 from megagrow.lock import holding_output
 from megagrow.state.catalog import slots_of
 
-__all__ = ["BUFFER_BYTES", "Job", "Report", "Survey", "convert", "survey"]
+__all__ = ["BUFFER_BYTES", "ConversionReport", "Job", "Survey", "convert", "survey"]
 
 
 def survey(job: Job, *, workers: int | None = None, buffer_bytes: int = BUFFER_BYTES) -> Survey:
@@ -71,7 +71,7 @@ def convert(
     buffer_bytes: int = BUFFER_BYTES,
     verify: bool = False,
     moved: Callable[[int], None] = lambda count: None,
-) -> Report:
+) -> ConversionReport:
     """Convert; the target appears complete or not at all.
 
     Args:
@@ -127,7 +127,7 @@ def convert(
             described = _described(opened, site.result)
         _commit(out, job.target)
         shutil.rmtree(work, ignore_errors=True)
-    return Report(about, len(kept), seconds, verify, rounded, described, notes)
+    return ConversionReport(about, len(kept), seconds, verify, rounded, described, notes)
 
 
 # --- the directory of the work ------------------------------------------------------------
@@ -276,7 +276,7 @@ class _Site:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @cached_property
-    def result(self) -> Source:
+    def result(self) -> CheckpointSource:
         """The result, open for reading."""
         return get_format(self.opened.job.target_format).open_source(self.work / "out")
 
@@ -300,7 +300,7 @@ def _write(site: _Site, index: int) -> list[str]:
     return sums
 
 
-def _pairs(opened: Opened, new: Source) -> list[tuple[str, str]]:
+def _pairs(opened: Opened, new: CheckpointSource) -> list[tuple[str, str]]:
     """All (tensor, slot) of the result, after checking that it has the expected tensors."""
     wanted = {tensor.name: tensor.shape for tensor in opened.source.catalog}
     found = {tensor.name: tensor.shape for tensor in new.catalog}
@@ -311,7 +311,7 @@ def _pairs(opened: Opened, new: Source) -> list[tuple[str, str]]:
     return [(t.name, slot.name) for t in new.catalog for slot in slots_of(t, new.slots)]
 
 
-def _described(opened: Opened, new: Source) -> dict[str, bool]:
+def _described(opened: Opened, new: CheckpointSource) -> dict[str, bool]:
     """For each item of metadata, whether the result has what was requested."""
     meta = opened.meta
     pairs = {

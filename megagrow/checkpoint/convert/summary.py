@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megagrow.checkpoint.interface.accounting import enumerated, made_zeros, summary
-from megagrow.checkpoint.interface.format import Source
+from megagrow.checkpoint.interface.format import CheckpointSource
 from megagrow.checkpoint.interface.model_of import told_model
 from megagrow.checkpoint.native.source import NativeCheckpoint
 from megagrow.checkpoint.native.steps import list_steps
@@ -13,7 +13,7 @@ from megagrow.state.catalog import slots_of
 _NO_CHECKSUMS = "none: the format has none, so flipped bits in values are not found"
 
 
-def describe(source: Source, *, format_name: str, checksums: str) -> str:
+def describe(source: CheckpointSource, *, format_name: str, checksums: str) -> str:
     """A summary.
 
     Args:
@@ -46,7 +46,7 @@ def describe(source: Source, *, format_name: str, checksums: str) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
-def _model(source: Source) -> str:
+def _model(source: CheckpointSource) -> str:
     try:
         model = told_model(source)
     except CheckpointError as error:
@@ -59,7 +59,7 @@ def _model(source: Source) -> str:
     return ", ".join(f"{key} {value}" for key, value in sizes.items()) + stage
 
 
-def list_tensors(source: Source) -> str:
+def list_tensors(source: CheckpointSource) -> str:
     """One line per tensor: name, shape, axes, and the element type of each slot."""
     rows = []
     for tensor in source.catalog:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megagrow.checkpoint.interface.format import LeftOut, Source
+from megagrow.checkpoint.interface.format import CheckpointSource, LeftOut
 from megagrow.checkpoint.interface.sidecar_checksums import NAME as SEAL
 from megagrow.checkpoint.io.files import READING, naming
 from megagrow.state.catalog import slots_of
@@ -79,7 +79,7 @@ def names_in(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-def made_zeros(source: Source, slots: Iterable[str]) -> tuple[str, ...]:
+def made_zeros(source: CheckpointSource, slots: Iterable[str]) -> tuple[str, ...]:
     """Those of some slots that a source lacks, fully or for some tensors: they become zeros."""
     held = {slot.name for slot in source.slots}
     made = []

@@ -74,7 +74,7 @@ class ReadOptions:
 NOTHING_TOLD = ReadOptions()
 
 
-class Source(Protocol):
+class CheckpointSource(Protocol):
     """A checkpoint open for reading by any number of threads; `NativeCheckpoint` is one.
 
     Whatever a format does not store is empty, 0 or a layout of one rank.  `model_of.model_of`
@@ -283,7 +283,7 @@ def _part(values: Values, first: int, count: int) -> Iterator[Values]:
 
 
 @dataclass(frozen=True)
-class Request:
+class SinkRequest:
     """The input of a sink.
 
     Attributes:
@@ -313,6 +313,9 @@ class Request:
         """
         stored = self.dtypes.get((tensor, slot), torch.float32)
         return self.dtype if self.dtype and stored.is_floating_point else stored
+
+
+Request = SinkRequest  # the name that benchmarks import
 
 
 class Sink(Protocol):
@@ -366,14 +369,14 @@ class Format:
 
     name: str
     find: Callable[[Path], Path | None]
-    open_source: Callable[[Path], Source]
-    open_sink: Callable[[Request], Sink]
+    open_source: Callable[[Path], CheckpointSource]
+    open_sink: Callable[[SinkRequest], Sink]
     sealed: bool = False
     options: frozenset[str] = frozenset({"tensor", "pipeline", "data", "zero"})
-    open_told: Callable[[Path, ReadOptions], Source] | None = None
+    open_told: Callable[[Path, ReadOptions], CheckpointSource] | None = None
     told: frozenset[str] = frozenset()
 
-    def open(self, path: Path, options: ReadOptions) -> Source:
+    def open(self, path: Path, options: ReadOptions) -> CheckpointSource:
         """Open what `find` returned (CheckpointError; ConfigError for unsupported options)."""
         unused = ", ".join(f"--{name}" for name in sorted(options.given - self.told))
         if unused:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megagrow.checkpoint.interface.format import Source
+from megagrow.checkpoint.interface.format import CheckpointSource
 from megagrow.state.boxes import Box
 from megagrow.state.catalog import Catalog
 from megagrow.transfer.read_through import Through
@@ -20,7 +20,7 @@ class GrownCheckpoint:
 
     def __init__(
         self,
-        source: Source,
+        source: CheckpointSource,
         values: Through,
         *,
         catalog: Catalog,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.interface.format import Source
+from megagrow.checkpoint.interface.format import CheckpointSource
 from megagrow.checkpoint.interface.tokenizer_files import COMPANIONS, FILES, LIMIT, OwnTokenizer
 from megagrow.checkpoint.io.files import read_small
 from megagrow.data.dataset import MANIFEST, read_manifest
@@ -28,7 +28,7 @@ def fingerprints_beside(path: Path) -> dict[str, str]:
 
 
 def own_tokenizer(
-    source: Source, given: Path | None = None, *, allow_other: bool = False
+    source: CheckpointSource, given: Path | None = None, *, allow_other: bool = False
 ) -> OwnTokenizer | str:
     """The tokenizer of a checkpoint's model: the given one, or its own; or why there is none.
 
@@ -76,7 +76,7 @@ def own_tokenizer(
     return OwnTokenizer(file, companions, sha256, eod, said, bos)
 
 
-def require_own_tokenizer(source: Source, fingerprints: Mapping[str, str]) -> None:
+def require_own_tokenizer(source: CheckpointSource, fingerprints: Mapping[str, str]) -> None:
     """Check that a run's tokenizer is that of the weights it will start from.
 
     Raises:
@@ -93,7 +93,7 @@ def require_own_tokenizer(source: Source, fingerprints: Mapping[str, str]) -> No
         )
 
 
-def _own(source: Source) -> OwnTokenizer | str:
+def _own(source: CheckpointSource) -> OwnTokenizer | str:
     """The model's own tokenizer, found automatically; or why there is none."""
     held, reasons = _held(source), []
     for place in _places(source):
@@ -116,7 +116,7 @@ def _own(source: Source) -> OwnTokenizer | str:
     return "; ".join(reasons) or f"{source.path} does not record its tokenizer"
 
 
-def _places(source: Source) -> Iterator[Path]:
+def _places(source: CheckpointSource) -> Iterator[Path]:
     yield source.path
     data: Any = source.config.get("data")
     if isinstance(data, Mapping):
@@ -145,7 +145,7 @@ def _at(
     return chosen, others, sums[chosen] if chosen else "", (None, None)
 
 
-def _held(source: Source) -> list[str]:
+def _held(source: CheckpointSource) -> list[str]:
     """Every tokenizer SHA-256 that the checkpoint holds."""
     return [v for key, v in source.fingerprints.items() if key.split(".")[0] == "tokenizer"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megagrow.checkpoint.interface.format import Request
+from megagrow.checkpoint.interface.format import SinkRequest
 from megagrow.checkpoint.interface.model_of import optimizer_of
 from megagrow.errors import ConfigError
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
@@ -10,7 +10,7 @@ from megagrow.state.catalog import Catalog
 from megagrow.state.placement import Placement, split_axis
 
 
-def placed(catalog: Catalog, request: Request) -> Placement:
+def placed(catalog: Catalog, request: SinkRequest) -> Placement:
     """The placement in the requested layout, grouped as the run's optimizer groups parameters.
 
     Raises:
@@ -45,7 +45,7 @@ def placed(catalog: Catalog, request: Request) -> Placement:
     return placement
 
 
-def _rules(request: Request) -> OptimizerRules:
+def _rules(request: SinkRequest) -> OptimizerRules:
     try:
         return OptimizerRules.from_json(request.meta.run_state["rules"])
     except (KeyError, TypeError, ValueError):

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import megagrow
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.io.files import RESTORE
-from megagrow.checkpoint.native.shard_file import Part, Plan
+from megagrow.checkpoint.native.shard_file import Part, ShardPlan
 from megagrow.config.load import in_words
 from megagrow.errors import CheckpointError
 from megagrow.state.catalog import InitKind, SlotKind, Training
@@ -154,7 +154,7 @@ def stamp(*, save: str, step: int, rank: int) -> dict[str, str]:
 
 
 def file_record(
-    rank: int, parts: Sequence[Part], plan: Plan, checksums: Sequence[str]
+    rank: int, parts: Sequence[Part], plan: ShardPlan, checksums: Sequence[str]
 ) -> dict[str, Any]:
     """A FileRecord as plain data."""
     entries = [

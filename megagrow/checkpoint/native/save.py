@@ -26,7 +26,7 @@ from megagrow.checkpoint.native.proof import prove
 from megagrow.checkpoint.native.retention import free_bytes, free_room
 from megagrow.checkpoint.native.shard_file import (
     Piece,
-    Plan,
+    ShardPlan,
     file_order,
     lay_out,
     part_of,
@@ -76,7 +76,7 @@ def save(
     temporary = temporary_path(root, step, save_id)
     failing = f"{step_path(root, step)}: not saved; earlier checkpoints are as they were"
     ordered: list[Piece] = []
-    plans: list[Plan] = []
+    plans: list[ShardPlan] = []
 
     def plan() -> dict[str, Any]:
         ordered.extend(file_order(pieces))

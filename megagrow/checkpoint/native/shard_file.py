@@ -61,7 +61,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """A file to be written: its head (length and header) and the first byte of each part."""
 
     head: bytes
@@ -88,7 +88,7 @@ def file_order(pieces: Iterable[Piece]) -> list[Piece]:
     return sorted(pieces, key=lambda piece: -piece.values.element_size())
 
 
-def lay_out(parts: Sequence[Part], stamp: Mapping[str, str]) -> Plan:
+def lay_out(parts: Sequence[Part], stamp: Mapping[str, str]) -> ShardPlan:
     """Plan a file of these parts, in this order, with this stamp.
 
     Raises:
@@ -112,7 +112,7 @@ def lay_out(parts: Sequence[Part], stamp: Mapping[str, str]) -> Plan:
         raise ValueError(f"{len(parts)} parts make a header of {len(text)} bytes: too many")
     head = len(text).to_bytes(8, "little") + text
     starts = tuple(len(head) + offset for offset in offsets[:-1])
-    return Plan(head=head, starts=starts, size=len(head) + offsets[-1])
+    return ShardPlan(head=head, starts=starts, size=len(head) + offsets[-1])
 
 
 class Pieces:

@@ -6,7 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megagrow.checkpoint.interface.format import FilePlan, Format, Request, Segment, Source, Values
+from megagrow.checkpoint.interface.format import (
+    CheckpointSource,
+    FilePlan,
+    Format,
+    Segment,
+    SinkRequest,
+    Values,
+)
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import optimizer_of
 from megagrow.checkpoint.interface.placed import placed
@@ -16,7 +23,7 @@ from megagrow.checkpoint.io.files import naming, write_new
 from megagrow.checkpoint.native import manifest as manifests
 from megagrow.checkpoint.native.manifest import file_name, file_record, stamp
 from megagrow.checkpoint.native.proof import prove
-from megagrow.checkpoint.native.shard_file import Part, Plan, lay_out
+from megagrow.checkpoint.native.shard_file import Part, ShardPlan, lay_out
 from megagrow.checkpoint.native.source import NativeCheckpoint
 from megagrow.checkpoint.native.steps import find
 from megagrow.errors import CheckpointError
@@ -27,7 +34,7 @@ from megagrow.state.optimizers import OPTIMIZERS
 class NativeSink:
     """One file per rank of the layout, as a run in that layout would write it."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: SinkRequest) -> None:
         self._request, meta = request, request.meta
         placement = placed(meta.catalog, request)
         # A run reads its optimizer's slots; those that the source lacks start at zero.
@@ -35,7 +42,7 @@ class NativeSink:
         wanted = OPTIMIZERS[optimizer_of(meta).name].slots
         self.slots = (*meta.slots, *(slot for slot in wanted if slot.name not in held))
         self._parts: list[list[Part]] = []
-        self._plans: list[Plan] = []
+        self._plans: list[ShardPlan] = []
         self.files: list[FilePlan] = []
         for rank in range(meta.layout.world):
             parts = [
@@ -74,7 +81,7 @@ class NativeSink:
             write_new(path, text)
 
 
-def _with_slots(request: Request, slots: Sequence[Slot]) -> CheckpointMeta:
+def _with_slots(request: SinkRequest, slots: Sequence[Slot]) -> CheckpointMeta:
     return dataclasses.replace(request.meta, slots=tuple(slots))
 
 
@@ -85,7 +92,7 @@ def _find(path: Path) -> Path | None:
         return None
 
 
-def _open(path: Path) -> Source:
+def _open(path: Path) -> CheckpointSource:
     return NativeCheckpoint.open(path)
 
 

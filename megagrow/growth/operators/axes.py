@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from megagrow.config import ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.operator import (
-    Block,
+    GrowthBlock,
     Operator,
     growth_factor,
     repeated,
@@ -43,16 +43,20 @@ class HeadDim(Operator):
         """Head width times the factor; hidden and heads stay."""
         return resized(model, {"head_dim": model.head_dim * factor})
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """Old features at indices 0, k, 2k, ...; copies of keys and values at the others."""
         old = small[tensor.name]
         if "head_dim" not in tensor.axes:
-            return (Block(tensor.name, unchanged(tensor, old), grad=1.0),)
+            return (GrowthBlock(tensor.name, unchanged(tensor, old), grad=1.0),)
         at = tensor.axes.index("head_dim")
         k = growth_factor(tensor.shape[at], old.shape[at], f"{tensor.name}, axis head_dim")
         slots = repeated(old.shape[at], k)
 
-        def block(slot: int, param: float, grad: float, projection: AxisMap | None = None) -> Block:
+        def block(
+            slot: int, param: float, grad: float, projection: AxisMap | None = None
+        ) -> GrowthBlock:
             axes = []
             for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
                 if meaning == "head_dim":
@@ -60,7 +64,7 @@ class HeadDim(Operator):
                     continue
                 require_same(tensor.name, meaning, n, large)
                 axes.append(projection if projection and meaning == "projection" else same(n))
-            return Block(tensor.name, tuple(axes), param, grad, new=slot > 0)
+            return GrowthBlock(tensor.name, tuple(axes), param, grad, new=slot > 0)
 
         if "head_dim" in tensor.reads:  # the output projection
             return tuple(block(i, float(i == 0), 1.0) for i in range(k))
@@ -105,24 +109,28 @@ class KeyValueGroups(Operator):
             for at, (axis, large) in enumerate(zip(tensor.axes, tensor.shape, strict=True))
         )
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """Duplicates, or the old groups split into parts."""
         old = small[tensor.name]
         if "kv_group" not in tensor.axes:
-            return (Block(tensor.name, unchanged(tensor, old), grad=1.0),)
+            return (GrowthBlock(tensor.name, unchanged(tensor, old), grad=1.0),)
         axis = 1 if "projection" in tensor.axes else tensor.axes.index("query")
         extra = 2 if "projection" in tensor.axes else 0  # the group's key and value
         if tensor.shape[axis] >= old.shape[axis]:
             found = []
             for duplicate in duplicates(tensor, old):
                 param, grad = equal_shares(tensor, duplicate)
-                found.append(Block(tensor.name, duplicate.axes, param, grad, new=is_new(duplicate)))
+                found.append(
+                    GrowthBlock(tensor.name, duplicate.axes, param, grad, new=is_new(duplicate))
+                )
             return tuple(found)
         return self._split(tensor, old, axis, extra)
 
     def _split(
         self, tensor: LogicalTensor, old: LogicalTensor, axis: int, extra: int
-    ) -> tuple[Block, ...]:
+    ) -> tuple[GrowthBlock, ...]:
         group = tensor.axes.index("kv_group")
         groups, queries = old.shape[group], old.shape[axis] - extra
         part = tensor.shape[axis] - extra
@@ -144,7 +152,7 @@ class KeyValueGroups(Operator):
             for row, grad, new in rows:
                 axes = [same(n) for n in old.shape]
                 axes[group], axes[axis] = place, row
-                blocks.append(Block(tensor.name, tuple(axes), grad=grad, new=new))
+                blocks.append(GrowthBlock(tensor.name, tuple(axes), grad=grad, new=new))
         return tuple(blocks)
 
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
@@ -175,7 +183,9 @@ class MoreRows(Operator):
     axis: str
     grad: float | None
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """The old rows."""
         old = small[tensor.name]
         for meaning, n, large in zip(tensor.axes, old.shape, tensor.shape, strict=True):
@@ -183,7 +193,7 @@ class MoreRows(Operator):
                 require_no_less(tensor.name, meaning, n, large)
             else:
                 require_same(tensor.name, meaning, n, large)
-        return (Block(tensor.name, tuple(same(n) for n in old.shape), grad=self.grad),)
+        return (GrowthBlock(tensor.name, tuple(same(n) for n in old.shape), grad=self.grad),)
 
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
         """New rows are initialised as at the start of a run."""

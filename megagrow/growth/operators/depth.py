@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megagrow.growth.operator import Block, Operator, unchanged
+from megagrow.growth.operator import GrowthBlock, Operator, unchanged
 from megagrow.growth.operators.width import own_noise
 from megagrow.state.catalog import Catalog, LogicalTensor, of_layer
 from megagrow.state.roles import WRITERS
@@ -40,14 +40,16 @@ class Copies(Operator):
 
     noise: float = 0.0
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """One block, the whole tensor, from the layer that is copied."""
         source, new = self.copied(tensor, small, target)
         old, noise = small[source], None
         if new and tensor.is_matrix:
             # The name includes the number of layers, so that a later growth has different noise.
             noise = own_noise(f"{tensor.name} of {target.layers}", self.noise, old)
-        return (Block(source, unchanged(tensor, old), new=new, noise=noise),)
+        return (GrowthBlock(source, unchanged(tensor, old), new=new, noise=noise),)
 
     def copied(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
         """(source, whether it is a copy)."""
@@ -102,7 +104,9 @@ DEPTH_INTERLEAVE = DepthInterleave(
 class DepthIdentity(Operator):
     """Repeat every layer, with the output projections of the copies zero."""
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """One block, the whole tensor.
 
         No gradient passes through a zero projection, so inside a copy it is 0.
@@ -110,10 +114,10 @@ class DepthIdentity(Operator):
         source, new = _interleaved(tensor, small, target)
         axes = unchanged(tensor, small[source])
         if not new:
-            return (Block(source, axes, grad=1.0),)
+            return (GrowthBlock(source, axes, grad=1.0),)
         if tensor.role in WRITERS:
-            return (Block(source, axes, param=0.0, new=True),)
-        return (Block(source, axes, grad=0.0, new=True),)
+            return (GrowthBlock(source, axes, param=0.0, new=True),)
+        return (GrowthBlock(source, axes, grad=0.0, new=True),)
 
 
 DEPTH_IDENTITY = DepthIdentity(

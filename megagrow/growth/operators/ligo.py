@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megagrow.growth.operator import Block, Operator, growth_factor
+from megagrow.growth.operator import GrowthBlock, Operator, growth_factor
 from megagrow.growth.operators.depth import stacked
 from megagrow.growth.operators.width import (
     GROWING,
@@ -43,11 +43,13 @@ Tensors = Mapping[str, torch.Tensor]
 class Ligo(Operator):
     """Learned maps; the blocks are the initial values of the fitting."""
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """Tiled copies of stacked layers."""
         source, new = stacked(tensor, small)
         return tuple(
-            Block(
+            GrowthBlock(
                 source,
                 one.axes,
                 param=equal_shares(tensor, one)[0],

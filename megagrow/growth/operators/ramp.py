@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megagrow.errors import GrowthError
-from megagrow.growth.operator import Block, Operator, require_no_less, require_same, same
+from megagrow.growth.operator import GrowthBlock, Operator, require_no_less, require_same, same
 from megagrow.growth.operators.width import GROWING, WIDTH_SIZES
 from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.transfer.state_map import AxisMap, Fill
@@ -97,9 +97,11 @@ def beside(tensor: LogicalTensor, old: LogicalTensor) -> tuple[AxisMap, ...]:
 class WidthRandom(Operator):
     """Freshly initialised units in addition to the old ones."""
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """The old elements; with the mask at 0 the grown model has the old gradients there."""
-        return (Block(tensor.name, beside(tensor, small[tensor.name]), grad=1.0),)
+        return (GrowthBlock(tensor.name, beside(tensor, small[tensor.name]), grad=1.0),)
 
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
         """New units are initialised as at the start of a run."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megagrow.growth.operator import Block, Operator
+from megagrow.growth.operator import GrowthBlock, Operator
 from megagrow.growth.operators.ramp import beside
 from megagrow.growth.operators.width import WIDTH_SIZES
 from megagrow.state.catalog import Catalog, LogicalTensor
@@ -33,13 +33,15 @@ class ShrinkPadPerturb(Operator):
 
     shrink: float = 0.4
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """The old elements; in matrices with noise of the init std."""
         noise = None
         if tensor.is_matrix:
             noise = Noise(f"{tensor.name} {list(tensor.shape)} perturbed", tensor.init.std)
         param = 1.0 if tensor.role in NORMS else self.shrink
-        return (Block(tensor.name, beside(tensor, small[tensor.name]), param, noise=noise),)
+        return (GrowthBlock(tensor.name, beside(tensor, small[tensor.name]), param, noise=noise),)
 
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
         """New units are initialised as at the start of a run."""

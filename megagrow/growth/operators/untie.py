@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megagrow.config import ModelConfig
-from megagrow.growth.operator import Block, Operator, resized, unchanged
+from megagrow.growth.operator import GrowthBlock, Operator, resized, unchanged
 from megagrow.state.catalog import Catalog, LogicalTensor
 
 
@@ -23,12 +23,14 @@ class Untie(Operator):
         """The model with `tie_embeddings` false."""
         return resized(model, sizes).model_copy(update={"tie_embeddings": False})
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """Every tensor unchanged; a new head is copied from the embedding."""
         table, tied = small.of("embedding"), small.of("head") is None
         if table is not None and tied and tensor.role in ("embedding", "head"):
-            return (Block(table.name, unchanged(tensor, table), new=tensor.role == "head"),)
-        return (Block(tensor.name, unchanged(tensor, small[tensor.name]), grad=1.0),)
+            return (GrowthBlock(table.name, unchanged(tensor, table), new=tensor.role == "head"),)
+        return (GrowthBlock(tensor.name, unchanged(tensor, small[tensor.name]), grad=1.0),)
 
 
 UNTIE = Untie(

@@ -30,7 +30,7 @@ from itertools import product
 
 from megagrow.errors import GrowthError
 from megagrow.growth.operator import (
-    Block,
+    GrowthBlock,
     Operator,
     growth_factor,
     repeated,
@@ -128,12 +128,16 @@ class Width(Operator):
         """True: all copies read and write the same."""
         return True
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """All copies of all grown axes."""
         blocks = []
         for block in duplicates(tensor, small[tensor.name]):
             param, grad = equal_shares(tensor, block)
-            blocks.append(Block(tensor.name, block.axes, param=param, grad=grad, new=is_new(block)))
+            blocks.append(
+                GrowthBlock(tensor.name, block.axes, param=param, grad=grad, new=is_new(block))
+            )
         return tuple(blocks)
 
 
@@ -156,14 +160,16 @@ class WidthDiagonal(Operator):
         """True: each reads its own copy, and all of these are equal."""
         return True
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """All copies; off-diagonal blocks start at 0, but have the same gradient as the others."""
         blocks = []
         for block in duplicates(tensor, small[tensor.name]):
             share, grad = equal_shares(tensor, block)
             new = is_new(block)
             param = float(_pairs(tensor, block)) if tensor.is_matrix else share
-            blocks.append(Block(tensor.name, block.axes, param, grad, new=new, rate=share))
+            blocks.append(GrowthBlock(tensor.name, block.axes, param, grad, new=new, rate=share))
         return tuple(blocks)
 
 
@@ -198,7 +204,9 @@ def _pairs(tensor: LogicalTensor, block: _Duplicate) -> bool:
 class WidthSplit(Operator):
     """Tile with unequal shares, 1 : 2 : ... : k."""
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """All copies of all grown axes."""
         inputs = tensor.reads
         blocks = []
@@ -213,7 +221,9 @@ class WidthSplit(Operator):
                 param, grad = 1.0, param
             elif "embed" in others and tensor.role not in NORMS:
                 grad = None if block.copy["embed"][1] > 1 else grad
-            blocks.append(Block(tensor.name, block.axes, param=param, grad=grad, new=is_new(block)))
+            blocks.append(
+                GrowthBlock(tensor.name, block.axes, param=param, grad=grad, new=is_new(block))
+            )
         return tuple(blocks)
 
 
@@ -239,7 +249,9 @@ class WidthNoise(Operator):
 
     noise: float = 1.0
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """All copies of all grown axes; copies on input axes carry the noise."""
         inputs, old = tensor.reads, small[tensor.name]
         head = tensor.role == "head"
@@ -258,7 +270,7 @@ class WidthNoise(Operator):
                 noise = own_noise(f"{tensor.name} {list(tensor.shape)}{written}", std, old)
             stated = grad if head or tensor.role in FINAL_NORM else None
             new = is_new(block)
-            blocks.append(Block(tensor.name, block.axes, param, stated, new=new, noise=noise))
+            blocks.append(GrowthBlock(tensor.name, block.axes, param, stated, new=new, noise=noise))
         return tuple(blocks)
 
 
@@ -289,7 +301,9 @@ class WidthPerturb(Operator):
 
     noise: float = 1.0
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """All copies of all grown axes; in matrices all of them carry noise, the first included."""
         old = small[tensor.name]
         found = duplicates(tensor, old)
@@ -300,7 +314,9 @@ class WidthPerturb(Operator):
             if tensor.is_matrix and len(found) > 1:
                 name = f"{tensor.name} {list(tensor.shape)} copy {number}"
                 noise = own_noise(name, self.noise * param, old)
-            blocks.append(Block(tensor.name, block.axes, param, new=is_new(block), noise=noise))
+            blocks.append(
+                GrowthBlock(tensor.name, block.axes, param, new=is_new(block), noise=noise)
+            )
         return tuple(blocks)
 
 

@@ -34,7 +34,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megagrow.config import ModelConfig
-from megagrow.growth.operator import Block, Operator, resized
+from megagrow.growth.operator import GrowthBlock, Operator, resized
 from megagrow.growth.operators.ramp import beside
 from megagrow.growth.operators.width import WIDTH_SIZES
 from megagrow.state.catalog import Catalog, LogicalTensor
@@ -53,7 +53,9 @@ class WidthFresh(Operator):
             return wide
         return wide.model_copy(update={"norm_eps": model.norm_eps * model.hidden / wide.hidden})
 
-    def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
+    def blocks(
+        self, tensor: LogicalTensor, small: Catalog, target: Catalog
+    ) -> tuple[GrowthBlock, ...]:
         """The old elements."""
         old = small[tensor.name]
         param, grad = 1.0, 1.0
@@ -63,7 +65,7 @@ class WidthFresh(Operator):
         behind = tensor.role in FINAL_NORM or tensor.role == "head"
         mixed = small.centred and _widened(small, target) and not behind
         stated = None if mixed else grad
-        return (Block(tensor.name, beside(tensor, old), param, stated),)
+        return (GrowthBlock(tensor.name, beside(tensor, old), param, stated),)
 
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
         """Random readers, the mean for gains and a centred stream, zeros for the rest."""

@@ -24,7 +24,7 @@ from megagrow.train.health.signals import exit_status, left, signal_name
 from megagrow.train.logging.metrics import MetricsLog
 from megagrow.train.logging.progress import Progress
 from megagrow.train.logging.telemetry import open_mirrors
-from megagrow.train.rates import in_words
+from megagrow.train.rates import rates_in_words
 from megagrow.train.run_plan import Stage
 from megagrow.train.state import RunState
 
@@ -247,7 +247,7 @@ class Journal:
                 grad_clip=new.optimizer.grad_clip, dropout=new.model.dropout
             ):
                 self.say(caveat)
-        for line in in_words(self.config, new.index):
+        for line in rates_in_words(self.config, new.index):
             self.say(f"stage {new.index}: {line}")
         if self._log is not None:
             self._log.growth(

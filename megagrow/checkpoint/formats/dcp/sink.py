@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megagrow.checkpoint.containers.torch_writer import plan_archive, whole_values
-from megagrow.checkpoint.interface.format import FilePlan, Late, Mark, Request, Segment, Values
+from megagrow.checkpoint.interface.format import FilePlan, Late, Mark, Segment, SinkRequest, Values
 from megagrow.checkpoint.interface.placed import placed
 from megagrow.checkpoint.io.files import naming, write_new
 from megagrow.checkpoint.native.manifest import plain
@@ -36,7 +36,7 @@ def digest(body: Any) -> str:
 class DcpSink:
     """One file per rank of the layout; each box of a tensor is one chunk."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: SinkRequest) -> None:
         self._request = request
         self.slots = request.meta.slots
         placement = placed(request.meta.catalog, request)

@@ -34,7 +34,7 @@ _DERIVED = frozenset(
 
 
 @dataclass(frozen=True)
-class Group:
+class OptimizerGroup:
     """A parameter group of the optimizer.
 
     Attributes:
@@ -65,7 +65,7 @@ class EngineState:
         head: other entries of the checkpoint's head: counters, schedules, the client's.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[OptimizerGroup, ...]
     slots: tuple[str, ...]
     saved: Mapping[str, Any]
     head: Mapping[str, Any]
@@ -79,7 +79,7 @@ class EngineState:
     def from_json(data: Mapping[str, Any]) -> EngineState:
         """Read what `to_json` wrote (KeyError, TypeError or ValueError on anything else)."""
         groups = tuple(
-            Group(
+            OptimizerGroup(
                 tuple(map(str, item["tensors"])),
                 dict(item["options"]),
                 dict(item["numbers"]),
@@ -166,7 +166,7 @@ def read_engine(
         most = each[0] if each else {}
         own = {n: e for n, e in zip(names, each, strict=False) if e != most} if not zero else {}
         kept = {key: _kept(value) for key, value in options.items() if _holds(value)}
-        found.append(Group(tuple(names), kept, most, own))
+        found.append(OptimizerGroup(tuple(names), kept, most, own))
     told = {key: saved.value.get(key) for key in _SAVED}
     around: dict[str, Any] = {
         key: value for key, value in told.items() if value is not None and is_plain(value)

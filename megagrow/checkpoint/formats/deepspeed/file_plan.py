@@ -15,7 +15,7 @@ from megagrow.checkpoint.containers.torch_writer import number, size_of
 from megagrow.checkpoint.formats.deepspeed import names
 from megagrow.checkpoint.formats.deepspeed.engine_state import EngineState
 from megagrow.checkpoint.interface.client_state import KEY, plain_json
-from megagrow.checkpoint.interface.format import Request, Segment, Values, Zeros
+from megagrow.checkpoint.interface.format import Segment, SinkRequest, Values, Zeros
 from megagrow.checkpoint.interface.model_of import optimizer_of, refuse_ramp, section, told_model
 from megagrow.checkpoint.interface.placed import placed
 from megagrow.config.schema import PrecisionConfig
@@ -28,14 +28,14 @@ from megagrow.state.precision import PRECISIONS
 VERSION = "0.19.8"  # the DeepSpeed version whose files these are
 
 
-class Plan:
+class DeepSpeedPlan:
     """Shared by the DeepSpeed sinks: names, groups and the optimizer's numbers.
 
     Raises:
         ConfigError: the state cannot be laid out as requested.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: SinkRequest) -> None:
         self.request, meta = request, request.meta
         self.layout, self.catalog = meta.layout, meta.catalog
         self.placement = placed(meta.catalog, request)

@@ -31,7 +31,7 @@ OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_stat
 
 
 @dataclass(frozen=True)
-class Piece:
+class SavedPiece:
     """Elements [start, stop) of a parameter, as held by a model-parallel rank."""
 
     name: str
@@ -86,7 +86,7 @@ class Tag:
         self.left_out: list[LeftOut] = list(unread_files(path, [MAPPING, *read]))
         self.shapes = [self._shapes(mp) for mp in range(self.model_parallel)]
 
-    def pieces(self, order: Sequence[Sequence[Sequence[str]]]) -> Iterator[Piece]:
+    def pieces(self, order: Sequence[Sequence[Sequence[str]]]) -> Iterator[SavedPiece]:
         """Every piece of every slot, replicas included.
 
         Args:
@@ -101,7 +101,7 @@ class Tag:
                 if name not in named:
                     yield from self._frozen(mp, name, math.prod(shape), module)
             for name, buffer in self.buffers[mp].items():
-                yield Piece(name, MASTER.name, mp, 0, buffer.numel, buffer, 0)
+                yield SavedPiece(name, MASTER.name, mp, 0, buffer.numel, buffer, 0)
 
     def groups(self, mp: int) -> list[list[str]]:
         """With ZeRO: the names in each parameter group of a rank, in partition order."""
@@ -303,7 +303,7 @@ class Tag:
 
     # --- values ---------------------------------------------------------------------------
 
-    def _partitions(self, mp: int) -> Iterator[Piece]:
+    def _partitions(self, mp: int) -> Iterator[SavedPiece]:
         """Pieces in ZeRO's flat partitions."""
         groups = self._dictionary(self._models[mp, 0])["param_shapes"]
         data, sizes = self.layout.data, [0] * len(groups)
@@ -326,7 +326,7 @@ class Tag:
                 held = {MASTER.name: flat, **(states[g] if states else {})}
                 for slot in self.slots:
                     for name, start, stop, offset in self._cuts(group, gaps, sizes[g], rank):
-                        yield Piece(name, slot.name, mp, start, stop, held[slot.name], offset)
+                        yield SavedPiece(name, slot.name, mp, start, stop, held[slot.name], offset)
 
     def _cuts(
         self, group: Mapping[str, Any], gaps: Sequence[int], size: int, rank: int
@@ -346,12 +346,12 @@ class Tag:
             if start < stop:
                 yield name, start, stop, offset
 
-    def _whole(self, mp: int, order: Sequence[Sequence[str]]) -> Iterator[Piece]:
+    def _whole(self, mp: int, order: Sequence[Sequence[str]]) -> Iterator[SavedPiece]:
         """Pieces at ZeRO 0: whole parameters, and states by their index in the optimizer."""
         module, saved = self._module(mp), self.saved(mp)
         if not saved.members:
             for name, tensor in module.items():
-                yield Piece(name, MASTER.name, mp, 0, tensor.numel, tensor, 0)
+                yield SavedPiece(name, MASTER.name, mp, 0, tensor.numel, tensor, 0)
             return
         for group, members in zip(order, saved.members, strict=True):
             for name, number in zip(group, members, strict=False):
@@ -360,14 +360,14 @@ class Tag:
                     tensor = master if slot == MASTER else saved.states[number][slot.name]
                     if tensor.shape != module[name].shape:
                         raise self.fault(f"optimizer state {number} is not that of {name}")
-                    yield Piece(name, slot.name, mp, 0, tensor.numel, tensor, 0)
+                    yield SavedPiece(name, slot.name, mp, 0, tensor.numel, tensor, 0)
 
     def _frozen(
         self, mp: int, name: str, numel: int, module: Mapping[str, StoredTensor]
-    ) -> Iterator[Piece]:
+    ) -> Iterator[SavedPiece]:
         """Pieces of a parameter that no optimizer trains; ZeRO 3 partitions it like the others."""
         if self.zero < 3:
-            yield Piece(name, MASTER.name, mp, 0, numel, module[name], 0)
+            yield SavedPiece(name, MASTER.name, mp, 0, numel, module[name], 0)
             return
         part = -(-numel // self.layout.data)
         for rank in range(self.layout.data):
@@ -376,7 +376,7 @@ class Tag:
             if not isinstance(kept.get(name), StoredTensor):
                 raise self.fault(f"{self._models[mp, rank]} lacks its part of {name}")
             if start < stop:
-                yield Piece(name, MASTER.name, mp, start, stop, kept[name], 0)
+                yield SavedPiece(name, MASTER.name, mp, start, stop, kept[name], 0)
 
     # --- what the dictionaries say --------------------------------------------------------
 

@@ -69,7 +69,7 @@ class MappingFile(BaseModel):
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalPart:
     """A tensor-parallel rank's part of a tensor.
 
     Attributes:
@@ -175,11 +175,11 @@ def whole_shape(rule: Rule, shape: Sequence[int], *, tensor: int, at: str) -> tu
 
 def local_of(
     tensor: LogicalTensor, rule: Rule, stored: Sequence[int], rank: int, layout: Layout
-) -> Local:
+) -> LocalPart:
     """A rank's part of a tensor, as a rule describes it."""
     if rule.split is None or layout.tensor == 1:
         box = Box((0,) * len(tensor.shape), tensor.shape)
-        return Local(tensor.shape, ((box, box.offset),), split=False)
+        return LocalPart(tensor.shape, ((box, box.offset),), split=False)
     axis, size = rule.split, stored[rule.split] // rule.parts
     blocks = []
     for part in range(rule.parts):
@@ -188,12 +188,12 @@ def local_of(
         offset, shape, place = [0] * len(stored), list(stored), [0] * len(stored)
         offset[axis], shape[axis], place[axis] = part * size, count, start
         blocks.append((Box(tuple(offset), tuple(shape)), tuple(place)))
-    return Local(tuple(stored), tuple(blocks), split=True)
+    return LocalPart(tuple(stored), tuple(blocks), split=True)
 
 
 def local_of_ours(
     placement: Placement, tensor: LogicalTensor, rule: Rule, stored: Sequence[int], rank: int
-) -> Local | None:
+) -> LocalPart | None:
     """A rank's part of one of our tensors; None if the stored shape does not match.
 
     The token table may have more padding than ours.
@@ -212,7 +212,7 @@ def local_of_ours(
         ):
             return None
         blocks = ((Box((0, 0), (count, stored[1])), (start, 0)),) if count else ()
-        return Local(tuple(stored), blocks, split=placement.layout.tensor > 1)
+        return LocalPart(tuple(stored), blocks, split=placement.layout.tensor > 1)
     local = local_of_placement(placement, tensor, rank)
     for fused, arranged in (("projection", _queries), ("gate_up", _gates)):
         if fused in tensor.axes:
@@ -239,7 +239,7 @@ _HOW = {
 }
 
 
-def _queries(local: Local, rule: Rule) -> Local:
+def _queries(local: LocalPart, rule: Rule) -> LocalPart:
     """A rank's query, key and value [kv_group, query + 2, head_dim, ...] under a rule."""
     [(_, origin)] = local.blocks
     groups, each, *rest = local.shape
@@ -251,17 +251,17 @@ def _queries(local: Local, rule: Rule) -> Local:
         start = {"q": 0, "k": queries, "v": queries + 1}[rule.part]
         shape = (groups, queries if rule.part == "q" else 1, *rest)
         whole = Box((0,) * len(shape), shape)
-        return Local(shape, ((whole, (first, start, *zero)),), local.split)
+        return LocalPart(shape, ((whole, (first, start, *zero)),), local.split)
     _checked(local, rule, "projection")
     units = [(g, p) for g in range(groups) for p in range(queries)]
     units += [(g, queries + more) for more in (0, 1) for g in range(groups)]
     blocks = tuple(
         (Box((u, 0, *zero), (1, 1, *rest)), (first + g, p, *zero)) for u, (g, p) in enumerate(units)
     )
-    return Local((len(units), 1, *rest), blocks, local.split)
+    return LocalPart((len(units), 1, *rest), blocks, local.split)
 
 
-def _gates(local: Local, rule: Rule) -> Local:
+def _gates(local: LocalPart, rule: Rule) -> LocalPart:
     """A rank's gate and up projection [2, ffn, ...] under a rule."""
     [(_, origin)] = local.blocks
     _, *rest = local.shape
@@ -269,14 +269,14 @@ def _gates(local: Local, rule: Rule) -> Local:
     one = Box((0, *zero), (1, *rest))
     if rule.part in ("gate", "up"):
         place = (int(rule.part == "up"), *origin[1:])
-        return Local((1, *rest), ((one, place),), local.split)
+        return LocalPart((1, *rest), ((one, place),), local.split)
     if rule.order != "up_gate":
         return _checked(local, rule, "gate_up")
     blocks = tuple((one.moved_by((i, *zero)), (1 - i, *origin[1:])) for i in (0, 1))
-    return Local(local.shape, blocks, local.split)
+    return LocalPart(local.shape, blocks, local.split)
 
 
-def _checked(local: Local, rule: Rule, fused: str) -> Local:
+def _checked(local: LocalPart, rule: Rule, fused: str) -> LocalPart:
     """The same, after checking that the rule applies to this kind of matrix (CheckpointError)."""
     told = rule.order or rule.part
     if told is not None and told not in _WORDS[fused]:
@@ -298,8 +298,8 @@ def _merges(ours: Sequence[int], stored: Sequence[int]) -> bool:
     return not left
 
 
-def local_of_placement(placement: Placement, tensor: LogicalTensor, rank: int) -> Local:
+def local_of_placement(placement: Placement, tensor: LogicalTensor, rank: int) -> LocalPart:
     """A rank's part of a tensor, under our own placement."""
     local = placement.local(tensor, rank)
     valid = local.box.relative_to(local.box.offset)
-    return Local(local.shape, ((valid, local.box.offset),), split=placement.is_split(tensor))
+    return LocalPart(local.shape, ((valid, local.box.offset),), split=placement.is_split(tensor))

@@ -16,7 +16,7 @@ from megagrow.checkpoint.formats.deepspeed.engine_state import KEY, EngineState
 from megagrow.checkpoint.formats.deepspeed.files import Tag
 from megagrow.checkpoint.formats.deepspeed.mapping import NAME as MAPPING
 from megagrow.checkpoint.formats.deepspeed.mapping import (
-    Local,
+    LocalPart,
     MappingFile,
     Rule,
     local_of,
@@ -45,14 +45,14 @@ class Scheme:
 
     Attributes:
         names: stored name to the tensor's name.
-        local: (stored name, tensor, rank) to `Local`, a tensor-parallel rank's part.
+        local: (stored name, tensor, rank) to `LocalPart`, a tensor-parallel rank's part.
         last: the head's index in the layer list for one of our models, else -1.
     """
 
     model: ModelConfig | None
     catalog: Catalog
     names: Mapping[str, str]
-    local: Callable[[str, LogicalTensor, int], Local]
+    local: Callable[[str, LogicalTensor, int], LocalPart]
     last: int
 
 
@@ -162,7 +162,7 @@ def mapped(tag: Tag, mapping: MappingFile, where: Path) -> Scheme:
             + ("no parameter is mapped to it" if absent else "the model has no such tensor")
         )
 
-    def local(name: str, tensor: LogicalTensor, rank: int) -> Local:
+    def local(name: str, tensor: LogicalTensor, rank: int) -> LocalPart:
         rule = rules[name][1]
         try:
             found = local_of_ours(placement, tensor, rule, stored[name], rank)

@@ -16,8 +16,8 @@ import torch
 from megagrow.checkpoint.containers.pickle_reader import Opaque
 from megagrow.checkpoint.containers.torch_writer import NewTensor, plan_archive
 from megagrow.checkpoint.formats.deepspeed import names
-from megagrow.checkpoint.formats.deepspeed.file_plan import VERSION, Plan
-from megagrow.checkpoint.interface.format import FilePlan, Request, Segment, Zeros
+from megagrow.checkpoint.formats.deepspeed.file_plan import VERSION, DeepSpeedPlan
+from megagrow.checkpoint.interface.format import FilePlan, Segment, SinkRequest, Zeros
 from megagrow.checkpoint.io.files import naming, write_new
 from megagrow.state.catalog import MASTER, LogicalTensor, Slot
 from megagrow.state.layout import Coordinates
@@ -28,8 +28,8 @@ _ALIGNMENT = 2  # of a group's flat buffer, times the number of data ranks
 class DeepSpeedSink:
     """The files of `engine.save_checkpoint`."""
 
-    def __init__(self, request: Request) -> None:
-        self._plan = plan = Plan(request)
+    def __init__(self, request: SinkRequest) -> None:
+        self._plan = plan = DeepSpeedPlan(request)
         self.slots = plan.slots
         self._tag = f"global_step{request.step}"
         layout = plan.layout

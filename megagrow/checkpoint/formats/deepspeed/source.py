@@ -34,7 +34,13 @@ from megagrow.checkpoint.formats.deepspeed.scheme import (
 )
 from megagrow.checkpoint.formats.deepspeed.sink import DeepSpeedSink
 from megagrow.checkpoint.interface.client_state import client_state
-from megagrow.checkpoint.interface.format import NOTHING_TOLD, Format, LeftOut, ReadOptions, Source
+from megagrow.checkpoint.interface.format import (
+    NOTHING_TOLD,
+    CheckpointSource,
+    Format,
+    LeftOut,
+    ReadOptions,
+)
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.one_family import require_family
 from megagrow.checkpoint.interface.stored_boxes import Record, StoredBox
@@ -44,7 +50,7 @@ from megagrow.state.boxes import flat_offset, flat_range_boxes
 from megagrow.state.catalog import Catalog
 
 
-def open_source(path: Path, options: ReadOptions = NOTHING_TOLD) -> Source:
+def open_source(path: Path, options: ReadOptions = NOTHING_TOLD) -> CheckpointSource:
     """Open a tag's directory or its parent.
 
     The model is taken from the checkpoint's client state (under the key ``megagrow``), else
@@ -62,7 +68,7 @@ def open_source(path: Path, options: ReadOptions = NOTHING_TOLD) -> Source:
         return _open(Tag(find(path) or path), options.family)
 
 
-def _open(tag: Tag, family: str | None) -> Source:
+def _open(tag: Tag, family: str | None) -> CheckpointSource:
     told = client_state(tag.head)
     mapping = read_mapping(tag.path)
     scheme = mapped(tag, *mapping) if mapping else recognised(tag, told, family)

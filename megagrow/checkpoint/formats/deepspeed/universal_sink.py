@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from megagrow.checkpoint.containers.torch_writer import plan_archive, whole_values
-from megagrow.checkpoint.formats.deepspeed.file_plan import VERSION, Plan
-from megagrow.checkpoint.interface.format import FilePlan, Request, Values
+from megagrow.checkpoint.formats.deepspeed.file_plan import VERSION, DeepSpeedPlan
+from megagrow.checkpoint.interface.format import FilePlan, SinkRequest, Values
 from megagrow.checkpoint.io.files import naming, write_new
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import MASTER
@@ -30,8 +30,8 @@ LATEST = "latest_universal"
 class UniversalSink:
     """The files of a universal checkpoint; of the layout only the pipeline matters."""
 
-    def __init__(self, request: Request) -> None:
-        self._plan = plan = Plan(request)
+    def __init__(self, request: SinkRequest) -> None:
+        self._plan = plan = DeepSpeedPlan(request)
         self.slots = plan.slots
         self._tag = f"global_step{request.step}_universal"
         self.files: list[FilePlan] = []

@@ -33,7 +33,13 @@ from megagrow.checkpoint.formats.deepspeed.scheme import another_model
 from megagrow.checkpoint.formats.deepspeed.universal_sink import LATEST, UniversalSink
 from megagrow.checkpoint.interface.accounting import unread_files
 from megagrow.checkpoint.interface.client_state import client_state
-from megagrow.checkpoint.interface.format import NOTHING_TOLD, Format, LeftOut, ReadOptions, Source
+from megagrow.checkpoint.interface.format import (
+    NOTHING_TOLD,
+    CheckpointSource,
+    Format,
+    LeftOut,
+    ReadOptions,
+)
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import replayed_model
 from megagrow.checkpoint.interface.one_family import require_family
@@ -51,7 +57,7 @@ _FILES = {"fp32": MASTER, **{slot.name: slot for slot in MOMENTS}}
 _PAYLOAD = {"param", "cat_dim", "vocab_tensor", "param_n_sub_params", "sub_param_shape"}
 
 
-def open_source(path: Path, options: ReadOptions = NOTHING_TOLD) -> Source:
+def open_source(path: Path, options: ReadOptions = NOTHING_TOLD) -> CheckpointSource:
     """Open a tag's directory or its parent.
 
     Args:
@@ -233,7 +239,7 @@ def _scheme(tag: _Tag, told: Mapping[str, Any], family: str | None) -> _Scheme:
     return _Scheme(None, catalog, {tensor.name: tensor.name for tensor in catalog})
 
 
-def _open(path: Path, family: str | None) -> Source:
+def _open(path: Path, family: str | None) -> CheckpointSource:
     tag = _Tag(path)
     told = client_state(tag.head)
     scheme = _scheme(tag, told, family)

@@ -27,8 +27,8 @@ from megagrow.checkpoint.interface.format import (
     Format,
     LeftOut,
     ReadOptions,
-    Request,
     Segment,
+    SinkRequest,
     Values,
 )
 from megagrow.checkpoint.interface.meta import CheckpointMeta
@@ -223,7 +223,7 @@ class HuggingFaceSink:
     slots = (MASTER,)
     left_out: tuple[LeftOut, ...] = ()
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: SinkRequest) -> None:
         refuse_ramp(request.meta, program="transformers")
         model = model_of(request.meta)
         self._tokenizer = carried(
@@ -261,7 +261,7 @@ class HuggingFaceSink:
             text = json.dumps({"fingerprints": fingerprints}, indent=2) + "\n"
             self.files.append(FilePlan(_RUN, [text.encode()]))
 
-    def _plan(self, name: str, shard: Sequence[Link], request: Request) -> FilePlan:
+    def _plan(self, name: str, shard: Sequence[Link], request: SinkRequest) -> FilePlan:
         values = {
             link.stored: Values(
                 link.tensor,

@@ -21,7 +21,7 @@ RANK = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,4}))?")
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankFile:
     """One file of the grid.
 
     Attributes:
@@ -47,7 +47,7 @@ class Rank:
         return str(self.file.path)
 
 
-def read_ranks(path: Path) -> list[Rank]:
+def read_ranks(path: Path) -> list[RankFile]:
     """All files of the grid, tensor-parallel ranks within pipeline stages."""
     with naming(path, "cannot be read", READING):
         listed = sorted(entry.name for entry in path.iterdir() if entry.name.startswith("mp_rank_"))
@@ -72,14 +72,14 @@ def read_ranks(path: Path) -> list[Rank]:
             found=f"{at}: missing" if missing else "names with and without a stage",
             fix=RESTORE,
         )
-    ranks: list[Rank] = []
+    ranks: list[RankFile] = []
     first_layer = 0
     for pipe in range(pipes):
         layers = 0
         for tensor in range(tensors):
             file = read_torch_file(path / grid[pipe, tensor] / FILE)
             parameters = _parameters(file)
-            ranks.append(Rank(tensor, pipe, file, parameters, first_layer))
+            ranks.append(RankFile(tensor, pipe, file, parameters, first_layer))
             numbers = {names.local_layer(name) for name in parameters} - {None}
             layers = max(layers, len(numbers))
         first_layer += layers
@@ -112,7 +112,7 @@ def flat(value: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator
             yield f"{prefix}{key}", item
 
 
-def arguments_of(rank: Rank) -> Mapping[str, Any]:
+def arguments_of(rank: RankFile) -> Mapping[str, Any]:
     """Megatron's arguments in a file (CheckpointError if there are none)."""
     args = rank.value.get("args")
     if not isinstance(args, Opaque) or not isinstance(args.state, dict):
@@ -120,7 +120,7 @@ def arguments_of(rank: Rank) -> Mapping[str, Any]:
     return args.state
 
 
-def check_rank(rank: Rank, first: Rank, layout: Layout, version: float) -> None:
+def check_rank(rank: RankFile, first: RankFile, layout: Layout, version: float) -> None:
     """Check that a file is from the same save as the first."""
     args, wanted = arguments_of(rank), arguments_of(first)
     told = {

@@ -17,7 +17,14 @@ from megagrow.checkpoint.containers.pickle_reader import Opaque
 from megagrow.checkpoint.containers.torch_writer import NewTensor, number, plan_archive
 from megagrow.checkpoint.formats.megatron import names
 from megagrow.checkpoint.interface.client_state import KEY, plain_json
-from megagrow.checkpoint.interface.format import FilePlan, LeftOut, Request, Segment, Values, Zeros
+from megagrow.checkpoint.interface.format import (
+    FilePlan,
+    LeftOut,
+    Segment,
+    SinkRequest,
+    Values,
+    Zeros,
+)
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import model_of, optimizer_of, refuse_ramp, section
 from megagrow.checkpoint.interface.placed import placed
@@ -38,7 +45,7 @@ class MegatronSink:
         ConfigError: the layers do not divide evenly over the stages.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: SinkRequest) -> None:
         self._request, meta = request, request.meta
         self._layout, self._catalog = meta.layout, meta.catalog
         placed(meta.catalog, request)  # raises if tensor-parallel ranks cannot split it

@@ -26,7 +26,7 @@ from megagrow.checkpoint.containers.pickle_reader import StoredTensor, brief
 from megagrow.checkpoint.formats.megatron import names
 from megagrow.checkpoint.formats.megatron.files import (
     RANK,
-    Rank,
+    RankFile,
     arguments_of,
     check_rank,
     flat,
@@ -36,7 +36,13 @@ from megagrow.checkpoint.formats.megatron.optimizer import counts_of, has_moment
 from megagrow.checkpoint.formats.megatron.sink import FILE, LATEST, MegatronSink
 from megagrow.checkpoint.interface.accounting import account, unread_files
 from megagrow.checkpoint.interface.client_state import KEY, client_state
-from megagrow.checkpoint.interface.format import NOTHING_TOLD, Format, LeftOut, ReadOptions, Source
+from megagrow.checkpoint.interface.format import (
+    NOTHING_TOLD,
+    CheckpointSource,
+    Format,
+    LeftOut,
+    ReadOptions,
+)
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import family_in, replayed_model
 from megagrow.checkpoint.interface.stored_boxes import Record, StoredBox
@@ -54,7 +60,7 @@ _ITERATION = re.compile(r"iter_(\d{7,9})")
 _OLD_QKV = {0.0: (1, 0, 2), 1.0: (0, 2, 1)}
 
 
-def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> Source:
+def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> CheckpointSource:
     """Open an iteration's directory or its parent.
 
     Args:
@@ -69,7 +75,7 @@ def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> Source:
         return _open(find(path) or path, told)
 
 
-def _open(path: Path, options: ReadOptions) -> Source:
+def _open(path: Path, options: ReadOptions) -> CheckpointSource:
     _refuse_distributed(path)
     ranks = read_ranks(path)
     first = ranks[0]
@@ -166,7 +172,7 @@ class _Grid:
 
     def boxes(
         self,
-        rank: Rank,
+        rank: RankFile,
         states: Mapping[str, Mapping[str, tuple[str, StoredTensor]]],
         carried: set[str],
     ) -> Iterator[StoredBox]:
@@ -202,7 +208,7 @@ class _Grid:
                     yield StoredBox(name, slot, box, file, found.start, found.dtype, axes)
 
     def _compare(
-        self, rank: Rank, stored: str, slot: str, first: StoredTensor, copy: StoredTensor
+        self, rank: RankFile, stored: str, slot: str, first: StoredTensor, copy: StoredTensor
     ) -> None:
         """Compare a replica on another tensor rank, or the last stage's tied token table."""
         if same_values(first, copy):
@@ -244,7 +250,7 @@ _READ = {"args", "checkpoint_version", "iteration", "model", "optimizer", KEY}
 _HYPERPARAMETERS = "optimizer hyperparameters: they are in a run's configuration"
 
 
-def _left_out(rank: Rank, carried: set[str], moments: bool, told: bool) -> tuple[LeftOut, ...]:
+def _left_out(rank: RankFile, carried: set[str], moments: bool, told: bool) -> tuple[LeftOut, ...]:
     """What a file holds and is not carried."""
     held = [key for key in rank.value if key not in {"model", "optimizer"}]
     left = [
