@@ -21,7 +21,7 @@ LEAST_BUFFER_BYTES = CHUNK_BYTES + 2 * _READ_BYTES
 
 
 class Boxes(Protocol):
-    """Provides the values of a file: a `Source`, or the live state of a rank."""
+    """Provides the values of a file: a `CheckpointSource`, or the live state of a rank."""
 
     def holds(self, tensor: str, slot: str) -> bool:
         """Whether it has the slot; if not, zeros are written."""

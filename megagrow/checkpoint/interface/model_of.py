@@ -23,7 +23,7 @@ from megagrow.state.catalog import Catalog
 
 
 class Described(Protocol):
-    """Has what is needed to recover a model: a `Source` or a `CheckpointMeta`."""
+    """Has what is needed to recover a model: a `CheckpointSource` or a `CheckpointMeta`."""
 
     @property
     def catalog(self) -> Catalog:

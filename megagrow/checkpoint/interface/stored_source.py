@@ -40,7 +40,7 @@ _RUN_BYTES = 64 << 10  # shorter ranges are read together with their gaps
 
 
 class StoredSource:
-    """A `Source` built from a list of boxes; several threads may read at once.
+    """A `CheckpointSource` built from a list of boxes; several threads may read at once.
 
     Args:
         path: the checkpoint's directory.

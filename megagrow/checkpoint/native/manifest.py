@@ -93,7 +93,7 @@ class SlotRecord(_Record):
 
 
 class LayoutRecord(_Record):
-    """`layout.Layout`."""
+    """A `megagrow.state.layout.Layout`."""
 
     data: Length
     tensor: Length
