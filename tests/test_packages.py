@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,17 @@ def test_no_two_public_classes_share_a_name():
                 places.setdefault(node.name, []).append(path.relative_to(PACKAGE).as_posix())
     shared = {name: found for name, found in places.items() if len(found) > 1}
     assert not shared
+
+
+@pytest.mark.parametrize("name", ["models", "engine", "train", "data"])
+def test_a_readme_names_every_file_of_its_folder(name):
+    """Or the folder that it is in; so a reader finds where to start, and nothing is missing."""
+    text = (PACKAGE / name / "README.md").read_text(encoding="utf-8")
+    here = PACKAGE / name
+    for path in here.glob("*.py"):
+        assert path.name == "__init__.py" or f"{path.name}`" in text, path
+    for path in here.glob("*/__init__.py"):
+        assert f"`{path.parent.name}/" in text, path
+    for found in re.findall(r"`([a-z0-9_/]+\.py)`", text):
+        folders = (here, here / "common", PACKAGE, PACKAGE.parent)
+        assert any((folder / found).exists() for folder in folders), found

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "megagrow"
 # A dotted name in backticks whose first part is the package or one of its packages.
 PACKAGES = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-_NAME = re.compile(r"`(?:megagrow\.)?((?:%s)(?:\.\w+)+)(?:\(\))?`" % "|".join(sorted(PACKAGES)))
+_ANY = "|".join(sorted(PACKAGES))
+_NAME = re.compile(rf"`(?:megagrow\.)?((?:{_ANY})(?:\.\w+)+)(?:\(\))?`")
 
 FILE_ENDS = (".py", ".yaml", ".json", ".html", ".md")
 OTHERS = {"engine.save_checkpoint"}  # DeepSpeed's
