@@ -29,12 +29,12 @@ from pathlib import Path
 
 from megagrow.background import Loop
 from megagrow.errors import LockError
+from megagrow.processes import HIDDEN, machine, started
 
 NAME = "run.lock"  # in a run's directory
 BEAT = 5.0  # seconds between two refreshes
 SILENT = 60.0  # seconds without a refresh after which a holder on another machine counts as gone
 _POLL = 0.25
-_HIDDEN = -1  # the start time of a process that exists, but cannot be inspected
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class LockHolder:
         return LockHolder(
             host=socket.gethostname(),
             pid=os.getpid(),
-            machine=_machine(),
-            started=_started(os.getpid()) or 0,
+            machine=machine(),
+            started=started(os.getpid()) or 0,
             since=time.time(),
             command=shlex.join(sys.orig_argv)[:2000],
             token=secrets.token_hex(8),
@@ -90,8 +90,8 @@ class _Found:
     @property
     def gone(self) -> str:
         """Why its holder no longer holds it, or ""."""
-        if self.holder is not None and self.holder.machine == _machine():
-            same = _started(self.holder.pid) in (self.holder.started, _HIDDEN)
+        if self.holder is not None and self.holder.machine == machine():
+            same = started(self.holder.pid) in (self.holder.started, HIDDEN)
             return "" if same else "that process is gone"
         return f"no refresh for {self.age:.0f} s" if self.age > SILENT else ""
 
@@ -295,7 +295,7 @@ def _held(path: Path, found: _Found, *, of: str) -> LockError:
 
 
 def _elsewhere(found: _Found) -> bool:
-    return found.holder is None or found.holder.machine != _machine()
+    return found.holder is None or found.holder.machine != machine()
 
 
 # --- files --------------------------------------------------------------------------------
@@ -389,31 +389,3 @@ def _parsed(content: bytes) -> LockHolder | None:
     except (ValueError, TypeError):
         return None
     return holder
-
-
-# --- processes ----------------------------------------------------------------------------
-
-
-def _machine() -> str:
-    """Identifies this boot of this machine and this PID namespace."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _started(pid: int) -> int | None:
-    """The start time of a process on this machine, in ticks; None if it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        try:
-            os.kill(pid, 0)
-        except PermissionError:
-            return _HIDDEN
-        except OSError:
-            return None
-        return _HIDDEN
-    fields = text.rpartition(")")[2].split()  # the name in parentheses may contain anything
-    return None if fields[0] in "ZX" else int(fields[19])  # a zombie no longer writes

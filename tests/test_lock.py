@@ -18,6 +18,7 @@ import pytest
 from megagrow import lock as module
 from megagrow.errors import LockError
 from megagrow.lock import NAME, LockHolder, acquire, beside, holding_output
+from megagrow.processes import started
 
 
 def write(path, holder, *, age=0.0):
@@ -81,16 +82,16 @@ def test_the_error_names_a_command_that_takes_over_and_the_other_job_notices(tmp
 @pytest.mark.parametrize("how", ["gone", "another with its number", "zombie"])
 def test_the_lock_of_a_process_that_was_killed_is_taken_over_at_once_and_said(tmp_path, how):
     child = subprocess.Popen(["sleep", "100"])
-    started = module._started(child.pid)
+    begun = started(child.pid)
     pid = child.pid
     if how == "another with its number":
-        started -= 1
+        begun -= 1
     else:
         child.kill()
-        wait_until(lambda: module._started(child.pid) is None)  # not yet waited for: a zombie
+        wait_until(lambda: started(child.pid) is None)  # not yet waited for: a zombie
     if how == "gone":
         child.wait()
-    write(tmp_path / NAME, replace(LockHolder.me(), pid=pid, started=started, token="a" * 16))
+    write(tmp_path / NAME, replace(LockHolder.me(), pid=pid, started=begun, token="a" * 16))
     said = []
     mine = take(tmp_path / NAME, said)
     assert len(said) == 1 and "taken over from a job that has ended" in said[0]
@@ -103,7 +104,7 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over_at_once_and_said(tm
 
 def test_a_process_that_runs_keeps_its_lock_however_old_it_is(tmp_path):
     child = subprocess.Popen(["sleep", "100"])
-    holder = replace(LockHolder.me(), pid=child.pid, started=module._started(child.pid))
+    holder = replace(LockHolder.me(), pid=child.pid, started=started(child.pid))
     write(tmp_path / NAME, holder, age=9999.0)
     try:
         with pytest.raises(LockError, match=r"sign of life was 9999 s ago"):
@@ -261,7 +262,7 @@ with holding_output(Path({str(tmp_path / "out")!r})):
     assert child.stdout.readline() == "held\n"
     refused(tmp_path / "out", rf"process {child.pid} on ")
     child.kill()  # and nobody has waited for it yet
-    wait_until(lambda: module._started(child.pid) is None)
+    wait_until(lambda: started(child.pid) is None)
     with holding_output(tmp_path / "out"):
         pass
     child.communicate()

@@ -11,16 +11,16 @@ PACKAGE = Path(__file__).parent.parent / "megagrow"
 
 # Each may import those before it, and none behind it.
 ORDER = [
-    "errors", "files", "background", "lock", "arguments", "cluster", "ops", "state", "transfer",
-    "config", "models", "growth", "forecast", "schedule", "data", "engine", "checkpoint", "report",
+    "errors", "files", "background", "processes", "lock", "arguments", "cluster", "ops", "state",
+    "transfer", "config", "models", "growth", "forecast", "schedule", "data", "engine", "checkpoint", "report",
     "train", "evaluation", "plan", "bench", "api", "cli",
 ]  # fmt: skip
 CHECKPOINT = ["io", "interface", "containers", "native", "formats", "convert"]
 WITHOUT_PROCESSES = {
-    "errors", "files", "background", "lock", "cluster", "state", "transfer", "config", "growth",
-    "forecast", "schedule", "data", "report",
+    "errors", "files", "background", "processes", "lock", "cluster", "state", "transfer", "config",
+    "growth", "forecast", "schedule", "data", "report",
 }  # fmt: skip
-WITHOUT_PYTORCH = {"errors", "files", "background", "lock", "arguments", "cluster"}
+WITHOUT_PYTORCH = {"errors", "files", "background", "processes", "lock", "arguments", "cluster"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -175,3 +175,9 @@ def test_a_readme_names_every_file_of_its_folder(name):
     for found in re.findall(r"`([a-z0-9_/]+\.py)`", text):
         folders = (here, here / "common", PACKAGE, PACKAGE.parent)
         assert any((folder / found).exists() for folder in folders), found
+
+
+def test_files_are_at_most_400_lines():
+    """A file that grows beyond is split at a seam of its own."""
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert not {path.as_posix(): n for path, n in lengths.items() if n > 400}

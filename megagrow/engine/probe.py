@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from megagrow.engine.optimizers.blockwise import regions
+from megagrow.engine.optimizers.generations import regions
 from megagrow.growth.diagnostics import UNITS, Watched
 from megagrow.state.boxes import Box
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
-
-from megagrow.data.sampler import rank_slice
 from megagrow.errors import CheckpointError
 from megagrow.forecast.fit import Validated
 from megagrow.growth.plan import Growth
@@ -19,13 +16,11 @@ from megagrow.report.step_facts import StepFacts
 from megagrow.train import checkpoints
 from megagrow.train.grow_live import GrowthReport, grow
 from megagrow.train.health.agree import on_first
-from megagrow.train.health.data_check import told_by_its_rank
 from megagrow.train.health.recovery import RollBack, no_way_back, remember
 from megagrow.train.health.signals import agreed
 from megagrow.train.run import TrainingRun
 from megagrow.train.run_plan import Stage
 from megagrow.train.stage_rules import carry, decide
-from megagrow.train.state import step_seed
 
 
 class Trainer(TrainingRun):
@@ -292,35 +287,6 @@ class Trainer(TrainingRun):
         )
 
     # --- its parts ------------------------------------------------------------------------
-
-    def _batches(self) -> Iterator[np.ndarray]:
-        micro = self.stage.plan.batch.micro
-        starts = rank_slice(
-            self.state.position.split(self.samples.sequence)[1],
-            micro=micro,
-            accumulation=self.engine.accumulation,
-            data_rank=self.engine.coordinates.data,
-            data_size=self.engine.layout.data,
-        )
-        for number, start in enumerate(starts, start=1):
-            # The first micro-batch of an engine compiles kernels and allocates memory.
-            first = number == 1 and self.state.step in (
-                self._first_step,
-                self.stage.plan.start_step,
-            )
-            self._begin(f"step {self.state.step + 1}, micro-batch {number}", slow=first)
-            with told_by_its_rank(self.comm):
-                samples = self.samples.batch(start, micro)
-            yield samples
-
-    def _seed_of_step(self) -> int:
-        at = self.engine.coordinates
-        return step_seed(self.config.run.seed, step=self.state.step, data=at.data, pipe=at.pipe)
-
-    def _validation_loss(self) -> float:
-        """Mean loss over the fixed validation samples, split over the data-parallel ranks."""
-        total, count = self.engine.evaluate(self.validation, micro=self.stage.plan.batch.micro)
-        return sum(self.comm.gather_floats(total)) / sum(self.comm.gather_floats(count))
 
     def _validate(self) -> float:
         self._begin(f"validation after step {self.state.step}", slow=True)

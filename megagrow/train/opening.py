@@ -20,6 +20,7 @@ from megagrow.report.log import last_line, read_lines, tail_start
 from megagrow.report.units import human
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.train import checkpoints
+from megagrow.train.agreement import check_agreement
 from megagrow.train.logging.metrics import FILE_NAME
 from megagrow.train.run_plan import RunPlan, plan_run
 from megagrow.train.state import RunState
@@ -111,9 +112,7 @@ def _first_that_opens(
     for number, path in enumerate(paths, start=1):
         try:
             checkpoint = checkpoints.open_checkpoint(path)
-            state, changes = checkpoints.check_agreement(
-                checkpoint, config=config, data=data, plan=plan
-            )
+            state, changes = check_agreement(checkpoint, config=config, data=data, plan=plan)
             return path, state, changes
         except CheckpointError:
             if number == len(paths):

@@ -17,6 +17,7 @@ from megagrow.data.sampler import validation_samples
 from megagrow.engine.deepspeed.drivers import validation_share
 from megagrow.errors import DataError, MegagrowError, TrainingError
 from megagrow.report.units import human
+from megagrow.train.agreement import check_agreement
 from megagrow.train.logging.telemetry import require_libraries
 from megagrow.train.run_plan import RunPlan, plan_run, with_vocabulary
 
@@ -106,7 +107,7 @@ def start_lines(found: Ready, resume: str) -> list[str]:
     checkpoint = checkpoints.open_checkpoint(paths[0])
     if found.data is None:
         return [f"start: from {paths[0]}; without data it was not checked"]
-    state, changes = checkpoints.check_agreement(
+    state, changes = check_agreement(
         checkpoint, config=found.config, data=found.data, plan=found.plan
     )
     lines = [f"start: from step {state.step} ({paths[0]})"]

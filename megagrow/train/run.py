@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megagrow import __version__, ops
@@ -14,15 +16,16 @@ from megagrow.checkpoint import NativeCheckpoint
 from megagrow.cluster.environment import threads_of_a_rank
 from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
-from megagrow.data.sampler import validation_samples
+from megagrow.data.sampler import rank_slice, validation_samples
 from megagrow.engine.comm import Comm
 from megagrow.engine.precision import Precisions
 from megagrow.errors import CheckpointError, DataError
 from megagrow.train import checkpoints
+from megagrow.train.agreement import check_agreement
 from megagrow.train.average import WeightAverage
 from megagrow.train.grow_live import fill_fresh, start_engine
 from megagrow.train.health.agree import on_all, on_first
-from megagrow.train.health.data_check import DataCheck
+from megagrow.train.health.data_check import DataCheck, told_by_its_rank
 from megagrow.train.health.preflight import preflight
 from megagrow.train.health.recovery import StepGuard
 from megagrow.train.health.run_lock import RunLock
@@ -32,7 +35,7 @@ from megagrow.train.logging.diagnostics import Diagnostics
 from megagrow.train.logging.journal import Journal
 from megagrow.train.run_plan import RunPlan, Stage, plan_run
 from megagrow.train.saving import Saver
-from megagrow.train.state import RunState
+from megagrow.train.state import RunState, step_seed
 
 
 class TrainingRun:
@@ -130,7 +133,7 @@ class TrainingRun:
 
     def _go_on_from(self, path: Path) -> None:
         checkpoint = on_all(self.comm, lambda: checkpoints.open_checkpoint(path))
-        self.state, changes = checkpoints.check_agreement(
+        self.state, changes = check_agreement(
             checkpoint, config=self.config, data=self.data, plan=self.plan
         )
         self.journal.say(f"resuming from {path} (step {self.state.step})")
@@ -227,6 +230,35 @@ class TrainingRun:
         self.samples = self.data.samples(length, seed=self.config.run.seed, before=before)
         if done == 0 and (recut := self.samples.recut) is not None:
             self.journal.say(f"stage {self.stage.index}: {recut}")
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        micro = self.stage.plan.batch.micro
+        starts = rank_slice(
+            self.state.position.split(self.samples.sequence)[1],
+            micro=micro,
+            accumulation=self.engine.accumulation,
+            data_rank=self.engine.coordinates.data,
+            data_size=self.engine.layout.data,
+        )
+        for number, start in enumerate(starts, start=1):
+            # The first micro-batch of an engine compiles kernels and allocates memory.
+            first = number == 1 and self.state.step in (
+                self._first_step,
+                self.stage.plan.start_step,
+            )
+            self._begin(f"step {self.state.step + 1}, micro-batch {number}", slow=first)
+            with told_by_its_rank(self.comm):
+                samples = self.samples.batch(start, micro)
+            yield samples
+
+    def _seed_of_step(self) -> int:
+        at = self.engine.coordinates
+        return step_seed(self.config.run.seed, step=self.state.step, data=at.data, pipe=at.pipe)
+
+    def _validation_loss(self) -> float:
+        """Mean loss over the fixed validation samples, split over the data-parallel ranks."""
+        total, count = self.engine.evaluate(self.validation, micro=self.stage.plan.batch.micro)
+        return sum(self.comm.gather_floats(total)) / sum(self.comm.gather_floats(count))
 
     def _plan_from(self, ends: tuple[int, ...]) -> None:
         """Plan again, with the steps at which the stages so far really ended."""

@@ -16,7 +16,8 @@ import torch
 from foreign import WholeSource, write_file
 from toys import random_state, toy_model
 
-from megagrow.checkpoint.containers.pickle_reader import STORAGES, Opaque, StoredTensor, read_pickle
+from megagrow.checkpoint.containers.pickle_reader import STORAGES, Opaque, read_pickle
+from megagrow.checkpoint.containers.stored_tensor import StoredTensor
 from megagrow.checkpoint.containers.torch_reader import read_torch_file
 from megagrow.checkpoint.containers.torch_writer import (
     NewTensor,

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.engine.optimizers.blockwise import MOMENTS, BlockAdamW, YoungShard, regions
+from megagrow.engine.optimizers.blockwise import MOMENTS, BlockAdamW, YoungShard
+from megagrow.engine.optimizers.generations import regions
 from megagrow.growth.optimizer_rules import YoungBlocks
 from megagrow.state.boxes import Box, flat_range_boxes, whole
 

@@ -8,7 +8,7 @@ from plays import Job
 from ranks import run_ranks
 from toys import FAMILIES, grow, random_state, toy_model
 
-from megagrow.engine.optimizers.blockwise import regions
+from megagrow.engine.optimizers.generations import regions
 from megagrow.engine.probe import Probe
 from megagrow.growth.diagnostics import Watched, watched
 from megagrow.models.catalog import build_catalog

@@ -29,7 +29,7 @@ from megagrow.data.dataset import open_dataset
 from megagrow.errors import CheckpointError
 from megagrow.growth.plan import plan_growth
 from megagrow.state.boxes import whole
-from megagrow.train import checkpoints
+from megagrow.train.agreement import check_agreement
 from megagrow.train.grow_offline import OfflineGrowth, describe_sizes, plan_offline, write_offline
 
 transformers = pytest.importorskip("transformers")
@@ -140,7 +140,7 @@ def test_a_resume_of_weights_without_a_run_names_the_cause(theirs, imported, dat
     with pytest.raises(
         CheckpointError, match="belongs to no run: it was converted without --config"
     ):
-        checkpoints.check_agreement(
+        check_agreement(
             NativeCheckpoint.open(path),
             config=parse_config(imported[1], source="run"),
             data=open_dataset(dataset),

@@ -9,6 +9,7 @@ import pytest
 from jobs import launch, log_of, main, settings, write_config
 
 from megagrow.train import checkpoints
+from megagrow.train.agreement import validation_changes
 
 
 def config(dataset, tmp_path, **changes):
@@ -74,6 +75,6 @@ def test_an_id_that_the_vocabulary_does_not_have_is_named(tmp_path, dataset):
 
 @pytest.mark.parametrize("stored", [{}, {"validation": checkpoints.VALIDATION}])
 def test_a_checkpoint_of_before_is_known_to_have_validated_on_the_first_samples(stored):
-    changes = checkpoints.validation_changes(stored)
+    changes = validation_changes(stored)
     assert len(changes) == (not stored)
     assert all("the first of the split -> spread over the whole split" in x for x in changes)

@@ -13,7 +13,7 @@ from megagrow.data.dataset import open_dataset
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.data.position import Position
 from megagrow.data.sampler import SampleIndex
-from megagrow.train.checkpoints import check_agreement
+from megagrow.train.agreement import check_agreement
 from megagrow.train.run_plan import plan_run
 
 STAGES = [

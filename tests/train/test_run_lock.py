@@ -10,7 +10,8 @@ from jobs import events, files_below, launch, settings, write_config
 
 from megagrow.checkpoint import list_steps
 from megagrow.errors import CheckpointError
-from megagrow.lock import NAME, LockHolder, _started, acquire
+from megagrow.lock import NAME, LockHolder, acquire
+from megagrow.processes import started
 from megagrow.report.log import read_metrics
 from megagrow.train.checkpoints import is_saved
 from megagrow.train.state import RunState
@@ -64,7 +65,7 @@ def _unlock(run):
 
 def _take(run):
     pid = os.getppid()  # one that will be there
-    other = {"token": "f" * 16, "host": "h7", "pid": pid, "started": _started(pid)}
+    other = {"token": "f" * 16, "host": "h7", "pid": pid, "started": started(pid)}
     (run / NAME).write_text(json.dumps(json.loads((run / NAME).read_text()) | other))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megagrow.checkpoint.containers.pickle_reader import StoredTensor
+from megagrow.checkpoint.containers.stored_tensor import StoredTensor
 from megagrow.checkpoint.io.files import READING, RESTORE, naming, open_regular, read_exactly
 from megagrow.errors import CheckpointError
 

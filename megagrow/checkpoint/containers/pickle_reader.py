@@ -30,7 +30,8 @@ from megagrow.checkpoint.containers.pickle_bounds import (
     require_small,
     require_tree,
 )
-from megagrow.checkpoint.io.files import READING, RESTORE, naming, open_regular, read_exactly
+from megagrow.checkpoint.containers.stored_tensor import PickledRange, StoredTensor
+from megagrow.checkpoint.io.files import RESTORE
 from megagrow.errors import CheckpointError
 
 STORAGES = {
@@ -85,46 +86,6 @@ class Opaque:
     def attribute(self, name: str, default: Any = None) -> Any:
         """One of its attributes."""
         return self.state.get(name, default) if isinstance(self.state, dict) else default
-
-
-@dataclass(frozen=True, eq=False)
-class StoredTensor:
-    """A tensor in a file: contiguous from its first byte.
-
-    Attributes:
-        start: offset of its first byte in the file.
-        axes: the order of its axes in memory, or None for row-major.
-    """
-
-    path: Path
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    axes: tuple[int, ...] | None = None
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    def item(self) -> float:
-        """The value of a one-element tensor (raises CheckpointError, ValueError)."""
-        if self.numel != 1:
-            raise ValueError(f"{self.path}: a tensor of shape {list(self.shape)} is no number")
-        data = bytearray(self.dtype.itemsize)
-        with open_regular(self.path) as (file, _), naming(self.path, "cannot be read", READING):
-            if not read_exactly(file, memoryview(data), self.start):
-                raise CheckpointError(f"{self.path}: truncated", fix=RESTORE)
-        return float(torch.frombuffer(data, dtype=self.dtype).item())
-
-
-@dataclass(frozen=True)
-class PickledRange:
-    """The range of a file that holds a storage's values."""
-
-    start: int
-    size: int
-    crc: int
 
 
 def read_pickle(

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.containers.pickle_reader import PickledRange, read_pickle
+from megagrow.checkpoint.containers.pickle_reader import read_pickle
+from megagrow.checkpoint.containers.stored_tensor import PickledRange
 from megagrow.checkpoint.io.checksum import crc32
 from megagrow.checkpoint.io.files import READING, RESTORE, naming, open_regular, read_exactly
 from megagrow.errors import CheckpointError

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from megagrow.engine.deepspeed.patches import replaced
-from megagrow.engine.optimizers.blockwise import BlockAdamW, Index, generations
+from megagrow.engine.optimizers.blockwise import BlockAdamW
+from megagrow.engine.optimizers.generations import Index, generations
 from megagrow.growth.optimizer_rules import YoungBlocks
 from megagrow.state.boxes import Box
 from megagrow.state.matrices import Matrix

@@ -20,8 +20,8 @@ There are no multipliers in the forward pass: a multiplier c on a tensor is equi
 the tensor and c times its rate (both papers' "abc" symmetry, under Adam). So the model is a plain
 one in every format. The head's 1 / m is in the final norm's gain, which a tied head needs and an
 untied head may use as well; the residual branches' 1 / d is in their writers. Growth by copies
-produces weights in this form (`megagrow.growth.operators.width`), and the `exact` state policy's rates are the same as
-these.
+produces weights in this form (`megagrow.growth.operators.width`), and the `exact` state
+policy's rates are the same as these.
 
 Lion moves every element by its rate, as Adam does, so the table applies to it too. Muon's matrix
 updates have a spectral norm of rate times sqrt(max(1, outputs / inputs)), proportional to the

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from megagrow.checkpoint.containers.pickle_reader import StoredTensor
+from megagrow.checkpoint.containers.stored_tensor import StoredTensor
 from megagrow.checkpoint.containers.torch_reader import read_torch_file
 from megagrow.checkpoint.formats.dcp.metadata import Entry
 from megagrow.checkpoint.formats.dcp.sink import METADATA

@@ -16,7 +16,8 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from megagrow.checkpoint.containers.pickle_reader import StoredTensor, brief
+from megagrow.checkpoint.containers.pickle_reader import brief
+from megagrow.checkpoint.containers.stored_tensor import StoredTensor
 from megagrow.checkpoint.containers.torch_reader import read_torch_file
 from megagrow.checkpoint.formats.dcp.foreign import Foreign, read_foreign
 from megagrow.checkpoint.formats.dcp.metadata import Chunk, Entry, read_metadata

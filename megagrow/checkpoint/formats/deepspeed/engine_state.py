@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megagrow.checkpoint.containers.pickle_reader import Opaque, StoredTensor
+from megagrow.checkpoint.containers.pickle_reader import Opaque
+from megagrow.checkpoint.containers.stored_tensor import StoredTensor
 from megagrow.checkpoint.containers.torch_writer import number
 from megagrow.checkpoint.formats.deepspeed.saved_optimizer import Saved, is_number, numbers_of
 from megagrow.checkpoint.interface.format import LeftOut

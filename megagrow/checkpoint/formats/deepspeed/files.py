@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.containers.pickle_reader import Opaque, StoredTensor
+from megagrow.checkpoint.containers.pickle_reader import Opaque
+from megagrow.checkpoint.containers.stored_tensor import StoredTensor
 from megagrow.checkpoint.containers.torch_reader import TorchFile, read_torch_file
 from megagrow.checkpoint.formats.deepspeed.mapping import NAME as MAPPING
-from megagrow.checkpoint.formats.deepspeed.saved_optimizer import Saved, common_slots
+from megagrow.checkpoint.formats.deepspeed.saved_optimizer import Saved, SavedPiece, common_slots
 from megagrow.checkpoint.interface.accounting import unread_files
 from megagrow.checkpoint.interface.format import LeftOut
 from megagrow.checkpoint.io.files import READING, RESTORE, naming
@@ -28,19 +28,6 @@ from megagrow.state.precision import format_of
 MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-
-
-@dataclass(frozen=True)
-class SavedPiece:
-    """Elements [start, stop) of a parameter, as held by a model-parallel rank."""
-
-    name: str
-    slot: str
-    mp: int
-    start: int
-    stop: int
-    tensor: StoredTensor
-    offset: int  # position of its first element in the stored tensor
 
 
 class Tag:
@@ -142,19 +129,6 @@ class Tag:
                 for group, options in zip(groups, told, strict=True):
                     decay |= dict.fromkeys(group, bool(options.get("weight_decay")))
         return decay
-
-    @property
-    def optimizer(self) -> dict[str, Any]:
-        """AdamW's settings in configuration form, from the first group with weight decay."""
-        groups = self.saved(0).groups
-        decaying = [group for group in groups if group.get("weight_decay")] or groups
-        if not decaying or not {"betas", "eps", "lr"} <= set(decaying[0]):
-            return {}
-        told = {key: float(decaying[0][key]) for key in ("eps", "weight_decay", "lr")}
-        told["lr"] /= float(decaying[0].get("lr_factor", 1.0))
-        if told["lr"] == 0.0:  # set by a schedule, not by the run
-            del told["lr"]
-        return {"betas": [float(beta) for beta in decaying[0]["betas"]], **told}
 
     @property
     def optimizer_step(self) -> int | None:

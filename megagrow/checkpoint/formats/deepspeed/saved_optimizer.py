@@ -7,12 +7,13 @@ flat tensor; without it the optimizer numbers parameters, and nothing says which
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from megagrow.checkpoint.containers.pickle_reader import StoredTensor
+from megagrow.checkpoint.containers.stored_tensor import StoredTensor
 from megagrow.checkpoint.interface.format import LeftOut
 from megagrow.state.catalog import MASTER, Slot
 
@@ -40,6 +41,19 @@ _KNOWN = frozenset(
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class SavedPiece:
+    """Elements [start, stop) of a parameter, as held by a model-parallel rank."""
+
+    name: str
+    slot: str
+    mp: int
+    start: int
+    stop: int
+    tensor: StoredTensor
+    offset: int  # position of its first element in the stored tensor
+
+
 class Saved:
     """The dictionary that one rank's optimizer saved; empty if it saved nothing."""
 
@@ -59,6 +73,18 @@ class Saved:
         """Torch's parameter groups; none in an "elastic" checkpoint."""
         base = self.base
         return list(base.get("param_groups", ())) if isinstance(base, dict) else []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """AdamW's settings in configuration form, from the first group with weight decay."""
+        decaying = [group for group in self.groups if group.get("weight_decay")] or self.groups
+        if not decaying or not {"betas", "eps", "lr"} <= set(decaying[0]):
+            return {}
+        told = {key: float(decaying[0][key]) for key in ("eps", "weight_decay", "lr")}
+        told["lr"] /= float(decaying[0].get("lr_factor", 1.0))
+        if told["lr"] == 0.0:  # set by a schedule, not by the run
+            del told["lr"]
+        return {"betas": [float(beta) for beta in decaying[0]["betas"]], **told}
 
     @cached_property
     def states(self) -> list[dict[str, Any]]:

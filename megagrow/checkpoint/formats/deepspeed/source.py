@@ -77,8 +77,8 @@ def _open(tag: Tag, family: str | None) -> CheckpointSource:
         require_family(scheme.model, where=str(mapping[1]), family=family)
     if scheme.model:
         config.setdefault("model", scheme.model.model_dump(mode="json", by_alias=True))
-    if tag.optimizer:
-        config.setdefault("optimizer", tag.optimizer)
+    if settings := tag.saved(0).settings:
+        config.setdefault("optimizer", settings)
     if "precision" not in config and tag.precision is not None:
         config["precision"] = {"dtype": tag.precision}
     steps = tag.head.get("global_steps")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.containers.pickle_reader import StoredTensor
+from megagrow.checkpoint.containers.stored_tensor import StoredTensor
 from megagrow.checkpoint.containers.torch_reader import TorchFile, read_torch_file
 from megagrow.checkpoint.formats.deepspeed import names
 from megagrow.checkpoint.formats.deepspeed.engine_state import (

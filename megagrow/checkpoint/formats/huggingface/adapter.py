@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from megagrow.checkpoint.containers.duplicates import require_frequencies, same_values
-from megagrow.checkpoint.containers.pickle_reader import StoredTensor
 from megagrow.checkpoint.containers.safetensors import StoredArray, make_header, read_header
+from megagrow.checkpoint.containers.stored_tensor import StoredTensor
 from megagrow.checkpoint.formats.huggingface.config import read_model, stored_as, write_config
 from megagrow.checkpoint.formats.huggingface.names import Link, links
 from megagrow.checkpoint.formats.huggingface.tokenizer import carried, compare

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.containers.pickle_reader import Opaque, StoredTensor
+from megagrow.checkpoint.containers.pickle_reader import Opaque
+from megagrow.checkpoint.containers.stored_tensor import StoredTensor
 from megagrow.checkpoint.containers.torch_reader import TorchFile, read_torch_file
 from megagrow.checkpoint.formats.megatron import names
 from megagrow.checkpoint.formats.megatron.sink import FILE

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megagrow.checkpoint.containers.pickle_reader import StoredTensor
+from megagrow.checkpoint.containers.stored_tensor import StoredTensor
 from megagrow.checkpoint.formats.megatron import names
 from megagrow.errors import CheckpointError
 from megagrow.state.catalog import ADAM_SLOTS, MASTER

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.containers.duplicates import same_values
-from megagrow.checkpoint.containers.pickle_reader import StoredTensor, brief
+from megagrow.checkpoint.containers.pickle_reader import brief
+from megagrow.checkpoint.containers.stored_tensor import StoredTensor
 from megagrow.checkpoint.formats.megatron import names
 from megagrow.checkpoint.formats.megatron.files import (
     RANK,

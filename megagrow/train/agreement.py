@@ -1,0 +1,116 @@
+"""Whether a checkpoint belongs to a run, and what has changed since it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megagrow.checkpoint import NativeCheckpoint
+from megagrow.checkpoint.interface.model_of import model_of
+from megagrow.config import Config, ModelConfig
+from megagrow.data.dataset import PreparedData
+from megagrow.data.sampler import VALIDATION, VALIDATION_BEFORE
+from megagrow.errors import CheckpointError
+from megagrow.models.catalog import build_catalog
+from megagrow.state.catalog import Catalog
+from megagrow.train.checkpoints import DIRECTORY
+from megagrow.train.fingerprints import require_run, require_same_data
+from megagrow.train.run_plan import RunPlan
+from megagrow.train.state import RunState
+
+
+def check_agreement(
+    checkpoint: NativeCheckpoint, *, config: Config, data: PreparedData, plan: RunPlan
+) -> tuple[RunState, list[str]]:
+    """Check that a checkpoint belongs to this run.
+
+    Returns:
+        The run's state, and one line per setting that has changed and may change.
+
+    Raises:
+        CheckpointError: data, tokenizer, seed or model differ, or the run state is damaged.
+    """
+    where = str(checkpoint.path)
+    require_run(checkpoint)
+    require_same_data(checkpoint, data)
+    seed = checkpoint.config.get("run", {}).get("seed")
+    if seed != config.run.seed:
+        raise CheckpointError(
+            f"{where}: run.seed differs, so the order of samples would",
+            found=config.run.seed,
+            expected=seed,
+            fix=f"set run.seed={seed}",
+        )
+    try:
+        state = RunState.from_json(checkpoint.run_state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: the run state in its manifest is damaged: {error!r}",
+                              fix="resume from an earlier checkpoint") from error  # fmt: skip
+    if state.growth_stage >= len(plan.stages):
+        raise CheckpointError(
+            f"{where}: is in growth stage {state.growth_stage}, which `stages` does not have",
+            found=f"{len(plan.stages)} stages",
+            fix="resume with the stages that the run was started with",
+        )
+    expected = build_catalog(plan.stages[state.growth_stage].model)
+    if expected != checkpoint.catalog:
+        raise CheckpointError(
+            f"{where}: holds another model than stage {state.growth_stage} of the configuration",
+            found=_shape(checkpoint.catalog, _model_of(checkpoint)),
+            expected=_shape(expected, plan.stages[state.growth_stage].model),
+            fix="resume with the model and stages that the run was started with"
+            + _without_it(checkpoint.path, config, "start a run of this model"),
+        )
+    changes = _changes(checkpoint.config, config.model_dump(mode="json", by_alias=True))
+    lengths = [stage.plan.sequence for stage in plan.stages[: state.growth_stage + 1]]
+    if state.position.measured(lengths[-1]) != state.position and len(set(lengths)) > 1:
+        changes.append(
+            f"data position: an earlier version counted {state.position.samples:,} samples of any "
+            f"length ({', '.join(map(str, lengths))}); the run continues as it would have"
+        )
+    changes += validation_changes(checkpoint.fingerprints)
+    return replace(state, position=state.position.measured(lengths[-1])), changes
+
+
+def validation_changes(stored: Mapping[str, str]) -> list[str]:
+    """A line if a checkpoint's fingerprints show that its run validated on other samples."""
+    before = stored.get("validation", VALIDATION_BEFORE)
+    if before == VALIDATION:
+        return []
+    return [
+        f"validation samples: {before} -> {VALIDATION}; validation losses before and after this "
+        "step are of different samples"
+    ]
+
+
+def _without_it(path: Path, config: Config, what: str) -> str:
+    """The alternative if the run directory itself led to a checkpoint; else there is none."""
+    own = (Path(config.run.dir) / DIRECTORY).resolve() == path.resolve().parent
+    return f", or {what} with run.dir=NEW" if own else ""
+
+
+def _model_of(checkpoint: NativeCheckpoint) -> ModelConfig | None:
+    try:
+        return model_of(checkpoint)
+    except CheckpointError:
+        return None
+
+
+def _shape(catalog: Catalog, model: ModelConfig | None) -> str:
+    keys = ("layers", "hidden", "heads", "ffn") if model else ()
+    sizes = ", ".join(f"{key} {getattr(model, key)}" for key in keys)
+    return f"{catalog.parameters:,} parameters; {sizes or 'sizes unknown'}"
+
+
+def _changes(before: Any, now: Any, key: str = "") -> list[str]:
+    """One line per setting that differs, recursing into sections and lists of equal length."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(set(before) | set(now))
+        pairs = [(before.get(k), now.get(k), f"{key}.{k}".lstrip(".")) for k in keys]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = [(a, b, f"{key}[{i}]") for i, (a, b) in enumerate(zip(before, now, strict=True))]
+    else:
+        return [] if before == now else [f"{key}: {before} -> {now}"]
+    return [line for pair in pairs for line in _changes(*pair)]
