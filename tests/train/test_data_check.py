@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jobs import launch, log_of, main, settings, write_config
 
-from megagrow.train import checkpoints
+from megagrow.data.sampler import VALIDATION
 from megagrow.train.agreement import validation_changes
 
 
@@ -73,7 +73,7 @@ def test_an_id_that_the_vocabulary_does_not_have_is_named(tmp_path, dataset):
     assert "in sample 0" in outcome.err and "found:    60000 at token" in outcome.err
 
 
-@pytest.mark.parametrize("stored", [{}, {"validation": checkpoints.VALIDATION}])
+@pytest.mark.parametrize("stored", [{}, {"validation": VALIDATION}])
 def test_a_checkpoint_of_before_is_known_to_have_validated_on_the_first_samples(stored):
     changes = validation_changes(stored)
     assert len(changes) == (not stored)
