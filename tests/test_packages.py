@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "megagrow"
 # Each may import those before it, and none behind it.
 ORDER = [
     "errors", "files", "background", "processes", "lock", "arguments", "cluster", "ops", "state",
-    "transfer", "config", "models", "growth", "forecast", "schedule", "data", "engine", "checkpoint",
-    "report", "train", "evaluation", "plan", "bench", "api", "cli",
+    "transfer", "config", "models", "growth", "forecast", "schedule", "data", "engine",
+    "checkpoint", "report", "train", "evaluation", "plan", "bench", "api", "cli",
 ]  # fmt: skip
 CHECKPOINT = ["io", "interface", "containers", "native", "formats", "convert"]
 WITHOUT_PROCESSES = {

@@ -9,6 +9,7 @@ import pytest
 from jobs import launch, log_of, main, settings, write_config
 
 from megagrow.data.sampler import VALIDATION
+from megagrow.train import checkpoints
 from megagrow.train.agreement import validation_changes
 
 
