@@ -7,7 +7,7 @@ rest of a family, which needs PyTorch, is its folder in `megagrow.models`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -19,25 +19,75 @@ class Architecture:
         norm: LayerNorm, which subtracts the mean and has a bias, or RMSNorm.
         positions: a learned embedding, or rotary (RoPE).
         gated: whether the MLP is gated, as SwiGLU is.
-        biases: whether linear layers have biases.
-        activation: of the MLP; `gelu` is the tanh approximation.
+        biases: which linear layers have biases: all of the blocks, queries, keys and values alone,
+            or none.
+        activation: of the MLP; `gelu` is the tanh approximation, `gelu_exact` is not.
+        block_norms: where a sub-layer has a norm: before it, after it (on its output, before that
+            is added to the residual stream), or both.
+        head_norm: the RMSNorm of queries and keys (QK-norm): over each head, or over all heads of a
+            token at once.
+        parallel: whether attention and MLP read the same residual stream, as in GPT-J; else the MLP
+            reads what attention has added to.
+        unit_gain: whether a norm multiplies by 1 + its parameter, as Gemma's do.
+        scaled_embedding: whether embeddings are multiplied by the square root of `hidden`.
+        settings: keys of the `model` section that only some families have, and this one has.
         check: further requirements of the family; raises ValueError with a fix.
     """
 
     norm: Literal["layer", "rms"]
     positions: Literal["learned", "rotary"]
     gated: bool
-    biases: bool
-    activation: Literal["gelu", "silu"]
+    biases: Literal["all", "qkv", "none"]
+    activation: Literal["gelu", "gelu_exact", "silu"]
+    block_norms: Literal["before", "after", "both"] = "before"
+    head_norm: Literal["each", "all"] | None = None
+    parallel: bool = False
+    unit_gain: bool = False
+    scaled_embedding: bool = False
+    settings: frozenset[str] = frozenset()
     check: Callable[[Any], None] | None = None
 
 
+_ROPE = frozenset({"rope_scaling"})
+_WINDOW = frozenset({"window", "full_every"})
+_LLAMA = Architecture(
+    norm="rms",
+    positions="rotary",
+    gated=True,
+    biases="none",
+    activation="silu",
+    settings=_ROPE,
+)
+
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(
-        norm="layer", positions="learned", gated=False, biases=True, activation="gelu"
+        norm="layer", positions="learned", gated=False, biases="all", activation="gelu"
     ),
-    "llama": Architecture(
-        norm="rms", positions="rotary", gated=True, biases=False, activation="silu"
+    "llama": _LLAMA,
+    "mistral": replace(_LLAMA, settings=_ROPE | {"window"}),
+    "qwen2": replace(_LLAMA, biases="qkv"),
+    "qwen3": replace(_LLAMA, head_norm="each", settings=_ROPE | {"head_norm_eps"}),
+    "olmo2": replace(
+        _LLAMA, head_norm="all", block_norms="after", settings=_ROPE | {"head_norm_eps"}
+    ),
+    "smollm3": replace(_LLAMA, settings=_ROPE | {"no_rope_every"}),
+    "phi3": replace(_LLAMA, settings=_ROPE | {"window", "rope_fraction"}),
+    "gpt_neox": Architecture(
+        norm="layer",
+        positions="rotary",
+        gated=False,
+        biases="all",
+        activation="gelu_exact",
+        parallel=True,
+        settings=_ROPE | {"rope_fraction"},
+    ),
+    "gemma2": replace(
+        _LLAMA,
+        activation="gelu",
+        block_norms="both",
+        unit_gain=True,
+        scaled_embedding=True,
+        settings=_ROPE | _WINDOW | {"attention_scale", "attention_softcap", "logit_softcap"},
     ),
 }
 

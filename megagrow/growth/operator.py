@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -53,6 +54,10 @@ class Block:
         return self.scaled(1.0).volume
 
 
+# What some models have beyond plain pre-norm transformers (`megagrow.growth.features`).
+Feature = Literal["norm after", "norm of all heads", "head features", "scaled embedding"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Operator:
     """A way to grow a model: a description here, and the blocks, which a subclass defines.
@@ -70,6 +75,7 @@ class Operator:
             not fitted.
         any_size: whether it supports any larger size, not only multiples.
         settings: further keys of the `grow` section that it takes; it has fields of the same names.
+        handles: features of models that it has rules for.
     """
 
     name: str
@@ -83,6 +89,7 @@ class Operator:
     fitted: int = 0
     any_size: bool = False
     settings: tuple[str, ...] = ()
+    handles: frozenset[Feature] = frozenset()
 
     def target(self, model: ModelConfig, factor: int) -> ModelConfig:
         """The configuration of the model grown by an integer factor: its sizes times the factor."""

@@ -10,6 +10,7 @@ from functools import cached_property
 from megagrow.config import GrowConfig, ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.compose import Composition, composed
+from megagrow.growth.features import refusal, require_layer_kinds
 from megagrow.growth.new_blocks import carried, covers, is_whole, kept_by
 from megagrow.growth.operator import Block, Operator
 from megagrow.growth.operators.ramp import Ramp, make_ramp
@@ -231,6 +232,8 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
             models.append(part.target(models[-1], grow.factor or 2))
         else:
             models.append(part.grown(models[-1], sizes))
+        if (error := refusal(part, models[-2], models[-1])) is not None:
+            raise error
         if not part.sizes and models[-1] == models[-2]:
             raise GrowthError(
                 f"grow.operator: {part.name} changes nothing here",
@@ -248,6 +251,7 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
         ramp=grow.ramp,
         fit_steps=grow.fit_steps,
     )
+    require_layer_kinds(growth, model, models[-1])
     if model.mup is not None:
         _require_mup(grow, model, models[-1])
     if grow.mup and growth.policy.scale_rates:

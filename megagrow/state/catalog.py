@@ -64,6 +64,8 @@ class LogicalTensor:
         reads: the input axes, which it sums over and which come last; the others are outputs, gains
             or table rows.
         centred: for a norm, whether it subtracts the mean (LayerNorm).
+        scaled: for the token embedding, whether the model multiplies what it looks up by the square
+            root of the width.
         training: in a foreign model a tensor may also be a frozen parameter or a buffer; those have
             a value only, of any dtype.
         aliases: other names of the same tensor in such a model.
@@ -79,6 +81,7 @@ class LogicalTensor:
     role: Role = "other"
     reads: tuple[str, ...] = ()
     centred: bool = False
+    scaled: bool = False
     training: Training = "trained"
     aliases: tuple[str, ...] = ()
     rates: Rates = Rates()
@@ -103,6 +106,7 @@ class LogicalTensor:
         defaults = {
             "reads": (),
             "centred": False,
+            "scaled": False,
             "training": "trained",
             "aliases": (),
             "rates": asdict(Rates()),
@@ -211,6 +215,11 @@ class Catalog:
         return any(tensor.centred for tensor in self.tensors)
 
     @cached_property
+    def scaled(self) -> bool:
+        """Whether embeddings are multiplied by the square root of the width."""
+        return any(tensor.scaled for tensor in self.tensors)
+
+    @cached_property
     def _by_role(self) -> dict[Role, list[LogicalTensor]]:
         found: dict[Role, list[LogicalTensor]] = {}
         for tensor in self.tensors:
@@ -241,6 +250,7 @@ class Catalog:
                     role=item["role"],
                     reads=tuple(str(axis) for axis in item.get("reads", ())),
                     centred=bool(item.get("centred", False)),
+                    scaled=bool(item.get("scaled", False)),
                     training=item.get("training", "trained"),
                     aliases=tuple(str(name) for name in item.get("aliases", ())),
                     rates=Rates(**{k: float(v) for k, v in item.get("rates", {}).items()}),

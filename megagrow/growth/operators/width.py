@@ -145,6 +145,7 @@ WIDTH = Width(
     source="HyperCloning, arXiv 2409.12903; SPARKLING, arXiv 2602.02472",
     policies=("sparkling", "exact", "shen", "kept", "copy", "reset"),
     sizes=WIDTH_SIZES,
+    handles=frozenset({"norm after", "norm of all heads"}),
 )
 
 
@@ -175,6 +176,7 @@ WIDTH_DIAG = WidthDiagonal(
     source="Shen et al., arXiv 2203.06211",
     policies=("shen", "exact", "sparkling", "kept", "reset"),
     sizes=WIDTH_SIZES,
+    handles=frozenset({"norm after", "norm of all heads"}),
 )
 
 
@@ -225,6 +227,7 @@ WIDTH_SPLIT = WidthSplit(
     source="LEMON, arXiv 2310.07999; SPARKLING, arXiv 2602.02472 (uneven 1:2)",
     policies=("sparkling", "kept", "copy", "reset"),
     sizes=WIDTH_SIZES,
+    handles=frozenset({"norm of all heads"}),
 )
 
 
@@ -276,6 +279,7 @@ WIDTH_NOISE = WidthNoise(
     policies=("sparkling", "kept", "copy", "reset"),
     sizes=WIDTH_SIZES,
     settings=("noise",),
+    handles=frozenset({"norm after", "norm of all heads"}),
 )
 
 
@@ -313,6 +317,7 @@ WIDTH_PERTURB = WidthPerturb(
     policies=("sparkling", "kept", "copy", "reset"),
     sizes=WIDTH_SIZES,
     settings=("noise",),
+    handles=frozenset({"norm after", "norm of all heads"}),
 )
 
 

@@ -16,6 +16,11 @@ mean, h' = [h, mean(h), ...]: new columns of embeddings, and of writers and thei
 mean of the old ones. The mean is unchanged, the variance is multiplied by H/H', the normalised new
 units are 0, and so are the new elements of the norm's bias.
 
+Norms after a sub-layer see [f, 0] and need the same gains. If embeddings are multiplied by the
+square root of the width (Gemma), the whole stream grows by sqrt(H'/H), since norms after the
+sub-layers make what blocks write to it grow as much; its root mean square is then unchanged, and so
+are gains and eps. That is exact but for the eps of the norms after the sub-layers.
+
 Gradients. New units of an RMSNorm are 0 and contribute nothing to its backward pass, so the grown
 model has the old gradients; those of gains are multiplied by sqrt(H'/H), like the values that they
 scale. LayerNorm's backward pass mixes in the new units: with a wider stream only the gradients of
@@ -49,15 +54,18 @@ class WidthFresh(Operator):
     def grown(self, model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
         """The sizes, and `norm_eps` scaled like the mean square of the stream."""
         wide = resized(model, sizes)
-        if wide.hidden == model.hidden:
+        if wide.hidden == model.hidden or model.architecture.scaled_embedding:
             return wide
-        return wide.model_copy(update={"norm_eps": model.norm_eps * model.hidden / wide.hidden})
+        changed = {"norm_eps": model.norm_eps * model.hidden / wide.hidden}
+        if model.architecture.head_norm is not None:  # heads are as wide as before
+            changed["head_norm_eps"] = model.head_norm_eps or model.norm_eps
+        return wide.model_copy(update=changed)
 
     def blocks(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[Block, ...]:
         """The old elements."""
         old = small[tensor.name]
         param, grad = 1.0, 1.0
-        if tensor.role in GAINS:
+        if tensor.role in GAINS and not small.scaled:
             param = math.sqrt(old.volume / tensor.volume)
             grad = 1 / param
         behind = tensor.role in FINAL_NORM or tensor.role == "head"
@@ -80,7 +88,7 @@ class WidthFresh(Operator):
         axes[at] = AxisMap(n, 1, 0, 1, large - n)
         if tensor.role in GAINS:
             mean = Statistic(old.name, old.shape, "mean")
-            return Level(mean, tuple(axes), math.sqrt(n / large))
+            return Level(mean, tuple(axes), 1.0 if small.scaled else math.sqrt(n / large))
         if small.centred and tensor.role not in NORMS:
             return Level(Statistic(old.name, old.shape, "mean", axis=at), tuple(axes))
         return "zeros"
@@ -95,6 +103,7 @@ WIDTH_FRESH = WidthFresh(
     policies=("kept", "sparkling", "reset"),
     sizes=WIDTH_SIZES,
     any_size=True,
+    handles=frozenset({"norm after", "scaled embedding"}),
 )
 
 

@@ -33,6 +33,8 @@ class Row:
         rows: number of axes that form the array's first axis, the others form its second; 0 for a
             vector.
         cut: the part of a fused tensor: q, k or v; gate or up.
+
+    Rows with the same stored name are parts of one array, one after another along its first axis.
     """
 
     stored: str

@@ -33,7 +33,7 @@ def _layers(model):
 TOY = Family(
     name="toy",
     architecture=Architecture(
-        norm="rms", positions="learned", gated=False, biases=False, activation="silu", check=_check
+        norm="rms", positions="learned", gated=False, biases="none", activation="silu", check=_check
     ),
     layers=_layers,
     huggingface=HUGGINGFACE,

@@ -1,0 +1,79 @@
+"""What a growth touches beyond plain pre-norm transformers, and which operators have rules for it.
+
+An operator lists in `Operator.handles` the features that its formulas cover; any other growth that
+touches one is refused before anything is read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megagrow.config import ModelConfig
+from megagrow.errors import GrowthError
+from megagrow.growth.operator import Feature, Operator
+
+if TYPE_CHECKING:
+    from megagrow.growth.plan import Growth
+
+_WORDS: dict[Feature, str] = {
+    "norm after": "a wider residual stream behind norms of what the blocks write to it",
+    "norm of all heads": "more heads under one norm of all queries and one of all keys",
+    "head features": "wider heads under norms of each head, a scale of their own, or positions "
+    "that turn a part of their features",
+    "scaled embedding": "a wider stream with embeddings times the square root of its width",
+}
+
+
+def touched(model: ModelConfig, grown: ModelConfig) -> list[Feature]:
+    """The features that the growth of one model to another depends on."""
+    made = model.architecture
+    found: list[Feature] = []
+    wider = grown.hidden != model.hidden
+    more_heads = (grown.heads, grown.kv_groups) != (model.heads, model.kv_groups)
+    if wider and made.block_norms != "before":
+        found.append("norm after")
+    if more_heads and made.head_norm == "all":
+        found.append("norm of all heads")
+    fixed = made.head_norm or model.attention_scale or model.rope_fraction != 1.0
+    if grown.head_dim != model.head_dim and fixed:
+        found.append("head features")
+    if wider and made.scaled_embedding:
+        found.append("scaled embedding")
+    return found
+
+
+def refusal(operator: Operator, model: ModelConfig, grown: ModelConfig) -> GrowthError | None:
+    """Why an operator cannot grow one model to another, or None if it can."""
+    lacking = [feature for feature in touched(model, grown) if feature not in operator.handles]
+    if not lacking:
+        return None
+    return GrowthError(
+        f"grow.operator: {operator.name} has no rule for {_WORDS[lacking[0]]}",
+        found=f"family {model.family}",
+        fix="choose an operator that has (docs/growth-operators.md), or grow other sizes",
+    )
+
+
+def require_layer_kinds(growth: Growth, model: ModelConfig, grown: ModelConfig) -> None:
+    """Check that every layer is built from layers that attend as it does.
+
+    Raises:
+        GrowthError: a layer with a window, say, would be a copy of one without.
+    """
+    for tensor in growth.target:
+        if tensor.layer is None:
+            continue
+        kind = grown.layer_kind(tensor.layer)
+        for block in growth.blocks(tensor):
+            source = growth.small[block.source].layer
+            if source is None or model.layer_kind(source) == kind:
+                continue
+            raise GrowthError(
+                f"grow: layer {tensor.layer} of the grown model would come from layer {source}, "
+                "which attends in another way",
+                found=f"{model.layer_kind(source)._asdict()}",
+                expected=f"{kind._asdict()}",
+                fix="use depth_stack from a number of layers that is a multiple of "
+                f"{grown.full_every or grown.no_rope_every}, or depth_slices with sources of the "
+                "same kind",
+            )
