@@ -54,26 +54,24 @@ def refusal(operator: Operator, model: ModelConfig, grown: ModelConfig) -> Growt
     )
 
 
-def require_layer_kinds(growth: Growth, model: ModelConfig, grown: ModelConfig) -> None:
-    """Check that every layer is built from layers that attend as it does.
+def require_layer_kinds(growth: Growth) -> None:
+    """Check that every layer is built from layers of its own kind.
 
     Raises:
         GrowthError: a layer with a window, say, would be a copy of one without.
     """
     for tensor in growth.target:
-        if tensor.layer is None:
-            continue
-        kind = grown.layer_kind(tensor.layer)
         for block in growth.blocks(tensor):
-            source = growth.small[block.source].layer
-            if source is None or model.layer_kind(source) == kind:
+            source = growth.small[block.source]
+            if source.layer is None or source.kind == tensor.kind:
                 continue
+            period = growth.target.period
             raise GrowthError(
-                f"grow: layer {tensor.layer} of the grown model would come from layer {source}, "
-                "which attends in another way",
-                found=f"{model.layer_kind(source)._asdict()}",
-                expected=f"{kind._asdict()}",
-                fix="use depth_stack from a number of layers that is a multiple of "
-                f"{grown.full_every or grown.no_rope_every}, or depth_slices with sources of the "
-                "same kind",
+                f"grow.operator: layer {tensor.layer} would come from layer {source.layer}, which "
+                "attends in another way",
+                found=f"{source.kind or 'all layers alike'}, and {tensor.kind or 'all alike'} in "
+                "the grown model",
+                expected="the same kind of layer",
+                fix=f"grow from a multiple of {period} layers to another, or use depth_slices with "
+                "sources of the same kind",
             )

@@ -27,7 +27,8 @@ class Block:
     Attributes:
         source: the small model's tensor that it is copied from.
         axes: the elements, axis by axis.
-        param: grown parameter = param * old parameter.
+        param: grown parameter = param * old parameter; the same for what the model makes of it,
+            where it adds a constant (`LogicalTensor.offset`).
         grad: gradient of the grown model = grad * old gradient, or None if the operator makes no
             statement.
         new: whether the block adds parameters, as opposed to being the old block.
@@ -44,9 +45,9 @@ class Block:
     rate: float | None = None
     noise: Noise | None = None
 
-    def scaled(self, coefficient: float, noise: Noise | None = None) -> Copy:
+    def scaled(self, coefficient: float, noise: Noise | None = None, shift: float = 0.0) -> Copy:
         """The block as a `Copy` of a slot."""
-        return Copy(self.source, self.axes, coefficient, noise)
+        return Copy(self.source, self.axes, coefficient, noise, shift)
 
     @property
     def volume(self) -> int:

@@ -22,7 +22,7 @@ from megagrow.growth.settings import configured
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import Catalog, LogicalTensor, Slot
 from megagrow.state.roles import FINAL_NORM
-from megagrow.transfer.state_map import Copy, Fill
+from megagrow.transfer.state_map import Copy, Fill, Level
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,10 @@ class Growth:
     def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
         """The blocks of one slot, without those whose coefficient is 0."""
         scaled = ((b, self.policy.coefficient(b, slot.kind)) for b in self.blocks(tensor))
-        noisy = slot.kind == "parameter"
-        return tuple(b.scaled(c, b.noise if noisy else None) for b, c in scaled if c != 0.0)
+        if slot.kind != "parameter":
+            return tuple(b.scaled(c) for b, c in scaled if c != 0.0)
+        # offset + new = c (offset + old).
+        return tuple(b.scaled(c, b.noise, tensor.offset * (c - 1.0)) for b, c in scaled if c != 0.0)
 
     def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:
         """The operator's rule for parameters, zero for optimizer state."""
@@ -69,7 +71,10 @@ class Growth:
             return "covered"
         if slot.kind != "parameter":
             return "zeros"
-        return self.operator.fill(tensor, self.small, self.target)
+        rule = self.operator.fill(tensor, self.small, self.target)
+        if isinstance(rule, Level) and tensor.offset:
+            return replace(rule, shift=tensor.offset * (rule.coefficient - 1.0))
+        return rule
 
     def caveats(self, *, grad_clip: float, dropout: float) -> list[str]:
         """Warnings: what makes the growth inexact or useless, a sentence each.
@@ -251,7 +256,6 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
         ramp=grow.ramp,
         fit_steps=grow.fit_steps,
     )
-    require_layer_kinds(growth, model, models[-1])
     if model.mup is not None:
         _require_mup(grow, model, models[-1])
     if grow.mup and growth.policy.scale_rates:
@@ -345,6 +349,7 @@ def make_growth(
         found.check_fills(target)
     for tensor in target:
         _check_blocks(growth, tensor)
+    require_layer_kinds(growth)
     growth.rules_after(OptimizerRules(), step=0)  # raises if the policy cannot express it
     return growth
 

@@ -5,8 +5,8 @@
     head                                 the weight of an untied output head
     reader, reader_bias                  a block's matrix that reads the residual stream; its bias
     writer, writer_bias                  a block's matrix that writes to it; its bias
-    norm_gain, norm_bias                 the norms of the residual stream inside a block, and of
-                                         what a block writes to it
+    norm_gain, norm_bias                 the norms of the residual stream inside a block
+    post_norm_gain                       the norms of what a block writes to it
     query_gain, key_gain                 the norms of queries and keys
     final_norm_gain, final_norm_bias     the norm before the head
     other                                anything else, or unknown
@@ -30,6 +30,7 @@ Role = Literal[
     "writer_bias",
     "norm_gain",
     "norm_bias",
+    "post_norm_gain",
     "query_gain",
     "key_gain",
     "final_norm_gain",
@@ -42,7 +43,7 @@ MATRICES: frozenset[Role] = frozenset({"reader", "writer"})
 WRITERS: frozenset[Role] = frozenset({"writer", "writer_bias"})
 HEAD_GAINS: frozenset[Role] = frozenset({"query_gain", "key_gain"})
 # Gains of norms over the residual stream's units.
-GAINS: frozenset[Role] = frozenset({"norm_gain", "final_norm_gain"})
+GAINS: frozenset[Role] = frozenset({"norm_gain", "post_norm_gain", "final_norm_gain"})
 FINAL_NORM: frozenset[Role] = frozenset({"final_norm_gain", "final_norm_bias"})
 NORMS: frozenset[Role] = GAINS | HEAD_GAINS | FINAL_NORM | {"norm_bias"}
 

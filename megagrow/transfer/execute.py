@@ -188,7 +188,7 @@ def transfer_from_storage(
                 old.read(move.copy.source, move.slot.name, box, out=memory)
                 if move.copy.coefficient != 1.0:
                     memory.mul_(move.copy.coefficient)
-                _add_noise(move, memory, noise)
+                _add(move, memory, noise)
                 continue
             piece = _piece(old, move)
             staged = max(staged, move.source_box.volume * piece.element_size())
@@ -243,7 +243,7 @@ def _fill_level(rule: Level, box: Box, memory: torch.Tensor, statistics: Statist
     kept = rule.statistic.kept
     lines = block.source_slices(part, (0,) * len(kept))
     at = tuple(s if n > 1 else slice(0, 1) for s, n in zip(lines, kept, strict=True))
-    values = statistics[rule.statistic][at] * rule.coefficient
+    values = statistics[rule.statistic][at] * rule.coefficient + rule.shift
     place = memory[block.target_slices(part, box.offset)]
     place.copy_(values.expand(part.shape))
 
@@ -308,13 +308,14 @@ def _piece(old: Source, move: Move) -> torch.Tensor:
 
 def _land_all(landings: Sequence[Landing], new: Target, noise: MakeNoise) -> None:
     """Write pieces to the target: many per kernel launch if possible, otherwise one by one."""
-    plain = [(m, p) for m, p in landings if m.copy.noise is None and ops.own("copy_boxes", p)]
+    plain = [(m, p) for m, p in landings if m.copy.scales_only and ops.own("copy_boxes", p)]
     if plain:
         memory = [_memory(new, m) for m, _ in plain]
         same = {(p.dtype, p.device) for _, p in plain} | {(t.dtype, t.device) for t in memory}
         if len(same) == 1 and all(t.dim() <= ops.BOX_AXES for t in memory):
             ops.copy_boxes_(memory, [p for _, p in plain], [m.copy.coefficient for m, _ in plain])
-            landings = [(m, p) for m, p in landings if m.copy.noise is not None]
+            done = {id(m) for m, _ in plain}
+            landings = [(m, p) for m, p in landings if id(m) not in done]
     for move, piece in landings:
         _land(move, piece, new, noise)
 
@@ -329,10 +330,13 @@ def _land(move: Move, piece: torch.Tensor, new: Target, noise: MakeNoise) -> Non
         memory.copy_(piece)
         if scale != 1.0:
             memory.mul_(scale)
-    _add_noise(move, memory, noise)
+    _add(move, memory, noise)
 
 
-def _add_noise(move: Move, memory: torch.Tensor, noise: MakeNoise) -> None:
+def _add(move: Move, memory: torch.Tensor, noise: MakeNoise) -> None:
+    """Add the block's shift and noise."""
+    if move.copy.shift != 0.0:
+        memory.add_(move.copy.shift)
     if move.copy.noise is None:
         return
     for box in split_box(move.part, _NOISE_ELEMENTS):

@@ -16,10 +16,10 @@ mean, h' = [h, mean(h), ...]: new columns of embeddings, and of writers and thei
 mean of the old ones. The mean is unchanged, the variance is multiplied by H/H', the normalised new
 units are 0, and so are the new elements of the norm's bias.
 
-Norms after a sub-layer see [f, 0] and need the same gains. If embeddings are multiplied by the
-square root of the width (Gemma), the whole stream grows by sqrt(H'/H), since norms after the
-sub-layers make what blocks write to it grow as much; its root mean square is then unchanged, and so
-are gains and eps. That is exact but for the eps of the norms after the sub-layers.
+Norms after a sub-layer see [f, 0], so the same holds for them. If embeddings are multiplied by the
+square root of the width (Gemma), the old units of the stream grow by sqrt(H'/H), and its root mean
+square is unchanged, and so is eps. What blocks write grows as much if norms after sub-layers keep
+their gains. That is exact but for the eps of these norms.
 
 Gradients. New units of an RMSNorm are 0 and contribute nothing to its backward pass, so the grown
 model has the old gradients; those of gains are multiplied by sqrt(H'/H), like the values that they
@@ -65,8 +65,8 @@ class WidthFresh(Operator):
         """The old elements."""
         old = small[tensor.name]
         param, grad = 1.0, 1.0
-        if tensor.role in GAINS and not small.scaled:
-            param = math.sqrt(old.volume / tensor.volume)
+        if tensor.role in GAINS:
+            param = _gain(tensor, old, small)
             grad = 1 / param
         behind = tensor.role in FINAL_NORM or tensor.role == "head"
         mixed = small.centred and _widened(small, target) and not behind
@@ -88,7 +88,7 @@ class WidthFresh(Operator):
         axes[at] = AxisMap(n, 1, 0, 1, large - n)
         if tensor.role in GAINS:
             mean = Statistic(old.name, old.shape, "mean")
-            return Level(mean, tuple(axes), 1.0 if small.scaled else math.sqrt(n / large))
+            return Level(mean, tuple(axes), _gain(tensor, old, small))
         if small.centred and tensor.role not in NORMS:
             return Level(Statistic(old.name, old.shape, "mean", axis=at), tuple(axes))
         return "zeros"
@@ -105,6 +105,13 @@ WIDTH_FRESH = WidthFresh(
     any_size=True,
     handles=frozenset({"norm after", "scaled embedding"}),
 )
+
+
+def _gain(tensor: LogicalTensor, old: LogicalTensor, small: Catalog) -> float:
+    """The factor of a norm's gains."""
+    if small.scaled and tensor.role == "post_norm_gain":
+        return 1.0
+    return math.sqrt(old.volume / tensor.volume)
 
 
 def _widened(small: Catalog, target: Catalog) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from megagrow.config import ModelConfig
 from megagrow.models.common.mup import scale_of
 from megagrow.state.catalog import Catalog, Init, LogicalTensor, Rates
-from megagrow.state.roles import HEAD_GAINS, MATRICES, NORMS, Role
+from megagrow.state.roles import GAINS, HEAD_GAINS, MATRICES, NORMS, Role
 
 ZEROS, ONES = Init("zeros"), Init("ones")
 DECAYED: frozenset[Role] = MATRICES | {"embedding", "position", "head"}
@@ -35,6 +35,7 @@ def catalog(model: ModelConfig) -> Catalog:
     qkv = {"kv_group": groups, "projection": queries + 2, "head_dim": model.head_dim}
     heads = {"kv_group": groups, "query": queries, "head_dim": model.head_dim}
     last, centred = model.layers + 1, made.norm == "layer"
+    kinds = _kinds(model)
     unit = ZEROS if made.unit_gain else ONES
     before, after = made.block_norms != "after", made.block_norms != "before"
 
@@ -59,6 +60,8 @@ def catalog(model: ModelConfig) -> Catalog:
                 reads=tuple(reads),
                 centred=centred and role in NORMS - HEAD_GAINS,
                 scaled=made.scaled_embedding and role == "embedding",
+                offset=1.0 if made.unit_gain and role in GAINS else 0.0,
+                kind=kinds.get(places[0], ""),
                 rates=rates,
             )
         )
@@ -96,6 +99,7 @@ def catalog(model: ModelConfig) -> Catalog:
         position = Init("normal", stds.position)
         add("embedding.position", axes, "position", position, scale.table, 0)
     of_block: tuple[Role, Role] = ("norm_gain", "norm_bias")
+    behind: tuple[Role, Role] = ("post_norm_gain", "other")  # no family has a bias there
     for i in range(model.layers):
         block, place = f"layers.{i}", i + 1
         if before:
@@ -109,13 +113,13 @@ def catalog(model: ModelConfig) -> Catalog:
                 add(f"{block}.attention.{name}_norm.weight", axes, role, ONES, scale.norm, place)
         add_writer(f"{block}.attention.out", heads, scale.heads, place)
         if after:
-            add_norm(f"{block}.attention.post_norm", unit, scale.norm, place, roles=of_block)
+            add_norm(f"{block}.attention.post_norm", unit, scale.norm, place, roles=behind)
         if before:
             add_norm(f"{block}.mlp.norm", unit, scale.norm, place, roles=of_block)
         add_reader(f"{block}.mlp.up", up, scale.ffn, place)
         add_writer(f"{block}.mlp.down", ffn, scale.ffn, place)
         if after:
-            add_norm(f"{block}.mlp.post_norm", unit, scale.norm, place, roles=of_block)
+            add_norm(f"{block}.mlp.post_norm", unit, scale.norm, place, roles=behind)
     gain = unit if scale.hidden == 1.0 else Init("constant", 1.0 / scale.hidden)
     roles: tuple[Role, Role] = ("final_norm_gain", "final_norm_bias")
     add_norm("final_norm", gain, scale.final_norm, last, roles=roles)
@@ -128,3 +132,15 @@ def catalog(model: ModelConfig) -> Catalog:
 def _std(given: float | None, inputs: dict[str, int], scale: float) -> float:
     """The std of a matrix: as configured for the base shape, or from its fan-in."""
     return 1 / math.prod(inputs.values()) ** 0.5 if given is None else given / scale**0.5
+
+
+def _kinds(model: ModelConfig) -> dict[int, str]:
+    """How each block differs from the others, by its place; empty if all are alike."""
+    kinds = {layer + 1: model.layer_kind(layer) for layer in range(model.layers)}
+    if model.full_every is None and model.no_rope_every is None:
+        return {}
+    return {
+        place: (f"window {kind.window}" if kind.window else "all tokens")
+        + ("" if kind.rotary else ", no positions")
+        for place, kind in kinds.items()
+    }
