@@ -21,7 +21,19 @@ from megagrow.transfer.ends import NoChannel
 from megagrow.transfer.execute import transfer_between_ranks
 from megagrow.transfer.whole_state import MemoryState
 
-FAMILIES = tuple(BUILT_IN)
+
+def _plain():
+    """The families of plain models, one of each kind; `featured_models` has the others."""
+    found = {}
+    for name, family in BUILT_IN.items():
+        made = family.architecture
+        if made.plain:
+            kind = (made.norm, made.positions, made.gated, made.activation)
+            found.setdefault(kind, name)
+    return tuple(found.values())
+
+
+FAMILIES = _plain()
 
 
 def toy_model(**changes):
@@ -38,6 +50,37 @@ def toy_models():
     for family, tied in itertools.product(FAMILIES, (True, False)):
         name = f"{family}-{'tied' if tied else 'untied'}"
         yield name, toy_model(family=family, tie_embeddings=tied)
+
+
+# Settings with which what a family has beyond plain models matters in a toy.
+_FEATURES = {
+    "llama": {
+        "rope_scaling": {
+            "type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_sequence": 8,
+        },
+    },
+    "mistral": {"window": 3},
+    "qwen2": {},
+    "qwen3": {"head_dim": 6},
+    "olmo2": {"tie_embeddings": False},
+    "smollm3": {"no_rope_every": 2},
+    "phi3": {"window": 4, "rope_fraction": 0.5, "tie_embeddings": False},
+    "gpt_neox": {"rope_fraction": 0.5, "tie_embeddings": False},
+    "gemma2": {
+        "window": 3, "full_every": 2, "attention_softcap": 2.0, "logit_softcap": 3.0,
+        "attention_scale": 0.6,
+    },
+}  # fmt: skip
+
+
+def featured_models(**changes):
+    """A model of every family that is not plain, or has settings of its own: by name."""
+    return {
+        family: toy_model(family=family, **(_FEATURES[family] | changes))
+        for family, registered in BUILT_IN.items()
+        if registered.architecture.settings or not registered.architecture.plain
+    }
 
 
 def growths(*, policies=True, keeps=None, fractions=False):

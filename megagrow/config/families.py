@@ -47,6 +47,15 @@ class Architecture:
     settings: frozenset[str] = frozenset()
     check: Callable[[Any], None] | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether its models are plain pre-norm transformers, as GPT-2 and LLaMA are."""
+        return (
+            self.block_norms == "before"
+            and self.head_norm is None
+            and not (self.parallel or self.unit_gain or self.scaled_embedding)
+        )
+
 
 _ROPE = frozenset({"rope_scaling"})
 _WINDOW = frozenset({"window", "full_every"})

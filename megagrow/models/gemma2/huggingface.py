@@ -67,13 +67,20 @@ def _write(model: ModelConfig) -> dict[str, Any]:
         "hidden_activation": "gelu_pytorch_tanh",
         "sliding_window": model.window,
         "layer_types": _pattern(model.layers),
-        "query_pre_attn_scalar": round(scale**-2, 6),
+        "query_pre_attn_scalar": round(scale**-2),
         "attn_logit_softcapping": model.attention_softcap,
         "final_logit_softcapping": model.logit_softcap,
     }
 
 
 def _refusal(model: ModelConfig) -> tuple[str, str] | None:
+    if (scale := model.attention_scale) is not None:
+        number = scale**-2
+        if abs(number - round(number)) > 1e-6 * number:
+            return (
+                "transformers' Gemma 2 has 1 / attention_scale squared as an integer",
+                f"{number}",
+            )
     if model.window is not None and model.full_every != 2:
         return (
             "transformers' Gemma 2 has windows in every other layer",
