@@ -6,14 +6,12 @@ touches one is refused before anything is read.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 from megagrow.config import ModelConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.operator import Feature, Operator
-
-if TYPE_CHECKING:
-    from megagrow.growth.plan import Growth
+from megagrow.growth.operator import Block, Feature, Operator
+from megagrow.state.catalog import Catalog, LogicalTensor
 
 _WORDS: dict[Feature, str] = {
     "norm after": "a wider residual stream behind norms of what the blocks write to it",
@@ -54,18 +52,24 @@ def refusal(operator: Operator, model: ModelConfig, grown: ModelConfig) -> Growt
     )
 
 
-def require_layer_kinds(growth: Growth) -> None:
+def require_layer_kinds(
+    small: Catalog, target: Catalog, blocks: Callable[[LogicalTensor], Sequence[Block]]
+) -> None:
     """Check that every layer is built from layers of its own kind.
+
+    Args:
+        small, target: the catalogs before and after.
+        blocks: the blocks of each tensor of the target.
 
     Raises:
         GrowthError: a layer with a window, say, would be a copy of one without.
     """
-    for tensor in growth.target:
-        for block in growth.blocks(tensor):
-            source = growth.small[block.source]
+    for tensor in target:
+        for block in blocks(tensor):
+            source = small[block.source]
             if source.layer is None or source.kind == tensor.kind:
                 continue
-            period = growth.target.period
+            period = target.period
             raise GrowthError(
                 f"grow.operator: layer {tensor.layer} would come from layer {source.layer}, which "
                 "attends in another way",

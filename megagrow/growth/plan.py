@@ -349,7 +349,7 @@ def make_growth(
         found.check_fills(target)
     for tensor in target:
         _check_blocks(growth, tensor)
-    require_layer_kinds(growth)
+    require_layer_kinds(small, target, growth.blocks)
     growth.rules_after(OptimizerRules(), step=0)  # raises if the policy cannot express it
     return growth
 

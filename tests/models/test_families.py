@@ -1,6 +1,7 @@
 """Every family against transformers: logits on import, after a round trip, after growths."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -73,8 +74,8 @@ CASES = {
         },
     ),
 }  # fmt: skip
-# Growths that keep the loss. transformers derives head_dim from hidden and heads in some families, so
-# heads grow along.
+# Growths that keep the loss. transformers derives head_dim from hidden and heads in some
+# families, so heads grow along.
 WIDER = {"hidden": 36, "ffn": 60, "heads": 6}
 GROWTHS = {
     "deeper": lambda model: {"operator": "depth_identity", "target": {"layers": 8}},
@@ -195,3 +196,54 @@ def test_what_a_family_lacks_is_refused_by_name(tmp_path, name, key, value):
     (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     with pytest.raises(CheckpointError, match=key):
         open_source(tmp_path)
+
+
+# Another value for every setting of the families' configurations.
+CHANGED = {
+    "architectures": ["X"], "attention_bias": None, "attention_dropout": 0.2,
+    "attn_logit_softcapping": 2.0, "bos_token_id": 3, "chunk_size_feed_forward": 2,
+    "classifier_dropout": 0.3, "dtype": "float16", "embd_pdrop": 0.3, "eos_token_id": 4,
+    "final_logit_softcapping": 2.0, "head_dim": 12, "hidden_act": "relu",
+    "hidden_activation": "relu", "hidden_dropout": 0.3, "hidden_size": 48,
+    "id2label": {"0": "A"}, "initializer_range": 0.5, "intermediate_size": 20,
+    "is_decoder": True, "is_encoder_decoder": True, "label2id": {"A": 0},
+    "layer_norm_eps": 0.1, "layer_types": ["full_attention", "sliding_attention"] * 2,
+    "max_position_embeddings": 65, "max_window_layers": 1, "mlp_bias": True, "model_type": "opt",
+    "no_rope_layer_interval": 2, "no_rope_layers": [1, 0, 1, 0], "num_attention_heads": 8,
+    "num_hidden_layers": 3, "num_key_value_heads": 1, "original_max_position_embeddings": 12,
+    "output_attentions": True, "output_hidden_states": True, "pad_token_id": 5,
+    "pretraining_tp": 2, "problem_type": "regression", "query_pre_attn_scalar": 3,
+    "resid_pdrop": 0.3, "return_dict": False, "rms_norm_eps": 0.1,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 123.0, "partial_rotary_factor": 0.5,
+    },
+    "sliding_window": 3, "tie_word_embeddings": None, "transformers_version": "1.0",
+    "use_bidirectional_attention": True, "use_cache": False, "use_parallel_residual": False,
+    "use_sliding_window": True, "vocab_size": 54, "_name_or_path": "there",
+}  # fmt: skip
+
+
+def test_every_setting_of_transformers_is_refused_or_computed(released, tmp_path):
+    """A new setting in a release of transformers makes this test fail: it needs a decision."""
+    _, path, theirs = released
+    sound = json.loads((path / "config.json").read_text())
+    shutil.copy(path / "model.safetensors", tmp_path)
+    refused, compared = [], []
+    for key, value in theirs.config.to_dict().items():
+        other = CHANGED[key] if CHANGED[key] is not None else not value
+        (tmp_path / "config.json").write_text(json.dumps(sound | {key: other}))
+        try:
+            found = our_logits(tmp_path)
+        except CheckpointError:
+            refused.append(key)
+            continue
+        changed = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, attn_implementation="eager", dtype=torch.float32
+        )
+        changed.config.return_dict = True  # how results are packed
+        with torch.no_grad():
+            wanted = changed.eval()(tokens()).logits
+        assert (found - wanted).abs().max() <= 1e-4, key
+        compared.append(key)
+    assert {"hidden_size", "is_encoder_decoder"} <= set(refused)
+    assert {"eos_token_id", "use_cache"} <= set(compared)

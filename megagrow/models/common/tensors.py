@@ -109,8 +109,9 @@ def catalog(model: ModelConfig) -> Catalog:
             each = made.head_norm == "each"
             queried = {"head_dim": model.head_dim} if each else heads
             keyed = queried if each else {"kv_group": groups, "head_dim": model.head_dim}
-            for name, axes, role in (("query", queried, "query_gain"), ("key", keyed, "key_gain")):
-                add(f"{block}.attention.{name}_norm.weight", axes, role, ONES, scale.norm, place)
+            names = (f"{block}.attention.query_norm.weight", f"{block}.attention.key_norm.weight")
+            add(names[0], queried, "query_gain", ONES, scale.norm, place)
+            add(names[1], keyed, "key_gain", ONES, scale.norm, place)
         add_writer(f"{block}.attention.out", heads, scale.heads, place)
         if after:
             add_norm(f"{block}.attention.post_norm", unit, scale.norm, place, roles=behind)

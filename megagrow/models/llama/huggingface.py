@@ -71,7 +71,6 @@ _LLAMA3 = {
     "high_freq_factor": "high_freq_factor",
     "original_sequence": "original_max_position_embeddings",
 }
-_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", *_LLAMA3.values())
 
 
 def read_llama(config: Mapping[str, Any], where: str, *, family: str) -> dict[str, Any]:
@@ -128,9 +127,6 @@ def read_rope(
         rope = config.get(section) or {}
         if not isinstance(rope, Mapping):
             raise TypeError(f"{section} is {rope!r:.80}")
-        for key, value in rope.items():
-            if value is not None and key not in _ROPE:
-                raise no_such_feature(where, f"{section}.{key[:80]}", value, None)
         if rope:
             scalings[section] = _read_scaling(rope, where, section)
         bases[f"{section}.rope_theta"] = rope.get("rope_theta")
@@ -162,6 +158,10 @@ def _read_scaling(rope: Mapping[str, Any], where: str, section: str) -> dict[str
     if kinds or kind not in ("default", "linear", "llama3"):
         expected = "default, linear or llama3"
         raise no_such_feature(where, f"{section}.rope_type", [kind, *kinds], expected)
+    known = {"default": (), "linear": ("factor",), "llama3": ("factor", *_LLAMA3.values())}
+    for key in set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+        if key not in known[kind] and rope[key] is not None:
+            raise no_such_feature(where, f"{section}.{key[:80]}", rope[key], None)
     if kind == "default":
         return None
     scaling = {"type": kind, "factor": rope["factor"]}
@@ -178,7 +178,7 @@ def write_rope(model: ModelConfig) -> dict[str, Any]:
         rope = {"rope_type": given["type"], "factor": given["factor"]}
         rope |= {theirs: given[ours] for ours, theirs in _LLAMA3.items() if ours in given}
     # transformers 4 reads the first two, 5 the last.
-    found = {"rope_theta": model.rope_theta}
+    found: dict[str, Any] = {"rope_theta": model.rope_theta}
     if model.rope_scaling is not None:
         found["rope_scaling"] = rope
     return {**found, "rope_parameters": {**rope, "rope_theta": model.rope_theta}}
@@ -214,8 +214,8 @@ def one_eps(model: ModelConfig) -> Iterator[tuple[str, str]]:
     if model.head_norm_eps not in (None, model.norm_eps):
         yield (
             f"head_norm_eps {model.head_norm_eps} of the norms of queries and keys",
-            f"transformers' model uses rms_norm_eps, {model.norm_eps}, for all norms: logits differ "
-            "by about as much as eps differs, relative to the mean square of queries and keys",
+            f"transformers' model uses rms_norm_eps, {model.norm_eps}, for all norms: logits "
+            "differ by about as much as eps differs, relative to queries' and keys' mean square",
         )
 
 

@@ -49,7 +49,9 @@ def links(stored: HuggingFace, model: ModelConfig, catalog: Catalog) -> Iterator
             box = _cut(tensor, row.cut)
             lengths = [box.shape[axis] for axis in row.axes or range(len(box.shape))]
             first, second = lengths[: row.rows], lengths[row.rows :]
-            shape = (math.prod(first), math.prod(second)) if row.rows else (math.prod(second),)
+            shape: tuple[int, ...] = (math.prod(second),)
+            if row.rows:
+                shape = (math.prod(first), *shape)
             arrays.setdefault(name, []).append((box, row, shape))
         for name, parts in arrays.items():
             whole_shape = (sum(shape[0] for *_, shape in parts), *parts[0][2][1:])

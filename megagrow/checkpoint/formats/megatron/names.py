@@ -269,12 +269,18 @@ def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, 
     """Megatron's arguments for a model: those that its loading compares or adopts.
 
     Raises:
-        CheckpointError: Megatron has no such MLP.
+        CheckpointError: it is not a plain model.
     """
     if not _has(model.architecture):
         raise CheckpointError(
-            f"Megatron has no model of family {model.family}: its MLP is GELU's or SwiGLU",
-            fix="convert to native or dcp",
+            f"megagrow writes Megatron models of plain GPT-2 and LLaMA alone, not of {model.family}",
+            fix="convert to native, dcp or huggingface",
+        )
+    if model.rope_scaling is not None:
+        raise CheckpointError(
+            "Megatron has no argument for this scaling of rotary frequencies",
+            found=f"model.rope_scaling {model.rope_scaling.model_dump(exclude_none=True)}",
+            fix="convert to native, dcp or huggingface",
         )
     normalization, rotary, gated, biases = _kind(model.architecture)
     return {
@@ -322,12 +328,20 @@ def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, 
 def _kind(made: Architecture) -> tuple[str, bool, bool, bool]:
     """What distinguishes models in Megatron: norm, rotary positions, SwiGLU, biases."""
     norm = "LayerNorm" if made.norm == "layer" else "RMSNorm"
-    return norm, made.positions == "rotary", made.gated, made.biases
+    return norm, made.positions == "rotary", made.gated, made.biases == "all"
 
 
 def _has(made: Architecture) -> bool:
-    """Whether Megatron has such an MLP."""
-    return made.activation == ("silu" if made.gated else "gelu")
+    """Whether the models of such a family are those that this format describes.
+
+    Families with settings of their own, such as windows, may be others.
+    """
+    return (
+        made.plain
+        and made.biases != "qkv"
+        and not made.settings - {"rope_scaling"}
+        and made.activation == ("silu" if made.gated else "gelu")
+    )
 
 
 def _whole_if_it_is(value: float) -> float:
