@@ -273,7 +273,7 @@ def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, 
     """
     if not _has(model.architecture):
         raise CheckpointError(
-            f"megagrow writes Megatron models of plain GPT-2 and LLaMA alone, not of {model.family}",
+            f"megagrow writes plain GPT-2 and LLaMA for Megatron, not family {model.family}",
             fix="convert to native, dcp or huggingface",
         )
     if model.rope_scaling is not None:
