@@ -12,13 +12,12 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import yaml
-from ranks import run_ranks
 
 import megagrow
 from megagrow.data.prepare import Request, prepare
 from megagrow.report.log import read_metrics
+from tests.ranks import run_ranks
 
 REPOSITORY = Path(__file__).parent.parent
 PRETRAIN = REPOSITORY / "launch" / "pretrain.py"
@@ -53,11 +52,6 @@ def make_dataset(path, *, seed=0, words=6000):
         )
     )  # fmt: skip
     return path
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data") / "toy")
 
 
 def settings(dataset, run_dir, **changes):

@@ -1,12 +1,11 @@
 """Checkpoints like those of runs that have grown: random state with a real run description."""
 
-from states import save_model
-from toys import toy_model
-
 from megagrow.config import Config
 from megagrow.data.position import Position
 from megagrow.growth.plan import plan_growth
 from megagrow.train.state import RunState
+from tests.checkpoint.states import save_model
+from tests.toys import toy_model
 
 WIDTH = {"operator": "width", "factor": 2, "state_policy": "sparkling"}
 DEPTH = {"operator": "depth_stack", "factor": 2, "state_policy": "copy"}

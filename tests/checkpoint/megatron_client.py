@@ -1,8 +1,9 @@
 """Megatron-Core's GPT model on a CPU loads our export: names, order, logits.
 
-Usage: megatron_client.py DIRECTORY [CHECKPOINT...]; prints `same` at the end.  Native
-checkpoints replace the toy models.  Megatron's model asks for a GPU in three places that do not
-affect what it computes; they are stubbed here.
+Usage: python -m tests.checkpoint.megatron_client DIRECTORY [CHECKPOINT...]
+
+It prints `same` at the end.  Native checkpoints replace the toy models.  Megatron's
+model asks for a GPU in three places that do not affect what it computes; they are stubbed here.
 """
 
 import contextlib
@@ -11,23 +12,20 @@ import socket
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-import torch  # noqa: E402
-from foreign import WholeSource, write_checkpoint  # noqa: E402
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-from states import opened  # noqa: E402
-from toys import build, random_state, toy_model  # noqa: E402
-
-from megagrow.checkpoint.convert.load_model import load_model  # noqa: E402
-from megagrow.checkpoint.formats.megatron.source import FORMAT  # noqa: E402
-from megagrow.checkpoint.interface.model_of import model_of  # noqa: E402
-from megagrow.models.catalog import build_catalog  # noqa: E402
-from megagrow.state.layout import Layout  # noqa: E402
+from megagrow.checkpoint.convert.load_model import load_model
+from megagrow.checkpoint.formats.megatron.source import FORMAT
+from megagrow.checkpoint.interface.model_of import model_of
+from megagrow.models.catalog import build_catalog
+from megagrow.state.layout import Layout
+from tests.checkpoint.foreign import WholeSource, write_checkpoint
+from tests.checkpoint.states import opened
+from tests.toys import build, random_state, toy_model
 
 
 def their_model(args):

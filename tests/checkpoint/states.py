@@ -1,8 +1,6 @@
 """Small models saved as native checkpoints in any layout, and comparisons of checkpoints."""
 
 import torch
-from toys import random_state, toy_model
-from worlds import SoloGroup
 
 from megagrow.checkpoint import CheckpointMeta, Piece, save
 from megagrow.checkpoint.convert.registry import detect
@@ -13,6 +11,8 @@ from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
+from tests.checkpoint.worlds import SoloGroup
+from tests.toys import random_state, toy_model
 
 GQA = {"family": "llama", "heads": 4, "kv_heads": 2, "head_dim": 4}
 

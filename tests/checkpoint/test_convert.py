@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from states import GQA, assert_same, contents, opened, save_model, to
-from toys import toy_model
 
 from megagrow.checkpoint import NativeCheckpoint
 from megagrow.checkpoint.convert import run as converting
@@ -19,6 +17,8 @@ from megagrow.errors import CheckpointError, LockError, MegagrowError
 from megagrow.lock import holding_output
 from megagrow.models.catalog import build_catalog
 from megagrow.state.layout import Layout
+from tests.checkpoint.states import GQA, assert_same, contents, opened, save_model, to
+from tests.toys import toy_model
 
 LAYOUTS = [
     Layout(),

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import yaml
-from states import opened
 from torch.nn import functional as F
 
 from megagrow.checkpoint.convert.load_model import load_model
@@ -14,6 +13,7 @@ from megagrow.checkpoint.formats.deepspeed.saved_optimizer import assign
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import whole
 from megagrow.state.layout import Layout
+from tests.checkpoint.states import opened
 
 HEADS, KV, DIM, HIDDEN, FFN, VOCAB, LENGTH = 4, 2, 4, 16, 12, 13, 6
 

@@ -8,8 +8,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from states import GQA, assert_same, contents, opened, save_model, to
-from toys import build, toy_model
 
 from megagrow.checkpoint import NativeCheckpoint
 from megagrow.checkpoint.convert.load_model import load_model
@@ -17,6 +15,8 @@ from megagrow.checkpoint.convert.registry import get_format
 from megagrow.checkpoint.convert.run import Job, convert, survey
 from megagrow.errors import CheckpointError
 from megagrow.state.layout import Layout
+from tests.checkpoint.states import GQA, assert_same, contents, opened, save_model, to
+from tests.toys import build, toy_model
 
 transformers = pytest.importorskip("transformers")
 

@@ -5,12 +5,9 @@ import dataclasses
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from foreign import WholeSource, differing, open_checkpoint, write_checkpoint
-from toys import random_state, toy_model, toy_models
 
 from megagrow.checkpoint.convert.registry import get_format
 from megagrow.checkpoint.formats.megatron import names
@@ -22,6 +19,9 @@ from megagrow.errors import CheckpointError, ConfigError
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS, MASTER
 from megagrow.state.layout import Layout
+from tests.checkpoint.foreign import WholeSource, differing, open_checkpoint, write_checkpoint
+from tests.jobs import REPOSITORY
+from tests.toys import random_state, toy_model, toy_models
 
 FORMAT = megatron.FORMAT
 LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(tensor=2, pipeline=2, data=2)]
@@ -404,7 +404,7 @@ def test_megatron_core(tmp_path):
     """Its model loads our export, lists its parameters in our order and gives our logits."""
     pytest.importorskip("megatron.core", reason="pip install megatron-core")
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "megatron_client.py", tmp_path],
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "tests.checkpoint.megatron_client", tmp_path],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-3000:]

@@ -4,9 +4,6 @@ import ast
 from pathlib import Path
 
 import pytest
-from grown import HISTORIES, save_grown
-from states import opened, save_model
-from toys import toy_model
 
 from megagrow.checkpoint.convert.load_model import load_model
 from megagrow.checkpoint.convert.summary import describe
@@ -16,6 +13,9 @@ from megagrow.errors import CheckpointError
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import LogicalTensor
 from megagrow.train.grow_offline import plan_offline, write_offline
+from tests.checkpoint.grown import HISTORIES, save_grown
+from tests.checkpoint.states import opened, save_model
+from tests.toys import toy_model
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = sorted([*(ROOT / "megagrow").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])

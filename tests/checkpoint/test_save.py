@@ -8,12 +8,20 @@ import threading
 
 import pytest
 import torch
-from worlds import CATALOG, CHUNK, meta, random_cuts, random_values, save_outcomes, save_world
 
 from megagrow.checkpoint import NativeCheckpoint, Piece, SoloGroup, list_steps, newest, save
 from megagrow.checkpoint.native import steps
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, whole
+from tests.checkpoint.worlds import (
+    CATALOG,
+    CHUNK,
+    meta,
+    random_cuts,
+    random_values,
+    save_outcomes,
+    save_world,
+)
 
 
 def all_refuse(outcomes, *says):

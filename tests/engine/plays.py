@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 import torch
-from toys import larger, random_state, toy_model
 
 from megagrow.config import Config, LayoutConfig
 from megagrow.engine.engine import Engine
@@ -20,6 +19,7 @@ from megagrow.state.optimizers import OPTIMIZERS
 from megagrow.state.placement import Placement
 from megagrow.transfer.execute import transfer_between_ranks
 from megagrow.transfer.state_map import FreshStart, Identity
+from tests.toys import grow, larger, random_state, toy_model
 
 BATCH, SEED, LR, STAGING = 12, 3, 5e-3, 32768
 
@@ -166,3 +166,18 @@ def play(comm, script, options):
 def play_all(comm, plays):
     """Run several scripts one after another, each (script, options), in one job."""
     return [play(comm, script, options) for script, options in plays]
+
+
+def growth_faults(comm, cases):
+    """Faults of this rank: growing a random state live against growing it in one process."""
+    faults = []
+    for before, after, (operator, policy, factor) in cases:
+        job = Job(comm, layout=before, fresh=False)
+        state = job.load(seed=11)
+        model = job.model
+        job.grow(operator, policy, factor, after)
+        kind = {"operator": operator, "policy": policy, "factor": factor}
+        expected = grow(model, state, **kind, seed=SEED)[2]
+        report = job.reports[-1]
+        faults.append(job.fault(expected) or (report.peak_staging_bytes > STAGING and "staging"))
+    return faults

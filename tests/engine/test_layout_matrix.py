@@ -4,14 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
-from plays import BATCH, play_all
-from ranks import run_ranks
-from toys import FAMILIES, toy_model
 
 from megagrow.config.load import parse_config
 from megagrow.errors import ConfigError
 from megagrow.state.layout import Layout
 from megagrow.train.run_plan import plan_run
+from tests.engine.plays import BATCH, play_all
+from tests.ranks import run_ranks
+from tests.toys import FAMILIES, toy_model
 
 STEPS = [("train", 20)]
 GRIDS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)]  # T, P, D

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from plays import Job, data_layouts, model_layouts
-from ranks import run_ranks
 from torch import nn
 
 from megagrow.engine.deepspeed import fragments
 from megagrow.engine.deepspeed.patches import poison
 from megagrow.state.layout import Layout
+from tests.engine.plays import Job, data_layouts, model_layouts
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from toys import toy_model
 
 from megagrow.config import Config
 from megagrow.engine.deepspeed.config import deepspeed_config
@@ -19,6 +17,8 @@ from megagrow.state.layout import Layout
 from megagrow.train.grow_live import fill_fresh, start_engine
 from megagrow.train.run_plan import plan_run
 from megagrow.train.state import RunState
+from tests.ranks import run_ranks
+from tests.toys import toy_model
 
 MANY = 16  # micro-batches; a power of two, so that a sum in fp32 of as many equal numbers is exact
 SUMS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "_reduce_scatter_base")

@@ -4,9 +4,6 @@ import threading
 
 import pytest
 import torch
-from plays import Job
-from ranks import run_ranks
-from toys import FAMILIES, grow, random_state, toy_model
 
 from megagrow.engine.optimizers.blockwise import regions
 from megagrow.engine.probe import Probe
@@ -15,6 +12,9 @@ from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import flat_range_boxes
 from megagrow.state.catalog import Init, LogicalTensor
 from megagrow.state.layout import Layout
+from tests.engine.plays import Job
+from tests.ranks import run_ranks
+from tests.toys import FAMILIES, grow, random_state, toy_model
 
 GATED = LogicalTensor(
     "layers.0.mlp.up.weight", (2, 6, 5), ("gate_up", "ffn", "embed"), Init("zeros"), True, (1,),

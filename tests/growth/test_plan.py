@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import FAMILIES, build, grow, growths, larger, random_state, token_batches, toy_model
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
@@ -19,6 +18,16 @@ from megagrow.growth.registry import OPERATORS, find_operator, find_policy
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS, Catalog
 from megagrow.transfer.state_map import AxisMap
+from tests.toys import (
+    FAMILIES,
+    build,
+    grow,
+    growths,
+    larger,
+    random_state,
+    token_batches,
+    toy_model,
+)
 
 
 def _growth(model, operator, policy=None, factor=2, rewarm=None):

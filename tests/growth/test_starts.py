@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from models import MODELS
-from toys import build, mapped, random_state, token_batches, toy_model
 
 from megagrow.config import GrowConfig
 from megagrow.config.load import parse_settings
@@ -18,6 +16,8 @@ from megagrow.models.transformer import named_tensors
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.fresh import fresh
+from tests.growth.models import MODELS
+from tests.toys import build, mapped, random_state, token_batches, toy_model
 
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 

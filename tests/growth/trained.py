@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from toys import build, grow
 
 from megagrow.engine.optimizers.blockwise import BlockAdamW, YoungShard
 from megagrow.engine.optimizers.muon import BlockMuon, SharedTensor
@@ -14,6 +13,7 @@ from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.matrices import matrices
 from megagrow.state.optimizers import OPTIMIZERS
 from megagrow.transfer.whole_state import MemoryState
+from tests.toys import build, grow, token_batches
 
 LR, DECAY, EPS = 1e-2, 0.1, 1e-3
 
@@ -101,3 +101,20 @@ class Run:
             ),
             growth,
         )
+
+
+def moved_by_one_update(model, state, factors):
+    """How much each tensor's first AdamW update alone changes the logits (no decay, eps 0)."""
+    [batch] = token_batches(model, samples=4, seed=8)
+    module = build(model, state)
+    module(torch.from_numpy(batch)).backward()
+    tokens = torch.from_numpy(batch[:, :-1])
+    moved = {}
+    with torch.no_grad():
+        before = module.logits(tokens)
+        for name, parameter in named_tensors(module).items():
+            kept, gradient = parameter.clone(), parameter.grad
+            parameter -= 1e-3 * factors(name) * gradient.sign() * (gradient.abs() > 1e-14)
+            moved[name] = (module.logits(tokens) - before).norm().item()
+            parameter.copy_(kept)
+    return moved

@@ -10,9 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import command
-
 from megagrow.errors import MegagrowError
+from tests.jobs import command
 
 SECONDS = 60  # after which a command hangs
 # Written as YAML and as command-line words.  `{directory}` and the like are created per case.

@@ -15,9 +15,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fuzz import call, load
-from jobs import REPOSITORY, main, settings, write_config
-from states import save_model, to
 
 from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.convert.run import Job, convert
@@ -29,6 +26,9 @@ from megagrow.report import page
 from megagrow.train.checkpoints import fingerprints
 from megagrow.train.fingerprints import require_run, require_same_data
 from megagrow.train.grow_offline import plan_offline
+from tests.checkpoint.states import save_model, to
+from tests.jobs import REPOSITORY, main, settings, write_config
+from tests.launch.fuzz import call, load
 
 FOLDERS = ("megagrow", "launch")
 SOURCES = sorted(path for name in FOLDERS for path in (REPOSITORY / name).rglob("*.py"))

@@ -5,9 +5,16 @@ import random
 import re
 from pathlib import Path
 
-import fuzz
 import pytest
-from fuzz import (
+
+from megagrow.config.load import known_keys, load_config
+from megagrow.data.dataset import open_dataset
+from megagrow.train.checkpoints import fingerprints
+from megagrow.train.state import RunState
+from tests.checkpoint.states import save_model, to
+from tests.jobs import REPOSITORY, WIDTH, settings, write_config
+from tests.launch import fuzz
+from tests.launch.fuzz import (
     VALUES,
     WouldStartError,
     call,
@@ -18,13 +25,6 @@ from fuzz import (
     make_places,
     snapshot,
 )
-from jobs import REPOSITORY, WIDTH, settings, write_config
-from states import save_model, to
-
-from megagrow.config.load import known_keys, load_config
-from megagrow.data.dataset import open_dataset
-from megagrow.train.checkpoints import fingerprints
-from megagrow.train.state import RunState
 
 SEED = 20
 FEW = 4  # cases per command in the default run

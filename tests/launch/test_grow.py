@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from jobs import command, settings, stages, train, trajectory, write_config
 
 from megagrow.checkpoint import NativeCheckpoint, newest
 from megagrow.config import GrowConfig
@@ -19,6 +18,7 @@ from megagrow.state.boxes import whole
 from megagrow.state.layout import Layout
 from megagrow.train.grow_offline import plan_offline, write_offline
 from megagrow.transfer.read_through import Through
+from tests.jobs import command, settings, stages, train, trajectory, write_config
 
 
 def _grow(*arguments):

@@ -1,17 +1,10 @@
-"""Where the kernels run in these tests: emulated on the CPU, or on a GPU.
-
-MEGAGROW_TEST_DEVICE=cuda runs every test of this folder on the device.
-"""
-
-import os
+"""The kernels, compiled and active, in each schedule."""
 
 import pytest
 import torch
 
 from megagrow.ops import build, library
-
-DEVICE = os.environ.get("MEGAGROW_TEST_DEVICE", "cpu")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+from tests.ops.device import DEVICE
 
 
 @pytest.fixture(scope="session")

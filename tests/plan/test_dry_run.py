@@ -5,12 +5,12 @@ import re
 import subprocess
 
 import pytest
-from jobs import events, files_below, launch, main, settings, stages, train, write_config
 
 from megagrow.config.load import load_config
 from megagrow.data.dataset import open_dataset
 from megagrow.plan.dry_run import bytes_moved
 from megagrow.train.run_plan import plan_run
+from tests.jobs import events, files_below, launch, main, settings, stages, train, write_config
 
 
 def test_it_tells_what_the_run_then_does(tmp_path, dataset):

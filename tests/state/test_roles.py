@@ -4,12 +4,12 @@ import json
 from collections import Counter
 
 import pytest
-from toys import FAMILIES, toy_model, toy_models
 
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import Catalog, Init, LogicalTensor, of_layer
 from megagrow.state.optimizers import ADAMW, LION, MUON, OPTIMIZERS
 from megagrow.state.roles import FINAL_NORM, MATRICES, NORMS, ROLES, WRITERS
+from tests.toys import FAMILIES, toy_model, toy_models
 
 MODELS = dict(toy_models())
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)

@@ -3,7 +3,12 @@
 import shutil
 
 import pytest
-from jobs import (
+
+from megagrow.checkpoint import NativeCheckpoint, list_steps, newest, step_path
+from megagrow.config.load import load_config
+from megagrow.errors import CheckpointError
+from megagrow.train.checkpoints import candidates
+from tests.jobs import (
     events,
     files_below,
     launch,
@@ -13,11 +18,6 @@ from jobs import (
     train,
     write_config,
 )
-
-from megagrow.checkpoint import NativeCheckpoint, list_steps, newest, step_path
-from megagrow.config.load import load_config
-from megagrow.errors import CheckpointError
-from megagrow.train.checkpoints import candidates
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import math
 import shutil
 
 import pytest
-from logs import log_growth, log_step
 
 from megagrow.errors import DataError, TrainingError
 from megagrow.train.logging.metrics import MetricsLog, read_metrics
+from tests.train.logs import log_growth, log_step
 
 
 def first_run(run_dir, steps=9):

@@ -9,7 +9,6 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from jobs import PRETRAIN, REPOSITORY, files_below, settings, train, write_config
 
 from megagrow.checkpoint import list_steps, newest, step_path
 from megagrow.checkpoint.native.retention import size_of
@@ -19,14 +18,14 @@ from megagrow.errors import TrainingError
 from megagrow.train import ready
 from megagrow.train.opening import checkpoint_bytes, require_disk
 from megagrow.train.run_plan import plan_run, with_vocabulary
+from tests.jobs import PRETRAIN, REPOSITORY, files_below, settings, train, write_config
 
 # DeepSpeed cannot be imported here, nor can Weights & Biases; every command is still
 # answered.
 WITHOUT_DEEPSPEED = """
 import json, sys
 sys.modules["deepspeed"] = sys.modules["wandb"] = None
-sys.path[:0] = ["tests"]
-from jobs import main
+from tests.jobs import main
 for command in json.loads(sys.argv[1]):
     outcome = main(command)
     print(json.dumps([outcome.status, outcome.out, outcome.err]))

@@ -6,11 +6,11 @@ import time
 from dataclasses import replace
 
 import pytest
-from jobs import launch, log_of, settings, write_config
 
 from megagrow.errors import ConfigError, DataError, TrainingError
 from megagrow.train.health import preflight
 from megagrow.train.health.preflight import Facts, code_hash, require_agreement, require_clocks
+from tests.jobs import launch, log_of, settings, write_config
 
 SAME = Facts(rank=0, host="h0", code="c0", versions="torch 2", config="x", data="d", clock=1e9)
 

@@ -8,7 +8,10 @@ import threading
 
 import pytest
 import torch
-from jobs import (
+
+from megagrow.checkpoint import NativeCheckpoint, list_steps, step_path
+from megagrow.state.boxes import whole
+from tests.jobs import (
     events,
     growths,
     killed_launch,
@@ -19,9 +22,6 @@ from jobs import (
     trajectory,
     write_config,
 )
-
-from megagrow.checkpoint import NativeCheckpoint, list_steps, step_path
-from megagrow.state.boxes import whole
 
 
 @pytest.fixture(scope="module", name="straight")

@@ -6,13 +6,13 @@ import types
 import urllib.request
 
 import pytest
-from logs import log_growth, log_step
 
 from megagrow.config import Config
 from megagrow.errors import ConfigError, TrainingError
 from megagrow.train.health.run_lock import run_id
 from megagrow.train.logging.metrics import MetricsLog
 from megagrow.train.logging.telemetry import Prometheus, TensorBoard, open_mirrors
+from tests.train.logs import log_growth, log_step
 
 
 def config(run_dir, **train):

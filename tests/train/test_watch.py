@@ -9,11 +9,11 @@ import time
 import types
 
 import pytest
-from jobs import launch, settings, write_config
 from torch.distributed import HashStore
 
 from megagrow.config import WatchConfig
 from megagrow.train.health.watch import Beat, Watch, blame, waits_in
+from tests.jobs import launch, settings, write_config
 
 
 def beat(rank, *, count=5, doing="step 8, micro-batch 1", waiting="", idle=1.0):

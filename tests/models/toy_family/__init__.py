@@ -10,7 +10,7 @@ from megagrow.config.families import Architecture
 from megagrow.models import registry
 from megagrow.models.common.blocks import Block, Embedding, Head
 from megagrow.models.family import Family
-from toy_family.huggingface import HUGGINGFACE
+from tests.models.toy_family.huggingface import HUGGINGFACE
 
 
 def _check(model):
