@@ -105,7 +105,7 @@ quickstart: setup | data/stdlib
 check: setup
 	@$(VENV)/bin/ruff check $(CODE)
 	@$(VENV)/bin/ruff format --check $(CODE)
-	@$(VENV)/bin/mypy megagrow launch
+	@$(VENV)/bin/mypy megagrow launch $$(find tests -name '*.py' ! -name 'test_*.py')
 	@$(VENV)/bin/codespell megagrow launch kernels configs docs benchmarks *.md setup.py Makefile
 
 test: check

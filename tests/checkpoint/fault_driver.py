@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.checkpoint.worlds import random_cuts, random_values, save_outcomes
 
 
-def child(root, world, fault, log, text):
+def child(root: Path, world: int, fault: dict[str, str], log: int, text: int) -> None:
     os.environ.update(fault, FAULT_LOG=str(log))
     outcomes = save_outcomes(root, 41, random_cuts(random_values(41), world, 41))
     del os.environ["FAULT_CALL"]
@@ -25,7 +25,7 @@ def child(root, world, fault, log, text):
     os._exit(3 if errors else 0)
 
 
-def main():
+def main() -> None:
     base, world = Path(sys.argv[1]), int(sys.argv[2])
     results = []
     for number, fault in enumerate(json.load(sys.stdin)):

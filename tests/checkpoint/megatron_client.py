@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -23,12 +24,12 @@ from megagrow.checkpoint.formats.megatron.source import FORMAT
 from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.models.catalog import build_catalog
 from megagrow.state.layout import Layout
-from tests.checkpoint.foreign import WholeSource, write_checkpoint
+from tests.checkpoint.foreign import Readable, WholeSource, write_checkpoint
 from tests.checkpoint.states import opened
 from tests.toys import build, random_state, toy_model
 
 
-def their_model(args):
+def their_model(args: Any) -> GPTModel:
     """The model that Megatron's own arguments describe."""
     llama = args.swiglu
     config = TransformerConfig(
@@ -59,13 +60,13 @@ def their_model(args):
     )
 
 
-def their_gelu(x):
+def their_gelu(x: torch.Tensor) -> torch.Tensor:
     """What its fused kernel (the default, which needs a GPU) computes."""
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-def main():
-    torch.cuda.current_device = lambda: "cpu"
+def main() -> None:
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
     tensor_parallel.get_cuda_rng_tracker().fork = lambda *a, **k: contextlib.nullcontext()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -73,9 +74,11 @@ def main():
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1")
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel(1, 1)
-    kinds = [{"family": "gpt2"}, {"family": "llama", "tie_embeddings": False},
+    kinds: list[dict[str, Any]] = [{"family": "gpt2"}, {"family": "llama", "tie_embeddings": False},
              {"family": "llama", "heads": 4, "kv_heads": 2, "head_dim": 4}]  # fmt: skip
-    for number, kind in enumerate(sys.argv[2:] or kinds):
+    cases: list[Any] = sys.argv[2:] or kinds
+    for number, kind in enumerate(cases):
+        source: Readable
         if isinstance(kind, str):
             source = opened(Path(kind))
             model, ours = model_of(source), load_model(Path(kind))[0]
@@ -91,11 +94,11 @@ def main():
         names = [name for name, _ in theirs.named_parameters()]
         assert names == list(file["model"]), (names, list(file["model"]))
         theirs.load_state_dict(file["model"], strict=True)
-        tokens = torch.randint(model.vocab, (3, model.sequence))
+        tokens = torch.randint(model.vocabulary, (3, model.sequence))
         places = torch.arange(model.sequence).expand_as(tokens)
         mask = torch.ones(model.sequence, model.sequence).triu(1).bool()[None, None]
         with torch.no_grad():
-            found = theirs(tokens, places, mask)[..., : model.vocab]
+            found = theirs(tokens, places, mask)[..., : model.vocabulary]
             expected = ours.logits(tokens)
         difference = float((found - expected).abs().max())
         assert difference < 1e-4, (kind, difference)

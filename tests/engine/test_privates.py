@@ -119,11 +119,8 @@ def foreign(tree: ast.AST) -> list[str]:
     found = []
     for node in attributes(tree):
         text = ast.unparse(node)
-        if (
-            (is_private(node.attr) or node.attr in listed)
-            and not of_its_own(node)
-            and not ALLOWED.match(text)
-        ):
+        allowed = of_its_own(node) or ALLOWED.match(text)
+        if (is_private(node.attr) or node.attr in listed) and not allowed:
             found.append(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr"):
