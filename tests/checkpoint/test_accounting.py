@@ -80,8 +80,8 @@ def again(**more):
     def changed(path):
         metadata = pickle.loads((path / ".metadata").read_bytes())
         state = {
-            name: torch.empty(told.size, dtype=told.properties.dtype)
-            for name, told in metadata.state_dict_metadata.items()
+            name: torch.empty(stated.size, dtype=stated.properties.dtype)
+            for name, stated in metadata.state_dict_metadata.items()
         }
         dcp.load(state, checkpoint_id=str(path), no_dist=True)
         shutil.rmtree(path)

@@ -81,7 +81,7 @@ def test_sixteen_bit_runs_keep_fp32_masters(tmp_path):
         )
 
 
-def test_the_model_is_told_by_names_and_shapes_where_nothing_else_tells(tmp_path):
+def test_the_model_is_reported_by_names_and_shapes_where_nothing_else_tells(tmp_path):
     source = whole_source(toy_model(family="gpt2"))
     source.config = {}  # makes the writer treat the model as foreign
     plain = open_checkpoint(FORMAT, write_checkpoint(FORMAT, source, tmp_path, Layout(2, zero=1)))

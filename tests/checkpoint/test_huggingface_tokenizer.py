@@ -113,8 +113,8 @@ def test_a_directorys_own_configuration_is_carried_and_compared(tmp_path):
     assert "ids of the tokenizer: the same by transformers, on probe texts" in report.notes
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (shelf / name).read_bytes()
-    told = json.loads((tmp_path / "hf/generation_config.json").read_text())
-    assert (told["eos_token_id"], told["temperature"]) == (0, 0.5)
+    stated = json.loads((tmp_path / "hf/generation_config.json").read_text())
+    assert (stated["eos_token_id"], stated["temperature"]) == (0, 0.5)
     # A class that leads transformers to other ids, as GPT-2's does here, is refused.
     theirs["tokenizer_class"] = "GPT2Tokenizer"
     (shelf / "tokenizer_config.json").write_text(json.dumps(theirs | {"add_prefix_space": True}))

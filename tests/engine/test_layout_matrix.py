@@ -40,9 +40,9 @@ def check(family, cases):
     for world, plays in by_world.items():
         found = run_ranks(world, play_all, plays, timeout=500)[0]
         for (_, play), (losses, grad_norms, _) in zip(plays, found, strict=True):
-            told = f"{family}: {play['layout']}, sequence {play['sequence']}, micro {play['micro']}"
-            np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=told)
-            np.testing.assert_allclose(grad_norms, norms, rtol=1e-4, err_msg=told)
+            case = f"{family}: {play['layout']}, sequence {play['sequence']}, micro {play['micro']}"
+            np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=case)
+            np.testing.assert_allclose(grad_norms, norms, rtol=1e-4, err_msg=case)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -164,7 +164,7 @@ def test_where_nothing_is_new_nothing_is_looked_at():
 
 def play(comm, layouts, family):
     """Grow and train in each layout; returns the probe's report on the last update."""
-    told = []
+    results = []
     for layout, optimizer in layouts:
         job = Job(comm, layout=layout, model=toy_model(family=family, init_std=0.2), **optimizer)
         job.train(3)
@@ -172,9 +172,9 @@ def play(comm, layouts, family):
         job.train(4)
         probe = job.engine.probe(watched(growth))
         job.train(1, probe=probe)
-        told.append(probe.finish(comm.add_up))
+        results.append(probe.finish(comm.add_up))
         job.engine.close()
-    return told
+    return results
 
 
 LAYOUTS = [
@@ -195,5 +195,5 @@ def test_every_layout_sees_the_same(family, name):
     assert 0.5 < alone["twin_cosine"] < 1 and alone["dead_units"] == 0
     by_rank = run_ranks(2, play, [(layout, options) for layout in LAYOUTS], family, timeout=400)
     assert by_rank[0] == by_rank[1]
-    for layout, told in zip(LAYOUTS, by_rank[0], strict=True):
-        assert told == pytest.approx(alone, rel=2e-3), layout
+    for layout, results in zip(LAYOUTS, by_rank[0], strict=True):
+        assert results == pytest.approx(alone, rel=2e-3), layout

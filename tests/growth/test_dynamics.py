@@ -141,15 +141,15 @@ def test_width_alone_has_no_breaker(operator, policy, model):
         for policy in OPERATORS[name].policies
     ],
 )
-def test_copies_that_never_part_are_told_of_and_no_others(operator, policy):
+def test_copies_that_never_part_are_reported_and_no_others(operator, policy):
     """`kv_groups` by its factor duplicates query heads."""
     model = MODELS["llama-untied"]
     _, growth, _ = grow(model, random_state(build_catalog(model), seed=4), operator=operator,
                         policy=policy)  # fmt: skip
-    told = growth.caveats(grad_clip=0.0, dropout=0.0)
+    stated = growth.caveats(grad_clip=0.0, dropout=0.0)
     apart = _gap_after(model, operator=operator, factor=2, policy=policy) > 1e-12
-    assert len(told) == (not apart)
-    assert all("copies never part" in line and "width_fresh" in line for line in told)
+    assert len(stated) == (not apart)
+    assert all("copies never part" in line and "width_fresh" in line for line in stated)
     # Dropout separates them, since it drops each independently.
     assert not any("never part" in line for line in growth.caveats(grad_clip=0.0, dropout=0.1))
 

@@ -159,7 +159,7 @@ def test_the_default_rewarm_is_the_policys():
     assert {young.rewarm for young in rules.young.values()} == {250}
 
 
-def test_old_elements_in_several_blocks_are_told_as_one():
+def test_old_elements_in_several_blocks_are_reported_as_one():
     """Queries, keys and values of wider heads are separate blocks; every k-th index is old."""
     rules = _growth(toy_model(), "head_dim", "kept", factor=3).rules_after(OptimizerRules(), step=4)
     qkv = rules.young["layers.0.attention.qkv.weight"]  # [kv_group, projection, head_dim, embed]

@@ -51,8 +51,8 @@ def watched(*words, cwd=REPOSITORY):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    text, _, told = done.stdout.rstrip("\n").rpartition("\n")
-    found = json.loads(told)
+    text, _, stated = done.stdout.rstrip("\n").rpartition("\n")
+    found = json.loads(stated)
     assert found["status"] == 0, text + done.stderr
     return text, found
 

@@ -438,7 +438,7 @@ def test_a_configuration_from_the_readme_alone_passes(state, dataset):
     assert dry.status == 0, dry.err
 
 
-def test_all_wrong_settings_of_a_file_are_told_at_once(state, dataset):
+def test_all_wrong_settings_of_a_file_are_reported_at_once(state, dataset):
     mapping = settings(dataset, state / "run", optimizer={"lr": -1}, batch={"global": 7})
     mapping["model"] |= {"hidden": "wide", "layer": 3}
     del mapping["stages"]
@@ -449,7 +449,7 @@ def test_all_wrong_settings_of_a_file_are_told_at_once(state, dataset):
         assert words in said, said
 
 
-def test_forms_that_are_nearly_right_are_told_the_right_one(state):
+def test_forms_that_are_nearly_right_are_reported_the_right_one(state):
     dashes = main(["--config", "run.yaml", "--optimizer.lr=1e-3"])
     assert dashes.status == 2 and "settings have no dashes: optimizer.lr=1e-3" in dashes.err
     (state / "blank.yaml").write_text(

@@ -175,7 +175,7 @@ def test_a_longer_sequence_is_a_growth_where_no_tensor_has_it(imported, tmp_path
     )
 
 
-def test_sizes_that_a_growth_leaves_are_told(imported, tmp_path, capsys):
+def test_sizes_that_a_growth_leaves_are_reported(imported, tmp_path, capsys):
     growth = ["--from", imported[0], "--operator", "width", "--target", "hidden=16", "--dry-run"]
     assert command("grow", *growth) == 0
     assert "hidden 8 -> 16; heads 2, kv_heads 1, ffn 16 as before" in capsys.readouterr().out

@@ -160,7 +160,7 @@ def test_a_family_that_transformers_lacks_is_refused_by_name(tmp_path, monkeypat
         convert(Job(path, tmp_path / "there", "huggingface"), workers=1)
 
 
-def test_the_shape_is_told_by_the_names_of_a_deepspeed_checkpoint_alone():
+def test_the_shape_is_reported_by_the_names_of_a_deepspeed_checkpoint_alone():
     for family in registry.FAMILIES:
         model = toy_model(family=family, tie_embeddings=False)
         shapes = {tensor.name: tensor.shape for tensor in build_catalog(model)}

@@ -70,8 +70,8 @@ def test_a_resumed_run_tells_the_same(tmp_path, dataset):
     assert timeless(one) == timeless(two)
     mixed = events(two, "mixing")
     assert mixed, "the law foretells little of the larger model, so that it is reached"
-    told = [o.err for o in outcomes[0] if "where a fresh model is foretold to be" in o.err]
-    assert told and mixed[0]["loss"] <= mixed[0]["foretold"]
+    stated = [o.err for o in outcomes[0] if "where a fresh model is foretold to be" in o.err]
+    assert stated and mixed[0]["loss"] <= mixed[0]["foretold"]
 
 
 # --- mixing time --------------------------------------------------------------------------

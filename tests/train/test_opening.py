@@ -53,7 +53,7 @@ def answers(*commands):
     return found
 
 
-def test_a_finished_run_says_so_and_errors_of_files_are_told_before_deepspeed_starts(
+def test_a_finished_run_says_so_and_errors_of_files_are_reported_before_deepspeed_starts(
     finished, tmp_path
 ):
     config, run_dir = finished
@@ -130,7 +130,7 @@ def test_a_run_that_was_killed_after_its_last_save_is_brought_to_its_end(finishe
     assert again[-1]["total_steps"] == 10
 
 
-def test_a_disk_that_old_checkpoints_fill_is_told_with_their_names_unless_a_save_would_free_it(
+def test_a_disk_that_old_checkpoints_fill_is_reported_with_their_names_unless_a_save_would_free_it(
     finished, monkeypatch
 ):
     config = load_config(finished[0])

@@ -37,7 +37,7 @@ def test_a_host_that_differs(change, kind, parts):
     assert all(part in str(error.value) for part in parts), error.value
 
 
-def test_another_configuration_is_told_by_its_keys():
+def test_another_configuration_is_reported_by_its_keys():
     settings = [{"optimizer.lr": 0.1, "same": 1}, {"optimizer.lr": 0.2, "same": 1, "more": 3}]
     with pytest.raises(ConfigError) as error:
         require_agreement(ranks({}, {"config": "y"}), settings_of=lambda: settings)

@@ -130,8 +130,8 @@ def test_from_its_first_update_a_stage_is_a_run_with_these_settings(tmp_path, da
     assert trajectory(found) == trajectory(wanted) and len(trajectory(found)) == 6
     assert [line["lr"] for line in events(found, "step")][3:] == [change["lr"]] * 3
     [growth] = events(found, "growth")
-    told = {key: list(v) if isinstance(v, list) else v for key, v in growth["optimizer"].items()}
-    assert {key: told[key] for key in change} == change
+    stated = {key: list(v) if isinstance(v, list) else v for key, v in growth["optimizer"].items()}
+    assert {key: stated[key] for key in change} == change
     assert f"stage 1: lr {change['lr']:g}" in outcomes[0][0].err
     # Without the change it is a different run.
     train(2, other, f"run.dir={tmp_path / 'none'}")
