@@ -12,9 +12,8 @@ from megagrow.data.dataset import open_dataset
 from megagrow.train.checkpoints import fingerprints
 from megagrow.train.state import RunState
 from tests.checkpoint.states import save_model, to
-from tests.jobs import REPOSITORY, WIDTH, settings, write_config
-from tests.launch import fuzz
-from tests.launch.fuzz import (
+from tests.cli import fuzz
+from tests.cli.fuzz import (
     VALUES,
     WouldStartError,
     call,
@@ -25,6 +24,7 @@ from tests.launch.fuzz import (
     make_places,
     snapshot,
 )
+from tests.jobs import REPOSITORY, WIDTH, settings, write_config
 
 SEED = 20
 FEW = 4  # cases per command in the default run

@@ -27,8 +27,8 @@ from megagrow.train.checkpoints import fingerprints
 from megagrow.train.fingerprints import require_run, require_same_data
 from megagrow.train.grow_offline import plan_offline
 from tests.checkpoint.states import save_model, to
+from tests.cli.fuzz import call, load
 from tests.jobs import REPOSITORY, main, settings, write_config
-from tests.launch.fuzz import call, load
 
 FOLDERS = ("megagrow", "launch")
 SOURCES = sorted(path for name in FOLDERS for path in (REPOSITORY / name).rglob("*.py"))
