@@ -74,7 +74,7 @@ class HuggingFace:
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: COMMON)
     repeats: Mapping[str, str] = field(default_factory=dict)
     refusal: Callable[[ModelConfig], tuple[str, str] | None] = lambda model: None
-    untold: Callable[[ModelConfig], Iterable[tuple[str, str]]] = lambda model: ()
+    not_stored: Callable[[ModelConfig], Iterable[tuple[str, str]]] = lambda model: ()
     prefix: str = ""
     masks: re.Pattern[str] = NEVER
     frequencies: re.Pattern[str] = NEVER

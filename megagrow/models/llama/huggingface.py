@@ -109,7 +109,7 @@ def _write(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _untold(model: ModelConfig) -> Iterator[tuple[str, str]]:
+def _not_stored(model: ModelConfig) -> Iterator[tuple[str, str]]:
     if model.dropout:
         yield f"dropout {model.dropout}", "transformers' LLaMA has no dropout"
 
@@ -137,6 +137,6 @@ HUGGINGFACE = HuggingFace(
         "rope_interleaved": (False,),
         "use_sliding_window": (False,),
     },
-    untold=_untold,
+    not_stored=_not_stored,
     frequencies=re.compile(r"model\.(layers\.\d{1,6}\.self_attn\.)?rotary_emb\.inv_freq"),
 )
