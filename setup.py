@@ -108,12 +108,14 @@ setup(
     extras_require={
         "dev": [
             "codespell",
+            "coverage>=7.10",  # its patches for subprocesses and os._exit
             "hypothesis",
             # A real reader of our Megatron checkpoints; wheels are for Linux alone.
             "megatron-core; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "mypy",
             "prometheus-client",
             "pytest",
+            "pytest-cov",
             "pytest-timeout",
             "pytest-xdist",
             "ruff",

@@ -18,7 +18,7 @@ from megagrow.growth.plan import Growth
 from megagrow.train import checkpoints
 from megagrow.train.grow_live import GrowthReport, grow
 from megagrow.train.health.agree import on_first
-from megagrow.train.health.data_check import told_by_its_rank
+from megagrow.train.health.data_check import reported_by_its_rank
 from megagrow.train.health.recovery import RollBack, no_way_back, remember
 from megagrow.train.health.signals import agreed
 from megagrow.train.run import Run
@@ -305,7 +305,7 @@ class Trainer(Run):
                 self.stage.plan.start_step,
             )
             self._begin(f"step {self.state.step + 1}, micro-batch {number}", slow=first)
-            with told_by_its_rank(self.comm):
+            with reported_by_its_rank(self.comm):
                 samples = self.samples.batch(start, micro)
             yield samples
 

@@ -19,7 +19,7 @@ import torch
 
 from megagrow import ops
 from megagrow.background import Pool
-from megagrow.state.boxes import Box, split_box, union_volume
+from megagrow.state.boxes import Box, split_box
 from megagrow.state.catalog import Slot, slots_of
 from megagrow.state.fresh import fresh, normals
 from megagrow.state.placement import Placement
@@ -28,6 +28,7 @@ from megagrow.transfer.moves import (
     Holder,
     Locator,
     Move,
+    distinct_elements,
     merged,
     messages,
     plan_receives,
@@ -118,7 +119,7 @@ def transfer_between_ranks(
             if move.receiver != rank:
                 outgoing[move.receiver].append(move)
 
-    least = _least(move for moves in incoming.values() for move in moves)
+    least = distinct_elements(move for moves in incoming.values() for move in moves)
     width = torch.empty((), dtype=dtype).element_size()
     limit = max(1, staging_bytes // (2 * width))
     received = crossed = 0
@@ -279,14 +280,6 @@ def _fill_made(
             inside = piece.relative_to(box.offset)
             memory[inside.slices].copy_(place.view(piece.shape))
     return longest * _FRESH_BYTES_AN_ELEMENT
-
-
-def _least(moves: Iterable[Move]) -> int:
-    """Number of distinct source elements of some pieces."""
-    boxes: dict[tuple[str, str], set[Box]] = defaultdict(set)
-    for move in moves:
-        boxes[move.copy.source, move.slot.name].add(move.source_box)
-    return sum(map(union_volume, boxes.values()))
 
 
 def _memory(new: Target, move: Move) -> torch.Tensor:

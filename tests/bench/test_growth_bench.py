@@ -5,7 +5,6 @@ import json
 import re
 
 import pytest
-from ranks import run_ranks
 
 from megagrow.bench import growth_table
 from megagrow.bench.cases import Case, check, config_for, model_for, read_layout, standard_cases
@@ -17,6 +16,7 @@ from megagrow.config import LayoutConfig
 from megagrow.errors import ConfigError, GrowthError
 from megagrow.growth.plan import grown_model
 from megagrow.models.catalog import build_catalog
+from tests.ranks import run_ranks
 
 DATA, TENSOR = LayoutConfig(zero=1), LayoutConfig(tensor=2, zero=0)
 

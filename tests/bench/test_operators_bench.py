@@ -3,11 +3,9 @@
 import time
 import xml.etree.ElementTree as ElementTree
 
-from jobs import dataset  # noqa: F401 - a fixture
-from ranks import run_ranks
-
 from megagrow.bench import operators as bench
 from megagrow.growth.registry import OPERATORS
+from tests.ranks import run_ranks
 
 _MODEL = {"family": "gpt2", "layers": 1, "hidden": 8, "heads": 2, "ffn": 16, "sequence": 8}
 _CASES = [
@@ -31,7 +29,7 @@ def test_all_operators_that_enlarge_width_or_depth_have_a_case_for_each_policy()
     assert len({case.directory for case in bench.cases()}) == len(bench.cases())
 
 
-def test_runs_are_made_once_and_compared(dataset, tmp_path, monkeypatch):  # noqa: F811
+def test_runs_are_made_once_and_compared(dataset, tmp_path, monkeypatch):
     protocol = bench.Protocol(dataset, seeds=(1, 2), small_steps=4, grown_steps=4, batch=2)
     [[stopped, complete]] = run_ranks(1, _train, protocol, tmp_path, [time.time() - 1, None])
     assert (stopped, complete) == (False, True)

@@ -17,8 +17,6 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from jobs import REPOSITORY, log_of, make_dataset
-from ranks import run_ranks
 
 from megagrow.bench.savings import campaign as campaigns
 from megagrow.bench.savings.bound import Bound, bound, falling
@@ -35,6 +33,8 @@ from megagrow.config import StageConfig
 from megagrow.config.load import parse_settings
 from megagrow.errors import ConfigError
 from megagrow.train.run_plan import plan_run
+from tests.jobs import REPOSITORY, log_of, make_dataset
+from tests.ranks import run_ranks
 
 BUDGETS = (1e3, 2e3, 4e3)
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from ranks import run_ranks
-from toys import toy_model
 
 from megagrow.bench.minimal_gpt import MinimalGPT
 from megagrow.bench.throughput import RIVALS, measure_alone, measure_layouts, table
 from megagrow.config import LayoutConfig
 from megagrow.models.transformer import Transformer, named_tensors
+from tests.ranks import run_ranks
+from tests.toys import toy_model
 
 
 def test_the_minimal_gpt_is_the_same_function():

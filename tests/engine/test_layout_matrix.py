@@ -4,14 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
-from plays import BATCH, play_all
-from ranks import run_ranks
-from toys import FAMILIES, featured_models, toy_model
 
 from megagrow.config.load import parse_config
 from megagrow.errors import ConfigError
 from megagrow.state.layout import Layout
 from megagrow.train.run_plan import plan_run
+from tests.engine.plays import BATCH, play_all
+from tests.ranks import run_ranks
+from tests.toys import FAMILIES, featured_models, toy_model
 
 STEPS = [("train", 20)]
 GRIDS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)]  # T, P, D
@@ -40,9 +40,9 @@ def check(family, cases):
     for world, plays in by_world.items():
         found = run_ranks(world, play_all, plays, timeout=500)[0]
         for (_, play), (losses, grad_norms, _) in zip(plays, found, strict=True):
-            told = f"{family}: {play['layout']}, sequence {play['sequence']}, micro {play['micro']}"
-            np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=told)
-            np.testing.assert_allclose(grad_norms, norms, rtol=1e-4, err_msg=told)
+            case = f"{family}: {play['layout']}, sequence {play['sequence']}, micro {play['micro']}"
+            np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=case)
+            np.testing.assert_allclose(grad_norms, norms, rtol=1e-4, err_msg=case)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from toys import (
+
+from megagrow.config.growths import GrowConfig
+from megagrow.errors import GrowthError
+from megagrow.growth.features import refusal
+from megagrow.growth.plan import make_growth, plan_growth
+from megagrow.growth.registry import OPERATORS
+from megagrow.models.catalog import build_catalog
+from megagrow.models.transformer import named_tensors
+from tests.toys import (
     build,
     featured_models,
     growths,
@@ -13,14 +21,6 @@ from toys import (
     token_batches,
     toy_model,
 )
-
-from megagrow.config.growths import GrowConfig
-from megagrow.errors import GrowthError
-from megagrow.growth.features import refusal
-from megagrow.growth.plan import make_growth, plan_growth
-from megagrow.growth.registry import OPERATORS
-from megagrow.models.catalog import build_catalog
-from megagrow.models.transformer import named_tensors
 
 MODELS = featured_models(norm_eps=1e-12, layers=4)
 # The eps of norms after sub-layers does not grow with their mean square: see width_fresh.

@@ -4,9 +4,6 @@ import itertools
 
 import pytest
 import torch
-from parts import gradients, local_part, module_with, random_parameters, this_rank
-from ranks import run_ranks
-from toys import featured_models
 
 from megagrow.config import ModelConfig
 from megagrow.models.catalog import build_catalog
@@ -15,6 +12,9 @@ from megagrow.models.common.parallel import TensorParallel
 from megagrow.models.transformer import Transformer, named_tensors
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement, split_axis
+from tests.models.parts import gradients, local_part, module_with, random_parameters, this_rank
+from tests.ranks import run_ranks
+from tests.toys import featured_models
 
 VOCABULARY = 13  # 2 ranks have 7 rows each, one of them padding
 WORLD = 2

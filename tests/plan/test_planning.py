@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import yaml
-from jobs import REPOSITORY, command, launch, main, make_dataset, settings, write_config
 
 from megagrow.config import Config, UntilConfig
 from megagrow.config.load import load_config, load_settings
@@ -14,6 +13,7 @@ from megagrow.forecast.cost import Received
 from megagrow.forecast.machine import MachineConfig, growth_time
 from megagrow.plan.on_machine import best_layout, place_stage, require_layout
 from megagrow.train.run_plan import plan_run
+from tests.jobs import REPOSITORY, command, launch, main, make_dataset, settings, write_config
 
 CONFIGS = REPOSITORY / "configs"
 

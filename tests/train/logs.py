@@ -1,7 +1,9 @@
 """Log lines of a run, for tests of the log and its mirrors."""
 
+from megagrow.train.logging.metrics import MetricsLog
 
-def log_step(log, step, stage=0, loss=3.0):
+
+def log_step(log: MetricsLog, step: int, stage: int = 0, loss: float = 3.0) -> None:
     log.step(
         step=step,
         tokens=step * 100,
@@ -14,7 +16,7 @@ def log_step(log, step, stage=0, loss=3.0):
     )
 
 
-def log_growth(log, step, stage):
+def log_growth(log: MetricsLog, step: int, stage: int) -> None:
     log.growth(
         step=step,
         tokens=step * 100,

@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
-from jobs import launch, log_of, main, settings, write_config
 
 from megagrow.train import checkpoints
+from tests.jobs import launch, log_of, main, settings, write_config
 
 
 def config(dataset, tmp_path, **changes):

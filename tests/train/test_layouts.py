@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from jobs import DEPTH, WIDTH, events, growths, launch, log_of, settings, train, write_config
+
+from tests.jobs import DEPTH, WIDTH, events, growths, launch, log_of, settings, train, write_config
 
 # (tensor, pipeline, ZeRO) of four processes; each is resumed in the next one.
 LAYOUTS = [

@@ -3,13 +3,13 @@
 import math
 
 import pytest
-from jobs import events, growths, launch, log_of, settings, train, trajectory, write_config
 
 from megagrow.config.load import parse_config
 from megagrow.errors import ConfigError
 from megagrow.forecast.planned_ends import planned_ends
 from megagrow.models.flops import train_flops_per_token
 from megagrow.train.run_plan import plan_run
+from tests.jobs import events, growths, launch, log_of, settings, train, trajectory, write_config
 
 WIDTH = {"operator": "width", "factor": 2, "rewarm": 1}
 EVERY = {"train": {"validate_every": 1, "validation_samples": 10, "tensorboard": False}}

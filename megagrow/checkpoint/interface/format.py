@@ -63,7 +63,7 @@ class ReadOptions:
     ignore: tuple[str, ...] = ()
 
 
-NOTHING_TOLD = ReadOptions()
+NO_OPTIONS = ReadOptions()
 
 
 class Source(Protocol):
@@ -361,18 +361,18 @@ class Format:
     open_sink: Callable[[Request], Sink]
     sealed: bool = False
     options: frozenset[str] = frozenset({"tensor", "pipeline", "data", "zero"})
-    open_told: Callable[[Path, ReadOptions], Source] | None = None
+    open_with: Callable[[Path, ReadOptions], Source] | None = None
 
     def open(self, path: Path, options: ReadOptions) -> Source:
         """Open what `find` returned (CheckpointError; ConfigError for unsupported options)."""
-        if options == NOTHING_TOLD:
+        if options == NO_OPTIONS:
             return self.open_source(path)
-        if self.open_told is None:
+        if self.open_with is None:
             raise ConfigError(
                 f"format {self.name} does not use --vocab-size or --ignore",
                 fix="leave out --vocab-size and --ignore",
             )
-        return self.open_told(path, options)
+        return self.open_with(path, options)
 
     @property
     def axes(self) -> tuple[str, ...]:

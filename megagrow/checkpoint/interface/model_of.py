@@ -65,7 +65,7 @@ def replayed_model(
     return model
 
 
-def told_model(state: Described) -> ModelConfig | None:
+def recorded_model(state: Described) -> ModelConfig | None:
     """The model whose tensors `state.catalog` lists, growths included; None if not configured.
 
     Raises:
@@ -93,7 +93,7 @@ def model_of(state: Described) -> ModelConfig:
     Raises:
         CheckpointError: no model is configured, or one with other tensors.
     """
-    model = told_model(state)
+    model = recorded_model(state)
     if model is None:
         raise CheckpointError(
             "the checkpoint does not say which model it holds",
@@ -157,7 +157,7 @@ def catalog_for(run: Described, source: Described) -> Catalog:
     """
     _require_vocabulary(run, source)
     model = model_of(run)
-    before = told_model(source)
+    before = recorded_model(source)
     if before is not None:
         for key in _FUNCTION:
             found, expected = getattr(model, key), getattr(before, key)

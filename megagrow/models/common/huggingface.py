@@ -59,7 +59,7 @@ class HuggingFace:
             first is the default.
         repeats: keys that duplicate a field of `ModelConfig`, with that field.
         refusal: why a model cannot be written, and what was found, if it cannot.
-        untold: training settings that config.json cannot express: (what, reason).
+        not_stored: training settings that config.json cannot express: (what, reason).
         prefix: of stored names; some directories omit it.
         masks: names of constant masks that old versions also stored.
         frequencies: names of rotary frequencies that old versions also stored.
@@ -76,7 +76,7 @@ class HuggingFace:
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: COMMON)
     repeats: Mapping[str, str] = field(default_factory=dict)
     refusal: Callable[[ModelConfig], tuple[str, str] | None] = lambda model: None
-    untold: Callable[[ModelConfig], Iterable[tuple[str, str]]] = lambda model: ()
+    not_stored: Callable[[ModelConfig], Iterable[tuple[str, str]]] = lambda model: ()
     prefix: str = ""
     masks: re.Pattern[str] = NEVER
     frequencies: re.Pattern[str] = NEVER

@@ -93,7 +93,7 @@ def _refusal(model: ModelConfig) -> tuple[str, str] | None:
     return None
 
 
-def _untold(model: ModelConfig) -> Iterator[tuple[str, str]]:
+def _not_stored(model: ModelConfig) -> Iterator[tuple[str, str]]:
     if model.dropout:
         yield f"dropout {model.dropout} of embeddings", "transformers applies it to them as well"
 

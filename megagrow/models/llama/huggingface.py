@@ -229,6 +229,6 @@ HUGGINGFACE = HuggingFace(
     write=lambda model: {**write_llama(model), "mlp_bias": False},
     carried=CARRIED | {"partial_rotary_factor"},
     only=ONLY,
-    untold=no_dropout,
+    not_stored=no_dropout,
     frequencies=FREQUENCIES,
 )

@@ -48,6 +48,6 @@ HUGGINGFACE = replace(
     read=lambda config, where: read_llama({"rms_norm_eps": 1e-5, **config}, where, family="olmo2"),
     write=write_llama,
     carried=CARRIED,
-    untold=one_eps,
+    not_stored=one_eps,
     refusal=_natural_heads,
 )

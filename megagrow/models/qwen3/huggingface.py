@@ -37,5 +37,5 @@ HUGGINGFACE = replace(
     read=_read,
     write=lambda model: {**write_llama(model), "use_sliding_window": False},
     carried=CARRIED | WINDOWS,
-    untold=one_eps,
+    not_stored=one_eps,
 )

@@ -59,17 +59,17 @@ def open_source(path: Path) -> Source:
 
 
 def _open(tag: Tag) -> Source:
-    told = client_state(tag.head)
+    client = client_state(tag.head)
     mapping = read_mapping(tag.path)
-    scheme = mapped(tag, *mapping) if mapping else recognised(tag, told)
-    config = dict(told["config"])
+    scheme = mapped(tag, *mapping) if mapping else recognised(tag, client)
+    config = dict(client["config"])
     if scheme.model:
         config.setdefault("model", scheme.model.model_dump(mode="json", by_alias=True))
     if tag.optimizer:
         config.setdefault("optimizer", tag.optimizer)
     config.setdefault("precision", {"dtype": tag.precision})
     steps = tag.head.get("global_steps")
-    state = dict(told["run_state"]) or {"optimizer_step": tag.optimizer_step}
+    state = dict(client["run_state"]) or {"optimizer_step": tag.optimizer_step}
     order = group_order(tag, scheme, state, mapping[0] if mapping else None)
     catalog = with_roles(tag, scheme, order)
     left_out = [*tag.left_out, *_left_out(tag, scheme)]
@@ -81,8 +81,10 @@ def _open(tag: Tag) -> Source:
     used = {box.file for box in boxes}
     return StoredSource(
         tag.path,
-        meta=CheckpointMeta(catalog, tag.slots, tag.layout, config, told["fingerprints"], state),
-        step=told["step"] if told["step"] is not None else int(steps or tag.optimizer_step or 0),
+        meta=CheckpointMeta(catalog, tag.slots, tag.layout, config, client["fingerprints"], state),
+        step=client["step"]
+        if client["step"] is not None
+        else int(steps or tag.optimizer_step or 0),
         sizes={name: tag.files[name].size for name in sorted(used)},
         boxes=boxes,
         records=[Record(name, *record) for name in used for record in tag.files[name].records],

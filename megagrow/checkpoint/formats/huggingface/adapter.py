@@ -22,7 +22,7 @@ from megagrow.checkpoint.formats.huggingface.names import Link, links
 from megagrow.checkpoint.formats.huggingface.tokenizer import carried, compare
 from megagrow.checkpoint.interface.accounting import account, unread_files
 from megagrow.checkpoint.interface.format import (
-    NOTHING_TOLD,
+    NO_OPTIONS,
     FilePlan,
     Format,
     LeftOut,
@@ -53,21 +53,21 @@ _RUN = "megagrow.json"  # fingerprints of the training run
 # --- reading ------------------------------------------------------------------------------
 
 
-def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
+def open_source(path: Path, options: ReadOptions = NO_OPTIONS) -> StoredSource:
     """Open a Hugging Face model directory.
 
     Args:
-        told: settings of config.json to ignore.
+        options: settings of config.json to ignore.
 
     Raises:
         CheckpointError: damaged, incomplete, or with a model that megagrow cannot express.
     """
     where = path / _CONFIG
-    if told.vocabulary is not None:
+    if options.vocabulary is not None:
         raise ConfigError(
             f"{where} already gives the vocabulary size", fix="leave out --vocab-size"
         )
-    model, settings = read_model(read_json(where), where=str(where), ignore=told.ignore)
+    model, settings = read_model(read_json(where), where=str(where), ignore=options.ignore)
     arrays, sizes = _arrays(path)
     held = set(arrays)
     if model.layers > len(arrays):
@@ -248,7 +248,7 @@ class HuggingFaceSink:
             shards[-1].append(parts)
             filled += size
             dtypes.add(dtype)
-        self.left_out = tuple(_not_told(model))
+        self.left_out = tuple(_not_stored(model))
         dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
         self._config = write_config(model, dtype) | dict(self._tokenizer.ids)
         self._weight_map: dict[str, str] = {}
@@ -303,17 +303,17 @@ class HuggingFaceSink:
         return [*self._tokenizer.notes, *compared]
 
 
-def _not_told(model: ModelConfig) -> Iterator[LeftOut]:
+def _not_stored(model: ModelConfig) -> Iterator[LeftOut]:
     """Training settings that a config.json cannot express."""
-    for what, reason in stored_as(model).untold(model):
+    for what, reason in stored_as(model).not_stored(model):
         yield LeftOut(what, reason)
     if isinstance(model.init_std, InitConfig):
         stds = model.init_std.model_dump(exclude_none=True)
-        told = ", ".join(f"{role} {std}" for role, std in stds.items())
+        listed = ", ".join(f"{role} {std}" for role, std in stds.items())
         reason = "initializer_range is one number: that of the matrices"
         if model.stds.matrices is None:
             reason = "initializer_range is one number: transformers' default, 0.02"
-        yield LeftOut(f"init_std by role ({told}), of fresh parameters", reason)
+        yield LeftOut(f"init_std by role ({listed}), of fresh parameters", reason)
     if model.mup is not None:
         reason = "only for further training; the weights are those of a plain model"
         yield LeftOut("mup: initialisation and rates by the shape", reason)
@@ -344,6 +344,6 @@ FORMAT = Format(
     find=_find,
     open_source=open_source,
     open_sink=HuggingFaceSink,
-    open_told=open_source,
+    open_with=open_source,
     options=frozenset({"tokenizer", "shard-gib"}),
 )

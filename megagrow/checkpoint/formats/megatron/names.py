@@ -148,7 +148,7 @@ def local_part(
 
 
 def read_model(
-    args: Mapping[str, Any], *, where: str, told: ReadOptions
+    args: Mapping[str, Any], *, where: str, options: ReadOptions
 ) -> tuple[ModelConfig, int, list[LeftOut]]:
     """The model of a checkpoint's arguments, its token table's rows, and what is left out.
 
@@ -159,7 +159,7 @@ def read_model(
         CheckpointError: names the argument that our model cannot express, that is missing, or
             whose effect is unknown.
     """
-    left_out = list(require_known(args, where=where, ignore=told.ignore))
+    left_out = list(require_known(args, where=where, ignore=options.ignore))
     rope = args.get("position_embedding_type") == "rope" or args.get(
         "use_rotary_position_embeddings"
     )
@@ -192,7 +192,7 @@ def read_model(
                 "head_dim": args.get("kv_channels"),
                 "ffn": args.get("ffn_hidden_size") or 4 * args["hidden_size"],
                 "sequence": args["max_position_embeddings"],
-                "vocab": _vocabulary(args, padded, where, told),
+                "vocab": _vocabulary(args, padded, where, options),
                 "tie_embeddings": not args.get("untie_embeddings_and_output_weights", False),
                 "dropout": args.get("hidden_dropout", 0.0),
                 "norm_eps": _agreed(args, "norm_epsilon", "layernorm_epsilon", default=1e-5),
@@ -206,7 +206,7 @@ def read_model(
             f"{where}: args describe no model that megagrow can express", found=found[:500]
         ) from None
     _require_alike(args, model, where)
-    if model.vocab == padded and told.vocabulary is None and args.get("vocab_size") is None:
+    if model.vocab == padded and options.vocabulary is None and args.get("vocab_size") is None:
         name = f"args.vocab_size, unset: all {padded} rows count as tokens"
         left_out.append(LeftOut(name, "set --vocab-size to the true number"))
     elif model.vocabulary < padded:
@@ -219,10 +219,10 @@ def read_model(
     return model, int(padded), left_out
 
 
-def _vocabulary(args: Mapping[str, Any], padded: int, where: str, told: ReadOptions) -> int:
+def _vocabulary(args: Mapping[str, Any], padded: int, where: str, options: ReadOptions) -> int:
     known = args.get("vocab_size")
     known = known if isinstance(known, int) and 0 < known <= padded else None
-    wanted = told.vocabulary
+    wanted = options.vocabulary
     if wanted is not None and (wanted > padded or known not in (None, wanted)):
         raise CheckpointError(
             f"{where}: --vocab-size {wanted} is not the vocabulary of this checkpoint",
@@ -234,10 +234,10 @@ def _vocabulary(args: Mapping[str, Any], padded: int, where: str, told: ReadOpti
 
 def _agreed(args: Mapping[str, Any], name: str, other: str, *, default: float) -> float:
     """An argument that has two names across Megatron versions."""
-    told = [args[key] for key in (name, other) if args.get(key) is not None]
-    if len(set(told)) > 1:
-        raise ValueError(f"{name} is {told[0]}, {other} is {told[1]}")
-    return float(told[0]) if told else default
+    values = [args[key] for key in (name, other) if args.get(key) is not None]
+    if len(set(values)) > 1:
+        raise ValueError(f"{name} is {values[0]}, {other} is {values[1]}")
+    return float(values[0]) if values else default
 
 
 def _require_alike(args: Mapping[str, Any], model: ModelConfig, where: str) -> None:

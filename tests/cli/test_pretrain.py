@@ -11,7 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import PRETRAIN, REPOSITORY, events, log_of, settings, train, trajectory, write_config
+
+from tests.jobs import (
+    PRETRAIN,
+    REPOSITORY,
+    events,
+    log_of,
+    settings,
+    train,
+    trajectory,
+    write_config,
+)
 
 BIN = Path(sys.executable).parent
 

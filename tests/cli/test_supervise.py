@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from jobs import PRETRAIN, command, settings, write_config
 
 from megagrow.cluster.launchers import resumed
 from megagrow.errors import ConfigError
+from tests.jobs import PRETRAIN, command, settings, write_config
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,14 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from jobs import command
+from types import ModuleType
+from typing import Any
 
 from megagrow.errors import MegagrowError
+from tests.jobs import command
 
 SECONDS = 60  # after which a command hangs
 # Written as YAML and as command-line words.  `{directory}` and the like are created per case.
@@ -60,6 +62,10 @@ VALUES = {
 }
 
 
+# Of every path below a directory: size and modification time, or None for a directory.
+Snapshot = Mapping[Path, tuple[int, int] | None]
+
+
 class WouldStartError(MegagrowError):
     """The command has rejected nothing and would start its work now."""
 
@@ -72,12 +78,12 @@ class Said:
     text: str
 
 
-def load(name):
+def load(name: str) -> ModuleType:
     """Import a command's module from launch/."""
     return command(name)
 
 
-def call(module, arguments):
+def call(module: ModuleType, arguments: Sequence[str]) -> Said:
     """Run a command's `main` in this process; any exception it raises fails the test.
 
     An exception other than SystemExit is what a user would see as a traceback.
@@ -85,12 +91,13 @@ def call(module, arguments):
     out = io.StringIO()
     before = sys.argv
 
-    def hang(*_):
+    def hang(*_: object) -> None:
         raise AssertionError(f"hangs: {arguments}")
 
     old = signal.signal(signal.SIGALRM, hang)
     signal.alarm(SECONDS)
-    sys.argv = [module.__file__, *arguments]
+    sys.argv = [str(module.__file__), *arguments]
+    status: Any
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             try:
@@ -106,14 +113,14 @@ def call(module, arguments):
     return Said(status, out.getvalue())
 
 
-def filled(value, place):
+def filled(value: str, place: Path) -> str:
     """A value with a case's paths, which are in `place`."""
     for name in ("directory", "file", "binary", "empty"):
         value = value.replace(f"{{{name}}}", str(place / name))
     return value
 
 
-def make_places(place):
+def make_places(place: Path) -> Path:
     """The paths that values refer to, as they are before every case."""
     shutil.rmtree(place / "directory", ignore_errors=True)
     (place / "directory").mkdir(parents=True)
@@ -123,22 +130,22 @@ def make_places(place):
     return place
 
 
-def options_of(module, *first):
+def options_of(module: ModuleType, *first: str) -> list[tuple[str, bool]]:
     """The options of a command according to its --help: name, and whether it takes a value."""
     text = call(module, [*first, "--help"]).text
     found = re.findall(r"^  (?:-\w, )?(--[a-z][a-z-]+)( [^ ]|$|  )", text, re.MULTILINE)
     return [(name, rest.strip() != "") for name, rest in found if name != "--help"]
 
 
-def left_behind(directory, before):
+def left_behind(directory: Path, before: Snapshot) -> list[str]:
     """Files and directories that a command has created, changed or removed."""
     after = snapshot(directory)
     return sorted(str(path) for path in {**before, **after} if before.get(path) != after.get(path))
 
 
-def snapshot(directory):
+def snapshot(directory: Path) -> Snapshot:
     """Every path below a directory, with size and modification time if it is a file."""
-    found = {}
+    found: dict[Path, tuple[int, int] | None] = {}
     for path in Path(directory).rglob("*"):
         stat = path.lstat()
         found[path.relative_to(directory)] = (
@@ -148,7 +155,7 @@ def snapshot(directory):
 
 
 @contextlib.contextmanager
-def inside(directory):
+def inside(directory: Path) -> Iterator[None]:
     """Temporarily change the working directory."""
     before = os.getcwd()
     os.chdir(directory)

@@ -5,9 +5,15 @@ import random
 import re
 from pathlib import Path
 
-import fuzz
 import pytest
-from fuzz import (
+
+from megagrow.config.load import known_keys, load_config
+from megagrow.data.dataset import open_dataset
+from megagrow.train.checkpoints import fingerprints
+from megagrow.train.state import RunState
+from tests.checkpoint.states import save_model, to
+from tests.cli import fuzz
+from tests.cli.fuzz import (
     VALUES,
     WouldStartError,
     call,
@@ -18,13 +24,7 @@ from fuzz import (
     make_places,
     snapshot,
 )
-from jobs import REPOSITORY, WIDTH, settings, write_config
-from states import save_model, to
-
-from megagrow.config.load import known_keys, load_config
-from megagrow.data.dataset import open_dataset
-from megagrow.train.checkpoints import fingerprints
-from megagrow.train.state import RunState
+from tests.jobs import REPOSITORY, WIDTH, settings, write_config
 
 SEED = 20
 FEW = 4  # cases per command in the default run

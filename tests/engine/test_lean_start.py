@@ -9,20 +9,20 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from plays import Job, data_layouts, model_layouts
-from ranks import run_ranks
 from torch import nn
 
-from megagrow.engine.deepspeed import fragments
-from megagrow.engine.deepspeed.patches import poison
+from megagrow.engine.deepspeed import publish
+from megagrow.engine.state import fill_with_nan
 from megagrow.state.layout import Layout
+from tests.engine.plays import Job, data_layouts, model_layouts
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_poison_shares_the_memory_of_the_largest_parameter(shared):
+def test_parameters_without_values_share_the_memory_of_the_largest(shared):
     parameters = [nn.Parameter(torch.ones(shape)) for shape in ((3, 5), (7,), (2, 2, 4))]
     shapes = [parameter.shape for parameter in parameters]
-    poison(parameters, shared=shared)
+    fill_with_nan(parameters, shared=shared)
     assert [parameter.shape for parameter in parameters] == shapes
     assert all(p.isnan().all() and p.is_contiguous() for p in parameters)
     memories = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
@@ -54,7 +54,7 @@ def test_every_parameter_gets_memory_of_its_own_without_a_word(dtype):
 
 def _publish(comm, dtype, size):
     """The model's parameters after a publish in messages of `size` bytes, and DeepSpeed's own."""
-    fragments._PUBLISH_BYTES = size
+    publish._PUBLISH_BYTES = size
     found = []
     for zero in (1, 2):
         job = Job(

@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import REPOSITORY, command, log_of, settings, write_config
-from states import save_model
 
 from megagrow.arguments import as_installed
 from megagrow.checkpoint.convert import registry
@@ -19,6 +17,8 @@ from megagrow.cli.main import COMMANDS, main
 from megagrow.cluster import launchers
 from megagrow.errors import MegagrowError
 from megagrow.train.conversion import DTYPES
+from tests.checkpoint.states import save_model
+from tests.jobs import REPOSITORY, command, log_of, settings, write_config
 
 SCRIPTS = sorted(path.stem for path in (REPOSITORY / "launch").glob("*.py"))
 HEAVY = ("torch", "deepspeed", "numpy", "scipy")
@@ -51,8 +51,8 @@ def watched(*words, cwd=REPOSITORY):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    text, _, told = done.stdout.rstrip("\n").rpartition("\n")
-    found = json.loads(told)
+    text, _, stated = done.stdout.rstrip("\n").rpartition("\n")
+    found = json.loads(stated)
     assert found["status"] == 0, text + done.stderr
     return text, found
 

@@ -15,9 +15,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fuzz import call, load
-from jobs import REPOSITORY, main, settings, write_config
-from states import save_model, to
 
 from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.convert.run import Job, convert
@@ -29,6 +26,9 @@ from megagrow.report import page
 from megagrow.train.checkpoints import fingerprints
 from megagrow.train.fingerprints import require_run, require_same_data
 from megagrow.train.grow_offline import plan_offline
+from tests.checkpoint.states import save_model, to
+from tests.cli.fuzz import call, load
+from tests.jobs import REPOSITORY, main, settings, write_config
 
 FOLDERS = ("megagrow", "launch")
 SOURCES = sorted(path for name in FOLDERS for path in (REPOSITORY / name).rglob("*.py"))
@@ -438,7 +438,7 @@ def test_a_configuration_from_the_readme_alone_passes(state, dataset):
     assert dry.status == 0, dry.err
 
 
-def test_all_wrong_settings_of_a_file_are_told_at_once(state, dataset):
+def test_all_wrong_settings_of_a_file_are_reported_at_once(state, dataset):
     mapping = settings(dataset, state / "run", optimizer={"lr": -1}, batch={"global": 7})
     mapping["model"] |= {"hidden": "wide", "layer": 3}
     del mapping["stages"]
@@ -449,7 +449,7 @@ def test_all_wrong_settings_of_a_file_are_told_at_once(state, dataset):
         assert words in said, said
 
 
-def test_forms_that_are_nearly_right_are_told_the_right_one(state):
+def test_forms_that_are_nearly_right_are_reported_the_right_one(state):
     dashes = main(["--config", "run.yaml", "--optimizer.lr=1e-3"])
     assert dashes.status == 2 and "settings have no dashes: optimizer.lr=1e-3" in dashes.err
     (state / "blank.yaml").write_text(

@@ -4,22 +4,9 @@ import re
 import shlex
 from dataclasses import replace
 
-import jobs
 import pytest
 import torch
 import yaml
-from jobs import (  # noqa: F401 - a fixture among them
-    DEPTH,
-    WIDTH,
-    dataset,
-    make_dataset,
-    settings,
-    train,
-    trajectory,
-    write_config,
-)
-from states import save_model, to
-from toys import toy_model
 
 from megagrow.checkpoint import NativeCheckpoint
 from megagrow.checkpoint.convert.load_model import load_model
@@ -31,6 +18,18 @@ from megagrow.growth.plan import plan_growth
 from megagrow.state.boxes import whole
 from megagrow.train import checkpoints
 from megagrow.train.grow_offline import OfflineGrowth, describe_sizes, plan_offline, write_offline
+from tests import jobs
+from tests.checkpoint.states import save_model, to
+from tests.jobs import (
+    DEPTH,
+    WIDTH,
+    make_dataset,
+    settings,
+    train,
+    trajectory,
+    write_config,
+)
+from tests.toys import toy_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -47,7 +46,7 @@ def command(name, *arguments):
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory, dataset):  # noqa: F811
+def small_run(tmp_path_factory, dataset):
     base = tmp_path_factory.mktemp("small")
     stages = [{"until": {"steps": 3}}]
     train(1, write_config(base / "run.yaml", settings(dataset, base / "run", stages=stages)))
@@ -68,7 +67,7 @@ def theirs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def imported(theirs, dataset, tmp_path_factory):  # noqa: F811
+def imported(theirs, dataset, tmp_path_factory):
     """(the import, the settings of the run that it is for)."""
     home = tmp_path_factory.mktemp("imported")
     run = settings(dataset, home / "run", model=LLAMA, stages=[{"until": {"steps": 3}}])
@@ -135,7 +134,7 @@ def test_weights_without_a_run_are_not_grown_and_the_advice_works(
     assert command("grow", "--from", made, *grown) == 0
 
 
-def test_a_resume_of_weights_without_a_run_names_the_cause(theirs, imported, dataset, tmp_path):  # noqa: F811
+def test_a_resume_of_weights_without_a_run_names_the_cause(theirs, imported, dataset, tmp_path):
     path = to(theirs, tmp_path / "native", "native")
     with pytest.raises(
         CheckpointError, match="belongs to no run: it was converted without --config"
@@ -176,7 +175,7 @@ def test_a_longer_sequence_is_a_growth_where_no_tensor_has_it(imported, tmp_path
     )
 
 
-def test_sizes_that_a_growth_leaves_are_told(imported, tmp_path, capsys):
+def test_sizes_that_a_growth_leaves_are_reported(imported, tmp_path, capsys):
     growth = ["--from", imported[0], "--operator", "width", "--target", "hidden=16", "--dry-run"]
     assert command("grow", *growth) == 0
     assert "hidden 8 -> 16; heads 2, kv_heads 1, ffn 16 as before" in capsys.readouterr().out
@@ -280,7 +279,7 @@ def test_a_growth_on_the_way_that_cannot_be(theirs, tmp_path, grow, says, capsys
     assert not list(tmp_path.iterdir())
 
 
-def test_the_run_to_be_is_of_the_grown_model(theirs, tmp_path, dataset, capsys):  # noqa: F811
+def test_the_run_to_be_is_of_the_grown_model(theirs, tmp_path, dataset, capsys):
     config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run", model=LLAMA))
     options = ["--from", theirs, "--to", tmp_path / "x", "--to-format", "native"]
     grow = ["--grow", "operator=width_fresh", "factor=2"]

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from jobs import command, settings, stages, train, trajectory, write_config
 
 from megagrow.checkpoint import NativeCheckpoint, newest
 from megagrow.config import GrowConfig
@@ -19,6 +18,7 @@ from megagrow.state.boxes import whole
 from megagrow.state.layout import Layout
 from megagrow.train.grow_offline import plan_offline, write_offline
 from megagrow.transfer.read_through import Through
+from tests.jobs import command, settings, stages, train, trajectory, write_config
 
 
 def _grow(*arguments):
@@ -133,17 +133,17 @@ def test_settings_of_single_operators_have_options(options, section):
     assert module.grow_section(parsed) == GrowConfig(operator=options[0], **section)
 
 
-def test_an_untied_head_is_told(small, tmp_path, capsys):
+def test_an_untied_head_is_reported(small, tmp_path, capsys):
     arguments = ["--from", small[0], "--to", tmp_path / "out", "--operator", "untie"]
     assert _grow(*arguments, "--dry-run") == 0
     assert "tie_embeddings true -> false" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("operator", "told"), [("width", True), ("width_fresh", False)])
-def test_copies_that_never_part_are_told_of(small, tmp_path, capsys, operator, told):
+@pytest.mark.parametrize(("operator", "stated"), [("width", True), ("width_fresh", False)])
+def test_copies_that_never_part_are_reported(small, tmp_path, capsys, operator, stated):
     options = ["--operator", operator, "--state-policy", "reset", "--dry-run"]
     assert _grow("--from", small[0], "--to", tmp_path / "out", *options) == 0
-    assert ("copies never part" in capsys.readouterr().out) == told
+    assert ("copies never part" in capsys.readouterr().out) == stated
 
 
 def test_a_dry_run_writes_nothing(small, tmp_path, capsys):

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from jobs import REPOSITORY
+from tests.jobs import REPOSITORY
 
 ENDS = """
 import atexit, sys, threading, time

@@ -7,13 +7,13 @@ import types
 
 import pytest
 import torch
-from jobs import command, make_dataset
-from states import save_model, to
-from toys import build, toy_model
 
 from megagrow.data.dataset import open_dataset
 from megagrow.evaluation.detokenizer import wikitext_detokenized
 from megagrow.evaluation.scores import Scorer, score_lambada
+from tests.checkpoint.states import save_model, to
+from tests.jobs import command, make_dataset
+from tests.toys import build, toy_model
 
 SEQUENCE = 8
 
