@@ -84,7 +84,6 @@ setup(
     package_data={
         "megagrow": ["py.typed"],
         "megagrow.ops": ["*.json"],
-        "megagrow.bench.faults": ["*.c"],
     },
     entry_points={"console_scripts": ["megagrow = megagrow.cli.main:program"]},
     ext_modules=[Extension("megagrow.ops.kernels", sources=[])],

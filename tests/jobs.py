@@ -103,7 +103,9 @@ def write_config(path, mapping):
 def command(script):
     """The module of the command that a script of `launch/` is."""
     text = (REPOSITORY / "launch" / f"{script}.py").read_text(encoding="utf-8")
-    return importlib.import_module(re.search(r"from (megagrow\.cli\.\w+) import main", text)[1])
+    return importlib.import_module(
+        re.search(r"from ((?:megagrow\.cli|benchmarks)\.\w+) import main", text)[1]
+    )
 
 
 def main(arguments):

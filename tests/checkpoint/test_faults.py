@@ -12,7 +12,7 @@ import pytest
 import torch
 from worlds import logical, meta, random_cuts, random_values, save_outcomes, save_world
 
-from megagrow.bench.faults.shim import build
+from benchmarks.faults.shim import build
 from megagrow.checkpoint import NativeCheckpoint, list_steps, save, step_path
 from megagrow.checkpoint.native.collective import SoloGroup
 from megagrow.errors import CheckpointError

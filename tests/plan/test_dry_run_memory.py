@@ -9,7 +9,7 @@ import torch.distributed as dist
 from jobs import main, write_config
 from ranks import run_ranks
 
-from megagrow.bench.memory import tensor_bytes
+from benchmarks.memory import tensor_bytes
 from megagrow.config import Config
 from megagrow.errors import ConfigError
 from megagrow.plan.dry_run import (
