@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.throughput import _samples, _timed
-from megagrow.config import Config, ModelConfig
+from benchmarks.throughput import LR, engine_of, samples_of, timed
+from megagrow.config import LayoutConfig, ModelConfig
 from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
 from megagrow.models.flops import train_flops_per_token
 from megagrow.ops import library
 from megagrow.state.catalog import MASTER
-from megagrow.train.grow_live import start_engine
-from megagrow.train.run_plan import plan_run
-from megagrow.train.state import RunState
 
 # Peak dense bf16 FLOP/s, a multiply-add being two FLOPs, as NVIDIA states them.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -94,25 +91,12 @@ def _measure_engine(
     steps: int,
 ) -> dict[str, dict[str, Any]]:
     tokens = batch * model.sequence
-    samples = _samples(model, batch)
-    config = Config.model_validate(
-        {
-            "model": model.model_dump(by_alias=True),
-            "layout": {"zero": 1},
-            "precision": {"dtype": "bf16"},
-            "data": {"path": "none"},
-            "optimizer": {"lr": 1e-4},
-            "schedule": {"warmup": 1},
-            "batch": {"global": batch, "micro": batch},
-            "stages": [{"until": {"steps": 10}}],
-        }
-    )
-    stage = plan_run(config, world=comm.world, vocabulary=None).stages[0]
-    engine = start_engine(config=config, stage=stage, state=RunState(), comm=comm)
+    samples = samples_of(model, batch)
+    engine, _ = engine_of(comm, model, LayoutConfig(zero=1), batch, dtype="bf16")
     _fill(engine, comm)
 
     def step() -> float:
-        return engine.train_step(iter((np.asarray(samples),)), lr=1e-4, seed=0).loss
+        return engine.train_step(iter((np.asarray(samples),)), lr=LR, seed=0).loss
 
     seconds: dict[str, list[float]] = {way: [] for way in modes}
     losses: dict[str, float] = {}
@@ -120,9 +104,9 @@ def _measure_engine(
     for number in range(rounds):
         for way in list(modes) if number % 2 == 0 else list(modes)[::-1]:
             with library.using(modes[way]):
-                _timed(step, comm, steps=1 if number else 2)
+                timed(step, comm, steps=1 if number else 2)
                 _forget_peak(comm)
-                seconds[way].append(_timed(step, comm, steps=steps) / steps)
+                seconds[way].append(timed(step, comm, steps=steps) / steps)
                 memory[way] = _peak(comm)
                 losses[way] = step()
     engine.close()

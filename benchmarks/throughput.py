@@ -27,7 +27,7 @@ from megagrow.train.run_plan import plan_run
 from megagrow.train.state import RunState
 
 Step = Callable[[], float]
-_LR, _CLIP = 1e-4, 1.0
+LR, _CLIP = 1e-4, 1.0
 _MICRO_BATCHES_OF_A_PIPELINE = 4
 
 
@@ -44,7 +44,7 @@ def measure_alone(
         steps: training steps per turn.
         rivals: names of `RIVALS` to compare with.
     """
-    samples = _samples(model, batch)
+    samples = samples_of(model, batch)
     contenders: dict[str, Step] = {}
     for zero in (0, 1):
         engine = _engine(comm, model, LayoutConfig(zero=zero), batch)
@@ -70,21 +70,21 @@ def measure_layouts(
     Engines of different layouts cannot exist at the same time, so each layout is set up again for
     every round.  `batch` is the total over all processes.
     """
-    samples = _samples(model, batch)
+    samples = samples_of(model, batch)
     share = batch // comm.world
     mine = torch.from_numpy(samples[comm.rank * share : (comm.rank + 1) * share]).to(comm.device)
     yardstick = nn.parallel.DistributedDataParallel(MinimalGPT(model).to(comm.device))
     reference = _plain_step(yardstick, mine)
     seconds: dict[str, list[float]] = {"minimal GPT under DDP": []}
     for _ in range(rounds):
-        _timed(reference, comm, steps=1)
-        seconds["minimal GPT under DDP"].append(_timed(reference, comm, steps=steps))
+        timed(reference, comm, steps=1)
+        seconds["minimal GPT under DDP"].append(timed(reference, comm, steps=steps))
         for layout in layouts:
             engine = _engine(comm, model, layout, batch)
             step = _engine_step(engine, samples)
-            _timed(step, comm, steps=1)
+            timed(step, comm, steps=1)
             times = seconds.setdefault(f"engine, {describe(layout, comm.world)}", [])
-            times.append(_timed(step, comm, steps=steps))
+            times.append(timed(step, comm, steps=steps))
             engine.close()
             del engine, step
     return _summary(seconds, steps=steps, tokens=batch * model.sequence, comm=comm)
@@ -155,7 +155,7 @@ RIVALS: Mapping[str, Callable[[ModelConfig], nn.Module]] = {
 def _plain_step(model: nn.Module, samples: torch.Tensor) -> Step:
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
-        parameters, lr=_LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
 
     def step() -> float:
@@ -169,7 +169,10 @@ def _plain_step(model: nn.Module, samples: torch.Tensor) -> Step:
     return step
 
 
-def _engine(comm: Comm, model: ModelConfig, layout: LayoutConfig, batch: int) -> Engine:
+def engine_of(
+    comm: Comm, model: ModelConfig, layout: LayoutConfig, batch: int, *, dtype: str = "fp32"
+) -> tuple[Engine, Config]:
+    """An engine for steps of `batch` samples, its parameters not filled, and its configuration."""
     data = comm.world // (layout.tensor * layout.pipeline)
     micro = batch // data
     if layout.pipeline > 1:
@@ -178,15 +181,20 @@ def _engine(comm: Comm, model: ModelConfig, layout: LayoutConfig, batch: int) ->
         {
             "model": model.model_dump(by_alias=True),
             "layout": layout.model_dump(),
+            "precision": {"dtype": dtype},
             "data": {"path": "none"},
-            "optimizer": {"lr": _LR, "grad_clip": _CLIP},
+            "optimizer": {"lr": LR, "grad_clip": _CLIP},
             "schedule": {"warmup": 1},
             "batch": {"global": batch, "micro": micro},
             "stages": [{"until": {"steps": 10}}],
         }
     )
     stage = plan_run(config, world=comm.world, vocabulary=None).stages[0]
-    engine = start_engine(config=config, stage=stage, state=RunState(), comm=comm)
+    return start_engine(config=config, stage=stage, state=RunState(), comm=comm), config
+
+
+def _engine(comm: Comm, model: ModelConfig, layout: LayoutConfig, batch: int) -> Engine:
+    engine, config = engine_of(comm, model, layout, batch)
     fill_fresh(engine, config=config, comm=comm)
     return engine
 
@@ -201,12 +209,13 @@ def _engine_step(engine: Engine, samples: np.ndarray) -> Step:
             yield mine[start : start + micro]
 
     def step() -> float:
-        return engine.train_step(batches(), lr=_LR, seed=0).loss
+        return engine.train_step(batches(), lr=LR, seed=0).loss
 
     return step
 
 
-def _samples(model: ModelConfig, batch: int) -> np.ndarray:
+def samples_of(model: ModelConfig, batch: int) -> np.ndarray:
+    """[batch, sequence + 1]: random tokens, the same in every process."""
     generator = np.random.default_rng(0)
     return generator.integers(0, model.vocabulary, (batch, model.sequence + 1))
 
@@ -219,16 +228,16 @@ def _take_turns(
 ) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for step in contenders.values():
-        _timed(step, comm, steps=1)
+        timed(step, comm, steps=1)
     for number in range(rounds):
         order = list(contenders.items())
         # Rotate the order, so that no contender is always first or always follows the same one.
         for name, step in order[number % len(order) :] + order[: number % len(order)]:
-            seconds[name].append(_timed(step, comm, steps=steps))
+            seconds[name].append(timed(step, comm, steps=steps))
     return _summary(seconds, steps=steps, tokens=tokens, comm=comm)
 
 
-def _timed(step: Step, comm: Comm, *, steps: int) -> float:
+def timed(step: Step, comm: Comm, *, steps: int) -> float:
     """Seconds for some steps, on the slowest rank."""
     if dist.get_world_size() > 1:
         comm.barrier()
