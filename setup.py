@@ -98,7 +98,7 @@ setup(
         "numpy",
         "psutil",
         "pydantic>=2.11",
-        "pyyaml",
+        "ruamel.yaml>=0.18.6,<0.20",
         "scipy",  # fits of scaling laws, the planner's optimum, Student's t of the savings
         "sentencepiece",
         "tensorboard",
@@ -115,11 +115,11 @@ setup(
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
+            "pyyaml",  # another reader of the YAML that is written
             "ruff",
             "safetensors",
             "tokenizers",
             "transformers",
-            "types-PyYAML",
             "types-tqdm",
         ],
         "telemetry": ["prometheus-client", "wandb"],

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.faults.training import outcome as trained
 from megagrow.checkpoint.convert.registry import detect
+from megagrow.config.yamltext import write_yaml
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import slots_of
 
@@ -145,7 +144,7 @@ def write_savings(base: Path) -> None:
             }
         },
     }  # fmt: skip
-    (base / "savings.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    (base / "savings.yaml").write_text(write_yaml(settings), encoding="utf-8")
 
 
 def _files(path: Path) -> dict[str, Any]:
