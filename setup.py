@@ -105,9 +105,11 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "benchmark": ["matplotlib"],  # draws the figures of the savings benchmark and of plans
         "dev": [
             "codespell",
             "hypothesis",
+            "matplotlib",
             # A real reader of our Megatron checkpoints; wheels are for Linux alone.
             "megatron-core; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "mypy",

@@ -38,6 +38,9 @@ EXAMPLES = """\
   # how far grown runs depart from the small run, for the exact policy and the others
   python launch/benchmark.py dynamics --svg runs/dynamics.svg
 
+  # figures of results, drawn again from their JSON without measuring anything
+  python launch/benchmark.py figures RESULT.json
+
   # signals, full and broken disks, second jobs: every command that writes gives the same result
   python launch/benchmark.py faults --kills 200 --strikes 400
 """
@@ -53,7 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         examples=f"{EXAMPLES}\n{SAVINGS}{_LAUNCHERS}",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    names = "growth|throughput|savings|operators|dynamics|faults|convert|kernels|mfu"
+    names = "growth|throughput|savings|operators|dynamics|faults|convert|kernels|mfu|figures"
     kinds = parser.add_subparsers(dest="kind", required=True, metavar=names)
 
     def add_kind(name: str, about: str) -> argparse.ArgumentParser:
@@ -147,6 +150,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         kind.add_argument(
             "--svg", type=as_path, metavar="FILE", help="draw there (operators: FILE_*.svg)"
         )
+    figures = kinds.add_parser(
+        "figures",
+        help="figures of results, drawn again from their JSON",
+        description="Draw the figures of results again, each next to its JSON and by its name.",
+        examples=sections(EXAMPLES, name="figures"),
+    )
+    figures.add_argument("results", nargs="+", type=as_path, metavar="FILE", help="JSON data")
+    figures.set_defaults(json=None)
     faults = add_kind("faults", "faults of every command that writes: nothing is lost")
     add = faults.add_argument
     add(

@@ -8,6 +8,7 @@ import json
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from megagrow.config.load import in_words
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.files import write_atomically
 from megagrow.lock import holding_output
+from megagrow.report.figure import require_matplotlib
+from megagrow.savings import page as saved
 from megagrow.savings.command import DISK
 from megagrow.savings.command import savings as savings
 from megagrow.savings.jobs import is_first, run_job, under_launcher
@@ -104,6 +107,8 @@ def throughput(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def operators(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Every operator and policy compared; returns (JSON data, Markdown)."""
+    if options.svg is not None:
+        require_matplotlib()  # before anything is measured
     protocol = comparing.Protocol(options.data)
     until = None if options.minutes is None else time.time() + 60 * options.minutes
     with holding_output(options.work), naming(options.work, "cannot be written or read", DISK):
@@ -117,9 +122,7 @@ def operators(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "results": found,
     }
     if options.svg is not None:
-        for name, drawn in comparing.figures(found).items():
-            path = options.svg.with_name(f"{options.svg.stem}_{name}.svg")
-            write_atomically(path, drawn.encode())
+        _write_figures(options.svg, comparing.figures(found))
     text = comparing.table(found)
     return (
         result,
@@ -139,13 +142,14 @@ def convert(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def dynamics(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Grown runs compared with the small run; returns (JSON data, Markdown)."""
+    if options.svg is not None:
+        require_matplotlib()
     measured = {"factor": options.factor, "before": options.before, "steps": options.steps}
     found = [
         one for family in ("gpt2", "llama") for one in departing.measure(family=family, **measured)
     ]
     if options.svg is not None:
-        text = departing.figure(found, operator="width_diag", family="gpt2")
-        write_atomically(options.svg, text.encode())
+        _write_figures(options.svg, departing.figures(found))
     result = {
         "benchmark": "dynamics",
         **measured,
@@ -153,6 +157,50 @@ def dynamics(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "results": found,
     }
     return result, departing.table(found)
+
+
+def figures(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The figures of results, drawn again from their JSON; returns (nothing, text).
+
+    Raises:
+        ConfigError: a file is no result, or one of a benchmark without figures.
+    """
+    drawers: dict[str, Callable[[Any], dict[str, str]]] = {
+        "savings version 2": lambda result: {
+            "": saved.savings_figure(result),
+            "losses": saved.losses_figure(result),
+        },
+        "operators": lambda result: comparing.figures(result["results"]),
+        "dynamics": lambda result: departing.figures(result["results"]),
+    }
+    written = []
+    for path in options.results:
+        try:
+            result = dict(json.loads(path.read_bytes()))
+        except (OSError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path}: is no result of a benchmark: {error}") from None
+        kind = result.get("benchmark")
+        if kind == "savings":
+            kind = f"savings version {result.get('version', 1)}"
+        if kind not in drawers:
+            raise ConfigError(
+                f"{path}: no figures are drawn of this result",
+                found=kind,
+                expected=", ".join(drawers),
+            )
+        written += _write_figures(path.with_suffix(".svg"), drawers[kind](result))
+    return {}, "\n".join(f"written: {path}" for path in written)
+
+
+def _write_figures(path: Path, figures: dict[str, str]) -> list[Path]:
+    """Write each figure to `NAME.svg` or `NAME_FIGURE.svg`; returns their paths."""
+    written = []
+    for name, drawn in figures.items():
+        target = path.with_name(f"{path.stem}_{name}.svg") if name else path
+        if drawn:
+            write_atomically(target, drawn.encode())
+            written.append(target)
+    return written
 
 
 def _model(options: argparse.Namespace) -> ModelConfig:

@@ -22,8 +22,8 @@ from megagrow.growth.registry import OPERATORS
 from megagrow.models.catalog import build_catalog
 from megagrow.models.transformer import Transformer, named_tensors
 from megagrow.report.axis import axis
-from megagrow.report.chart import COLOURS, Series, chart, standalone
-from megagrow.report.style import STYLE
+from megagrow.report.chart import COLOURS, Series
+from megagrow.report.figure import figure as draw
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS, MASTER
 from megagrow.state.layout import Layout
@@ -102,6 +102,11 @@ def table(found: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def figures(found: Sequence[Result]) -> dict[str, str]:
+    """SVG files by name."""
+    return {"": figure(found, operator="width_diag", family="gpt2")}
+
+
 def figure(found: Sequence[Result], *, operator: str, family: str) -> str:
     """Plot one operator's policies over the steps; returns the SVG text."""
     chosen = [one for one in found if (one["operator"], one["family"]) == (operator, family)]
@@ -114,7 +119,7 @@ def figure(found: Sequence[Result], *, operator: str, family: str) -> str:
         for one, colour in zip(chosen, COLOURS, strict=False)
     ]
     values = [y for one in series for _, y in one.points]
-    drawn = chart(
+    return draw(
         title=f"{operator}, {family}: distance of the grown run's loss from the small run's",
         note="absolute difference in nats per token, fp64, logarithmic",
         x=axis([x for one in series for x, _ in one.points]),
@@ -122,7 +127,6 @@ def figure(found: Sequence[Result], *, operator: str, family: str) -> str:
         x_label="steps after the growth",
         series=series,
     )
-    return standalone(drawn, style=STYLE)
 
 
 class _Run:

@@ -24,10 +24,10 @@ from megagrow.data.dataset import open_dataset
 from megagrow.engine.comm import Comm
 from megagrow.growth.registry import OPERATORS
 from megagrow.report.axis import axis
-from megagrow.report.chart import COLOURS, Series, chart, standalone
+from megagrow.report.chart import COLOURS, Series
+from megagrow.report.figure import figure as draw
 from megagrow.report.log import read_metrics
 from megagrow.report.run import Run, summarize
-from megagrow.report.style import STYLE
 from megagrow.train.checkpoints import DIRECTORY
 from megagrow.train.health.run_lock import holding_run
 from megagrow.train.loop import Trainer
@@ -344,7 +344,7 @@ def _figure(title: str, group: Sequence[Result]) -> str:
         for one, colour in zip(group, COLOURS, strict=False)
     ]
     points = [point for one in series for point in one.points]
-    drawn = chart(
+    return draw(
         title=title,
         note="validation loss, nats per token, mean over seeds",
         x=axis([x for x, _ in points], prefixes=True),
@@ -352,7 +352,6 @@ def _figure(title: str, group: Sequence[Result]) -> str:
         x_label="tokens since the start of the small model",
         series=series,
     )
-    return standalone(drawn, style=STYLE)
 
 
 def _mean_curve(one: Result) -> list[tuple[float, float]]:

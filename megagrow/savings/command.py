@@ -15,6 +15,7 @@ from megagrow.checkpoint.io.files import naming
 from megagrow.config.load import load_settings, parse_config
 from megagrow.data.dataset import as_prepared_by, open_dataset
 from megagrow.engine.comm import start
+from megagrow.report.figure import require_matplotlib
 from megagrow.savings import clock, page, result, table
 from megagrow.savings.campaign import Campaign, train
 from megagrow.savings.config import SavingsConfig
@@ -54,6 +55,7 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.dry_run:
         campaign.known = known()
         return {}, table.plan_text(campaign) if is_first() else ""
+    require_matplotlib()  # now rather than after hours of training
     until = None if options.minutes is None else time.time() + 60 * options.minutes
     home = Path(config.dir)
     with holding_together(home, comm), naming(home, "cannot be written or read", DISK):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import statistics
 from collections.abc import Mapping
 from html import escape
@@ -12,9 +13,9 @@ from megagrow.config.yamltext import write_yaml
 from megagrow.errors import DataError
 from megagrow.files import write_atomically
 from megagrow.report.axis import axis
-from megagrow.report.chart import COLOURS, Marker, Series, Span, chart, standalone
+from megagrow.report.chart import COLOURS, Marker, Series, Span
+from megagrow.report.figure import figure
 from megagrow.report.page import document, sheet
-from megagrow.report.style import STYLE
 from megagrow.report.units import human
 from megagrow.savings.campaign import Campaign
 from megagrow.savings.config import SCRATCH
@@ -32,7 +33,7 @@ def write(campaign: Campaign, result: Mapping[str, Any]) -> list[Path]:
         DataError: they cannot be written.
     """
     directory = Path(campaign.config.dir)
-    figures = [savings_figure(result), _decayed(result), _curves(campaign)]
+    figures = [savings_figure(result), losses_figure(result), _curves(campaign)]
     tables = {"Savings": rows_table(result), "Tuning": sweeps_table(result)}
     sheets = "".join(
         f"<h2>{name}</h2>"
@@ -51,16 +52,16 @@ def write(campaign: Campaign, result: Mapping[str, Any]) -> list[Path]:
     body = (
         '<header><p class="eyebrow">megagrow savings benchmark</p>'
         f'<h1>{escape(title)}</h1><p class="sub">{escape(verdict)}</p></header>'
-        f'<div class="charts two">{"".join(figures)}</div>'
+        f'<div class="charts two">{"".join(map(_shown, figures))}</div>'
         f"{sheets}"
         f"<details open><summary>In words</summary><pre>{escape(table(result))}</pre></details>"
         f"<details><summary>Configuration</summary><pre>"
         f"{escape(write_yaml(result['config']))}</pre></details>"
     )
     files = {"report.html": document(title="megagrow savings benchmark", body=body)}
-    for name, figure in zip(("savings.svg", "losses.svg"), figures, strict=False):
-        if '<svg class="plot"' in figure:
-            files[name] = standalone(figure, style=STYLE)
+    for name, drawn in zip(("savings.svg", "losses.svg"), figures, strict=False):
+        if drawn:
+            files[name] = drawn
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -72,8 +73,22 @@ def write(campaign: Campaign, result: Mapping[str, Any]) -> list[Path]:
     return [directory / name for name in files]
 
 
+def _shown(drawn: str) -> str:
+    """A figure in the page: an image, so that the ids of several do not meet."""
+    if not drawn:
+        return ""
+    data = base64.b64encode(drawn.encode()).decode()
+    return (
+        '<figure class="tile"><img style="width: 100%" alt="as in the tables below" '
+        f'src="data:image/svg+xml;base64,{data}"/></figure>'
+    )
+
+
 def savings_figure(result: Mapping[str, Any]) -> str:
-    """Saving against tokens per parameter: variants, small models alone, bounds, and zero."""
+    """SVG of the saving against tokens per parameter: variants, small models alone, bounds, zero.
+
+    Like the others here, empty if there is nothing to draw.
+    """
     places = [budget["tokens_per_parameter"] for budget in result["budgets"]]
     colours = iter(COLOURS * 4)
     series = [Series(SCRATCH, [(place, 0.0) for place in places], "main")]
@@ -101,7 +116,7 @@ def savings_figure(result: Mapping[str, Any]) -> str:
     values += [
         max(end, _WORST) for one in series for span in one.spans for end in (span.low, span.high)
     ]
-    return chart(
+    return figure(
         title="Compute saved over tokens a parameter",
         note="FLOPs at equal validation loss after a completed decay, against the tuned baseline; "
         "mean over all seeds but the first, which chose, with 95 % intervals; bounds of one kind "
@@ -110,12 +125,11 @@ def savings_figure(result: Mapping[str, Any]) -> str:
         y=axis(values, snap=True),
         x_label="tokens a parameter of the target, from scratch",
         series=series,
-        height=340,
     )
 
 
-def _decayed(result: Mapping[str, Any]) -> str:
-    """Completed decays: mean loss over seeds against FLOPs, one curve per run."""
+def losses_figure(result: Mapping[str, Any]) -> str:
+    """SVG of completed decays: mean loss over seeds against FLOPs, one curve per run."""
     by_name: dict[str, dict[float, list[tuple[float, float]]]] = {}
     for run in result["runs"]:
         if run["loss"] is not None:
@@ -128,19 +142,18 @@ def _decayed(result: Mapping[str, Any]) -> str:
             for _, own in sorted(budgets.items())
         ]
         series.append(Series(name, points, COLOURS[index % len(COLOURS)], marked=True))
-    return chart(
+    return figure(
         title="Validation loss after the decay",
         note="mean over all seeds; each dot is of runs with a completed decay, all stages charged",
         x=axis([a for one in series for a, _ in one.points], log=True, snap=True, prefixes=True),
         y=axis([b for one in series for _, b in one.points], log=True, snap=True),
         x_label="compute (FLOPs, forward and backward)",
         series=series,
-        height=340,
     )
 
 
 def _curves(campaign: Campaign) -> str:
-    """Losses of the first seed's stable phases: validation, or training if there is none."""
+    """SVG of the first seed's stable phases: validation losses, or training if there are none."""
     config, largest = campaign.config, campaign.budgets[-1]
     least = _LEAST_SHARE * largest
     series: list[Series] = []
@@ -155,7 +168,7 @@ def _curves(campaign: Campaign) -> str:
             Marker(flops, name, f"{name} grows after {human(flops, 'FLOPs')}")
             for flops in curve.growths
         ]
-    return chart(
+    return figure(
         title="Loss in the stable phase",
         note="first seed, largest budget; scratch and small models: validation; grown runs: "
         "training, means over neighbouring steps",
@@ -164,5 +177,4 @@ def _curves(campaign: Campaign) -> str:
         x_label="compute (FLOPs, forward and backward)",
         series=series,
         markers=markers,
-        height=340,
     )
