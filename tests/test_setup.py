@@ -256,8 +256,8 @@ def test_the_installed_benchmark(installed, tmp_path):
     run = [installed / "bin" / "megagrow", "benchmark"]
     said = outside(installed, tmp_path, *run, "throughput", status=1)
     assert "benchmarks/ of a checkout" in said and "launch/benchmark.py throughput" in said
-    words = ["--input", "stdlib", "--glob", "a*.py", "--output", "data", "--vocab-size", "512",
-             "--validation-fraction", "0.2"]  # fmt: skip
+    words = ["--input", "stdlib", "--glob", "a*.py", "--output", "data", "--validation-fraction",
+             "0.2", "--tokenizer", "configs/tokenizers/bytes.json"]  # fmt: skip
     outside(installed, tmp_path, "-m", "megagrow", "prepare", *words)
     plan = ["savings", "--config", "configs/bench/cpu_savings.yaml", "--dry-run"]
     said = outside(installed, tmp_path, *run, *plan, "target.data.path=data")
