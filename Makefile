@@ -29,7 +29,7 @@ STAMP  := $(VENV)/.megagrow-setup
 # DeepSpeed looks for ninja on PATH when it compiles, and starts ranks with its own Python.
 INSIDE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PIP    := $(INSIDE) $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
-CODE   := megagrow launch tests setup.py
+CODE   := megagrow launch benchmarks tests setup.py
 
 .PHONY: help setup quickstart check test coverage test-slow test-cluster cluster-tools faults clean \
 	kernels kernels-check kernels-sanitize gpu-check
@@ -106,7 +106,7 @@ quickstart: setup | data/stdlib
 check: setup
 	@$(VENV)/bin/ruff check $(CODE)
 	@$(VENV)/bin/ruff format --check $(CODE)
-	@$(VENV)/bin/mypy megagrow launch $$(find tests -name '*.py' ! -name 'test_*.py')
+	@$(VENV)/bin/mypy megagrow launch benchmarks $$(find tests -name '*.py' ! -name 'test_*.py')
 	@$(VENV)/bin/codespell megagrow launch kernels configs docs benchmarks *.md setup.py Makefile
 
 test: check
@@ -154,4 +154,4 @@ cluster-tools:
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find megagrow launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find megagrow launch benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -109,7 +109,7 @@ def write_config(path: Path, mapping: Mapping[str, Any]) -> Path:
 def command(script: str) -> ModuleType:
     """The module of the command that a script of `launch/` is."""
     text = (REPOSITORY / "launch" / f"{script}.py").read_text(encoding="utf-8")
-    found = re.search(r"from (megagrow\.cli\.\w+) import main", text)
+    found = re.search(r"from ((?:megagrow\.cli|benchmarks)\.\w+) import main", text)
     assert found is not None, script
     return importlib.import_module(found[1])
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from megagrow.bench.faults.shim import build
+from benchmarks.faults.shim import build
 from megagrow.checkpoint import NativeCheckpoint, list_steps, save, step_path
 from megagrow.checkpoint.native.collective import SoloGroup
 from megagrow.errors import CheckpointError

@@ -12,7 +12,7 @@ import pytest
 from megagrow.arguments import as_installed
 from megagrow.checkpoint.convert import registry
 from megagrow.checkpoint.convert.job import BUFFER_BYTES
-from megagrow.cli import configs, convert
+from megagrow.cli import benchmark, configs, convert
 from megagrow.cli.main import COMMANDS, main
 from megagrow.cluster import launchers
 from megagrow.errors import MegagrowError
@@ -74,9 +74,26 @@ def test_the_help_of_a_command_imports_no_library(name, tmp_path):
 
 
 def test_a_script_and_a_command_take_the_same():
-    assert {command(script).__name__ for script in SCRIPTS} | {configs.__name__} == {
-        f"megagrow.cli.{module}" for module, _ in COMMANDS.values()
-    }
+    assert {command(script).__name__ for script in SCRIPTS if script != "benchmark"} | {
+        configs.__name__, benchmark.__name__
+    } == {f"megagrow.cli.{module}" for module, _ in COMMANDS.values()}  # fmt: skip
+
+
+def test_a_benchmark_is_installed_or_in_a_checkout(capsys):
+    """The script has every benchmark; the command has savings, and says where the others are."""
+    script = command("benchmark")
+    words = {"--json": "a", "--config": "b"}
+    given = [word for pair in words.items() for word in pair]
+    assert vars(script.parse(["savings", *given])) == vars(benchmark.parse(["savings", *given]))
+    with pytest.raises(SystemExit):
+        script.parse(["--help"])
+    kinds = re.findall(r"^    (\w+)  ", capsys.readouterr().out, re.MULTILINE)
+    assert set(kinds) == {"savings", *benchmark.IN_A_CHECKOUT}
+    for kind in benchmark.IN_A_CHECKOUT:
+        assert benchmark.main([kind, "--json", "c"]) == 1
+        said = capsys.readouterr().err
+        assert f"benchmark {kind}: is not part of the installed package" in said
+        assert f"python launch/benchmark.py {kind}" in said
 
 
 def test_the_command_says_what_there_is(capsys):

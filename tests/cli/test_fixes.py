@@ -18,10 +18,11 @@ import yaml
 
 from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.convert.run import Job, convert
+from megagrow.cli import benchmark
 from megagrow.cluster import launchers
 from megagrow.config.load import known_keys, load_config
 from megagrow.data.dataset import open_dataset
-from megagrow.errors import CheckpointError, DataError, MegagrowError
+from megagrow.errors import CheckpointError, ConfigError, DataError, MegagrowError
 from megagrow.report import page
 from megagrow.train.checkpoints import fingerprints
 from megagrow.train.fingerprints import require_run, require_same_data
@@ -30,7 +31,7 @@ from tests.checkpoint.states import save_model, to
 from tests.cli.fuzz import call, load
 from tests.jobs import REPOSITORY, main, settings, write_config
 
-FOLDERS = ("megagrow", "launch")
+FOLDERS = ("megagrow", "launch", "benchmarks")
 SOURCES = sorted(path for name in FOLDERS for path in (REPOSITORY / name).rglob("*.py"))
 COMMAND = re.compile(
     r"python (?:launch/\w+\.py|-m [\w.]+)|launch/prepare_data\.py --|pip install|apt install|"
@@ -256,6 +257,14 @@ def a_script_that_is_missing(state):
     assert load("supervise")._logs_of(options.script) == state / "run" / "logs"
 
 
+def a_benchmark_that_is_not_installed(state):
+    for name in benchmark.IN_A_CHECKOUT:
+        fix = refuses(ConfigError, benchmark.parse, [name])
+        words = shlex.split(command_in(fix).replace("...", "--help"))
+        said = call(load(Path(words[1]).stem), words[2:])
+        assert said.status == 0 and f" {name} [-h] " in said.text
+
+
 def _opened(path):
     fmt, at = detect(path)
     return fmt.open_source(at)
@@ -275,6 +284,7 @@ TRIED = {
     "set data.path to the dataset of the run; or carry": weights_of_other_data,
     "python launch/convert.py --from {} --to {} --to-format native": a_growth_of_another_format,
     "python launch/supervise.py --ranks 2": a_script_that_is_missing,
+    "clone megagrow's repository": a_benchmark_that_is_not_installed,
 }
 ALSO_TRIED = (a_configuration_that_tells_how_its_data_was_made,)
 # What no test on this machine can try, and why.

@@ -70,13 +70,14 @@ def start_nothing(monkeypatch):
 
     import torch.multiprocessing
 
-    from megagrow.bench import commands
+    from benchmarks import commands
     from megagrow.cluster import supervisor
     from megagrow.cluster.nodes import Agent
     from megagrow.engine import comm
+    from megagrow.savings import command as saving
 
     monkeypatch.setattr(comm, "start", would_start)
-    monkeypatch.setattr(commands, "start", would_start)
+    monkeypatch.setattr(saving, "start", would_start)
     monkeypatch.setattr(commands, "run_job", would_start)
     for module in (commands.departing, commands.converting, commands.fused):
         monkeypatch.setattr(module, "measure", would_start)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megagrow.bench.memory import tensor_bytes
+from benchmarks.memory import tensor_bytes
 from megagrow.config import Config
 from megagrow.errors import ConfigError
 from megagrow.plan.dry_run import (
