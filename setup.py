@@ -84,7 +84,6 @@ setup(
     package_data={
         "megagrow": ["py.typed"],
         "megagrow.ops": ["*.json"],
-        "megagrow.bench.faults": ["*.c"],
     },
     entry_points={"console_scripts": ["megagrow = megagrow.cli.main:program"]},
     ext_modules=[Extension("megagrow.ops.kernels", sources=[])],
@@ -99,28 +98,32 @@ setup(
         "numpy",
         "psutil",
         "pydantic>=2.11",
-        "pyyaml",
+        "ruamel.yaml>=0.18.6,<0.20",
         "scipy",  # fits of scaling laws, the planner's optimum, Student's t of the savings
         "sentencepiece",
         "tensorboard",
         "tqdm",
     ],
     extras_require={
+        "benchmark": ["matplotlib"],  # draws the figures of the savings benchmark and of plans
         "dev": [
             "codespell",
+            "coverage>=7.10",  # its patches for subprocesses and os._exit
             "hypothesis",
+            "matplotlib",
             # A real reader of our Megatron checkpoints; wheels are for Linux alone.
             "megatron-core; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "mypy",
             "prometheus-client",
             "pytest",
+            "pytest-cov",
             "pytest-timeout",
             "pytest-xdist",
+            "pyyaml",  # another reader of the YAML that is written
             "ruff",
             "safetensors",
             "tokenizers",
             "transformers",
-            "types-PyYAML",
             "types-tqdm",
         ],
         "telemetry": ["prometheus-client", "wandb"],

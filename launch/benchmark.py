@@ -6,7 +6,8 @@ import sys
 if __name__ == "__main__":
     here = os.path.dirname(os.path.realpath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]  # as in pretrain.py
-    from megagrow.cli.benchmark import main
+    sys.path.insert(0, os.path.dirname(here))  # `benchmarks` is not installed
+    from benchmarks.command_line import main
     from megagrow.cli.program import run_program
 
     run_program(main)

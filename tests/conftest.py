@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import hypothesis
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # MEGAGROW_TEST_DEVICE=cuda runs on a GPU what can be run there (kernels/gpu_check.sh).
@@ -17,3 +18,11 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get(
 # A property holds however busy the machine is.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared dataset of the jobs of `tests.jobs`."""
+    from tests.jobs import make_dataset  # which imports torch
+
+    return make_dataset(tmp_path_factory.mktemp("data") / "toy")

@@ -9,16 +9,21 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import yaml
-from ranks import run_ranks
 
 import megagrow
 from megagrow.data.prepare import Request, prepare
 from megagrow.report.log import read_metrics
+from tests.ranks import run_ranks
+
+if TYPE_CHECKING:
+    from megagrow.engine.comm import Comm  # it imports DeepSpeed
 
 REPOSITORY = Path(__file__).parent.parent
 PRETRAIN = REPOSITORY / "launch" / "pretrain.py"
@@ -36,7 +41,7 @@ class Outcome:
     err: str
 
 
-def make_dataset(path, *, seed=0, words=6000):
+def make_dataset(path: Path, *, seed: int = 0, words: int = 6000) -> Path:
     """A prepared dataset of made-up text with some structure to learn."""
     rng = random.Random(seed)
     syllables = [a + b for a in "bdgkmnprst" for b in "aeiou"]
@@ -55,14 +60,9 @@ def make_dataset(path, *, seed=0, words=6000):
     return path
 
 
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data") / "toy")
-
-
-def settings(dataset, run_dir, **changes):
+def settings(dataset: Path, run_dir: Path | str, **changes: Any) -> dict[str, Any]:
     """A run that grows twice in ten steps; `changes` replace keys inside sections."""
-    base = {
+    base: dict[str, Any] = {
         "run": {"dir": str(run_dir), "seed": 5},
         "model": {
             "layers": 2, "hidden": 8, "heads": 2, "ffn": 16, "sequence": 8, "init_std": 0.2,
@@ -86,7 +86,13 @@ def settings(dataset, run_dir, **changes):
     return base
 
 
-def stages(*, ends=(3, 7, 10), policy="sparkling", rewarm=3, depth_policy="copy"):
+def stages(
+    *,
+    ends: Sequence[int] = (3, 7, 10),
+    policy: str = "sparkling",
+    rewarm: int = 3,
+    depth_policy: str = "copy",
+) -> list[dict[str, Any]]:
     """Train, widen, train, deepen, train."""
     return [
         {"until": {"steps": ends[0]}},
@@ -95,20 +101,23 @@ def stages(*, ends=(3, 7, 10), policy="sparkling", rewarm=3, depth_policy="copy"
     ]
 
 
-def write_config(path, mapping):
+def write_config(path: Path, mapping: Mapping[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(mapping), encoding="utf-8")
     return path
 
 
-def command(script):
+def command(script: str) -> ModuleType:
     """The module of the command that a script of `launch/` is."""
     text = (REPOSITORY / "launch" / f"{script}.py").read_text(encoding="utf-8")
-    return importlib.import_module(re.search(r"from (megagrow\.cli\.\w+) import main", text)[1])
+    found = re.search(r"from ((?:megagrow\.cli|benchmarks)\.\w+) import main", text)
+    assert found is not None, script
+    return importlib.import_module(found[1])
 
 
-def main(arguments):
+def main(arguments: Iterable[object]) -> Outcome:
     """Run `main` of launch/pretrain.py in this process."""
     out, err = io.StringIO(), io.StringIO()
+    status: Any
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = command("pretrain").main([str(a) for a in arguments])
@@ -117,10 +126,15 @@ def main(arguments):
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
-def launch(world, *commands, hook=None, timeout=120.0):
+def launch(
+    world: int,
+    *commands: Sequence[object],
+    hook: tuple[Any, ...] | None = None,
+    timeout: float = 120.0,
+) -> list[list[Outcome]]:
     """Run commands (argument lists) one after the other in the same job of `world` ranks.
 
-    `hook` is a module-level function that each rank calls with its rank first.
+    `hook` is a module-level function and its arguments; each rank calls it with its rank first.
 
     Returns:
         Per command, the outcomes by rank.
@@ -129,7 +143,9 @@ def launch(world, *commands, hook=None, timeout=120.0):
     return [list(outcomes) for outcomes in zip(*by_rank, strict=True)]
 
 
-def _commands(comm, commands, hook):
+def _commands(
+    comm: "Comm", commands: Sequence[Sequence[object]], hook: tuple[Any, ...] | None
+) -> list[Outcome]:
     import megagrow.engine.comm as processes
 
     processes.stop = lambda: None  # one job, several commands
@@ -144,33 +160,35 @@ def _commands(comm, commands, hook):
     return outcomes
 
 
-def train(world, config, *overrides, resume="auto"):
+def train(
+    world: int, config: Path, *overrides: object, resume: object = "auto"
+) -> list[dict[str, Any]]:
     """One run that must succeed; returns the lines of its log."""
     [outcomes] = launch(world, ["--config", config, "--resume", resume, *overrides])
     assert [o.status for o in outcomes] == [0] * world, outcomes[0].err
     return log_of(config, *overrides)
 
 
-def log_of(config, *overrides):
+def log_of(config: Path, *overrides: object) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     given = [o.partition("=")[2] for o in map(str, overrides) if o.startswith("run.dir=")]
     run_dir = given[-1] if given else yaml.safe_load(Path(config).read_text())["run"]["dir"]
     return read_metrics(Path(run_dir) / "metrics.jsonl")
 
 
-def events(lines, event):
+def events(lines: Iterable[dict[str, Any]], event: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == event]
 
 
 TRAJECTORY = ("step", "tokens", "flops", "loss", "lr", "grad_norm", "growth_stage")
 
 
-def trajectory(lines):
+def trajectory(lines: Iterable[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """Everything of a run's steps that does not depend on time."""
     return [tuple(line[key] for key in TRAJECTORY) for line in events(lines, "step")]
 
 
-def growths(lines):
+def growths(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same of its growths."""
     timeless = {
         "seconds", "time", "layout", "peak_staging_bytes", "bytes_between_ranks",
@@ -181,7 +199,7 @@ def growths(lines):
     ]
 
 
-def files_below(path):
+def files_below(path: Path) -> dict[Path, bytes]:
     """Every file below a directory with its content, but for what ranks note about themselves."""
     files = {p.relative_to(path): p for p in Path(path).rglob("*") if p.is_file()}
     return {name: p.read_bytes() for name, p in files.items() if name.parts[0] != "logs"}
@@ -192,7 +210,7 @@ def files_below(path):
 _PACKAGE = os.path.dirname(megagrow.__file__) + os.sep
 
 
-def kill_at_call(rank, counts, name=None):
+def kill_at_call(rank: int, counts: Mapping[int, int], name: str | None = None) -> None:
     """SIGKILL this rank at its n-th call of a function of megagrow's (of that name).
 
     Args:
@@ -202,7 +220,7 @@ def kill_at_call(rank, counts, name=None):
         return
     left = counts[rank]
 
-    def watch(frame, event, _):
+    def watch(frame: FrameType, event: str, _: Any) -> None:
         nonlocal left
         code = frame.f_code
         ours = event == "call" and code.co_filename.startswith(_PACKAGE)
@@ -215,7 +233,9 @@ def kill_at_call(rank, counts, name=None):
     threading.setprofile(watch)  # of threads to come, such as the one that saves
 
 
-def killed_launch(world, command, *, counts, name=None):
+def killed_launch(
+    world: int, command: Sequence[object], *, counts: Mapping[int, int], name: str | None = None
+) -> bool:
     """Launch with kills; whether any rank was killed."""
     try:
         launch(world, command, hook=(kill_at_call, counts, name))

@@ -14,10 +14,13 @@ import tempfile
 import threading
 import time
 import traceback
-from multiprocessing.connection import wait
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The last two are what the first engine of a process would import, in two seconds.
@@ -29,7 +32,13 @@ _GRACE_SECONDS = 1.5  # for the other ranks' errors to arrive after the first
 _STACKS = signal.SIGRTMIN + 5  # a rank that gets it writes the stacks of its threads
 
 
-def run_ranks(world, function, *args, timeout=240.0, device="cpu"):
+def run_ranks(
+    world: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 240.0,
+    device: str = "cpu",
+) -> list[Any]:
     """Run `function(comm, *args)` on every rank of a job; returns the results by rank.
 
     The job talks by gloo on the CPU, by NCCL on a GPU (`device` "cuda", one rank a GPU).
@@ -40,7 +49,8 @@ def run_ranks(world, function, *args, timeout=240.0, device="cpu"):
     # As torchrun does it: the parent holds the store, on a port that the system picks.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     work = pickle.dumps((function, args))
-    ours, processes = [], []
+    ours: list[Connection] = []
+    processes: list[ForkServerProcess] = []
     stacks = tempfile.TemporaryDirectory(prefix="stacks")
     for rank in range(world):
         mine, theirs = _CONTEXT.Pipe()
@@ -73,22 +83,27 @@ def run_ranks(world, function, *args, timeout=240.0, device="cpu"):
         stacks.cleanup()
 
 
-def _why(answers, silent, processes, stacks):
+def _why(
+    answers: dict[int, Any], silent: list[int], processes: Sequence[ForkServerProcess], stacks: str
+) -> Iterator[str]:
     """What the ranks that answered said, and where the silent ones stand."""
     for rank, answer in sorted(answers.items()):
         yield f"rank {rank} answered: {str(answer)[-4000:]}"
     for rank in silent:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(processes[rank].pid, _STACKS)
+            pid = processes[rank].pid
+            assert pid is not None  # it was started
+            os.kill(pid, _STACKS)
     time.sleep(_GRACE_SECONDS)
     for rank in silent:
         file = Path(stacks, str(rank))
         yield f"rank {rank} stands at:\n{file.read_text() if file.exists() else '(not begun)'}"
 
 
-def _collect(pipes, timeout):
+def _collect(pipes: Sequence[Connection], timeout: float) -> tuple[dict[int, Any], list[int]]:
     """The answers by rank, and the ranks that gave none in time."""
-    results, errors = {}, {}
+    results: dict[int, Any] = {}
+    errors: dict[int, str] = {}
     deadline = time.monotonic() + timeout
     while len(results) + len(errors) < len(pipes):
         missing = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in (results | errors)}
@@ -96,6 +111,7 @@ def _collect(pipes, timeout):
         if not ready:
             break
         for pipe in ready:
+            assert isinstance(pipe, Connection)
             rank = missing[pipe]
             try:
                 good, value = pickle.loads(pipe.recv_bytes())
@@ -109,7 +125,9 @@ def _collect(pipes, timeout):
     return results, [rank for rank in range(len(pipes)) if rank not in results]
 
 
-def _rank_main(rank, world, port, pipe, work, device, stacks):
+def _rank_main(
+    rank: int, world: int, port: int, pipe: Connection, work: bytes, device: str, stacks: str
+) -> None:
     file = Path(stacks, str(rank)).open("w")  # noqa: SIM115 - it stays open for the handler
     faulthandler.register(_STACKS, file=file, all_threads=True)
     os.environ.update(
@@ -140,7 +158,7 @@ def _rank_main(rank, world, port, pipe, work, device, stacks):
     leaving.join()
 
 
-def _leave_with_parent(pipe):
+def _leave_with_parent(pipe: Connection) -> None:
     """End this process when the parent closes the pipe, or is killed; even inside a collective."""
     with contextlib.suppress(EOFError, OSError):
         pipe.recv_bytes()

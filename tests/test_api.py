@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from jobs import REPOSITORY, dataset, settings, write_config  # noqa: F401 - a fixture among them
 
 import megagrow
 from megagrow.errors import CheckpointError, ConfigError
+from tests.jobs import REPOSITORY, settings, write_config
 
 PAGE = REPOSITORY / "docs" / "python-api.md"
 OFFERED = sorted(set(megagrow.__all__) - {"__version__"})
@@ -32,7 +32,7 @@ def python(code, directory):
 
 
 @pytest.fixture(scope="module")
-def documented(dataset, tmp_path_factory):  # noqa: F811
+def documented(dataset, tmp_path_factory):
     """(directory, what the examples of the documentation printed there)."""
     home = tmp_path_factory.mktemp("api")
     write_config(home / "run.yaml", settings(dataset, "runs/mine"))
@@ -106,7 +106,7 @@ def test_a_shipped_configuration_has_its_name_anywhere(tmp_path, monkeypatch):
 
 
 def test_importing_takes_nothing_along(tmp_path):
-    heavy = "{'torch', 'deepspeed', 'numpy', 'pydantic', 'yaml', 'megagrow.api'}"
+    heavy = "{'torch', 'deepspeed', 'numpy', 'pydantic', 'ruamel', 'megagrow.api'}"
     assert python(f"import megagrow, sys; print({heavy} & set(sys.modules))", tmp_path) == "set()\n"
 
 

@@ -31,12 +31,12 @@ def test_a_loop_survives_whatever_its_turns_raise_and_reports_it(capsys, kind):
     assert loop.is_alive()
     loop.stop()
     assert not loop.is_alive()
-    told = capsys.readouterr().err
-    assert told.count("the thread example failed") == 1  # the 1st of three, the 10th would follow
-    assert f"{kind.__name__}" in told and 'raise kind("a defect")' in told
+    stated = capsys.readouterr().err
+    assert stated.count("the thread example failed") == 1  # the 1st of three, the 10th would follow
+    assert f"{kind.__name__}" in stated and 'raise kind("a defect")' in stated
 
 
-def test_a_loop_ends_where_nothing_is_left_to_do_or_it_is_told_to(capsys):
+def test_a_loop_ends_where_nothing_is_left_to_do_or_it_is_reported_to(capsys):
     done = Loop("done", lambda: True, every=0.0)
     done.start()
     done.join(20)
@@ -44,10 +44,10 @@ def test_a_loop_ends_where_nothing_is_left_to_do_or_it_is_told_to(capsys):
     def leave():
         raise SystemExit
 
-    told = Loop("told", leave, every=0.0)
-    told.start()
-    told.join(20)
-    assert not done.is_alive() and not told.is_alive()
+    stated = Loop("told", leave, every=0.0)
+    stated.start()
+    stated.join(20)
+    assert not done.is_alive() and not stated.is_alive()
     assert "the thread told failed; it was asked to stop" in capsys.readouterr().err
 
 
@@ -58,9 +58,9 @@ def test_a_fault_that_comes_again_and_again_is_reported_at_round_numbers(capsys)
             raise ValueError(number)
     with faults.reported("counting"):
         raise ValueError("elsewhere")
-    told = capsys.readouterr().err
-    assert told.count("error in the background: a thread, counting failed") == 4
-    assert "(for the 10th time)" in told and "(for the 100th time)" in told
+    stated = capsys.readouterr().err
+    assert stated.count("error in the background: a thread, counting failed") == 4
+    assert "(for the 10th time)" in stated and "(for the 100th time)" in stated
 
 
 def test_a_report_goes_to_the_log_too_and_never_raises(capsys, monkeypatch):
@@ -94,8 +94,8 @@ def test_the_error_of_a_task_comes_out_where_its_result_is_asked_for(capsys):
 
 def test_the_error_of_a_task_that_nobody_asks_for_is_reported(capsys):
     Task("fails", fails).close()
-    told = capsys.readouterr().err
-    assert "the thread fails failed" in told and "RuntimeError: a defect" in told
+    stated = capsys.readouterr().err
+    assert "the thread fails failed" in stated and "RuntimeError: a defect" in stated
 
 
 def test_a_pool_gives_results_and_its_first_error_and_reports_the_others(capsys):
@@ -107,12 +107,12 @@ def test_a_pool_gives_results_and_its_first_error_and_reports_the_others(capsys)
     def work(kind):
         both.wait(20)
         if kind is not RuntimeError:  # the second one
-            assert told.wait(20)
+            assert stated.wait(20)
         raise kind(kind.__name__)
 
     for other in (KeyError, DataError):
-        told = threading.Event()
+        stated = threading.Event()
         with Pool(2, "workers") as pool, pytest.raises(RuntimeError, match="RuntimeError"):
-            list(pool.each(work, [RuntimeError, other], on_error=told.set))
+            list(pool.each(work, [RuntimeError, other], on_error=stated.set))
     text = capsys.readouterr().err
     assert "a thread of workers failed" in text and "KeyError" in text and "DataError" not in text

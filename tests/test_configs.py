@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jobs import main
 
-from megagrow.bench.savings.campaign import Campaign
-from megagrow.bench.savings.config import SavingsConfig
-from megagrow.bench.savings.members import check
-from megagrow.bench.savings.table import plan_text
 from megagrow.config.load import load_settings
 from megagrow.forecast.machine import MachineConfig
+from megagrow.savings.campaign import Campaign
+from megagrow.savings.config import SavingsConfig
+from megagrow.savings.members import check
+from megagrow.savings.table import plan_text
+from tests.jobs import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Processes, memory of each, and what else a dry run needs where no data has been prepared.

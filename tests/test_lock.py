@@ -50,7 +50,7 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
-def test_a_second_job_is_refused_and_told_who_has_it(tmp_path):
+def test_a_second_job_is_refused_and_reported_who_has_it(tmp_path):
     path = tmp_path / "new" / NAME
     first = take(path)
     with pytest.raises(LockError) as caught:

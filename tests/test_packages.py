@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "megagrow"
 ORDER = [
     "errors", "files", "background", "processes", "lock", "arguments", "cluster", "ops", "state",
     "transfer", "config", "models", "growth", "forecast", "schedule", "data", "engine",
-    "checkpoint", "report", "train", "evaluation", "plan", "bench", "api", "cli",
+    "checkpoint", "report", "train", "evaluation", "plan", "savings", "api", "cli",
 ]  # fmt: skip
 CHECKPOINT = ["io", "interface", "containers", "native", "formats", "convert"]
 WITHOUT_PROCESSES = {
@@ -110,12 +110,12 @@ def test_no_circle_of_modules():
 
 # Threads are made by `megagrow.background`, where none dies unnoticed.  Besides it:
 #   ops/build.py   setup.py uses it before megagrow is installed; a list takes every result
-#   data/shards.py, bench/savings/runs.py   processes, whose results are all asked for
+#   data/shards.py, savings/runs.py   processes, whose results are all asked for
 MAY_START = {
     "background.py": {"Thread", "ThreadPoolExecutor"},
     "ops/build.py": {"ThreadPoolExecutor"},
     "data/shards.py": {"ProcessPoolExecutor"},
-    "bench/savings/runs.py": {"ProcessPoolExecutor"},
+    "savings/runs.py": {"ProcessPoolExecutor"},
 }
 STARTERS = {"Thread", "Timer", "ThreadPoolExecutor", "ProcessPoolExecutor", "ThreadPool",
             "start_new_thread", "to_thread", "run_in_executor"}  # fmt: skip
@@ -130,9 +130,19 @@ def starters(tree):
             yield from (alias.name for alias in node.names if alias.name in STARTERS)
 
 
+def test_what_is_installed_does_without_the_checkout():
+    """`benchmarks` is not installed; one script runs it."""
+    launch = (PACKAGE.parent / "launch").glob("*.py")
+    for path in [*FILES, *launch]:
+        above = [name for name in imports(path) if name.split(".")[0] in ("benchmarks", "tests")]
+        assert not above or (path.name == "benchmark.py" and path.parent.name == "launch"), path
+
+
 def test_threads_are_made_where_none_dies_unnoticed():
     found = {}
-    for path in [*FILES, *(PACKAGE.parent / "launch").glob("*.py")]:
+    beside = (path for name in ("launch", "benchmarks")
+              for path in (PACKAGE.parent / name).rglob("*.py"))  # fmt: skip
+    for path in [*FILES, *beside]:
         names = set(starters(ast.parse(path.read_text(encoding="utf-8"))))
         if names:
             found[path.relative_to(PACKAGE.parent).as_posix()] = names
@@ -177,7 +187,14 @@ def test_a_readme_names_every_file_of_its_folder(name):
         assert any((folder / found).exists() for folder in folders), found
 
 
+# All uses of what DeepSpeed does not document stand in one file, however many they are.
+MAY_BE_LONG = {"megagrow/engine/deepspeed/privates.py"}
+
+
 def test_files_are_at_most_400_lines():
     """A file that grows beyond is split at a seam of its own."""
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
-    assert not {path.as_posix(): n for path, n in lengths.items() if n > 400}
+    lengths = {
+        path.relative_to(PACKAGE.parent).as_posix(): len(path.read_text("utf-8").splitlines())
+        for path in FILES
+    }
+    assert {name for name, n in lengths.items() if n > 400} <= MAY_BE_LONG, lengths

@@ -4,7 +4,8 @@ import os
 import time
 
 import pytest
-from ranks import run_ranks
+
+from tests.ranks import run_ranks
 
 
 def _sum(comm, offset):

@@ -250,6 +250,21 @@ def test_commands_outside_a_checkout(installed, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "data"]
 
 
+def test_the_installed_benchmark(installed, tmp_path):
+    """What a user measures is installed; what measures megagrow itself says where it is."""
+    assert not (installed / "benchmarks").exists()
+    run = [installed / "bin" / "megagrow", "benchmark"]
+    said = outside(installed, tmp_path, *run, "throughput", status=1)
+    assert "benchmarks/ of a checkout" in said and "launch/benchmark.py throughput" in said
+    words = ["--input", "stdlib", "--glob", "a*.py", "--output", "data", "--validation-fraction",
+             "0.2", "--tokenizer", "configs/tokenizers/bytes.json"]  # fmt: skip
+    outside(installed, tmp_path, "-m", "megagrow", "prepare", *words)
+    plan = ["savings", "--config", "configs/bench/cpu_savings.yaml", "--dry-run"]
+    said = outside(installed, tmp_path, *run, *plan, "target.data.path=data")
+    assert "a decay completed at" in said and "seeds: 1 tunes" in said
+    assert list(tmp_path.iterdir()) == [tmp_path / "data"]
+
+
 def test_a_source_distribution_has_what_the_wheel_is_made_of(tmp_path):
     subprocess.run(
         [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path,

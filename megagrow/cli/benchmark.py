@@ -1,121 +1,65 @@
-"""Measure megagrow: growth, operators, training speed, compute saved, conversion; see --help."""
+"""Measure the compute that growth saves; see --help."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from megagrow.arguments import Parser, as_path, as_path_text, number, sections, whole
-from megagrow.files import SHIPPED
+from megagrow.arguments import Parser, as_path, as_path_text, number, whole
+from megagrow.errors import ConfigError, MegagrowError
 
 EXAMPLES = """\
-  # live growth on four processes, over the standard pairs of layouts
-  python launch/benchmark.py growth --ranks 4 --parameters 200e6 --pairs standard
-
-  # one pair of layouts
-  python launch/benchmark.py growth --ranks 4 --parameters 200e6 --operator width \\
-      --from-layout data=4,zero=1 --to-layout tensor=2,data=2,zero=1
-
-  # each fused op on a GPU, against its rivals
-  python launch/benchmark.py kernels --json runs/kernels.json
-
-  # the training step on a GPU, with kernels and without
-  python launch/benchmark.py mfu
-
-  # tokens a second of a training step, against plain PyTorch and Hugging Face
-  python launch/benchmark.py throughput
-
   # the compute that growth saves against a tuned from-scratch run; started again, it continues
   python launch/benchmark.py savings --config configs/bench/cpu_savings.yaml
 
   # more seeds on top of a result from elsewhere: what it contains is not trained again
   python launch/benchmark.py savings --config configs/bench/cpu_2x48.yaml \\
       --known benchmarks/savings_2x48.json --json runs/more.json 'seeds=[1,2,3,4,5,6,7,8]'
-
-  # every growth operator with every state policy, the same data; continues where it was stopped
-  python launch/benchmark.py operators --data data/stdlib --work runs/operators --minutes 45
-
-  # conversion of 4.2 GB of training state, against cp and DeepSpeed's ds_to_universal
-  python launch/benchmark.py convert --parameters 350e6 --directory /tmp
-
-  # how far grown runs depart from the small run, for the exact policy and the others
-  python launch/benchmark.py dynamics --svg runs/dynamics.svg
-
-  # signals, full and broken disks, second jobs: every command that writes gives the same result
-  python launch/benchmark.py faults --kills 200 --strikes 400
 """
 _LAUNCHERS = """
-Processes are started here, or by torchrun or the deepspeed launcher: then give them as --ranks.
+Runs are trained in processes that are started here, or that torchrun or the deepspeed launcher
+started: these train each run together.
 """
+# Of megagrow itself, by `benchmarks/` of a checkout, which is not installed.
+IN_A_CHECKOUT = (
+    "growth", "throughput", "operators", "dynamics", "faults", "convert", "kernels", "mfu",
+    "figures",
+)  # fmt: skip
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises:
+        ConfigError: it names a benchmark that is not installed.
+    """
+    named = next((word for word in arguments if not word.startswith("-")), None)
+    if named in IN_A_CHECKOUT:
+        raise ConfigError(
+            f"benchmark {named}: is not part of the installed package",
+            expected="savings; the benchmarks of megagrow itself are in benchmarks/ of a checkout",
+            fix=f"clone megagrow's repository, and there: python launch/benchmark.py {named} ...",
+        )
     parser = Parser(
-        description="Measure megagrow; every number is a ratio within one run.",
+        description="Measure the compute that growth saves.  The benchmarks of megagrow itself "
+        f"({', '.join(IN_A_CHECKOUT)}) are in a checkout: launch/benchmark.py.",
         examples=EXAMPLES + _LAUNCHERS,
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    names = "growth|throughput|savings|operators|dynamics|faults|convert|kernels|mfu"
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar=names)
+    add_savings(parser.add_subparsers(dest="kind", required=True, metavar="savings"))
+    return parser.parse_args(arguments)
 
-    def add_kind(name: str, about: str) -> argparse.ArgumentParser:
-        examples = sections(EXAMPLES, name=name) + _LAUNCHERS
-        return kinds.add_parser(
-            name, help=about, description=f"Measure {about}.", examples=examples
-        )
 
-    growth = add_kind("growth", "live growth: time, bytes, memory")
-    add = growth.add_argument
-    add("--ranks", type=whole(1), default=4, help="processes (default %(default)s)")
-    add(
-        "--parameters",
-        type=number(above=0),
-        default=200e6,
-        help="of the grown model, at least (default %(default)g)",
+def add_savings(kinds: argparse._SubParsersAction[Any]) -> None:
+    """Add the parser of `savings` to those of the benchmarks."""
+    about = "compute saved at equal validation loss"
+    parser = kinds.add_parser(
+        "savings", help=about, description=f"Measure {about}.", examples=EXAMPLES + _LAUNCHERS
     )
-    add("--family", choices=("gpt2", "llama"), default="gpt2")
-    add("--from-layout", default="zero=1", help="such as data=4,zero=1 (default %(default)s)")
-    add("--to-layout", default="tensor=2,zero=1", help="after the growth (default %(default)s)")
-    add("--pairs", choices=("standard",), help="several pairs of layouts instead")
-    add("--operator", default="width", help="growth operator (default %(default)s)")
-    add("--factor", type=whole(2), default=2, help="of the growth (default %(default)s)")
-    add("--policy", help="state policy; default: the operator's")
-    add(
-        "--staging-mib",
-        type=number(above=0),
-        default=64.0,
-        help="staging memory (default %(default)g)",
-    )
-    add(
-        "--files",
-        type=as_path_text,
-        default="auto",
-        metavar="DIR|none|auto",
-        help="where to try the way through a checkpoint too; auto: the temporary directory",
-    )
-
-    speed = add_kind("throughput", "tokens a second of a training step")
-    add = speed.add_argument
-    for name, value in (("layers", 6), ("hidden", 256), ("heads", 8), ("ffn", 1024),
-                        ("sequence", 256), ("vocab", 4096)):  # fmt: skip
-        add(f"--{name}", type=whole(1), default=value, help="of the model (default %(default)s)")
-    add("--batch", type=whole(1), default=8, help="samples in a step (default %(default)s)")
-    add("--rounds", type=whole(1), default=5, help="turns of each contender (default %(default)s)")
-    add("--steps", type=whole(1), default=4, help="training steps in a turn (default %(default)s)")
-    add(
-        "--ranks",
-        type=whole(1),
-        default=2,
-        help="processes of the comparison of layouts; 1 leaves it out (default %(default)s)",
-    )
-
-    savings = add_kind("savings", "compute saved at equal validation loss")
-    add = savings.add_argument
+    add = parser.add_argument
     add(
         "--config",
         type=as_path_text,
@@ -143,106 +87,37 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "file of --json is one by itself",
     )
     add("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file's")
+    add_common(parser)
 
-    compared = add_kind("operators", "operators and policies compared")
-    add = compared.add_argument
-    add("--data", type=as_path, default=Path("data/stdlib"), help="prepared (default %(default)s)")
-    add(
-        "--work",
-        type=as_path,
-        default=Path("runs/operators"),
-        help="directory of the runs; what is finished there is kept (default %(default)s)",
-    )
-    add(
-        "--minutes",
-        type=number(above=0),
-        help="start no run after this time, and show what is finished",
-    )
 
-    conversion = add_kind("convert", "conversion of a checkpoint")
-    add = conversion.add_argument
-    add(
-        "--parameters",
-        type=number(above=0),
-        default=350e6,
-        help="of the model (default %(default)g)",
-    )
-    add(
-        "--directory",
-        type=as_path,
-        default=Path(tempfile.gettempdir()),
-        help="on the disk to measure; its contents are deleted afterwards (default %(default)s)",
-    )
-    add("--rounds", type=whole(1), default=3, help="turns of each contender (default %(default)s)")
-    departing = add_kind("dynamics", "grown runs compared with the small run")
-    add = departing.add_argument
-    add("--factor", type=whole(2), default=2, help="of the growth (default %(default)s)")
-    add("--before", type=whole(1), default=30, help="steps up to the growth (default %(default)s)")
-    add("--steps", type=whole(1), default=30, help="steps after it (default %(default)s)")
-    for kind in (compared, departing):
-        kind.add_argument(
-            "--svg", type=as_path, metavar="FILE", help="draw there (operators: FILE_*.svg)"
-        )
-    faults = add_kind("faults", "faults of every command that writes: nothing is lost")
-    add = faults.add_argument
-    add(
-        "--config",
-        type=as_path,
-        default=SHIPPED / "configs" / "bench" / "faults.yaml",
-        help="the run that is killed",
-    )
-    add("--kills", type=whole(0), default=200, help="SIGKILLs of ranks (default %(default)s)")
-    add(
-        "--interrupts", type=whole(0), default=20, help="SIGINTs of all ranks (default %(default)s)"
-    )
-    add("--stops", type=whole(0), default=8, help="SIGSTOPs of a rank (default %(default)s)")
-    add(
-        "--strikes",
-        type=whole(0),
-        default=400,
-        help="faults of all commands that write (default %(default)s); a part that is given 0 is "
-        "not run, and stays as --json has it",
-    )
-    add("--only", default="", metavar="NAME", help="commands whose names start so")
-    add(
-        "--keep",
-        type=as_path,
-        metavar="DIR",
-        help="a directory to make and to leave what went wrong in",
-    )
-    add(
-        "--minutes",
-        type=number(above=0),
-        default=20.0,
-        help="each campaign at most (default %(default)g)",
-    )
-    add("--ranks", type=whole(1), default=2, help="processes of a job (default %(default)s)")
-    add("--seed", type=whole(0), default=1, help="of what is drawn (default %(default)s)")
-
-    fused = add_kind("kernels", "each fused op on a GPU, against its rivals")
-    step = add_kind("mfu", "bf16 training steps on a GPU, kernels or not")
-    for kind in (fused, step):
-        kind.add_argument(
-            "--dry-run",
-            action="store_true",
-            help="tiny, on the CPU, with emulated kernels: shows that it works, not how fast",
-        )
-    for kind in (growth, speed, savings, compared, departing, faults, conversion, fused, step):
-        kind.add_argument("--json", type=as_path, metavar="FILE", help="write all numbers there")
-        kind.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    # Overrides and options may be mixed in any order.
-    return parser.parse_args(arguments)
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every benchmark."""
+    parser.add_argument("--json", type=as_path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print; returns the exit status."""
-    options = parse(arguments)
-    from megagrow.bench import commands, jobs
-    from megagrow.bench.machine import write_json
-    from megagrow.errors import MegagrowError
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    from megagrow.savings.command import savings
+
+    return measure(savings, options)
+
+
+def measure(
+    benchmark: Callable[[argparse.Namespace], tuple[dict[str, Any], str]],
+    options: argparse.Namespace,
+) -> int:
+    """Run a benchmark, print its text and write its JSON data; returns the exit status."""
+    from megagrow.savings import jobs
+    from megagrow.savings.machine import write_json
 
     try:
-        result, text = getattr(commands, options.kind)(options)
+        result, text = benchmark(options)
     except MegagrowError as error:
         if jobs.is_first():
             print(f"error: {error}", file=sys.stderr)

@@ -22,7 +22,7 @@ COMMANDS = {
     "inspect": ("inspect_checkpoint", "show what a checkpoint holds, and check it"),
     "evaluate": ("evaluate", "score a checkpoint: perplexity, last words, bits per byte, tasks"),
     "report": ("report", "rebuild the report of a run"),
-    "benchmark": ("benchmark", "measure growth, operators, speed, compute saved"),
+    "benchmark": ("benchmark", "measure the compute that growth saves"),
     "configs": ("configs", "list the bundled configurations, or print one"),
 }
 _EXAMPLES = """\

@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--output",
         type=as_path,
         metavar="DIR",
-        help="write config.yaml, plan.html and plan.svg there",
+        help="write config.yaml, plan.html and (with matplotlib) plan.svg there",
     )
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     add(

@@ -164,7 +164,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 1
     except LostContactError as lost:
         lifeline.say("failed", text=lost.found, follows=True)
-        if not lost.told:
+        if not lost.reported:
             print(
                 f"error: rank {os.environ.get('RANK', '0')} lost contact with another rank, whose "
                 f"own message, if it could give one, tells why\n  found:    {lost.found}\n"

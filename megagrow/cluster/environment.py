@@ -29,8 +29,8 @@ _OWN = frozenset({"TORCHELASTIC_RUN_ID", "MEGAGROW_TOKEN"})
 def ranks_here(environ: Mapping[str, str]) -> int | None:
     """Number of the job's ranks on this host, from the launcher's variables; None without one."""
     # torchrun and the deepspeed launcher use different names.
-    told = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
-    return int(told) if told else None
+    stated = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
+    return int(stated) if stated else None
 
 
 # Variables with which MPI-style launchers tell a process how many tasks there are.

@@ -252,7 +252,7 @@ class Agent:
             on_other=self._orders.put,
         )
         self._launcher: Launcher | None = None
-        self._told = True
+        self._reported = True
 
     def run(self) -> int:
         """Follow orders until the job is over; returns its exit status."""
@@ -271,15 +271,15 @@ class Agent:
             with contextlib.suppress(queue.Empty):
                 return self._orders.get(timeout=0.2)
             status = self._launcher.status() if self._launcher is not None else None
-            if status is not None and not self._told:
-                self._told = True
+            if status is not None and not self._reported:
+                self._reported = True
                 self._line.say("ended", status=status)
 
     def _obey(self, order: dict[str, Any]) -> int | None:
         event = order["event"]
         if event == "launch":
             self._clear()
-            self._launcher, self._told = self._job.launch(order), False
+            self._launcher, self._reported = self._job.launch(order), False
         elif event == "clear":
             left = self._clear()
             if not left:

@@ -122,7 +122,7 @@ class GrowConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _twice_unless_told(cls, data: Any) -> Any:
+    def _twice_by_default(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("factor") is None and data.get("target") is None:
             return {**data, "factor": 2}
         return data

@@ -66,6 +66,25 @@ class Stds(NamedTuple):
     matrices: float | None
 
 
+class LayerKind(NamedTuple):
+    """What makes one layer of a model differ from another with the same tensors.
+
+    Attributes:
+        window: number of tokens that a token attends to, itself included; None for all.
+        rotary: whether positions are rotary; False if there are none in attention.
+    """
+
+    window: int | None
+    rotary: bool
+
+
+# Settings of the `model` section that only some families have.
+_FAMILY_SETTINGS = (
+    "rope_scaling", "rope_fraction", "no_rope_every", "window", "full_every",
+    "attention_scale", "attention_softcap", "logit_softcap", "head_norm_eps",
+)  # fmt: skip
+
+
 class MupConfig(Section):
     """The base shape of the maximal update parametrisation (muP), at which rates are as configured.
 
@@ -82,11 +101,51 @@ class MupConfig(Section):
     layers: Layers | None = None
 
 
+class RopeScaling(Section):
+    """Changed frequencies of rotary positions, for sequences longer than a model was trained on.
+
+    `linear` divides all of them by `factor` (Chen et al., arXiv 2306.15595). `llama3` divides those
+    with a wavelength above original_sequence / low_freq_factor, keeps those with one below
+    original_sequence / high_freq_factor, and interpolates between (Llama 3.1, arXiv 2407.21783).
+    """
+
+    type: Literal["linear", "llama3"]
+    factor: Annotated[float, Field(ge=1.0)]
+    low_freq_factor: Annotated[float, Field(gt=0.0)] | None = None
+    high_freq_factor: Annotated[float, Field(gt=0.0)] | None = None
+    original_sequence: Positive | None = None
+
+    @model_validator(mode="after")
+    def _as_the_type_needs(self) -> RopeScaling:
+        keys = ("low_freq_factor", "high_freq_factor", "original_sequence")
+        given = [key for key in keys if getattr(self, key) is not None]
+        if self.type == "linear" and given:
+            raise ValueError(f"{given[0]} is for type: llama3; leave it out")
+        if self.type == "llama3":
+            missing = [key for key in keys if key not in given]
+            if missing:
+                raise ValueError(f"type: llama3 needs {missing[0]}")
+            if self.low_freq_factor >= self.high_freq_factor:  # type: ignore[operator]
+                raise ValueError("low_freq_factor must be less than high_freq_factor")
+        return self
+
+
 class ModelConfig(Section):
     """The shape of a transformer.
 
     Family `gpt2`: LayerNorm, learned positions, GELU, biases.  Family `llama`: RMSNorm, rotary
-    positions, SwiGLU, no biases.  `vocab` may be omitted: it is then taken from the tokenizer.
+    positions, SwiGLU, no biases.  The others are in `megagrow.config.families`. `vocab` may be
+    omitted: it is then taken from the tokenizer.
+
+    Some families have further settings:
+
+    * `rope_fraction`: the share of a head's features that rotary positions turn;
+    * `no_rope_every`: k: layers k, 2k, ... (from 1) have no positions;
+    * `window`: a token attends to itself and the `window` - 1 tokens before it;
+    * `full_every`: k: layers k, 2k, ... (from 1) attend without the window;
+    * `attention_scale`: factor of attention scores; default 1 / sqrt(head_dim);
+    * `attention_softcap`, `logit_softcap`: c: scores, or logits, x become c tanh(x / c);
+    * `head_norm_eps`: of the norms of queries and keys; default norm_eps.
     """
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -104,6 +163,15 @@ class ModelConfig(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
     rope_theta: Annotated[float, Field(gt=0.0)] = 1e4  # base of rotary positions
+    rope_scaling: RopeScaling | None = None
+    rope_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    no_rope_every: Positive | None = None
+    window: Positive | None = None
+    full_every: Positive | None = None
+    attention_scale: Annotated[float, Field(gt=0.0)] | None = None
+    attention_softcap: Annotated[float, Field(gt=0.0)] | None = None
+    logit_softcap: Annotated[float, Field(gt=0.0)] | None = None
+    head_norm_eps: Annotated[float, Field(gt=0.0)] | None = None
     # Std of all initial matrices and embeddings, or by role.
     init_std: Annotated[
         Annotated[Std, Tag(VALUE)] | Annotated[InitConfig, Tag(SECTION)],
@@ -156,10 +224,42 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _rotary_pairs(self) -> ModelConfig:
-        if self.architecture.positions == "rotary" and self.head_dim % 2:
+        if self.architecture.positions == "rotary" and self.rope_dim % 2:
+            if self.rope_dim != self.head_dim:
+                raise ValueError(
+                    f"rope_fraction = {self.rope_fraction} of head_dim = {self.head_dim} is "
+                    f"{self.rope_dim} features, but rotary positions turn pairs; set "
+                    f"model.rope_fraction to {(self.rope_dim + 1) / self.head_dim}"
+                )
             raise ValueError(
                 f"head_dim = {self.head_dim} is odd, but rotary positions turn pairs of features; "
                 f"set model.head_dim to an even number, for instance {self.head_dim + 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_the_family(self) -> ModelConfig:
+        for key in _FAMILY_SETTINGS:
+            unset = self.__class__.model_fields[key].default
+            if getattr(self, key) != unset and key not in self.architecture.settings:
+                having = [name for name, made in ARCHITECTURES.items() if key in made.settings]
+                raise ValueError(
+                    f"{key} = {getattr(self, key)} has no effect in family {self.family}; leave "
+                    f"model.{key} out, or choose a family that has it: {', '.join(having)}"
+                )
+        if self.full_every is not None and self.window is None:
+            raise ValueError("full_every says which layers have no window; set model.window")
+        return self
+
+    @model_validator(mode="after")
+    def _mup_knows_the_architecture(self) -> ModelConfig:
+        made = self.architecture
+        if self.mup is not None and (
+            made.block_norms != "before" or made.head_norm or made.scaled_embedding
+        ):
+            raise ValueError(
+                f"mup has no rule for norms after a sub-layer, norms of queries and keys, or "
+                f"scaled embeddings, and family {self.family} has one of them; set model.mup: null"
             )
         return self
 
@@ -200,6 +300,20 @@ class ModelConfig(Section):
         return self.head_dim_ or self.hidden // self.heads
 
     @property
+    def rope_dim(self) -> int:
+        """Number of a head's features that rotary positions turn, its first ones."""
+        return int(self.head_dim * self.rope_fraction)
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """What makes a layer, from 0, differ from others with the same tensors."""
+        full = self.full_every is not None and (layer + 1) % self.full_every == 0
+        turned = self.no_rope_every is None or (layer + 1) % self.no_rope_every != 0
+        return LayerKind(
+            window=None if full else self.window,
+            rotary=turned and self.architecture.positions == "rotary",
+        )
+
+    @property
     def kv_groups(self) -> int:
         """Number of key/value heads, each shared by heads / kv_groups query heads."""
         return self.kv_heads or self.heads
@@ -208,11 +322,6 @@ class ModelConfig(Section):
     def architecture(self) -> Architecture:
         """The architectural properties of the model's family."""
         return ARCHITECTURES[self.family]
-
-    @property
-    def biases(self) -> bool:
-        """Whether linear layers have biases."""
-        return self.architecture.biases
 
     @property
     def vocabulary(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -11,13 +10,12 @@ from datetime import timedelta
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from megagrow.cluster.environment import require_one_task
 from megagrow.cluster.network import choose_gloo_interface, free_port, require_free_port
+from megagrow.engine.deepspeed import privates
 from megagrow.engine.groups import Groups, make_groups
 from megagrow.engine.precision import on_gpu
 from megagrow.errors import MegagrowError
@@ -107,14 +105,13 @@ class Comm:
 
         Safe to use from any thread, even while another thread waits in a collective.
         """
-        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        store = privates.default_store().clone()
         store.set_timeout(timedelta(seconds=_STORE_SECONDS))
         return store
 
     def limit_collectives(self, seconds: float) -> None:
         """Set a timeout for every collective of every group; call again after creating groups."""
-        for group in list(dist.distributed_c10d._world.pg_map):
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        privates.limit_collectives(seconds)
 
     def sum_ints(self, value: int) -> int:
         """Sum an integer over all ranks."""
@@ -161,13 +158,9 @@ def start(seconds: float = 600.0) -> Comm:
     torch.set_flush_denormal(True)
     # DeepSpeed 0.19 calls collectives by names for which PyTorch 2.13 warns at every first use.
     warnings.filterwarnings("ignore", "`torch.distributed", category=FutureWarning)
-    # Otherwise DeepSpeed compiles a shared-memory op that only its inference uses.  That takes a
-    # minute and a lock file, and a job killed during the build leaves the lock behind, so every
-    # later job would hang on it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    privates.skip_shared_memory_op()
     if not on_gpu():
-        # DeepSpeed requires fp16 instructions, which few CPUs have; PyTorch works without them.
-        get_accelerator().is_fp16_supported = lambda: True
+        privates.allow_fp16_on_cpu()
     if not dist.is_initialized():
         if on_gpu():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -195,7 +188,6 @@ def _settle_imports() -> None:
 
     Each growth runs one collection to free the old DeepSpeed engine; it would take a second.
     """
-    # Otherwise the first engine imports this, and PyTorch's compiler with it.
-    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    privates.import_early()
     gc.collect()
     gc.freeze()

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, cast
 
 import deepspeed
-import deepspeed.utils.groups
 import numpy as np
 import torch
 from torch import nn
@@ -21,19 +20,19 @@ from megagrow.config import Config, LayoutConfig, ModelConfig
 from megagrow.config.batch import accumulation
 from megagrow.config.schema import OptimizerConfig
 from megagrow.engine.comm import Comm
+from megagrow.engine.deepspeed import privates
 from megagrow.engine.deepspeed.config import deepspeed_config
 from megagrow.engine.deepspeed.drivers import Driver, PipelineDriver, PlainDriver, validation_share
-from megagrow.engine.deepspeed.fragments import publish
 from megagrow.engine.deepspeed.loss_scale import LossScale, get_loss_scale, set_loss_scale
-from megagrow.engine.deepspeed.patches import lean_start, poison
 from megagrow.engine.deepspeed.pipeline import PipelinedModel
+from megagrow.engine.deepspeed.publish import publish
 from megagrow.engine.groups import Groups, ModelParallelUnit
 from megagrow.engine.optimizers.blockwise import BlockAdamW, BlockLion, BlockOptimizer
 from megagrow.engine.optimizers.clipping import GradientClipper
 from megagrow.engine.optimizers.muon import BlockMuon
 from megagrow.engine.precision import Precisions, precisions
 from megagrow.engine.probe import Probe
-from megagrow.engine.state import LiveState, held_shards, live_state, shared_tensors
+from megagrow.engine.state import LiveState, fill_with_nan, held_shards, live_state, shared_tensors
 from megagrow.growth.diagnostics import Watched
 from megagrow.growth.operators.ramp import Ramp
 from megagrow.growth.optimizer_rules import GroupKey, OptimizerRules
@@ -170,22 +169,20 @@ class Engine:
                 module = Transformer(self.model, parallel)
         module.to(PRECISIONS[config.precision.dtype].dtype)
         parameters = named_tensors(module)
-        poison(parameters.values(), shared=self.layout.zero > 0)
+        fill_with_nan(parameters.values(), shared=self.layout.zero > 0)
         self._masks: Masks | None = None
         if ramp is not None:
             self._masks = ramp_in(module, self.model, ramp.old, parallel=parallel)
         for name, parameter in parameters.items():
             if self.placement.is_split(self.placement.catalog[name]):
-                # So that DeepSpeed counts each rank's part in the gradient norm.
-                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+                privates.mark_split(parameter)
         return module, parameters
 
     def _start_deepspeed(self, settings: dict[str, Any], module: nn.Module, groups: Groups) -> Any:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # DeepSpeed keeps the last engine's groups; a purely data-parallel layout must not see them.
-        deepspeed.utils.groups.mpu = None
+        privates.forget_last_groups()
         plain = self.layout.tensor == 1 or self.layout.pipeline > 1
-        with lean_start():
+        with privates.lean_start():
             engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=self._optimizer,
@@ -194,9 +191,7 @@ class Engine:
                 dist_init_required=False,
             )
         if self.layout.data == 1 and self.layout.zero == 0:
-            # No ranks to average gradients with; DeepSpeed would copy them out and back.
-            engine.enable_backward_allreduce = False
-            engine.pipeline_enable_backward_allreduce = False
+            privates.skip_gradient_average(engine)
         return engine
 
     def publish(self) -> None:
@@ -255,9 +250,8 @@ class Engine:
     def _grad_norm(self) -> float:
         if self._clipper is not None:
             return self._clipper.norm
-        # DeepSpeed's engine knows the norm only after the update, its optimizer before it.
-        norm = float(getattr(self._deepspeed.optimizer, "_global_grad_norm", None) or 0.0)
-        return norm if norm >= 0 else math.inf  # DeepSpeed returns -1 if a gradient is not finite
+        norm = privates.grad_norm(self._deepspeed)
+        return norm if norm >= 0 else math.inf
 
     def _accepted(self) -> bool:
         """Under ZeRO the optimizer asks once per parameter group; cache one answer per step."""

@@ -133,7 +133,7 @@ class Probe:
             for i, (name, one) in enumerate(self._watched.items())
         }
         sums /= torch.tensor([*copies.values()], dtype=torch.float64)[:, None, None]
-        told = {
+        numbers = {
             "parameter_share": _share(sums[:, _PARAMETERS]),
             "gradient_share": _share(sums[:, _GRADIENT]),
             "update_share": _share(sums[:, _UPDATE]),
@@ -142,12 +142,12 @@ class Probe:
             self._whole(self._weights, copies, total)
             self._whole(self._gradients, copies, total)
             weights = dict(zip(self._watched, sums[:, _WEIGHT, 0].tolist(), strict=True))
-            told |= {
+            numbers |= {
                 "twin_cosine": self._twins(),
                 "dead_units": self._dead(),
                 "participation": self._participation(weights, copies, total),
             }
-        return {key: value for key, value in told.items() if value is not None}
+        return {key: value for key, value in numbers.items() if value is not None}
 
     def _whole(
         self, parts: dict[str, torch.Tensor], copies: Mapping[str, float], total: Sum

@@ -8,13 +8,18 @@ returns views, so a transfer reads and writes DeepSpeed's memory in place.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from megagrow.engine.deepspeed.fragments import Fragment, find_fragments, link_optimizer_state
+from megagrow.engine.deepspeed.privates import (
+    Fragment,
+    find_fragments,
+    inner_optimizer,
+    link_optimizer_state,
+)
 from megagrow.engine.optimizers.blockwise import BlockOptimizer, YoungShard
 from megagrow.engine.optimizers.muon import SharedTensor
 from megagrow.growth.optimizer_rules import OptimizerRules
@@ -75,6 +80,25 @@ class LiveState:
         return shards[at]
 
 
+def fill_with_nan(parameters: Iterable[nn.Parameter], *, shared: bool) -> None:
+    """Fill parameters with NaN, so that anything a transfer fails to write stops the run at once.
+
+    Args:
+        parameters: all of one dtype and device.
+        shared: whether they may share one buffer, as large as the largest of them, because
+            DeepSpeed will copy each into its own memory.
+    """
+    every = list(parameters)
+    if not shared:
+        for parameter in every:
+            parameter.data.fill_(torch.nan)
+        return
+    first = every[0]
+    memory = first.data.new_full((max(p.numel() for p in every),), torch.nan)
+    for parameter in every:
+        parameter.data = memory[: parameter.numel()].view(parameter.shape)
+
+
 def live_state(
     *,
     engine: Any,
@@ -100,7 +124,7 @@ def live_state(
         RuntimeError: the engine's ranges are not those of the placement (a new DeepSpeed
             version that partitions differently).
     """
-    optimizer: BlockOptimizer = engine.basic_optimizer
+    optimizer: BlockOptimizer = inner_optimizer(engine)
     fragments = find_fragments(engine, parameters)
     # Several parameters may share an owner; each owner's state is made once.
     owners = {id(f.owner): f.owner for f in fragments.values()}
@@ -157,7 +181,7 @@ def shared_tensors(
     """
     fragments = find_fragments(engine, parameters)
     found: dict[torch.Tensor, list[SharedTensor]] = {}
-    for group in engine.basic_optimizer.param_groups:
+    for group in inner_optimizer(engine).param_groups:
         for name in group["tensors"] if group["orthogonal"] else ():
             tensor, fragment = placement.catalog[name], fragments.get(name)
             owner = fragment.owner if fragment else group["params"][0]

@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megagrow.state.boxes import Box, union_volume
+from megagrow.state.boxes import Box
 from megagrow.state.catalog import Slot
 from megagrow.state.placement import Placement
-from megagrow.transfer.moves import Locator, plan_receives
+from megagrow.transfer.moves import Locator, distinct_elements, plan_receives
 from megagrow.transfer.state_map import StateMap
 
 STATE_BYTES = 4  # master parameters and optimizer state are fp32
@@ -43,17 +43,18 @@ def received(
     """
     local = foreign = 0
     by_holder: dict[int, int] = defaultdict(int)
-    boxes: dict[tuple[str, str], set[tuple[Box, int]]] = defaultdict(set)
+    sent: set[tuple[str, str, Box, int]] = set()
+    incoming = []
     for move in plan_receives(state_map, source, target, slots=slots, rank=rank):
         size = move.part.volume * STATE_BYTES
         if move.holder == rank:
             local += size
             continue
         foreign += size
-        values = (move.source_box, move.holder)
-        known = boxes[move.copy.source, move.slot.name]
-        if values not in known:
-            known.add(values)
+        incoming.append(move)
+        values = (move.copy.source, move.slot.name, move.source_box, move.holder)
+        if values not in sent:
+            sent.add(values)
             by_holder[move.holder] += size
-    least = sum(union_volume(box for box, _ in found) for found in boxes.values()) * STATE_BYTES
+    least = distinct_elements(incoming) * STATE_BYTES
     return Received(local, foreign, sum(by_holder.values()), least, dict(by_holder))

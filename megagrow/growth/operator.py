@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -26,7 +27,8 @@ class GrowthBlock:
     Attributes:
         source: the small model's tensor that it is copied from.
         axes: the elements, axis by axis.
-        param: grown parameter = param * old parameter.
+        param: grown parameter = param * old parameter; the same for what the model makes of it,
+            where it adds a constant (`LogicalTensor.offset`).
         grad: gradient of the grown model = grad * old gradient, or None if the operator makes no
             statement.
         new: whether the block adds parameters, as opposed to being the old block.
@@ -43,14 +45,18 @@ class GrowthBlock:
     rate: float | None = None
     noise: Noise | None = None
 
-    def scaled(self, coefficient: float, noise: Noise | None = None) -> Copy:
+    def scaled(self, coefficient: float, noise: Noise | None = None, shift: float = 0.0) -> Copy:
         """The block as a `Copy` of a slot."""
-        return Copy(self.source, self.axes, coefficient, noise)
+        return Copy(self.source, self.axes, coefficient, noise, shift)
 
     @property
     def volume(self) -> int:
         """Number of elements."""
         return self.scaled(1.0).volume
+
+
+# What some models have beyond plain pre-norm transformers (`megagrow.growth.features`).
+Feature = Literal["norm after", "norm of all heads", "head features", "scaled embedding"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +76,7 @@ class Operator:
             not fitted.
         any_size: whether it supports any larger size, not only multiples.
         settings: further keys of the `grow` section that it takes; it has fields of the same names.
+        handles: features of models that it has rules for.
     """
 
     name: str
@@ -83,6 +90,7 @@ class Operator:
     fitted: int = 0
     any_size: bool = False
     settings: tuple[str, ...] = ()
+    handles: frozenset[Feature] = frozenset()
 
     @property
     def deepens(self) -> bool:

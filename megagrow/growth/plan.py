@@ -10,6 +10,7 @@ from functools import cached_property
 from megagrow.config import GrowConfig, ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.compose import Composition, composed
+from megagrow.growth.features import refusal, require_inside, require_layer_kinds
 from megagrow.growth.new_blocks import carried, covers, is_whole, kept_by
 from megagrow.growth.operator import GrowthBlock, Operator
 from megagrow.growth.operators.ramp import Ramp, make_ramp
@@ -21,7 +22,7 @@ from megagrow.growth.settings import configured
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import Catalog, LogicalTensor, Slot
 from megagrow.state.roles import FINAL_NORM
-from megagrow.transfer.state_map import Copy, Fill
+from megagrow.transfer.state_map import Copy, Fill, Level
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ class Growth:
     def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
         """The blocks of one slot, without those whose coefficient is 0."""
         scaled = ((b, self.policy.coefficient(b, slot.kind)) for b in self.blocks(tensor))
-        noisy = slot.kind == "parameter"
-        return tuple(b.scaled(c, b.noise if noisy else None) for b, c in scaled if c != 0.0)
+        if slot.kind != "parameter":
+            return tuple(b.scaled(c) for b, c in scaled if c != 0.0)
+        # offset + new = c (offset + old).
+        return tuple(b.scaled(c, b.noise, tensor.offset * (c - 1.0)) for b, c in scaled if c != 0.0)
 
     def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:
         """The operator's rule for parameters, zero for optimizer state."""
@@ -68,7 +71,10 @@ class Growth:
             return "covered"
         if slot.kind != "parameter":
             return "zeros"
-        return self.operator.fill(tensor, self.small, self.target)
+        rule = self.operator.fill(tensor, self.small, self.target)
+        if isinstance(rule, Level) and tensor.offset:
+            return replace(rule, shift=tensor.offset * (rule.coefficient - 1.0))
+        return rule
 
     def caveats(self, *, grad_clip: float, dropout: float) -> list[str]:
         """Warnings: what makes the growth inexact or useless, a sentence each.
@@ -231,6 +237,8 @@ def plan_growth(grow: GrowConfig, model: ModelConfig) -> tuple[ModelConfig, Grow
             models.append(part.target(models[-1], grow.factor or 2))
         else:
             models.append(part.grown(models[-1], sizes))
+        if (error := refusal(part, models[-2], models[-1])) is not None:
+            raise error
         if not part.sizes and models[-1] == models[-2]:
             raise GrowthError(
                 f"grow.operator: {part.name} changes nothing here",
@@ -340,7 +348,8 @@ def make_growth(
     if isinstance(found, Composition):
         found.check_fills(target)
     for tensor in target:
-        _check_blocks(growth, tensor)
+        require_inside(found.name, tensor, growth.small, growth.blocks(tensor))
+    require_layer_kinds(small, target, growth.blocks)
     growth.rules_after(OptimizerRules(), step=0)  # raises if the policy cannot express it
     return growth
 
@@ -366,18 +375,6 @@ def grown_model(model: ModelConfig, *, operator: str, factor: int) -> ModelConfi
     for part in find_operators(operator):
         model = part.target(model, factor)
     return model
-
-
-def _check_blocks(growth: Growth, tensor: LogicalTensor) -> None:
-    """Check that an operator's blocks fit its own target: a defect is found before any copy."""
-    for block in growth.blocks(tensor):
-        source = growth.small[block.source]
-        for axis, n, m in zip(block.axes, tensor.shape, source.shape, strict=True):
-            last_target = axis.target_start + (axis.length - 1) * axis.target_step
-            last_source = axis.source_start + (axis.length - 1) * axis.source_step
-            if not (last_target < n and last_source < m):
-                raise GrowthError(f"operator {growth.operator.name}: a block of {tensor.name} "
-                                  f"reaches outside {list(tensor.shape)}")  # fmt: skip
 
 
 def _too_young(growth: Growth, tensor: LogicalTensor, young: YoungBlocks, step: int) -> GrowthError:

@@ -45,7 +45,7 @@ def _with(part: Operator, fields: Mapping[str, Any]) -> Operator:
     return replace(part, **fields)
 
 
-def told(grow: GrowConfig) -> str:
+def growth_in_words(grow: GrowConfig) -> str:
     """A description of a growth: ``width x2``, ``untie``, ``depth_slices of layers 0 1 0 1``."""
     parts = find_operators(grow.operator)
     words = ["+".join(part.name for part in parts)]

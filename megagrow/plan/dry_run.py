@@ -18,7 +18,7 @@ from megagrow.engine.precision import on_gpu, precisions
 from megagrow.errors import ConfigError
 from megagrow.forecast.cost import STATE_BYTES, Received, received
 from megagrow.forecast.memory import DEVICE_PARTS, local_sizes, rank_memory, slot_elements
-from megagrow.growth.settings import told
+from megagrow.growth.settings import growth_in_words
 from megagrow.report.units import human
 from megagrow.state.precision import PRECISIONS
 from megagrow.train.rates import rates_in_words, shape_in_words, start_in_words
@@ -109,7 +109,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     if stage.growth is not None and stage.grow is not None:
         lines.insert(
             1,
-            f"  grows by    {told(stage.grow)}, state policy {stage.growth.policy.name}",
+            f"  grows by    {growth_in_words(stage.grow)}, state policy {stage.growth.policy.name}",
         )
         lines[2:2] = [
             f"              {caveat}"

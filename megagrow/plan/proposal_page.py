@@ -5,18 +5,19 @@ from __future__ import annotations
 from html import escape
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megagrow.errors import DataError
+from megagrow.errors import ConfigError, DataError
 from megagrow.files import write_atomically
 from megagrow.forecast.planner import PlannedStage
 from megagrow.lock import holding_output
 from megagrow.plan.proposal import Proposal
 from megagrow.report.axis import axis
-from megagrow.report.chart import COLOURS, Marker, Series, chart, standalone
+from megagrow.report.chart import COLOURS, Marker, Series, chart
+from megagrow.report.figure import figure
 from megagrow.report.page import document, sheet
-from megagrow.report.style import STYLE
 from megagrow.report.units import human
 
 _POINTS = 120
@@ -65,6 +66,35 @@ def table(proposal: Proposal) -> str:
 def page(proposal: Proposal, *, text: str, config: str) -> str:
     """HTML: the curves of all sizes with the schedule, the table, the configuration."""
     stages = proposal.schedule.stages
+    drawn = chart(**_loss_over_compute(proposal), height=360)
+    rows = [
+        [
+            str(index),
+            f"{stage.size.model.layers} layers, {stage.size.model.hidden} hidden",
+            human(stage.size.n),
+            f"{stage.end_loss:.4f}",
+            human(stage.end_tokens),
+            human(stage.end_flops),
+        ]
+        for index, stage in enumerate(stages)
+    ]
+    heads = ["Stage", "Model", "Parameters", "Loss at its end", "Tokens", "FLOPs"]
+    body = (
+        '<header><p class="eyebrow">megagrow plan</p>'
+        f"<h1>Predicted saving {proposal.schedule.saving:.1%}</h1>"
+        f'<p class="sub">{proposal.low:.1%} to {proposal.high:.1%}: '
+        f"{escape(proposal.interval)}</p></header>"
+        f'<div class="charts">{drawn}</div><h2>Growth stages</h2>'
+        f"{sheet('stages', heads, rows, None, left=(1,))}"
+        f"<details open><summary>In words</summary><pre>{escape(text)}</pre></details>"
+        f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>"
+    )
+    return document(title="megagrow plan", body=body)
+
+
+def _loss_over_compute(proposal: Proposal) -> dict[str, Any]:
+    """The chart of the schedule, as arguments of `chart` and of `figure`."""
+    stages = proposal.schedule.stages
     budget = stages[-1].end_flops
     first = stages[0].end_flops
     sizes = [stage.size for stage in stages]
@@ -87,44 +117,20 @@ def page(proposal: Proposal, *, text: str, config: str) -> str:
     ]
     series.append(Series("grown", grown, COLOURS[len(series) % len(COLOURS)]))
     every = [loss for one in series for _, loss in one.points]
-    figure = chart(
-        title="Loss over compute",
-        note=f"as the law {proposal.law.name} foretells it, both axes logarithmic",
-        x=axis(list(flops), log=True, prefixes=True),
-        y=axis(every, log=True, snap=True),
-        x_label="FLOPs",
-        series=series,
-        markers=[
+    return {
+        "title": "Loss over compute",
+        "note": f"as the law {proposal.law.name} foretells it, both axes logarithmic",
+        "x": axis(list(flops), log=True, prefixes=True),
+        "y": axis(every, log=True, snap=True),
+        "x_label": "FLOPs",
+        "series": series,
+        "markers": [
             Marker(
                 stage.end_flops, f"to {human(after.size.n)}", f"grow at loss {stage.end_loss:.4f}"
             )
             for stage, after in pairwise(stages)
         ],
-        height=360,
-    )
-    rows = [
-        [
-            str(index),
-            f"{stage.size.model.layers} layers, {stage.size.model.hidden} hidden",
-            human(stage.size.n),
-            f"{stage.end_loss:.4f}",
-            human(stage.end_tokens),
-            human(stage.end_flops),
-        ]
-        for index, stage in enumerate(stages)
-    ]
-    heads = ["Stage", "Model", "Parameters", "Loss at its end", "Tokens", "FLOPs"]
-    body = (
-        '<header><p class="eyebrow">megagrow plan</p>'
-        f"<h1>Predicted saving {proposal.schedule.saving:.1%}</h1>"
-        f'<p class="sub">{proposal.low:.1%} to {proposal.high:.1%}: '
-        f"{escape(proposal.interval)}</p></header>"
-        f'<div class="charts">{figure}</div><h2>Growth stages</h2>'
-        f"{sheet('stages', heads, rows, None, left=(1,))}"
-        f"<details open><summary>In words</summary><pre>{escape(text)}</pre></details>"
-        f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>"
-    )
-    return document(title="megagrow plan", body=body)
+    }
 
 
 def _path(proposal: Proposal, stages: tuple[PlannedStage, ...]) -> list[tuple[float, float]]:
@@ -142,18 +148,17 @@ def _path(proposal: Proposal, stages: tuple[PlannedStage, ...]) -> list[tuple[fl
 
 
 def write(directory: Path, proposal: Proposal, *, text: str, config: str) -> str:
-    """Write config.yaml, plan.html and plan.svg; returns a line that says so.
+    """Write config.yaml, plan.html and, with matplotlib, plan.svg; returns lines that say so.
 
     Raises:
         DataError: the directory cannot be written.
     """
-    html = page(proposal, text=text, config=config)
-    figure = html[html.index('<figure class="chart">') : html.index("</figure>") + len("</figure>")]
-    files = {
-        "config.yaml": config,
-        "plan.html": html,
-        "plan.svg": standalone(figure, style=STYLE),
-    }
+    files = {"config.yaml": config, "plan.html": page(proposal, text=text, config=config)}
+    left_out = ""
+    try:
+        files["plan.svg"] = figure(**_loss_over_compute(proposal))
+    except ConfigError as error:
+        left_out = f"\nno plan.svg: {error}"
     try:
         with holding_output(directory):
             directory.mkdir(parents=True, exist_ok=True)
@@ -165,4 +170,4 @@ def write(directory: Path, proposal: Proposal, *, text: str, config: str) -> str
             found=error.strerror,
             fix="give another directory, or free space",
         ) from error
-    return f"written: {directory}/" + f", {directory}/".join(files)
+    return f"written: {directory}/" + f", {directory}/".join(files) + left_out

@@ -8,7 +8,6 @@ Curves are in a nested SVG that stretches, with strokes that do not.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -288,41 +287,3 @@ def _thin(points: list[Point]) -> list[Point]:
 
 def _is_finite(point: Point) -> bool:
     return math.isfinite(point[0]) and math.isfinite(point[1])
-
-
-def standalone(figure: str, *, style: str, width: int = 960) -> str:
-    """A figure of `chart` as a standalone SVG file, `width` pixels wide.
-
-    Args:
-        figure: the return value of `chart`.
-        style: the style sheet; browsers apply it inside an SVG file as well.
-    """
-    title, legend = (re.search(pattern, figure) for pattern in (_TITLE, _LEGEND))
-    plot = re.search(_PLOT, figure, re.DOTALL)
-    if plot is None:
-        raise ValueError("a figure without a plot")
-    entries = re.findall(_ENTRY, legend[1]) if legend else []
-    parts, x, y = [], 0, 46
-    for key, name in entries:
-        if x + 40 + len(name) * _LETTER > width - 110:
-            x, y = 0, y + 20
-        parts.append(f'<g transform="translate({x + 70},{y})">{key}</g>')
-        parts.append(f'<text class="tick" x="{x + 100}" y="{y + 10}">{name}</text>')
-        x += 50 + round(len(name) * _LETTER)
-    top = y + 24
-    height = top + int(plot[2]) + 8
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}"><style>{style} text {{ font-family: sans-serif; }} '
-        "h3 { font-size: 1rem; }</style>"
-        f'<rect width="{width}" height="{height}" style="fill: var(--card)"/>'
-        f'<text x="70" y="28" style="font-size: 16px; fill: var(--text)">'
-        f"{title[1] if title else ''}</text>{''.join(parts)}"
-        f'<svg x="70" y="{top}" width="{width - 100}" height="{plot[2]}" overflow="visible">'
-        f"{plot[1]}{plot[3]}</svg></svg>\n"
-    )
-
-
-_TITLE, _LEGEND = r"<h3>(.*?)</h3>", r'<ul class="legend">(.*?)</ul>'
-_ENTRY = r"<li>(<svg.*?</svg>)(.*?)</li>"
-_PLOT = r'(<svg class="plot" width="100%" height="(\d+)".*?>)(.*</svg>)</figure>'

@@ -17,23 +17,20 @@ from megagrow.report.step_facts import AVERAGED, StepFacts
 T = TypeVar("T")
 
 
-Step = StepFacts  # the name that `bench.savings` imports
-
-
 @dataclass(slots=True)
 class _Group:
     """Neighbouring steps of one stage; sums and counts are over finite values."""
 
     count: int
-    low: Step
-    high: Step
-    steepest: Step
-    last: Step
+    low: StepFacts
+    high: StepFacts
+    steepest: StepFacts
+    last: StepFacts
     sums: list[float]
     counts: list[int]
 
     @staticmethod
-    def of(step: Step) -> _Group:
+    def of(step: StepFacts) -> _Group:
         values = [getattr(step, name) for name in AVERAGED]
         finite = [math.isfinite(value) for value in values]
         sums = [value if fine else 0.0 for value, fine in zip(values, finite, strict=True)]
@@ -49,16 +46,16 @@ class _Group:
         self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
         self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
 
-    def kept(self) -> list[Step]:
+    def kept(self) -> list[StepFacts]:
         found = {step.step: step for step in (self.low, self.high, self.steepest)}
         return [found[number] for number in sorted(found)]
 
-    def mean(self) -> Step:
+    def mean(self) -> StepFacts:
         if self.count == 1:
             return self.last
         means = (s / n if n else math.nan for s, n in zip(self.sums, self.counts, strict=True))
         values = dict(zip(AVERAGED, means, strict=True))
-        return Step(step=self.last.step, growth_stage=self.last.growth_stage, **values)
+        return StepFacts(step=self.last.step, growth_stage=self.last.growth_stage, **values)
 
 
 class Steps:
@@ -78,11 +75,11 @@ class Steps:
     def __init__(self, most: int | None = None) -> None:
         self._most, self._groups = most, list[_Group]()
         self.size, self.count = 1, 0
-        self.last: Step | None = None
+        self.last: StepFacts | None = None
         self.not_finite = 0
         self.first_not_finite: int | None = None
 
-    def add(self, step: Step) -> None:
+    def add(self, step: StepFacts) -> None:
         """Append a step; if it has the number of the last one, replace that."""
         groups, again = self._groups, self.last is not None and self.last.step == step.step
         self.last = step
@@ -109,11 +106,11 @@ class Steps:
         else:
             self._groups.append(group)
 
-    def kept(self) -> tuple[Step, ...]:
+    def kept(self) -> tuple[StepFacts, ...]:
         """Actual steps: all, or from each group those with extreme loss or gradient."""
         return tuple(step for group in self._groups for step in group.kept())
 
-    def means(self) -> tuple[Step, ...]:
+    def means(self) -> tuple[StepFacts, ...]:
         """One per group, with the means of its values and the step number of its last step."""
         return tuple(group.mean() for group in self._groups)
 
@@ -156,10 +153,10 @@ class EveryNth(Generic[T]):
         return (*self._held, self.last)
 
 
-def _by_loss(step: Step) -> tuple[bool, float]:
+def _by_loss(step: StepFacts) -> tuple[bool, float]:
     """Non-finite losses sort last: they are a gap in the curve, which must be visible."""
     return (False, step.loss) if math.isfinite(step.loss) else (True, 0.0)
 
 
-def _steep(step: Step) -> float:
+def _steep(step: StepFacts) -> float:
     return step.grad_norm if math.isfinite(step.grad_norm) else -math.inf

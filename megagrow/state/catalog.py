@@ -74,6 +74,11 @@ class LogicalTensor:
         reads: the input axes, which it sums over and which come last; the others are outputs, gains
             or table rows.
         centred: for a norm, whether it subtracts the mean (LayerNorm).
+        scaled: for the token embedding, whether the model multiplies what it looks up by the square
+            root of the width.
+        offset: what the model adds to it in use, as 1 to Gemma's gains.
+        kind: of a block's tensor, how its block differs from others with the same tensors, for
+            instance in its window; empty if all blocks are alike.
         training: in a foreign model a tensor may also be a frozen parameter or a buffer; those have
             a value only, of any dtype.
         aliases: other names of the same tensor in such a model.
@@ -89,6 +94,9 @@ class LogicalTensor:
     role: Role = "other"
     reads: tuple[str, ...] = ()
     centred: bool = False
+    scaled: bool = False
+    offset: float = 0.0
+    kind: str = ""
     training: Training = "trained"
     aliases: tuple[str, ...] = ()
     rates: Rates = Rates()
@@ -113,6 +121,9 @@ class LogicalTensor:
         defaults = {
             "reads": (),
             "centred": False,
+            "scaled": False,
+            "offset": 0.0,
+            "kind": "",
             "training": "trained",
             "aliases": (),
             "rates": asdict(Rates()),
@@ -225,6 +236,21 @@ class Catalog:
         return any(tensor.centred for tensor in self.tensors)
 
     @cached_property
+    def period(self) -> int:
+        """The least number of layers after which the kinds of layers repeat."""
+        kinds = {tensor.layer: tensor.kind for tensor in self.tensors if tensor.layer is not None}
+        order = [kinds[layer] for layer in sorted(kinds)]
+        for period in range(1, len(order) + 1):
+            if all(kind == order[i % period] for i, kind in enumerate(order)):
+                return period
+        return 1
+
+    @cached_property
+    def scaled(self) -> bool:
+        """Whether embeddings are multiplied by the square root of the width."""
+        return any(tensor.scaled for tensor in self.tensors)
+
+    @cached_property
     def _by_role(self) -> dict[Role, list[LogicalTensor]]:
         found: dict[Role, list[LogicalTensor]] = {}
         for tensor in self.tensors:
@@ -255,6 +281,9 @@ class Catalog:
                     role=item["role"],
                     reads=tuple(str(axis) for axis in item.get("reads", ())),
                     centred=bool(item.get("centred", False)),
+                    scaled=bool(item.get("scaled", False)),
+                    offset=float(item.get("offset", 0.0)),
+                    kind=str(item.get("kind", "")),
                     training=item.get("training", "trained"),
                     aliases=tuple(str(name) for name in item.get("aliases", ())),
                     rates=Rates(**{k: float(v) for k, v in item.get("rates", {}).items()}),

@@ -5,7 +5,9 @@
     head                                 the weight of an untied output head
     reader, reader_bias                  a block's matrix that reads the residual stream; its bias
     writer, writer_bias                  a block's matrix that writes to it; its bias
-    norm_gain, norm_bias                 the norms inside a block
+    norm_gain, norm_bias                 the norms of the residual stream inside a block
+    post_norm_gain                       the norms of what a block writes to it
+    query_gain, key_gain                 the norms of queries and keys
     final_norm_gain, final_norm_bias     the norm before the head
     other                                anything else, or unknown
 
@@ -28,6 +30,9 @@ Role = Literal[
     "writer_bias",
     "norm_gain",
     "norm_bias",
+    "post_norm_gain",
+    "query_gain",
+    "key_gain",
     "final_norm_gain",
     "final_norm_bias",
     "other",
@@ -36,9 +41,11 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 MATRICES: frozenset[Role] = frozenset({"reader", "writer"})
 WRITERS: frozenset[Role] = frozenset({"writer", "writer_bias"})
-GAINS: frozenset[Role] = frozenset({"norm_gain", "final_norm_gain"})
+HEAD_GAINS: frozenset[Role] = frozenset({"query_gain", "key_gain"})
+# Gains of norms over the residual stream's units.
+GAINS: frozenset[Role] = frozenset({"norm_gain", "post_norm_gain", "final_norm_gain"})
 FINAL_NORM: frozenset[Role] = frozenset({"final_norm_gain", "final_norm_bias"})
-NORMS: frozenset[Role] = GAINS | FINAL_NORM | {"norm_bias"}
+NORMS: frozenset[Role] = GAINS | HEAD_GAINS | FINAL_NORM | {"norm_bias"}
 
 
 # --- files written before tensors had roles -------------------------------------------------

@@ -60,17 +60,17 @@ def conversion(
         raise ConfigError(
             "--dtype: not an element type of checkpoints", found=dtype, expected=", ".join(ELEMENTS)
         )
-    told = ReadOptions(vocab_size, tuple(sorted(ignore)), family)
+    read_options = ReadOptions(vocab_size, tuple(sorted(ignore)), family)
     run, held = _run_to_be(config)
     return Job(
         source=source,
         source_format=from_format,
         target=target,
         target_format=to_format,
-        layout=_layout(source, from_format, told, to_format=to_format, **layout),
+        layout=_layout(source, from_format, read_options, to_format=to_format, **layout),
         dtype=getattr(torch, dtype) if dtype else None,
         tokenizer=tokenizer,
-        told=told,
+        read_options=read_options,
         allow_other_tokenizer=allow_other_tokenizer,
         file_bytes=int((shard_gib or 5.0) * 2**30),
         run_state=RunState().to_json(),
@@ -123,7 +123,7 @@ def _require_option(name: str, to_format: str) -> None:
 def _layout(
     source: Path,
     from_format: str | None,
-    told: ReadOptions,
+    read_options: ReadOptions,
     *,
     to_format: str,
     zero: int | None,
@@ -137,7 +137,7 @@ def _layout(
         return None
     held = FORMATS[to_format].axes
     fmt, path = detect(source, from_format)
-    before = fmt.open(path, told).layout
+    before = fmt.open(path, read_options).layout
     if not any(sizes.values()):
         sizes = {axis: getattr(before, axis) for axis in held}
     if zero is None:

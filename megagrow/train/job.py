@@ -30,12 +30,12 @@ class LostContactError(Exception):
 
     Attributes:
         found: what this process saw, and which rank is the cause.
-        told: whether another rank already reports it.
+        reported: whether another rank already reports it.
     """
 
-    def __init__(self, error: RuntimeError, cause: str, *, told: bool) -> None:
+    def __init__(self, error: RuntimeError, cause: str, *, reported: bool) -> None:
         self.found = "; ".join(filter(None, [cause, str(error).splitlines()[0]]))
-        self.told = told
+        self.reported = reported
         super().__init__(self.found)
 
 
@@ -65,7 +65,7 @@ def run_job(found: Ready, *, resume: str, stop: StopRequest) -> Outcome:
         ranks = comm.start(config.watch.slow)
     except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
         cause = f"not all ranks came within watch.slow = {config.watch.slow:g} s"
-        raise LostContactError(error, cause, told=False) from error
+        raise LostContactError(error, cause, reported=False) from error
     with holding_run(config, ranks) as lock, watching(ranks, config) as watch:
         try:
             stop.deferring = True
@@ -84,8 +84,8 @@ def run_job(found: Ready, *, resume: str, stop: StopRequest) -> Outcome:
         except RuntimeError as error:
             if not _lost_contact(error):
                 raise
-            told = not watch.speaks_first()
-            raise LostContactError(error, watch.explain(), told=told) from error
+            reported = not watch.speaks_first()
+            raise LostContactError(error, watch.explain(), reported=reported) from error
 
 
 def leave_job() -> None:

@@ -103,16 +103,16 @@ def rates_in_words(config: Config, index: int) -> list[str]:
     stage, lines = config.stages[index], []
     if stage.optimizer is not None:
         changed = stage.optimizer.model_dump(exclude_none=True)
-        told = [f"{key} {_shown(value)}" for key, value in changed.items()]
-        lines.append(f"{', '.join(told)} from here on")
+        parts = [f"{key} {_shown(value)}" for key, value in changed.items()]
+        lines.append(f"{', '.join(parts)} from here on")
     if stage.schedule is not None:
-        asked, told = stage.schedule, []
+        asked, parts = stage.schedule, []
         if asked.warmup is not None:
-            told.append(f"warm-up over its first {asked.warmup} steps")
+            parts.append(f"warm-up over its first {asked.warmup} steps")
         if asked.decay is not None:
             floor = config.schedule.floor if asked.floor is None else asked.floor
-            told.append(f"decay over the last {asked.decay:.3g} of it to {floor:g} of its rate")
-        lines.append(", ".join(told))
+            parts.append(f"decay over the last {asked.decay:.3g} of it to {floor:g} of its rate")
+        lines.append(", ".join(parts))
     return [line for line in lines if line]
 
 

@@ -25,7 +25,7 @@ from megagrow.train.agreement import check_agreement
 from megagrow.train.average import WeightAverage
 from megagrow.train.grow_live import fill_fresh, start_engine
 from megagrow.train.health.agree import on_all, on_first
-from megagrow.train.health.data_check import DataCheck, told_by_its_rank
+from megagrow.train.health.data_check import DataCheck, reported_by_its_rank
 from megagrow.train.health.preflight import preflight
 from megagrow.train.health.recovery import StepGuard
 from megagrow.train.health.run_lock import RunLock
@@ -247,7 +247,7 @@ class TrainingRun:
                 self.stage.plan.start_step,
             )
             self._begin(f"step {self.state.step + 1}, micro-batch {number}", slow=first)
-            with told_by_its_rank(self.comm):
+            with reported_by_its_rank(self.comm):
                 samples = self.samples.batch(start, micro)
             yield samples
 

@@ -19,7 +19,7 @@ import torch
 
 from megagrow import ops
 from megagrow.background import Pool
-from megagrow.state.boxes import Box, split_box, union_volume
+from megagrow.state.boxes import Box, split_box
 from megagrow.state.catalog import Slot, slots_of
 from megagrow.state.fresh import fresh, normals
 from megagrow.state.placement import Placement
@@ -28,6 +28,7 @@ from megagrow.transfer.moves import (
     Holder,
     Locator,
     Move,
+    distinct_elements,
     merged,
     messages,
     plan_receives,
@@ -118,7 +119,7 @@ def transfer_between_ranks(
             if move.receiver != rank:
                 outgoing[move.receiver].append(move)
 
-    least = _least(move for moves in incoming.values() for move in moves)
+    least = distinct_elements(move for moves in incoming.values() for move in moves)
     width = torch.empty((), dtype=dtype).element_size()
     limit = max(1, staging_bytes // (2 * width))
     received = crossed = 0
@@ -188,7 +189,7 @@ def transfer_from_storage(
                 old.read(move.copy.source, move.slot.name, box, out=memory)
                 if move.copy.coefficient != 1.0:
                     memory.mul_(move.copy.coefficient)
-                _add_noise(move, memory, noise)
+                _add(move, memory, noise)
                 continue
             piece = _piece(old, move)
             staged = max(staged, move.source_box.volume * piece.element_size())
@@ -243,7 +244,7 @@ def _fill_level(rule: Level, box: Box, memory: torch.Tensor, statistics: Statist
     kept = rule.statistic.kept
     lines = block.source_slices(part, (0,) * len(kept))
     at = tuple(s if n > 1 else slice(0, 1) for s, n in zip(lines, kept, strict=True))
-    values = statistics[rule.statistic][at] * rule.coefficient
+    values = statistics[rule.statistic][at] * rule.coefficient + rule.shift
     place = memory[block.target_slices(part, box.offset)]
     place.copy_(values.expand(part.shape))
 
@@ -281,14 +282,6 @@ def _fill_made(
     return longest * _FRESH_BYTES_AN_ELEMENT
 
 
-def _least(moves: Iterable[Move]) -> int:
-    """Number of distinct source elements of some pieces."""
-    boxes: dict[tuple[str, str], set[Box]] = defaultdict(set)
-    for move in moves:
-        boxes[move.copy.source, move.slot.name].add(move.source_box)
-    return sum(map(union_volume, boxes.values()))
-
-
 def _memory(new: Target, move: Move) -> torch.Tensor:
     return new.view(move.tensor, move.slot.name, move.target_box)[move.target_index()]
 
@@ -308,13 +301,14 @@ def _piece(old: Source, move: Move) -> torch.Tensor:
 
 def _land_all(landings: Sequence[Landing], new: Target, noise: MakeNoise) -> None:
     """Write pieces to the target: many per kernel launch if possible, otherwise one by one."""
-    plain = [(m, p) for m, p in landings if m.copy.noise is None and ops.own("copy_boxes", p)]
+    plain = [(m, p) for m, p in landings if m.copy.scales_only and ops.own("copy_boxes", p)]
     if plain:
         memory = [_memory(new, m) for m, _ in plain]
         same = {(p.dtype, p.device) for _, p in plain} | {(t.dtype, t.device) for t in memory}
         if len(same) == 1 and all(t.dim() <= ops.BOX_AXES for t in memory):
             ops.copy_boxes_(memory, [p for _, p in plain], [m.copy.coefficient for m, _ in plain])
-            landings = [(m, p) for m, p in landings if m.copy.noise is not None]
+            done = {id(m) for m, _ in plain}
+            landings = [(m, p) for m, p in landings if id(m) not in done]
     for move, piece in landings:
         _land(move, piece, new, noise)
 
@@ -329,10 +323,13 @@ def _land(move: Move, piece: torch.Tensor, new: Target, noise: MakeNoise) -> Non
         memory.copy_(piece)
         if scale != 1.0:
             memory.mul_(scale)
-    _add_noise(move, memory, noise)
+    _add(move, memory, noise)
 
 
-def _add_noise(move: Move, memory: torch.Tensor, noise: MakeNoise) -> None:
+def _add(move: Move, memory: torch.Tensor, noise: MakeNoise) -> None:
+    """Add the block's shift and noise."""
+    if move.copy.shift != 0.0:
+        memory.add_(move.copy.shift)
     if move.copy.noise is None:
         return
     for box in split_box(move.part, _NOISE_ELEMENTS):

@@ -7,11 +7,12 @@ agree on every message without communication.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from megagrow.state.boxes import Box, split_box
+from megagrow.state.boxes import Box, split_box, union_volume
 from megagrow.state.catalog import Slot
 from megagrow.state.placement import Placement, Shard
 from megagrow.transfer.state_map import AxisMap, Copy, StateMap
@@ -187,3 +188,11 @@ def _narrowed(move: Move, part: Box) -> Move:
     inside = part.relative_to(move.part.offset)
     twins = (_narrowed(twin, inside.moved_by(twin.part.offset)) for twin in move.twins)
     return replace(move, part=part, twins=tuple(twins))
+
+
+def distinct_elements(moves: Iterable[Move]) -> int:
+    """Number of distinct source elements of some moves: no transfer can send fewer."""
+    boxes: dict[tuple[str, str], set[Box]] = defaultdict(set)
+    for move in moves:
+        boxes[move.copy.source, move.slot.name].add(move.source_box)
+    return sum(map(union_volume, boxes.values()))

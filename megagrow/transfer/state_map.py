@@ -133,7 +133,7 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A fill: `coefficient` times a statistic in one block, zeros elsewhere.
+    """A fill: `coefficient` times a statistic, plus `shift`, in one block; zeros elsewhere.
 
     Attributes:
         axes: the block. On a reduced axis of the statistic, the source side is not used.
@@ -142,6 +142,7 @@ class Level:
     statistic: Statistic
     axes: tuple[AxisMap, ...]
     coefficient: float = 1.0
+    shift: float = 0.0
 
 
 Fill = Literal["covered", "zeros", "fresh"] | Drawn | Level
@@ -149,12 +150,18 @@ Fill = Literal["covered", "zeros", "fresh"] | Drawn | Level
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One block of one slot: target elements = coefficient * source elements (+ noise)."""
+    """One block of one slot: target elements = coefficient * source elements + shift (+ noise)."""
 
     source: str
     axes: tuple[AxisMap, ...]
     coefficient: float
     noise: Noise | None = None
+    shift: float = 0.0
+
+    @property
+    def scales_only(self) -> bool:
+        """Whether its elements are multiples of the source's."""
+        return self.noise is None and self.shift == 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:

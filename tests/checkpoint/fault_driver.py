@@ -1,9 +1,10 @@
 """Runs under the preloaded fault shim: saves step 41 once per fault, each in a forked child.
 
-Usage: fault_driver.py DIRECTORY WORLD; standard input is a JSON list of faults, each a
-dictionary of FAULT_* variables.  Save number i goes to DIRECTORY/i, which already holds a
-checkpoint of step 40.  Prints a JSON list of `[exit status or -signal, calls seen, text]`.
-Forking saves the seconds that importing torch takes.
+Usage: python -m tests.checkpoint.fault_driver DIRECTORY WORLD
+
+Standard input is a JSON list of faults, each a dictionary of FAULT_* variables.  Save
+number i goes to DIRECTORY/i, which already holds a checkpoint of step 40.  Prints a JSON list of
+`[exit status or -signal, calls seen, text]`.  Forking saves the seconds that importing torch takes.
 """
 
 import json
@@ -11,10 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-from worlds import random_cuts, random_values, save_outcomes
+from tests.checkpoint.worlds import random_cuts, random_values, save_outcomes
 
 
-def child(root, world, fault, log, text):
+def child(root: Path, world: int, fault: dict[str, str], log: int, text: int) -> None:
     os.environ.update(fault, FAULT_LOG=str(log))
     outcomes = save_outcomes(root, 41, random_cuts(random_values(41), world, 41))
     del os.environ["FAULT_CALL"]
@@ -24,7 +25,7 @@ def child(root, world, fault, log, text):
     os._exit(3 if errors else 0)
 
 
-def main():
+def main() -> None:
     base, world = Path(sys.argv[1]), int(sys.argv[2])
     results = []
     for number, fault in enumerate(json.load(sys.stdin)):

@@ -1,39 +1,66 @@
 """Test helpers for foreign checkpoints: our sinks without the converter, and comparisons."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeAlias
+
 import torch
 
 from megagrow.checkpoint.interface.file_writer import LEAST_BUFFER_BYTES, write_piece
-from megagrow.checkpoint.interface.format import SinkRequest, cut
+from megagrow.checkpoint.interface.format import (
+    CheckpointSource,
+    FilePlan,
+    Format,
+    SinkRequest,
+    cut,
+)
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.io.checksum import CHUNK_BYTES
+from megagrow.config import ModelConfig
 from megagrow.models.catalog import build_catalog
-from megagrow.state.boxes import whole
-from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.boxes import Box, whole
+from megagrow.state.catalog import ADAM_SLOTS, Slot
 from megagrow.state.layout import Layout
+from megagrow.transfer.whole_state import MemoryState
 
 
 class WholeSource:
     """A whole state in memory as a source."""
 
-    def __init__(self, model, state, *, step=7, config=None, **run_state):
-        self.path, self.step, self._state = "memory", step, state
+    def __init__(
+        self,
+        model: ModelConfig,
+        state: MemoryState,
+        *,
+        step: int = 7,
+        config: dict[str, Any] | None = None,
+        **run_state: Any,
+    ) -> None:
+        self.path, self.step, self._state = Path("memory"), step, state
         self.catalog, self.slots, self.layout = build_catalog(model), ADAM_SLOTS, Layout()
         self.config = {"model": model.model_dump(mode="json", by_alias=True)} | (config or {})
         self.run_state = {"optimizer_step": step} | run_state
         self.fingerprints = {"data": "d0"}
 
-    def dtype(self, tensor, slot):
+    def dtype(self, tensor: str, slot: str) -> torch.dtype:
         return self._state.tensors[tensor, slot].dtype
 
-    def holds(self, tensor, slot):
+    def holds(self, tensor: str, slot: str) -> bool:
         return any(held.name == slot and held.of(self.catalog[tensor]) for held in self.slots)
 
-    def read(self, tensor, slot, box, *, out=None):
+    def read(
+        self, tensor: str, slot: str, box: Box, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         values = self._state.view(tensor, slot, box)
         return values.clone() if out is None else out.copy_(values)
 
 
-def request_for(source, layout, **options):
+Readable: TypeAlias = CheckpointSource | WholeSource
+
+
+def request_for(source: Readable, layout: Layout, **options: Any) -> SinkRequest:
     """The request that the converter would pass to a sink."""
     meta = CheckpointMeta(
         source.catalog, source.slots, layout, source.config, source.fingerprints, source.run_state
@@ -44,7 +71,14 @@ def request_for(source, layout, **options):
     return SinkRequest(meta=meta, step=source.step, dtypes=dtypes, **options)
 
 
-def write_file(path, plan, source, *, limit=1 << 40, chunk_bytes=CHUNK_BYTES):
+def write_file(
+    path: Path,
+    plan: FilePlan,
+    source: Readable,
+    *,
+    limit: int = 1 << 40,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> list[str]:
     """Write a planned file, cut into pieces, the last one first; returns its checksums."""
     sums = [
         write_piece(path, piece, source, buffer_bytes=LEAST_BUFFER_BYTES, chunk_bytes=chunk_bytes)
@@ -53,7 +87,9 @@ def write_file(path, plan, source, *, limit=1 << 40, chunk_bytes=CHUNK_BYTES):
     return [text for part in reversed(sums) for text in part]
 
 
-def write_checkpoint(format, source, directory, layout, **options):
+def write_checkpoint(
+    format: Format, source: Readable, directory: Path, layout: Layout, **options: Any
+) -> Path:
     """Write what a format's sink plans; returns the directory."""
     sink = format.open_sink(request_for(source, layout, **options))
     sums = {}
@@ -66,14 +102,14 @@ def write_checkpoint(format, source, directory, layout, **options):
     return directory
 
 
-def open_checkpoint(format, directory):
+def open_checkpoint(format: Format, directory: Path) -> CheckpointSource:
     """Open the checkpoint that a path refers to."""
     found = format.find(directory)
     assert found is not None, f"{format.name} finds nothing in {directory}"
     return format.open_source(found)
 
 
-def differing(old, new, *, slots=None):
+def differing(old: Readable, new: Readable, *, slots: Iterable[Slot] | None = None) -> str | None:
     """The first slot of a tensor that differs, bit for bit; None if all are equal."""
     names = {t.name for t in old.catalog}
     if names != {t.name for t in new.catalog}:

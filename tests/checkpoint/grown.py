@@ -1,20 +1,24 @@
 """Checkpoints like those of runs that have grown: random state with a real run description."""
 
-from states import save_model
-from toys import toy_model
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
-from megagrow.config import Config
+from megagrow.config import Config, ModelConfig
 from megagrow.data.position import Position
 from megagrow.growth.plan import plan_growth
 from megagrow.train.state import RunState
+from tests.checkpoint.states import save_model
+from tests.toys import toy_model
 
-WIDTH = {"operator": "width", "factor": 2, "state_policy": "sparkling"}
-DEPTH = {"operator": "depth_stack", "factor": 2, "state_policy": "copy"}
-FRESH = {"operator": "width_fresh", "factor": 2}
-LLAMA = {"family": "llama", "heads": 4, "kv_heads": 2, "head_dim": 4}
+Settings = dict[str, Any]
+WIDTH: Settings = {"operator": "width", "factor": 2, "state_policy": "sparkling"}
+DEPTH: Settings = {"operator": "depth_stack", "factor": 2, "state_policy": "copy"}
+FRESH: Settings = {"operator": "width_fresh", "factor": 2}
+LLAMA: Settings = {"family": "llama", "heads": 4, "kv_heads": 2, "head_dim": 4}
 # Runs by name: their growths, and how the first model differs from a toy model.
 # `exact` gives every tensor its own learning rate.
-HISTORIES = {
+HISTORIES: dict[str, tuple[list[Settings], Settings]] = {
     "fresh": ([], {}),
     "wider": ([WIDTH | {"state_policy": "exact"}], LLAMA),
     "deeper": ([DEPTH], LLAMA | {"tie_embeddings": False}),
@@ -25,28 +29,40 @@ HISTORIES = {
 }
 
 
-def grown_run(growths, *, ends="steps", step=7, **changes):
+def grown_run(
+    growths: Iterable[Settings], *, ends: str = "steps", step: int = 7, **changes: Any
+) -> tuple[ModelConfig, Settings, Settings]:
     """(model, configuration, run state) of a run that has been through these growths."""
     first = toy_model(**changes)
     position = Position(((first.sequence, 8 * step),))
     model, state = first, RunState(step=step, optimizer_step=step, position=position)
-    stages = [{"until": {"steps": 3}}]
+    stages: list[Settings] = [{"until": {"steps": 3}}]
     if ends == "rule":
         stages = [{"until": {"steps": 5, "slope": -0.05}}]
     for number, grow in enumerate(growths):
         stages.append({"until": {"steps": 10 * (number + 1)}, "grow": grow})
-        model, growth = plan_growth(_config(first, stages).stages[-1].grow, model)
+        asked = _config(first, stages).stages[-1].grow
+        assert asked is not None
+        model, growth = plan_growth(asked, model)
         state = state.after_growth(growth, betas=(0.9, 0.95))
     config = _config(first, stages)
     return model, config.model_dump(mode="json", by_alias=True), state.to_json()
 
 
-def _config(model, stages):
-    sections = {"data": {"path": "data/x"}, "run": {"seed": 1}, "batch": {"global": 8, "micro": 2}}
-    return Config(model=model, stages=stages, **sections)
+def _config(model: ModelConfig, stages: list[Settings]) -> Config:
+    sections: Settings = {
+        "model": model,
+        "stages": stages,
+        "data": {"path": "data/x"},
+        "run": {"seed": 1},
+        "batch": {"global": 8, "micro": 2},
+    }
+    return Config(**sections)
 
 
-def save_grown(root, history, *, seed=3, step=7):
+def save_grown(
+    root: Path, history: str, *, seed: int = 3, step: int = 7
+) -> tuple[Path, ModelConfig]:
     """Save a native checkpoint of such a run; returns (path, its model)."""
     growths, changes = HISTORIES[history]
     ends = "rule" if history == "by_rule" else "steps"

@@ -1,8 +1,9 @@
 """Megatron-Core's GPT model on a CPU loads our export: names, order, logits.
 
-Usage: megatron_client.py DIRECTORY [CHECKPOINT...]; prints `same` at the end.  Native
-checkpoints replace the toy models.  Megatron's model asks for a GPU in three places that do not
-affect what it computes; they are stubbed here.
+Usage: python -m tests.checkpoint.megatron_client DIRECTORY [CHECKPOINT...]
+
+It prints `same` at the end.  Native checkpoints replace the toy models.  Megatron's
+model asks for a GPU in three places that do not affect what it computes; they are stubbed here.
 """
 
 import contextlib
@@ -10,27 +11,25 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-import torch  # noqa: E402
-from foreign import WholeSource, write_checkpoint  # noqa: E402
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-from states import opened  # noqa: E402
-from toys import build, random_state, toy_model  # noqa: E402
-
-from megagrow.checkpoint.convert.load_model import load_model  # noqa: E402
-from megagrow.checkpoint.formats.megatron.source import FORMAT  # noqa: E402
-from megagrow.checkpoint.interface.model_of import model_of  # noqa: E402
-from megagrow.models.catalog import build_catalog  # noqa: E402
-from megagrow.state.layout import Layout  # noqa: E402
+from megagrow.checkpoint.convert.load_model import load_model
+from megagrow.checkpoint.formats.megatron.source import FORMAT
+from megagrow.checkpoint.interface.model_of import model_of
+from megagrow.models.catalog import build_catalog
+from megagrow.state.layout import Layout
+from tests.checkpoint.foreign import Readable, WholeSource, write_checkpoint
+from tests.checkpoint.states import opened
+from tests.toys import build, random_state, toy_model
 
 
-def their_model(args):
+def their_model(args: Any) -> GPTModel:
     """The model that Megatron's own arguments describe."""
     llama = args.swiglu
     config = TransformerConfig(
@@ -61,13 +60,13 @@ def their_model(args):
     )
 
 
-def their_gelu(x):
+def their_gelu(x: torch.Tensor) -> torch.Tensor:
     """What its fused kernel (the default, which needs a GPU) computes."""
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-def main():
-    torch.cuda.current_device = lambda: "cpu"
+def main() -> None:
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
     tensor_parallel.get_cuda_rng_tracker().fork = lambda *a, **k: contextlib.nullcontext()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -75,9 +74,11 @@ def main():
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1")
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel(1, 1)
-    kinds = [{"family": "gpt2"}, {"family": "llama", "tie_embeddings": False},
+    kinds: list[dict[str, Any]] = [{"family": "gpt2"}, {"family": "llama", "tie_embeddings": False},
              {"family": "llama", "heads": 4, "kv_heads": 2, "head_dim": 4}]  # fmt: skip
-    for number, kind in enumerate(sys.argv[2:] or kinds):
+    cases: list[Any] = sys.argv[2:] or kinds
+    for number, kind in enumerate(cases):
+        source: Readable
         if isinstance(kind, str):
             source = opened(Path(kind))
             model, ours = model_of(source), load_model(Path(kind))[0]
@@ -93,11 +94,11 @@ def main():
         names = [name for name, _ in theirs.named_parameters()]
         assert names == list(file["model"]), (names, list(file["model"]))
         theirs.load_state_dict(file["model"], strict=True)
-        tokens = torch.randint(model.vocab, (3, model.sequence))
+        tokens = torch.randint(model.vocabulary, (3, model.sequence))
         places = torch.arange(model.sequence).expand_as(tokens)
         mask = torch.ones(model.sequence, model.sequence).triu(1).bool()[None, None]
         with torch.no_grad():
-            found = theirs(tokens, places, mask)[..., : model.vocab]
+            found = theirs(tokens, places, mask)[..., : model.vocabulary]
             expected = ours.logits(tokens)
         difference = float((found - expected).abs().max())
         assert difference < 1e-4, (kind, difference)

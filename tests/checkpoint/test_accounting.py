@@ -8,10 +8,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from jobs import command
 from safetensors.torch import load_file, save_file
-from states import opened, save_model, to
-from toys import toy_model
 
 from megagrow.checkpoint.convert.load_model import load_model
 from megagrow.checkpoint.convert.registry import FORMATS
@@ -21,6 +18,9 @@ from megagrow.checkpoint.interface.accounting import account, enumerated, summar
 from megagrow.checkpoint.interface.format import LeftOut
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import whole
+from tests.checkpoint.states import opened, save_model, to
+from tests.jobs import command
+from tests.toys import toy_model
 
 
 def test_a_name_without_a_fate_is_a_defect_of_the_reader():
@@ -80,8 +80,8 @@ def again(**more):
     def changed(path):
         metadata = pickle.loads((path / ".metadata").read_bytes())
         state = {
-            name: torch.empty(told.size, dtype=told.properties.dtype)
-            for name, told in metadata.state_dict_metadata.items()
+            name: torch.empty(stated.size, dtype=stated.properties.dtype)
+            for name, stated in metadata.state_dict_metadata.items()
         }
         dcp.load(state, checkpoint_id=str(path), no_dist=True)
         shutil.rmtree(path)

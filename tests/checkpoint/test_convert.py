@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from states import GQA, assert_same, contents, opened, save_model, to
-from toys import toy_model
 
 from megagrow.checkpoint import NativeCheckpoint
 from megagrow.checkpoint.convert import run as converting
@@ -19,6 +17,8 @@ from megagrow.errors import CheckpointError, LockError, MegagrowError
 from megagrow.lock import holding_output
 from megagrow.models.catalog import build_catalog
 from megagrow.state.layout import Layout
+from tests.checkpoint.states import GQA, assert_same, contents, opened, save_model, to
+from tests.toys import toy_model
 
 LAYOUTS = [
     Layout(),
@@ -64,7 +64,7 @@ def test_formats_chain(tmp_path, fmt):
     assert_same(contents(target), state.tensors, slots={"master"})
 
 
-def test_element_types_change_as_asked_and_the_rounding_is_told(tmp_path):
+def test_element_types_change_as_asked_and_the_rounding_is_reported(tmp_path):
     path, state = save_model(tmp_path)
     job = Job(path, tmp_path / "half", "native", dtype=torch.bfloat16)
     report = convert(job, verify=True)
@@ -79,17 +79,17 @@ def test_element_types_change_as_asked_and_the_rounding_is_told(tmp_path):
 
 def test_several_workers(tmp_path):
     path, state = save_model(tmp_path)
-    told = []
+    stated = []
     target = to(
         path,
         tmp_path / "new",
         "native",
         layout=Layout(data=3, zero=1),
         workers=2,
-        moved=told.append,
+        moved=stated.append,
     )
     assert_same(contents(target), state.tensors)
-    assert sum(told) == survey(Job(path, target, "native", layout=Layout(data=3, zero=1))).bytes
+    assert sum(stated) == survey(Job(path, target, "native", layout=Layout(data=3, zero=1))).bytes
 
 
 def test_dry_run_tells_bytes_and_writes_nothing(tmp_path):

@@ -6,10 +6,8 @@ import zlib
 
 import pytest
 import torch
-from foreign import write_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import logical
 
 from megagrow.checkpoint.interface import stored_source
 from megagrow.checkpoint.interface.format import FilePlan, Late, Mark, Values, Zeros
@@ -21,6 +19,8 @@ from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, flat_range_boxes, whole
 from megagrow.state.catalog import MASTER, Catalog
 from megagrow.state.layout import Layout
+from tests.checkpoint.foreign import write_file
+from tests.checkpoint.worlds import logical
 
 
 def about(shape):

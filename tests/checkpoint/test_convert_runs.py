@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from jobs import dataset, settings, stages, train, write_config  # noqa: F401 - a fixture
-from states import assert_same, contents
 
 from megagrow.checkpoint import NativeCheckpoint
+from tests.checkpoint.states import assert_same, contents
+from tests.jobs import settings, stages, train, write_config
 
 
 def convert(*arguments):
@@ -20,7 +20,7 @@ def convert(*arguments):
 
 
 @pytest.fixture(scope="module", name="grown")
-def grown_run(dataset, tmp_path_factory):  # noqa: F811
+def grown_run(dataset, tmp_path_factory):
     """A widened run at its last step: (run directory, its settings)."""
     root = tmp_path_factory.mktemp("grown")
     config = settings(dataset, root / "run", stages=stages()[:2], model={"vocab": 320})

@@ -3,9 +3,6 @@
 import json
 
 import pytest
-from states import contents, opened, to
-from toys import random_state, toy_model
-from worlds import SoloGroup
 
 from megagrow.checkpoint import CheckpointMeta, Piece, save
 from megagrow.errors import CheckpointError
@@ -15,6 +12,9 @@ from megagrow.state.catalog import slots_of
 from megagrow.state.layout import Layout
 from megagrow.state.optimizers import OPTIMIZERS
 from megagrow.state.placement import Placement
+from tests.checkpoint.states import contents, opened, to
+from tests.checkpoint.worlds import SoloGroup
+from tests.toys import random_state, toy_model
 
 
 def saved(root, kind, slots):

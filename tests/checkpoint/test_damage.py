@@ -4,11 +4,11 @@ import random
 import shutil
 
 import pytest
-from worlds import save_world
 
 from megagrow.checkpoint import NativeCheckpoint
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import whole
+from tests.checkpoint.worlds import save_world
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ import struct
 import zipfile
 
 import pytest
-from states import contents, opened, save_model, to
-from toys import toy_model
 
 from megagrow.checkpoint.convert.registry import FORMATS
 from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.checkpoint.interface import sidecar_checksums as seal
 from megagrow.errors import CheckpointError
 from megagrow.state.layout import Layout
+from tests.checkpoint.states import contents, opened, save_model, to
+from tests.toys import toy_model
 
 LAYOUT = Layout(tensor=2, data=2, zero=1)
 PICKLED = ("deepspeed", "universal", "megatron", "dcp")

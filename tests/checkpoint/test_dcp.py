@@ -12,11 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from states import GQA, assert_same, contents, opened, save_model, to
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_state_dict
-from toys import toy_model
-from worlds import random_box
 
 from megagrow.checkpoint.containers.pickle_reader import read_pickle
 from megagrow.checkpoint.convert.run import Job, convert, survey
@@ -24,6 +21,9 @@ from megagrow.checkpoint.formats.dcp.sink import digest, stored_name
 from megagrow.errors import CheckpointError
 from megagrow.state.layout import Layout
 from megagrow.train.state import RunState
+from tests.checkpoint.states import GQA, assert_same, contents, opened, save_model, to
+from tests.checkpoint.worlds import random_box
+from tests.toys import toy_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -3,15 +3,11 @@
 import argparse
 import itertools
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from foreign import WholeSource, differing, open_checkpoint, write_checkpoint
-from ranks import run_ranks
-from toys import FAMILIES, random_state, toy_model, toy_models
 
 from megagrow.checkpoint.formats.deepspeed import names
 from megagrow.checkpoint.formats.deepspeed import source as deepspeed
@@ -21,6 +17,10 @@ from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.layout import Layout
+from tests.checkpoint.foreign import WholeSource, differing, open_checkpoint, write_checkpoint
+from tests.engine.plays import Job
+from tests.ranks import run_ranks
+from tests.toys import FAMILIES, random_state, toy_model, toy_models
 
 FORMAT = deepspeed.FORMAT
 LAYOUTS = [
@@ -81,7 +81,7 @@ def test_sixteen_bit_runs_keep_fp32_masters(tmp_path):
         )
 
 
-def test_the_model_is_told_by_names_and_shapes_where_nothing_else_tells(tmp_path):
+def test_the_model_is_reported_by_names_and_shapes_where_nothing_else_tells(tmp_path):
     source = whole_source(toy_model(family="gpt2"))
     source.config = {}  # makes the writer treat the model as foreign
     plain = open_checkpoint(FORMAT, write_checkpoint(FORMAT, source, tmp_path, Layout(2, zero=1)))
@@ -177,9 +177,6 @@ def test_ds_to_universal_of_deepspeed_reads_it(layout, tmp_path):
 
 def save_and_go_on(comm, root, layouts, targets):
     """Train, save, compare; then resume from the sink's files in other layouts, in DeepSpeed."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
-    from plays import Job
-
     answers = []
     for number, (family, layout) in enumerate(layouts):
         model = toy_model(init_std=0.2, family=family)

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import yaml
-from states import opened
 from torch.nn import functional as F
 
 from megagrow.checkpoint.convert.load_model import load_model
@@ -14,6 +13,7 @@ from megagrow.checkpoint.formats.deepspeed.saved_optimizer import assign
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import whole
 from megagrow.state.layout import Layout
+from tests.checkpoint.states import opened
 
 HEADS, KV, DIM, HIDDEN, FFN, VOCAB, LENGTH = 4, 2, 4, 16, 12, 13, 6
 
@@ -172,7 +172,7 @@ def shared(name, values, module, rank, tensor):
     return values
 
 
-def imported(root, llama, qkv, mlp, *, tensor, told):
+def imported(root, llama, qkv, mlp, *, tensor, stated):
     """(the user's module, the path of its checkpoint with a mapping file)."""
     torch.manual_seed(5)
     module = UsersTransformer(llama, qkv, mlp)
@@ -182,7 +182,7 @@ def imported(root, llama, qkv, mlp, *, tensor, told):
     model = {"family": "llama" if llama else "gpt2", "layers": 2, "hidden": HIDDEN, "heads": HEADS,
              "head_dim": DIM, "ffn": FFN, "sequence": LENGTH, "vocab": VOCAB}  # fmt: skip
     model |= {"kv_heads": KV} if llama else {}
-    mapping = {"model": model, "tensors": told}
+    mapping = {"model": model, "tensors": stated}
     (root / "megagrow.mapping.yaml").write_text(yaml.safe_dump(mapping))
     return module, root / "global_step3"
 
@@ -196,8 +196,8 @@ CASES = [
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize(("llama", "qkv", "mlp"), CASES)
 def test_an_imported_model_gives_the_logits_of_the_users_module(tmp_path, llama, qkv, mlp, tensor):
-    told = rules(llama, qkv, mlp)
-    module, path = imported(tmp_path, llama, qkv, mlp, tensor=tensor, told=told)
+    stated = rules(llama, qkv, mlp)
+    module, path = imported(tmp_path, llama, qkv, mlp, tensor=tensor, stated=stated)
     tokens = torch.randint(VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
     model, _, _ = load_model(path)
     with torch.no_grad():
@@ -224,31 +224,31 @@ def test_an_imported_model_gives_the_logits_of_the_users_module(tmp_path, llama,
     ],
 )
 def test_a_fused_matrix_whose_order_nothing_tells_is_refused(tmp_path, llama, change, says):
-    told = rules(llama, "qkv", "gate_up" if llama else None)
-    fused = next(rule for rule in told if "fused" in rule["match"])
+    stated = rules(llama, "qkv", "gate_up" if llama else None)
+    fused = next(rule for rule in stated if "fused" in rule["match"])
     fused |= change
     for key in [key for key, value in fused.items() if value is None]:
         del fused[key]
-    _, path = imported(tmp_path, llama, "qkv", "gate_up", tensor=1, told=told)
+    _, path = imported(tmp_path, llama, "qkv", "gate_up", tensor=1, stated=stated)
     with pytest.raises(CheckpointError, match=f"(?s){says}"):
         opened(path)
 
 
-def test_gate_and_up_and_other_matrices_must_be_told_and_fit(tmp_path):
-    told = rules(True, "qkv", None)
-    _, path = imported(tmp_path / "a", True, "qkv", "gate_up", tensor=1, told=told)
+def test_gate_and_up_and_other_matrices_must_be_given_and_fit(tmp_path):
+    stated = rules(True, "qkv", None)
+    _, path = imported(tmp_path / "a", True, "qkv", "gate_up", tensor=1, stated=stated)
     with pytest.raises(CheckpointError, match=r"(?s)wide\.weight.*not specified.*`order: gate_up`"):
         opened(path)
-    told = rules(False, "qkv", None)
-    next(r for r in told if ".down" in r["match"])["order"] = "qkv"
-    _, path = imported(tmp_path / "b", False, "qkv", None, tensor=1, told=told)
+    stated = rules(False, "qkv", None)
+    next(r for r in stated if ".down" in r["match"])["order"] = "qkv"
+    _, path = imported(tmp_path / "b", False, "qkv", None, tensor=1, stated=stated)
     with pytest.raises(CheckpointError, match="has no qkv"):
         opened(path)
 
 
 def test_a_mapped_model_is_converted_to_other_layouts(tmp_path):
-    told = rules(True, "qkv", "up_gate")
-    module, path = imported(tmp_path, True, "qkv", "up_gate", tensor=2, told=told)
+    stated = rules(True, "qkv", "up_gate")
+    module, path = imported(tmp_path, True, "qkv", "up_gate", tensor=2, stated=stated)
     made = tmp_path / "made"
     convert(Job(path, made, "deepspeed", layout=Layout(tensor=2, zero=1)), verify=True)
     tokens = torch.randint(VOCAB, (2, LENGTH))
@@ -275,9 +275,9 @@ def test_a_mapped_model_is_converted_to_other_layouts(tmp_path):
 )
 def test_shapes_tell_which_parameter_is_which_or_nothing_does(parameters, groups, found):
     shapes = {name[0]: tuple(map(int, name[1:])) for name in parameters.split()}
-    told = [
+    stated = [
         [None if one == "?" else tuple(map(int, one)) for one in group.split()]
         for group in groups.replace("??", "?").split(",")
     ]
     answer = None if found is None else [group.split() for group in found.split(",")]
-    assert assign(shapes, told) == answer
+    assert assign(shapes, stated) == answer

@@ -3,8 +3,9 @@
 import itertools
 
 import pytest
-from ranks import run_ranks
-from users import go_on
+
+from tests.checkpoint.users import go_on
+from tests.ranks import run_ranks
 
 TRAINED = ["a.bias", "a.weight", "emb.weight", "head.weight", "norm.bias", "norm.weight"]
 

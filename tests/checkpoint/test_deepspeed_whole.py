@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-from states import opened
 
 from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.errors import ConfigError
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import slots_of
 from megagrow.state.layout import Layout
+from tests.checkpoint.states import opened
 
 TRAINED = {"wte.weight": (5, 3), "h.weight": (3, 3), "h.bias": (3,)}
 

@@ -6,20 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from worlds import logical, meta, random_cuts, random_values, save_outcomes, save_world
 
-from megagrow.bench.faults.shim import build
+from benchmarks.faults.shim import build
 from megagrow.checkpoint import NativeCheckpoint, list_steps, save, step_path
 from megagrow.checkpoint.native.collective import SoloGroup
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import Catalog
-
-HERE = Path(__file__).parent
+from tests.checkpoint.worlds import (
+    logical,
+    meta,
+    random_cuts,
+    random_values,
+    save_outcomes,
+    save_world,
+)
+from tests.jobs import REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +48,8 @@ def run(shim, earlier, base, faults, world):
     for root in roots:
         shutil.copytree(earlier, root)
     done = subprocess.run(
-        [sys.executable, HERE / "fault_driver.py", base, str(world)],
-        env={**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": str(HERE.parent.parent)},
+        [sys.executable, "-m", "tests.checkpoint.fault_driver", base, str(world)],
+        env={**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": str(REPOSITORY)},
         input=json.dumps(faults),
         capture_output=True,
         text=True,

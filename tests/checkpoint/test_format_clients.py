@@ -3,13 +3,9 @@
 import itertools
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from grown import save_grown
-from ranks import run_ranks
-from states import opened
 
 from megagrow.checkpoint.convert.load_model import load_model
 from megagrow.checkpoint.convert.run import Job, convert
@@ -17,6 +13,11 @@ from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.growth.optimizer_rules import OptimizerRules
 from megagrow.state.boxes import whole
 from megagrow.state.layout import Layout
+from tests.checkpoint.grown import save_grown
+from tests.checkpoint.states import opened
+from tests.engine import plays
+from tests.jobs import REPOSITORY
+from tests.ranks import run_ranks
 
 HISTORIES = ("fresh", "wider", "deeper", "twice")
 CUT = [Layout(data=2, zero=1), Layout(data=2, zero=2), Layout(data=2, zero=3),
@@ -26,8 +27,6 @@ CUT = [Layout(data=2, zero=1), Layout(data=2, zero=2), Layout(data=2, zero=3),
 
 def load_in_deepspeed(comm, root, cases):
     """Per (history, format, layout): what differs in an engine of that model after loading it."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
-    import plays
 
     class Client(plays.Job):
         def __init__(self, source, layout, universal):
@@ -139,7 +138,7 @@ def test_megatron_core_computes_what_grown_models_do(tmp_path):
     pytest.importorskip("megatron.core", reason="pip install megatron-core")
     paths = [save_grown(tmp_path / history, history)[0] for history in HISTORIES]
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "megatron_client.py", tmp_path / "out", *paths],
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "tests.checkpoint.megatron_client", tmp_path / "out", *paths],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-3000:]

@@ -8,8 +8,6 @@ import itertools
 
 import pytest
 import torch
-from grown import HISTORIES, save_grown
-from states import contents, opened
 
 from megagrow.checkpoint.convert.registry import FORMATS
 from megagrow.checkpoint.convert.run import Job, convert
@@ -17,6 +15,8 @@ from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.errors import ConfigError
 from megagrow.models.catalog import build_catalog
 from megagrow.state.layout import Layout
+from tests.checkpoint.grown import HISTORIES, save_grown
+from tests.checkpoint.states import contents, opened
 
 LAYOUTS = {
     "alone": Layout(),

@@ -6,11 +6,11 @@ import shutil
 import tracemalloc
 
 import pytest
-from worlds import reseal, save_world
 
 from megagrow.checkpoint import NativeCheckpoint
 from megagrow.checkpoint.native import manifest
 from megagrow.errors import CheckpointError
+from tests.checkpoint.worlds import reseal, save_world
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from states import GQA, assert_same, contents, opened, save_model, to
-from toys import build, toy_model
 
 from megagrow.checkpoint import NativeCheckpoint
 from megagrow.checkpoint.convert.load_model import load_model
@@ -17,6 +15,8 @@ from megagrow.checkpoint.convert.registry import get_format
 from megagrow.checkpoint.convert.run import Job, convert, survey
 from megagrow.errors import CheckpointError
 from megagrow.state.layout import Layout
+from tests.checkpoint.states import GQA, assert_same, contents, opened, save_model, to
+from tests.toys import build, toy_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -77,19 +77,19 @@ def their_directory(path, model, **settings):
 
 
 @pytest.mark.parametrize(
-    ("init_std", "told"),
+    ("init_std", "stated"),
     [(0.3, 0.3), ({"embedding": 0.5, "matrices": 0.1}, 0.1), ({"matrices": "fan_in"}, None)],
 )
-def test_the_range_of_fresh_parameters_is_that_of_matrices(tmp_path, init_std, told):
+def test_the_range_of_fresh_parameters_is_that_of_matrices(tmp_path, init_std, stated):
     path, _ = save_model(tmp_path, toy_model(init_std=init_std))
     about = survey(Job(path, tmp_path / "hf", "huggingface"))
     named = [item.name for item in about.left_out if "init_std" in item.name]
     assert len(named) == isinstance(init_std, dict)
     target = to(path, tmp_path / "hf", "huggingface")
-    assert json.loads((target / "config.json").read_text()).get("initializer_range") == told
+    assert json.loads((target / "config.json").read_text()).get("initializer_range") == stated
     default = transformers.GPT2Config().initializer_range
-    assert transformers.AutoConfig.from_pretrained(target).initializer_range == (told or default)
-    assert open_hf(target).config["model"]["init_std"] == (told or default)
+    assert transformers.AutoConfig.from_pretrained(target).initializer_range == (stated or default)
+    assert open_hf(target).config["model"]["init_std"] == (stated or default)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -196,7 +196,7 @@ REFUSED = {
         ("rope_parameters", [1]),
         ("partial_rotary_factor", 0.5),
         ("quantization_config", {"bits": 4}),
-        ("model_type", "mistral"),
+        ("model_type", "mixtral"),
         ("model_type", ["llama"]),
         ("num_key_value_heads", 3),
         ("num_attention_heads", 0),
@@ -309,7 +309,7 @@ CHANGED = {
     "output_attentions": True, "output_hidden_states": True, "pad_token_id": 5,
     "pretraining_tp": 2, "problem_type": "regression", "reorder_and_upcast_attn": True,
     "resid_pdrop": 0.3, "return_dict": False, "rms_norm_eps": 0.1,
-    "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+    "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4},
     "scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False,
     "summary_activation": "tanh", "summary_first_dropout": 0.5, "summary_proj_to_labels": False,
     "summary_type": "mean", "summary_use_proj": False, "tie_word_embeddings": True,

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import dataset  # noqa: F401 - a fixture
-from states import opened, save_model, to
-from toys import FAMILIES, toy_model
 
 from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.checkpoint.formats.huggingface.tokenizer import Carried, compare
@@ -17,6 +14,8 @@ from megagrow.checkpoint.interface.own_tokenizer import NO_TOKENIZER
 from megagrow.data.tokenizer import load_tokenizer, train_sentencepiece
 from megagrow.data.tokenizer_json import from_sentencepiece, probe_texts
 from megagrow.errors import CheckpointError, DataError
+from tests.checkpoint.states import opened, save_model, to
+from tests.toys import FAMILIES, toy_model
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -66,7 +65,7 @@ def agrees(directory, tokenizer, texts):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_runs_own_tokenizer_goes_along_and_gives_the_same_ids(tmp_path, dataset, family):  # noqa: F811
+def test_a_runs_own_tokenizer_goes_along_and_gives_the_same_ids(tmp_path, dataset, family):
     """Found through the data's path, compared by SHA-256, written for transformers."""
     own = dataset / "tokenizer.model"
     path = saved(tmp_path, own, family=family, data=dataset)
@@ -114,8 +113,8 @@ def test_a_directorys_own_configuration_is_carried_and_compared(tmp_path):
     assert "ids of the tokenizer: the same by transformers, on probe texts" in report.notes
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (shelf / name).read_bytes()
-    told = json.loads((tmp_path / "hf/generation_config.json").read_text())
-    assert (told["eos_token_id"], told["temperature"]) == (0, 0.5)
+    stated = json.loads((tmp_path / "hf/generation_config.json").read_text())
+    assert (stated["eos_token_id"], stated["temperature"]) == (0, 0.5)
     # A class that leads transformers to other ids, as GPT-2's does here, is refused.
     theirs["tokenizer_class"] = "GPT2Tokenizer"
     (shelf / "tokenizer_config.json").write_text(json.dumps(theirs | {"add_prefix_space": True}))
@@ -153,7 +152,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused_or_asked_for(tmp_path):
                 convert(job_of_run)
 
 
-def test_a_dataset_that_was_made_again_does_not_lend_its_tokenizer(tmp_path, dataset):  # noqa: F811
+def test_a_dataset_that_was_made_again_does_not_lend_its_tokenizer(tmp_path, dataset):
     own = byte_level(tmp_path / "tokenizer.json")
     path = saved(tmp_path, own, data=dataset)
     [note] = convert(Job(path, tmp_path / "hf", "huggingface")).notes
@@ -161,7 +160,7 @@ def test_a_dataset_that_was_made_again_does_not_lend_its_tokenizer(tmp_path, dat
     assert not (tmp_path / "hf/tokenizer.json").exists()
 
 
-def test_generation_ends_at_the_end_of_a_document(tmp_path, dataset):  # noqa: F811
+def test_generation_ends_at_the_end_of_a_document(tmp_path, dataset):
     """A model that always predicts "end of document": generation stops after one token."""
     own = dataset / "tokenizer.model"
     eod = load_tokenizer(own).eod
@@ -220,7 +219,7 @@ def test_where_transformers_is_not_installed_it_is_said(tmp_path, monkeypatch):
     assert "not compared" in compare(tmp_path, Carried())
 
 
-def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(tmp_path, dataset):  # noqa: F811
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(tmp_path, dataset):
     own = dataset / "tokenizer.model"
     small = save_model(
         tmp_path, toy_model(vocab=64), fingerprints={"tokenizer": sha256(own)}, data=dataset

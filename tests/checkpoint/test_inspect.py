@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from states import save_model, to
-from worlds import CATALOG, save_world
 
 from megagrow.checkpoint.convert.registry import FORMATS
+from tests.checkpoint.states import save_model, to
+from tests.checkpoint.worlds import CATALOG, save_world
 
 LAUNCH = Path(__file__).parent.parent.parent / "launch"
 

@@ -5,24 +5,24 @@ import dataclasses
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from foreign import WholeSource, differing, open_checkpoint, write_checkpoint
-from toys import random_state, toy_model, toy_models
 
 from megagrow.checkpoint.convert.registry import get_format
 from megagrow.checkpoint.formats.megatron import names
 from megagrow.checkpoint.formats.megatron import source as megatron
 from megagrow.checkpoint.formats.megatron.arguments import CARRIED, FIXED
 from megagrow.checkpoint.formats.megatron.names import write_args
-from megagrow.checkpoint.interface.format import NOTHING_TOLD, LeftOut, ReadOptions
+from megagrow.checkpoint.interface.format import NO_OPTIONS, LeftOut, ReadOptions
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.models.catalog import build_catalog
 from megagrow.models.registry import family_of
 from megagrow.state.catalog import ADAM_SLOTS, MASTER
 from megagrow.state.layout import Layout
+from tests.checkpoint.foreign import WholeSource, differing, open_checkpoint, write_checkpoint
+from tests.jobs import REPOSITORY
+from tests.toys import random_state, toy_model, toy_models
 
 FORMAT = megatron.FORMAT
 LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(tensor=2, pipeline=2, data=2)]
@@ -207,7 +207,7 @@ def fate(key, value):
     """Whether an argument is carried, left out or refused (then by name)."""
     args = arguments() | {key: value}
     try:
-        left_out = names.read_model(args, where="file", told=NOTHING_TOLD)[2]
+        left_out = names.read_model(args, where="file", options=NO_OPTIONS)[2]
     except CheckpointError as error:
         return "refused" if key in str(error) else "refused without its name"
     return "left out" if f"args.{key}" in {item.name for item in left_out} else "carried"
@@ -270,15 +270,15 @@ def test_an_argument_is_carried_left_out_or_refused(key, value, wanted):
 
 def test_gelu_without_its_fused_kernel_is_another_function():
     args = write_args(toy_model(), Layout(), padded=128)
-    names.read_model(args | {"bias_gelu_fusion": True}, where="file", told=NOTHING_TOLD)
+    names.read_model(args | {"bias_gelu_fusion": True}, where="file", options=NO_OPTIONS)
     with pytest.raises(CheckpointError, match="bias_gelu_fusion: megagrow's GELU is the tanh form"):
-        names.read_model(args | {"bias_gelu_fusion": False}, where="file", told=NOTHING_TOLD)
+        names.read_model(args | {"bias_gelu_fusion": False}, where="file", options=NO_OPTIONS)
 
 
 def test_a_person_can_say_that_an_argument_changes_nothing():
     args = arguments() | {"mine": 3}
-    told = ReadOptions(ignore=("mine",))
-    left_out = names.read_model(args, where="file", told=told)[2]
+    options = ReadOptions(ignore=("mine",))
+    left_out = names.read_model(args, where="file", options=options)[2]
     assert LeftOut("args.mine", "ignored, as you asked") in left_out
 
 
@@ -298,7 +298,7 @@ def test_initialisation_by_role_comes_back(tmp_path):
     assert write_args(by_role, Layout(), padded=128)["init_method_std"] == 0.1
 
 
-def test_the_true_vocabulary_can_be_told(tmp_path):
+def test_the_true_vocabulary_can_be_given(tmp_path):
     megatrons_own(tmp_path, toy_model(), classic, ours=False, vocab_size=None)
     source = open_checkpoint(FORMAT, tmp_path)
     assert source.catalog["embedding.token"].shape[0] == 128
@@ -407,7 +407,7 @@ def test_megatron_core(tmp_path):
     """Its model loads our export, lists its parameters in our order and gives our logits."""
     pytest.importorskip("megatron.core", reason="pip install megatron-core")
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "megatron_client.py", tmp_path],
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "tests.checkpoint.megatron_client", tmp_path],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-3000:]

@@ -4,9 +4,6 @@ import ast
 from pathlib import Path
 
 import pytest
-from grown import HISTORIES, save_grown
-from states import opened, save_model
-from toys import toy_model
 
 from megagrow.checkpoint.convert.load_model import load_model
 from megagrow.checkpoint.convert.summary import describe
@@ -15,7 +12,7 @@ from megagrow.checkpoint.interface.model_of import (
     NOT_OF_THE_FUNCTION,
     catalog_for,
     model_of,
-    told_model,
+    recorded_model,
 )
 from megagrow.config.growths import SIZES, GrowConfig
 from megagrow.config.model import MODEL_SETTINGS
@@ -24,6 +21,9 @@ from megagrow.growth.registry import OPERATORS
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import LogicalTensor
 from megagrow.train.grow_offline import plan_offline, write_offline
+from tests.checkpoint.grown import HISTORIES, save_grown
+from tests.checkpoint.states import opened, save_model
+from tests.toys import toy_model
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = sorted([*(ROOT / "megagrow").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
@@ -89,9 +89,9 @@ def test_a_configuration_that_does_not_lead_to_the_tensors_is_refused(tmp_path):
         model_of(Changed)
     Changed.run_state = {**source.run_state, "growth_stage": 3}
     with pytest.raises(CheckpointError, match="growth stage 3, and stages are 3"):
-        told_model(Changed)
+        recorded_model(Changed)
     Changed.config = {}
-    assert told_model(Changed) is None
+    assert recorded_model(Changed) is None
     with pytest.raises(CheckpointError, match="does not say which model it holds"):
         model_of(Changed)
 

@@ -5,8 +5,6 @@ import threading
 
 import pytest
 import torch
-from worlds import CATALOG, CHUNK, meta, random_box, random_cuts, random_values, save_outcomes
-from worlds import save_world as saved
 
 from megagrow.checkpoint import NativeCheckpoint, Piece, SoloGroup, save
 from megagrow.checkpoint.interface import file_writer, stored_source
@@ -14,6 +12,16 @@ from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, tiling_fault, whole
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.layout import Layout
+from tests.checkpoint.worlds import (
+    CATALOG,
+    CHUNK,
+    meta,
+    random_box,
+    random_cuts,
+    random_values,
+    save_outcomes,
+)
+from tests.checkpoint.worlds import save_world as saved
 
 
 @pytest.mark.parametrize("verify", [True, False])

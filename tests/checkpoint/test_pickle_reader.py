@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import WholeSource, write_file
-from toys import random_state, toy_model
 
 from megagrow.checkpoint.containers.pickle_reader import STORAGES, Opaque, read_pickle
 from megagrow.checkpoint.containers.stored_tensor import StoredTensor
@@ -30,6 +28,8 @@ from megagrow.checkpoint.interface.format import Values, Zeros
 from megagrow.errors import CheckpointError
 from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import whole
+from tests.checkpoint.foreign import WholeSource, write_file
+from tests.toys import random_state, toy_model
 
 
 def values(tensor):

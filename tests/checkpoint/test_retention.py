@@ -5,11 +5,11 @@ import os
 import shutil
 
 import pytest
-from worlds import save_world
 
 from megagrow.checkpoint import NativeCheckpoint, list_steps, newest, retire, set_aside, step_path
 from megagrow.checkpoint.native.retention import free_room, size_of
 from megagrow.errors import CheckpointError
+from tests.checkpoint.worlds import save_world
 
 
 @pytest.fixture

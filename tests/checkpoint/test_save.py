@@ -8,12 +8,20 @@ import threading
 
 import pytest
 import torch
-from worlds import CATALOG, CHUNK, meta, random_cuts, random_values, save_outcomes, save_world
 
 from megagrow.checkpoint import NativeCheckpoint, Piece, SoloGroup, list_steps, newest, save
 from megagrow.checkpoint.native import steps
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, whole
+from tests.checkpoint.worlds import (
+    CATALOG,
+    CHUNK,
+    meta,
+    random_cuts,
+    random_values,
+    save_outcomes,
+    save_world,
+)
 
 
 def all_refuse(outcomes, *says):
@@ -128,7 +136,7 @@ def test_an_error_of_any_type_on_one_rank_fails_all(root):
     only_step_40(root)
 
 
-def test_a_parent_that_cannot_be_synchronised_is_told_but_the_step_is_whole(root, monkeypatch):
+def test_a_parent_that_cannot_be_synchronised_is_reported_but_the_step_is_whole(root, monkeypatch):
     with monkeypatch.context() as patch:
         at_root = lambda fd, *rest: os.readlink(f"/proc/self/fd/{fd}") == str(root)  # noqa: E731
         patch.setattr(os, "fsync", fail("fsync", errno.EIO, at_root))
@@ -207,7 +215,7 @@ def test_run_state_that_json_would_change_is_refused(root, value, says):
     only_step_40(root)
 
 
-def test_too_little_space_is_told_before_anything_is_written(root, monkeypatch):
+def test_too_little_space_is_reported_before_anything_is_written(root, monkeypatch):
     real = os.statvfs(root)
     size = sum(t.volume for t in CATALOG) * 3 * 4
 

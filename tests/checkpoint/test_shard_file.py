@@ -8,7 +8,6 @@ import zlib
 import pytest
 import safetensors.torch
 import torch
-from worlds import CHUNK, random_cuts, random_values, save_world
 
 from megagrow.checkpoint.io.checksum import checksum_count
 from megagrow.checkpoint.native.shard_file import (
@@ -21,6 +20,7 @@ from megagrow.checkpoint.native.shard_file import (
 )
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box, whole
+from tests.checkpoint.worlds import CHUNK, random_cuts, random_values, save_world
 
 
 def written(path, pieces, chunk_bytes=CHUNK):

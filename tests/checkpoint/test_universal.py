@@ -2,14 +2,9 @@
 
 import itertools
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from foreign import WholeSource, differing, open_checkpoint, write_checkpoint
-from ranks import run_ranks
-from toys import random_state, toy_model, toy_models
 
 from megagrow.checkpoint.containers.torch_reader import read_torch_file
 from megagrow.checkpoint.formats.deepspeed import source as deepspeed
@@ -17,6 +12,10 @@ from megagrow.checkpoint.formats.deepspeed import universal_source as universal
 from megagrow.errors import CheckpointError
 from megagrow.models.catalog import build_catalog
 from megagrow.state.layout import Layout
+from tests.checkpoint.foreign import WholeSource, differing, open_checkpoint, write_checkpoint
+from tests.engine.plays import Job
+from tests.ranks import run_ranks
+from tests.toys import random_state, toy_model, toy_models
 
 FORMAT = universal.FORMAT
 
@@ -77,8 +76,6 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 
 def load_and_go_on(comm, root, cases):
     """Losses of an uninterrupted run, and of engines that load its universal form."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
-    from plays import Job
 
     class UniversalJob(Job):
         """A job whose engine loads universal checkpoints."""

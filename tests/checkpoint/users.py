@@ -1,12 +1,20 @@
 """A user's own model under DeepSpeed, unknown to megagrow; called on the ranks."""
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megagrow.checkpoint.convert.registry import FORMATS
 from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.state.layout import Layout
+
+if TYPE_CHECKING:
+    from megagrow.engine.comm import Comm
 
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2),
@@ -19,24 +27,33 @@ OPTIMIZERS = {
 class UsersModel(torch.nn.Module):
     """Two tied tables, a frozen matrix, a float buffer and an integer buffer."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.emb = torch.nn.Embedding(11, 7)
         self.a = torch.nn.Linear(7, 5)
         self.norm = torch.nn.LayerNorm(5)
         self.b = torch.nn.Linear(5, 7, bias=False)
         self.head = torch.nn.Linear(7, 11, bias=False)
+        self.scale: torch.Tensor
         self.register_buffer("scale", torch.arange(1.0, 4.0))
         self.register_buffer("count", torch.tensor(3))
         self.head.weight = self.emb.weight
         self.b.weight.requires_grad_(False)
 
-    def forward(self, tokens):
-        hidden = self.head(self.b(self.norm(self.a(self.emb(tokens)))))
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.head(self.b(self.norm(self.a(self.emb(tokens)))))
         return (hidden.float() * self.scale.float().sum()).pow(2).mean()
 
 
-def engine(*, zero, dtype="fp32", optimizer="adamw", seed=0, universal=False, **zero_settings):
+def engine(
+    *,
+    zero: int,
+    dtype: str = "fp32",
+    optimizer: str = "adamw",
+    seed: int = 0,
+    universal: bool = False,
+    **zero_settings: Any,
+) -> Any:
     """The user's engine: two groups, one without weight decay and with its own learning rate."""
     import deepspeed
 
@@ -49,7 +66,7 @@ def engine(*, zero, dtype="fp32", optimizer="adamw", seed=0, universal=False, **
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0, "lr": rate},
     ]
     made = OPTIMIZERS[optimizer](groups)
-    settings = {
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.7,
         "zero_optimization": {"stage": zero, **zero_settings},
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
@@ -63,19 +80,19 @@ def engine(*, zero, dtype="fp32", optimizer="adamw", seed=0, universal=False, **
     )[0]  # fmt: skip
 
 
-def train(engine, steps, rank, first=0):
+def train(engine: Any, steps: int, rank: int, first: int = 0) -> None:
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(100 * step + rank)
         engine.backward(engine(torch.randint(0, 11, (2, 4), generator=generator)))
         engine.step()
 
 
-def tensors(engine):
+def tensors(engine: Any) -> dict[str, torch.Tensor]:
     """Everything in the module, whole (gathered under ZeRO 3), and with ZeRO the masters."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    gathered = contextlib.nullcontext()
+    gathered: Any = contextlib.nullcontext()
     zero = engine.zero_optimization_stage()
     if zero == 3:
         gathered = deepspeed.zero.GatheredParameters(list(engine.module.parameters()))
@@ -89,7 +106,11 @@ def tensors(engine):
     return found
 
 
-def go_on(comm, root, cases):
+def go_on(
+    comm: Comm,
+    root: Path,
+    cases: Iterable[tuple[str, dict[str, Any], dict[str, Any], Sequence[str]]],
+) -> dict[str, tuple[list[str], list[str], list[str], list[str]]]:
     """Train, save, convert, resume from the result; per case the differences to not stopping.
 
     A case is (name, settings of the first engine, of the second, formats on the way).
@@ -102,7 +123,7 @@ def go_on(comm, root, cases):
         at_save = tensors(first)
         train(first, 1, comm.rank, first=3)
         expected = tensors(first)
-        left_out = []
+        left_out: list[Any] = []
         if comm.rank == 0:
             path = root / name
             layout = Layout(data=comm.world, zero=following["zero"])
@@ -133,7 +154,9 @@ def go_on(comm, root, cases):
     return found
 
 
-def differences(wanted, found, *, near=0.0):
+def differences(
+    wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], *, near: float = 0.0
+) -> list[str]:
     """Names whose values differ by more than a fraction of themselves; ZeRO 0 has no masters."""
     masters = any(name.endswith(" master") for name in found)
     return [
@@ -142,7 +165,7 @@ def differences(wanted, found, *, near=0.0):
     ]  # fmt: skip
 
 
-def same(a, b, near=0.0):
+def same(a: torch.Tensor, b: torch.Tensor, near: float = 0.0) -> bool:
     if near:
         return torch.allclose(a.float(), b.float(), rtol=near, atol=1e-5)
     return a.dtype == b.dtype and torch.equal(a, b)

@@ -4,10 +4,14 @@ import hashlib
 import json
 import random
 import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from megagrow.checkpoint import CheckpointMeta, Piece, SoloGroup, save
+from megagrow.checkpoint.native.collective import Group
 from megagrow.state.boxes import Box, flat_range_boxes
 from megagrow.state.catalog import ADAM_SLOTS, Catalog, Init, LogicalTensor
 from megagrow.state.layout import Layout
@@ -15,7 +19,7 @@ from megagrow.state.layout import Layout
 CHUNK = 256  # bytes: small files then have many chunks
 
 
-def logical(name, *shape):
+def logical(name: str, *shape: int) -> LogicalTensor:
     axes = tuple(f"axis{i}" for i in range(len(shape)))
     return LogicalTensor(name, shape, axes, Init("normal", 0.02), decay=True, places=(0,))
 
@@ -30,7 +34,7 @@ CATALOG = Catalog(
 )
 
 
-def meta(catalog=CATALOG, world=1, **run_state):
+def meta(catalog: Catalog = CATALOG, world: int = 1, **run_state: Any) -> CheckpointMeta:
     return CheckpointMeta(
         catalog=catalog,
         slots=ADAM_SLOTS,
@@ -41,7 +45,9 @@ def meta(catalog=CATALOG, world=1, **run_state):
     )
 
 
-def random_values(seed, catalog=CATALOG, dtype=torch.float32):
+def random_values(
+    seed: int, catalog: Catalog = CATALOG, dtype: torch.dtype = torch.float32
+) -> dict[tuple[str, str], torch.Tensor]:
     """Values by (tensor, slot); every second tensor with strides that are not row-major."""
     generator = torch.Generator().manual_seed(seed)
     values = {}
@@ -54,11 +60,13 @@ def random_values(seed, catalog=CATALOG, dtype=torch.float32):
     return values
 
 
-def random_cuts(values, world, seed):
+def random_cuts(
+    values: Mapping[tuple[str, str], torch.Tensor], world: int, seed: int
+) -> list[list[Piece]]:
     """Pieces of each rank: every tensor cut into flat ranges at random, the same for all slots."""
     rng = random.Random(seed)
-    ranks = [[] for _ in range(world)]
-    cuts_of = {}
+    ranks: list[list[Piece]] = [[] for _ in range(world)]
+    cuts_of: dict[str, list[int]] = {}
     for (name, slot), tensor in values.items():
         numel = tensor.numel()
         if name not in cuts_of:
@@ -71,7 +79,7 @@ def random_cuts(values, world, seed):
     return ranks
 
 
-def random_box(shape, rng):
+def random_box(shape: Sequence[int], rng: random.Random) -> Box:
     offset, length = [], []
     for n in shape:
         start = rng.randrange(n)
@@ -81,46 +89,53 @@ def random_box(shape, rng):
 
 
 class _Meeting:
-    def __init__(self, world):
+    def __init__(self, world: int) -> None:
         self.world = world
         self.barrier = threading.Barrier(world, timeout=60)
-        self.posts = [None] * world
+        self.posts: list[Any] = [None] * world
 
 
 class ThreadGroup:
     """A rank of a group whose ranks are threads of one process."""
 
-    def __init__(self, meeting, rank):
+    def __init__(self, meeting: _Meeting, rank: int) -> None:
         self.rank = rank
         self.world = meeting.world
         self._meeting = meeting
 
-    def gather(self, obj):
+    def gather(self, obj: Any) -> list[Any] | None:
         self._meeting.posts[self.rank] = obj
         self.barrier()
         posts = list(self._meeting.posts)
         self.barrier()
         return posts if self.rank == 0 else None
 
-    def broadcast(self, obj):
+    def broadcast(self, obj: Any) -> Any:
         if self.rank == 0:
             self._meeting.posts[0] = obj
         self.barrier()
-        told = self._meeting.posts[0]
+        found = self._meeting.posts[0]
         self.barrier()
-        return told
+        return found
 
-    def barrier(self):
+    def barrier(self) -> None:
         self._meeting.barrier.wait()
 
 
-def save_outcomes(root, step, ranks, *, about=None, chunk_bytes=CHUNK):
+def save_outcomes(
+    root: Path,
+    step: int,
+    ranks: Sequence[Sequence[Piece]],
+    *,
+    about: CheckpointMeta | None = None,
+    chunk_bytes: int = CHUNK,
+) -> list[Path | Exception]:
     """Save with one thread per rank; what each rank returned or raised."""
     about = about or meta(world=len(ranks))
-    outcomes = [None] * len(ranks)
+    outcomes: dict[int, Path | Exception] = {}
     meeting = _Meeting(len(ranks))
 
-    def work(rank, group):
+    def work(rank: int, group: Group) -> None:
         try:
             outcomes[rank] = save(
                 root,
@@ -135,7 +150,7 @@ def save_outcomes(root, step, ranks, *, about=None, chunk_bytes=CHUNK):
 
     if len(ranks) == 1:
         work(0, SoloGroup())
-        return outcomes
+        return [outcomes[0]]
     threads = [
         threading.Thread(target=work, args=(rank, ThreadGroup(meeting, rank)))
         for rank in range(len(ranks))
@@ -144,10 +159,18 @@ def save_outcomes(root, step, ranks, *, about=None, chunk_bytes=CHUNK):
         thread.start()
     for thread in threads:
         thread.join()
-    return outcomes
+    return [outcomes[rank] for rank in range(len(ranks))]
 
 
-def save_world(root, step, *, world=2, seed=0, about=None, chunk_bytes=CHUNK):
+def save_world(
+    root: Path,
+    step: int,
+    *,
+    world: int = 2,
+    seed: int = 0,
+    about: CheckpointMeta | None = None,
+    chunk_bytes: int = CHUNK,
+) -> tuple[Path, dict[tuple[str, str], torch.Tensor]]:
     """Save random values; returns (path, values)."""
     values = random_values(seed)
     ranks = random_cuts(values, world, seed)
@@ -155,11 +178,11 @@ def save_world(root, step, *, world=2, seed=0, about=None, chunk_bytes=CHUNK):
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome
-    assert len(set(outcomes)) == 1
-    return outcomes[0], values
+    [path] = {outcome for outcome in outcomes if isinstance(outcome, Path)}
+    return path, values
 
 
-def reseal(body):
+def reseal(body: Any) -> bytes:
     """manifest.json of a body (bytes or plain data) with a correct digest, as a forger would."""
     if not isinstance(body, bytes):
         body = json.dumps(body, separators=(",", ":"), sort_keys=True).encode()

@@ -13,12 +13,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent.parent
 PACKAGE = str(REPOSITORY / "megagrow")
 
 
-def arm():
+def arm() -> None:
     notes, *faults = os.environ["MEGAGROW_FAULTS"].split()
     for fault in faults:
         rank, function, count, what = fault.split(":")
@@ -30,10 +32,10 @@ def arm():
             return
 
 
-def watch_for(function, left, what, note):
+def watch_for(function: str, left: int, what: str, note: Path) -> None:
     first, _, function = function.rpartition("/")
 
-    def watch(frame, event, _):
+    def watch(frame: FrameType, event: str, _: Any) -> None:
         nonlocal left, first
         code = frame.f_code
         if event != "call" or not code.co_filename.startswith(PACKAGE):

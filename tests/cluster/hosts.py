@@ -6,6 +6,8 @@ are started.  None of them has outside access, and nothing outside changes: no n
 /run/netns, no file in ~/.ssh, no interface.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import os
@@ -14,7 +16,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 NET = "10.93.7"
 TOOLS = ("unshare", "nsenter", "ip", "mount", "ssh-keygen", "pdsh", "ssh")
@@ -55,7 +59,7 @@ exec /usr/bin/ssh -F none -i {here}/key -o IdentitiesOnly=yes -o StrictHostKeyCh
 
 
 @functools.cache
-def missing():
+def missing() -> str:
     """What this machine lacks for such hosts, in words; "" if nothing."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "namespaces as hosts need Linux and root"
@@ -84,12 +88,13 @@ class Hosts:
         loopback_names: each host's own name resolves to 127.0.1.1 there, as on Debian.
     """
 
-    def __init__(self, here, count, *, loopback_names=False):
+    def __init__(self, here: Path, count: int, *, loopback_names: bool = False) -> None:
         self.here, self.names = Path(here), [f"h{i}" for i in range(count)]
         self._loopback_names = loopback_names
-        self._shells, self._inits = {}, {}
+        self._shells: dict[str, subprocess.Popen[bytes]] = {}
+        self._inits: dict[str, int] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> Hosts:
         try:
             self._make_files()
             for name in ["login", *self.names]:
@@ -104,7 +109,7 @@ class Hosts:
             raise
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for name, init in self._inits.items():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(init, signal.SIGKILL)  # and so everything in its namespaces
@@ -114,7 +119,14 @@ class Hosts:
                 shell.kill()
                 shell.wait()
 
-    def start(self, name, words, *, environ=None, **more):
+    def start(
+        self,
+        name: str,
+        words: Sequence[object],
+        *,
+        environ: Mapping[str, object] | None = None,
+        **more: Any,
+    ) -> subprocess.Popen[str]:
         """Start a process on a host, in the current directory."""
         path = f"{self.here}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
         settings = {**(environ or {}), "PATH": path}
@@ -128,7 +140,9 @@ class Hosts:
             stdin=subprocess.DEVNULL, text=True, **more,
         )  # fmt: skip
 
-    def run(self, name, words, *, timeout=60, **more):
+    def run(
+        self, name: str, words: Sequence[object], *, timeout: float = 60, **more: Any
+    ) -> tuple[int, str]:
         """The same, until it ends: (status, output)."""
         process = self.start(name, words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more)
         try:
@@ -137,7 +151,7 @@ class Hosts:
             process.kill()
         return process.returncode, said
 
-    def processes(self, name, word):
+    def processes(self, name: str, word: str) -> dict[int, str]:
         """Command lines of a host's processes that contain a word, by process id."""
         inside = os.readlink(f"/proc/{self._inits[name]}/ns/pid")
         found = {}
@@ -149,7 +163,7 @@ class Hosts:
                         found[int(entry.name)] = line
         return found
 
-    def ranks(self, script="pretrain.py"):
+    def ranks(self, script: str = "pretrain.py") -> dict[int, tuple[int, str]]:
         """Process id and host of each rank, by rank."""
         found = {}
         for name in self.names:
@@ -161,17 +175,17 @@ class Hosts:
                         found[int(ranks[0])] = (pid, name)
         return found
 
-    def cut(self, name):
+    def cut(self, name: str) -> None:
         """Pull the host's cable."""
         self._in_login(f"ip link set {name} down")
 
-    def heal(self, name):
+    def heal(self, name: str) -> None:
         """Plug it in again."""
         self._in_login(f"ip link set {name} up")
 
     # --- creating them --------------------------------------------------------------------
 
-    def _make_files(self):
+    def _make_files(self) -> None:
         here = self.here
         here.chmod(0o700)
         (here / "bin").mkdir()
@@ -189,7 +203,7 @@ class Hosts:
         ssh.write_text(_SSH.format(here=here))
         ssh.chmod(0o755)
 
-    def _begin(self, name):
+    def _begin(self, name: str) -> None:
         init = "sleep infinity"
         if name != "login":
             init = f"{SSHD} -D -e -f {self.here}/sshd_config"
@@ -210,7 +224,7 @@ class Hosts:
         [child] = Path(f"/proc/{self._shells[name].pid}/task").iterdir()
         self._inits[name] = int((child / "children").read_text())
 
-    def _wire(self):
+    def _wire(self) -> None:
         self._in_login(
             "ip link add switch type bridge forward_delay 0 && "
             f"ip addr add {NET}.254/24 dev switch && ip link set switch up"
@@ -223,18 +237,18 @@ class Hosts:
             )
             self._in(init, f"ip addr add {NET}.{10 + i}/24 dev eth0 && ip link set eth0 up")
 
-    def _wait_for_sshd(self, name):
+    def _wait_for_sshd(self, name: str) -> None:
         number = self.names.index(name) + 10
         probe = ["bash", "-c", f"exec 3<>/dev/tcp/{NET}.{number}/22"]
         self._until(lambda: self.run("login", probe)[0] == 0, name)
 
-    def _in_login(self, text):
+    def _in_login(self, text: str) -> None:
         self._in(self._inits["login"], text)
 
-    def _in(self, init, text):
+    def _in(self, init: int, text: str) -> None:
         subprocess.run(["nsenter", "-t", str(init), "-n", "sh", "-c", text], check=True)
 
-    def _until(self, good, name):
+    def _until(self, good: Callable[[], bool], name: str) -> None:
         end = time.monotonic() + 30
         while not good():
             log = (self.here / f"{name}.log").read_text()

@@ -7,7 +7,7 @@ import sys
 import time
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser()
     for name in ("hostfile", "master_port", "launcher", "master-addr", "master-port",
                  "max-restarts", "monitor-interval"):  # fmt: skip

@@ -13,7 +13,7 @@ from megagrow.cluster.rank import under_supervision
 RANK = int(os.environ["RANK"])
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser()
     add = parser.add_argument
     add("--dir", type=Path, required=True)
@@ -24,7 +24,7 @@ def main():
     add("--resume", default="auto")
     add("--local_rank")
     options, words = parser.parse_known_args()
-    asked = []
+    asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda n, _: asked.append(n))
     with open(options.dir / f"starts_{RANK}", "a") as stream:
@@ -53,17 +53,17 @@ def main():
     return 0
 
 
-def fault_at(options, step):
+def fault_at(options: argparse.Namespace, step: int) -> str | None:
     for number, text in enumerate(options.fault):
         rank, at, kind = text.split(":")
         done = options.dir / f"fault_{number}"
         if int(rank) == RANK and int(at) <= step and (options.always or not done.exists()):
             done.touch()
-            return kind
+            return str(kind)
     return None
 
 
-def fail(kind):
+def fail(kind: str) -> None:
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "raise":

@@ -10,7 +10,9 @@ HERE = Path(__file__).parent
 
 
 if __name__ == "__main__":
-    launchers._DEEPSPEED = launchers._TORCHRUN = (
+    light = (
         sys.executable, str(HERE / "light_launcher.py"),
     )  # fmt: skip
+    setattr(launchers, "_DEEPSPEED", light)  # noqa: B010
+    setattr(launchers, "_TORCHRUN", light)  # noqa: B010
     sys.exit(supervise.main())

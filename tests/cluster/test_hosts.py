@@ -12,10 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
-from hosts import Hosts, missing
-from jobs import REPOSITORY, dataset, events, log_of, settings, train, trajectory, write_config
 
-__all__ = ["dataset"]  # a fixture
+from tests.cluster.hosts import Hosts, missing
+from tests.jobs import (
+    REPOSITORY,
+    events,
+    log_of,
+    settings,
+    train,
+    trajectory,
+    write_config,
+)
+
 pytestmark = pytest.mark.skipif(missing() != "", reason=missing() or "-")
 
 PRETRAIN = Path(__file__).parent / "faulty_pretrain.py"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jobs import REPOSITORY, settings, write_config
+
+from tests.jobs import REPOSITORY, settings, write_config
 
 HERE = Path(__file__).parent
 SLURM = REPOSITORY / "configs" / "cluster" / "slurm.sh"

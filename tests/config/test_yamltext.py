@@ -35,6 +35,11 @@ def one(text):
         ("on", "on"),
         ("1:30", "1:30"),
         ("2024-01-02", "2024-01-02"),
+        ("=", "="),
+        ("0o17", 15),
+        ("1e20", 10**20),
+        ("2.0", 2.0),
+        ("2.0e3", 2000.0),
         ("'1e6'", "1e6"),
         ("1e6b", "1e6b"),
         ("e5", "e5"),
@@ -47,6 +52,10 @@ def test_scalars_follow_yaml_1_2(text, value):
     found = one(text)
     assert found == value
     assert type(found) is type(value)
+
+
+def test_a_directive_does_not_change_the_rules():
+    assert read_yaml("%YAML 1.1\n---\na: yes\nb: 010", source="t") == {"a": "yes", "b": 10}
 
 
 def test_nan():
@@ -78,7 +87,14 @@ def ninefold(first, form):
         ("? [a]\n: x", ["line 1", "is not text"]),
         ("a: !!python/name:os.system", ["line 1", "is not allowed"]),
         ("a: !!binary aGk=", ["is not allowed"]),
+        ("a: !!timestamp 2024-01-02", ["line 1", "is not allowed"]),
+        ("a: !!set {x}", ["is not allowed"]),
+        ("a: !!bool 3", ["run.yaml", "not of its type"]),
+        ("a: !!int ''", ["run.yaml", "not of its type"]),
         ("a: &x [*x]", ["recursive"]),
+        ("a: &x {b: *x}", ["line 1", "recursive"]),
+        ("a: *x", ["line 1", "undefined alias"]),
+        ("a: " + "[" * 150 + "]" * 150, ["line 1", "nested deeper"]),
         ("a: " + "[" * 5000, ["nested deeper"]),
         (ninefold("[1]", "[{}]"), ["run.yaml, line 6", "more than 100,000 values"]),
         (ninefold("{x: 1}", "{{<<: [{}]}}"), ["run.yaml, line 6", "more than 100,000 values"]),
@@ -117,6 +133,6 @@ def test_what_is_written_is_read_back(data):
     assert read_yaml(text, source="t") == data
 
 
-def test_text_that_looks_like_a_number_is_quoted_for_other_readers_too():
-    data = {"a": ["1e6", "1e-3", "yes", "1:30", "0x1"]}
+def test_other_readers_read_the_same():
+    data = {"a": ["1e6", "1e-3", "yes", "1:30", "0x1", "=", "2024-01-02"], "b": [1e-8, 1e22, 0.1]}
     assert yaml.safe_load(write_yaml(data)) == data

@@ -2,9 +2,9 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from jobs import REPOSITORY
 
 from megagrow.data.tokenizer import load_tokenizer
+from tests.jobs import REPOSITORY
 
 BYTES = load_tokenizer(REPOSITORY / "configs" / "tokenizers" / "bytes.json")
 

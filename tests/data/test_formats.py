@@ -193,14 +193,14 @@ def test_the_first_wrong_line_of_the_file_is_named_and_wrong_lines_counted(
     lines[7] = lines[19] = lines[25] = '{"text": 3}'
     (tmp_path / "a.jsonl").write_bytes(codec("\n".join(lines).encode()))
     corpus = open_corpus(str(tmp_path), glob="*", split="file")
-    told = []
+    stated = []
     for piece in reversed(corpus.pieces):
         try:
             list(read_documents(piece, text_key="text"))
         except DataError as error:
-            told.append(str(error))
-    assert len(told) == (1 if codec is gzip.compress else 3)
-    for text in told:
+            stated.append(str(error))
+    assert len(stated) == (1 if codec is gzip.compress else 3)
+    for text in stated:
         assert "a.jsonl, line 8\n" in text and "3 of the first 30 lines" in text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,10 +17,11 @@ from megagrow.data import prepare as module
 from megagrow.data.corpus import STDLIB, open_corpus
 from megagrow.data.dataset import PreparedData, open_dataset, verify
 from megagrow.data.documents import read_documents
-from megagrow.data.prepare import Request, prepare
+from megagrow.data.prepare import prepare
 from megagrow.data.shards import Encoder
 from megagrow.errors import DataError, LockError
 from megagrow.lock import holding_output
+from tests.data.corpora import as_json, documents, request, small
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
@@ -42,11 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "part2" / "empty.txt").write_bytes(b"")
     (root / ".hidden").write_text("not to be found")
     return root
-
-
-def request(source: object, output: Path, **options: Any) -> Request:
-    options = {"vocab_size": 400, "validation_fraction": 0.1, **options}
-    return Request(str(source), output, **options)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +65,6 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*arguments), env=environment(), capture_output=True, text=True, check=False
     )
-
-
-def documents(data: PreparedData, split: str) -> list[str]:
-    tokens = getattr(data, split)
-    return [data.tokenizer.decode(tokens[i].tolist()) for i in range(len(tokens))]
 
 
 # The corpus
@@ -114,10 +104,6 @@ def test_pieces_cut_no_document(
     assert found == texts
     assert sum(piece.end - piece.begin for shard in corpus.shards for piece in shard) == corpus.size
     assert len(corpus.shards) > 1 or target == 10_000
-
-
-def as_json(text: str) -> str:
-    return json.dumps({"text": text})
 
 
 def test_glob_and_output_inside_the_input(tmp_path: Path) -> None:
@@ -248,12 +234,6 @@ def test_damaged_shard_is_made_again(
     shard.write_bytes(shard.read_bytes()[:-2])
     prepare(request(folder, output))
     assert contents(output) == contents(undisturbed.path)
-
-
-def small(tmp_path: Path) -> Path:
-    path = tmp_path / "c.jsonl"
-    path.write_text("\n".join(as_json(f"some text {n}, and some more\n" * 9) for n in range(20)))
-    return path
 
 
 def test_rerun_is_done_at_once_and_other_arguments_are_refused(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_prepare import documents, request, small
 
 from megagrow.data.corpus import STDLIB
 from megagrow.data.prepare import prepare
 from megagrow.data.summary import summary
 from megagrow.errors import DataError
+from tests.data.corpora import documents, request, small
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_documents_with_copies_are_trained_on_unless_there_is_nothing_else() -> 
     assert chosen.shared == (chosen.tokens[:250] > 0).sum() == 100
 
 
-def test_no_text_of_the_validation_set_is_trained_on_and_all_is_told(tmp_path: Path) -> None:
+def test_no_text_of_the_validation_set_is_trained_on_and_all_is_reported(tmp_path: Path) -> None:
     texts = [f"text {n} " * 9 for n in range(60)] + [f"text {n} " * 9 for n in range(30)] + [""] * 5
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     outcome = prepare(Request(str(tmp_path / "c.jsonl"), tmp_path / "out", vocab_size=275,
@@ -82,10 +82,10 @@ def test_no_text_of_the_validation_set_is_trained_on_and_all_is_told(tmp_path: P
     )
     assert validation and not set(train) & set(validation)
     assert sorted(train + validation) == sorted(filter(None, texts))
-    told = "\n".join(summary(outcome))
-    assert "60 documents with exact copies" in told and "5 documents without text" in told
+    stated = "\n".join(summary(outcome))
+    assert "60 documents with exact copies" in stated and "5 documents without text" in stated
     tokens = data.validation.total_tokens, data.train.total_tokens
     share = tokens[0] / sum(tokens)
     assert share == pytest.approx(0.1, rel=0.1)
-    assert f"{share:.3%} of all (asked for: 10.000%)" in told
-    assert "end with '<|endoftext|>'" in told and "1 files as JSON lines: c.jsonl" in told
+    assert f"{share:.3%} of all (asked for: 10.000%)" in stated
+    assert "end with '<|endoftext|>'" in stated and "1 files as JSON lines: c.jsonl" in stated

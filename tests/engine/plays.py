@@ -3,33 +3,40 @@
 An act is ("train", steps), ("grow", operator, policy, factor, layout) or ("move", layout).
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from toys import larger, random_state, toy_model
 
-from megagrow.config import Config, LayoutConfig
+from megagrow.config import Config, LayoutConfig, ModelConfig
+from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
+from megagrow.engine.probe import Probe
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
-from megagrow.growth.plan import make_growth
+from megagrow.growth.plan import Growth, make_growth
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import slots_of
 from megagrow.state.layout import Layout
 from megagrow.state.optimizers import OPTIMIZERS
 from megagrow.state.placement import Placement
-from megagrow.transfer.execute import transfer_between_ranks
-from megagrow.transfer.state_map import FreshStart, Identity
+from megagrow.transfer.execute import TransferReport, transfer_between_ranks
+from megagrow.transfer.state_map import FreshStart, Identity, StateMap
+from megagrow.transfer.whole_state import MemoryState
+from tests.toys import grow, larger, random_state, toy_model
 
 BATCH, SEED, LR, STAGING = 12, 3, 5e-3, 32768
 
 
-def data_layouts(world):
+def data_layouts(world: int) -> list[Layout]:
     """Pure data parallelism, at every ZeRO stage."""
     return [Layout(data=world, zero=zero) for zero in (0, 1, 2, 3)]
 
 
-def model_layouts(world):
+def model_layouts(world: int) -> list[Layout]:
     """Layouts that split the model itself, at every ZeRO stage that each allows."""
     grids = {2: [(2, 1), (1, 2)], 4: [(2, 2), (2, 1), (1, 2)]}.get(world, [])
     return [
@@ -43,24 +50,35 @@ class Job:
     """One rank of a training run."""
 
     def __init__(
-        self, comm, *, layout=None, model=None, micro=None, sequence=False, fresh=True,
-        precision=None, **optimizer,
-    ):  # fmt: skip
+        self,
+        comm: Comm,
+        *,
+        layout: Layout | None = None,
+        model: ModelConfig | None = None,
+        micro: int | None = None,
+        sequence: bool = False,
+        fresh: bool = True,
+        precision: dict[str, Any] | None = None,
+        **optimizer: Any,
+    ) -> None:
         self.comm, self.sequence = comm, sequence
         layout = layout or Layout(data=comm.world)
         self.model = model or toy_model(init_std=0.2)
         self.micro = micro or math.gcd(2, BATCH // comm.world)
-        self.config = Config(
-            model=self.model,
-            data={"path": "unused"},
-            batch={"global": BATCH, "micro": self.micro},
-            stages=[{"until": {"steps": 1}}],
-            precision=precision or {},
-            optimizer={"grad_clip": 1.0, "eps": 1e-6} | optimizer,
-        )
+        sections: dict[str, Any] = {
+            "model": self.model,
+            "data": {"path": "unused"},
+            "batch": {"global": BATCH, "micro": self.micro},
+            "stages": [{"until": {"steps": 1}}],
+            "precision": precision or {},
+            "optimizer": {"grad_clip": 1.0, "eps": 1e-6} | optimizer,
+        }
+        self.config = Config(**sections)
         self.rules, self.step, self.optimizer_step = OptimizerRules(), 0, 0
         self.optimizer = OPTIMIZERS[self.config.optimizer.name]
-        self.losses, self.norms, self.reports = [], [], []
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.reports: list[TransferReport] = []
         vocab, length = self.model.vocabulary, self.model.sequence + 1
         # Each sample counts up with its own increment, so that there is something to learn.
         rng = np.random.default_rng(SEED)
@@ -70,7 +88,7 @@ class Job:
         if fresh:
             self._fill(FreshStart(self.engine.placement.catalog), self.engine, self.engine)
 
-    def _engine(self, layout):
+    def _engine(self, layout: Layout) -> Engine:
         catalog = build_catalog(self.model)
         return Engine(
             config=self.config, model=self.model,
@@ -82,7 +100,7 @@ class Job:
             rules=self.rules, optimizer_step=self.optimizer_step, comm=self.comm,
         )  # fmt: skip
 
-    def _fill(self, state_map, old, new):
+    def _fill(self, state_map: StateMap, old: Engine, new: Engine) -> None:
         report = transfer_between_ranks(
             state_map=state_map, old=old.state, old_placement=old.placement, new=new.state,
             new_placement=new.placement, slots=new.slots, channel=self.comm, seed=SEED,
@@ -91,7 +109,7 @@ class Job:
         self.reports.append(report)
         new.publish()
 
-    def load(self, seed):
+    def load(self, seed: int) -> MemoryState:
         """Write a random state into the engine."""
         state = random_state(self.engine.placement.catalog, seed=seed, dtype=torch.float32)
         for shard in self.engine.placement.shards(self.comm.rank):
@@ -101,7 +119,7 @@ class Job:
         self.engine.publish()
         return state
 
-    def train(self, steps, probe=None):
+    def train(self, steps: int, probe: Probe | None = None) -> None:
         """Take some steps; losses and gradient norms are the whole batch's."""
         share = BATCH // self.engine.layout.data
         for _ in range(steps):
@@ -114,14 +132,14 @@ class Job:
             self.step += 1
             self.optimizer_step += 1
 
-    def move(self, layout):
+    def move(self, layout: Layout) -> None:
         """Tear down the engine and continue in another layout of the same model."""
         old = self.engine
         old.close()
         self.engine = self._engine(layout)
         self._fill(Identity(self.engine.placement.catalog), old, self.engine)
 
-    def grow(self, operator, policy, factor, layout):
+    def grow(self, operator: str, policy: str | None, factor: float, layout: Layout) -> Growth:
         """Grow live into another engine."""
         old = self.engine
         self.model = larger(self.model, operator, factor)
@@ -136,12 +154,12 @@ class Job:
         self._fill(growth, old, self.engine)
         return growth
 
-    def evaluate(self):
+    def evaluate(self) -> float:
         """The loss of a fixed set of samples."""
         total, count = self.engine.evaluate(self.data[-BATCH:], micro=self.micro)
         return sum(self.comm.gather_floats(total)) / sum(self.comm.gather_floats(count))
 
-    def fault(self, whole_state):
+    def fault(self, whole_state: MemoryState) -> str | None:
         """The first shard of this rank that is not a slice of a whole state."""
         for shard in self.engine.placement.shards(self.comm.rank):
             for slot in slots_of(self.engine.placement.catalog[shard.tensor], self.engine.slots):
@@ -153,7 +171,9 @@ class Job:
         return None
 
 
-def play(comm, script, options):
+def play(
+    comm: Comm, script: Iterable[Sequence[Any]], options: dict[str, Any]
+) -> tuple[list[float], list[float], list[float]]:
     """Run a script: (losses, gradient norms, evaluations after each act)."""
     job = Job(comm, **options)
     evaluations = []
@@ -163,6 +183,27 @@ def play(comm, script, options):
     return job.losses, job.norms, evaluations
 
 
-def play_all(comm, plays):
+def play_all(
+    comm: Comm, plays: Iterable[tuple[list[Any], dict[str, Any]]]
+) -> list[tuple[list[float], list[float], list[float]]]:
     """Run several scripts one after another, each (script, options), in one job."""
     return [play(comm, script, options) for script, options in plays]
+
+
+def growth_faults(
+    comm: Comm, cases: Iterable[tuple[Layout, Layout, tuple[str, str, float]]]
+) -> list[str | None]:
+    """Faults of this rank: growing a random state live against growing it in one process."""
+    faults: list[str | None] = []
+    for before, after, (operator, policy, factor) in cases:
+        job = Job(comm, layout=before, fresh=False)
+        state = job.load(seed=11)
+        model = job.model
+        job.grow(operator, policy, factor, after)
+        _, _, expected = grow(
+            model, state, operator=operator, policy=policy, factor=factor, seed=SEED
+        )
+        report = job.reports[-1]
+        too_much = "staging" if report.peak_staging_bytes > STAGING else None
+        faults.append(job.fault(expected) or too_much)
+    return faults

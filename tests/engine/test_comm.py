@@ -1,9 +1,9 @@
 """The ranks of a job."""
 
 import torch
-from ranks import run_ranks
 
 from megagrow.errors import ConfigError, MegagrowError
+from tests.ranks import run_ranks
 
 
 def _reduced(comm):

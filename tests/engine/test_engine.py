@@ -5,9 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from plays import BATCH, Job, data_layouts, model_layouts, play_all
-from ranks import run_ranks
-from toys import build, toy_model, toy_models
 
 from megagrow.engine.state import live_state
 from megagrow.growth.optimizer_rules import OptimizerRules
@@ -15,6 +12,9 @@ from megagrow.models.transformer import named_tensors
 from megagrow.state.boxes import Box
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
+from tests.engine.plays import BATCH, Job, data_layouts, model_layouts, play_all
+from tests.ranks import run_ranks
+from tests.toys import build, toy_model, toy_models
 
 STEPS = [("train", 20)]
 MODELS = dict(toy_models())

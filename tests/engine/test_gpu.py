@@ -5,12 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from plays import play_all
-from ranks import run_ranks
-from test_live_growth import _commute
-from toys import growths
 
 from megagrow.state.layout import Layout
+from tests.engine.plays import growth_faults, play_all
+from tests.ranks import run_ranks
+from tests.toys import growths
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,5 +55,5 @@ def test_live_growth_equals_growing_in_one_process():
     noisy = ("width_noise", "width_perturb", "shrink_pad_perturb")
     exact = [g for g in growths() if g[0] not in noisy]
     cases = [(a, b, g) for (a, b), g in zip(pairs, exact[::3], strict=False)]
-    (faults,) = run_ranks(1, _commute, cases, device="cuda")
+    (faults,) = run_ranks(1, growth_faults, cases, device="cuda")
     assert not [found for found in zip(cases, faults, strict=True) if found[1]]

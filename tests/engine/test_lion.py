@@ -2,14 +2,14 @@
 
 import numpy as np
 import torch
-from plays import SEED, Job, data_layouts, model_layouts, play_all
-from ranks import run_ranks
-from toys import grow
 
 from megagrow.engine.optimizers.blockwise import BlockLion, YoungShard
 from megagrow.growth.optimizer_rules import YoungBlocks
 from megagrow.state.boxes import whole
 from megagrow.state.layout import Layout
+from tests.engine.plays import SEED, Job, data_layouts, model_layouts, play_all
+from tests.ranks import run_ranks
+from tests.toys import grow
 
 LR, BETAS, DECAY = 1e-2, (0.9, 0.99), 0.3
 LION = {"name": "lion", "betas": BETAS, "weight_decay": DECAY}

@@ -4,30 +4,21 @@ import itertools
 
 import numpy as np
 import pytest
-from plays import SEED, STAGING, Job, data_layouts, model_layouts, play_all
-from ranks import run_ranks
-from toys import grow, growths
 
 from megagrow.state.layout import Layout
-
-
-def _commute(comm, cases):
-    """Faults of this rank: growing a random state live against growing it in one process."""
-    faults = []
-    for before, after, (operator, policy, factor) in cases:
-        job = Job(comm, layout=before, fresh=False)
-        state = job.load(seed=11)
-        model = job.model
-        job.grow(operator, policy, factor, after)
-        kind = {"operator": operator, "policy": policy, "factor": factor}
-        expected = grow(model, state, **kind, seed=SEED)[2]
-        report = job.reports[-1]
-        faults.append(job.fault(expected) or (report.peak_staging_bytes > STAGING and "staging"))
-    return faults
+from tests.engine.plays import (
+    Job,
+    data_layouts,
+    growth_faults,
+    model_layouts,
+    play_all,
+)
+from tests.ranks import run_ranks
+from tests.toys import growths
 
 
 def _check(world, cases):
-    for rank, faults in enumerate(run_ranks(world, _commute, cases, timeout=500)):
+    for rank, faults in enumerate(run_ranks(world, growth_faults, cases, timeout=500)):
         found = [(*case, fault) for case, fault in zip(cases, faults, strict=True) if fault]
         assert not found, (rank, found)
 

@@ -4,9 +4,6 @@ import numpy as np
 import pytest
 import torch
 from deepspeed.runtime.zero.muon import original_muon
-from plays import SEED, Job, data_layouts, model_layouts, play_all
-from ranks import run_ranks
-from toys import grow, toy_model
 
 from megagrow.engine.optimizers.muon import BlockMuon, SharedTensor, orthogonalised
 from megagrow.growth.optimizer_rules import YoungBlocks
@@ -14,6 +11,9 @@ from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import whole
 from megagrow.state.layout import Layout
 from megagrow.state.matrices import matrices
+from tests.engine.plays import SEED, Job, data_layouts, model_layouts, play_all
+from tests.ranks import run_ranks
+from tests.toys import grow, toy_model
 
 LR, DECAY, MOMENTUM = 1e-2, 0.3, 0.9
 MUON = {"name": "muon", "weight_decay": 0.1, "muon_lr": 1e-2}

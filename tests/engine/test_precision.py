@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from toys import toy_model
 
 from megagrow.config import Config
 from megagrow.engine.deepspeed.config import deepspeed_config
@@ -20,6 +18,8 @@ from megagrow.state.optimizers import ADAMW
 from megagrow.train.grow_live import fill_fresh, start_engine
 from megagrow.train.run_plan import plan_run
 from megagrow.train.state import RunState
+from tests.ranks import run_ranks
+from tests.toys import toy_model
 
 MANY = 16  # micro-batches; a power of two, so that a sum in fp32 of as many equal numbers is exact
 SUMS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "_reduce_scatter_base")
@@ -97,10 +97,10 @@ def _step(comm, config):
         for key, value in state.items()
         if key != "step"
     }
-    told = engine.precisions
+    used = engine.precisions
     engine._optimizer.before_step = None
     engine.close()
-    return torch.cat(list(gradients.values())), types, module, masters, told
+    return torch.cat(list(gradients.values())), types, module, masters, used
 
 
 def _measure(comm, cases):
@@ -111,34 +111,40 @@ def _measure(comm, cases):
         # Two equal numbers are summed without rounding in any format.
         two, *_ = _step(comm, settings(layout, dtype, batch=ranks * 2, **sections))
         config = settings(layout, dtype, batch=ranks * MANY, **sections)
-        many, types, module, kept, told = _step(comm, config)
+        many, types, module, kept, used = _step(comm, config)
         error = float((many - two).norm() / two.norm())
         rounded = bool((many == many.to(TORCH[dtype]).float()).all())
         said = describe(config, world=comm.world)
-        found.append((error, rounded, types, module, kept, told, said))
+        found.append((error, rounded, types, module, kept, used, said))
     return found
 
 
 def _check(cases):
     [found, _] = run_ranks(2, _measure, cases)
-    for (layout, dtype, offload, passed), (error, rounded, types, module, kept, told, said) in zip(
-        cases, found, strict=True
-    ):
+    for (layout, dtype, offload, passed), (
+        error,
+        rounded,
+        types,
+        module,
+        kept,
+        used,
+        said,
+    ) in zip(cases, found, strict=True):
         what = f"{layout} {dtype} offload {offload} {passed}: {error:.1e}, {rounded}, {types}"
-        assert module == TORCH[told.compute], what
-        assert kept == {TORCH[told.state]}, what
-        assert told.micro_batches == MANY and str(told) in said, what
-        if told.accumulation == "fp32":
+        assert module == TORCH[used.compute], what
+        assert kept == {TORCH[used.state]}, what
+        assert used.micro_batches == MANY and str(used) in said, what
+        if used.accumulation == "fp32":
             assert error < (1e-5 if dtype != "fp16" else 1e-4), what  # which loses its subnormals
         else:
-            assert error > (1e-3 if told.accumulation == "bf16" else 5e-4), what
-        assert (told.caveat is None) == (told.accumulation == "fp32"), what
-        assert told.caveat is None or told.caveat in said, what
+            assert error > (1e-3 if used.accumulation == "bf16" else 5e-4), what
+        assert (used.caveat is None) == (used.accumulation == "fp32"), what
+        assert used.caveat is None or used.caveat in said, what
         if layout["zero"] == 0 and "pipeline" not in layout:
-            assert types == {TORCH[told.reduction]}, what
-        elif "pipeline" not in layout and told.accumulation == "fp32" != dtype:
+            assert types == {TORCH[used.reduction]}, what
+        elif "pipeline" not in layout and used.accumulation == "fp32" != dtype:
             # Half the sum of two 16-bit numbers that differ needs more bits than they have.
-            assert rounded == (told.reduction != "fp32"), what
+            assert rounded == (used.reduction != "fp32"), what
 
 
 def test_what_is_said_is_what_a_bf16_engine_does():
@@ -157,8 +163,8 @@ def test_gradients_are_summed_in_fp32_wherever_deepspeed_can():
     def formats(zero, dtype="bf16", offload="none", batch=8, **passed):
         config = settings({"zero": zero}, dtype, batch=batch, offload=offload, deepspeed=passed)
         found = deepspeed_config(config, Layout(data=2, zero=zero), parameters=8)
-        told = precisions(found, optimizer=ADAMW, gpu=False)
-        return told.accumulation, told.reduction
+        formats = precisions(found, optimizer=ADAMW, gpu=False)
+        return formats.accumulation, formats.reduction
 
     for dtype in ("bf16", "fp16"):
         for zero in (1, 2, 3):
@@ -199,18 +205,18 @@ def _newton_schulz(comm, dtype):
 
     muon.orthogonalised = spy
     config = settings({"zero": 1}, dtype, batch=2, optimizer={"name": "muon"})
-    *_, told = _step(comm, config)
+    *_, formats = _step(comm, config)
     muon.orthogonalised = original
     return [
         (update.double(), original(matrix.double(), iteration=torch.float64))
         for matrix, update in seen
-    ], told
+    ], formats
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_newton_schulz_keeps_the_precision_of_fp32_on_a_cpu(dtype):
-    [(updates, told)] = run_ranks(1, _newton_schulz, dtype)
-    assert told.newton_schulz == "fp32" and "Newton-Schulz fp32" in str(told)
+    [(updates, formats)] = run_ranks(1, _newton_schulz, dtype)
+    assert formats.newton_schulz == "fp32" and "Newton-Schulz fp32" in str(formats)
     assert len(updates) > 4
     for found, expected in updates:
         # In fp16, DeepSpeed's own choice, it is 2e-2.

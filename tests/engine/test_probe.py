@@ -4,9 +4,6 @@ import threading
 
 import pytest
 import torch
-from plays import Job
-from ranks import run_ranks
-from toys import FAMILIES, grow, random_state, toy_model
 
 from megagrow.engine.optimizers.generations import regions
 from megagrow.engine.probe import Probe
@@ -15,6 +12,9 @@ from megagrow.models.catalog import build_catalog
 from megagrow.state.boxes import flat_range_boxes
 from megagrow.state.catalog import Init, LogicalTensor
 from megagrow.state.layout import Layout
+from tests.engine.plays import Job
+from tests.ranks import run_ranks
+from tests.toys import FAMILIES, grow, random_state, toy_model
 
 GATED = LogicalTensor(
     "layers.0.mlp.up.weight", (2, 6, 5), ("gate_up", "ffn", "embed"), Init("zeros"), True, (1,),
@@ -164,7 +164,7 @@ def test_where_nothing_is_new_nothing_is_looked_at():
 
 def play(comm, layouts, family):
     """Grow and train in each layout; returns the probe's report on the last update."""
-    told = []
+    results = []
     for layout, optimizer in layouts:
         job = Job(comm, layout=layout, model=toy_model(family=family, init_std=0.2), **optimizer)
         job.train(3)
@@ -172,9 +172,9 @@ def play(comm, layouts, family):
         job.train(4)
         probe = job.engine.probe(watched(growth))
         job.train(1, probe=probe)
-        told.append(probe.finish(comm.add_up))
+        results.append(probe.finish(comm.add_up))
         job.engine.close()
-    return told
+    return results
 
 
 LAYOUTS = [
@@ -195,5 +195,5 @@ def test_every_layout_sees_the_same(family, name):
     assert 0.5 < alone["twin_cosine"] < 1 and alone["dead_units"] == 0
     by_rank = run_ranks(2, play, [(layout, options) for layout in LAYOUTS], family, timeout=400)
     assert by_rank[0] == by_rank[1]
-    for layout, told in zip(LAYOUTS, by_rank[0], strict=True):
-        assert told == pytest.approx(alone, rel=2e-3), layout
+    for layout, results in zip(LAYOUTS, by_rank[0], strict=True):
+        assert results == pytest.approx(alone, rel=2e-3), layout

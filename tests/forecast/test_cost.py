@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import toy_model
 
 from megagrow.forecast.cost import STATE_BYTES, received
 from megagrow.growth.plan import grown_model, make_growth
@@ -16,6 +15,7 @@ from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
 from megagrow.transfer.moves import plan_sends
+from tests.toys import toy_model
 
 boxes = st.integers(0, 3).flatmap(
     lambda axes: st.lists(

@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from megagrow.config import ModelConfig
 from megagrow.forecast.machine import stream_reductions
+from tests.ranks import run_ranks
 
 TENSOR, SAMPLES = 2, 3
 CASES = list(itertools.product(("none", "selective", "full"), (False, True), (0.0, 0.1)))

@@ -1,7 +1,6 @@
 """Activation memory: the paper's formula where both count the same, and the effect of settings."""
 
 import pytest
-from toys import toy_model
 
 from megagrow.forecast.memory import (
     activation_bytes,
@@ -13,6 +12,7 @@ from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS, MUON_SLOTS
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
+from tests.toys import toy_model
 
 S, B, H, L = 32, 3, 64, 4
 ONE_BLOCK = range(1, 2)

@@ -3,8 +3,8 @@
 Registered families are included automatically, from the package and from outside.
 """
 
-import toy_family
-from toys import FAMILIES, toy_model, toy_models
+from tests.models import toy_family
+from tests.toys import FAMILIES, toy_model, toy_models
 
 toy_family.register()
 

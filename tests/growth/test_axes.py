@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from toys import FAMILIES, build, grow, mapped, random_state, token_batches, toy_model
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
@@ -11,6 +10,7 @@ from megagrow.growth.plan import plan_growth
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.transfer.whole_state import MemoryState
+from tests.toys import FAMILIES, build, grow, mapped, random_state, token_batches, toy_model
 
 
 def _logits(model, state):

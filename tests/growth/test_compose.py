@@ -6,18 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import MODELS
-from toys import (
-    FAMILIES,
-    ShardState,
-    ThreadChannel,
-    build,
-    mapped,
-    on_threads,
-    random_state,
-    token_batches,
-    toy_model,
-)
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
@@ -31,6 +19,18 @@ from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
 from megagrow.transfer.execute import transfer_between_ranks
 from megagrow.transfer.state_map import AxisMap, compose
+from tests.growth.models import MODELS
+from tests.toys import (
+    FAMILIES,
+    ShardState,
+    ThreadChannel,
+    build,
+    mapped,
+    on_threads,
+    random_state,
+    token_batches,
+    toy_model,
+)
 
 axis_maps = st.builds(
     AxisMap,

@@ -4,18 +4,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from models import MODELS
-from toys import build, grow, random_state, token_batches
-from trained import Run
 
 from megagrow.config import GrowConfig
 from megagrow.growth.optimizer_rules import Factors, OptimizerRules
 from megagrow.growth.plan import plan_growth
 from megagrow.growth.registry import OPERATORS
 from megagrow.models.catalog import build_catalog
-from megagrow.models.transformer import named_tensors
 from megagrow.state.boxes import whole
+from tests.growth.models import MODELS
+from tests.growth.trained import Run, moved_by_one_update
+from tests.toys import grow, random_state, token_batches
 
 BORN, STEPS = 5, 20
 NOT_GROUPED = [name for name in MODELS if "grouped" not in name]
@@ -143,15 +141,15 @@ def test_width_alone_has_no_breaker(operator, policy, model):
         for policy in OPERATORS[name].policies
     ],
 )
-def test_copies_that_never_part_are_told_of_and_no_others(operator, policy):
+def test_copies_that_never_part_are_reported_and_no_others(operator, policy):
     """`kv_groups` by its factor duplicates query heads."""
     model = MODELS["llama-untied"]
     _, growth, _ = grow(model, random_state(build_catalog(model), seed=4), operator=operator,
                         policy=policy)  # fmt: skip
-    told = growth.caveats(grad_clip=0.0, dropout=0.0)
+    stated = growth.caveats(grad_clip=0.0, dropout=0.0)
     apart = _gap_after(model, operator=operator, factor=2, policy=policy) > 1e-12
-    assert len(told) == (not apart)
-    assert all("copies never part" in line and "width_fresh" in line for line in told)
+    assert len(stated) == (not apart)
+    assert all("copies never part" in line and "width_fresh" in line for line in stated)
     # Dropout separates them, since it drops each independently.
     assert not any("never part" in line for line in growth.caveats(grad_clip=0.0, dropout=0.1))
 
@@ -190,31 +188,14 @@ def test_the_published_policy_departs_from_the_small_run(operator):
     assert departure.max() > 1e-3
 
 
-def _moved_by_one_update(model, state, factors):
-    """How much each tensor's first AdamW update alone changes the logits (no decay, eps 0)."""
-    [batch] = token_batches(model, samples=4, seed=8)
-    module = build(model, state)
-    module(torch.from_numpy(batch)).backward()
-    tokens = torch.from_numpy(batch[:, :-1])
-    moved = {}
-    with torch.no_grad():
-        before = module.logits(tokens)
-        for name, parameter in named_tensors(module).items():
-            kept, gradient = parameter.clone(), parameter.grad
-            parameter -= 1e-3 * factors(name) * gradient.sign() * (gradient.abs() > 1e-14)
-            moved[name] = (module.logits(tokens) - before).norm().item()
-            parameter.copy_(kept)
-    return moved
-
-
 @pytest.mark.parametrize("factor", [2, 4])
 @pytest.mark.parametrize("model", [MODELS[name] for name in NOT_GROUPED], ids=NOT_GROUPED)
 def test_under_mup_one_update_of_any_tensor_moves_the_logits_as_far_as_before(model, factor):
     state = random_state(build_catalog(model), seed=4)
     large, growth, grown = grow(model, state, operator="width", policy="kept", factor=factor)
     rules = replace(growth, mup=True).rules_after(OptimizerRules(), step=0)
-    small = _moved_by_one_update(model, state, lambda name: 1.0)
-    found = _moved_by_one_update(large, grown, lambda name: rules.factors_of(name).lr)
+    small = moved_by_one_update(model, state, lambda name: 1.0)
+    found = moved_by_one_update(large, grown, lambda name: rules.factors_of(name).lr)
     assert set(found) == set(small) and "final_norm.weight" in found
     ratios = {name: found[name] / small[name] for name in found if small[name] > 1e-12}
     assert len(ratios) >= len(small) - 2  # the keys' biases move nothing

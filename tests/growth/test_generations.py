@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from toys import FAMILIES, random_state, token_batches, toy_model
-from trained import DECAY, EPS, LR, Run
 
 from megagrow.growth.optimizer_rules import OptimizerRules
 from megagrow.models.catalog import build_catalog
 from megagrow.models.transformer import named_tensors
+from tests.growth.trained import DECAY, EPS, LR, Run
+from tests.toys import FAMILIES, random_state, token_batches, toy_model
 
 BETAS, STEPS = (0.9, 0.999), 4
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from toys import mapped, token_batches
 
 from megagrow.config import GrowConfig, ModelConfig
 from megagrow.growth.plan import plan_growth
@@ -10,6 +9,7 @@ from megagrow.growth.registry import OPERATORS
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.transfer.whole_state import MemoryState
+from tests.toys import mapped, token_batches
 
 transformers = pytest.importorskip("transformers")
 

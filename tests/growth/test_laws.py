@@ -8,8 +8,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from models import MODELS
-from toys import build, grow, growths, random_state, token_batches
 
 from megagrow.growth.operator import KEEPS
 from megagrow.growth.policy import POLICIES
@@ -20,6 +18,8 @@ from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.fresh import fresh, normals
 from megagrow.transfer.state_map import Drawn
+from tests.growth.models import MODELS
+from tests.toys import build, grow, growths, random_state, token_batches
 
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from models import MODELS
-from toys import build, grow, mapped, random_state, token_batches, toy_model
 
 from megagrow.config import BatchConfig, GrowConfig
 from megagrow.errors import GrowthError
@@ -14,6 +12,8 @@ from megagrow.models.catalog import build_catalog
 from megagrow.models.transformer import named_tensors
 from megagrow.train.fit import fit, fit_growth
 from megagrow.transfer.whole_state import MemoryState
+from tests.growth.models import MODELS
+from tests.toys import build, grow, mapped, random_state, token_batches, toy_model
 
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 TARGETS = [{"factor": 2}, {"target": {"hidden": 32, "layers": 5}}, {"target": {"ffn": 24}}]

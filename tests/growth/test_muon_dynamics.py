@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 import torch
 from deepspeed.runtime.zero.muon import original_muon
-from models import MODELS
-from toys import mapped, random_state, token_batches
-from trained import Run
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
@@ -16,6 +13,9 @@ from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.growth.plan import plan_growth
 from megagrow.models.catalog import build_catalog
 from megagrow.state.optimizers import MUON
+from tests.growth.models import MODELS
+from tests.growth.trained import Run
+from tests.toys import mapped, random_state, token_batches
 
 BORN, STEPS, LR = 5, 20, 2e-3
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from test_dynamics import _moved_by_one_update
-from toys import FAMILIES, build, grow, mapped, random_state, token_batches, toy_model, toy_models
-from trained import Run
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
@@ -17,6 +14,17 @@ from megagrow.state.catalog import ADAM_SLOTS, Init, Rates
 from megagrow.state.fresh import fresh
 from megagrow.state.parts import part_of
 from megagrow.transfer.whole_state import MemoryState
+from tests.growth.trained import Run, moved_by_one_update
+from tests.toys import (
+    FAMILIES,
+    build,
+    grow,
+    mapped,
+    random_state,
+    token_batches,
+    toy_model,
+    toy_models,
+)
 
 BASE = {"hidden": 4, "layers": 1}  # of the toys' hidden 8, layers 2
 MODELS = [model.model_copy(update={"mup": toy_model(mup=BASE).mup}) for _, model in toy_models()]
@@ -252,8 +260,8 @@ def test_exact_retraces_the_small_run_under_mup(model):
 def test_after_a_growth_one_update_of_any_tensor_moves_the_logits_as_far_as_before(model, factor):
     state = random_state(build_catalog(model), seed=4)
     large, growth, grown = grow(model, state, operator="width", policy="kept", factor=factor)
-    small = _moved_by_one_update(model, state, lambda name: growth.small[name].rates.lr)
-    found = _moved_by_one_update(large, grown, lambda name: growth.target[name].rates.lr)
+    small = moved_by_one_update(model, state, lambda name: growth.small[name].rates.lr)
+    found = moved_by_one_update(large, grown, lambda name: growth.target[name].rates.lr)
     ratios = {name: found[name] / small[name] for name in found if small[name] > 1e-12}
     assert len(ratios) >= len(small) - 2  # the keys' biases move nothing
     assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), rel=1e-6)

@@ -5,16 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from toys import (
-    FAMILIES,
-    ShardState,
-    build,
-    mapped,
-    on_threads,
-    random_state,
-    token_batches,
-    toy_model,
-)
 
 from megagrow.config import GrowConfig
 from megagrow.config.load import parse_settings
@@ -27,6 +17,16 @@ from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
 from megagrow.transfer.execute import transfer_between_ranks
+from tests.toys import (
+    FAMILIES,
+    ShardState,
+    build,
+    mapped,
+    on_threads,
+    random_state,
+    token_batches,
+    toy_model,
+)
 
 MODEL = toy_model(hidden=32, heads=4, ffn=48, init_std=0.02)
 NOISY = ["width_noise", "width_perturb", "depth_stack", "depth_interleave", "depth_slices"]

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import FAMILIES, build, grow, growths, larger, random_state, token_batches, toy_model
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
@@ -19,6 +18,16 @@ from megagrow.growth.registry import OPERATORS, find_operator, find_policy
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS, Catalog
 from megagrow.transfer.state_map import AxisMap
+from tests.toys import (
+    FAMILIES,
+    build,
+    grow,
+    growths,
+    larger,
+    random_state,
+    token_batches,
+    toy_model,
+)
 
 
 def _growth(model, operator, policy=None, factor=2, rewarm=None):
@@ -150,7 +159,7 @@ def test_the_default_rewarm_is_the_policys():
     assert {young.rewarm for young in rules.young.values()} == {250}
 
 
-def test_old_elements_in_several_blocks_are_told_as_one():
+def test_old_elements_in_several_blocks_are_reported_as_one():
     """Queries, keys and values of wider heads are separate blocks; every k-th index is old."""
     rules = _growth(toy_model(), "head_dim", "kept", factor=3).rules_after(OptimizerRules(), step=4)
     qkv = rules.young["layers.0.attention.qkv.weight"]  # [kv_group, projection, head_dim, embed]

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from models import MODELS
-from toys import build, grow, random_state, token_batches
 
 from megagrow.growth.optimizer_rules import OptimizerRules
 from megagrow.growth.plan import grown_model, make_growth
@@ -15,6 +13,8 @@ from megagrow.state.placement import Placement
 from megagrow.transfer.ends import NoChannel
 from megagrow.transfer.execute import transfer_between_ranks
 from megagrow.transfer.whole_state import MemoryState
+from tests.growth.models import MODELS
+from tests.toys import build, grow, random_state, token_batches
 
 LION = (MASTER, Slot("exp_avg", "first_moment"))
 MUON = (MASTER, Slot("momentum_buffer", "first_moment"))

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from models import MODELS
-from toys import FAMILIES, build, mapped, random_state, token_batches, toy_model
 
 from megagrow.config import GrowConfig
 from megagrow.config.load import parse_settings
@@ -12,12 +10,14 @@ from megagrow.errors import ConfigError, GrowthError
 from megagrow.growth.optimizer_rules import OptimizerRules
 from megagrow.growth.plan import plan_growth
 from megagrow.growth.registry import OPERATORS
-from megagrow.growth.settings import told
+from megagrow.growth.settings import growth_in_words
 from megagrow.models.catalog import build_catalog
 from megagrow.models.transformer import named_tensors
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.fresh import fresh
+from tests.growth.models import MODELS
+from tests.toys import FAMILIES, build, mapped, random_state, token_batches, toy_model
 
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
@@ -67,7 +67,7 @@ def test_slices_of_a_list():
                 named[name].copy_(state.tensors[from_, "master"])
         tokens = torch.from_numpy(token_batches(model, samples=2, seed=2)[0])[:, :-1]
         assert torch.equal(by_hand.logits(tokens), build(large, new).logits(tokens))
-    assert told(GrowConfig(**section)) == "depth_slices of layers 0 1 2 1 2 3"
+    assert growth_in_words(GrowConfig(**section)) == "depth_slices of layers 0 1 2 1 2 3"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,10 @@ def test_slices_go_with_width():
     assert (large.layers, large.hidden) == (3, 9)
     large, _ = plan_growth(GrowConfig(**section, factor=3), toy_model())
     assert (large.layers, large.hidden) == (3, 24)
-    assert told(GrowConfig(**section, factor=3)) == "depth_slices+width_fresh of layers 0 1 0 x3"
+    assert (
+        growth_in_words(GrowConfig(**section, factor=3))
+        == "depth_slices+width_fresh of layers 0 1 0 x3"
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,7 @@ def test_the_head_becomes_a_copy_with_its_moments(family):
     for key, values in state.tensors.items():
         assert torch.equal(new.tensors[key], values)
     assert not growth.rules_after(OptimizerRules(), step=5).young
-    assert told(GrowConfig(operator="untie")) == "untie"
+    assert growth_in_words(GrowConfig(operator="untie")) == "untie"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

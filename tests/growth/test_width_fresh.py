@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from models import MODELS
-from toys import FAMILIES, build, grow, random_state, token_batches, toy_model
 
 from megagrow.config import GrowConfig
 from megagrow.errors import GrowthError
@@ -15,6 +13,8 @@ from megagrow.models.transformer import named_tensors
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import MASTER
 from megagrow.state.fresh import normals
+from tests.growth.models import MODELS
+from tests.toys import FAMILIES, build, grow, random_state, token_batches, toy_model
 
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 READERS = ("qkv.weight", "up.weight", "output.weight")

@@ -2,14 +2,14 @@ import itertools
 
 import pytest
 import torch
-from parts import module_with, random_parameters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from toys import FAMILIES
 
 from megagrow.config import ModelConfig
 from megagrow.models.catalog import build_catalog
 from megagrow.models.flops import forward_flops_per_token, train_flops_per_token
+from tests.models.parts import module_with, random_parameters
+from tests.toys import FAMILIES
 
 SHAPES = [
     {},

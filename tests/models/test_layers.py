@@ -5,8 +5,6 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from parts import this_rank
-from ranks import run_ranks
 from torch import nn
 
 from megagrow.models.common.layers import (
@@ -20,6 +18,8 @@ from megagrow.models.common.layers import (
 )
 from megagrow.models.common.parallel import SERIAL, TensorParallel
 from megagrow.state.layout import even_split
+from tests.models.parts import this_rank
+from tests.ranks import run_ranks
 
 BATCH, SEQUENCE, WIDTH, VOCABULARY = 2, 4, 6, 9  # 9 over 2 ranks: 5 + 4, over 4: 3 + 3 + 3 + 0
 GROUPS, PROJECTIONS, HEAD_DIM = 4, 3, 2

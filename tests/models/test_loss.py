@@ -1,12 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from parts import this_rank
-from ranks import run_ranks
 
 from megagrow.models.common.loss import vocab_parallel_cross_entropy
 from megagrow.ops import references
 from megagrow.state.layout import even_split
+from tests.models.parts import this_rank
+from tests.ranks import run_ranks
 
 VOCABULARY = 5  # over 2 ranks 3 + 2, over 4 ranks 2 + 2 + 1 + 0
 CASES = {

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from toys import FAMILIES, build, grow, random_state, token_batches, toy_models
 
 from megagrow.models.catalog import build_catalog
 from megagrow.models.common.layers import AddRMSNorm
 from megagrow.models.common.masks import ramp_in
 from megagrow.models.transformer import named_tensors
+from tests.toys import FAMILIES, build, grow, random_state, token_batches, toy_models
 
 every_model = pytest.mark.parametrize("model", dict(toy_models()).values(), ids=dict(toy_models()))
 

@@ -17,8 +17,8 @@ def refusal(**changes):
 
 def test_defaults_are_plain_multi_head_attention():
     model = make()
-    assert (model.kv_groups, model.head_dim, model.biases) == (4, 6, True)
-    assert not make(family="llama").biases
+    assert (model.kv_groups, model.head_dim, model.architecture.biases) == (4, 6, "all")
+    assert make(family="llama").architecture.biases == "none"
 
 
 def test_heads_must_divide_hidden_unless_their_width_is_given():

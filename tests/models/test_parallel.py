@@ -1,13 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from parts import this_rank
-from ranks import run_ranks
 
 from megagrow.config import ModelConfig
 from megagrow.errors import ConfigError
 from megagrow.models.common import parallel as regions
 from megagrow.models.common.parallel import SERIAL, TensorParallel, require_tensor_parallel
+from tests.models.parts import this_rank
+from tests.ranks import run_ranks
 
 SHAPE = 2, 4, 8  # batch, sequence, width; the latter two are divisible by 2 and by 4
 

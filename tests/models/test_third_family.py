@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_family
-from jobs import dataset, events, launch, log_of, settings, write_config  # noqa: F401
-from toys import random_state, toy_model
 
 from megagrow.checkpoint import CheckpointMeta, NativeCheckpoint, Piece, SoloGroup, newest, save
 from megagrow.checkpoint.convert.registry import detect
@@ -33,6 +30,9 @@ from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
+from tests.jobs import events, launch, log_of, settings, write_config
+from tests.models import toy_family
+from tests.toys import random_state, toy_model
 
 toy_family.register()
 
@@ -76,7 +76,7 @@ LAYOUTS = {"data": {"zero": 1}, "tensor": {"tensor": 2}, "pipeline": {"pipeline"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_it_trains_and_grows_in_width_and_in_depth(layout, tmp_path, dataset):  # noqa: F811
+def test_it_trains_and_grows_in_width_and_in_depth(layout, tmp_path, dataset):
     mapping = settings(dataset, tmp_path / "run", layout=layout)
     mapping["model"]["family"] = "toy"
     config = write_config(tmp_path / "run.yaml", mapping)
@@ -164,7 +164,7 @@ def test_a_family_that_transformers_lacks_is_refused_by_name(tmp_path, monkeypat
         convert(Job(path, tmp_path / "there", "huggingface"), workers=1)
 
 
-def test_the_shape_is_told_by_the_names_of_a_deepspeed_checkpoint_alone():
+def test_the_shape_is_reported_by_the_names_of_a_deepspeed_checkpoint_alone():
     for family in registry.FAMILIES:
         model = toy_model(family=family, tie_embeddings=False)
         shapes = {tensor.name: tensor.shape for tensor in build_catalog(model)}

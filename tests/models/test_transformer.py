@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from parts import gradients, module_with, random_parameters
 
 from megagrow.config import ModelConfig
 from megagrow.models.catalog import build_catalog
@@ -16,6 +15,7 @@ from megagrow.models.transformer import (
     named_tensors,
     next_token_loss,
 )
+from tests.models.parts import gradients, module_with, random_parameters
 
 VOCABULARY = 13
 

@@ -4,9 +4,6 @@ import itertools
 
 import pytest
 import torch
-from parts import gradients, local_part, module_with, random_parameters, this_rank
-from ranks import run_ranks
-from toys import FAMILIES
 
 from megagrow.config import ModelConfig
 from megagrow.models.catalog import build_catalog
@@ -15,6 +12,9 @@ from megagrow.models.common.parallel import TensorParallel
 from megagrow.models.transformer import Transformer, named_tensors
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement, split_axis
+from tests.models.parts import gradients, local_part, module_with, random_parameters, this_rank
+from tests.ranks import run_ranks
+from tests.toys import FAMILIES, featured_models
 
 VOCABULARY = 13  # 2 ranks have 7 rows each, one of them padding
 WORLD = 2
@@ -35,7 +35,16 @@ VARIANTS = {
 CASES = {
     f"{family}-{variant}": make(family, **changes)
     for family, (variant, changes) in itertools.product(FAMILIES, VARIANTS.items())
-}
+} | {
+    # Queries, keys and norms of heads are on other ranks, and windows differ by layer.
+    name: model
+    for family, featured in featured_models(hidden=16, heads=4, ffn=10, head_dim=None).items()
+    for name, model in (
+        (f"{family}-featured", featured),
+        (f"{family}-selective", featured.model_copy(
+            update={"activation_checkpointing": "selective"})),
+    )
+}  # fmt: skip
 
 
 def samples():
@@ -127,7 +136,8 @@ def core(rank, *, dropout):
     qkv = torch.randn(3, 6, 24, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(9)
     heads = (attention.groups, attention.queries + 2, attention.head_dim)
-    return attention._core(qkv.view(3, 6, *heads), None), torch.rand(())
+    q, k, v = qkv.view(3, 6, *heads).split((attention.queries, 1, 1), dim=3)
+    return attention._core(q, k, v, None), torch.rand(())
 
 
 def test_attention_drops_other_probabilities_on_every_rank():

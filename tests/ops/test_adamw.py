@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES
 
 from megagrow import ops
 from megagrow.ops import references
+from tests.ops.device import DEVICE, DTYPES
 
 BETAS, EPS, DECAY, LR, STEP = (0.9, 0.95), 1e-6, 0.1, 1e-2, 4
 

@@ -53,7 +53,7 @@ def test_modes(monkeypatch):
         assert library.own("rms_norm", x) and not library.own("rms_norm", x.int())
 
 
-def test_a_library_that_does_not_load_is_told(monkeypatch, tmp_path):
+def test_a_library_that_does_not_load_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(build, "CUDA_LIBRARY", tmp_path / "damaged.so")
     with library.using("auto") as active:

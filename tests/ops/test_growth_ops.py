@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import DEVICE
-from toys import grow, random_state, toy_model
 
 from megagrow.models.catalog import build_catalog
 from megagrow.ops import dispatch, library
+from tests.ops.device import DEVICE
+from tests.toys import grow, random_state, toy_model
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the toy state lives on the CPU")

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES
 from torch.library import opcheck
 
 from megagrow.ops import references
 from megagrow.ops.schemas import SCHEMAS
+from tests.ops.device import DEVICE, DTYPES
 
 OPS = torch.ops.megagrow
 # Relative errors in the 2-norm against fp64: rounding of the output, and a little more.

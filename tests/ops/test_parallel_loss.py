@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
 
 from megagrow.models.common.loss import vocab_parallel_cross_entropy
 from megagrow.models.common.parallel import TensorParallel
 from megagrow.ops import library
 from megagrow.state.layout import even_split
+from tests.ranks import run_ranks
 
 VOCABULARY, SHAPE = 37, (2, 5)
 

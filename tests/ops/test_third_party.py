@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
 
 from megagrow import ops
 from megagrow.errors import ConfigError
 from megagrow.ops import third_party
+from tests.ops.device import DEVICE
 
 INSTALLED = [name for name, backend in third_party.BACKENDS.items() if backend.installed()]
 

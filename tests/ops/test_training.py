@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import DEVICE
-from toys import FAMILIES, build, random_state, token_batches, toy_model
 
 from megagrow.engine.optimizers.blockwise import BlockAdamW, YoungShard
 from megagrow.growth.optimizer_rules import YoungBlocks
@@ -11,6 +9,8 @@ from megagrow.models.catalog import build_catalog
 from megagrow.models.transformer import named_tensors
 from megagrow.ops import library
 from megagrow.state.boxes import whole
+from tests.ops.device import DEVICE
+from tests.toys import FAMILIES, build, random_state, token_batches, toy_model
 
 STEPS = 50
 YOUNG = "layers.1.mlp.down.weight"

@@ -5,12 +5,12 @@ import re
 import subprocess
 
 import pytest
-from jobs import events, files_below, launch, main, settings, stages, train, write_config
 
 from megagrow.config.load import load_config
 from megagrow.data.dataset import open_dataset
 from megagrow.plan.dry_run import bytes_moved
 from megagrow.train.run_plan import plan_run
+from tests.jobs import events, files_below, launch, main, settings, stages, train, write_config
 
 
 def test_it_tells_what_the_run_then_does(tmp_path, dataset):
@@ -37,8 +37,8 @@ def test_it_tells_what_the_run_then_does(tmp_path, dataset):
 
     plan = plan_run(load_config(config), world=2, vocabulary=320)
     for index, growth in enumerate(growths, start=1):
-        told = bytes_moved(plan, index, ranks=range(2))
-        assert told == (growth["bytes_moved"], growth["bytes_between_ranks"])
+        stated = bytes_moved(plan, index, ranks=range(2))
+        assert stated == (growth["bytes_moved"], growth["bytes_between_ranks"])
     moved = re.findall(r"moves +([\d.]+ k?B) in all, ([\d.]+ k?B) between ranks", dry.out)
     assert len(moved) == 2
 
@@ -83,19 +83,19 @@ def test_a_number_of_processes_that_cannot_be(tmp_path, dataset, world):
     assert outcome.status == 1 and f"--world {world}" in outcome.err
 
 
-@pytest.mark.parametrize(("clip", "told"), [(1.0, True), (0.0, False)])
-def test_what_keeps_exact_from_its_promise_is_told(tmp_path, dataset, clip, told):
+@pytest.mark.parametrize(("clip", "stated"), [(1.0, True), (0.0, False)])
+def test_what_keeps_exact_from_its_promise_is_reported(tmp_path, dataset, clip, stated):
     mapping = settings(dataset, tmp_path / "run", stages=stages(policy="exact"))
     config = write_config(tmp_path / "run.yaml", mapping)
     command = ["--config", config, f"optimizer.grad_clip={clip}"]
     dry = main([*command, "--dry-run"])
-    assert dry.status == 0 and ("only while no gradient is clipped" in dry.out) == told
+    assert dry.status == 0 and ("only while no gradient is clipped" in dry.out) == stated
     [[run]] = launch(1, [*command, "stages.2.until.steps=8"])
-    assert run.status == 0 and ("exact retraces the small run only while" in run.err) == told
+    assert run.status == 0 and ("exact retraces the small run only while" in run.err) == stated
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "stated"),
     [
         ({"state_policy": "copy"}, True),
         ({"state_policy": "exact"}, True),
@@ -103,14 +103,14 @@ def test_what_keeps_exact_from_its_promise_is_told(tmp_path, dataset, clip, told
         ({"operator": "width_fresh", "state_policy": "kept"}, False),
     ],
 )
-def test_copies_that_never_part_are_told_of(tmp_path, dataset, change, told):
+def test_copies_that_never_part_are_reported(tmp_path, dataset, change, stated):
     plan = stages()
     plan[1]["grow"] |= change
     config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run", stages=plan))
     dry = main(["--config", config, "--dry-run"])
-    assert dry.status == 0 and ("copies never part" in dry.out) == told
+    assert dry.status == 0 and ("copies never part" in dry.out) == stated
     [[run]] = launch(1, ["--config", config, "stages.2.until.steps=8"])
-    assert run.status == 0 and ("copies never part" in run.err) == told
+    assert run.status == 0 and ("copies never part" in run.err) == stated
 
 
 # What a single-process run rejects, each with a word that the message must contain.

@@ -6,10 +6,8 @@ import os
 import numpy as np
 import pytest
 import torch.distributed as dist
-from jobs import main, write_config
-from ranks import run_ranks
 
-from megagrow.bench.memory import tensor_bytes
+from benchmarks.memory import tensor_bytes
 from megagrow.config import Config
 from megagrow.errors import ConfigError
 from megagrow.plan.dry_run import (
@@ -23,6 +21,8 @@ from megagrow.plan.dry_run import (
 from megagrow.train.grow_live import fill_fresh, start_engine
 from megagrow.train.run_plan import plan_run
 from megagrow.train.state import RunState
+from tests.jobs import main, write_config
+from tests.ranks import run_ranks
 
 SMALL = {"layers": 6, "hidden": 32, "heads": 2, "ffn": 128, "sequence": 4, "vocab": 64}
 

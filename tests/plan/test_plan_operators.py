@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from toys import toy_model
 
 from megagrow.cli.plan import growth_operators
 from megagrow.config import GrowConfig
@@ -12,6 +11,7 @@ from megagrow.forecast.planner import sizes_towards
 from megagrow.forecast.scaling import find_law
 from megagrow.growth.registry import OPERATORS
 from megagrow.growth.settings import configured
+from tests.toys import toy_model
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import yaml
-from jobs import REPOSITORY, command, launch, main, make_dataset, settings, write_config
 
 from megagrow.config import Config, UntilConfig
 from megagrow.config.load import load_config, load_settings
@@ -14,6 +13,7 @@ from megagrow.forecast.cost import Received
 from megagrow.forecast.machine import MachineConfig, growth_time
 from megagrow.plan.on_machine import best_layout, place_stage, require_layout
 from megagrow.train.run_plan import plan_run
+from tests.jobs import REPOSITORY, command, launch, main, make_dataset, settings, write_config
 
 CONFIGS = REPOSITORY / "configs"
 
@@ -133,6 +133,7 @@ def test_a_plan_is_a_run_that_can_start(tmp_path, capsys):
     assert "predicted saving at equal loss" in text and "growth into stage 1" in text
     for name in ("config.yaml", "plan.html", "plan.svg"):
         assert (tmp_path / "plan" / name).stat().st_size > 500
+    assert "no plan.svg" not in text
     planned = yaml.safe_load((tmp_path / "plan/config.yaml").read_text())
     assert len(planned["stages"]) == 2 and "grow" in planned["stages"][1]
     outcome = main(["--config", tmp_path / "plan/config.yaml", "--dry-run", "--world", 4])

@@ -407,7 +407,7 @@ def test_a_page_says_that_its_curves_are_thinned_and_of_what(tmp_path, monkeypat
 # --- growth diagnostics -------------------------------------------------------------------
 
 
-def test_diagnostics_are_drawn_and_mixing_times_told(tmp_path):
+def test_diagnostics_are_drawn_and_mixing_times_reported(tmp_path):
     foretold = {"foretold": {"capacity": 1.0, "s_scale": 10.0, "s_power": 0.5, "floor": 1.0}}
     mixing = {"event": "mixing", "step": 25, "tokens": 2500, "growth_stage": 1,
               "mixing_tokens": 1500, "loss": 2.0, "foretold": 2.1, "time": 1025.5}  # fmt: skip

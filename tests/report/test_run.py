@@ -3,12 +3,12 @@
 import math
 
 import pytest
-from jobs import TRAJECTORY
 
 from megagrow.report.run import summarize
 from megagrow.report.step_facts import AVERAGED, FACTS, TIMELESS, StepFacts
 from megagrow.report.thin import Steps
 from megagrow.train.logging.metrics import MetricsLog, read_metrics
+from tests.jobs import TRAJECTORY
 
 
 def line(event, time, **fields):

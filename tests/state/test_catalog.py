@@ -4,11 +4,11 @@ import json
 import math
 
 import pytest
-from toys import FAMILIES, toy_model, toy_models
 
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import Catalog, Init, LogicalTensor
 from megagrow.state.parts import PARTS, part_of
+from tests.toys import FAMILIES, toy_model, toy_models
 
 MODELS = dict(toy_models())
 

@@ -1,7 +1,6 @@
 """Copies stay on the tensor-parallel rank that holds their source."""
 
 import pytest
-from toys import toy_model, toy_models
 
 from megagrow.growth.plan import grown_model, make_growth
 from megagrow.models.catalog import build_catalog
@@ -9,6 +8,7 @@ from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
 from megagrow.transfer.moves import plan_receives
+from tests.toys import toy_model, toy_models
 
 
 @pytest.mark.parametrize("family", sorted({name.split("-")[0] for name, _ in toy_models()}))

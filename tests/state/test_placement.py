@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import toy_model, toy_models
 
 from megagrow.growth.optimizer_rules import Factors, OptimizerRules, group_keys
 from megagrow.models.catalog import build_catalog
@@ -15,6 +14,7 @@ from megagrow.state.boxes import Box, tiling_fault, whole
 from megagrow.state.catalog import Catalog, Init, LogicalTensor
 from megagrow.state.layout import SPLIT_AXES, Layout
 from megagrow.state.placement import Placement, split_axis
+from tests.toys import toy_model, toy_models
 
 MODELS = dict(toy_models())
 # Groups of four kinds, as after a growth with the exact policy.

@@ -4,12 +4,12 @@ import json
 from collections import Counter
 
 import pytest
-from toys import FAMILIES, toy_model, toy_models
 
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import Catalog, Init, LogicalTensor, of_layer
 from megagrow.state.optimizers import ADAMW, LION, MUON, OPTIMIZERS
 from megagrow.state.roles import FINAL_NORM, MATRICES, NORMS, ROLES, WRITERS
+from tests.toys import FAMILIES, toy_model, toy_models
 
 MODELS = dict(toy_models())
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
@@ -62,11 +62,11 @@ def test_of_another_program_an_earlier_version_said_what_is_trained():
     item = {"shape": [2, 3], "axes": ["axis0", "axis1"], "init": {"kind": "normal", "std": 0.02},
             "decay": True, "places": [0]}  # fmt: skip
     names = {"layers.0.mlp.up.weight": "trained", "steps": "buffer", "old": "frozen"}
-    told = [
+    stated = [
         {**item, "name": name, **({"role": said} if said != "trained" else {})}
         for name, said in names.items()
     ]
-    found = Catalog.from_json(told)
+    found = Catalog.from_json(stated)
     assert {t.name: t.training for t in found} == names
     assert {t.role for t in found} == {"other"}
     assert Catalog.from_json(found.to_json()) == found

@@ -3,7 +3,6 @@
 from typing import get_args
 
 import pytest
-from toys import FAMILIES, toy_model
 
 from megagrow.config import OptimizerConfig, PrecisionConfig
 from megagrow.config.families import Architecture
@@ -16,6 +15,7 @@ from megagrow.state.optimizers import ADAMW, LION, OPTIMIZERS
 from megagrow.state.parts import _PARTS, PARTS, part_of
 from megagrow.state.precision import PRECISIONS, format_of
 from megagrow.state.roles import ROLES
+from tests.toys import FAMILIES, toy_model
 
 
 def choices(section, key):

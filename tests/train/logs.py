@@ -1,9 +1,10 @@
 """Log lines of a run, for tests of the log and its mirrors."""
 
 from megagrow.report.step_facts import StepFacts
+from megagrow.train.logging.metrics import MetricsLog
 
 
-def log_step(log, step, stage=0, loss=3.0):
+def log_step(log: MetricsLog, step: int, stage: int = 0, loss: float = 3.0) -> None:
     log.step(
         StepFacts(
             step=step,
@@ -18,7 +19,7 @@ def log_step(log, step, stage=0, loss=3.0):
     )
 
 
-def log_growth(log, step, stage):
+def log_growth(log: MetricsLog, step: int, stage: int) -> None:
     log.growth(
         step=step,
         tokens=step * 100,

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from jobs import events, launch, log_of, settings, write_config
 from safetensors.numpy import load_file
 
 from megagrow.config.schema import AverageConfig
 from megagrow.state.boxes import whole
 from megagrow.train.average import WeightAverage
+from tests.jobs import events, launch, log_of, settings, write_config
 
 
 class FakeEngine:

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import yaml
-from jobs import files_below, main, make_dataset, settings, write_config
+
+from tests.jobs import files_below, main, make_dataset, settings, write_config
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ import shutil
 
 import pytest
 import torch
-from jobs import events, launch, log_of, settings, train, trajectory, write_config
 
 from megagrow.checkpoint import NativeCheckpoint, list_steps, step_path
 from megagrow.state.boxes import whole
+from tests.jobs import events, launch, log_of, settings, train, trajectory, write_config
+from tests.train.runs import spoil_losses
 
 NEVER = ["recovery.skip=0", "recovery.rollback=0"]
 
@@ -19,31 +20,6 @@ NEVER = ["recovery.skip=0", "recovery.rollback=0"]
 @pytest.fixture
 def config(tmp_path, dataset):
     return write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run"))
-
-
-def _spoil(rank, bad_rank, steps, factor):
-    """Multiply the losses of some steps (counted over the whole job), on one rank."""
-    from megagrow.engine.engine import Engine
-    from megagrow.models import transformer
-
-    loss_function, train_step, count = (
-        transformer.vocab_parallel_cross_entropy,
-        Engine.train_step,
-        0,
-    )
-
-    def counting(self, *args, **more):
-        nonlocal count
-        count += 1
-        return train_step(self, *args, **more)
-
-    def spoiled(*args, **more):
-        loss = loss_function(*args, **more)
-        bad = count in steps and torch.is_grad_enabled() and rank == bad_rank
-        return loss * factor if bad else loss
-
-    Engine.train_step = counting
-    transformer.vocab_parallel_cross_entropy = spoiled
 
 
 def masters(path):
@@ -65,7 +41,7 @@ def test_a_bad_step_leaves_no_update(tmp_path, dataset, world, layout, dtype):
     )  # fmt: skip
     config = write_config(tmp_path / "run.yaml", mapping)
     bad_rank = world - 1  # the last pipeline stage computes the loss
-    spoil = (_spoil, bad_rank, {3}, math.nan)
+    spoil = (spoil_losses, bad_rank, {3}, math.nan)
     command = ["--config", config, "train.stop_after_steps=5"]
     [outcomes] = launch(world, command, hook=spoil)
     assert [o.status for o in outcomes] == [0] * world, outcomes[0].err
@@ -82,7 +58,7 @@ def test_a_bad_step_leaves_no_update(tmp_path, dataset, world, layout, dtype):
 
 
 def test_spikes_are_passed_over_where_asked_for(tmp_path, config):
-    spoil = (_spoil, 0, {9}, 50.0)
+    spoil = (spoil_losses, 0, {9}, 50.0)
     straight, spike = (f"run.dir={tmp_path / name}" for name in ("straight", "spike"))
     common = ["--config", config, "stages=[{until: {steps: 10}}]"]
     [[one]] = launch(1, [*common, straight], hook=spoil)
@@ -96,7 +72,7 @@ def test_spikes_are_passed_over_where_asked_for(tmp_path, config):
 def test_too_many_bad_steps_in_a_row_go_back_to_a_checkpoint(tmp_path, config):
     """Steps 5 and 6 are bad; back to the checkpoint of 4, and on after their samples."""
     command = ["--config", config, "recovery.skip=1"]
-    [outcomes] = launch(2, command, hook=(_spoil, 1, {5, 6}, math.nan))
+    [outcomes] = launch(2, command, hook=(spoil_losses, 1, {5, 6}, math.nan))
     assert [o.status for o in outcomes] == [0, 0], outcomes[0].err
     error = outcomes[0].err
     assert "step 5 is skipped" in error and "step 6: the loss is not finite" in error
@@ -110,13 +86,13 @@ def test_too_many_bad_steps_in_a_row_go_back_to_a_checkpoint(tmp_path, config):
     assert state["consumed_samples"] == (10 + 2) * 8
     # Stopped after the rollback and resumed, it is the same run.
     stopped = [*command, f"run.dir={tmp_path / 'stopped'}"]
-    launch(2, [*stopped, "train.stop_after_steps=7"], hook=(_spoil, 1, {5, 6}, math.nan))
+    launch(2, [*stopped, "train.stop_after_steps=7"], hook=(spoil_losses, 1, {5, 6}, math.nan))
     assert trajectory(train(2, config, *stopped[2:])) == trajectory(lines)
 
 
 def test_a_run_gives_up_in_the_end(tmp_path, config):
     command = ["--config", config, "recovery.skip=1", "layout.zero=0"]
-    [outcomes] = launch(2, command, hook=(_spoil, 1, set(range(3, 99)), math.nan))
+    [outcomes] = launch(2, command, hook=(spoil_losses, 1, set(range(3, 99)), math.nan))
     assert [o.status for o in outcomes] == [1, 1] and outcomes[1].err == ""
     error = outcomes[0].err
     last = step_path(tmp_path / "run" / "checkpoints", 4)
@@ -182,7 +158,7 @@ def _asked_to_stop(rank, step):
 
 
 def test_nothing_to_go_back_to(tmp_path, config):
-    [[outcome]] = launch(1, ["--config", config, *NEVER], hook=(_spoil, 0, {1}, math.inf))
+    [[outcome]] = launch(1, ["--config", config, *NEVER], hook=(spoil_losses, 0, {1}, math.inf))
     assert outcome.status == 1 and "none was saved yet" in outcome.err
     assert list_steps(tmp_path / "run" / "checkpoints") == []
 

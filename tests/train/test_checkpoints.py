@@ -3,7 +3,12 @@
 import shutil
 
 import pytest
-from jobs import (
+
+from megagrow.checkpoint import NativeCheckpoint, list_steps, newest, step_path
+from megagrow.config.load import load_config
+from megagrow.errors import CheckpointError
+from megagrow.train.checkpoints import candidates
+from tests.jobs import (
     events,
     files_below,
     launch,
@@ -13,11 +18,6 @@ from jobs import (
     train,
     write_config,
 )
-
-from megagrow.checkpoint import NativeCheckpoint, list_steps, newest, step_path
-from megagrow.config.load import load_config
-from megagrow.errors import CheckpointError
-from megagrow.train.checkpoints import candidates
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_new_run_from_the_checkpoint_of_another(used, tmp_path):
     assert list_steps(tmp_path / "new" / "checkpoints") == [10]
 
 
-def test_settings_that_changed_and_may_are_told(used):
+def test_settings_that_changed_and_may_are_reported(used):
     """On rank 0, one line each, by their keys."""
     config, run_dir = used
     changed = ["optimizer.lr=0.02", "stages.2.until.steps=11", "deepspeed.x=1"]
@@ -150,8 +150,8 @@ def test_settings_that_changed_and_may_are_told(used):
     kept = run_dir / "config.1.yaml"
     assert further.status == 0 and f"to continue with those: --config {kept}" in further.err
     assert load_config(kept) == before != load_config(run_dir / "config.yaml")
-    told = [line for line in first.err.splitlines() if line.startswith("changed since then: ")]
-    assert [line.partition(": ")[2] for line in told] == [
+    stated = [line for line in first.err.splitlines() if line.startswith("changed since then: ")]
+    assert [line.partition(": ")[2] for line in stated] == [
         "deepspeed.x: None -> 1",
         "optimizer.lr: 0.01 -> 0.02",
         f"run.dir: {config.parent / 'run'} -> {run_dir}",

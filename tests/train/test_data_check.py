@@ -6,11 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
-from jobs import launch, log_of, main, settings, write_config
 
 from megagrow.data.sampler import VALIDATION
 from megagrow.train import checkpoints
 from megagrow.train.agreement import validation_changes
+from tests.jobs import launch, log_of, main, settings, write_config
 
 
 def config(dataset, tmp_path, **changes):

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from jobs import events, launch, log_of, settings, stages, train, trajectory
-from jobs import write_config as write
 
 from megagrow.forecast.fit import Validated
 from megagrow.forecast.mixing import Mixing
 from megagrow.forecast.scaling import ScalingLaw
 from megagrow.report.run import summarize
+from tests.jobs import events, launch, log_of, settings, stages, train, trajectory
+from tests.jobs import write_config as write
 
 KEYS = {"parameter_share", "gradient_share", "update_share", "participation", "dead_units"}
 LAW = ScalingLaw("test", 1.5, 1000.0, 0.4, 500.0, 0.5, "tokens", True)
@@ -70,8 +70,8 @@ def test_a_resumed_run_tells_the_same(tmp_path, dataset):
     assert timeless(one) == timeless(two)
     mixed = events(two, "mixing")
     assert mixed, "the law foretells little of the larger model, so that it is reached"
-    told = [o.err for o in outcomes[0] if "where a fresh model is foretold to be" in o.err]
-    assert told and mixed[0]["loss"] <= mixed[0]["foretold"]
+    stated = [o.err for o in outcomes[0] if "where a fresh model is foretold to be" in o.err]
+    assert stated and mixed[0]["loss"] <= mixed[0]["foretold"]
 
 
 # --- mixing time --------------------------------------------------------------------------

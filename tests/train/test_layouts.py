@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from jobs import DEPTH, WIDTH, events, growths, launch, log_of, settings, train, write_config
-from toys import FAMILIES
+
+from tests.jobs import DEPTH, WIDTH, events, growths, launch, log_of, settings, train, write_config
+from tests.toys import FAMILIES
 
 # (tensor, pipeline, ZeRO) of four processes; each is resumed in the next one.
 LAYOUTS = [

@@ -4,8 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from jobs import events, launch, log_of, settings, train, trajectory, write_config
-from test_bad_steps import _spoil
 
 from megagrow.checkpoint import NativeCheckpoint, step_path
 from megagrow.config.load import load_config
@@ -15,6 +13,8 @@ from megagrow.data.position import Position
 from megagrow.data.sampler import SampleIndex
 from megagrow.train.agreement import check_agreement
 from megagrow.train.run_plan import plan_run
+from tests.jobs import events, launch, log_of, settings, train, trajectory, write_config
+from tests.train.runs import spoil_losses
 
 STAGES = [
     {"until": {"steps": 4}, "sequence": 4},
@@ -32,7 +32,7 @@ def _note_and_spoil(rank, directory, bad):
         return sample(index, k)
 
     SampleIndex.sample = noted
-    _spoil(rank, 0, bad, float("inf"))
+    spoil_losses(rank, 0, bad, float("inf"))
 
 
 @pytest.fixture

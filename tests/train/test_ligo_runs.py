@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import events, launch, log_of, settings, train, trajectory, write_config
 
 from megagrow.checkpoint import NativeCheckpoint, newest
 from megagrow.config import GrowConfig, ModelConfig
@@ -13,6 +12,7 @@ from megagrow.models.flops import train_flops_per_token
 from megagrow.plan.dry_run import vocabulary
 from megagrow.train.grow_offline import plan_offline, write_offline
 from megagrow.train.run_plan import plan_run
+from tests.jobs import events, launch, log_of, settings, train, trajectory, write_config
 
 TARGET = {"hidden": 16, "heads": 4, "ffn": 32, "layers": 3}
 GROW = {"operator": "ligo", "target": TARGET, "fit_steps": 5, "rewarm": 2}

@@ -4,7 +4,13 @@ import math
 from itertools import pairwise
 
 import pytest
-from jobs import (
+
+from megagrow.checkpoint import NativeCheckpoint, list_steps, newest
+from megagrow.config.load import load_config
+from megagrow.data.dataset import open_dataset
+from megagrow.models.catalog import build_catalog
+from megagrow.train.run_plan import plan_run, with_vocabulary
+from tests.jobs import (
     events,
     growths,
     launch,
@@ -15,12 +21,6 @@ from jobs import (
     trajectory,
     write_config,
 )
-
-from megagrow.checkpoint import NativeCheckpoint, list_steps, newest
-from megagrow.config.load import load_config
-from megagrow.data.dataset import open_dataset
-from megagrow.models.catalog import build_catalog
-from megagrow.train.run_plan import plan_run, with_vocabulary
 
 
 def plan_of(config, *overrides, world):

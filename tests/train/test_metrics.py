@@ -4,10 +4,10 @@ import math
 import shutil
 
 import pytest
-from logs import log_growth, log_step
 
 from megagrow.errors import DataError, TrainingError
 from megagrow.train.logging.metrics import MetricsLog, read_metrics
+from tests.train.logs import log_growth, log_step
 
 
 def first_run(run_dir, steps=9):
@@ -156,8 +156,8 @@ def test_a_full_disk_does_not_stop_a_run(tmp_path, capsys):
     log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - closed below
     log_step(log, 2)
     log_step(log, 3)
-    told = capsys.readouterr().err
-    assert told.count("warning: ") == 1 and str(log.path) in told and "free space" in told
+    stated = capsys.readouterr().err
+    assert stated.count("warning: ") == 1 and str(log.path) in stated and "free space" in stated
     assert [line["step"] for line in read_metrics(log.path)] == [1]
     log._file.close()
     log._file = real

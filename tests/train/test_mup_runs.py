@@ -2,10 +2,6 @@
 
 import pytest
 import torch
-from jobs import events, growths, launch, log_of, main, settings, stages, train, trajectory
-from jobs import write_config as write
-from test_rates import groups_in
-from toys import FAMILIES
 
 from megagrow.checkpoint import NativeCheckpoint, step_path
 from megagrow.checkpoint.convert.registry import get_format
@@ -16,6 +12,10 @@ from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.models.catalog import build_catalog
 from megagrow.state.layout import Layout
 from megagrow.train.run_plan import plan_run
+from tests.jobs import events, growths, launch, log_of, main, settings, stages, train, trajectory
+from tests.jobs import write_config as write
+from tests.toys import FAMILIES
+from tests.train.runs import groups_in
 
 MUP = {"mup": {"hidden": 4, "layers": 1}}
 

@@ -9,7 +9,6 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from jobs import PRETRAIN, REPOSITORY, files_below, settings, train, write_config
 
 from megagrow.checkpoint import list_steps, newest, step_path
 from megagrow.checkpoint.native.retention import size_of
@@ -19,14 +18,14 @@ from megagrow.errors import TrainingError
 from megagrow.train import ready
 from megagrow.train.opening import checkpoint_bytes, require_disk
 from megagrow.train.run_plan import plan_run, with_vocabulary
+from tests.jobs import PRETRAIN, REPOSITORY, files_below, settings, train, write_config
 
 # DeepSpeed cannot be imported here, nor can Weights & Biases; every command is still
 # answered.
 WITHOUT_DEEPSPEED = """
 import json, sys
 sys.modules["deepspeed"] = sys.modules["wandb"] = None
-sys.path[:0] = ["tests"]
-from jobs import main
+from tests.jobs import main
 for command in json.loads(sys.argv[1]):
     outcome = main(command)
     print(json.dumps([outcome.status, outcome.out, outcome.err]))
@@ -54,7 +53,7 @@ def answers(*commands):
     return found
 
 
-def test_a_finished_run_says_so_and_errors_of_files_are_told_before_deepspeed_starts(
+def test_a_finished_run_says_so_and_errors_of_files_are_reported_before_deepspeed_starts(
     finished, tmp_path
 ):
     config, run_dir = finished
@@ -131,7 +130,7 @@ def test_a_run_that_was_killed_after_its_last_save_is_brought_to_its_end(finishe
     assert again[-1]["total_steps"] == 10
 
 
-def test_a_disk_that_old_checkpoints_fill_is_told_with_their_names_unless_a_save_would_free_it(
+def test_a_disk_that_old_checkpoints_fill_is_reported_with_their_names_unless_a_save_would_free_it(
     finished, monkeypatch
 ):
     config = load_config(finished[0])

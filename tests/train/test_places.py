@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from jobs import launch, log_of, make_dataset, settings, train, trajectory, write_config
 
 from megagrow.checkpoint import list_steps
 from megagrow.report.run import summarize
+from tests.jobs import launch, log_of, make_dataset, settings, train, trajectory, write_config
 
 NOBODY = 65534
 

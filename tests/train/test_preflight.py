@@ -6,11 +6,11 @@ import time
 from dataclasses import replace
 
 import pytest
-from jobs import launch, log_of, settings, write_config
 
 from megagrow.errors import ConfigError, DataError, TrainingError
 from megagrow.train.health import preflight
 from megagrow.train.health.preflight import Facts, code_hash, require_agreement, require_clocks
+from tests.jobs import launch, log_of, settings, write_config
 
 SAME = Facts(rank=0, host="h0", code="c0", versions="torch 2", config="x", data="d", clock=1e9)
 
@@ -37,7 +37,7 @@ def test_a_host_that_differs(change, kind, parts):
     assert all(part in str(error.value) for part in parts), error.value
 
 
-def test_another_configuration_is_told_by_its_keys():
+def test_another_configuration_is_reported_by_its_keys():
     settings = [{"optimizer.lr": 0.1, "same": 1}, {"optimizer.lr": 0.2, "same": 1, "more": 3}]
     with pytest.raises(ConfigError) as error:
         require_agreement(ranks({}, {"config": "y"}), settings_of=lambda: settings)

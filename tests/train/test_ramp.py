@@ -6,14 +6,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from jobs import events, launch, log_of, main, settings, train, trajectory, write_config
-from test_resume import same_tensors
-from toys import FAMILIES
 
 from megagrow.checkpoint import NativeCheckpoint, step_path
 from megagrow.checkpoint.convert.load_model import load_model
 from megagrow.data.dataset import open_dataset
 from megagrow.data.sampler import validation_samples
+from tests.jobs import events, launch, log_of, main, settings, train, trajectory, write_config
+from tests.toys import FAMILIES
+from tests.train.runs import same_tensors
 
 # (tensor, pipeline, ZeRO) of four processes before and after the stop, which is inside the ramp.
 MOVES = [((2, 1, 1), (1, 2, 0)), ((1, 1, 3), (2, 2, 1)), ((1, 2, 1), (1, 1, 2))]

@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
-from jobs import events, growths, launch, log_of, main, settings, stages, train, trajectory
-from jobs import write_config as write
 
 from megagrow.checkpoint import step_path
 from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.config.load import parse_config
 from megagrow.errors import ConfigError
 from megagrow.train.run_plan import plan_run
+from tests.jobs import events, growths, launch, log_of, main, settings, stages, train, trajectory
+from tests.jobs import write_config as write
+from tests.train.runs import groups_in
 
 
 def staged(*, optimizer=None, schedule=None, policy="sparkling", stage=1):
@@ -129,8 +130,8 @@ def test_from_its_first_update_a_stage_is_a_run_with_these_settings(tmp_path, da
     assert trajectory(found) == trajectory(wanted) and len(trajectory(found)) == 6
     assert [line["lr"] for line in events(found, "step")][3:] == [change["lr"]] * 3
     [growth] = events(found, "growth")
-    told = {key: list(v) if isinstance(v, list) else v for key, v in growth["optimizer"].items()}
-    assert {key: told[key] for key in change} == change
+    stated = {key: list(v) if isinstance(v, list) else v for key, v in growth["optimizer"].items()}
+    assert {key: stated[key] for key in change} == change
     assert f"stage 1: lr {change['lr']:g}" in outcomes[0][0].err
     # Without the change it is a different run.
     train(2, other, f"run.dir={tmp_path / 'none'}")
@@ -166,13 +167,6 @@ def test_a_dry_run_tells_them(tmp_path, dataset):
     assert "rates       warm-up over its first 2 steps, decay over the last 0.5 of it" in dry.out
     assert "peak 0.01, 0.02 from step 3" in dry.out
     assert "2 steps before 7" in dry.out and "re-warm 2 steps at 3" in dry.out
-
-
-def groups_in(value):
-    """Every parameter group of an optimizer in a loaded file's value."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from item if key == "param_groups" else groups_in(item)
 
 
 def test_results_in_other_formats_have_the_settings_of_their_stage(tmp_path, dataset):

@@ -5,7 +5,14 @@ import shutil
 
 import pytest
 import torch
-from jobs import (
+
+from megagrow.checkpoint import NativeCheckpoint, list_steps, step_path
+from megagrow.checkpoint.convert.run import Job, convert
+from megagrow.config import GrowConfig
+from megagrow.errors import CheckpointError
+from megagrow.state.layout import Layout
+from megagrow.train.grow_offline import plan_offline, write_offline
+from tests.jobs import (
     events,
     growths,
     killed_launch,
@@ -17,29 +24,10 @@ from jobs import (
     trajectory,
     write_config,
 )
-
-from megagrow.checkpoint import NativeCheckpoint, list_steps, step_path
-from megagrow.checkpoint.convert.run import Job, convert
-from megagrow.config import GrowConfig
-from megagrow.errors import CheckpointError
-from megagrow.state.boxes import whole
-from megagrow.state.catalog import slots_of
-from megagrow.state.layout import Layout
-from megagrow.train.grow_offline import plan_offline, write_offline
+from tests.train.runs import same_tensors
 
 # Sparkling leaves new blocks, reset restarts the step count, exact leaves factors.
 POLICIES = ["sparkling", "reset", "exact"]
-
-
-def same_tensors(a, b):
-    """Every slot of every tensor, bit for bit."""
-    a, b = NativeCheckpoint.open(a), NativeCheckpoint.open(b)
-    assert a.catalog == b.catalog and a.run_state == b.run_state
-    for tensor in a.catalog:
-        for slot in slots_of(tensor, a.slots):
-            box = whole(tensor.shape)
-            one, two = a.read(tensor.name, slot.name, box), b.read(tensor.name, slot.name, box)
-            assert torch.equal(one, two), (tensor.name, slot.name)
 
 
 def same_run(lines, straight):

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from jobs import events, launch, log_of, settings, write_config
+
+from tests.jobs import events, launch, log_of, settings, write_config
 
 KIB = 1024
 

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from jobs import events, files_below, launch, settings, write_config
 
 from megagrow.checkpoint import list_steps
 from megagrow.errors import CheckpointError
@@ -15,6 +14,7 @@ from megagrow.processes import started
 from megagrow.report.log import read_metrics
 from megagrow.train.checkpoints import is_saved
 from megagrow.train.state import RunState
+from tests.jobs import events, files_below, launch, settings, write_config
 
 
 def test_a_second_job_is_refused_on_all_ranks_before_it_writes_anything(tmp_path, dataset):

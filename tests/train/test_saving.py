@@ -8,7 +8,10 @@ import threading
 
 import pytest
 import torch
-from jobs import (
+
+from megagrow.checkpoint import NativeCheckpoint, list_steps, step_path
+from megagrow.state.boxes import whole
+from tests.jobs import (
     events,
     growths,
     killed_launch,
@@ -19,9 +22,6 @@ from jobs import (
     trajectory,
     write_config,
 )
-
-from megagrow.checkpoint import NativeCheckpoint, list_steps, step_path
-from megagrow.state.boxes import whole
 
 
 @pytest.fixture(scope="module", name="straight")
@@ -62,7 +62,7 @@ def test_the_run_and_its_checkpoints_are_the_same(tmp_path, straight):
             assert torch.equal(*values), (step, tensor.name, slot.name)
 
 
-def _write_only_when_told(rank, notes):
+def _write_only_on_request(rank, notes):
     """Files of a save are started only after another step has ended, or the run waits for them."""
     from megagrow.engine.engine import Engine
     from megagrow.train.saving import Saver
@@ -106,7 +106,7 @@ def test_steps_go_on_while_files_are_written(tmp_path, straight):
     config, _ = straight
     command = ["--config", config, f"run.dir={tmp_path / 'run'}", BESIDE, "checkpoint.every=2",
                "train.stop_after_steps=7"]  # fmt: skip
-    [outcomes] = launch(2, command, hook=(_write_only_when_told, tmp_path))
+    [outcomes] = launch(2, command, hook=(_write_only_on_request, tmp_path))
     assert [o.status for o in outcomes] == [0, 0], outcomes[0].err
     # Of steps 2, 3 (a growth follows), 4, 6 and 7 (the end): only the last has no next step.
     assert sound(tmp_path / "run" / "checkpoints") == [2, 3, 4, 6, 7]
@@ -128,7 +128,7 @@ def _full_disk(rank, step):
     file_writer.write_past_cache = refusing
 
 
-def test_a_failure_is_told_at_the_next_step(tmp_path, straight):
+def test_a_failure_is_reported_at_the_next_step(tmp_path, straight):
     """As in the foreground: a warning, and the run continues to the next save."""
     config, undisturbed = straight
     command = ["--config", config, f"run.dir={tmp_path}", BESIDE]

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-from jobs import events, growths, launch, log_of, settings, train, trajectory, write_config
 
 from megagrow.config import UntilConfig
 from megagrow.config.load import parse_config
@@ -14,6 +13,7 @@ from megagrow.models.flops import train_flops_per_token
 from megagrow.schedule.end_rules import Seen
 from megagrow.train.run_plan import plan_run
 from megagrow.train.stage_rules import WATCHERS, decide
+from tests.jobs import events, growths, launch, log_of, settings, train, trajectory, write_config
 
 WIDTH = {"operator": "width", "factor": 2, "rewarm": 1}
 EVERY = {"train": {"validate_every": 1, "validation_samples": 10, "tensorboard": False}}

@@ -6,13 +6,13 @@ import types
 import urllib.request
 
 import pytest
-from logs import log_growth, log_step
 
 from megagrow.config import Config
 from megagrow.errors import ConfigError, TrainingError
 from megagrow.train.health.run_lock import run_id
 from megagrow.train.logging.metrics import MetricsLog
 from megagrow.train.logging.telemetry import Prometheus, TensorBoard, open_mirrors
+from tests.train.logs import log_growth, log_step
 
 
 def config(run_dir, **train):
@@ -83,16 +83,16 @@ def test_prometheus_tells_the_newest_values(tmp_path):
 
 
 def test_prometheus_listens_where_it_says_and_by_default_on_this_host_alone(tmp_path, capsys):
-    for address, told in ((None, "127.0.0.1"), ("0.0.0.0", "0.0.0.0")):
+    for address, stated in ((None, "127.0.0.1"), ("0.0.0.0", "0.0.0.0")):
         port = free_port()
         more = {} if address is None else {"prometheus_address": address}
         [mirror] = open_mirrors(config(tmp_path, prometheus_port=port, **more), first_step=0)
-        assert mirror._server.server_address == (told, port)
-        assert f"http://{told}:{port}/metrics" in capsys.readouterr().err
+        assert mirror._server.server_address == (stated, port)
+        assert f"http://{stated}:{port}/metrics" in capsys.readouterr().err
         mirror.close()
 
 
-def test_a_server_of_metrics_that_has_ended_is_told_once(capsys):
+def test_a_server_of_metrics_that_has_ended_is_reported_once(capsys):
     mirror = Prometheus(free_port())
     mirror.scalars("train", 1, {"loss": 1.0})
     assert capsys.readouterr().err == ""

@@ -7,9 +7,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from jobs import events, files_below, launch, log_of, settings, train, trajectory, write_config
 
 from megagrow.checkpoint import NativeCheckpoint, list_steps, step_path
+from tests.jobs import (
+    events,
+    files_below,
+    launch,
+    log_of,
+    settings,
+    train,
+    trajectory,
+    write_config,
+)
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import time
 import types
 
 import pytest
-from jobs import launch, settings, write_config
 from torch.distributed import HashStore
 
 from megagrow.config import WatchConfig
 from megagrow.train.health.watch import Beat, Watch, blame, waits_in
+from tests.jobs import launch, settings, write_config
 
 
 def beat(rank, *, count=5, doing="step 8, micro-batch 1", waiting="", idle=1.0):
@@ -142,8 +142,8 @@ def test_a_watch_sees_a_stall_whatever_part_of_it_fails_and_says_so(tmp_path, ca
         watch._store = HashStore()
 
     assert _sees_a_stall(tmp_path, work)
-    told = capsys.readouterr().err
-    assert "error in the background" in told and "TypeError: a defect of the watch" in told
+    stated = capsys.readouterr().err
+    assert "error in the background" in stated and "TypeError: a defect of the watch" in stated
 
 
 def test_progress_keeps_it_quiet(tmp_path):
@@ -197,12 +197,12 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path, dataset, how):
     with pytest.raises(AssertionError, match="ended without a word"):
         launch(2, command, hook=(_hang, 1, 5, how), timeout=150.0)
     logs = [(tmp_path / "run" / "logs" / f"rank_0000{rank}.log").read_text() for rank in (0, 1)]
-    told = [log for log in logs if "no progress for" in log]
-    assert told and all("stacks of rank" in log for log in told)
+    stated = [log for log in logs if "no progress for" in log]
+    assert stated and all("stacks of rank" in log for log in stated)
     if how == "stopped":
-        assert "rank 1 on" in told[0] and "is gone or stopped" in told[0]
+        assert "rank 1 on" in stated[0] and "is gone or stopped" in stated[0]
     else:
-        assert "while the others wait for it in" in told[0] and "rank 1 on" in told[0]
+        assert "while the others wait for it in" in stated[0] and "rank 1 on" in stated[0]
         assert "stuck" in logs[1]  # where it hangs
     trained = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in trained if x["event"] == "step"] == [1, 2, 3, 4]

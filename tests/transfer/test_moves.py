@@ -2,7 +2,6 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import growths, larger, toy_model
 
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.growth.plan import make_growth
@@ -13,6 +12,7 @@ from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
 from megagrow.transfer.moves import Move, messages, plan_receives, plan_sends
 from megagrow.transfer.state_map import AxisMap, Copy, Identity
+from tests.toys import growths, larger, toy_model
 
 layouts = st.builds(
     Layout,

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import FAMILIES, ShardState, larger, on_threads, random_state, toy_model
 
 from megagrow.errors import GrowthError
 from megagrow.growth.plan import make_growth
@@ -19,6 +18,7 @@ from megagrow.state.placement import Placement
 from megagrow.transfer.state_map import FreshStart, Identity, Statistic
 from megagrow.transfer.statistics import measure, measuring_bytes, required
 from megagrow.transfer.whole_state import MemoryState
+from tests.toys import FAMILIES, ShardState, larger, on_threads, random_state, toy_model
 
 STAGING = 1 << 20
 LAYOUTS = [

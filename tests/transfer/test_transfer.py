@@ -9,10 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from toys import FAMILIES, ShardState, grow, growths, mapped, on_threads, random_state, toy_model
 
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.models.catalog import build_catalog
@@ -28,6 +26,17 @@ from megagrow.transfer.execute import (
 from megagrow.transfer.moves import plan_receives
 from megagrow.transfer.state_map import FreshStart, Identity
 from megagrow.transfer.whole_state import MemoryState
+from tests.ranks import run_ranks
+from tests.toys import (
+    FAMILIES,
+    ShardState,
+    grow,
+    growths,
+    mapped,
+    on_threads,
+    random_state,
+    toy_model,
+)
 
 GROWTHS = [None, *growths()]
 # (data, tensor, pipeline, zero) before and after; worlds may differ.

@@ -34,22 +34,20 @@ def same_values(a: StoredTensor, b: StoredTensor) -> bool:
     return True
 
 
-def require_frequencies(stored: StoredTensor, theta: float, head_dim: int, *, at: str) -> None:
-    """Check that stored rotary frequencies are theta ** -(2i / head_dim), up to bf16 rounding.
+def require_frequencies(stored: StoredTensor, expected: torch.Tensor, *, at: str) -> None:
+    """Check that stored rotary frequencies are the model's, fp64, up to bf16 rounding.
 
     Raises:
         CheckpointError: they differ; `at` is the start of the message.
     """
-    half = head_dim // 2
-    expected = theta ** -(torch.arange(half, dtype=torch.float64) / half)
-    right_shape = stored.shape == (half,)
+    right_shape = stored.shape == tuple(expected.shape)
     if not right_shape or not torch.allclose(
         torch.cat(list(_blocks(stored))).double(), expected, rtol=0.01, atol=0.0
     ):
         raise CheckpointError(
             f"{at}: not the rotary frequencies that the configuration describes",
             found="other values" if right_shape else f"shape {list(stored.shape)}",
-            expected=f"base {theta}, {half} frequencies",
+            expected=f"{len(expected)} frequencies from {expected[0]:g} to {expected[-1]:g}",
         )
 
 

@@ -3,7 +3,9 @@
 The pickle is written instruction by instruction (protocol 2), so that classes of DeepSpeed or
 Megatron can be named without importing either.  Records are uncompressed, their data aligned to
 64 bytes as in torch's own writer; each record's checksum follows it in a data descriptor
-(APPNOTE.TXT, section 4.3.9), so a file is written in one pass.
+(APPNOTE.TXT, section 4.3.9), so a file is written in one pass.  The headers are not `zipfile`'s,
+which knows sizes and offsets only once all data went through it: here they are planned before any
+is read, and a file may hold several archives at known places (`formats/dcp`).
 """
 
 from __future__ import annotations

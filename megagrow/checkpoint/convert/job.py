@@ -18,7 +18,7 @@ from megagrow.checkpoint.convert.registry import detect, get_format
 from megagrow.checkpoint.interface.accounting import made_zeros
 from megagrow.checkpoint.interface.file_writer import LEAST_BUFFER_BYTES
 from megagrow.checkpoint.interface.format import (
-    NOTHING_TOLD,
+    NO_OPTIONS,
     CheckpointSource,
     FilePiece,
     LeftOut,
@@ -58,7 +58,7 @@ class Job:
         allow_other_tokenizer: whether it, or that of `config`, may differ from the model's.
         file_bytes: maximum size of a file, for formats that split by size.
         run_state: the run state to use where the source has none or only a part of it.
-        told: what the user supplies because the source's files do not say it.
+        read_options: what the user supplies because the source's files do not say it.
         config, fingerprints: of a run that is to start from the result; replace the source's.
         transform: applied to the source, such as a growth; transforms that differ must differ
             in `str`.
@@ -74,7 +74,7 @@ class Job:
     allow_other_tokenizer: bool = False
     file_bytes: int = 5 << 30
     run_state: Mapping[str, Any] = field(default_factory=dict)
-    told: ReadOptions = NOTHING_TOLD
+    read_options: ReadOptions = NO_OPTIONS
     config: Mapping[str, Any] | None = None
     fingerprints: Mapping[str, str] | None = None
     transform: Callable[[CheckpointSource], CheckpointSource] | None = None
@@ -156,7 +156,7 @@ def open_job(job: Job) -> Opened:
     """
     _require_axes(job)
     source_format, path = detect(job.source, job.source_format)
-    source = source_format.open(path, job.told)
+    source = source_format.open(path, job.read_options)
     if job.transform is not None:
         source = job.transform(source)
     meta = CheckpointMeta(
@@ -175,9 +175,9 @@ def open_job(job: Job) -> Opened:
     if job.fingerprints is not None and not job.allow_other_tokenizer:
         require_own_tokenizer(source, job.fingerprints)
     if job.config is not None:
-        told = dataclasses.replace(meta, config=source.config, run_state=source.run_state)
+        described = dataclasses.replace(meta, config=source.config, run_state=source.run_state)
         try:
-            meta = dataclasses.replace(meta, catalog=catalog_for(meta, told))
+            meta = dataclasses.replace(meta, catalog=catalog_for(meta, described))
         except CheckpointError as error:
             if job.transform is None:
                 raise

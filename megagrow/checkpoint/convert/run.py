@@ -270,7 +270,7 @@ class _Site:
     opened: Opened
     work: Path
     buffer_bytes: int
-    told: Callable[[int], None]
+    report: Callable[[int], None]
     finished: Callable[[int, list[str]], None]
     stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -285,7 +285,7 @@ class _Site:
         if self.stop.is_set():
             raise CheckpointError("the conversion was ended")
         with self._lock:
-            self.told(count)
+            self.report(count)
 
 
 def _write(site: _Site, index: int) -> list[str]:

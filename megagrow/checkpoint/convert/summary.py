@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megagrow.checkpoint.interface.accounting import enumerated, made_zeros, summary
 from megagrow.checkpoint.interface.format import CheckpointSource
-from megagrow.checkpoint.interface.model_of import told_model
+from megagrow.checkpoint.interface.model_of import recorded_model
 from megagrow.checkpoint.native.source import NativeCheckpoint
 from megagrow.checkpoint.native.steps import list_steps
 from megagrow.errors import CheckpointError
@@ -48,7 +48,7 @@ def describe(source: CheckpointSource, *, format_name: str, checksums: str) -> s
 
 def _model(source: CheckpointSource) -> str:
     try:
-        model = told_model(source)
+        model = recorded_model(source)
     except CheckpointError as error:
         return f"unknown: {str(error).splitlines()[0]}"
     if model is None:

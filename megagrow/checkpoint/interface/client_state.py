@@ -10,11 +10,11 @@ KEY = "megagrow"  # an extra key, as clients of DeepSpeed's engine add them
 
 def client_state(head: Mapping[str, Any]) -> dict[str, Any]:
     """Read what our sink or a run's client state stored: config, run_state, fingerprints, step."""
-    told = head.get(KEY)
-    told = told if isinstance(told, dict) else {}
+    entries = head.get(KEY)
+    entries = entries if isinstance(entries, dict) else {}
     parts = ("config", "run_state", "fingerprints")
-    found = {key: told[key] if isinstance(told.get(key), dict) else {} for key in parts}
-    return {**found, "step": told["step"] if type(told.get("step")) is int else None}
+    found = {key: entries[key] if isinstance(entries.get(key), dict) else {} for key in parts}
+    return {**found, "step": entries["step"] if type(entries.get("step")) is int else None}
 
 
 def plain_json(value: Any) -> Any:

@@ -71,7 +71,7 @@ class ReadOptions:
         return frozenset(name for name, value in told.items() if value)
 
 
-NOTHING_TOLD = ReadOptions()
+NO_OPTIONS = ReadOptions()
 
 
 class CheckpointSource(Protocol):
@@ -315,9 +315,6 @@ class SinkRequest:
         return self.dtype if self.dtype and stored.is_floating_point else stored
 
 
-Request = SinkRequest  # the name that benchmarks import
-
-
 class Sink(Protocol):
     """A checkpoint to be written.
 
@@ -362,7 +359,7 @@ class Format:
         open_source: open what `find` returned (CheckpointError).
         open_sink: plan a checkpoint (CheckpointError, ConfigError if the state does not fit).
         sealed: whether its own files checksum every byte, so that no sidecar is needed.
-        open_told: `open_source` for a format that takes `ReadOptions`.
+        open_with: `open_source` for a format that takes `ReadOptions`.
         told: the command-line names of those that it takes.
         options: the options that a conversion into it accepts, by command-line name.
     """
@@ -373,7 +370,7 @@ class Format:
     open_sink: Callable[[SinkRequest], Sink]
     sealed: bool = False
     options: frozenset[str] = frozenset({"tensor", "pipeline", "data", "zero"})
-    open_told: Callable[[Path, ReadOptions], CheckpointSource] | None = None
+    open_with: Callable[[Path, ReadOptions], CheckpointSource] | None = None
     told: frozenset[str] = frozenset()
 
     def open(self, path: Path, options: ReadOptions) -> CheckpointSource:
@@ -383,7 +380,7 @@ class Format:
             raise ConfigError(
                 f"format {self.name} does not use {unused}", fix=f"leave out {unused}"
             )
-        return self.open_told(path, options) if self.open_told else self.open_source(path)
+        return self.open_with(path, options) if self.open_with else self.open_source(path)
 
     @property
     def axes(self) -> tuple[str, ...]:

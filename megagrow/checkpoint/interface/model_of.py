@@ -73,7 +73,7 @@ def family_in(config: Mapping[str, Any]) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def told_model(state: Described) -> ModelConfig | None:
+def recorded_model(state: Described) -> ModelConfig | None:
     """The model whose tensors `state.catalog` lists, growths included; None if not configured.
 
     Raises:
@@ -101,7 +101,7 @@ def model_of(state: Described) -> ModelConfig:
     Raises:
         CheckpointError: no model is configured, or one with other tensors.
     """
-    model = told_model(state)
+    model = recorded_model(state)
     if model is None:
         raise CheckpointError(
             "the checkpoint does not say which model it holds",
@@ -172,7 +172,7 @@ def catalog_for(run: Described, source: Described) -> Catalog:
     """
     _require_vocabulary(run, source)
     model = model_of(run)
-    before = told_model(source)
+    before = recorded_model(source)
     if before is not None:
         for setting in (key for key in MODEL_SETTINGS if key not in NOT_OF_THE_FUNCTION):
             found, expected = model.effective(setting), before.effective(setting)

@@ -55,9 +55,9 @@ def read_seal(path: Path) -> tuple[dict[str, SealedFile], int]:
     if not where.exists():
         return {}, 0
     content = read_json(where, _LIMIT)
-    told = content.pop("sha256", None)
+    stated = content.pop("sha256", None)
     try:
-        if told != _digest(content) or content["chunk_bytes"] != CHUNK_BYTES:
+        if stated != _digest(content) or content["chunk_bytes"] != CHUNK_BYTES:
             raise ValueError("another SHA-256 than it states")
         files = {str(n): SealedFile.model_validate(f) for n, f in content["files"].items()}
         for name, file in files.items():

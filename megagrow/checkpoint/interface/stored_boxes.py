@@ -67,9 +67,9 @@ def sealed_records(
                 fix=FIX,
             )
     for name, file in sealed.items():
-        for number, told in enumerate(file.crc32):
+        for number, stated in enumerate(file.crc32):
             start = number * chunk
-            yield Record(name, start, min(chunk, file.size - start), int(told, 16))
+            yield Record(name, start, min(chunk, file.size - start), int(stated, 16))
 
 
 def by_slot(

@@ -79,6 +79,9 @@ class TensorRecord(_Record):
     role: Role | Training | None = None
     reads: Annotated[list[Name], Axes] = []
     centred: bool = False
+    scaled: bool = False
+    offset: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    kind: Annotated[str, Field(max_length=200)] = ""
     training: Training = "trained"
     aliases: list[Name] = []
     rates: RatesRecord = RatesRecord()

@@ -104,9 +104,9 @@ def _boxes(contents: Contents) -> Iterator[StoredBox]:
 def _records(contents: Contents) -> Iterator[Record]:
     size = contents.manifest.chunk_bytes
     for file in contents.manifest.files:
-        for number, told in enumerate(file.crc32):
+        for number, stated in enumerate(file.crc32):
             start = number * size
-            yield Record(file.name, start, min(size, file.size - start), int(told, 16))
+            yield Record(file.name, start, min(size, file.size - start), int(stated, 16))
 
 
 def _check_head(path: Path, size: int, head: bytes) -> None:

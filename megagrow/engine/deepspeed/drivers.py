@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from megagrow.engine.deepspeed.privates import pipeline_loss
 from megagrow.errors import ConfigError
 
 ToDevice = Callable[[np.ndarray], torch.Tensor]
@@ -82,8 +83,7 @@ class PipelineDriver:
 
     def loss_so_far(self) -> torch.Tensor | None:
         """Mean loss of the step's micro-batches, on the last pipeline stage."""
-        total = self._engine.total_loss
-        return None if total is None else total / self._engine.micro_batches
+        return pipeline_loss(self._engine)
 
     def evaluate(self, samples: np.ndarray, *, micro: int) -> tuple[float, int]:
         """Sum of losses, in equal batches: all data ranks must have the same number of samples.

@@ -7,18 +7,19 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
-from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import nn
 
 from megagrow.config import ModelConfig
+from megagrow.engine.deepspeed.privates import CutPipeline
 from megagrow.engine.groups import Groups
 from megagrow.models.common.blocks import Head
 from megagrow.models.common.parallel import TensorParallel
 from megagrow.models.transformer import layer_types, next_token_loss
 
 
-class PipelinedModel(PipelineModule):
+class PipelinedModel(CutPipeline):
     """This rank's stage of the layer list, under DeepSpeed's 1F1B schedule.
 
     Args:
@@ -37,10 +38,11 @@ class PipelinedModel(PipelineModule):
         groups: Groups,
     ) -> None:
         layout = groups.layout
-        # Set before PipelineModule.__init__, which reads them.
-        self._cuts, self._ends, self._is_tied = list(cuts), groups.ends, model.tie_embeddings
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
+                cuts=cuts,
+                tied=_token_embedding if model.tie_embeddings else None,
+                ends=groups.ends,
                 layers=[
                     LayerSpec(kind, model, parallel, place)
                     for place, kind in enumerate(layer_types(model))
@@ -52,23 +54,9 @@ class PipelinedModel(PipelineModule):
                 activation_checkpoint_interval=0,
             )
 
-    def _partition_layers(self, method: str = "") -> None:
-        """Use the cuts that the placement was planned with."""
-        self.parts = self._cuts
-        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
-    def _index_tied_modules(self) -> dict[str, Any]:
-        """DeepSpeed ties a whole module; here only the weight is shared, between two layers."""
-        for weight, _ in self.get_tied_weights_and_groups():
-            # The gradient norm counts only the first stage's copy.
-            weight.ds_pipe_replicated = self.stage_id > 0
-        return {}
-
-    def get_tied_weights_and_groups(
-        self,
-    ) -> list[tuple[Any, dist.ProcessGroup | None]]:
-        """The token embedding, if this stage holds a copy of it; its gradients are summed."""
-        if not self._is_tied or self.stage_id not in (0, self.num_stages - 1):
-            return []
-        layer = self.forward_funcs[0 if self.stage_id == 0 else -1]
-        return [(layer.embedding.token if isinstance(layer, Head) else layer.token, self._ends)]
+def _token_embedding(layer: Any) -> nn.Parameter:
+    """The weight that the embedding and a tied head share."""
+    holder: Any = layer.embedding if isinstance(layer, Head) else layer
+    weight: nn.Parameter = holder.token
+    return weight

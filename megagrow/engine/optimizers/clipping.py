@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megagrow.engine.deepspeed.privates import counts_in_norm
 from megagrow.engine.groups import Groups
 
 
@@ -46,7 +47,5 @@ class GradientClipper:
             torch._foreach_mul_(gradients, self.bound / (self.norm + 1e-6))
 
     def _counts(self, parameter: nn.Parameter) -> bool:
-        if getattr(parameter, "ds_pipe_replicated", False):
-            return False
-        first = self.groups.layout.coordinates(self.groups.rank).tensor == 0
-        return first or getattr(parameter, "tensor_model_parallel", False)
+        at = self.groups.layout.coordinates(self.groups.rank)
+        return counts_in_norm(parameter, tensor_rank=at.tensor)

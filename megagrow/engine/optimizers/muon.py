@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from megagrow.engine.deepspeed.patches import replaced
+from megagrow.engine.deepspeed.privates import newton_schulz
 from megagrow.engine.optimizers.blockwise import BlockAdamW
 from megagrow.engine.optimizers.generations import Index, generations
 from megagrow.growth.optimizer_rules import YoungBlocks
@@ -153,19 +153,9 @@ def orthogonalised(matrix: torch.Tensor, *, iteration: torch.dtype) -> torch.Ten
     """The matrix with its singular values near 1, in its own dtype; zeros stay zeros.
 
     Runs DeepSpeed's iteration in the element type that the run chose, not in DeepSpeed's default.
-    It runs uncompiled: DeepSpeed compiles it, and then the last bits depend on the order in which
-    shapes were first seen, so a resumed run could diverge.
     """
-    # Importing it initialises torch.compile, which no other optimizer needs.
-    from deepspeed.runtime.zero.muon import original_muon
-
     # The iteration divides by |M| + 1e-7, so the update of a small gradient would depend on its
     # norm; normalised to 1 it cannot.
     norm = torch.linalg.vector_norm(matrix)
     unit = matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
-    with (
-        replaced(original_muon, "ns_compute_dtype", lambda method="gram": iteration),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        update = original_muon.zeropower_via_gram_newtonschulz(unit, steps=_NS_STEPS)
-    return update.to(matrix.dtype)
+    return newton_schulz(unit, steps=_NS_STEPS, dtype=iteration).to(matrix.dtype)

@@ -154,13 +154,18 @@ def from_layer(
 def _interleaved(tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
     """(source, whether it is a copy): a model's layers, each followed by its copies.
 
-    The copies are distributed as evenly as possible.
+    The copies are distributed as evenly as possible. If layers differ, as where every second one
+    has a window, what is repeated is a whole period of them, so that each stays of its kind.
     """
-    old, large = small.layers, target.layers
+    period = target.period
+    if small.layers % period or target.layers % period:
+        period = 1
+    old, large = small.layers // period, target.layers // period
 
     def source(layer: int) -> tuple[int, bool]:
-        number = layer * old // large
-        first = -(-number * large // old)  # the first layer that has this source
-        return number, layer > first
+        group, within = divmod(layer, period)
+        number = group * old // large
+        first = -(-number * large // old)  # the first group that has this source
+        return number * period + within, group > first
 
     return from_layer(tensor, source)

@@ -118,4 +118,5 @@ WIDTH_RANDOM = WidthRandom(
     sizes=WIDTH_SIZES,
     ramp=250,
     any_size=True,
+    handles=frozenset({"norm after"}),
 )

@@ -149,6 +149,7 @@ WIDTH = Width(
     source="HyperCloning, arXiv 2409.12903; SPARKLING, arXiv 2602.02472",
     policies=("sparkling", "exact", "shen", "kept", "copy", "reset"),
     sizes=WIDTH_SIZES,
+    handles=frozenset({"norm after", "norm of all heads"}),
 )
 
 
@@ -181,6 +182,7 @@ WIDTH_DIAG = WidthDiagonal(
     source="Shen et al., arXiv 2203.06211",
     policies=("shen", "exact", "sparkling", "kept", "reset"),
     sizes=WIDTH_SIZES,
+    handles=frozenset({"norm after", "norm of all heads"}),
 )
 
 
@@ -235,6 +237,7 @@ WIDTH_SPLIT = WidthSplit(
     source="LEMON, arXiv 2310.07999; SPARKLING, arXiv 2602.02472 (uneven 1:2)",
     policies=("sparkling", "kept", "copy", "reset"),
     sizes=WIDTH_SIZES,
+    handles=frozenset({"norm of all heads"}),
 )
 
 
@@ -288,6 +291,7 @@ WIDTH_NOISE = WidthNoise(
     policies=("sparkling", "kept", "copy", "reset"),
     sizes=WIDTH_SIZES,
     settings=("noise",),
+    handles=frozenset({"norm after", "norm of all heads"}),
 )
 
 
@@ -329,6 +333,7 @@ WIDTH_PERTURB = WidthPerturb(
     policies=("sparkling", "kept", "copy", "reset"),
     sizes=WIDTH_SIZES,
     settings=("noise",),
+    handles=frozenset({"norm after", "norm of all heads"}),
 )
 
 

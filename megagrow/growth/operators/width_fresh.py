@@ -16,6 +16,11 @@ mean, h' = [h, mean(h), ...]: new columns of embeddings, and of writers and thei
 mean of the old ones. The mean is unchanged, the variance is multiplied by H/H', the normalised new
 units are 0, and so are the new elements of the norm's bias.
 
+Norms after a sub-layer see [f, 0], so the same holds for them. If embeddings are multiplied by the
+square root of the width (Gemma), the old units of the stream grow by sqrt(H'/H), and its root mean
+square is unchanged, and so is eps. What blocks write grows as much if norms after sub-layers keep
+their gains. That is exact but for the eps of these norms.
+
 Gradients. New units of an RMSNorm are 0 and contribute nothing to its backward pass, so the grown
 model has the old gradients; those of gains are multiplied by sqrt(H'/H), like the values that they
 scale. LayerNorm's backward pass mixes in the new units: with a wider stream only the gradients of
@@ -49,9 +54,12 @@ class WidthFresh(Operator):
     def grown(self, model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
         """The sizes, and `norm_eps` scaled like the mean square of the stream."""
         wide = resized(model, sizes)
-        if wide.hidden == model.hidden:
+        if wide.hidden == model.hidden or model.architecture.scaled_embedding:
             return wide
-        return wide.model_copy(update={"norm_eps": model.norm_eps * model.hidden / wide.hidden})
+        changed = {"norm_eps": model.norm_eps * model.hidden / wide.hidden}
+        if model.architecture.head_norm is not None:  # heads are as wide as before
+            changed["head_norm_eps"] = model.head_norm_eps or model.norm_eps
+        return wide.model_copy(update=changed)
 
     def blocks(
         self, tensor: LogicalTensor, small: Catalog, target: Catalog
@@ -60,7 +68,7 @@ class WidthFresh(Operator):
         old = small[tensor.name]
         param, grad = 1.0, 1.0
         if tensor.role in GAINS:
-            param = math.sqrt(old.volume / tensor.volume)
+            param = _gain(tensor, old, small)
             grad = 1 / param
         behind = tensor.role in FINAL_NORM or tensor.role == "head"
         mixed = small.centred and _widened(small, target) and not behind
@@ -82,7 +90,7 @@ class WidthFresh(Operator):
         axes[at] = AxisMap(n, 1, 0, 1, large - n)
         if tensor.role in GAINS:
             mean = Statistic(old.name, old.shape, "mean")
-            return Level(mean, tuple(axes), math.sqrt(n / large))
+            return Level(mean, tuple(axes), _gain(tensor, old, small))
         if small.centred and tensor.role not in NORMS:
             return Level(Statistic(old.name, old.shape, "mean", axis=at), tuple(axes))
         return "zeros"
@@ -97,7 +105,15 @@ WIDTH_FRESH = WidthFresh(
     policies=("kept", "sparkling", "reset"),
     sizes=WIDTH_SIZES,
     any_size=True,
+    handles=frozenset({"norm after", "scaled embedding"}),
 )
+
+
+def _gain(tensor: LogicalTensor, old: LogicalTensor, small: Catalog) -> float:
+    """The factor of a norm's gains."""
+    if small.scaled and tensor.role == "post_norm_gain":
+        return 1.0
+    return math.sqrt(old.volume / tensor.volume)
 
 
 def _widened(small: Catalog, target: Catalog) -> bool:

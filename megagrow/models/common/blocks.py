@@ -1,4 +1,4 @@
-"""The layers of plain pre-norm transformers, configured by the family's architecture.
+"""The layers of transformers, configured by the family's architecture.
 
 A layer is a function of one tensor. Its `tensor_prefix` plus a parameter's name is the name in the
 catalog.
@@ -19,11 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 from megagrow import ops
 from megagrow.config import ModelConfig
+from megagrow.models.common.attention import causal_attention
 from megagrow.models.common.layers import (
     AddLayerNorm,
     AddRMSNorm,
+    AllHeadsNorm,
     ColumnParallelLinear,
     Dropout,
+    HeadNorm,
     LayerNorm,
     RMSNorm,
     RowParallelLinear,
@@ -36,7 +39,7 @@ from megagrow.models.common.parallel import (
     random_numbers_of_this_rank,
     scatter_to_sequence_parallel_region,
 )
-from megagrow.models.common.rotary import rotate, rotate_packed_
+from megagrow.models.common.rotary import Rotary, rotate, rotate_packed_
 
 
 class Embedding(VocabParallelEmbedding):
@@ -47,11 +50,14 @@ class Embedding(VocabParallelEmbedding):
         self.tensor_prefix = "embedding"
         learned = model.architecture.positions == "learned"
         self.position = nn.Parameter(torch.empty(model.sequence, model.hidden)) if learned else None
+        self.scale = model.hidden**0.5 if model.architecture.scaled_embedding else None
         self.dropout = Dropout(model.dropout, parallel=parallel)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embed token ids."""
         x = super().forward(tokens)
+        if self.scale is not None:
+            x = x * torch.tensor(self.scale, dtype=x.dtype)  # rounded, as Gemma does
         if self.position is not None:
             position = self.position[None, : tokens.shape[1]]
             if self._parallel.sequence:
@@ -61,60 +67,80 @@ class Embedding(VocabParallelEmbedding):
 
 
 class Attention(nn.Module):
-    """Pre-norm causal self-attention: [B, s, E] -> [B, s, E], without the residual."""
+    """Causal self-attention with its norms: [B, s, E] -> [B, s, E], without the residual."""
 
-    def __init__(self, model: ModelConfig, parallel: TensorParallel) -> None:
+    def __init__(self, model: ModelConfig, parallel: TensorParallel, layer: int = 0) -> None:
         super().__init__()
+        made, kind = model.architecture, model.layer_kind(layer)
         self.head_dim = model.head_dim
         self.groups, self.queries = model.kv_groups // parallel.size, model.heads // model.kv_groups
-        rotary = model.architecture.positions == "rotary"
-        self.theta = model.rope_theta if rotary else None
+        self.rotary = Rotary.of(model) if kind.rotary else None
+        self.scale, self.softcap = model.attention_scale, model.attention_softcap
+        self.window = kind.window
         self.dropout, self.parallel = model.dropout, parallel
         self.recompute = model.activation_checkpointing == "selective"
         qkv = (self.groups, self.queries + 2, self.head_dim)
         heads = (self.groups, self.queries, self.head_dim)
-        bias = model.architecture.biases
-        self.norm = _norm(model, parallel)
-        self.qkv = ColumnParallelLinear(qkv, (model.hidden,), bias=bias, parallel=parallel)
-        self.out = RowParallelLinear((model.hidden,), heads, bias=bias, parallel=parallel)
+        self.norm = _norm(model, parallel) if made.block_norms != "after" else None
+        self.qkv = ColumnParallelLinear(
+            qkv, (model.hidden,), bias=made.biases != "none", parallel=parallel
+        )
+        if made.head_norm is not None:
+            norm = HeadNorm if made.head_norm == "each" else AllHeadsNorm
+            eps = model.head_norm_eps or model.norm_eps
+            self.query_norm = norm(heads, eps, parallel=parallel)
+            self.key_norm = norm((self.groups, self.head_dim), eps, parallel=parallel)
+        self.normed_heads = made.head_norm is not None
+        self.out = RowParallelLinear(
+            (model.hidden,), heads, bias=made.biases == "all", parallel=parallel
+        )
+        self.post_norm = _norm(model, parallel) if made.block_norms != "before" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend."""
-        qkv = self.qkv(self.norm(x))
+        qkv = self.qkv(x if self.norm is None else self.norm(x))
         qkv = qkv.view(*qkv.shape[:2], self.groups, self.queries + 2, self.head_dim)
-        theta = self.theta
-        if theta is not None and ops.own("rotary", qkv):
+        rotary = self.rotary
+        packed = rotary is not None and rotary.dim == self.head_dim and not self.normed_heads
+        if rotary is not None and packed and ops.own("rotary", qkv):
             # In place, so it must not be recomputed; safe, since nothing else keeps qkv.
-            qkv, theta = rotate_packed_(qkv, theta, turned=self.queries + 1), None
-        if self.recompute and self.training:
-            return self.out(checkpoint(self._core, qkv, theta, use_reentrant=False))
-        return self.out(self._core(qkv, theta))
-
-    def _core(self, qkv: torch.Tensor, theta: float | None) -> torch.Tensor:
-        """Attention of all heads: [B, S, G, Q + 2, D] -> [B, S, G * Q * D].
-
-        Positions are rotary with base `theta`; None if there are none, or if already applied.
-        """
+            qkv, rotary = rotate_packed_(qkv, rotary, turned=self.queries + 1), None
         q, k, v = qkv.split((self.queries, 1, 1), dim=3)
-        if theta is not None:
-            q, k = rotate(q, theta), rotate(k, theta)
+        if self.normed_heads:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.recompute and self.training:
+            y = self.out(checkpoint(self._core, q, k, v, rotary, use_reentrant=False))
+        else:
+            y = self.out(self._core(q, k, v, rotary))
+        return y if self.post_norm is None else self.post_norm(y)
+
+    def _core(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None
+    ) -> torch.Tensor:
+        """Attention: q [B, S, G, Q, D], k and v [B, S, G, 1, D] -> [B, S, G * Q * D].
+
+        `rotary` is None if there are no rotary positions, or if they are applied already.
+        """
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         dropout = self.dropout if self.training else 0.0
-        with random_numbers_of_this_rank(self.parallel if dropout else SERIAL, qkv.device):
-            y = F.scaled_dot_product_attention(
-                q.flatten(2, 3).transpose(1, 2),
-                k.squeeze(3).transpose(1, 2),
-                v.squeeze(3).transpose(1, 2),
-                dropout_p=dropout,
-                is_causal=True,
-                enable_gqa=self.queries > 1,
+        with random_numbers_of_this_rank(self.parallel if dropout else SERIAL, q.device):
+            return causal_attention(
+                q,
+                k,
+                v,
+                scale=self.scale,
+                window=self.window,
+                softcap=self.softcap,
+                dropout=dropout,
             )
-        return y.transpose(1, 2).flatten(2, 3)
 
 
 class MLP(nn.Module):
-    """Pre-norm MLP, gated or plain, of a sum: x and residual [B, s, E] each.
+    """MLP with its norms, gated or plain, of a sum: x and residual [B, s, E] each.
 
-    Returns [B, s, E], without the residual, and the sum x + residual.
+    Returns [B, s, E], without the residual, and the sum x + residual. In a parallel block there is
+    no residual: x is the sum.
     """
 
     def __init__(self, model: ModelConfig, parallel: TensorParallel) -> None:
@@ -122,27 +148,43 @@ class MLP(nn.Module):
         ffn = model.ffn // parallel.size
         made = model.architecture
         self.gated, self.activation = made.gated, made.activation
-        up, bias = ((2, ffn) if made.gated else (ffn,)), made.biases
-        add_norm = AddLayerNorm if made.norm == "layer" else AddRMSNorm
+        up, bias = ((2, ffn) if made.gated else (ffn,)), made.biases == "all"
         fused = made.activation == "gelu" and not made.gated
-        self.norm = add_norm(model.hidden, model.norm_eps, parallel=parallel)
+        self.norm: nn.Module | None = None
+        if made.block_norms != "after" and not made.parallel:
+            self.norm = _norm(model, parallel, adds=True)
+        elif made.block_norms != "after":
+            self.norm = _norm(model, parallel)
         self.up = ColumnParallelLinear(
             up, (model.hidden,), bias=bias, gelu=fused, parallel=parallel
         )
         self.down = RowParallelLinear((model.hidden,), (ffn,), bias=bias, parallel=parallel)
+        self.post_norm = _norm(model, parallel) if made.block_norms != "before" else None
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Apply."""
-        y, z = self.norm(x, residual)
-        return self.down(self._activated(self.up(y))), z
+        if residual is None:
+            z = x
+            y = z if self.norm is None else self.norm(z)
+        elif self.norm is None:
+            y = z = residual + x
+        else:
+            y, z = self.norm(x, residual)
+        y = self.down(self._activated(self.up(y)))
+        return (y if self.post_norm is None else self.post_norm(y)), z
 
     def _activated(self, y: torch.Tensor) -> torch.Tensor:
         if self.gated and self.activation == "silu":
             return ops.swiglu(y)
+        form = "none" if self.activation == "gelu_exact" else "tanh"
         if self.gated:
             gate, up = y.chunk(2, dim=-1)
-            return F.gelu(gate, approximate="tanh") * up
-        return F.silu(y) if self.activation == "silu" else y  # GELU is in `up`
+            return F.gelu(gate, approximate=form) * up
+        if self.activation == "gelu_exact":
+            return F.gelu(y)
+        return F.silu(y) if self.activation == "silu" else y  # GELU's tanh form is in `up`
 
 
 class Block(nn.Module):
@@ -151,9 +193,10 @@ class Block(nn.Module):
     def __init__(self, model: ModelConfig, parallel: TensorParallel = SERIAL, place: int = 1):
         super().__init__()
         self.tensor_prefix = f"layers.{place - 1}"
-        self.attention = Attention(model, parallel)
+        self.attention = Attention(model, parallel, place - 1)
         self.mlp = MLP(model, parallel)
         self.dropout = Dropout(model.dropout, parallel=parallel)
+        self.parallel = model.architecture.parallel
         self.recompute = model.activation_checkpointing == "full"
         if model.compile:
             self.compile(dynamic=False)  # a run has few shapes, each worth its own compilation
@@ -165,6 +208,9 @@ class Block(nn.Module):
         return self._apply_layers(x)
 
     def _apply_layers(self, x: torch.Tensor) -> torch.Tensor:
+        if self.parallel:
+            y, _ = self.mlp(x)
+            return x + self.dropout(self.attention(x)) + self.dropout(y)
         y, x = self.mlp(self.dropout(self.attention(x)), x)
         return x + self.dropout(y)
 
@@ -184,11 +230,14 @@ class Head(nn.Module):
             self.embedding = make(name="token")
         else:
             self.output = make(name="weight")
-        self.tied = model.tie_embeddings
+        self.tied, self.softcap = model.tie_embeddings, model.logit_softcap
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply."""
-        return (self.embedding if self.tied else self.output)(self.final_norm(x))
+        logits = (self.embedding if self.tied else self.output)(self.final_norm(x))
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
 
 
 class Layer(Protocol):
@@ -203,6 +252,13 @@ def layer_types(model: ModelConfig) -> list[Layer]:
     return [Embedding, *[Block] * model.layers, Head]
 
 
-def _norm(model: ModelConfig, parallel: TensorParallel) -> LayerNorm | RMSNorm:
-    kind = LayerNorm if model.architecture.norm == "layer" else RMSNorm
-    return kind(model.hidden, model.norm_eps, parallel=parallel)
+def _norm(
+    model: ModelConfig, parallel: TensorParallel, *, adds: bool = False
+) -> LayerNorm | RMSNorm:
+    """A norm of the residual stream; `adds`: of a sum of two tensors."""
+    if model.architecture.norm == "layer":
+        layer = AddLayerNorm if adds else LayerNorm
+        return layer(model.hidden, model.norm_eps, parallel=parallel)
+    rms = AddRMSNorm if adds else RMSNorm
+    unit = model.architecture.unit_gain
+    return rms(model.hidden, model.norm_eps, unit=unit, parallel=parallel)

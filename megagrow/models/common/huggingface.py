@@ -33,6 +33,8 @@ class Row:
         rows: number of axes that form the array's first axis, the others form its second; 0 for a
             vector.
         cut: the part of a fused tensor: q, k or v; gate or up.
+
+    Rows with the same stored name are parts of one array, one after another along its first axis.
     """
 
     stored: str
@@ -57,7 +59,7 @@ class HuggingFace:
             first is the default.
         repeats: keys that duplicate a field of `ModelConfig`, with that field.
         refusal: why a model cannot be written, and what was found, if it cannot.
-        untold: training settings that config.json cannot express: (what, reason).
+        not_stored: training settings that config.json cannot express: (what, reason).
         prefix: of stored names; some directories omit it.
         masks: names of constant masks that old versions also stored.
         frequencies: names of rotary frequencies that old versions also stored.
@@ -74,7 +76,7 @@ class HuggingFace:
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: COMMON)
     repeats: Mapping[str, str] = field(default_factory=dict)
     refusal: Callable[[ModelConfig], tuple[str, str] | None] = lambda model: None
-    untold: Callable[[ModelConfig], Iterable[tuple[str, str]]] = lambda model: ()
+    not_stored: Callable[[ModelConfig], Iterable[tuple[str, str]]] = lambda model: ()
     prefix: str = ""
     masks: re.Pattern[str] = NEVER
     frequencies: re.Pattern[str] = NEVER

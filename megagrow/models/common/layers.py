@@ -185,16 +185,29 @@ class AddLayerNorm(LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last axis (Zhang & Sennrich, arXiv 1910.07467)."""
+    """RMSNorm over the last axis (Zhang & Sennrich, arXiv 1910.07467).
 
-    def __init__(self, width: int, eps: float, *, parallel: TensorParallel = SERIAL) -> None:
+    Args:
+        width: length of the axis.
+        eps: added to the mean square.
+        unit: whether the gain is 1 + the parameter, as in Gemma (arXiv 2403.08295).
+        parallel: the ranks of the tensor-parallel group.
+    """
+
+    def __init__(
+        self, width: int, eps: float, *, unit: bool = False, parallel: TensorParallel = SERIAL
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.eps, self._parallel = eps, parallel
+        self.eps, self.unit, self._parallel = eps, unit, parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise; same shape.  The mean of lower precisions is taken in fp32."""
-        return ops.rms_norm(x, replicated(self.weight, self._parallel), self.eps)
+        return ops.rms_norm(x, self._gain_here(), self.eps)
+
+    def _gain_here(self) -> torch.Tensor:
+        weight = replicated(self.weight, self._parallel)
+        return weight + 1.0 if self.unit else weight
 
 
 class AddRMSNorm(RMSNorm):
@@ -204,8 +217,63 @@ class AddRMSNorm(RMSNorm):
         self, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add and normalise."""
-        weight = replicated(self.weight, self._parallel)
-        return ops.add_rms_norm(x, residual, weight, self.eps)
+        return ops.add_rms_norm(x, residual, self._gain_here(), self.eps)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of every query, or of every key, over its features; all heads share one gain.
+
+    Args:
+        axes: this rank's sizes of the axes of heads and, last, features.
+        eps: as in RMSNorm.
+        parallel: the ranks that hold the other heads.
+
+    Shapes: [B, S, *axes] with further axes of size 1 -> the same shape.
+    """
+
+    def __init__(
+        self, axes: Sequence[int], eps: float, *, parallel: TensorParallel = SERIAL
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(axes[-1]))
+        self.eps, self._parallel = eps, parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise; the mean of lower precisions is taken in fp32."""
+        # Every rank has a part of the gradient, that of its heads.
+        return ops.rms_norm(
+            x, copy_to_tensor_parallel_region(self.weight, self._parallel), self.eps
+        )
+
+
+class AllHeadsNorm(nn.Module):
+    """RMSNorm of the queries, or the keys, of a token over all heads; a gain for every feature.
+
+    Args:
+        axes: this rank's sizes of the axes of heads and, last, features.
+        eps: as in RMSNorm.
+        parallel: the ranks that hold the other heads, over which the mean is taken too.
+
+    Shapes: [B, S, G, n, D] -> the same shape.
+    """
+
+    def __init__(
+        self, axes: Sequence[int], eps: float, *, parallel: TensorParallel = SERIAL
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*axes))
+        self.eps, self._parallel = eps, parallel
+        self._features = math.prod(axes) * parallel.size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise; the mean of lower precisions is taken in fp32."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        total = wide.square().sum((-3, -2, -1), keepdim=True)
+        # The sum is used by every rank, so its gradient is summed over them as well.
+        total = reduce_from_tensor_parallel_region(total, self._parallel)
+        total = copy_to_tensor_parallel_region(total, self._parallel)
+        y = wide * torch.rsqrt(total / self._features + self.eps)
+        return y.to(x.dtype) * self.weight.view(x.shape[-3:])
 
 
 class Dropout(nn.Module):

@@ -145,7 +145,7 @@ class _RampedRMSNorm(RMSNorm):
         wide, mask = _widened(x), _widened(self.masks.embed)
         mean = (wide.square() * (mask / mask.sum())).sum(-1, keepdim=True)
         wide = wide * torch.rsqrt(mean + self.eps)
-        return wide.to(x.dtype) * replicated(self.weight, self._parallel) * self.masks.embed
+        return wide.to(x.dtype) * self._gain_here() * self.masks.embed
 
 
 class _RampedAddLayerNorm(_RampedLayerNorm):

@@ -1,4 +1,4 @@
-"""The logical tensors of plain pre-norm transformers, in the order of the layer list."""
+"""The logical tensors of transformers, in the order of the layer list."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from megagrow.config import ModelConfig
 from megagrow.models.common.mup import scale_of
 from megagrow.state.catalog import Catalog, Init, LogicalTensor, Rates
-from megagrow.state.roles import MATRICES, NORMS, Role
+from megagrow.state.roles import GAINS, HEAD_GAINS, MATRICES, NORMS, Role
 
 ZEROS, ONES = Init("zeros"), Init("ones")
 DECAYED: frozenset[Role] = MATRICES | {"embedding", "position", "head"}
@@ -35,6 +35,9 @@ def catalog(model: ModelConfig) -> Catalog:
     qkv = {"kv_group": groups, "projection": queries + 2, "head_dim": model.head_dim}
     heads = {"kv_group": groups, "query": queries, "head_dim": model.head_dim}
     last, centred = model.layers + 1, made.norm == "layer"
+    kinds = _kinds(model)
+    unit = ZEROS if made.unit_gain else ONES
+    before, after = made.block_norms != "after", made.block_norms != "before"
 
     def add(
         name: str,
@@ -55,7 +58,10 @@ def catalog(model: ModelConfig) -> Catalog:
                 places=places,
                 role=role,
                 reads=tuple(reads),
-                centred=centred and role in NORMS,
+                centred=centred and role in NORMS - HEAD_GAINS,
+                scaled=made.scaled_embedding and role == "embedding",
+                offset=1.0 if made.unit_gain and role in GAINS else 0.0,
+                kind=kinds.get(places[0], ""),
                 rates=rates,
             )
         )
@@ -73,7 +79,7 @@ def catalog(model: ModelConfig) -> Catalog:
         rates = scale.reader(inner)
         axes, init = {**out, **embed}, Init("normal", std)
         add(f"{name}.weight", axes, "reader", init, rates, place, reads=embed)
-        if made.biases:
+        if made.biases == "all" or (made.biases == "qkv" and "projection" in out):
             add(f"{name}.bias", out, "reader_bias", ZEROS, scale.reader_bias(inner), place)
 
     def add_writer(name: str, inputs: dict[str, int], inner: float, place: int) -> None:
@@ -81,7 +87,7 @@ def catalog(model: ModelConfig) -> Catalog:
         std = _std(stds.matrices, inputs, inner) / (2 * model.layers / scale.layers) ** 0.5
         axes, init = {**embed, **inputs}, Init("normal", std / scale.layers)
         add(f"{name}.weight", axes, "writer", init, scale.writer(inner), place, reads=inputs)
-        if made.biases:
+        if made.biases == "all":
             add(f"{name}.bias", embed, "writer_bias", ZEROS, scale.writer_bias, place)
 
     token_places = (0, last) if model.tie_embeddings else (0,)
@@ -93,15 +99,29 @@ def catalog(model: ModelConfig) -> Catalog:
         position = Init("normal", stds.position)
         add("embedding.position", axes, "position", position, scale.table, 0)
     of_block: tuple[Role, Role] = ("norm_gain", "norm_bias")
+    behind: tuple[Role, Role] = ("post_norm_gain", "other")  # no family has a bias there
     for i in range(model.layers):
         block, place = f"layers.{i}", i + 1
-        add_norm(f"{block}.attention.norm", ONES, scale.norm, place, roles=of_block)
+        if before:
+            add_norm(f"{block}.attention.norm", unit, scale.norm, place, roles=of_block)
         add_reader(f"{block}.attention.qkv", qkv, scale.heads, place)
+        if made.head_norm is not None:
+            each = made.head_norm == "each"
+            queried = {"head_dim": model.head_dim} if each else heads
+            keyed = queried if each else {"kv_group": groups, "head_dim": model.head_dim}
+            names = (f"{block}.attention.query_norm.weight", f"{block}.attention.key_norm.weight")
+            add(names[0], queried, "query_gain", ONES, scale.norm, place)
+            add(names[1], keyed, "key_gain", ONES, scale.norm, place)
         add_writer(f"{block}.attention.out", heads, scale.heads, place)
-        add_norm(f"{block}.mlp.norm", ONES, scale.norm, place, roles=of_block)
+        if after:
+            add_norm(f"{block}.attention.post_norm", unit, scale.norm, place, roles=behind)
+        if before:
+            add_norm(f"{block}.mlp.norm", unit, scale.norm, place, roles=of_block)
         add_reader(f"{block}.mlp.up", up, scale.ffn, place)
         add_writer(f"{block}.mlp.down", ffn, scale.ffn, place)
-    gain = ONES if scale.hidden == 1.0 else Init("constant", 1.0 / scale.hidden)
+        if after:
+            add_norm(f"{block}.mlp.post_norm", unit, scale.norm, place, roles=behind)
+    gain = unit if scale.hidden == 1.0 else Init("constant", 1.0 / scale.hidden)
     roles: tuple[Role, Role] = ("final_norm_gain", "final_norm_bias")
     add_norm("final_norm", gain, scale.final_norm, last, roles=roles)
     if not model.tie_embeddings:
@@ -113,3 +133,15 @@ def catalog(model: ModelConfig) -> Catalog:
 def _std(given: float | None, inputs: dict[str, int], scale: float) -> float:
     """The std of a matrix: as configured for the base shape, or from its fan-in."""
     return 1 / math.prod(inputs.values()) ** 0.5 if given is None else given / scale**0.5
+
+
+def _kinds(model: ModelConfig) -> dict[int, str]:
+    """How each block differs from the others, by its place; empty if all are alike."""
+    kinds = {layer + 1: model.layer_kind(layer) for layer in range(model.layers)}
+    if model.full_every is None and model.no_rope_every is None:
+        return {}
+    return {
+        place: (f"window {kind.window}" if kind.window else "all tokens")
+        + ("" if kind.rotary else ", no positions")
+        for place, kind in kinds.items()
+    }

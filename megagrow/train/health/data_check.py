@@ -59,7 +59,7 @@ class DataCheck:
 
 
 @contextmanager
-def told_by_its_rank(comm: Comm) -> Iterator[None]:
+def reported_by_its_rank(comm: Comm) -> Iterator[None]:
     """Print an error in one rank's samples on that rank, since no other rank sees it."""
     try:
         yield

@@ -182,7 +182,7 @@ class Watch:
 
     def _look(self) -> None:
         """One iteration.  No part may prevent the last one, which ends the job, from running."""
-        waiting, told_to_end = "", False
+        waiting, asked_to_end = "", False
         with self._thread.faults.reported("looking at what the main thread does"):
             waiting = self._waiting()
         self._samples[0] += 1
@@ -194,8 +194,8 @@ class Watch:
         idle = now - self._since
         with self._thread.faults.reported("telling the others of this rank"):
             lifeline.say("beat", step=self._step, doing=self._doing)
-            told_to_end = not self._beat(waiting, idle)
-        if told_to_end:
+            asked_to_end = not self._beat(waiting, idle)
+        if asked_to_end:
             self._end()
         elif idle > self._limit:
             self._stalled(idle)

@@ -13,7 +13,7 @@ from megagrow.config import Config
 from megagrow.config.load import dump_config
 from megagrow.errors import DataError, TrainingError
 from megagrow.files import free_name, write_atomically
-from megagrow.growth.settings import told
+from megagrow.growth.settings import growth_in_words
 from megagrow.report import write_report
 from megagrow.report.log import read_lines, tail_start
 from megagrow.report.step_facts import StepFacts
@@ -234,7 +234,7 @@ class Journal:
             self.say(f"stage {new.index}: {old.layout} -> {new.layout}")
         else:
             self.say(
-                f"stage {new.index}: {told(new.grow)} "
+                f"stage {new.index}: {growth_in_words(new.grow)} "
                 f"({new.growth.policy.name}), {parameters[0]:,} -> {parameters[1]:,} parameters, "
                 f"loss {losses[0]:.4f} -> {losses[1]:.4f}, {report.seconds:.2f} s"
             )

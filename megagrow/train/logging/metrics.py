@@ -70,7 +70,7 @@ class MetricsLog:
             _cut(self.path, step=resume_step, stage=resume_stage)
         self._mirrors = mirrors
         self._pending = bytearray()  # lines that did not fit on a full disk
-        self._told = False
+        self._reported = False
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         self._opened = os.fstat(self._file.fileno())
 
@@ -204,13 +204,13 @@ class MetricsLog:
             cause = error.__cause__
             if not isinstance(cause, OSError) or cause.errno not in FULL:
                 raise
-            if not self._told:
+            if not self._reported:
                 print(
                     f"warning: {error}\nLines are kept in memory until there is.", file=sys.stderr
                 )
-            self._told = True
+            self._reported = True
         else:
-            self._told = False
+            self._reported = False
 
     def _require_place(self) -> None:
         """Raise if the file is no longer reachable under its path.

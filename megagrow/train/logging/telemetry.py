@@ -102,12 +102,12 @@ class Prometheus:
                 expected="a free port, and an address (train.prometheus_address), of rank 0's host",
                 fix="set train.prometheus_port to another, or to null",
             ) from error
-        self._told = False
+        self._reported = False
 
     def scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
         """Set the gauge of each value, and of the step."""
-        if not self._thread.is_alive() and not self._told:
-            self._told = True
+        if not self._thread.is_alive() and not self._reported:
+            self._reported = True
             print("warning: the thread that serves train.prometheus_port has ended; the run "
                   "continues without it", file=sys.stderr)  # fmt: skip
         for name, value in {"step": step, **values}.items():

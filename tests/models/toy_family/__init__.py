@@ -4,16 +4,19 @@ RMSNorm, learned positions, an ungated SiLU, no biases, and blocks whose attenti
 same stream in parallel.
 """
 
+from typing import Any
+
 import torch
 
+from megagrow.config import ModelConfig
 from megagrow.config.families import Architecture
 from megagrow.models import registry
-from megagrow.models.common.blocks import Block, Embedding, Head
+from megagrow.models.common.blocks import Block, Embedding, Head, Layer
 from megagrow.models.family import Family
-from toy_family.huggingface import HUGGINGFACE
+from tests.models.toy_family.huggingface import HUGGINGFACE
 
 
-def _check(model):
+def _check(model: Any) -> None:
     if model.dropout:
         raise ValueError("a toy has no dropout; leave model.dropout out")
 
@@ -26,20 +29,20 @@ class ParallelBlock(Block):
         return x + y + self.attention(x)
 
 
-def _layers(model):
+def _layers(model: ModelConfig) -> list[Layer]:
     return [Embedding, *[ParallelBlock] * model.layers, Head]
 
 
 TOY = Family(
     name="toy",
     architecture=Architecture(
-        norm="rms", positions="learned", gated=False, biases=False, activation="silu", check=_check
+        norm="rms", positions="learned", gated=False, biases="none", activation="silu", check=_check
     ),
     layers=_layers,
     huggingface=HUGGINGFACE,
 )
 
 
-def register(*_):
+def register(*_: object) -> None:
     """Called by tests, and by each rank of a job as its hook."""
     registry.register(TOY)

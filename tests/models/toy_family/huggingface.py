@@ -1,5 +1,8 @@
 """How transformers might store toys: their own names, orders of axes and settings."""
 
+from typing import Any
+
+from megagrow.config import ModelConfig
 from megagrow.models.common.huggingface import COMMON, HuggingFace, Row, keys
 
 _ENDS = (
@@ -26,7 +29,7 @@ _SETTINGS = {
 }  # fmt: skip
 
 
-def _read(config, where):
+def _read(config: Any, where: Any) -> dict[str, Any]:
     model = {ours: config[theirs] for ours, theirs in _SETTINGS.items()}
     return model | {
         "family": "toy",
@@ -36,7 +39,7 @@ def _read(config, where):
     }
 
 
-def _write(model):
+def _write(model: ModelConfig) -> dict[str, Any]:
     fields = model.model_dump(by_alias=True)
     return {theirs: fields[ours] for ours, theirs in _SETTINGS.items()}
 

@@ -67,10 +67,10 @@ def read_metadata(where: Path) -> tuple[bytes, dict[str, Entry], tuple[str, ...]
         CheckpointError: damaged or hostile.
     """
     data = read_small(where, _METADATA_LIMIT)
-    told = read_pickle(data, where=where, names=_NAMES, instructions=_INSTRUCTIONS)
+    stated = read_pickle(data, where=where, names=_NAMES, instructions=_INSTRUCTIONS)
     try:
-        entries = dict(_entries(told))
-        names = [_text(name) for name in _state(told, "Metadata")["state_dict_metadata"]]
+        entries = dict(_entries(stated))
+        names = [_text(name) for name in _state(stated, "Metadata")["state_dict_metadata"]]
     except ValueError as error:
         raise CheckpointError(f"{where}: refused or damaged", found=error, fix=RESTORE) from None
     return data, entries, tuple(name for name in names if name not in entries)
@@ -90,10 +90,10 @@ def _entries(metadata: Any) -> Iterator[tuple[str, Entry]]:
             if place in places:
                 raise ValueError(f"chunk {place} comes twice"[:300])
             places[place] = _state(info, "_StorageInfo")
-    for name, told in described.items():
-        if not isinstance(told, Opaque) or not told.name.endswith(".TensorStorageMetadata"):
+    for name, stated in described.items():
+        if not isinstance(stated, Opaque) or not stated.name.endswith(".TensorStorageMetadata"):
             continue
-        state = _state(told, "TensorStorageMetadata")
+        state = _state(stated, "TensorStorageMetadata")
         properties = state.get("properties")
         kept = properties.state if isinstance(properties, Opaque) else None
         first = kept[0] if isinstance(kept, tuple) and kept else None
@@ -114,9 +114,9 @@ def _entries(metadata: Any) -> Iterator[tuple[str, Entry]]:
 
 
 def _chunk(
-    name: str, told: Any, places: Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]
+    name: str, stated: Any, places: Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]
 ) -> Chunk:
-    state = _state(told, "ChunkStorageMetadata")
+    state = _state(stated, "ChunkStorageMetadata")
     box = Box(_size(state.get("offsets")), _size(state.get("sizes")))
     info = places.get((name, box.offset))
     if info is None or len(box.offset) != len(box.shape):

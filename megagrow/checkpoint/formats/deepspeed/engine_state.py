@@ -139,8 +139,10 @@ class EngineState:
 
     def loss_scaler(self) -> Opaque | None:
         """DeepSpeed's own loss scaler object."""
-        told = self.saved.get("loss_scaler")
-        return Opaque(told[0], state=dict(told[1])) if told and told[0] in _SCALERS else None
+        stated = self.saved.get("loss_scaler")
+        return (
+            Opaque(stated[0], state=dict(stated[1])) if stated and stated[0] in _SCALERS else None
+        )
 
 
 def read_engine(
@@ -168,9 +170,9 @@ def read_engine(
         own = {n: e for n, e in zip(names, each, strict=False) if e != most} if not zero else {}
         kept = {key: _kept(value) for key, value in options.items() if _holds(value)}
         found.append(OptimizerGroup(tuple(names), kept, most, own))
-    told = {key: saved.value.get(key) for key in _SAVED}
+    stated = {key: saved.value.get(key) for key in _SAVED}
     around: dict[str, Any] = {
-        key: value for key, value in told.items() if value is not None and is_plain(value)
+        key: value for key, value in stated.items() if value is not None and is_plain(value)
     }
     scaler = saved.value.get("loss_scaler")
     if isinstance(scaler, Opaque) and scaler.name in _SCALERS and isinstance(scaler.state, dict):
@@ -213,8 +215,8 @@ def left_out_of(saved: Saved, head: Mapping[str, Any], *, ours: bool) -> Iterato
 def dealt_out(head: Mapping[str, Any], zero: int) -> bool:
     """Whether ZeRO has dealt a group's parameters round-robin over the data-parallel ranks."""
     config = head.get("ds_config")
-    told = config.get("zero_optimization") if isinstance(config, dict) else None
-    return zero in (1, 2) and isinstance(told, dict) and bool(told.get("round_robin_gradients"))
+    stated = config.get("zero_optimization") if isinstance(config, dict) else None
+    return zero in (1, 2) and isinstance(stated, dict) and bool(stated.get("round_robin_gradients"))
 
 
 def collected(names: Sequence[str], ranks: int) -> list[str]:

@@ -16,7 +16,12 @@ from megagrow.checkpoint.formats.deepspeed import names
 from megagrow.checkpoint.formats.deepspeed.engine_state import EngineState
 from megagrow.checkpoint.interface.client_state import KEY, plain_json
 from megagrow.checkpoint.interface.format import Segment, SinkRequest, Values, Zeros
-from megagrow.checkpoint.interface.model_of import optimizer_of, refuse_ramp, section, told_model
+from megagrow.checkpoint.interface.model_of import (
+    optimizer_of,
+    recorded_model,
+    refuse_ramp,
+    section,
+)
 from megagrow.checkpoint.interface.placed import placed
 from megagrow.config.schema import PrecisionConfig
 from megagrow.errors import ConfigError
@@ -40,7 +45,7 @@ class DeepSpeedPlan:
         self.layout, self.catalog = meta.layout, meta.catalog
         self.placement = placed(meta.catalog, request)
         refuse_ramp(meta, program="DeepSpeed")
-        self.model = told_model(meta)
+        self.model = recorded_model(meta)
         if self.model is None and self.layout.tensor * self.layout.pipeline > 1:
             raise ConfigError(
                 "DeepSpeed's files of a model that is not ours cannot be cut",
@@ -61,7 +66,7 @@ class DeepSpeedPlan:
             kept = self.engine.slots
             self.slots = (MASTER, *(slot for slot in meta.slots if slot.name in kept))
         self.fresh = self.engine is None and not moments & held
-        self.optimizer_step = 0 if self.fresh else self._told_step()
+        self.optimizer_step = 0 if self.fresh else self._recorded_step()
         self.group_keys: list[Hashable] = sorted(self._keys())  # type: ignore[type-var]
 
     def _keys(self) -> set[Hashable]:
@@ -71,9 +76,9 @@ class DeepSpeedPlan:
         stages = range(self.layout.pipeline)
         return {key for p in stages for key, group in self.placement.groups(p) if _trained(group)}
 
-    def _told_step(self) -> int:
-        told = self.request.meta.run_state.get("optimizer_step")
-        return told if isinstance(told, int) else self.request.step
+    def _recorded_step(self) -> int:
+        stated = self.request.meta.run_state.get("optimizer_step")
+        return stated if isinstance(stated, int) else self.request.step
 
     @property
     def last(self) -> int:
@@ -186,7 +191,7 @@ class DeepSpeedPlan:
             for first, *others in [self.module_names(tensor, stage)]
             for other in others
         }
-        told = self.request.meta.run_state.get("consumed_samples")
+        stated = self.request.meta.run_state.get("consumed_samples")
         frozen = self.untrained("frozen")
         for tensor in frozen if groups is not None else ():
             first, *others = self.module_names(tensor, stage)
@@ -203,7 +208,7 @@ class DeepSpeedPlan:
             "random_ltd": None,
             "skipped_steps": 0,
             "global_steps": self.request.step,
-            "global_samples": told if isinstance(told, int) else 0,
+            "global_samples": stated if isinstance(stated, int) else 0,
             "dp_world_size": layout.data,
             "mp_world_size": layout.tensor * layout.pipeline,
             "checkpoint_parallel_dimensions": {
@@ -279,10 +284,10 @@ class DeepSpeedPlan:
         """The state of fp16 dynamic loss scaling; the run's own if it has any."""
         start = 2.0**self.precision.initial_scale_power
         first = {"cur_scale": start, "cur_iter": 0, "last_overflow_iter": -1, "cur_hysteresis": 2}
-        told = self.request.meta.run_state.get("loss_scale")
+        stated = self.request.meta.run_state.get("loss_scale")
         if self.engine is not None:
-            told = {key: value for key, value in self._engine_numbers().items() if key in first}
-        return first | (dict(told) if isinstance(told, Mapping) else {})
+            stated = {key: value for key, value in self._engine_numbers().items() if key in first}
+        return first | (dict(stated) if isinstance(stated, Mapping) else {})
 
     def _engine_numbers(self) -> dict[str, Any]:
         """The numbers that the engine saved outside its optimizer, including its loss scaler's."""
@@ -297,8 +302,8 @@ class DeepSpeedPlan:
 
     def beside(self, *keys: str) -> dict[str, Any]:
         """The requested ones of these numbers, as far as they are known."""
-        told = self._engine_numbers()
-        return {key: told[key] for key in keys if key in told}
+        stated = self._engine_numbers()
+        return {key: stated[key] for key in keys if key in stated}
 
 
 def _trained(group: Sequence[LogicalTensor]) -> list[LogicalTensor]:

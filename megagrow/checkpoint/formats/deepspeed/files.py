@@ -124,9 +124,9 @@ class Tag:
         """Whether each parameter has weight decay, where the files say."""
         decay: dict[str, bool] = {}
         for mp in range(self.model_parallel) if self.zero else ():
-            groups, told = self.groups(mp), self.saved(mp).groups
-            if len(told) == len(groups):
-                for group, options in zip(groups, told, strict=True):
+            groups, stated = self.groups(mp), self.saved(mp).groups
+            if len(stated) == len(groups):
+                for group, options in zip(groups, stated, strict=True):
                     decay |= dict.fromkeys(group, bool(options.get("weight_decay")))
         return decay
 
@@ -189,7 +189,7 @@ class Tag:
             return trained
         names = set(head.get("buffer_names") or ())
         shared = head.get("shared_params") or self.head.get("shared_params") or {}
-        told = {n: tuple(shape) for n, shape in (head.get("frozen_param_shapes") or {}).items()}
+        stated = {n: tuple(shape) for n, shape in (head.get("frozen_param_shapes") or {}).items()}
         buffers, first, found = {}, dict[tuple[Path, int], str](), dict(trained)
         for name, tensor in self._stored(mp).items():
             at = tensor.path, tensor.start
@@ -198,7 +198,7 @@ class Tag:
             elif name in shared or (tensor.numel and first.setdefault(at, name) != name):
                 self.aliases[name] = shared.get(name) or first[at]
             elif name not in trained:
-                found[name] = told.get(name, tensor.shape)
+                found[name] = stated.get(name, tensor.shape)
                 if groups is not None:
                     self.frozen.add(name)
         for name in [n for n, shape in found.items() if 0 in shape]:

@@ -278,10 +278,10 @@ def _gates(local: LocalPart, rule: Rule) -> LocalPart:
 
 def _checked(local: LocalPart, rule: Rule, fused: str) -> LocalPart:
     """The same, after checking that the rule applies to this kind of matrix (CheckpointError)."""
-    told = rule.order or rule.part
-    if told is not None and told not in _WORDS[fused]:
+    stated = rule.order or rule.part
+    if stated is not None and stated not in _WORDS[fused]:
         raise CheckpointError(
-            f"a rule names {told}, which the matrix does not have", fix=_HOW[fused]
+            f"a rule names {stated}, which the matrix does not have", fix=_HOW[fused]
         )
     return local
 

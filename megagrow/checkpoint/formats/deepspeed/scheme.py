@@ -56,7 +56,7 @@ class Scheme:
     last: int
 
 
-def recognised(tag: Tag, told: Mapping[str, Any], family: str | None) -> Scheme:
+def recognised(tag: Tag, client: Mapping[str, Any], family: str | None) -> Scheme:
     """One of our models, recognised by configuration or names and shapes; else plain tensors."""
     layout = tag.layout
     last = names.last_place(name for shapes in tag.shapes for name in shapes)
@@ -66,7 +66,7 @@ def recognised(tag: Tag, told: Mapping[str, Any], family: str | None) -> Scheme:
         for name, shape in tag.shapes[mp].items()
     }
     written = replayed_model(
-        told["config"], told["run_state"], vocabulary=_vocabulary(tag, local, layout)
+        client["config"], client["run_state"], vocabulary=_vocabulary(tag, local, layout)
     )
     if written is not None:
         require_family(written, where=str(tag.path), family=family)
@@ -97,22 +97,22 @@ def recognised(tag: Tag, told: Mapping[str, Any], family: str | None) -> Scheme:
 
 
 def another_model(
-    path: Path, told: Catalog, found: Iterable[str], layout: Layout
+    path: Path, catalog: Catalog, found: Iterable[str], layout: Layout
 ) -> CheckpointError:
     """The error for parameters that do not match the model in the client state.
 
     Args:
         path: the checkpoint's.
-        told: the model's tensors.
+        catalog: the model's tensors.
         found: names of the parameters, in the catalog's form.
         layout: the layout they are split for.
     """
-    odd = sorted({tensor.name for tensor in told} ^ set(found))
+    odd = sorted({tensor.name for tensor in catalog} ^ set(found))
     return CheckpointError(
         f"{path}: its client state describes a model that its parameters do not match",
         found=f"{len(set(found))} parameters"
         + (f"; in one of the two alone: {enumerated(odd)}" if odd else ", of other shapes"),
-        expected=f"{len(told)}, for layout {layout}",
+        expected=f"{len(catalog)}, for layout {layout}",
         fix=RESTORE,
     )
 
@@ -218,7 +218,7 @@ def group_order(
     if tag.zero:
         return []
     if scheme.last < 0:
-        return [_told_order(tag, mp, scheme, state, mapping) for mp in range(tag.model_parallel)]
+        return [_stored_order(tag, mp, scheme, state, mapping) for mp in range(tag.model_parallel)]
     try:
         rules = OptimizerRules.from_json(state["rules"])
     except (KeyError, TypeError, ValueError):
@@ -236,7 +236,7 @@ def group_order(
     return order
 
 
-def _told_order(
+def _stored_order(
     tag: Tag, mp: int, scheme: Scheme, state: Mapping[str, Any], mapping: MappingFile | None
 ) -> list[list[str]]:
     """The same for a foreign model: as supplied, else the only order that fits the shapes.
@@ -246,7 +246,7 @@ def _told_order(
     """
     saved, shapes = tag.saved(mp), tag.shapes[mp]
     members = tag.members(mp)
-    told = [group.get("param_names") for group in saved.groups]
+    listed = [group.get("param_names") for group in saved.groups]
     if KEY in state:  # written by megagrow
         groups = EngineState.from_json(state[KEY]).groups
         stored = {scheme.names[name]: name for name in shapes}
@@ -256,8 +256,8 @@ def _told_order(
             [name for name in shapes if any(re.fullmatch(rule, name) for rule in rules)]
             for rules in mapping.groups
         ]
-    elif all(isinstance(one, list) for one in told) and told:
-        order = [[str(name) for name in one] for one in told]  # type: ignore[union-attr]
+    elif all(isinstance(one, list) for one in listed) and listed:
+        order = [[str(name) for name in one] for one in listed]  # type: ignore[union-attr]
     else:
         found = assign(shapes, [[saved.shape_of(number) for number in one] for one in members])
         if found is None:

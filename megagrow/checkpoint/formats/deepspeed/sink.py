@@ -133,7 +133,7 @@ class DeepSpeedSink:
         plan = self._plan
         states: dict[int, dict[str, Any]] = {}
         masters: list[list[NewTensor]] = []
-        told = []
+        stated = []
         count = 0
         for index, group in enumerate(groups):
             first = count
@@ -153,8 +153,8 @@ class DeepSpeedSink:
                 masters[-1].append(nothing)
                 states[count] = self._state([nothing] * (len(plan.slots) - 1), plan.state(index))
                 count += 1
-            told.append(plan.hyperparameters(index, range(first, count)))
-        inner = {"state": states, "param_groups": told}
+            stated.append(plan.hyperparameters(index, range(first, count)))
+        inner = {"state": states, "param_groups": stated}
         if plan.dtype == torch.float32:
             return inner
         dynamic = plan.dtype == torch.float16
@@ -180,7 +180,7 @@ class DeepSpeedSink:
         plan, zero, data = self._plan, self._plan.layout.zero, self._plan.layout.data
         groups = plan.groups(at.pipe)
         states: dict[int, dict[str, Any]] = {}
-        masters, told, paddings, slices = [], [], [], []
+        masters, stated, paddings, slices = [], [], [], []
         for index, group in enumerate(groups):
             parts, size, padding = self._partition(group, at)
             made = []
@@ -190,7 +190,7 @@ class DeepSpeedSink:
             masters.append(made[0])
             state = self._state(made[1:], plan.state(index))
             states |= {index: state} if state else {}
-            told.append(plan.hyperparameters(index, [index]))
+            stated.append(plan.hyperparameters(index, [index]))
             paddings.append(padding)
             slices.append(
                 {
@@ -198,7 +198,7 @@ class DeepSpeedSink:
                     for tensor, start, stop, position in parts
                 }
             )
-        inner = {"state": states, "param_groups": told}
+        inner = {"state": states, "param_groups": stated}
         stage = Opaque("deepspeed.runtime.zero.config.ZeroStageEnum", (zero,))
         saved: dict[str, Any] = {
             "loss_scaler": plan.loss_scaler(),

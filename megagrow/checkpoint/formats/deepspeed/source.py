@@ -35,7 +35,7 @@ from megagrow.checkpoint.formats.deepspeed.scheme import (
 from megagrow.checkpoint.formats.deepspeed.sink import DeepSpeedSink
 from megagrow.checkpoint.interface.client_state import client_state
 from megagrow.checkpoint.interface.format import (
-    NOTHING_TOLD,
+    NO_OPTIONS,
     CheckpointSource,
     Format,
     LeftOut,
@@ -50,7 +50,7 @@ from megagrow.state.boxes import flat_offset, flat_range_boxes
 from megagrow.state.catalog import Catalog
 
 
-def open_source(path: Path, options: ReadOptions = NOTHING_TOLD) -> CheckpointSource:
+def open_source(path: Path, options: ReadOptions = NO_OPTIONS) -> CheckpointSource:
     """Open a tag's directory or its parent.
 
     The model is taken from the checkpoint's client state (under the key ``megagrow``), else
@@ -69,10 +69,10 @@ def open_source(path: Path, options: ReadOptions = NOTHING_TOLD) -> CheckpointSo
 
 
 def _open(tag: Tag, family: str | None) -> CheckpointSource:
-    told = client_state(tag.head)
+    client = client_state(tag.head)
     mapping = read_mapping(tag.path)
-    scheme = mapped(tag, *mapping) if mapping else recognised(tag, told, family)
-    config = dict(told["config"])
+    scheme = mapped(tag, *mapping) if mapping else recognised(tag, client, family)
+    config = dict(client["config"])
     if mapping and scheme.model is not None:
         require_family(scheme.model, where=str(mapping[1]), family=family)
     if scheme.model:
@@ -82,7 +82,7 @@ def _open(tag: Tag, family: str | None) -> CheckpointSource:
     if "precision" not in config and tag.precision is not None:
         config["precision"] = {"dtype": tag.precision}
     steps = tag.head.get("global_steps")
-    state = dict(told["run_state"]) or {"optimizer_step": tag.optimizer_step}
+    state = dict(client["run_state"]) or {"optimizer_step": tag.optimizer_step}
     order = group_order(tag, scheme, state, mapping[0] if mapping else None)
     catalog = with_roles(tag, scheme, order)
     left_out = [*tag.left_out, *_left_out(tag, scheme)]
@@ -94,8 +94,10 @@ def _open(tag: Tag, family: str | None) -> CheckpointSource:
     used = {box.file for box in boxes}
     return StoredSource(
         tag.path,
-        meta=CheckpointMeta(catalog, tag.slots, tag.layout, config, told["fingerprints"], state),
-        step=told["step"] if told["step"] is not None else int(steps or tag.optimizer_step or 0),
+        meta=CheckpointMeta(catalog, tag.slots, tag.layout, config, client["fingerprints"], state),
+        step=client["step"]
+        if client["step"] is not None
+        else int(steps or tag.optimizer_step or 0),
         sizes={name: tag.files[name].size for name in sorted(used)},
         boxes=boxes,
         records=[Record(name, *record) for name in used for record in tag.files[name].records],
@@ -187,6 +189,6 @@ FORMAT = Format(
     find=find,
     open_source=open_source,
     open_sink=DeepSpeedSink,
-    open_told=open_source,
+    open_with=open_source,
     told=frozenset({"family"}),
 )

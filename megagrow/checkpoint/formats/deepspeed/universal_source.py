@@ -34,7 +34,7 @@ from megagrow.checkpoint.formats.deepspeed.universal_sink import LATEST, Univers
 from megagrow.checkpoint.interface.accounting import unread_files
 from megagrow.checkpoint.interface.client_state import client_state
 from megagrow.checkpoint.interface.format import (
-    NOTHING_TOLD,
+    NO_OPTIONS,
     CheckpointSource,
     Format,
     LeftOut,
@@ -57,7 +57,7 @@ _FILES = {"fp32": MASTER, **{slot.name: slot for slot in MOMENTS}}
 _PAYLOAD = {"param", "cat_dim", "vocab_tensor", "param_n_sub_params", "sub_param_shape"}
 
 
-def open_source(path: Path, options: ReadOptions = NOTHING_TOLD) -> CheckpointSource:
+def open_source(path: Path, options: ReadOptions = NO_OPTIONS) -> CheckpointSource:
     """Open a tag's directory or its parent.
 
     Args:
@@ -195,7 +195,7 @@ class _Scheme:
     logical: Mapping[str, str]
 
 
-def _scheme(tag: _Tag, told: Mapping[str, Any], family: str | None) -> _Scheme:
+def _scheme(tag: _Tag, client: Mapping[str, Any], family: str | None) -> _Scheme:
     groups = tag.head.get("param_shapes") or ()
     shapes = {n: tuple(shape) for group in groups for n, shape in group.items()}
     last = names.last_place(tag.held)
@@ -208,7 +208,7 @@ def _scheme(tag: _Tag, told: Mapping[str, Any], family: str | None) -> _Scheme:
         found[module] = shapes[module] if flat and module in shapes else shape
     local = {logical[module]: shape for module, shape in reversed(found.items())}
     rows = local[names.TOKENS][0] if names.TOKENS in local else None
-    written = replayed_model(told["config"], told["run_state"], vocabulary=rows)
+    written = replayed_model(client["config"], client["run_state"], vocabulary=rows)
     if written is not None:
         require_family(written, where=str(tag.path), family=family)
     model = written or names.recognised_model(local, tensor=1, where=tag.path, family=family)
@@ -241,8 +241,8 @@ def _scheme(tag: _Tag, told: Mapping[str, Any], family: str | None) -> _Scheme:
 
 def _open(path: Path, family: str | None) -> CheckpointSource:
     tag = _Tag(path)
-    told = client_state(tag.head)
-    scheme = _scheme(tag, told, family)
+    client = client_state(tag.head)
+    scheme = _scheme(tag, client, family)
     boxes: dict[tuple[str, str], StoredBox] = {}
 
     def add(name: str, slot: Slot, stored: StoredTensor) -> None:
@@ -259,7 +259,7 @@ def _open(path: Path, family: str | None) -> CheckpointSource:
     apart = {**tag.frozen, **tag.buffers}
     for name, tensor in apart.items() if scheme.model is None else ():
         add(name, MASTER, tensor)
-    config, state = dict(told["config"]), dict(told["run_state"])
+    config, state = dict(client["config"]), dict(client["run_state"])
     if scheme.model:
         config.setdefault("model", scheme.model.model_dump(mode="json", by_alias=True))
         reason = "the model does not have it"
@@ -272,9 +272,9 @@ def _open(path: Path, family: str | None) -> CheckpointSource:
     return StoredSource(
         path,
         meta=CheckpointMeta(
-            scheme.catalog, tag.slots, Layout(zero=1), config, told["fingerprints"], state
+            scheme.catalog, tag.slots, Layout(zero=1), config, client["fingerprints"], state
         ),
-        step=told["step"] if told["step"] is not None else steps,
+        step=client["step"] if client["step"] is not None else steps,
         sizes={name: tag.files[name].size for name in used},
         boxes=boxes.values(),
         records=[Record(name, *record) for name in used for record in tag.files[name].records],
@@ -290,8 +290,8 @@ def _optimizer(tag: _Tag, scheme: _Scheme, state: dict[str, Any]) -> Iterator[Le
     if scheme.model is not None or KEY in state:
         return
     groups = [list(group) for group in tag.head.get("param_shapes") or ()]
-    told = [set(group) - {"params"} for group in saved.groups]
-    if len(told) == len(groups) and any(told):
+    listed = [set(group) - {"params"} for group in saved.groups]
+    if len(listed) == len(groups) and any(listed):
         kept = [slot.name for slot in slots[1:]]
         engine = read_engine(saved, tag.head, groups=groups, slots=kept, zero=1)
         state[KEY] = engine.to_json()
@@ -320,7 +320,7 @@ FORMAT = Format(
     find=find,
     open_source=open_source,
     open_sink=UniversalSink,
-    open_told=open_source,
+    open_with=open_source,
     told=frozenset({"family"}),
     options=frozenset({"tensor", "pipeline"}),
 )

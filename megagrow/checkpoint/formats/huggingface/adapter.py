@@ -22,7 +22,7 @@ from megagrow.checkpoint.formats.huggingface.names import Link, links
 from megagrow.checkpoint.formats.huggingface.tokenizer import carried, compare
 from megagrow.checkpoint.interface.accounting import account, unread_files
 from megagrow.checkpoint.interface.format import (
-    NOTHING_TOLD,
+    NO_OPTIONS,
     FilePlan,
     Format,
     LeftOut,
@@ -42,6 +42,7 @@ from megagrow.checkpoint.io.strict_json import read_json
 from megagrow.config import InitConfig, ModelConfig
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.models.catalog import build_catalog
+from megagrow.models.common.rotary import Rotary
 from megagrow.state.catalog import MASTER
 from megagrow.state.layout import Layout
 
@@ -52,21 +53,21 @@ _RUN = "megagrow.json"  # fingerprints of the training run
 # --- reading ------------------------------------------------------------------------------
 
 
-def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
+def open_source(path: Path, options: ReadOptions = NO_OPTIONS) -> StoredSource:
     """Open a Hugging Face model directory.
 
     Args:
-        told: settings of config.json to ignore.
+        options: settings of config.json to ignore.
 
     Raises:
         CheckpointError: damaged, incomplete, or with a model that megagrow cannot express.
     """
     where = path / _CONFIG
-    if told.vocabulary is not None:
+    if options.vocabulary is not None:
         raise ConfigError(
             f"{where} already gives the vocabulary size", fix="leave out --vocab-size"
         )
-    model, settings = read_model(read_json(where), where=str(where), ignore=told.ignore)
+    model, settings = read_model(read_json(where), where=str(where), ignore=options.ignore)
     arrays, sizes = _arrays(path)
     held = set(arrays)
     if model.layers > len(arrays):
@@ -75,7 +76,8 @@ def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
         )
     catalog = build_catalog(model)
     stored, boxes, carried = stored_as(model), [], set()
-    for link in links(stored, model, catalog):
+    for parts in links(stored, model, catalog):
+        link = parts[0]
         name = _stored_name(link.stored, arrays, prefix=stored.prefix)
         array = arrays.pop(name, None)
         if array is None:
@@ -91,11 +93,13 @@ def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> StoredSource:
                 expected=list(link.shape),
             )
         carried.add(name)
-        boxes.append(
-            StoredBox(
-                link.tensor, MASTER.name, link.box, array.file, array.start, array.dtype, link.axes
+        for part in parts:
+            start = array.start + part.start * array.dtype.itemsize
+            boxes.append(
+                StoredBox(
+                    part.tensor, MASTER.name, part.box, array.file, start, array.dtype, part.axes
+                )
             )
-        )
     derived = {name for name, array in arrays.items() if _follows(path, name, array, model, boxes)}
     masks = {name for name in set(arrays) - derived if stored.masks.fullmatch(name)}
     odd = sorted(set(arrays) - derived - masks)
@@ -152,7 +156,7 @@ def _follows(
             )
         return True
     if stored_as(model).frequencies.fullmatch(name):
-        require_frequencies(stored, model.rope_theta, model.head_dim, at=at)
+        require_frequencies(stored, Rotary.of(model).frequencies(torch.device("cpu")), at=at)
         return True
     return False
 
@@ -232,19 +236,19 @@ class HuggingFaceSink:
         fingerprints = dict(request.meta.fingerprints)
         if isinstance(request.tokenizer, OwnTokenizer) and request.tokenizer.sha256:
             fingerprints["tokenizer"] = request.tokenizer.sha256
-        shards: list[list[Link]] = [[]]
+        shards: list[list[list[Link]]] = [[]]
         filled = 0
         dtypes: set[torch.dtype] = set()
-        for link in links(stored_as(model), model, request.meta.catalog):
-            dtype = request.dtype_of(link.tensor, MASTER.name)
-            size = math.prod(link.shape) * dtype.itemsize
+        for parts in links(stored_as(model), model, request.meta.catalog):
+            dtype = request.dtype_of(parts[0].tensor, MASTER.name)
+            size = math.prod(parts[0].shape) * dtype.itemsize
             if shards[-1] and filled + size > request.file_bytes:
                 shards.append([])
                 filled = 0
-            shards[-1].append(link)
+            shards[-1].append(parts)
             filled += size
             dtypes.add(dtype)
-        self.left_out = tuple(_not_told(model))
+        self.left_out = tuple(_not_stored(model))
         dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
         self._config = write_config(model, dtype) | dict(self._tokenizer.ids)
         self._weight_map: dict[str, str] = {}
@@ -261,22 +265,26 @@ class HuggingFaceSink:
             text = json.dumps({"fingerprints": fingerprints}, indent=2) + "\n"
             self.files.append(FilePlan(_RUN, [text.encode()]))
 
-    def _plan(self, name: str, shard: Sequence[Link], request: SinkRequest) -> FilePlan:
+    def _plan(self, name: str, shard: Sequence[Sequence[Link]], request: SinkRequest) -> FilePlan:
         values = {
-            link.stored: Values(
-                link.tensor,
-                MASTER.name,
-                link.box,
-                request.dtype_of(link.tensor, MASTER.name),
-                link.axes,
-            )
-            for link in shard
+            parts[0].stored: [
+                Values(
+                    part.tensor,
+                    MASTER.name,
+                    part.box,
+                    request.dtype_of(part.tensor, MASTER.name),
+                    part.axes,
+                )
+                for part in parts
+            ]
+            for parts in shard
         }
         self._weight_map.update(dict.fromkeys(values, name))
-        self._total += sum(item.bytes for item in values.values())
-        order = sorted(shard, key=lambda link: -values[link.stored].dtype.itemsize)
-        head = make_header([(link.stored, values[link.stored].dtype, link.shape) for link in order])
-        segments: list[Segment] = [head, *(values[link.stored] for link in order)]
+        self._total += sum(part.bytes for parts in values.values() for part in parts)
+        shapes = {parts[0].stored: parts[0].shape for parts in shard}
+        order = sorted(shapes, key=lambda stored: -values[stored][0].dtype.itemsize)
+        head = make_header([(stored, values[stored][0].dtype, shapes[stored]) for stored in order])
+        segments: list[Segment] = [head, *(part for stored in order for part in values[stored])]
         return FilePlan(name, segments)
 
     def conclude(self, directory: Path, checksums: Mapping[str, Sequence[str]]) -> Sequence[str]:
@@ -295,17 +303,17 @@ class HuggingFaceSink:
         return [*self._tokenizer.notes, *compared]
 
 
-def _not_told(model: ModelConfig) -> Iterator[LeftOut]:
+def _not_stored(model: ModelConfig) -> Iterator[LeftOut]:
     """Training settings that a config.json cannot express."""
-    for what, reason in stored_as(model).untold(model):
+    for what, reason in stored_as(model).not_stored(model):
         yield LeftOut(what, reason)
     if isinstance(model.init_std, InitConfig):
         stds = model.init_std.model_dump(exclude_none=True)
-        told = ", ".join(f"{role} {std}" for role, std in stds.items())
+        listed = ", ".join(f"{role} {std}" for role, std in stds.items())
         reason = "initializer_range is one number: that of the matrices"
         if model.stds.matrices is None:
             reason = "initializer_range is one number: transformers' default, 0.02"
-        yield LeftOut(f"init_std by role ({told}), of fresh parameters", reason)
+        yield LeftOut(f"init_std by role ({listed}), of fresh parameters", reason)
     if model.mup is not None:
         reason = "only for further training; the weights are those of a plain model"
         yield LeftOut("mup: initialisation and rates by the shape", reason)
@@ -336,7 +344,7 @@ FORMAT = Format(
     find=_find,
     open_source=open_source,
     open_sink=HuggingFaceSink,
-    open_told=open_source,
+    open_with=open_source,
     told=frozenset({"vocab-size", "ignore"}),
     options=frozenset({"tokenizer", "shard-gib"}),
 )

@@ -78,14 +78,14 @@ def read_model(
         CheckpointError: names the setting that our model cannot express, that is damaged, or
             whose effect is unknown.
     """
-    told, known = config.get("model_type"), _known()
-    if not isinstance(told, str) or told not in known:
+    stated, known = config.get("model_type"), _known()
+    if not isinstance(stated, str) or stated not in known:
         raise CheckpointError(
             f"{where}: megagrow does not support this model_type",
-            found=repr(told)[:80],
+            found=repr(stated)[:80],
             expected=", ".join(known),
         )
-    family = known[told]
+    family = known[stated]
     for key, values in family.only.items():
         if config.get(key, values[0]) not in values:
             raise no_such_feature(where, key, config[key], values[0])

@@ -125,7 +125,7 @@ def _as_it_is(own: OwnTokenizer, vocabulary: int, note: str) -> Carried:
         else:
             if tokenizer.vocab_size > vocabulary:
                 raise _too_large(own.file, tokenizer, vocabulary)
-    ids = _told_ids(place, vocabulary)
+    ids = _recorded_ids(place, vocabulary)
     if ids["eos_token_id"] is None and tokenizer is not None:
         ids["eos_token_id"] = tokenizer.eod
     if own.eod is not None:
@@ -137,19 +137,19 @@ def _as_it_is(own: OwnTokenizer, vocabulary: int, note: str) -> Carried:
     return Carried(files, ids, tokenizer, False, tuple(notes))
 
 
-def _told_ids(place: Path, vocabulary: int) -> dict[str, Any]:
+def _recorded_ids(place: Path, vocabulary: int) -> dict[str, Any]:
     """The token ids that a directory's configurations name, if the model has them."""
-    told: dict[str, Any] = {}
+    stated: dict[str, Any] = {}
     for name in (GENERATION, "config.json"):
         if (place / name).is_file():
-            told = {**read_json(place / name), **told}
+            stated = {**read_json(place / name), **stated}
 
     def known(value: Any) -> bool:
         return type(value) is int and 0 <= value < vocabulary
 
     ids = {}
     for key in _IDS:
-        value = told.get(key)
+        value = stated.get(key)
         several = isinstance(value, list) and bool(value) and all(map(known, value))
         ids[key] = value if known(value) or several else None
     return ids

@@ -124,7 +124,7 @@ def arguments_of(rank: RankFile) -> Mapping[str, Any]:
 def check_rank(rank: RankFile, first: RankFile, layout: Layout, version: float) -> None:
     """Check that a file is from the same save as the first."""
     args, wanted = arguments_of(rank), arguments_of(first)
-    told = {
+    stated = {
         "iteration": (rank.value.get("iteration"), first.value.get("iteration")),
         "checkpoint_version": (float(rank.value.get("checkpoint_version", 0.0)), version),
         "tensor_model_parallel_size": (
@@ -138,7 +138,7 @@ def check_rank(rank: RankFile, first: RankFile, layout: Layout, version: float) 
         **{key: (args.get(key), wanted.get(key)) for key in ("hidden_size", "padded_vocab_size")},
         "megagrow": (client_state(rank.value), client_state(first.value)),
     }
-    for what, (found, expected) in told.items():
+    for what, (found, expected) in stated.items():
         if found != expected:
             raise CheckpointError(
                 f"{rank.where}: is from another save: {what}",

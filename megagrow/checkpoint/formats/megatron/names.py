@@ -150,7 +150,7 @@ def local_part(
 
 
 def read_model(
-    args: Mapping[str, Any], *, where: str, told: ReadOptions, written: str | None = None
+    args: Mapping[str, Any], *, where: str, options: ReadOptions, written: str | None = None
 ) -> tuple[ModelConfig, int, list[LeftOut]]:
     """The model of a checkpoint's arguments, its token table's rows, and what is left out.
 
@@ -167,7 +167,7 @@ def read_model(
         CheckpointError: names the argument that our model cannot express, that is missing, or
             whose effect is unknown; or the arguments fit several families.
     """
-    left_out = list(require_known(args, where=where, ignore=told.ignore))
+    left_out = list(require_known(args, where=where, ignore=options.ignore))
     rope = args.get("position_embedding_type") == "rope" or args.get(
         "use_rotary_position_embeddings"
     )
@@ -179,9 +179,9 @@ def read_model(
         bool(args.get("add_bias_linear", True)),
     )
     fitting = {name: name for name, wanted in kinds.items() if wanted == kind}
-    if written in fitting and told.family is None:
+    if written in fitting and options.family is None:
         fitting = {written: written}
-    family = one_family(fitting, where=f"{where}: args", family=told.family)
+    family = one_family(fitting, where=f"{where}: args", family=options.family)
     if family is None:
         names = ("normalization", "rotary positions", "swiglu", "add_bias_linear")
         raise CheckpointError(
@@ -203,7 +203,7 @@ def read_model(
                 "head_dim": args.get("kv_channels"),
                 "ffn": args.get("ffn_hidden_size") or 4 * args["hidden_size"],
                 "sequence": args["max_position_embeddings"],
-                "vocab": _vocabulary(args, padded, where, told),
+                "vocab": _vocabulary(args, padded, where, options),
                 "tie_embeddings": not args.get("untie_embeddings_and_output_weights", False),
                 "dropout": args.get("hidden_dropout", 0.0),
                 "norm_eps": _agreed(args, "norm_epsilon", "layernorm_epsilon", default=1e-5),
@@ -217,7 +217,7 @@ def read_model(
             f"{where}: args describe no model that megagrow can express", found=found[:500]
         ) from None
     _require_alike(args, model, where)
-    if model.vocab == padded and told.vocabulary is None and args.get("vocab_size") is None:
+    if model.vocab == padded and options.vocabulary is None and args.get("vocab_size") is None:
         name = f"args.vocab_size, unset: all {padded} rows count as tokens"
         left_out.append(LeftOut(name, "set --vocab-size to the true number"))
     elif model.vocabulary < padded:
@@ -230,10 +230,10 @@ def read_model(
     return model, int(padded), left_out
 
 
-def _vocabulary(args: Mapping[str, Any], padded: int, where: str, told: ReadOptions) -> int:
+def _vocabulary(args: Mapping[str, Any], padded: int, where: str, options: ReadOptions) -> int:
     known = args.get("vocab_size")
     known = known if isinstance(known, int) and 0 < known <= padded else None
-    wanted = told.vocabulary
+    wanted = options.vocabulary
     if wanted is not None and (wanted > padded or known not in (None, wanted)):
         raise CheckpointError(
             f"{where}: --vocab-size {wanted} is not the vocabulary of this checkpoint",
@@ -245,10 +245,10 @@ def _vocabulary(args: Mapping[str, Any], padded: int, where: str, told: ReadOpti
 
 def _agreed(args: Mapping[str, Any], name: str, other: str, *, default: float) -> float:
     """An argument that has two names across Megatron versions."""
-    told = [args[key] for key in (name, other) if args.get(key) is not None]
-    if len(set(told)) > 1:
-        raise ValueError(f"{name} is {told[0]}, {other} is {told[1]}")
-    return float(told[0]) if told else default
+    values = [args[key] for key in (name, other) if args.get(key) is not None]
+    if len(set(values)) > 1:
+        raise ValueError(f"{name} is {values[0]}, {other} is {values[1]}")
+    return float(values[0]) if values else default
 
 
 def _require_alike(args: Mapping[str, Any], model: ModelConfig, where: str) -> None:
@@ -280,12 +280,18 @@ def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, 
     """Megatron's arguments for a model: those that its loading compares or adopts.
 
     Raises:
-        CheckpointError: Megatron has no such family.
+        CheckpointError: Megatron has no such family, or no such scaling of rotary frequencies.
     """
     if not family_of(model).megatron:
         raise CheckpointError(
             f"Megatron has no model of family {model.family}, or none that megagrow knows",
-            fix="convert to native or dcp",
+            fix="convert to native, dcp or huggingface",
+        )
+    if model.rope_scaling is not None:
+        raise CheckpointError(
+            "Megatron has no argument for this scaling of rotary frequencies",
+            found=f"model.rope_scaling {model.rope_scaling.model_dump(exclude_none=True)}",
+            fix="convert to native, dcp or huggingface",
         )
     normalization, rotary, gated, biases = _kind(model.architecture)
     return {
@@ -333,7 +339,7 @@ def write_args(model: ModelConfig, layout: Layout, *, padded: int) -> dict[str, 
 def _kind(made: Architecture) -> tuple[str, bool, bool, bool]:
     """What distinguishes models in Megatron: norm, rotary positions, SwiGLU, biases."""
     norm = "LayerNorm" if made.norm == "layer" else "RMSNorm"
-    return norm, made.positions == "rotary", made.gated, made.biases
+    return norm, made.positions == "rotary", made.gated, made.biases == "all"
 
 
 def _whole_if_it_is(value: float) -> float:

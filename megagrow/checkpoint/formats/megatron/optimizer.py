@@ -85,16 +85,16 @@ def counts_of(value: Mapping[str, Any]) -> dict[str, int]:
     torch's Adam counts for each parameter, apex's and Transformer Engine's for each group.
     """
     at, optimizer, _, _ = parts_of(value)
-    told: dict[str, Any] = {
+    steps: dict[str, Any] = {
         f"{at}.state.{index}.step": state["step"]
         for index, state in optimizer.get("state", {}).items()
         if "step" in state
     }
-    if not told:
+    if not steps:
         groups = optimizer.get("param_groups", ())
-        told = {f"{at}.param_groups.{i}.step": group.get("step") for i, group in enumerate(groups)}
+        steps = {f"{at}.param_groups.{i}.step": group.get("step") for i, group in enumerate(groups)}
     return {
         name: int(count.item() if isinstance(count, StoredTensor) else count)
-        for name, count in told.items()
+        for name, count in steps.items()
         if isinstance(count, (int, float, StoredTensor))
     }

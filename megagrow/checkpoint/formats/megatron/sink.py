@@ -66,9 +66,9 @@ class MegatronSink:
         asked = request.dtype or (PRECISIONS[precision.dtype].dtype if self._trained else None)
         self._dtype = asked or request.dtype_of(names.TOKENS, MASTER.name)
         self._padded = names.padded_vocabulary(self._model.vocabulary, self._layout.tensor)
-        told = meta.run_state.get("optimizer_step")
-        self._optimizer_step = told if isinstance(told, int) else request.step
-        self.left_out = tuple(_not_told(meta)) if self._trained else ()
+        stated = meta.run_state.get("optimizer_step")
+        self._optimizer_step = stated if isinstance(stated, int) else request.step
+        self.left_out = tuple(_not_stored(meta)) if self._trained else ()
         self.files: list[FilePlan] = []
         for pipe in range(self._layout.pipeline):
             for rank in range(self._layout.tensor):
@@ -195,7 +195,7 @@ class MegatronSink:
         }
 
 
-def _not_told(meta: CheckpointMeta) -> Iterator[LeftOut]:
+def _not_stored(meta: CheckpointMeta) -> Iterator[LeftOut]:
     """Per-tensor learning rates: Megatron's groups differ only in weight decay."""
     rules = meta.run_state.get("rules") or {}
     if isinstance(rules, Mapping) and rules.get("factors"):

@@ -38,7 +38,7 @@ from megagrow.checkpoint.formats.megatron.sink import FILE, LATEST, MegatronSink
 from megagrow.checkpoint.interface.accounting import account, unread_files
 from megagrow.checkpoint.interface.client_state import KEY, client_state
 from megagrow.checkpoint.interface.format import (
-    NOTHING_TOLD,
+    NO_OPTIONS,
     CheckpointSource,
     Format,
     LeftOut,
@@ -61,19 +61,19 @@ _ITERATION = re.compile(r"iter_(\d{7,9})")
 _OLD_QKV = {0.0: (1, 0, 2), 1.0: (0, 2, 1)}
 
 
-def open_source(path: Path, told: ReadOptions = NOTHING_TOLD) -> CheckpointSource:
+def open_source(path: Path, options: ReadOptions = NO_OPTIONS) -> CheckpointSource:
     """Open an iteration's directory or its parent.
 
     Args:
-        told: the true vocabulary; the family, where arguments fit several; names of arguments, and
-            of copies that may differ, to ignore.
+        options: the true vocabulary; the family, where arguments fit several; names of
+            arguments, and of copies that may differ, to ignore.
 
     Raises:
         CheckpointError: missing, damaged, incomplete, hostile, in another of Megatron's formats,
             or of a foreign model.
     """
     with laid_out(path, "Megatron-LM lays out its checkpoints"):
-        return _open(find(path) or path, told)
+        return _open(find(path) or path, options)
 
 
 def _open(path: Path, options: ReadOptions) -> CheckpointSource:
@@ -86,12 +86,12 @@ def _open(path: Path, options: ReadOptions) -> CheckpointSource:
         raise CheckpointError(
             f"{first.where}: checkpoint_version", found=version, expected="0 to 3"
         )
-    told = client_state(first.value)
-    written = family_in(told["config"])
+    client = client_state(first.value)
+    written = family_in(client["config"])
     model, padded, left_out = names.read_model(
-        args, where=first.where, told=options, written=written
+        args, where=first.where, options=options, written=written
     )
-    ours = replayed_model(told["config"], told["run_state"], vocabulary=model.vocab)
+    ours = replayed_model(client["config"], client["run_state"], vocabulary=model.vocab)
     if ours is not None:  # Megatron's arguments have one std for all parameters
         model = model.model_copy(update={"init_std": ours.init_std, "mup": ours.mup})
     layout = Layout(
@@ -114,27 +114,27 @@ def _open(path: Path, options: ReadOptions) -> CheckpointSource:
         carried: set[str] = set()
         states = states_of(rank.value, rank.parameters, where=rank.where) if moments else {}
         boxes += grid.boxes(rank, states, carried)
-        left_out += _left_out(rank, carried, moments, bool(told["run_state"]))
+        left_out += _left_out(rank, carried, moments, bool(client["run_state"]))
         folder = rank.file.path.parent
         left_out += [
             LeftOut(f"{folder.name}/{item.name}", item.reason)
             for item in unread_files(folder, {FILE})
         ]
     left_out += [*grid.differing, *unread_files(path, {r.file.path.parent.name for r in ranks})]
-    config = {**told["config"]}
+    config = {**client["config"]}
     config.setdefault("model", model.model_dump(mode="json", by_alias=True))
     iteration = first.value.get("iteration")
-    step = told["step"] if told["step"] is not None else _count(iteration)
+    step = client["step"] if client["step"] is not None else _count(iteration)
     consumed = args.get("consumed_train_samples")
     updates = max(counts_of(first.value).values(), default=step) if moments else step
-    state = told["run_state"] or {
+    state = client["run_state"] or {
         "optimizer_step": updates,
         **({"consumed_samples": consumed} if isinstance(consumed, int) else {}),
     }
     files = {rank.file.path.relative_to(path).as_posix(): rank.file for rank in ranks}
     return StoredSource(
         path,
-        meta=CheckpointMeta(catalog, slots, layout, config, told["fingerprints"], state),
+        meta=CheckpointMeta(catalog, slots, layout, config, client["fingerprints"], state),
         step=step,
         sizes={name: file.size for name, file in sorted(files.items())},
         boxes=boxes,
@@ -251,7 +251,9 @@ _READ = {"args", "checkpoint_version", "iteration", "model", "optimizer", KEY}
 _HYPERPARAMETERS = "optimizer hyperparameters: they are in a run's configuration"
 
 
-def _left_out(rank: RankFile, carried: set[str], moments: bool, told: bool) -> tuple[LeftOut, ...]:
+def _left_out(
+    rank: RankFile, carried: set[str], moments: bool, carries: bool
+) -> tuple[LeftOut, ...]:
     """What a file holds and is not carried."""
     held = [key for key in rank.value if key not in {"model", "optimizer"}]
     left = [
@@ -278,10 +280,10 @@ def _left_out(rank: RankFile, carried: set[str], moments: bool, told: bool) -> t
         for stored, _ in flat(optimizer):
             name = f"optimizer.{stored}"
             held.append(name)
-            if name in carried or (not told and counts.get(name) == latest):
+            if name in carried or (not carries and counts.get(name) == latest):
                 carried.add(name)
             elif name in counts:
-                reason = "the run's count is carried" if told else f"{latest} is carried"
+                reason = "the run's count is carried" if carries else f"{latest} is carried"
                 left.append(LeftOut(name, f"a count of updates: {reason}"))
             else:
                 slot = ".state." in f".{stored}"
@@ -332,7 +334,7 @@ FORMAT = Format(
     find=find,
     open_source=open_source,
     open_sink=MegatronSink,
-    open_told=open_source,
+    open_with=open_source,
     told=frozenset({"vocab-size", "ignore", "family"}),
     options=frozenset({"tensor", "pipeline"}),
 )

@@ -1,1 +1,0 @@
-from jobs import dataset  # noqa: F401 - a fixture
