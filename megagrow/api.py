@@ -19,26 +19,34 @@ if TYPE_CHECKING:
     from megagrow.train.job import Outcome
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, resume: str | Path = "auto"
+) -> Config:
     """Read and check the configuration of a run.
+
+    With ``init.from``, the section ``model`` is completed from the checkpoint that the run will
+    start from, or resume from.
 
     Args:
         path: a YAML file; if there is no such file, a name such as ``configs/quickstart.yaml``
             selects the one that ships with megagrow.
         overrides: ``key.sub=value``, in order, as on the command line.
+        resume: as for `train_model`; matters only with ``init.from``.
 
     Raises:
         ConfigError: the file cannot be read, or settings are unknown, missing or out of range;
             all wrong settings are named.
+        CheckpointError: what ``init.from`` names cannot be read.
 
     Example:
         >>> config = megagrow.load_config("configs/quickstart.yaml", ["run.dir=runs/mine"])
         >>> config.model.layers
         3
     """
-    from megagrow.config.load import load_config
+    from megagrow.train.run_config import load_run
 
-    return load_config(path, [overrides] if isinstance(overrides, str) else overrides)
+    given = [overrides] if isinstance(overrides, str) else overrides
+    return load_run(path, given, resume=resume)
 
 
 def train_model(config: Config, resume: str | Path = "auto") -> Outcome:

@@ -12,7 +12,7 @@ from megagrow.checkpoint.convert.registry import FORMATS, detect, get_format
 from megagrow.checkpoint.convert.run import Job
 from megagrow.checkpoint.interface.format import ReadOptions
 from megagrow.config import GrowConfig
-from megagrow.config.load import load_config, parse_settings
+from megagrow.config.load import parse_config, parse_settings, read_settings
 from megagrow.config.overrides import apply_overrides
 from megagrow.data.dataset import open_dataset
 from megagrow.errors import ConfigError
@@ -151,7 +151,14 @@ def _run_to_be(
     """Configuration and fingerprints of the run that is to start from the result."""
     if path is None:
         return None, None
-    config = load_config(path)
+    settings, source = read_settings(path)
+    if settings.get("init") is not None:
+        raise ConfigError(
+            f"--config {path}: init.from says where the run starts, which is not this conversion",
+            fix="leave --config out, and give the result as init.from; or leave init out of the "
+            "configuration",
+        )
+    config = parse_config(settings, source=source)
     data = open_dataset(config.data.path, config.data.tokenizer)
     config = with_vocabulary(config, data.vocab_size)
     return config.model_dump(mode="json", by_alias=True), fingerprints(data)
