@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ def open_start(init: StartConfig) -> tuple[str, Source]:
         found, path = detect(Path(init.from_), init.format)
         return found.name, found.open(path, told_by_user)
     except MegagrowError as error:
-        text = str(error)
+        text = re.sub(r"--ignore ([\w.]+)", r"init.ignore=[\1]", str(error))
         for option, key in _KEYS.items():
             text = text.replace(option, key)
         raise type(error)(f"init.from: {text}") from error

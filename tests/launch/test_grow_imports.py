@@ -1,7 +1,5 @@
 """A Hugging Face model is imported, grown before its first step, trained and exported."""
 
-import re
-import shlex
 from dataclasses import replace
 
 import jobs
@@ -112,27 +110,36 @@ def test_an_import_is_grown_twice_trained_and_exported(imported, tmp_path, capsy
     assert (found - wanted).abs().max() < 1e-4
 
 
-def advised(error, config):
-    """The arguments of the conversion that an error suggests, for a configuration."""
-    [text] = re.findall(r"python launch/convert\.py (.*?RUN\.yaml)", error)
-    return shlex.split(text.replace("RUN.yaml", str(config)))
+@pytest.mark.parametrize("form", ["huggingface", "native"])
+def test_weights_without_a_run_are_grown_as_weights(theirs, tmp_path, capsys, form):
+    """The result is of the source's format, or of the one asked for; it computes the same."""
+    source = theirs if form == "huggingface" else to(theirs, tmp_path / "native", "native")
+    deeper = ["--operator", "depth_identity", "--factor", "2"]
+    asked = ["--from", source, "--to", tmp_path / "deeper", *deeper]
+    assert command("grow", *asked, "--dry-run") == 0 and not (tmp_path / "deeper").exists()
+    said = capsys.readouterr().out
+    assert f"from        {source} ({form}, step 0)" in said and "layers 2 -> 4" in said
+    assert command("grow", *asked) == 0
+    assert f"written     {tmp_path / 'deeper'} ({form})" in capsys.readouterr().out
+    other = "native" if form == "huggingface" else "huggingface"
+    asked[3] = tmp_path / "other"
+    assert command("grow", *asked, "--format", other) == 0
+    exported = tmp_path / ("deeper" if form == "huggingface" else "other")
+    tokens = torch.randint(320, (3, 8), generator=torch.manual_seed(2))
+    small, grown = (
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (theirs, exported)
+    )
+    assert grown.config.num_hidden_layers == 4
+    with torch.no_grad():
+        assert (small(tokens).logits - grown(tokens).logits).abs().max() <= 1e-5
+    assert command("grow", *asked, "--rewarm", "3") == 1
+    assert "weights without a run have no optimizer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("imported_before", [False, True])
-def test_weights_without_a_run_are_not_grown_and_the_advice_works(
-    theirs, imported, tmp_path, monkeypatch, capsys, imported_before
-):
-    monkeypatch.chdir(tmp_path)
-    config = write_config(tmp_path / "run.yaml", imported[1])
-    source = to(theirs, tmp_path / "native", "native") if imported_before else theirs
-    grown = ["--to", tmp_path / "grown", "--operator", "width"]
-    assert command("grow", "--from", source, *grown) == 1
-    error = capsys.readouterr().err
-    assert ("belongs to no run" if imported_before else "of format huggingface") in error
-    arguments = advised(error, config)
-    assert command("convert", *arguments) == 0
-    made = arguments[arguments.index("--to") + 1]
-    assert command("grow", "--from", made, *grown) == 0
+def test_a_runs_growth_does_not_start_from_weights(theirs):
+    with pytest.raises(CheckpointError, match=r"of format huggingface(?s:.*)init\.from="):
+        plan_offline(theirs, GrowConfig(operator="width"))
 
 
 def test_a_resume_of_weights_without_a_run_names_the_cause(theirs, imported, dataset, tmp_path):  # noqa: F811
