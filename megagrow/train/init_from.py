@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.interface.accounting import summary
@@ -32,6 +32,9 @@ from megagrow.train.rates import require_settled_betas
 from megagrow.train.run_plan import RunPlan
 from megagrow.train.state import Origin, RunState
 from megagrow.transfer.state_map import Identity, StateMap, WeightsAlone
+
+if TYPE_CHECKING:  # requires DeepSpeed
+    from megagrow.engine.comm import Comm
 
 # Settings of the section `model` that do not change what the weights compute.
 _OF_TRAINING = frozenset(
@@ -182,6 +185,23 @@ def plan_start(config: Config, plan: RunPlan, data: PreparedData | None) -> Star
     return Start(source, state_map, state, tuple(lines))
 
 
+def require_same(comm: Comm, origin: Origin | None) -> None:
+    """Require that all ranks have found the same source, which each reads for itself.
+
+    Raises:
+        CheckpointError: on all ranks: they have not.
+    """
+    found = comm.all_gather(origin)
+    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    if other is not None:
+        raise CheckpointError(
+            f"init.from: rank {other} finds another checkpoint there than rank 0",
+            found=found[other],
+            expected=found[0],
+            fix="put it on a file system that all hosts share, or the same copy on each host",
+        )
+
+
 def _moments(config: Config, source: Source) -> tuple[str, int, OptimizerRules]:
     """Why the moments start at zero ("": they are the source's), the step count, and the rules."""
     assert config.init is not None
@@ -197,7 +217,7 @@ def _moments(config: Config, source: Source) -> tuple[str, int, OptimizerRules]:
         names = ", ".join(slot.name for slot in source.slots if slot.kind != "parameter")
         return f"the checkpoint's ({names}) are not those of {kind.name}", *reset
     if count == 0:
-        return "the checkpoint is of a run before its first step", *reset
+        return "the checkpoint counts no update", *reset
     if source.config.get("optimizer"):
         before = optimizer_of(source)
         if before.name != kind.name:

@@ -29,7 +29,7 @@ from megagrow.train.health.recovery import StepGuard
 from megagrow.train.health.run_lock import RunLock
 from megagrow.train.health.signals import StopRequest
 from megagrow.train.health.watch import Watch, unwatched
-from megagrow.train.init_from import plan_start
+from megagrow.train.init_from import plan_start, require_same
 from megagrow.train.logging.diagnostics import Diagnostics
 from megagrow.train.logging.journal import Journal
 from megagrow.train.run_plan import RunPlan, Stage, plan_run
@@ -151,6 +151,7 @@ class Run:
     def _start_from_another(self) -> None:
         """Start at step 0 from the checkpoint of `init.from`."""
         start = on_all(self.comm, lambda: plan_start(self.config, self.plan, self.data))
+        require_same(self.comm, start.state.origin)
         for line in start.lines:
             self.journal.say(f"start: {line}")
         self.state = start.state

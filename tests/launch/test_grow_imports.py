@@ -110,31 +110,50 @@ def test_an_import_is_grown_twice_trained_and_exported(imported, tmp_path, capsy
     assert (found - wanted).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("form", ["huggingface", "native"])
-def test_weights_without_a_run_are_grown_as_weights(theirs, tmp_path, capsys, form):
+def test_weights_without_a_run_are_grown_as_weights(theirs, tmp_path, capsys):
     """The result is of the source's format, or of the one asked for; it computes the same."""
-    source = theirs if form == "huggingface" else to(theirs, tmp_path / "native", "native")
     deeper = ["--operator", "depth_identity", "--factor", "2"]
-    asked = ["--from", source, "--to", tmp_path / "deeper", *deeper]
+    asked = ["--from", theirs, "--to", tmp_path / "deeper", *deeper]
     assert command("grow", *asked, "--dry-run") == 0 and not (tmp_path / "deeper").exists()
     said = capsys.readouterr().out
-    assert f"from        {source} ({form}, step 0)" in said and "layers 2 -> 4" in said
+    assert f"from        {theirs} (huggingface, step 0)" in said and "layers 2 -> 4" in said
     assert command("grow", *asked) == 0
-    assert f"written     {tmp_path / 'deeper'} ({form})" in capsys.readouterr().out
-    other = "native" if form == "huggingface" else "huggingface"
-    asked[3] = tmp_path / "other"
-    assert command("grow", *asked, "--format", other) == 0
-    exported = tmp_path / ("deeper" if form == "huggingface" else "other")
+    assert f"written     {tmp_path / 'deeper'} (huggingface)" in capsys.readouterr().out
     tokens = torch.randint(320, (3, 8), generator=torch.manual_seed(2))
     small, grown = (
         transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        for path in (theirs, exported)
+        for path in (theirs, tmp_path / "deeper")
     )
     assert grown.config.num_hidden_layers == 4
     with torch.no_grad():
-        assert (small(tokens).logits - grown(tokens).logits).abs().max() <= 1e-5
+        wanted = small(tokens).logits
+        assert (wanted - grown(tokens).logits).abs().max() <= 1e-5
+
+    asked[3] = tmp_path / "dcp"
+    assert command("grow", *asked, "--format", "dcp") == 0
+    ours, shape, _ = load_model(tmp_path / "dcp")
+    with torch.no_grad():
+        assert shape.layers == 4 and (wanted - ours.logits(tokens)).abs().max() <= 1e-5
+    asked[3] = tmp_path / "again"
     assert command("grow", *asked, "--rewarm", "3") == 1
     assert "weights without a run have no optimizer" in capsys.readouterr().err
+    # A native import has moments, of zeros, and no run that would know their rates.
+    asked[1] = to(theirs, tmp_path / "native", "native")
+    assert command("grow", *asked) == 1
+    error = capsys.readouterr().err
+    assert "has optimizer state but belongs to no run" in error and "with init.from" in error
+
+
+def test_a_runs_checkpoint_is_grown_into_another_format(small_run, tmp_path, capsys):
+    grown = ["--operator", "width", "--state-policy", "sparkling"]
+    assert command("grow", "--from", small_run, "--to", tmp_path / "dcp", *grown,
+                   "--format", "dcp") == 0  # fmt: skip
+    assert "state policy sparkling" in capsys.readouterr().out
+    assert command("grow", "--from", small_run, "--to", tmp_path / "native", *grown) == 0
+    ours, theirs = (load_model(path)[0] for path in (tmp_path / "dcp", tmp_path / "native"))
+    tokens = torch.randint(320, (3, 8), generator=torch.manual_seed(2))
+    with torch.no_grad():
+        assert torch.equal(ours.logits(tokens), theirs.logits(tokens))
 
 
 def test_a_runs_growth_does_not_start_from_weights(theirs):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from jobs import events, launch, log_of, main, settings, train, trajectory, write_config
+from jobs import command, events, launch, log_of, main, settings, train, trajectory, write_config
 from released import run_from, save_released, their_loss
 
 from megagrow.checkpoint import NativeCheckpoint, newest
@@ -213,6 +213,42 @@ def test_a_growth_at_step_0_takes_the_moments_along(trained, dataset, tmp_path):
     later = train(1, write_config(tmp_path / "b.yaml", run))
     ours, theirs = trajectory(at_once), trajectory(later)
     assert [line[:6] for line in ours] == [line[:6] for line in theirs]
+
+
+def test_an_import_of_weights_counts_no_update(models, dataset, tmp_path):
+    path = models["qwen3"][0]
+    convert(Job(path, tmp_path / "native", "native"))
+    run = run_from(tmp_path / "native", dataset, tmp_path / "run")
+    outcome = main(["--config", write_config(tmp_path / "run.yaml", run), "--dry-run"])
+    assert outcome.status == 0, outcome.err
+    assert "its moments at zero: the checkpoint counts no update" in outcome.out
+
+
+def test_a_run_from_elsewhere_is_not_what_a_conversion_is_for(models, dataset, tmp_path, capsys):
+    run = run_from(models["qwen3"][0], dataset, tmp_path / "run")
+    config = write_config(tmp_path / "run.yaml", run)
+    options = ["--to", tmp_path / "native", "--to-format", "native", "--config", config]
+    words = [str(word) for word in ("--from", models["qwen3"][0], *options)]
+    assert command("convert").main(words) == 1
+    assert "init.from says where the run starts" in capsys.readouterr().err
+
+
+LARGE = {"pipeline": {"pipeline": 2, "zero": 1}, "zero 3": {"zero": 3}}
+
+
+@pytest.mark.parametrize("layout", LARGE)
+def test_moments_in_other_layouts(trained, dataset, tmp_path, layout):
+    """Two processes with pipeline 2 or ZeRO 3, from one's checkpoint: the same steps."""
+    losses = []
+    for world, of in ((1, {"zero": 1}), (2, LARGE[layout])):
+        run = run_from(
+            trained[0], dataset, tmp_path / f"{world}", layout=of, stages=grown("qwen3", BOTH),
+            optimizer={"lr": 0.01, "betas": [0.5, 0.6]}, batch={"global": 8, "micro": 2},
+        )  # fmt: skip
+        lines = train(world, write_config(tmp_path / f"{world}.yaml", run))
+        losses.append([first_loss(lines), *(step["loss"] for step in events(lines, "step"))])
+        assert events(lines, "run_start")[0]["init"]["moments"]
+    assert torch.allclose(*map(torch.tensor, losses), atol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["dcp", "deepspeed", "universal", "megatron"])
