@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.interface.accounting import summary
 from megagrow.checkpoint.interface.format import ReadOptions, Source
-from megagrow.checkpoint.interface.model_of import model_of, optimizer_of
+from megagrow.checkpoint.interface.model_of import optimizer_of, told_model
 from megagrow.checkpoint.interface.own_tokenizer import held_tokenizers, require_own_tokenizer
 from megagrow.config import Config, ModelConfig, StartConfig
 from megagrow.data.dataset import PreparedData
@@ -26,6 +26,7 @@ from megagrow.errors import CheckpointError, ConfigError, MegagrowError
 from megagrow.growth.optimizer_rules import OptimizerRules
 from megagrow.growth.settings import told
 from megagrow.models.catalog import build_catalog
+from megagrow.state.catalog import MASTER
 from megagrow.state.optimizers import OPTIMIZERS
 from megagrow.train.fingerprints import fingerprints
 from megagrow.train.rates import require_settled_betas
@@ -140,6 +141,27 @@ _KEYS = {
 }
 
 
+def start_model(source: Source) -> ModelConfig:
+    """The model of a checkpoint that a run starts from.
+
+    Raises:
+        CheckpointError: it does not say its model, or has other tensors.
+    """
+    try:
+        model = told_model(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"init.from: {source.path}: {error}") from None
+    if model is None:
+        raise CheckpointError(
+            f"init.from: {source.path}: does not say which model it holds",
+            expected="a section `model` in its configuration",
+            fix=f"python launch/convert.py --from {source.path} --to imports/told --to-format "
+            "native --config RUN.yaml, with that model and no init in it; then "
+            "init.from=imports/told",
+        )
+    return model
+
+
 def plan_start(config: Config, plan: RunPlan, data: PreparedData | None) -> Start:
     """Open the source of a run and check that the run can start from it; moves nothing.
 
@@ -154,14 +176,16 @@ def plan_start(config: Config, plan: RunPlan, data: PreparedData | None) -> Star
     init = config.init
     assert init is not None
     name, source = open_start(init)
-    model = model_of(source)
+    model = start_model(source)
     _require_model(_meaning(config.model), model, whose=f"init.from = {source.path}")
     if source.run_state.get("ramp"):
         raise CheckpointError(
             f"init.from: {source.path}: new units of its last growth count in part only, by a mask",
             fix="train that run to the end of the ramp (grow.ramp), and start from there",
         )
-    tokenizer = "" if data is None else _compared_tokenizer(init, source, model, data)
+    tokenizer = "not compared: the data is not there yet"
+    if data is not None:
+        tokenizer = _compared_tokenizer(init, source, model, data)
     why, count, rules = _moments(config, source)
     stage = plan.stages[0]
     state = RunState(
@@ -301,8 +325,7 @@ def _in_words(
     )
     for line in summary(source.left_out):
         yield f"left out: {line}"
-    if tokenizer:
-        yield f"tokenizer: {tokenizer}"
+    yield f"tokenizer: {tokenizer}"
     yield f"model: {_sizes(model)}"
     if stage.growth is not None and stage.grow is not None:
         yield (
@@ -325,7 +348,7 @@ def _in_words(
             )
     else:
         yield f"optimizer: moments and step count ({state.optimizer_step:,}) of the checkpoint"
-        zeros = sorted(tensor for tensor, slot in source.zeros if slot != "master")
+        zeros = sorted(tensor for tensor, slot in source.zeros if slot != MASTER.name)
         if zeros:
             yield f"optimizer: no moments in the checkpoint, so zero, of {len(set(zeros))} tensors"
         if state.rules.factors:

@@ -40,14 +40,14 @@ def load_run(
     settings: dict[str, Any] = {key: data[key] for key in ("run", "init") if key in data}
     start = parse_settings(_WhereFrom, settings, source=where)
     # They need PyTorch, whose import takes a second.
-    from megagrow.checkpoint.interface.model_of import first_model, model_of
+    from megagrow.checkpoint.interface.model_of import first_model
     from megagrow.train.checkpoints import DIRECTORY
-    from megagrow.train.init_from import completed, open_start
+    from megagrow.train.init_from import completed, open_start, start_model
 
     held = _to_resume(Path(start.run.dir) / DIRECTORY, str(resume))
     if held is None:
         _, source = open_start(start.init)
-        model, whose = model_of(source), f"init.from = {source.path}"
+        model, whose = start_model(source), f"init.from = {source.path}"
     else:
         _require_same_start(held)
         model, whose = first_model(held), f"the run, by its checkpoint {held.path}"

@@ -1,17 +1,40 @@
 """Runs that start from a checkpoint: `init.from`, the growth at step 0, what is refused."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
-from jobs import command, events, launch, log_of, main, settings, train, trajectory, write_config
+import transformers
+from jobs import (
+    REPOSITORY,
+    command,
+    events,
+    launch,
+    log_of,
+    main,
+    settings,
+    train,
+    trajectory,
+    write_config,
+)
 from released import run_from, save_released, their_loss
 
 from megagrow.checkpoint import NativeCheckpoint, newest
 from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.checkpoint.interface.model_of import model_of
+from megagrow.config import StartConfig
+from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
+from megagrow.report.log import read_metrics
 from megagrow.state.boxes import whole
+from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.layout import Layout
+from megagrow.state.placement import Placement
+from megagrow.train.init_from import open_start
+from megagrow.transfer.execute import transfer_from_storage
+from megagrow.transfer.state_map import Identity, WeightsAlone
+from megagrow.transfer.whole_state import MemoryState
 
 FAMILIES = ("llama-3.2", "qwen3", "pythia")
 DEEPER = {"operator": "depth_identity", "target": {"layers": 3}}
@@ -86,7 +109,7 @@ def test_two_processes_start_the_same(alone, models, dataset, tmp_path, layout):
             assert abs(ours["loss"] - theirs["loss"]) <= 1e-4, key
 
 
-def test_the_start_is_told_and_recorded(alone, models):
+def test_the_start_is_told_and_recorded(alone, models, capsys):
     lines, said, config = alone["qwen3", BOTH]
     path = models["qwen3"][0]
     assert f"start: from {path} (huggingface, step 0" in said
@@ -101,6 +124,8 @@ def test_the_start_is_told_and_recorded(alone, models):
     model = model_of(checkpoint)
     assert (model.layers, model.hidden, model.family) == (3, 36, "qwen3")
     assert checkpoint.config["init"]["from"] == str(path)
+    assert command("inspect").main([str(checkpoint.path)]) == 0
+    assert f"started       path {path}, format huggingface" in capsys.readouterr().out
 
 
 def test_a_dry_run_tells_what_would_be_started_from(models, dataset, tmp_path):
@@ -134,6 +159,41 @@ def test_a_run_resumes_bit_identically_without_its_source(models, dataset, tmp_p
     assert fresh.status == 1 and f"init.from: {source}: no checkpoint" in fresh.err
     checkpoint = NativeCheckpoint.open(newest(tmp_path / "run/checkpoints"))
     assert model_of(checkpoint).layers == 6
+
+
+class _Counting:
+    """A source that counts the elements that are read of it."""
+
+    def __init__(self, source):
+        self.source, self.count = source, 0
+
+    def dtype(self, tensor, slot):
+        return self.source.dtype(tensor, slot)
+
+    def read(self, tensor, slot, box, *, out=None):
+        self.count += box.volume
+        return self.source.read(tensor, slot, box, out=out)
+
+
+@pytest.mark.parametrize("layout", [Layout(data=4, zero=3), Layout(tensor=2, pipeline=2)])
+def test_each_rank_reads_its_own_part(models, layout):
+    _, source = open_start(StartConfig(from_=str(models["pythia"][0])))
+    catalog = source.catalog
+    placement = Placement(catalog, layout, group_keys(catalog, OptimizerRules()))
+    state, counts = MemoryState.empty(catalog, ADAM_SLOTS), []
+    for rank in range(4):
+        counting = _Counting(source)
+        transfer_from_storage(
+            state_map=WeightsAlone(Identity(catalog)), old=counting, locator=source, new=state,
+            new_placement=placement, slots=ADAM_SLOTS, rank=rank, seed=0, staging_bytes=1 << 16,
+        )  # fmt: skip
+        counts.append(counting.count)
+        assert counting.count == sum(shard.box.volume for shard in placement.shards(rank))
+    assert max(counts) < 0.6 * catalog.parameters
+    for tensor in catalog:
+        wanted = source.read(tensor.name, "master", whole(tensor.shape))
+        assert torch.equal(state.tensors[tensor.name, "master"], wanted)
+        assert not state.tensors[tensor.name, "exp_avg"].any()
 
 
 # --- moments ---------------------------------------------------------------------------------
@@ -345,6 +405,9 @@ def test_what_cannot_be_a_start_is_refused(models, trained, dataset, tmp_path):
         run = run_from(path, dataset, tmp_path / "run", **changes)
         return write_config(tmp_path / "run.yaml", run)
 
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/model.safetensors").write_bytes(b"")
+    assert "no checkpoint of a known format" in refused(config(path=str(tmp_path / "odd")))
     assert "init.from: nowhere: no checkpoint" in refused(config(path="nowhere"))
     assert "no checkpoint of format dcp" in refused(config(init={"format": "dcp"}))
     assert "init.moments" in refused(config(init={"moments": "some"}))
@@ -384,3 +447,29 @@ def test_a_damaged_source_is_refused(models, dataset, tmp_path):
     (source / "config.json").write_text(json.dumps(settings_of | {"num_hidden_layers": 3}))
     config = write_config(tmp_path / "run.yaml", run_from(source, dataset, tmp_path / "run"))
     assert "is missing" in refused(config)
+
+
+SOLAR = REPOSITORY / "configs" / "open" / "solar_10.7b.yaml"
+
+
+def test_solar_is_two_copies_without_8_layers_each(dataset, tmp_path):
+    """The shipped configuration on 32 tiny layers: the loss of the published stacking."""
+    source = save_released(tmp_path / "source", "llama-3.2", dataset, num_hidden_layers=32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    layers = model.model.layers
+    stacked = [copy.deepcopy(layer) for layer in (*layers[:24], *layers[8:])]
+    for index, layer in enumerate(stacked):
+        layer.self_attn.layer_idx = index
+    model.model.layers = torch.nn.ModuleList(stacked)
+    model.config.num_hidden_layers = 48
+    model.save_pretrained(tmp_path / "stacked")
+    small = [
+        f"run.dir={tmp_path / 'run'}", f"init.from={source}", f"data.path={dataset}",
+        "model={sequence: 16}", "layout={}", "precision={}", "batch={global: 2, micro: 2}",
+        "stages.0.until={steps: 1}", "schedule.warmup=0", "train.validation_samples=10",
+        "train.tensorboard=false",
+    ]  # fmt: skip
+    outcome = main(["--config", SOLAR, *small])
+    assert outcome.status == 0, outcome.err
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert abs(first_loss(lines) - their_loss(tmp_path / "stacked", dataset)) <= 1e-5
