@@ -19,26 +19,34 @@ if TYPE_CHECKING:
     from megagrow.train.job import Outcome
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, resume: str | Path = "auto"
+) -> Config:
     """Read and check the configuration of a run.
+
+    With ``init.from``, the section ``model`` is completed from the checkpoint that the run will
+    start from, or resume from.
 
     Args:
         path: a YAML file; if there is no such file, a name such as ``configs/quickstart.yaml``
             selects the one that ships with megagrow.
         overrides: ``key.sub=value``, in order, as on the command line.
+        resume: as for `train_model`; matters only with ``init.from``.
 
     Raises:
         ConfigError: the file cannot be read, or settings are unknown, missing or out of range;
             all wrong settings are named.
+        CheckpointError: what ``init.from`` names cannot be read.
 
     Example:
         >>> config = megagrow.load_config("configs/quickstart.yaml", ["run.dir=runs/mine"])
         >>> config.model.layers
         3
     """
-    from megagrow.config.load import load_config
+    from megagrow.train.run_config import load_run
 
-    return load_config(path, [overrides] if isinstance(overrides, str) else overrides)
+    given = [overrides] if isinstance(overrides, str) else overrides
+    return load_run(path, given, resume=resume)
 
 
 def train_model(config: Config, resume: str | Path = "auto") -> Outcome:
@@ -99,18 +107,21 @@ def grow_checkpoint(
     factor: int | None = None,
     sizes: Mapping[str, int] | None = None,
     state_policy: str | None = None,
+    to_format: str | None = None,
     **more: Any,
 ) -> Path:
-    """Grow a run's checkpoint into a checkpoint of a larger model, without a training job.
+    """Grow a checkpoint into a checkpoint of a larger model, without a training job.
 
     Args:
-        source: a native checkpoint, or a run directory, which means its newest one.
-        target: the directory that will hold ``step_<step>`` of the grown model.
+        source: a checkpoint of any format, or a run directory, which means its newest one.
+        target: the directory to create.  If a run's native checkpoint stays native, the one that
+            will hold ``step_<step>`` of the grown model.
         operator: the name of a growth operator, or several joined by ``+``.
         factor: how many times larger; 2 if no `sizes` are given either.
         sizes: the grown model's sizes, instead of a factor, such as ``{"hidden": 512, "layers":
             12}``.
         state_policy: how optimizer state is carried over; default: the operator's first policy.
+        to_format: of the result; default: the source's.
         more: further settings of a ``grow`` section, such as ``rewarm`` or ``noise``.
 
     Returns:
@@ -118,23 +129,29 @@ def grow_checkpoint(
 
     Raises:
         ConfigError: the settings do not go together.
-        CheckpointError: the checkpoint is missing, damaged, or does not belong to a run; or the
-            result exists already.
+        CheckpointError: the checkpoint is missing, damaged, or has the optimizer state of no run;
+            or the result exists already.
         GrowthError: the growth does not fit the model.
 
     Example:
         >>> megagrow.grow_checkpoint("runs/mine", "grown", operator="width", factor=2)
         PosixPath('grown/step_00001200')
     """
+    from megagrow.checkpoint.convert.run import convert
     from megagrow.config import GrowConfig
     from megagrow.config.load import parse_settings
-    from megagrow.train.grow_offline import plan_offline, write_offline
+    from megagrow.train.conversion import grown
+    from megagrow.train.grow_offline import OfflineGrowth, write_offline
 
     target_sizes = None if sizes is None else dict(sizes)
     given = {"operator": operator, "factor": factor, "target": target_sizes,
              "state_policy": state_policy, **more}  # fmt: skip
     grow = parse_settings(GrowConfig, given, source="this growth cannot be")
-    return write_offline(plan_offline(Path(source), grow), Path(target))
+    plan = grown(Path(source), Path(target), grow, to_format=to_format)
+    if isinstance(plan, OfflineGrowth):
+        return write_offline(plan, Path(target))
+    convert(plan)
+    return Path(target)
 
 
 def convert_checkpoint(

@@ -5,14 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megagrow.arguments import Parser, as_path
+from megagrow.cli.convert import FORMATS
 from megagrow.errors import exit_status
+
+if TYPE_CHECKING:  # they need PyTorch, whose import takes a second: not for --help
+    from megagrow.checkpoint.convert.run import Job
+    from megagrow.train.grow_offline import OfflineGrowth, WeightsGrowth
 
 EXAMPLES = """\
   # twice the width; the result is OUT/step_<step>, to resume with pretrain.py --resume OUT
   python launch/grow.py --from runs/quickstart --to OUT --operator width --factor 2
+
+  # a model directory of Hugging Face, twice as deep: another one, to train or to load
+  python launch/grow.py --from MODEL --to imports/deeper --operator depth_identity --factor 2
 
   # a given model, by two operators in one growth
   python launch/grow.py --from runs/quickstart --to OUT --operator width+depth_stack \\
@@ -26,7 +35,8 @@ EXAMPLES = """\
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(
-        description="Grow a native checkpoint into the checkpoint of a larger model.",
+        description="Grow a checkpoint into the checkpoint of a larger model: a run's, or weights "
+        "alone, of any format that convert.py reads.",
         examples=EXAMPLES,
     )
     add = parser.add_argument
@@ -35,7 +45,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--from", dest="source", type=as_path, metavar="CKPT",
         help="a checkpoint, or a run directory for its newest one")  # fmt: skip
     add("--to", dest="target", type=as_path, metavar="DIR",
-        help="directory for step_<step> of the grown model")  # fmt: skip
+        help="directory to make; that of step_<step> for a run's native one")  # fmt: skip
+    add("--format", choices=FORMATS, help="of the result (the source's)")
     add("--operator", metavar="NAME", help="an operator of --list, or several joined by +")
     add("--factor", type=int, metavar="K", help="how many times larger (2)")
     add("--target", dest="sizes", nargs="+", metavar="SIZE=N",
@@ -77,29 +88,29 @@ def run(options: argparse.Namespace) -> None:
 
         print(table.markdown() if options.markdown else table.text())
         return
+    from megagrow.checkpoint.convert.run import Job
+    from megagrow.train.conversion import grown
+
+    target = options.target or Path("nowhere")  # a dry run needs none
+    plan = grown(options.source, target, grow_section(options), to_format=options.format)
+    if isinstance(plan, Job):
+        _grow_by_conversion(plan, dry_run=options.dry_run)
+    else:
+        _grow_run(plan, options)
+
+
+def _grow_run(plan: OfflineGrowth, options: argparse.Namespace) -> None:
+    """Grow the native checkpoint of a run into one that it goes on from."""
     from megagrow.checkpoint.interface.accounting import summary
     from megagrow.config.yamltext import write_yaml
     from megagrow.report.units import human
-    from megagrow.train.grow_offline import (
-        describe_sizes,
-        plan_offline,
-        stages_to_go_on,
-        write_offline,
-    )
+    from megagrow.train.grow_offline import stages_to_go_on, write_offline
 
-    plan = plan_offline(options.source, grow_section(options))
-    growth, old = plan.growth, plan.checkpoint
+    old = plan.checkpoint
     print(f"from        {old.path} (step {old.step})")
     for line in summary(old.left_out):
         print(f"left out    {line}")
-    print(f"growth      {growth.operator.name}, state policy {growth.policy.name}")
-    for line in growth.caveats(
-        grad_clip=plan.config.optimizer.grad_clip, dropout=plan.model.dropout
-    ):
-        print(f"            {line}")
-    for line in describe_sizes(plan):
-        print(f"sizes       {line}")
-    print(f"parameters  {growth.small.parameters:,} -> {growth.target.parameters:,}")
+    _describe(plan, grad_clip=plan.config.optimizer.grad_clip)
     print(f"bytes       {human(old.bytes, 'B')} -> {human(plan.bytes, 'B')}")
     if options.dry_run:
         return
@@ -107,6 +118,43 @@ def run(options: argparse.Namespace) -> None:
     print(f"written     {path}")
     print(f"\nresume with  launch/pretrain.py --resume {path} run.dir=NEW and these stages:\n")
     print(write_yaml({"stages": stages_to_go_on(plan)}))
+
+
+def _grow_by_conversion(job: Job, *, dry_run: bool) -> None:
+    """Grow a checkpoint of another format, or into one, or weights without a run."""
+    from megagrow.checkpoint.convert.registry import get_format
+    from megagrow.checkpoint.convert.run import convert, survey
+    from megagrow.checkpoint.interface.accounting import summary
+    from megagrow.report.units import human
+    from megagrow.train.grow_offline import Grow
+
+    assert isinstance(job.transform, Grow)
+    about = survey(job)
+    source = get_format(about.source_format).open(about.source, job.read_options)
+    print(f"from        {about.source} ({about.source_format}, step {source.step})")
+    for line in summary(about.left_out):
+        print(f"left out    {line}")
+    plan = job.transform.planned(source)
+    _describe(plan, grad_clip=0.0)
+    print(f"bytes       {human(source.bytes, 'B')} -> {human(about.bytes, 'B')}")
+    if dry_run:
+        return
+    report = convert(job)
+    print(f"written     {job.target} ({job.target_format})")
+    for line in report.notes:
+        print(f"            {line}")
+
+
+def _describe(plan: OfflineGrowth | WeightsGrowth, *, grad_clip: float) -> None:
+    from megagrow.train.grow_offline import describe_sizes
+
+    growth = plan.growth
+    print(f"growth      {growth.operator.name}, state policy {growth.policy.name}")
+    for line in growth.caveats(grad_clip=grad_clip, dropout=plan.model.dropout):
+        print(f"            {line}")
+    for line in describe_sizes(plan):
+        print(f"sizes       {line}")
+    print(f"parameters  {growth.small.parameters:,} -> {growth.target.parameters:,}")
 
 
 def grow_section(options: argparse.Namespace) -> Any:

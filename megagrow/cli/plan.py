@@ -155,7 +155,7 @@ def growth_operators(names: str) -> list[str]:
 
 def run(options: argparse.Namespace) -> str:
     """Run the command; returns the text to print."""
-    from megagrow.config.load import load_config, load_settings, parse_config
+    from megagrow.config.load import load_settings, parse_config
     from megagrow.config.yamltext import write_yaml
     from megagrow.errors import ConfigError
     from megagrow.forecast.fit import fit_law
@@ -166,6 +166,7 @@ def run(options: argparse.Namespace) -> str:
     from megagrow.plan.dry_run import vocabulary
     from megagrow.plan.on_machine import describe_on_machine
     from megagrow.plan.proposal import propose, ready_config, run_points
+    from megagrow.train.run_config import load_run
     from megagrow.train.run_plan import with_vocabulary
 
     check_numbers(options)
@@ -173,7 +174,7 @@ def run(options: argparse.Namespace) -> str:
     theirs = [
         text.removeprefix("machine.") for text in options.overrides if text.startswith("machine.")
     ]
-    config = load_config(options.config, ours)
+    config = load_run(options.config, ours)
     machine = (
         load_settings(MachineConfig, options.machine, theirs, option="--machine")
         if options.machine is not None
@@ -192,6 +193,11 @@ def run(options: argparse.Namespace) -> str:
         _refuse_options_of_a_search(options)
         return describe_on_machine(config, machine, rank=options.rank)
 
+    if config.init is not None:
+        raise ConfigError(
+            "init.from: a schedule is searched for training from scratch, which the laws are of",
+            fix="leave init out and describe the whole model; or ask for costs alone: --machine",
+        )
     fit = None
     if options.fit:
         points = run_points(options.fit, unit="tokens")

@@ -184,14 +184,16 @@ def _slurm_master(environ: Mapping[str, str]) -> str | None:
 
 def _logs_of(script: Sequence[str]) -> Path | None:
     """The `logs` directory of the run given by --config; None without one."""
-    from megagrow.config.load import load_config
+    from megagrow.train.run_config import load_run
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
+    parser.add_argument("--resume", default="auto")
     found, others = parser.parse_known_args(script[1:])
     if found.config is None:
         return None
-    config = load_config(found.config, [word for word in others if _is_override(word)])
+    overrides = [word for word in others if _is_override(word)]
+    config = load_run(found.config, overrides, resume=found.resume)
     return Path(config.run.dir) / "logs"
 
 

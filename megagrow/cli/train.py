@@ -74,11 +74,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace, stop: StopRequest) -> int:
     """Do what the command line asks for; returns the exit status."""
-    from megagrow.config.load import load_config
     from megagrow.data.dataset import as_prepared_by
     from megagrow.train.ready import ready
+    from megagrow.train.run_config import load_run
 
-    config = load_config(options.config, options.overrides)
+    config = load_run(options.config, options.overrides, resume=options.resume)
     world = _world(options)
     if options.dry_run:
         from megagrow.plan.dry_run import check_memory, describe

@@ -13,6 +13,7 @@ from megagrow.config.schema import (
     StageConfig,
     WatchConfig,
 )
+from megagrow.config.start import StartConfig
 
 __all__ = [
     "BatchConfig",
@@ -27,6 +28,7 @@ __all__ = [
     "RecoveryConfig",
     "ScheduleConfig",
     "StageConfig",
+    "StartConfig",
     "UntilConfig",
     "WatchConfig",
 ]

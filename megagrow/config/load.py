@@ -73,6 +73,18 @@ def load_settings(
             is malformed; or settings are unknown, missing or out of range.  All wrong settings are
             reported at once, each by its dotted key.
     """
+    data, source = read_settings(path, overrides, option=option)
+    return parse_settings(kind, data, source=source)
+
+
+def read_settings(
+    path: str | Path, overrides: Sequence[str] = (), *, option: str = "--config"
+) -> tuple[dict[str, Any], str]:
+    """Read a file and apply overrides: the plain data, and its origin in words for errors.
+
+    Raises:
+        ConfigError: as in `load_settings`, but settings are not validated.
+    """
     try:
         text = or_shipped(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: not a valid file name
@@ -90,7 +102,7 @@ def load_settings(
             expected="sections such as `model:` and `data:`, each with indented `key: value` lines",
         )
     source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
-    return parse_settings(kind, apply_overrides(data, overrides), source=source)
+    return apply_overrides(data, overrides), source
 
 
 def parse_config(data: Mapping[str, Any], *, source: str = "configuration") -> Config:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from megagrow.config.growths import GrowConfig, UntilConfig
 from megagrow.config.model import ModelConfig
 from megagrow.config.section import Fraction, PathText, Positive, Section
+from megagrow.config.start import StartConfig
 from megagrow.state.optimizers import OPTIMIZERS, OptimizerKind
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -312,9 +313,14 @@ class GrowthConfig(Section):
 
 
 class Config(Section):
-    """The configuration of a run."""
+    """The configuration of a run.
+
+    With `init`, a file may leave `model` out, or give only what concerns training: it is completed
+    from the checkpoint when the file is read (`megagrow.train.init_from`).
+    """
 
     run: RunConfig = RunConfig()
+    init: StartConfig | None = None
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()
     data: DataConfig
@@ -342,11 +348,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _first_stage_does_not_grow(self) -> Config:
-        if self.stages[0].grow is not None:
+    def _first_stage_grows_only_what_exists(self) -> Config:
+        grow = self.stages[0].grow
+        if grow is not None and self.init is None:
             raise ValueError(
                 "stages[0].grow: the first stage starts from fresh weights and cannot grow; "
-                "describe the small model under `model` and move the growth to stages[1]"
+                "describe the small model under `model` and move the growth to stages[1], or "
+                "start from a checkpoint with init.from"
+            )
+        if grow is not None and grow.restart is not None:
+            raise ValueError(
+                "stages[0].grow.restart: the schedule is at its start anyway; leave it out"
             )
         return self
 

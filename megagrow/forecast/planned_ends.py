@@ -55,6 +55,12 @@ def planned_ends(config: Config, models: Sequence[ModelConfig]) -> tuple[Planned
         ConfigError: no saving is predicted, or an earlier stage has another kind of end.
     """
     found: list[PlannedEnd] = []
+    if config.init is not None and any(stage.until.planned for stage in config.stages):
+        raise ConfigError(
+            "until.planned: the law is of training from scratch, but the run starts from "
+            f"init.from = {config.init.from_}",
+            fix="end the stages by steps, tokens, flops, slope or marginal",
+        )
     law = run_law(config)
     curves = Curves(law, batch_tokens=config.batch.global_ * config.model.sequence)
     tokens = begun = 0.0

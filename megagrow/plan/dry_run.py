@@ -80,6 +80,7 @@ def vocabulary(config: Config) -> int | None:
 def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     stage, catalog = plan.stages[index], plan.placement(index).catalog
     model, steps = stage.model, stage.plan
+    fresh = index == 0 and config.init is None
     shape = f"{model.layers} layers x {model.hidden} hidden x {model.heads} heads x {model.ffn} ffn"
     lines = [
         f"stage {index}: {shape}, sequence {model.sequence}, vocabulary {model.vocabulary}",
@@ -88,7 +89,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
         f"  steps       {steps.start_step} to {steps.end_step}  "
         f"({human(steps.end_tokens - steps.start_tokens, 'tokens')}, "
         f"{human(steps.end_flops - steps.start_flops, 'FLOP')})",
-        *(f"  init std    {line}" for line in start_in_words(catalog) if index == 0),
+        *(f"  init std    {line}" for line in start_in_words(catalog) if fresh),
         *(f"  rates       {line}" for line in shape_in_words(model, catalog, plan.optimizer)),
         *_precision_lines(config, plan, index),
         *_memory_lines(config, plan, index),

@@ -21,6 +21,7 @@ from megagrow.checkpoint import (
     set_aside,
     step_path,
 )
+from megagrow.checkpoint.interface.format import CheckpointSource
 from megagrow.config import Config
 from megagrow.data.dataset import PreparedData
 from megagrow.errors import CheckpointError, MegagrowError, TrainingError
@@ -243,27 +244,41 @@ def load_run(checkpoint: NativeCheckpoint, engine: Engine, *, config: Config, co
         CheckpointError: on all ranks, if any found damage in what it read.
     """
     _require_slots(checkpoint, engine)
+    try:
+        fill_from(checkpoint, Identity(checkpoint.catalog), engine, config=config, comm=comm)
+    except CheckpointError as error:
+        raise _unusable(error, checkpoint.path) from error
+
+
+def fill_from(
+    source: CheckpointSource, state_map: StateMap, engine: Engine, *, config: Config, comm: Comm
+) -> None:
+    """Fill and publish an engine's state from a checkpoint of any format, through a state map.
+
+    Raises:
+        MegagrowError: on all ranks, if any found damage in what it read.
+    """
     failure: Exception | None = None
     try:
-        load_state(Identity(checkpoint.catalog), checkpoint, engine, config=config)
+        load_state(state_map, source, engine, config=config)
     except MegagrowError as error:
-        failure = _unusable(error, checkpoint.path)
+        failure = error
     comm.agree(failure)
     engine.publish()
 
 
 def load_state(
-    state_map: StateMap, checkpoint: NativeCheckpoint, engine: Engine, *, config: Config
+    state_map: StateMap, source: CheckpointSource, engine: Engine, *, config: Config
 ) -> None:
     """Fill this rank's state from a checkpoint through a state map; does not publish it.
 
     Raises:
-        CheckpointError: the data read is damaged.
+        MegagrowError: the data read is damaged.
     """
     transfer_from_storage(
         state_map=state_map,
-        old=checkpoint,
-        locator=checkpoint,
+        old=source,
+        locator=source,
         new=engine.state,
         new_placement=engine.placement,
         slots=engine.slots,

@@ -12,14 +12,14 @@ from megagrow.checkpoint.convert.registry import FORMATS, detect, get_format
 from megagrow.checkpoint.convert.run import Job
 from megagrow.checkpoint.interface.format import ReadOptions
 from megagrow.config import GrowConfig
-from megagrow.config.load import load_config, parse_settings
+from megagrow.config.load import parse_config, parse_settings, read_settings
 from megagrow.config.overrides import apply_overrides
 from megagrow.data.dataset import open_data
 from megagrow.errors import ConfigError
 from megagrow.state.layout import Layout
 from megagrow.state.precision import ELEMENTS
-from megagrow.train.fingerprints import fingerprints
-from megagrow.train.grow_offline import Grow
+from megagrow.train.fingerprints import fingerprints, is_of_run
+from megagrow.train.grow_offline import Grow, OfflineGrowth, plan_offline
 from megagrow.train.run_plan import with_vocabulary
 from megagrow.train.state import RunState
 
@@ -78,6 +78,35 @@ def conversion(
         fingerprints=held,
         transform=_growth(grow),
     )
+
+
+def grown(
+    source: Path, target: Path, grow: GrowConfig, *, to_format: str | None = None
+) -> Job | OfflineGrowth:
+    """Plan an offline growth of a checkpoint of any format.
+
+    Args:
+        source: a checkpoint, or a run directory: its newest one.
+        target: the directory to make.
+        grow: the growth.
+        to_format: of the result; by default the source's.
+
+    Returns:
+        An `OfflineGrowth` if a run's native checkpoint stays one, whose steps are below `target`;
+        else a conversion, whose result `target` itself is.
+
+    Raises:
+        CheckpointError: there is no checkpoint at `source`, or it is damaged.
+    """
+    found, at = detect(source)
+    if (
+        found.name == "native"
+        and to_format in (None, "native")
+        and is_of_run(found.open_source(at))
+    ):
+        return plan_offline(source, grow)
+    section = grow.model_dump(mode="json", exclude_defaults=True)
+    return conversion(at, target, to_format=to_format or found.name, grow=section)
 
 
 def _growth(settings: Sequence[str] | Mapping[str, Any]) -> Grow | None:
@@ -151,7 +180,14 @@ def _run_to_be(
     """Configuration and fingerprints of the run that is to start from the result."""
     if path is None:
         return None, None
-    config = load_config(path)
+    settings, source = read_settings(path)
+    if settings.get("init") is not None:
+        raise ConfigError(
+            f"--config {path}: init.from says where the run starts, which is not this conversion",
+            fix="leave --config out, and give the result as init.from; or leave init out of the "
+            "configuration",
+        )
+    config = parse_config(settings, source=source)
     data = open_data(config.data)
     config = with_vocabulary(config, data.vocab_size)
     return config.model_dump(mode="json", by_alias=True), fingerprints(data)

@@ -193,21 +193,26 @@ class Grow:
         return " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
 
     def __call__(self, source: CheckpointSource) -> CheckpointSource:
-        """The grown checkpoint, as a source.
+        """The grown checkpoint, as a source; raises as `planned`."""
+        return self.planned(source)(source)
+
+    def planned(self, source: CheckpointSource) -> OfflineGrowth | WeightsGrowth:
+        """The growth of a checkpoint.
 
         Raises:
             CheckpointError: it has optimizer state but no run, or its model is unknown.
             GrowthError: the growth does not fit the model, or needs a run.
         """
         if is_of_run(source):
-            return plan_of_run(source, self.grow)(source)
+            return plan_of_run(source, self.grow)
         moments = [slot.name for slot in source.slots if slot.kind != "parameter"]
         if moments:
             raise CheckpointError(
                 f"{source.path}: has optimizer state but belongs to no run, which would have to "
                 "keep the learning rates of old and new parameters",
                 found=", ".join(moments),
-                fix="convert only the weights (--to-format huggingface), and grow those",
+                fix="start a run from it with init.from, and grow it there; or convert only the "
+                "weights (--to-format huggingface), and grow those",
             )
         given = self.grow.model_dump(mode="json", exclude_defaults=True)
         others = {key: value for key, value in given.items() if key not in _OF_WEIGHTS}
@@ -215,7 +220,8 @@ class Grow:
             raise GrowthError(
                 f"{source.path}: weights without a run have no optimizer and no schedule",
                 found=", ".join(f"grow.{key} = {value}" for key, value in others.items()),
-                fix=f"omit {', '.join(others)}, or start a run from the weights and grow it there",
+                fix=f"omit {', '.join(others)}, or start a run from the weights with init.from and "
+                "grow it there",
             )
         small = model_of(source)
         model, growth = _planned(self.grow, small)
@@ -228,20 +234,34 @@ class Grow:
             raise GrowthError(
                 f"{source.path}: weights without a run cannot be grown by "
                 f"{growth.operator.name}, which {needs}",
-                fix="choose another operator, or start a run from the weights and grow it there",
+                fix="choose another operator, or start a run from the weights with init.from and "
+                "grow it there",
             )
+        return WeightsGrowth(growth, small, model)
+
+
+@dataclass(frozen=True)
+class WeightsGrowth:
+    """A planned growth of weights without a run: the model before and after."""
+
+    growth: Growth
+    small: ModelConfig
+    model: ModelConfig
+
+    def __call__(self, source: CheckpointSource) -> CheckpointSource:
+        """The grown weights, as a source."""
         values = Through(
-            growth,
+            self.growth,
             source,
             source,
             slots=source.slots,
-            dtype=partial(_dtype, growth, source),
+            dtype=partial(_dtype, self.growth, source),
             seed=0,
             staging_bytes=_STAGING_BYTES,
         )
-        config = {**source.config, "model": model.model_dump(mode="json", by_alias=True)}
+        config = {**source.config, "model": self.model.model_dump(mode="json", by_alias=True)}
         return GrownCheckpoint(
-            source, values, catalog=growth.target, config=config, run_state=source.run_state
+            source, values, catalog=self.growth.target, config=config, run_state=source.run_state
         )
 
 
@@ -253,9 +273,9 @@ def _native(source: Path) -> Path:
         other, at = detect(source)  # raises if no format matches
         target = Path("imports") / source.resolve().name
         raise CheckpointError(
-            f"{at}: a checkpoint of format {other.name}; a growth starts from one of a run",
-            fix=f"python launch/convert.py --from {at} --to {target} --to-format native "
-            f"--config RUN.yaml, with the configuration of the run to be, then --from {target}",
+            f"{at}: a checkpoint of format {other.name}; this growth is of a run's own",
+            fix=f"python launch/grow.py --from {at} --to {target}, for a result of that format; or "
+            f"a run that starts from it: init.from={at}, with the growth in stages[0].grow",
         ) from None
 
 
@@ -344,7 +364,7 @@ def _rest(left: UntilConfig, state: RunState) -> UntilConfig:
     return UntilConfig(steps=2 * max(1, state.step))
 
 
-def describe_sizes(plan: OfflineGrowth) -> list[str]:
+def describe_sizes(plan: OfflineGrowth | WeightsGrowth) -> list[str]:
     """The growth's effect on the model's sizes, and which sizes it leaves alone."""
     small, model, changed, left = plan.small, plan.model, [], []
     for setting in SIZES:

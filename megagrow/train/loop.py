@@ -260,7 +260,9 @@ class Trainer(TrainingRun):
     def _is_settled(self) -> bool:
         """Whether the stage's warm-up, or its re-warming after a growth, is over."""
         stage, start = self.stage, self.stage.plan.start_step
-        settled = start + stage.growth.rewarm if stage.growth else self.plan.learning_rate.warmup
+        settled = self.plan.learning_rate.warmup
+        if stage.growth is not None:
+            settled = max(settled if start == 0 else 0, start + stage.growth.rewarm)
         own = self.config.stages[stage.index].schedule
         return self.state.step > max(settled, start + ((own and own.warmup) or 0))
 

@@ -21,6 +21,7 @@ from megagrow.report.units import human
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.train import checkpoints
 from megagrow.train.agreement import check_agreement
+from megagrow.train.init_from import plan_start
 from megagrow.train.logging.metrics import FILE_NAME
 from megagrow.train.run_plan import RunPlan, plan_run
 from megagrow.train.state import RunState
@@ -47,6 +48,8 @@ def look_ahead(
     root = run_dir / checkpoints.DIRECTORY
     paths = checkpoints.candidates(root, resume)
     if not paths:
+        if config.init is not None:
+            plan_start(config, plan, data)
         require_disk(config, plan)
         return None
     path, state, changes = _first_that_opens(paths, config, plan, data)

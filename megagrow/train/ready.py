@@ -93,17 +93,23 @@ def start_lines(found: Ready, resume: str) -> list[str]:
         resume: as for `launch/pretrain.py`.
 
     Raises:
-        CheckpointError: it cannot start, since what it would resume from is not of this run.
+        MegagrowError: it cannot start, since what it would resume from is not of this run, or what
+            it would start from does not fit.
     """
     root = Path(found.config.run.dir) / "checkpoints"
-    if resume in ("auto", "good", "never") and not root.exists():
+    fresh = found.config.init is None
+    if fresh and resume in ("auto", "good", "never") and not root.exists():
         return ["start: from fresh weights"]
     # Not at the top: a dry run of a fresh start does not need it.
     from megagrow.train import checkpoints
+    from megagrow.train.init_from import plan_start
 
     paths = checkpoints.candidates(root, resume)
-    if not paths:
+    if not paths and fresh:
         return ["start: from fresh weights"]
+    if not paths:
+        first, *more = plan_start(found.config, found.plan, found.data).lines
+        return [f"start: {first}", *(f"       {line}" for line in more)]
     checkpoint = checkpoints.open_checkpoint(paths[0])
     if found.data is None:
         return [f"start: from {paths[0]}; without data it was not checked"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import rank_slice, validation_samples
 from megagrow.engine.comm import Comm
 from megagrow.engine.precision import Precisions
-from megagrow.errors import CheckpointError, DataError
+from megagrow.errors import CheckpointError, DataError, MegagrowError
 from megagrow.train import checkpoints
 from megagrow.train.agreement import check_agreement
 from megagrow.train.average import WeightAverage
@@ -31,6 +31,7 @@ from megagrow.train.health.recovery import StepGuard
 from megagrow.train.health.run_lock import RunLock
 from megagrow.train.health.signals import StopRequest
 from megagrow.train.health.watch import Watch, unwatched
+from megagrow.train.init_from import plan_start, require_same
 from megagrow.train.logging.diagnostics import Diagnostics
 from megagrow.train.logging.journal import Journal
 from megagrow.train.run_plan import RunPlan, Stage, plan_run
@@ -94,8 +95,10 @@ class TrainingRun:
             self.journal.say(f"warm-up: {warmup} steps, since schedule.warmup is not given")
         self.state = RunState()
         resumed = self._resume(resume)
-        if not resumed:
-            self._start(None)
+        if not resumed and config.init is None:
+            self._start(lambda: fill_fresh(self.engine, config=config, comm=comm))
+        elif not resumed:
+            self._start_from_another()
         try:
             self.journal.say(check.settle(lambda what: self._begin(what, slow=True)))
         except DataError:
@@ -140,11 +143,28 @@ class TrainingRun:
         for line in changes:
             self.journal.say(f"changed since then: {line}")
         self._plan_from(self.state.ends)
-        self._start(checkpoint)
+        self._start(lambda: self._load(checkpoint))
         self.last_saved = path
 
-    def _start(self, checkpoint: NativeCheckpoint | None) -> None:
-        """Create the engine for `state`, with its tensors."""
+    def _load(self, checkpoint: NativeCheckpoint) -> None:
+        checkpoints.load_run(checkpoint, self.engine, config=self.config, comm=self.comm)
+        self._set_newer_aside(checkpoint.path)
+
+    def _start_from_another(self) -> None:
+        """Start at step 0 from the checkpoint of `init.from`."""
+        start = on_all(self.comm, lambda: plan_start(self.config, self.plan, self.data))
+        require_same(self.comm, start.state.origin)
+        for line in start.lines:
+            self.journal.say(f"start: {line}")
+        self.state = start.state
+        self._start(
+            lambda: checkpoints.fill_from(
+                start.source, start.state_map, self.engine, config=self.config, comm=self.comm
+            )
+        )
+
+    def _start(self, fill: Callable[[], None]) -> None:
+        """Create the engine for `state`, and let `fill` give it its tensors."""
         self._begin(f"starting at step {self.state.step}", slow=True)
         self._first_step = self.state.step
         self._average.begin()
@@ -157,15 +177,11 @@ class TrainingRun:
             loss_scale=self.state.loss_scale,
         )
         self._say_precision(None)
-        if checkpoint is None:
-            fill_fresh(self.engine, config=self.config, comm=self.comm)
-        else:
-            try:
-                checkpoints.load_run(checkpoint, self.engine, config=self.config, comm=self.comm)
-            except CheckpointError:
-                self.engine.close()
-                raise
-            self._set_newer_aside(checkpoint.path)
+        try:
+            fill()
+        except MegagrowError:
+            self.engine.close()
+            raise
         self.comm.limit_collectives(self.config.watch.slow)
 
     def _say_precision(self, before: Precisions | None) -> None:
@@ -198,6 +214,7 @@ class TrainingRun:
             growth_stage=self.state.growth_stage,
             total_steps=self.plan.total_steps,
             device=str(self.comm.device),
+            **({"init": asdict(self.state.origin)} if self.state.origin and not resumed else {}),
         )
         for end in () if resumed else self.plan.planned:
             self.journal.event("stage_rule", step=0, rule="planned", **asdict(end))

@@ -115,6 +115,10 @@ class RunPlan:
             GrowthError, ConfigError: there is such a case.
         """
         rules, counted = OptimizerRules(), 0  # `counted`: where the optimizer's step count starts
+        first = self.stages[0]
+        if first.growth is not None:
+            betas = first.optimizer.bias_correction if strict else None
+            rules = first.growth.rules_after(rules, step=0, betas=betas)
         for before, stage in zip(self.stages[:index], self.stages[1 : index + 1], strict=True):
             betas = stage.optimizer.bias_correction if strict else None
             if stage.growth is not None and stage.growth.policy.restart_steps:
@@ -233,11 +237,15 @@ def with_vocabulary(config: Config, vocabulary: int | None) -> Config:
         model = config.model.model_copy(update={"vocab": vocabulary})
         return config.model_copy(update={"model": model})
     if vocabulary is not None and given < vocabulary:
+        fix = "leave model.vocab out: it is then taken from the tokenizer"
+        if config.init is not None:
+            fix = "prepare the data with the tokenizer of init.from: launch/prepare_data.py "
+            fix += "--tokenizer"
         raise ConfigError(
             "model.vocab is smaller than the tokenizer's vocabulary",
             found=given,
             expected=f"at least {vocabulary}",
-            fix="leave model.vocab out: it is then taken from the tokenizer",
+            fix=fix,
         )
     return config
 
@@ -245,15 +253,22 @@ def with_vocabulary(config: Config, vocabulary: int | None) -> Config:
 def _models(config: Config) -> tuple[list[ModelConfig], list[Growth | None]]:
     """The model of each stage, and the growth at its start, if any."""
     model = config.model
-    models: list[ModelConfig] = [model]
-    growths: list[Growth | None] = [None]
-    for index, stage in enumerate(config.stages[1:], start=1):
+    models: list[ModelConfig] = []
+    growths: list[Growth | None] = []
+    for index, stage in enumerate(config.stages):
         growth = None
         if stage.grow is not None:
             try:
                 model, growth = plan_growth(stage.grow, model)
             except MegagrowError as error:
                 raise error.within(f"stages[{index}]", setting="grow") from None
+            if index == 0 and growth.fit_steps:
+                raise ConfigError(
+                    f"stages[0].grow.operator: {growth.operator.name} is fitted on the data by the "
+                    "small model, which the first stage's processes do not hold",
+                    fix="put a first stage without it, until: {steps: 0}, and the growth in "
+                    "stages[1]",
+                )
         models.append(model)
         growths.append(growth)
     return models, growths

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megagrow.data.position import Position
@@ -14,6 +14,35 @@ from megagrow.growth.operators.ramp import Ramp
 from megagrow.growth.optimizer_rules import OptimizerRules
 from megagrow.growth.plan import Growth
 from megagrow.schedule.end_rules import Seen
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run started from.
+
+    Attributes:
+        path, format: where it was, and the name of its format.
+        step: number of optimizer steps that it had.
+        sha256: of its configuration, step and list of tensors.
+        moments: whether its optimizer's moments were taken.
+    """
+
+    path: str
+    format: str
+    step: int
+    sha256: str
+    moments: bool
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Origin:
+        """Read what `dataclasses.asdict` gave (KeyError, TypeError or ValueError otherwise)."""
+        return Origin(
+            str(data["path"]),
+            str(data["format"]),
+            int(data["step"]),
+            str(data["sha256"]),
+            bool(data["moments"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -34,6 +63,7 @@ class RunState:
             its rule says so.
         seen: what the rule that ends this stage has seen.
         mixing: the record for the mixing time of growths, if that is measured.
+        origin: the checkpoint that the run started from (`init.from`), if any.
 
     Random numbers need no state: those of a step depend only on the seed, the step and the rank.
     """
@@ -51,6 +81,7 @@ class RunState:
     ends: tuple[int, ...] = ()
     seen: Seen = field(default_factory=Seen)
     mixing: Mixing | None = None
+    origin: Origin | None = None
 
     def with_mixing(self, mixing: Mixing) -> RunState:
         """The same state with another mixing record."""
@@ -97,13 +128,15 @@ class RunState:
         ended = len(self.ends) > self.growth_stage
         ends = self.ends if ended else (*self.ends, self.step)
         following = replace(self, growth_stage=self.growth_stage + 1, ends=ends, seen=Seen())
-        if growth is None:
-            return following
+        return following if growth is None else following.grown(growth, betas=betas)
+
+    def grown(self, growth: Growth, *, betas: tuple[float, float] | None) -> RunState:
+        """The state after a growth in this stage, as at the start of a run (`after_growth`)."""
         count = 0 if growth.policy.restart_steps else self.optimizer_step
         rules = growth.rules_after(self.rules, step=count, betas=betas)
         ramp = None if growth.ramp is None else replace(growth.ramp, born=self.step)
         # A growth may raise the loss, which is then not a spike.
-        return replace(following, optimizer_step=count, rules=rules, ramp=ramp, recent=())
+        return replace(self, optimizer_step=count, rules=rules, ramp=ramp, recent=())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-compatible form; `from_json` is its inverse."""
@@ -118,6 +151,7 @@ class RunState:
             "ends": list(self.ends),
             "seen": self.seen.to_json(),
             **({} if self.mixing is None else {"mixing": self.mixing.to_json()}),
+            **({} if self.origin is None else {"origin": asdict(self.origin)}),
         }
 
     @staticmethod
@@ -133,6 +167,7 @@ class RunState:
         ends = tuple(int(step) for step in data.get("ends", ()))
         seen = Seen.from_json(data["seen"]) if "seen" in data else Seen()
         mixing = Mixing.from_json(data["mixing"]) if "mixing" in data else None
+        origin = Origin.from_json(data["origin"]) if "origin" in data else None
         return RunState(
             **numbers,
             position=Position.from_json(data),
@@ -143,6 +178,7 @@ class RunState:
             ends=ends,
             seen=seen,
             mixing=mixing,
+            origin=origin,
         )
 
 

@@ -274,3 +274,23 @@ class FreshStart:
     def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:
         """Fresh parameters, zero optimizer state."""
         return "fresh" if slot.kind == "parameter" else "zeros"
+
+
+@dataclass(frozen=True)
+class WeightsAlone:
+    """Another state map's parameters, with optimizer state zero: the source may have none."""
+
+    inner: StateMap
+
+    @property
+    def target(self) -> Catalog:
+        """The target catalog."""
+        return self.inner.target
+
+    def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
+        """The blocks of parameters; none of optimizer state."""
+        return self.inner.copies(tensor, slot) if slot.kind == "parameter" else ()
+
+    def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:
+        """The fill of parameters; zero optimizer state."""
+        return self.inner.fill(tensor, slot) if slot.kind == "parameter" else "zeros"

@@ -1,7 +1,5 @@
 """A Hugging Face model is imported, grown before its first step, trained and exported."""
 
-import re
-import shlex
 from dataclasses import replace
 
 import pytest
@@ -111,27 +109,55 @@ def test_an_import_is_grown_twice_trained_and_exported(imported, tmp_path, capsy
     assert (found - wanted).abs().max() < 1e-4
 
 
-def advised(error, config):
-    """The arguments of the conversion that an error suggests, for a configuration."""
-    [text] = re.findall(r"python launch/convert\.py (.*?RUN\.yaml)", error)
-    return shlex.split(text.replace("RUN.yaml", str(config)))
+def test_weights_without_a_run_are_grown_as_weights(theirs, tmp_path, capsys):
+    """The result is of the source's format, or of the one asked for; it computes the same."""
+    deeper = ["--operator", "depth_identity", "--factor", "2"]
+    asked = ["--from", theirs, "--to", tmp_path / "deeper", *deeper]
+    assert command("grow", *asked, "--dry-run") == 0 and not (tmp_path / "deeper").exists()
+    said = capsys.readouterr().out
+    assert f"from        {theirs} (huggingface, step 0)" in said and "layers 2 -> 4" in said
+    assert command("grow", *asked) == 0
+    assert f"written     {tmp_path / 'deeper'} (huggingface)" in capsys.readouterr().out
+    tokens = torch.randint(320, (3, 8), generator=torch.manual_seed(2))
+    small, grown = (
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (theirs, tmp_path / "deeper")
+    )
+    assert grown.config.num_hidden_layers == 4
+    with torch.no_grad():
+        wanted = small(tokens).logits
+        assert (wanted - grown(tokens).logits).abs().max() <= 1e-5
 
-
-@pytest.mark.parametrize("imported_before", [False, True])
-def test_weights_without_a_run_are_not_grown_and_the_advice_works(
-    theirs, imported, tmp_path, monkeypatch, capsys, imported_before
-):
-    monkeypatch.chdir(tmp_path)
-    config = write_config(tmp_path / "run.yaml", imported[1])
-    source = to(theirs, tmp_path / "native", "native") if imported_before else theirs
-    grown = ["--to", tmp_path / "grown", "--operator", "width"]
-    assert command("grow", "--from", source, *grown) == 1
+    asked[3] = tmp_path / "dcp"
+    assert command("grow", *asked, "--format", "dcp") == 0
+    ours, shape, _ = load_model(tmp_path / "dcp")
+    with torch.no_grad():
+        assert shape.layers == 4 and (wanted - ours.logits(tokens)).abs().max() <= 1e-5
+    asked[3] = tmp_path / "again"
+    assert command("grow", *asked, "--rewarm", "3") == 1
+    assert "weights without a run have no optimizer" in capsys.readouterr().err
+    # A native import has moments, of zeros, and no run that would know their rates.
+    asked[1] = to(theirs, tmp_path / "native", "native")
+    assert command("grow", *asked) == 1
     error = capsys.readouterr().err
-    assert ("belongs to no run" if imported_before else "of format huggingface") in error
-    arguments = advised(error, config)
-    assert command("convert", *arguments) == 0
-    made = arguments[arguments.index("--to") + 1]
-    assert command("grow", "--from", made, *grown) == 0
+    assert "has optimizer state but belongs to no run" in error and "with init.from" in error
+
+
+def test_a_runs_checkpoint_is_grown_into_another_format(small_run, tmp_path, capsys):
+    grown = ["--operator", "width", "--state-policy", "sparkling"]
+    assert command("grow", "--from", small_run, "--to", tmp_path / "dcp", *grown,
+                   "--format", "dcp") == 0  # fmt: skip
+    assert "state policy sparkling" in capsys.readouterr().out
+    assert command("grow", "--from", small_run, "--to", tmp_path / "native", *grown) == 0
+    ours, theirs = (load_model(path)[0] for path in (tmp_path / "dcp", tmp_path / "native"))
+    tokens = torch.randint(320, (3, 8), generator=torch.manual_seed(2))
+    with torch.no_grad():
+        assert torch.equal(ours.logits(tokens), theirs.logits(tokens))
+
+
+def test_a_runs_growth_does_not_start_from_weights(theirs):
+    with pytest.raises(CheckpointError, match=r"of format huggingface(?s:.*)init\.from="):
+        plan_offline(theirs, GrowConfig(operator="width"))
 
 
 def test_a_resume_of_weights_without_a_run_names_the_cause(theirs, imported, dataset, tmp_path):

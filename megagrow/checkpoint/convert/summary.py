@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megagrow.checkpoint.interface.accounting import enumerated, made_zeros, summary
 from megagrow.checkpoint.interface.format import CheckpointSource
 from megagrow.checkpoint.interface.model_of import recorded_model
@@ -37,6 +39,9 @@ def describe(source: CheckpointSource, *, format_name: str, checksums: str) -> s
         "fingerprints": ", ".join(f"{k} {v}" for k, v in source.fingerprints.items()) or "none",
         "other steps": ", ".join(map(str, steps)) or "none",
     }
+    origin = source.run_state.get("origin")
+    if isinstance(origin, Mapping):
+        rows["started"] = ", ".join(f"{key} {value}" for key, value in origin.items())
     if source.zeros:
         made = made_zeros(source, [slot.name for slot in source.slots])
         rows["zeros"] = f"{enumerated(made)} (the files hold none)"

@@ -39,12 +39,17 @@ class Described(Protocol):
 
 
 def replayed_model(
-    config: Mapping[str, Any], run_state: Mapping[str, Any], *, vocabulary: int | None = None
+    config: Mapping[str, Any],
+    run_state: Mapping[str, Any],
+    *,
+    vocabulary: int | None = None,
+    growths: bool = True,
 ) -> ModelConfig | None:
     """The first model of a run, grown as often as the run has; None if there is no configuration.
 
     Args:
         vocabulary: the tokenizer's size, where the configuration leaves it to that.
+        growths: False: leave out the growths.
 
     Raises:
         CheckpointError: the sections `model` and `stages` do not describe a model.
@@ -56,7 +61,7 @@ def replayed_model(
         model = ModelConfig.model_validate(section)
         if model.vocab is None:
             model = model.model_copy(update={"vocab": vocabulary})
-        for grow in _growths(config, run_state):
+        for grow in _growths(config, run_state) if growths else ():
             model, _ = plan_growth(grow, model)
         _ = model.vocabulary  # raises if it is still unknown
     except (ValidationError, MegagrowError, TypeError, ValueError, AttributeError) as error:
@@ -71,6 +76,19 @@ def family_in(config: Mapping[str, Any]) -> str | None:
     section = _section(config)
     found = section.get("family") if isinstance(section, Mapping) else None
     return found if isinstance(found, str) else None
+
+
+def first_model(state: Described) -> ModelConfig:
+    """The model that a run started with, before its first growth.
+
+    Raises:
+        CheckpointError: no model is configured.
+    """
+    vocabulary = _rows(state.catalog)
+    model = replayed_model(state.config, {}, vocabulary=vocabulary, growths=False)
+    if model is None:
+        raise _untold()
+    return model
 
 
 def recorded_model(state: Described) -> ModelConfig | None:
@@ -103,12 +121,16 @@ def model_of(state: Described) -> ModelConfig:
     """
     model = recorded_model(state)
     if model is None:
-        raise CheckpointError(
-            "the checkpoint does not say which model it holds",
-            expected="a section `model` in its configuration",
-            fix="convert to native or dcp, which do not need it",
-        )
+        raise _untold()
     return model
+
+
+def _untold() -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint does not say which model it holds",
+        expected="a section `model` in its configuration",
+        fix="convert to native or dcp, which do not need it",
+    )
 
 
 def optimizer_of(state: Described) -> OptimizerConfig:
@@ -207,7 +229,8 @@ def _growths(config: Mapping[str, Any], run_state: Mapping[str, Any]) -> list[Gr
     reached = run_state.get("growth_stage", 0)
     if reached and reached >= len(stages):
         raise ValueError(f"the state is in growth stage {reached}, and stages are {len(stages)}")
-    sections = [stage.get("grow") for stage in stages[1 : reached + 1]]
+    # That of the first stage, too: a run that starts from a checkpoint may begin with a growth.
+    sections = [stage.get("grow") for stage in stages[: reached + 1]]
     return [GrowConfig(**section) for section in sections if section]
 
 

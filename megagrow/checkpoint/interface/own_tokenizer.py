@@ -46,7 +46,7 @@ def own_tokenizer(
     own = _own(source)
     if given is None:
         return own
-    held = _held(source)
+    held = held_tokenizers(source)
     found = _at(given, held)
     if found is None:
         raise CheckpointError(
@@ -76,26 +76,33 @@ def own_tokenizer(
     return OwnTokenizer(file, companions, sha256, eod, said, bos)
 
 
-def require_own_tokenizer(source: CheckpointSource, fingerprints: Mapping[str, str]) -> None:
+def require_own_tokenizer(
+    source: CheckpointSource, fingerprints: Mapping[str, str], *, override: str = OVERRIDE
+) -> None:
     """Check that a run's tokenizer is that of the weights it will start from.
+
+    Args:
+        source: the weights.
+        fingerprints: the run's.
+        override: the option that accepts another, for the error.
 
     Raises:
         CheckpointError: the source holds the SHA-256 of another.
     """
-    held, wanted = _held(source), fingerprints.get("tokenizer")
+    held, wanted = held_tokenizers(source), fingerprints.get("tokenizer")
     if held and wanted is not None and wanted not in held:
         raise CheckpointError(
             f"{source.path}: these weights were trained with another tokenizer than the run's data",
             found=f"SHA-256 {wanted} in the dataset of the run",
             expected=" or ".join(held),
             fix="prepare the data with the weights' own: launch/prepare_data.py --tokenizer; "
-            f"{OVERRIDE} takes the other all the same",
+            f"{override} takes the other all the same",
         )
 
 
 def _own(source: CheckpointSource) -> OwnTokenizer | str:
     """The model's own tokenizer, found automatically; or why there is none."""
-    held, reasons = _held(source), []
+    held, reasons = held_tokenizers(source), []
     for place in _places(source):
         try:
             found = _at(place, held)
@@ -145,7 +152,7 @@ def _at(
     return chosen, others, sums[chosen] if chosen else "", (None, None)
 
 
-def _held(source: CheckpointSource) -> list[str]:
+def held_tokenizers(source: CheckpointSource) -> list[str]:
     """Every tokenizer SHA-256 that the checkpoint holds."""
     return [v for key, v in source.fingerprints.items() if key.split(".")[0] == "tokenizer"]
 
