@@ -20,6 +20,7 @@ from megagrow.cluster.environment import require_one_task
 from megagrow.cluster.network import choose_gloo_interface, free_port, require_free_port
 from megagrow.engine.groups import Groups, make_groups
 from megagrow.engine.precision import on_gpu
+from megagrow.engine.store import BoundedStore
 from megagrow.errors import MegagrowError
 from megagrow.state.layout import Layout
 from megagrow.transfer.ends import Operation
@@ -102,14 +103,16 @@ class Comm:
         rows: list[list[float]] = torch.stack(out).tolist()
         return rows
 
-    def store(self) -> Any:
+    def store(self, seconds: float = _STORE_SECONDS) -> BoundedStore:
         """The job's key-value store, on a connection that belongs to the caller.
 
         Safe to use from any thread, even while another thread waits in a collective.
+
+        Args:
+            seconds: timeout of an operation.
         """
         store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-        store.set_timeout(timedelta(seconds=_STORE_SECONDS))
-        return store
+        return BoundedStore(store, seconds)
 
     def limit_collectives(self, seconds: float) -> None:
         """Set a timeout for every collective of every group; call again after creating groups."""
