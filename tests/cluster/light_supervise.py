@@ -1,16 +1,28 @@
-"""launch/supervise.py with lightweight launchers."""
+"""launch/supervise.py; with LIGHT_LAUNCHER, a launcher of light ranks stands for DeepSpeed's."""
 
+import os
+import secrets
 import sys
 from pathlib import Path
 
 from megagrow.cli import supervise
-from megagrow.cluster import launchers
+from megagrow.cluster import hosts
+from megagrow.cluster.hosts import MARK, Workers
 
 HERE = Path(__file__).parent
 
 
+class ByLauncher(hosts.Ranks):
+    """Ranks that a launcher starts, as over ssh, but on this machine."""
+
+    def prepare(self, order):
+        workers = super().prepare(order)
+        launch = [sys.executable, str(HERE / "light_launcher.py"), str(self._ranks)]
+        return Workers([*launch, *workers.words], 1, workers.environ, launcher=True)
+
+
 if __name__ == "__main__":
-    launchers._DEEPSPEED = launchers._TORCHRUN = (
-        sys.executable, str(HERE / "light_launcher.py"),
-    )  # fmt: skip
+    assert MARK and secrets
+    if "LIGHT_LAUNCHER" in os.environ:
+        supervise.Ranks = ByLauncher
     sys.exit(supervise.main())
