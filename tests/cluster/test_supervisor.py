@@ -247,12 +247,13 @@ def test_two_nodes(nodes, tmp_path):
 
 def test_a_rank_of_a_node_dies(nodes, tmp_path):
     # Without a number, the first that can listen at --master decides.
-    processes = nodes("--steps", 6, "--fault", "3:2:kill", numbers=(None, None))
+    # Enough steps for the last rank to come before the first one is done.
+    processes = nodes("--steps", 400, "--fault", "3:2:kill", numbers=(None, None))
     ended = [finish(process) for process in processes]
     assert [status for status, _, _ in ended] == [0, 0], ended
     said = ended[0][2] + ended[1][2]
     assert re.search(r"rank 3 on .* died without a word\n.*; killed by SIGKILL", said), said
-    assert len(starts(tmp_path, 3)) == 2 and (tmp_path / "saved").read_text() == "6"
+    assert len(starts(tmp_path, 3)) == 2 and (tmp_path / "saved").read_text() == "400"
 
 
 def test_a_rank_that_fails_before_it_can_report(nodes, tmp_path):
