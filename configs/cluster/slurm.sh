@@ -2,6 +2,7 @@
 # A run on Slurm: sbatch --nodes 4 configs/cluster/slurm.sh CONFIG [key.sub=value ...]
 #
 # One supervisor a node, started by srun; no ssh.  Submit it from the repository's directory.
+# With NNODES=2:4 the run starts with two nodes and goes on with as many as there are, up to four.
 # run.dir, the data and the repository must be on a file system that all nodes share.
 #SBATCH --job-name=megagrow
 #SBATCH --nodes=2
@@ -24,9 +25,9 @@ if [ -f .venv/bin/activate ]; then
   source .venv/bin/activate
   set -u
 fi
-# Keeps this job's nodes from others'.
-MEGAGROW_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-export MEGAGROW_TOKEN
+# By which the nodes of this job know each other; srun hands it on in the environment.
+MEGAGROW_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+export MEGAGROW_SECRET
 # Ranks on each node; RANKS=8 sbatch ... where Slurm does not tell the number of GPUs.
 ranks=${RANKS:-${SLURM_GPUS_ON_NODE:?set RANKS to the number of ranks on each node}}
 
@@ -34,7 +35,8 @@ ranks=${RANKS:-${SLURM_GPUS_ON_NODE:?set RANKS to the number of ranks on each no
 trap : TERM
 status=0
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 \
-  python launch/supervise.py --scheduler slurm --ranks "$ranks" --stop 240 \
+  python launch/supervise.py --scheduler slurm ${NNODES:+--nnodes "$NNODES"} \
+  --ranks "$ranks" --stop 240 \
   launch/pretrain.py --config "$config" "$@" || status=$?
 
 # 75: stopped by a signal, and saved.  The job goes to the queue again and on from there.

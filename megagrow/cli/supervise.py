@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from megagrow.arguments import Parser, as_path, number, whole
-from megagrow.cluster import launchers
-from megagrow.cluster.hosts import Fleet, Here, OverSsh
-from megagrow.cluster.nodes import Agent, NodeJob, Nodes, master_of
+from megagrow.background import Task
+from megagrow.cluster import launchers, network, wire
+from megagrow.cluster.hostfile import read_hostfile
+from megagrow.cluster.hosts import Fleet, OverSsh, Ranks
+from megagrow.cluster.hub import Hub
+from megagrow.cluster.lifeline import STATUS_STOPPED
 from megagrow.cluster.roster import STATUS_CONFIG
+from megagrow.cluster.signals import taking
 from megagrow.cluster.supervisor import Limits, Supervisor
 from megagrow.errors import ConfigError, MegagrowError
 
@@ -26,9 +35,10 @@ EXAMPLES = """\
   python launch/supervise.py --hostfile hosts --restarts 5 \\
       launch/pretrain.py --config configs/quickstart.yaml run.dir=/shared/run
 
-  # one of two nodes that a scheduler starts (on the other one: --node-rank 1); no ssh
-  MEGAGROW_TOKEN=any-secret python launch/supervise.py \\
-      --nnodes 2 --node-rank 0 --master node1:29400 --ranks 8 \\
+  # one of two to eight nodes that a scheduler starts, each with this command; no ssh.  node1
+  # keeps the job together: the others come and go
+  MEGAGROW_SECRET=$(cat secret) python launch/supervise.py \\
+      --nnodes 2:8 --master node1:29400 --ranks 8 \\
       launch/pretrain.py --config configs/quickstart.yaml run.dir=/shared/run
 
   # under srun, one task a node: the same, read from Slurm's variables
@@ -41,6 +51,8 @@ exit status:
   78  the configuration is wrong: starting again would not help
   1   it failed, and --restarts did not fix it
 """
+
+_SUPERVISOR_SECONDS = 60.0
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -56,9 +68,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = where.add_argument
     add("--ranks", type=whole(1), metavar="N", help="on each node; default: one per device")
     add("--hostfile", type=as_path, metavar="FILE", help="hosts, to be reached by ssh")
-    add("--nnodes", type=whole(1), metavar="N", help="nodes, each started by a scheduler")
-    add("--node-rank", type=whole(0), metavar="I", help="which of them this is, from 0")
-    add("--master", metavar="HOST:PORT", help="node 0, and a free port of it")
+    add(
+        "--nnodes",
+        type=_nodes,
+        metavar="N[:M]",
+        help="nodes, each started by a scheduler; N:M: at least N, at most M",
+    )
+    add(
+        "--node-rank",
+        type=whole(0),
+        metavar="I",
+        help="which of them this is; 0 keeps the job together; default: found by --master",
+    )
+    add("--master", metavar="HOST:PORT", help="the node that keeps the job together, and a "
+        "free port of it")  # fmt: skip
     add(
         "--scheduler",
         choices=["slurm", "kubernetes"],
@@ -71,7 +94,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--port",
         type=whole(0, 65535),
         default=0,
-        help="of this machine, for the lines; default: a free one",
+        help="of this machine, for the lifelines; default: a free one",
     )
     add(
         "--master-port",
@@ -98,71 +121,173 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _nodes(text: str) -> tuple[int, int]:
+    """An argparse type: the least and the greatest number of nodes."""
+    least, colon, most = text.partition(":")
+    number = whole(1)
+    found = number(least), number(most if colon else least)
+    if found[0] > found[1]:
+        raise argparse.ArgumentTypeError(f"{text}: the first number is the least")
+    return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job's supervisor is, and what is started here.
+
+    Attributes:
+        host, port: of the supervisor, as the nodes reach it; port 0 picks a free one.
+        address: of the interface to listen on, if this process is the supervisor.
+        decides: whether it is; None: if nobody else is.
+        nodes: the least and the greatest number of nodes.
+    """
+
+    host: str
+    port: int
+    address: str
+    decides: bool | None
+    secret: bytes
+    nodes: tuple[int, int] = (1, 1)
+
+
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     launchers.require_script(options.script)
     limits = Limits(start=options.start, silence=options.silence, grace=options.grace,
                     stop=options.stop, restarts=options.restarts,
                     backoff=options.backoff)  # fmt: skip
+    place = place_of(options, os.environ)
+    logs = options.logs or _logs_of(options.script)
+    hub = _hub(place, limits)
+    supervisor: Task[int] | None = None
+    if hub is not None:
+        place = replace(place, host=hub.address, port=hub.port)
+        decide = Supervisor(hub, limits, nodes=place.nodes[0], logs=logs)
+        supervisor = Task("supervisor", decide.run)
     fleet: Fleet
-    job = _node_job(options, os.environ)
-    if job is not None:
-        if job.node > 0:
-            return Agent(job).run()
-        fleet = Nodes(job)
-    elif options.hostfile is not None:
+    if options.hostfile is not None:
         fleet = OverSsh(
+            options.script,
             hostfile=options.hostfile,
+            supervisor=(place.host, place.port),
+            secret=place.secret,
             environ=os.environ,
             also=options.env,
-            address=options.address,
             master_port=options.master_port,
         )
     else:
-        fleet = Here(ranks=options.ranks, environ=os.environ)
-    logs = options.logs or _logs_of(options.script)
-    return Supervisor(
-        options.script, fleet=fleet, limits=limits, port=options.port, logs=logs
-    ).run()
+        ranks = options.ranks or _devices()
+        fleet = Ranks(options.script, ranks=ranks, secret=place.secret, nodes=place.nodes)
+    # PyTorch takes seconds to import: first reject everything that can be rejected.
+    with taking((signal.SIGTERM, signal.SIGUSR1), _stop_now):
+        from megagrow.cluster.agent import Node
+
+    here = place.address if hub is not None else network.address_for([place.host])
+    node = Node(
+        (place.host, place.port), place.secret, fleet, here=here, join=options.start
+    )  # fmt: skip
+    status = node.run()
+    # The supervisor ends after its nodes, of which this is one.
+    if supervisor is not None and supervisor.wait(_SUPERVISOR_SECONDS):
+        return supervisor.result()
+    return status
 
 
-def _node_job(options: argparse.Namespace, environ: Mapping[str, str]) -> NodeJob | None:
-    """The job that this is a node of; None if it is none.
+def _stop_now(number: int, _: FrameType | None) -> NoReturn:
+    """Stop before anything has started, and so with nothing to save."""
+    print(f"supervise: {signal.Signals(number).name}: nothing has started", file=sys.stderr)
+    sys.exit(STATUS_STOPPED)
+
+
+def place_of(options: argparse.Namespace, environ: Mapping[str, str]) -> Place:
+    """Where the job's supervisor is.
 
     Raises:
         ConfigError: something is missing, or options are mutually exclusive.
     """
     nodes, node, master = options.nnodes, options.node_rank, options.master
-    token = environ.get("MEGAGROW_TOKEN")
     if options.scheduler == "slurm":
-        nodes = nodes or int(environ.get("SLURM_STEP_NUM_NODES", "0")) or None
+        count = int(environ.get("SLURM_STEP_NUM_NODES", "0"))
+        nodes = nodes or ((count, count) if count else None)
         node = int(environ["SLURM_NODEID"]) if node is None and "SLURM_NODEID" in environ else node
         master = master or _slurm_master(environ)
-        token = token or environ.get("SLURM_JOB_ID")
     elif options.scheduler == "kubernetes":
-        nodes = nodes or int(environ.get("MEGAGROW_NODES", "0")) or None
+        count = int(environ.get("MEGAGROW_NODES", "0"))
+        nodes = nodes or ((count, count) if count else None)
         index = environ.get("JOB_COMPLETION_INDEX")
         node = int(index) if node is None and index is not None else node
         master = master or environ.get("MEGAGROW_MASTER")
     if options.scheduler is None and (nodes, node, master) == (None, None, None):
-        return None
-    given = {"--nnodes": nodes, "--node-rank": node, "--master": master, "MEGAGROW_TOKEN": token}
+        address = options.address or "127.0.0.1"
+        if options.hostfile is not None and options.address is None:
+            names = [host.name for host in read_hostfile(options.hostfile)]
+            address = network.address_for([*names[1:], names[0]])
+        secret = secrets.token_hex(32).encode()
+        return Place(address, options.port, address, True, secret)
+    secret_given = wire.secret_of(environ)
+    given = {"--nnodes": nodes, "--master": master, wire.SECRET: secret_given}
     missing = [name for name, value in given.items() if value is None]
     if missing or options.hostfile is not None:
         raise ConfigError(
             "a job of several nodes, each started by a scheduler",
             found=f"{', '.join(missing)} not given" if missing else "--hostfile as well",
-            expected="--nnodes, --node-rank and --master, or --scheduler, which gives them; "
-            "MEGAGROW_TOKEN in the environment, the same on all nodes; no --hostfile",
+            expected="--nnodes and --master, or --scheduler, which gives them; "
+            f"{wire.SECRET} in the environment, the same on all nodes; no --hostfile",
             fix="see --help",
         )
-    if not 0 <= node < nodes:
-        raise ConfigError("--node-rank", found=node, expected=f"0 to {nodes - 1} (--nnodes)")
-    host, port = master_of(master)
-    return NodeJob(
-        nodes=nodes, node=node, master=host, port=port, token=str(token), ranks=options.ranks,
-        environ=os.environ, join=options.start, silence=options.silence,
-    )  # fmt: skip
+    if node is not None and not 0 <= node < nodes[1]:
+        raise ConfigError("--node-rank", found=node, expected=f"0 to {nodes[1] - 1} (--nnodes)")
+    host, port = _master_of(master)
+    decides = None if node is None else node == 0
+    if decides is None and not network.is_here(host):
+        decides = False
+    address = options.address or (network.address_of_name(host) if decides is not False else "")
+    assert secret_given is not None
+    return Place(host, port, address, decides, secret_given, nodes)
+
+
+def _hub(place: Place, limits: Limits) -> Hub | None:
+    """The lifelines' server, if this process decides."""
+    if place.decides is False:
+        return None
+    try:
+        return Hub(
+            place.secret, address=place.address, port=place.port, silence=limits.silence,
+            patience=limits.start,
+        )  # fmt: skip
+    except MegagrowError:
+        if place.decides:
+            raise
+        return None  # another node on this machine was first
+
+
+def _devices() -> int:
+    """The number of devices of this machine.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    import torch
+
+    count = torch.accelerator.device_count()
+    if count == 0:
+        raise ConfigError(
+            "the number of ranks", found="no device on this machine, and no --ranks",
+            expected="a rank for each device, or --ranks", fix="add --ranks N",
+        )  # fmt: skip
+    return count
+
+
+def _master_of(text: str) -> tuple[str, int]:
+    """Parse ``host:port``.
+
+    Raises:
+        ConfigError: it does not have that form.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError("--master", found=text, expected="HOST:PORT, for instance node1:29400")
+    return host.strip("[]"), int(port)
 
 
 def _slurm_master(environ: Mapping[str, str]) -> str | None:

@@ -1,5 +1,6 @@
-"""The hosts of a job: launching ranks, monitoring them, killing leftover processes.
+"""The hosts of a job: starting ranks, monitoring them, killing leftover processes.
 
-This package starts and monitors training processes; it imports neither PyTorch nor DeepSpeed, so
-that a supervisor starts instantly and runs on machines without an accelerator.
+What runs in a rank (`lifeline`, `rank`, `ranklog`) or on a host (`on_host`) imports neither PyTorch
+nor DeepSpeed, so that a rank reports before it has loaded them.  `agent` stands on PyTorch's
+elastic agent.
 """

@@ -23,7 +23,7 @@ NAMES = (
     "TOKENIZERS_PARALLELISM", "http_proxy", "https_proxy", "no_proxy",
 )  # fmt: skip
 # Specific to one process.
-_OWN = frozenset({"TORCHELASTIC_RUN_ID", "MEGAGROW_TOKEN"})
+_OWN = frozenset({"TORCHELASTIC_RUN_ID", "MEGAGROW_SECRET"})
 
 
 def ranks_here(environ: Mapping[str, str]) -> int | None:
@@ -125,7 +125,7 @@ def users_file(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_launcher_file(path: Path, values: Mapping[str, str]) -> None:
-    """Write a DS_ENV_FILE, readable only by this user: it holds the lifeline's token."""
+    """Write a DS_ENV_FILE, readable only by this user."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w", encoding="utf-8") as stream:
         stream.write("\n".join(f"{k}={_as_launcher_quotes(v)}" for k, v in values.items()))

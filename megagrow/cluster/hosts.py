@@ -1,25 +1,26 @@
-"""Start and end the ranks of a job: on this machine, or on many over ssh."""
+"""What one node of a job starts and ends: its ranks, or DeepSpeed's launcher over ssh."""
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import megagrow
 from megagrow.background import Pool
-from megagrow.cluster import launchers, network
+from megagrow.cluster import launchers, network, on_host, wire
 from megagrow.cluster.hostfile import Host, read_hostfile
+from megagrow.cluster.lifeline import ATTEMPT
 from megagrow.cluster.lifeline import VARIABLE as LIFELINE
-from megagrow.cluster.process import Launcher
+from megagrow.cluster.on_host import MARK
 from megagrow.cluster.ranklog import VARIABLE as LOGS
-from megagrow.cluster.roster import Failure
 from megagrow.errors import MegagrowError
 
 _AT_ONCE = 64  # concurrent ssh connections
@@ -28,174 +29,156 @@ _PORTS = (20_000, 30_000)  # below the range of ephemeral ports
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """What the ranks of one attempt must know.
+class Order:
+    """An attempt to take part in.
 
     Attributes:
-        script: the script and its arguments.
-        port, token: of the exchange that their lifelines connect to.
+        number: from 1; from 2 on the run goes on from its last checkpoint.
         logs: directory for each rank's log, or None.
     """
 
-    script: Sequence[str]
-    port: int
-    token: str
+    number: int
     logs: Path | None
 
-    def environ(self, address: str) -> dict[str, str]:
-        """The variables for ranks that reach the supervisor at this address."""
-        values = {LIFELINE: f"{address}:{self.port}:{self.token}"}
-        return values | ({LOGS: str(self.logs)} if self.logs is not None else {})
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes of a node.
+
+    Attributes:
+        words: the command of each.
+        count: how many.
+        environ: in addition to this process's.
+        launcher: whether it is not a rank but starts the ranks, on other hosts.
+    """
+
+    words: Sequence[str]
+    count: int
+    environ: dict[str, str] = field(default_factory=dict)
+    launcher: bool = False
 
 
 class Fleet(Protocol):
-    """Starts and ends the ranks of successive attempts."""
+    """What a node starts and ends in successive attempts.
 
-    def start(self, attempt: Attempt) -> None:
-        """Start the ranks; raises MegagrowError if they cannot be started."""
-        ...
-
-    def poll(self) -> list[Failure]:
-        """Failures other than the ranks' own since the last call."""
-        ...
-
-    def signals(self) -> list[int]:
-        """Signals received by other parts of the supervisor since the last call."""
-        ...
-
-    def ended(self) -> str | None:
-        """How the launchers ended, in words, once all have; None before."""
-        ...
-
-    def end(self) -> list[str]:
-        """End everything left of the attempt; returns the hosts where that failed."""
-        ...
-
-    def finish(self, status: int) -> None:
-        """Called when no attempt follows."""
-        ...
-
-
-class _OneLauncher:
-    """Shared by the fleets with one launcher."""
-
-    def __init__(self) -> None:
-        self._launcher: Launcher | None = None
-
-    def poll(self) -> list[Failure]:
-        """Nothing: the launcher's own end is reported by `ended`."""
-        return []
-
-    def signals(self) -> list[int]:
-        """None: this process is the whole supervisor."""
-        return []
-
-    def ended(self) -> str | None:
-        """How the launcher ended."""
-        status = self._launcher.status() if self._launcher is not None else None
-        return None if status is None else f"the launcher ended with status {status}"
-
-    def finish(self, status: int) -> None:
-        """Nothing to do."""
-
-    def _end_launcher(self) -> list[str]:
-        if self._launcher is None:
-            return []
-        left = self._launcher.end()
-        self._launcher = None
-        return [f"this host (processes {', '.join(map(str, left))})"] if left else []
-
-
-class Here(_OneLauncher):
-    """This machine alone.
-
-    Args:
-        ranks: number of ranks, or None for one per device.
-        environ: of the launcher and the ranks.
+    Attributes:
+        nodes: least and greatest number of nodes that take part.
     """
 
-    def __init__(self, *, ranks: int | None, environ: Mapping[str, str]) -> None:
-        super().__init__()
-        self._ranks, self._environ = ranks, environ
+    nodes: tuple[int, int]
 
-    def start(self, attempt: Attempt) -> None:
-        """Start DeepSpeed's launcher here, on a free port."""
-        command = launchers.here(
-            attempt.script, ranks=self._ranks, port=network.free_port(), environ=self._environ
-        )
-        self._launcher = Launcher(
-            command.with_environ(**attempt.environ("127.0.0.1")),
-            mark=secrets.token_hex(8),
-            log=attempt.logs and attempt.logs / "console.log",
-        )
+    def prepare(self, order: Order) -> Workers:
+        """What to start; raises MegagrowError if it cannot be started."""
+        ...
 
-    def end(self) -> list[str]:
-        """End the launcher and its ranks."""
-        return self._end_launcher()
+    def clear(self) -> list[str]:
+        """End all that is left of the attempt; returns, in words, where that failed."""
+        ...
 
 
-class OverSsh(_OneLauncher):
-    """The hosts of a file, which is read again for every attempt.
+class Ranks:
+    """The ranks of this host.
 
     Args:
-        hostfile: its path.
-        environ: of the launcher; `environment.carried` selects what the ranks see of it.
-        also: additional names for that.
-        address: this machine's address as the hosts reach it; None detects it.
-        master_port: for rank 0; None picks a random one.
+        script: what every rank runs, with its arguments.
+        ranks: their number on this host.
+        secret: of the job.
+        nodes: least and greatest number of nodes of the job.
     """
 
     def __init__(
+        self, script: Sequence[str], *, ranks: int, secret: bytes, nodes: tuple[int, int] = (1, 1)
+    ) -> None:
+        self._script, self._ranks, self._secret, self.nodes = list(script), ranks, secret, nodes
+        self._mark = ""
+
+    def prepare(self, order: Order) -> Workers:
+        """The script as a rank."""
+        self._mark = secrets.token_hex(8)
+        script = launchers.resumed(self._script) if order.number > 1 else self._script
+        environ = {MARK: self._mark, wire.SECRET: self._secret.decode()}
+        return Workers(launchers.rank(script), self._ranks, environ)
+
+    def clear(self) -> list[str]:
+        """Kill what has the mark of the attempt."""
+        return _clear_here(self._mark)
+
+
+class OverSsh:
+    """The hosts of a file, which is read again for every attempt.
+
+    Args:
+        script: what every rank runs, with its arguments.
+        hostfile: its path.
+        supervisor: its host and port, as the hosts reach it.
+        secret: of the job.
+        environ: of the launcher; `environment.carried` selects what the ranks see of it.
+        also: additional names for that.
+        master_port: for rank 0; None picks a random one.
+    """
+
+    nodes = (1, 1)
+
+    def __init__(
         self,
+        script: Sequence[str],
         *,
         hostfile: Path,
+        supervisor: tuple[str, int],
+        secret: bytes,
         environ: Mapping[str, str],
         also: Sequence[str] = (),
-        address: str | None = None,
         master_port: int | None = None,
     ) -> None:
-        super().__init__()
-        self._hostfile, self._environ, self._also = hostfile, environ, also
-        self._address, self._master_port = address, master_port
+        self._script, self._hostfile, self._supervisor = list(script), hostfile, supervisor
+        self._secret, self._environ, self._also = secret, environ, also
+        self._master_port = master_port
         self._hosts: tuple[Host, ...] = ()
         self._mark = ""
         self._directory = tempfile.TemporaryDirectory(prefix="megagrow-")
 
-    def start(self, attempt: Attempt) -> None:
-        """Check all hosts at once, then start DeepSpeed's launcher over them."""
+    def prepare(self, order: Order) -> Workers:
+        """Check all hosts at once; DeepSpeed's launcher over them."""
         self._hosts, self._mark = read_hostfile(self._hostfile), secrets.token_hex(8)
+        script = launchers.resumed(self._script) if order.number > 1 else self._script
         names = [host.name for host in self._hosts]
-        address = self._address or network.address_for([*names[1:], names[0]])
         port = self._master_port or random.SystemRandom().randrange(*_PORTS)
-        self._check(attempt, address=address, port=port)
-        values = attempt.environ(address)
+        self._check(script, port=port)
+        host, at = self._supervisor
+        values = {
+            LIFELINE: f"{host}:{at}",
+            ATTEMPT: str(order.number),
+            MARK: self._mark,
+            # A variable's value would stand in the command lines of pdsh and ssh.
+            wire.SECRET_FILE: str(on_host.secrets_of(self._mark)),
+        } | ({LOGS: str(order.logs)} if order.logs is not None else {})
         command = launchers.over_ssh(
-            attempt.script,
+            script,
             hosts=self._hosts,
             master=network.master_address(names[0], names[1:]),
             port=port,
-            environ={**self._environ, **values, launchers.MARK: self._mark},
+            environ={**self._environ, **values},
             also=self._also,
             directory=Path(self._directory.name),
         )
-        self._launcher = Launcher(
-            command, mark=self._mark, log=attempt.logs and attempt.logs / "console.log"
-        )
+        return Workers(command.words, 1, {**command.environ}, launcher=True)
 
-    def end(self) -> list[str]:
+    def clear(self) -> list[str]:
         """End what runs here, then what runs on the hosts."""
-        left = self._end_launcher()
-        if self._mark:
-            answers = self._on_hosts(["-m", "megagrow.cluster.kill_leftovers", self._mark])
-            left += [f"{name} ({text})" for name, text in answers.items() if text is not None]
-            self._mark = ""
-        return left
+        if not self._mark:
+            return []
+        left = _clear_here(self._mark)
+        answers = self._on_hosts(["clear", self._mark])
+        self._mark = ""
+        return left + [f"{name} ({text})" for name, text in answers.items() if text is not None]
 
-    def _check(self, attempt: Attempt, *, address: str, port: int) -> None:
-        check = ["-m", "megagrow.cluster.hostcheck", "--address", address, "--script",
-                 str(attempt.script[0]), "--port", str(attempt.port)]  # fmt: skip
+    def _check(self, script: Sequence[str], *, port: int) -> None:
+        host, at = self._supervisor
+        check = ["check", self._mark, "--supervisor", host, str(at), "--script", script[0]]
         first = self._hosts[0].name
-        answers = self._on_hosts(check, extra={first: ["--free", str(port)]})
+        answers = self._on_hosts(
+            check, extra={first: ["--free", str(port)]}, given=self._secret.decode()
+        )
         bad = {name: text for name, text in answers.items() if text is not None}
         if bad:
             raise MegagrowError(
@@ -208,19 +191,30 @@ class OverSsh(_OneLauncher):
             )
 
     def _on_hosts(
-        self, words: Sequence[str], *, extra: Mapping[str, Sequence[str]] | None = None
+        self,
+        words: Sequence[str],
+        *,
+        extra: Mapping[str, Sequence[str]] | None = None,
+        given: str = "",
     ) -> dict[str, str | None]:
-        """Run Python on all hosts at once; returns None per host, or why it failed."""
+        """Run our program on all hosts at once; returns None per host, or why it failed.
+
+        Args:
+            extra: further words, by host.
+            given: what it reads from stdin, which no other user sees.
+        """
         names = [host.name for host in self._hosts]
-        more = extra or {}
+        package = Path(megagrow.__file__).resolve().parent.parent
+        # This Python with this package, on a host that has both at the same paths.
+        program = ["env", f"PYTHONPATH={package}", sys.executable, "-m", "megagrow.cluster.on_host"]
 
         def run(name: str) -> str | None:
-            command = launchers.ssh(name, [*_python(), *words, *more.get(name, ())])
+            command = launchers.ssh(name, [*program, *words, *(extra or {}).get(name, ())])
             try:
                 done = subprocess.run(
                     command,
                     env=dict(self._environ),
-                    stdin=subprocess.DEVNULL,
+                    input=given,
                     capture_output=True,
                     text=True,
                     errors="replace",
@@ -237,7 +231,9 @@ class OverSsh(_OneLauncher):
             return dict(zip(names, pool.map(run, names), strict=True))
 
 
-def _python() -> list[str]:
-    """This Python with this package, on a host that has both at the same paths."""
-    package = Path(megagrow.__file__).resolve().parent.parent
-    return ["env", f"PYTHONPATH={package}", sys.executable]
+def _clear_here(mark: str) -> list[str]:
+    if not mark:
+        return []
+    _, left = on_host.sweep(mark)
+    here = f"this host, {os.uname().nodename}"
+    return [f"{here} (processes {', '.join(map(str, left))})"] if left else []

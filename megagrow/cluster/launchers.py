@@ -1,4 +1,4 @@
-"""The commands that start the ranks: DeepSpeed here, DeepSpeed over ssh, torchrun on each node."""
+"""The commands that start the ranks: a rank itself, and DeepSpeed's launcher over ssh."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow.cluster.environment import (
@@ -18,7 +18,6 @@ from megagrow.cluster.environment import (
     write_launcher_file,
 )
 from megagrow.cluster.hostfile import Host
-from megagrow.cluster.kill_leftovers import VARIABLE as MARK
 from megagrow.errors import ConfigError, MegagrowError
 
 # A host that is switched off or unreachable is given up after these seconds; without them ssh
@@ -29,29 +28,15 @@ SSH_OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5",
 
 @dataclass(frozen=True)
 class Command:
-    """A command and its environment.
-
-    Attributes:
-        prefixes: what the launcher writes before each line of a host's output.
-    """
+    """A command and its environment."""
 
     words: tuple[str, ...]
     environ: Mapping[str, str]
-    prefixes: tuple[str, ...] = ()
-
-    def with_environ(self, **values: str) -> Command:
-        """The same with additional environment variables."""
-        return replace(self, environ={**self.environ, **values})
 
 
-def here(
-    script: Sequence[str], *, ranks: int | None, port: int, environ: Mapping[str, str]
-) -> Command:
-    """DeepSpeed's launcher on this machine; without a number, one rank per device."""
-    words = [*_DEEPSPEED, "--quiet", "--hostfile", "none", "--master_port", str(port)]
-    if ranks is not None:
-        words += ["--num_gpus", str(ranks)]
-    return Command((*words, *_started(script, "--module")), environ)
+def rank(script: Sequence[str]) -> list[str]:
+    """The script as one rank, without a launcher."""
+    return [sys.executable, "-u", *_started(script, "-m")]
 
 
 def over_ssh(
@@ -101,40 +86,18 @@ def over_ssh(
         *_DEEPSPEED, "--quiet", "--hostfile", str(hostfile), "--launcher", "pdsh", "--force_multi",
         # Our own check tests all hosts at once, and more thoroughly.
         "--no_ssh_check", "--master_addr", master, "--master_port", str(port),
+        "--launcher_args=-N",  # no name of a host before each line
     ]  # fmt: skip
     options = " ".join(f"-o {option}" for option in SSH_OPTIONS)
     given = environ.get("PDSH_SSH_ARGS_APPEND", "")
     return Command(
-        (*words, *map(remote_argument, _started(script, "--module"))),
+        ("env", *_UNSET, *words, *map(remote_argument, _started(script, "--module"))),
         {
             **environ,
             "DS_ENV_FILE": str(directory / "environment"),
             "PDSH_SSH_ARGS_APPEND": f"{given} {options}".strip(),
         },
-        tuple(f"{host.name}: " for host in hosts),
     )
-
-
-def on_node(
-    script: Sequence[str],
-    *,
-    nodes: int,
-    node: int,
-    ranks: int | None,
-    master: str,
-    port: int,
-    environ: Mapping[str, str],
-) -> Command:
-    """Torchrun's agent for this node of a job whose scheduler starts every node."""
-    words = [
-        *_TORCHRUN,
-        "--nnodes", str(nodes), "--node-rank", str(node),
-        "--nproc-per-node", "gpu" if ranks is None else str(ranks),
-        "--master-addr", master, "--master-port", str(port),
-        "--max-restarts", "0", "--monitor-interval", "1",
-    ]  # fmt: skip
-    # Torchrun would set one thread per rank, and print a warning.
-    return Command((*words, *_started(script, "-m")), {"OMP_NUM_THREADS": "1", **environ})
 
 
 def resumed(script: Sequence[str]) -> list[str]:
@@ -184,16 +147,6 @@ def require_script(script: Sequence[str]) -> None:
 
 TRAIN = "train"
 _DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
-_TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-
-__all__ = [
-    "MARK",
-    "Command",
-    "here",
-    "is_installed",
-    "on_node",
-    "over_ssh",
-    "require_script",
-    "resumed",
-    "ssh",
-]
+# A launcher is no rank, even if it is started as one by the elastic agent.
+_UNSET = tuple(f"--unset={name}" for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE",
+               "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))  # fmt: skip

@@ -1,67 +1,77 @@
-"""The lifeline: a TCP connection from every rank to the supervisor of its job.
+"""The lifeline: a TCP connection from every rank and every node to the supervisor of its job.
 
 A launcher's exit status says little: a killed pdsh looks like success, an unreachable host looks
 like a slow one.  So every rank reports to the supervisor directly what it does and how it ended,
 and the supervisor can reach every rank without ssh.  Each end notices when the other is gone:
-the system closes the connection of a process that dies, and both send an empty line every few
+the system closes the connection of a process that dies, and both send a sign of life every few
 seconds, whose absence reveals a host that is unreachable, frozen or without power.
 
-Each message is one line of JSON.  From a rank: ``start`` (rank, world, host, pid), ``beat`` (step,
-doing), ``saved`` (step) and one last word: ``done``, ``stopped`` (saved after a signal) or
-``failed`` (text).  From the supervisor: ``welcome`` (ping and silence, in seconds), ``stop``
-(signal) and ``end`` (reason).
+From a rank: ``start`` (rank, world, host, pid, attempt), ``beat`` (step, doing), ``saved`` (step)
+and one last word: ``done``, ``stopped`` (saved after a signal) or ``failed`` (text).  From the
+supervisor: ``welcome`` (ping and silence, in seconds), ``stop`` (signal) and ``end`` (reason).
+What nodes and their supervisor say to each other is in `megagrow.cluster.agent`.
 
-This is the rank's end; the supervisor's is `megagrow.cluster.lifeline_server`.
+This is the peer's end; the supervisor's is `megagrow.cluster.hub`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import os
-import select
+import queue
 import signal
 import socket
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megagrow import background
-from megagrow.errors import MegagrowError
+from megagrow.cluster import wire
+from megagrow.errors import ConfigError, MegagrowError
 
-VARIABLE = "MEGAGROW_LIFELINE"  # host:port:token, in the environment of every rank
+VARIABLE = "MEGAGROW_LIFELINE"  # host:port of the supervisor, in the environment of every rank
+ATTEMPT = "MEGAGROW_ATTEMPT"  # which one this rank belongs to
 STATUS_STOPPED = 75  # sysexits.h: a temporary failure; schedulers restart such a job
 STATUS_INTERRUPTED = 130  # as in shells: ended by Ctrl-C
 LAST_WORDS = frozenset({"done", "stopped", "failed"})
 
 _CONNECT_SECONDS = 15.0
-_FLUSH_SECONDS = 2.0  # time for a last word to be sent
-_WAITING_LINES = 1000  # send queue of a stalled connection; older lines are dropped
+_GREET_SECONDS = 10.0  # for both proofs
+_FLUSH_SECONDS = 2.0  # time for a last word to arrive
 _TEXT = 16_000  # characters of one field
 # Until the supervisor's welcome sets them.
 _PING, _SILENCE = 2.0, 60.0
 
 
+class StrangerError(Exception):
+    """The other side does not know the job's secret."""
+
+
 class Lifeline:
-    """A rank's end of the connection, served by its own thread.
+    """A peer's end of the connection, read by its own thread.
 
     Args:
         connection: connected to the supervisor.
-        hello: the first message, with the token.
+        secret: of the job.
+        hello: the first message.
         on_lost: called in the lifeline's thread, with the reason, when the supervisor is gone;
-            the rank must then end within seconds, since nothing monitors or ends it any more.
-        on_stop: called in the lifeline's thread, with a signal's number, when the supervisor
-            passes that signal on.
-        on_end: called in the lifeline's thread, with the reason, when the supervisor ends the job.
-        on_other: called in the lifeline's thread with any other message.
+            the process must then end within seconds, since nothing monitors or ends it any more.
+        on_stop: called there with a signal's number, when the supervisor passes that signal on.
+        on_end: called there with the reason, when the supervisor ends the job.
+        on_other: called there with any other message.
+
+    Raises:
+        StrangerError: the other side does not know the secret.
+        OSError: the connection broke.
     """
 
     def __init__(
         self,
         connection: socket.socket,
+        secret: bytes,
         hello: dict[str, Any],
         *,
         on_lost: Callable[[str], None] | None = None,
@@ -74,17 +84,14 @@ class Lifeline:
         self.on_end = on_end or self._leave
         self.on_other = on_other
         self.last_word: str | None = None
-        self._connection = connection
-        self._connection.setblocking(False)
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_write, False)
-        self._waiting: deque[bytes] = deque(maxlen=_WAITING_LINES)
-        self._flushed = threading.Condition()
-        self._unsent = b""
+        self._connection, self._sending = connection, threading.RLock()
+        self._splitter, self._seal = _greet(connection, secret)
         self._closing = False
         self._ping, self._silence = _PING, _SILENCE
-        self._queue(hello)
+        self._numbers, self._answers = itertools.count(), dict[int, queue.SimpleQueue[Any]]()
         self._thread = background.Loop("lifeline", self._serve, every=0.0)
+        connection.settimeout(1.0)
+        self._send(hello)
         self._thread.start()
         # A forked child that held the connection open would hide this rank's death.
         os.register_at_fork(after_in_child=self._forget)
@@ -98,65 +105,58 @@ class Lifeline:
         """
         global _current
         if _current is None and VARIABLE in os.environ:
-            host, port, token = address_of(os.environ[VARIABLE])
-            _current = cls(_connect(host, port), {"token": token, "event": "start"} | _identity())
+            host, port = address_of(os.environ[VARIABLE])
+            _current = connect(
+                host, port, secret=_secret(os.environ), seconds=_CONNECT_SECONDS,
+                hello={"event": "start"} | _identity(),
+                who=f"rank {os.environ.get('RANK', '0')}",
+            )  # fmt: skip
         return _current
 
     def say(self, event: str, **fields: Any) -> None:
-        """Send a message to the supervisor; never raises, and returns at once.
-
-        Only the last words (done, stopped, failed) wait until they have been sent, for two seconds
-        at most, because the process may end right after.
-        """
+        """Send a message to the supervisor; never raises, and takes a second at most."""
         with contextlib.suppress(Exception):
             if event in LAST_WORDS and self.last_word is None:
                 self.last_word = event
-            self._queue({"event": event} | fields)
-            if event in LAST_WORDS:
-                self._flush()
+            short = {k: v[:_TEXT] if isinstance(v, str) else v for k, v in fields.items()}
+            self._send({"event": event} | short)
+
+    def ask(self, question: str, **fields: Any) -> dict[str, Any]:
+        """The supervisor's answer; not from the lifeline's own thread.
+
+        Raises:
+            OSError: the connection broke, or there was no answer in time.
+        """
+        number, box = next(self._numbers), queue.SimpleQueue[Any]()
+        self._answers[number] = box
+        try:
+            self._send({"ask": question, "number": number} | fields)
+            answer: dict[str, Any] | None = box.get(timeout=self._silence)
+        except queue.Empty:
+            answer = None
+        finally:
+            del self._answers[number]
+        if answer is None:
+            raise OSError(f"the supervisor does not answer: {question}")
+        return answer
 
     def close(self) -> None:
-        """Send what is queued, and close; closing is not reported as a loss."""
-        with contextlib.suppress(Exception):
-            self._flush()
-            self._closing = True
-            self._wake()
-            if not self._thread.is_current():
-                self._thread.join(_FLUSH_SECONDS)
+        """Wait until what was sent has arrived, and close; this is not reported as a loss."""
+        self._closing = True
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_WR)
+        if not self._thread.is_current():
+            self._thread.join(_FLUSH_SECONDS)
 
-    # --- sending --------------------------------------------------------------------------
-
-    def _queue(self, message: dict[str, Any]) -> None:
-        short = {k: v[:_TEXT] if isinstance(v, str) else v for k, v in message.items()}
-        self._waiting.append(json.dumps(short, default=str).encode() + b"\n")
-        self._wake()
-
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # buffer full: it is awake already
-            os.write(self._wake_write, b"x")
-
-    def _flush(self) -> None:
-        if self._thread.is_current():
-            with contextlib.suppress(OSError):
-                self._send()
-            return
-        with self._flushed:
-            self._flushed.wait_for(
-                lambda: not (self._waiting or self._unsent) or not self._thread.is_alive(),
-                timeout=_FLUSH_SECONDS,
-            )
-
-    def _send(self) -> None:
-        """Send queued data, as far as the socket accepts it."""
-        while self._unsent or self._waiting:
-            self._unsent = self._unsent or self._waiting.popleft()
+    def _send(self, message: dict[str, Any] | None) -> None:
+        with self._sending:
             try:
-                sent = self._connection.send(self._unsent)
-            except BlockingIOError:
-                return
-            self._unsent = self._unsent[sent:]
-        with self._flushed:
-            self._flushed.notify_all()
+                self._connection.sendall(self._seal.wrap(message))
+            except OSError:
+                # A part of a message may have been sent: nothing can follow it.
+                with contextlib.suppress(OSError):
+                    self._connection.shutdown(socket.SHUT_RDWR)
+                raise
 
     # --- the thread -----------------------------------------------------------------------
 
@@ -171,45 +171,42 @@ class Lifeline:
             reason = f"the lifeline failed: {type(error).__name__}: {error}"
         with contextlib.suppress(OSError):
             self._connection.close()
-        with self._flushed:
-            self._flushed.notify_all()
-        if reason is not None and self.last_word not in ("done", "stopped"):
+        for box in list(self._answers.values()):
+            box.put(None)
+        if not self._closing and self.last_word not in ("done", "stopped"):
             self.on_lost(reason)
         return True
 
-    def _exchange(self) -> str | None:
-        """Run the connection until this end closes (None) or the supervisor is gone (why)."""
-        poll = select.poll()
-        poll.register(self._wake_read, select.POLLIN)
+    def _exchange(self) -> str:
+        """Read until the supervisor is gone; returns why."""
         heard = pinged = time.monotonic()
-        received = b""
-        while not self._closing:
-            wanted = select.POLLIN | (select.POLLOUT if self._unsent else 0)
-            poll.register(self._connection, wanted)
-            ready = dict(poll.poll(min(self._ping, self._silence) * 500))
-            if self._wake_read in ready:
-                os.read(self._wake_read, 4096)
-            if ready.get(self._connection.fileno(), 0) & ~select.POLLOUT:
+        while True:
+            try:
                 fresh = self._connection.recv(65536)
                 if not fresh:
                     return "the supervisor is gone"
                 heard = time.monotonic()
-                *lines, received = (received + fresh).split(b"\n")
-                for line in filter(None, lines):
-                    self._obey(json.loads(line))
+                for message in self._splitter.feed(fresh):
+                    if message is not None:
+                        self._obey(message)
+            except TimeoutError:
+                pass
             now = time.monotonic()
             if now - heard > self._silence:
                 return f"nothing was heard from the supervisor for {now - heard:.0f} s"
-            if now - pinged >= self._ping and not (self._unsent or self._waiting):
+            if now - pinged >= self._ping and not self._closing:
                 pinged = now
-                self._waiting.append(b"\n")
-            self._send()
-        return None
+                self._send(None)
 
     def _obey(self, order: dict[str, Any]) -> None:
         event = order.get("event")
-        if event == "welcome":
+        if event == "answer":
+            box = self._answers.get(order["number"])
+            if box is not None:
+                box.put(order)
+        elif event == "welcome":
             self._ping, self._silence = float(order["ping"]), float(order["silence"])
+            self._connection.settimeout(min(1.0, self._ping / 2, self._silence / 2))
         elif event == "stop":
             self.on_stop(int(order["signal"]))
         elif event == "end":
@@ -232,6 +229,7 @@ class Lifeline:
             os.kill(os.getpid(), number)
             return
         self.say("stopped", text="before training began")
+        self.close()
         os._exit(STATUS_STOPPED)
 
     def _forget(self) -> None:
@@ -251,64 +249,122 @@ def say(event: str, **fields: Any) -> None:
         _current.say(event, **fields)
 
 
-def address_of(text: str) -> tuple[str, int, str]:
-    """Parse ``host:port:token``; the host may be an IPv6 address.
+def connect(
+    host: str,
+    port: int,
+    *,
+    secret: bytes,
+    hello: dict[str, Any],
+    seconds: float,
+    who: str,
+    **handlers: Callable[..., None],
+) -> Lifeline:
+    """Connect to a supervisor, retrying until the time is up.
+
+    Args:
+        who: this process, for messages.
+        handlers: as for `Lifeline`.
 
     Raises:
-        MegagrowError: it does not have that form.
-    """
-    host, _, rest = text.rpartition(":")
-    host, _, port = host.rpartition(":")
-    if not (host and rest and port.isdecimal() and 0 < int(port) < 65536):
-        raise MegagrowError(
-            f"{VARIABLE} is not an address",
-            found=f"{len(text)} characters with {text.count(':')} colons",
-            expected="host:port:token",
-            fix=f"start the job by launch/supervise.py, which sets it, or unset {VARIABLE}",
-        )
-    return host.strip("[]"), int(port), rest
-
-
-def connect(host: str, port: int, *, seconds: float) -> socket.socket:
-    """Connect, retrying until the time is up.
-
-    Raises:
-        OSError: the last failure.
+        MegagrowError: it cannot be reached, or does not know the secret.
     """
     deadline = time.monotonic() + seconds
     while True:
         try:
-            connection = socket.create_connection((host, port), timeout=min(5.0, seconds))
-            # Connecting to a port without a listener may, by chance, connect to itself.
-            if connection.getsockname() == connection.getpeername():
-                connection.close()
-                raise ConnectionRefusedError("nobody listens")
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return connection
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
+            return Lifeline(_connected(host, port), secret, hello, **handlers)
+        except StrangerError as error:
+            raise MegagrowError(
+                f"{who} on {socket.gethostname()}: what answers at {host}:{port} is not the "
+                "supervisor of this job",
+                found="it does not know the job's secret",
+                expected=f"the same {wire.SECRET} on all nodes of a job",
+                fix="give all nodes the same one, and each job a port of its own",
+            ) from error
+        except OSError as error:
+            if time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
+            raise MegagrowError(
+                f"{who} on {socket.gethostname()}: the supervisor of this job cannot be reached",
+                found=f"{host}:{port}: {error.strerror or error}",
+                expected="the supervisor that this process belongs to",
+                fix="see whether it still runs; let the hosts reach each other on that port "
+                "(--port or --master chooses it)",
+            ) from error
 
 
-def _connect(host: str, port: int) -> socket.socket:
-    try:
-        return connect(host, port, seconds=_CONNECT_SECONDS)
-    except OSError as error:
+def address_of(text: str) -> tuple[str, int]:
+    """Parse ``host:port``; the host may be an IPv6 address.
+
+    Raises:
+        MegagrowError: it does not have that form.
+    """
+    host, _, port = text.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 65536):
         raise MegagrowError(
-            f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: "
-            "the supervisor of this job cannot be reached",
-            found=f"{host}:{port}: {error.strerror or error}",
-            expected="the supervisor that started this rank",
-            fix="see whether it still runs; let the hosts reach each other on that port "
-            "(--port chooses it)",
-        ) from error
+            f"{VARIABLE} is not an address",
+            found=text,
+            expected="host:port",
+            fix=f"start the job by launch/supervise.py, which sets it, or unset {VARIABLE}",
+        )
+    return host.strip("[]"), int(port)
+
+
+def _connected(host: str, port: int) -> socket.socket:
+    connection = socket.create_connection((host, port), timeout=5.0)
+    # Connecting to a port without a listener may, by chance, connect to itself.
+    if connection.getsockname() == connection.getpeername():
+        connection.close()
+        raise ConnectionRefusedError("nobody listens")
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def _greet(connection: socket.socket, secret: bytes) -> tuple[wire.Splitter, wire.Seal]:
+    """Exchange proofs with the supervisor."""
+    deadline = time.monotonic() + _GREET_SECONDS
+    try:
+        theirs = _exactly(connection, wire.NONCE, deadline)
+        nonces = theirs + (mine := os.urandom(wire.NONCE))
+        connection.sendall(mine + wire.proof(secret, "peer", nonces))
+        shown = _exactly(connection, wire.PROOF, deadline)
+        if not wire.proves(shown, secret, "supervisor", nonces):
+            raise StrangerError
+    except BaseException:
+        connection.close()
+        raise
+    incoming = wire.Seal(secret, "supervisor", nonces)
+    return wire.Splitter(incoming), wire.Seal(secret, "peer", nonces)
+
+
+def _exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
+    got = b""
+    while len(got) < count:
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        fresh = connection.recv(count - len(got))
+        if not fresh:
+            raise ConnectionResetError("it hung up")
+        got += fresh
+    return got
+
+
+def _secret(environ: Mapping[str, str]) -> bytes:
+    secret = wire.secret_of(environ)
+    if secret is None:
+        raise ConfigError(
+            f"{VARIABLE} is set, but the job's secret is not",
+            found=f"neither {wire.SECRET} nor {wire.SECRET_FILE} in the environment",
+            expected="what launch/supervise.py sets",
+            fix=f"start the job by launch/supervise.py, or unset {VARIABLE}",
+        )
+    return secret
 
 
 def _identity() -> dict[str, Any]:
     return {
         "rank": int(os.environ.get("RANK", "0")),
         "world": int(os.environ.get("WORLD_SIZE", "1")),
+        "attempt": int(os.environ.get(ATTEMPT, "1")),
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }

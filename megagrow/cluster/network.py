@@ -47,6 +47,34 @@ def own_address(toward: str) -> str | None:
     return loopback
 
 
+def is_here(host: str) -> bool:
+    """Whether a name or an address is this host's."""
+    return any(own_address(address) in (address, "127.0.0.1") for address in addresses_of(host))
+
+
+def address_of_name(host: str) -> str:
+    """The address of this host to listen on, from the name by which others reach it.
+
+    Raises:
+        ConfigError: the name leads to no address that they can reach.
+    """
+    found = addresses_of(host)
+    good = [address for address in found if not is_loopback(address)]
+    if good or host == "localhost" or host in found:
+        return (good or found)[0]
+    # As Debian's installer leaves it: the own name is 127.0.1.1 in /etc/hosts.
+    only = [address for _, address in _interfaces() if not is_loopback(address)]
+    if len(only) != 1:
+        raise ConfigError(
+            f"the address of {host}, by which the other nodes reach this one",
+            found=f"the name resolves to {', '.join(found) or 'nothing'} here, and this host has "
+            f"the addresses {', '.join(only) or 'none'}",
+            expected="one address that the others can reach",
+            fix="give it by --address, or fix /etc/hosts",
+        )
+    return only[0]
+
+
 def interface_of(address: str) -> str | None:
     """The network interface with one of this host's addresses."""
     if ":" in address:

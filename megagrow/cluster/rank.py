@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from megagrow.cluster import lifeline, ranklog
 from megagrow.errors import MegagrowError
@@ -26,10 +32,22 @@ def under_supervision(main: Callable[[], int]) -> int:
     try:
         status = main()
     except BaseException as error:
-        lifeline.say("failed", text=f"{type(error).__name__}: {error}")
+        text = f"{type(error).__name__}: {error}"
+        lifeline.say("failed", text=text)
+        _write_error_file(text)
         raise
     if line is not None:
         if line.last_word is None:
             line.say(_WORDS.get(status, "failed"), text=f"its exit status is {status}")
         line.close()
     return status
+
+
+def _write_error_file(text: str) -> None:
+    """As `torch.distributed.elastic` writes it, for torchrun and the agent to report."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))}
+        content = {"message": {"message": text, "extraInfo": extra}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(content), encoding="utf-8")

@@ -1,12 +1,13 @@
-"""The state of an attempt's ranks: which have started, what they do, how they ended."""
+"""The state of an attempt: which nodes and ranks have started, what they do, how they ended."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megagrow.cluster.hub import Event, Peer
 from megagrow.cluster.lifeline import LAST_WORDS, STATUS_STOPPED
-from megagrow.cluster.lifeline_server import Event, Peer
 
 STATUS_FAILED = 1
 STATUS_CONFIG = 78  # sysexits.h: restarting would not help
@@ -50,32 +51,42 @@ class Failure:
         found: what it last reported or did.
         kind: the class of the rank's error, if it reported one.
         follows: whether it only reports that another rank is gone.
+        rank: whose it is, or -1.
     """
 
     where: str
     found: str
     kind: str = ""
     follows: bool = False
+    rank: int = -1
 
 
 class Roll:
-    """The state of one attempt, collected from its lifelines.
+    """The state of one attempt, collected from the lifelines.
 
     Args:
+        number: of the attempt.
         silence: seconds without a sign of life that a training rank is allowed.
+        reject: ends a rank of another attempt.
     """
 
-    def __init__(self, *, silence: float) -> None:
+    def __init__(
+        self, number: int, *, silence: float, reject: Callable[[Peer], object] = lambda peer: None
+    ) -> None:
+        self.number = number
         self.ranks: dict[int, Rank] = {}
         self.world: int | None = None
+        self.nodes: int | None = None  # that take part
+        self.ended: dict[Peer, str] = {}  # how the processes of a node ended, in words
+        self.how: dict[int, str] = {}  # how the process of a rank ended, if not with status 0
         self.failures: list[Failure] = []
         self.saved = -1  # the newest step saved
         self.trained = False
-        self._silence = silence
+        self._silence, self._reject = silence, reject
         self._of: dict[Peer, Rank] = {}
 
     def hear(self, event: Event) -> None:
-        """Process an event of a lifeline."""
+        """Process an event of a rank's lifeline."""
         if event.kind == "said" and event.message.get("event") == "start":
             self._start(event.peer, event.message)
             return
@@ -85,7 +96,8 @@ class Roll:
         if event.kind == "gone":
             rank.here = False
             if rank.last_word is None:
-                self.fail(Failure(f"{rank.name} died without a word", f"it was: {rank.was}"))
+                where = f"{rank.name} died without a word"
+                self.fail(Failure(where, f"it was: {rank.was}", rank=rank.number))
         elif event.kind == "silent":
             seconds = event.message["seconds"]
             self.fail(
@@ -98,9 +110,20 @@ class Roll:
         else:
             self._take(rank, event.message)
 
+    def exit(self, rank: int, how: str) -> None:
+        """A rank's process has ended; `how` is "" for status 0."""
+        if how:
+            self.how[rank] = how
+            if rank not in self.ranks:
+                self.fail(Failure(f"rank {rank} ended before it could report", "", rank=rank))
+
     def fail(self, failure: Failure) -> None:
         """Record a failure."""
         self.failures.append(failure)
+
+    def launchers_ended(self) -> bool:
+        """Whether every node's processes have ended."""
+        return self.nodes is not None and len(self.ended) >= self.nodes
 
     def all_here(self) -> bool:
         """Whether every rank has started."""
@@ -124,7 +147,7 @@ class Roll:
         return next(iter(causes or self.failures), None)
 
     def verdict(self) -> int:
-        """The job's true exit status: 0 only if every rank said done."""
+        """The attempt's true exit status: 0 only if every rank said done."""
         cause = self.cause()
         if cause is not None and cause.kind in _HOPELESS:
             return STATUS_CONFIG
@@ -135,6 +158,9 @@ class Roll:
 
     def _start(self, peer: Peer, message: dict[str, Any]) -> None:
         number, world = int(message["rank"]), int(message["world"])
+        if int(message["attempt"]) != self.number:
+            self._reject(peer)
+            return
         rank = Rank(number, str(message["host"]), int(message["pid"]), peer)
         other = self.ranks.get(number)
         if other is not None and other.here:

@@ -18,6 +18,7 @@ from megagrow.cluster.network import choose_gloo_interface, free_port, require_f
 from megagrow.engine.deepspeed import privates
 from megagrow.engine.groups import Groups, make_groups
 from megagrow.engine.precision import on_gpu
+from megagrow.engine.store import BoundedStore
 from megagrow.errors import MegagrowError
 from megagrow.state.layout import Layout
 from megagrow.transfer.ends import Operation
@@ -100,14 +101,16 @@ class Comm:
         rows: list[list[float]] = torch.stack(out).tolist()
         return rows
 
-    def store(self) -> Any:
+    def store(self, seconds: float = _STORE_SECONDS) -> BoundedStore:
         """The job's key-value store, on a connection that belongs to the caller.
 
         Safe to use from any thread, even while another thread waits in a collective.
+
+        Args:
+            seconds: timeout of an operation.
         """
         store = privates.default_store().clone()
-        store.set_timeout(timedelta(seconds=_STORE_SECONDS))
-        return store
+        return BoundedStore(store, seconds)
 
     def limit_collectives(self, seconds: float) -> None:
         """Set a timeout for every collective of every group; call again after creating groups."""

@@ -147,21 +147,20 @@ def test_train_in_the_place_of_a_script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = ["train", "--config", "c"]
     launchers.require_script(script)
-    module = ("megagrow", *script)
-    here = launchers.here(script, ranks=2, port=1, environ={}).words
-    assert here[-5:] == ("--module", *module)
-    node = launchers.on_node(
-        script, nodes=1, node=0, ranks=1, master="a", port=1, environ={}
+    assert launchers.rank(script)[-5:] == ["-m", "megagrow", *script]
+    monkeypatch.setattr(launchers.shutil, "which", lambda *_, **__: "/usr/bin/pdsh")
+    over_ssh = launchers.over_ssh(
+        script, hosts=[], master="a", port=1, environ={}, also=[], directory=tmp_path
     ).words  # fmt: skip
-    assert node[-5:] == ("-m", *module)
+    assert over_ssh[-5:] == ("--module", "megagrow", *script)
     (tmp_path / "train").write_text("")  # a script of this name is one
-    assert launchers.here(script, ranks=2, port=1, environ={}).words[-3:] == tuple(script)
+    assert launchers.rank(script)[-4:] == ["-u", *script]
     with pytest.raises(MegagrowError, match="the script to start is missing"):
         launchers.require_script(["grow"])
 
 
 def test_a_supervised_job_of_the_installed_command(dataset, tmp_path):
-    """Away from the checkout: DeepSpeed's launcher starts the module."""
+    """Away from the checkout: the module is started."""
     config = write_config(
         tmp_path / "run.yaml", settings(dataset, tmp_path / "run", stages=[{"until": {"steps": 2}}])
     )

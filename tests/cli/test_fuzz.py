@@ -71,8 +71,7 @@ def start_nothing(monkeypatch):
     import torch.multiprocessing
 
     from benchmarks import commands
-    from megagrow.cluster import supervisor
-    from megagrow.cluster.nodes import Agent
+    from megagrow.cli import supervise
     from megagrow.engine import comm
     from megagrow.savings import command as saving
 
@@ -82,8 +81,7 @@ def start_nothing(monkeypatch):
     for module in (commands.departing, commands.converting, commands.fused):
         monkeypatch.setattr(module, "measure", would_start)
     monkeypatch.setattr(torch.multiprocessing, "spawn", would_start)
-    monkeypatch.setattr(supervisor.Supervisor, "run", would_start)
-    monkeypatch.setattr(Agent, "run", would_start)
+    monkeypatch.setattr(supervise, "_hub", would_start)
 
 
 def commands(home):

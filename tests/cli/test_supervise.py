@@ -14,21 +14,39 @@ def supervise():
     return command("supervise")
 
 
-def node_job(supervise, *words, **environ):
-    return supervise._node_job(supervise.parse([*words, "script.py"]), environ)
+SECRET = "0123456789abcdef"
 
 
-def test_not_a_job_of_nodes(supervise):
-    assert node_job(supervise, MEGAGROW_TOKEN="t", SLURM_JOB_ID="7", SLURM_NNODES="2") is None
+def place(supervise, *words, **environ):
+    return supervise.place_of(supervise.parse([*words, "script.py"]), environ)
+
+
+def test_a_job_of_this_machine(supervise):
+    """Other variables of a scheduler do not make it one of many nodes; each has its own secret."""
+    environ = {"MEGAGROW_SECRET": SECRET, "SLURM_JOB_ID": "7", "SLURM_NNODES": "2"}
+    found = [place(supervise, **environ) for _ in range(2)]
+    assert {(p.host, p.address, p.decides, p.nodes) for p in found} == {
+        ("127.0.0.1", "127.0.0.1", True, (1, 1))
+    }
+    assert len({p.secret for p in found} | {SECRET.encode()}) == 3
 
 
 def test_nodes_by_hand(supervise):
-    job = node_job(
-        supervise, "--nnodes", "2", "--node-rank", "1", "--master", "[fd00::1]:29400",
-        "--ranks", "4", MEGAGROW_TOKEN="t",
-    )  # fmt: skip
-    assert (job.nodes, job.node, job.master, job.port) == (2, 1, "fd00::1", 29400)
-    assert (job.ranks, job.token) == (4, "t")
+    words = ["--nnodes", "2:8", "--node-rank", "1", "--master", "[fd00::1]:29400"]
+    found = place(supervise, *words, MEGAGROW_SECRET=SECRET)
+    assert (found.nodes, found.decides, found.host, found.port) == ((2, 8), False, "fd00::1", 29400)
+    assert found.secret == SECRET.encode()
+
+
+def test_which_node_decides(supervise):
+    """By its number, or else whose address --master is."""
+    words = ["--nnodes", "2", "--master", "localhost:29400"]
+    found = place(supervise, *words, MEGAGROW_SECRET=SECRET)
+    assert (found.decides, found.address) == (None, "127.0.0.1")
+    found = place(supervise, *words, "--node-rank", "0", MEGAGROW_SECRET=SECRET)
+    assert found.decides is True
+    words[-1] = "192.0.2.77:29400"
+    assert place(supervise, *words, MEGAGROW_SECRET=SECRET).decides is False
 
 
 def test_nodes_of_slurm(supervise, tmp_path, monkeypatch):
@@ -38,40 +56,47 @@ def test_nodes_of_slurm(supervise, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     environ = {
         "SLURM_JOB_ID": "1234567", "SLURM_STEP_NUM_NODES": "3", "SLURM_NODEID": "2",
-        "SLURM_STEP_NODELIST": "a7,a8,b1",
+        "SLURM_STEP_NODELIST": "a7,a8,b1", "MEGAGROW_SECRET": SECRET,
     }  # fmt: skip
-    job = node_job(supervise, "--scheduler", "slurm", **environ)
-    assert (job.nodes, job.node, job.master, job.port) == (3, 2, "a7", 24567)
-    # Without a token, the job's number separates it from other jobs.
-    assert job.token == "1234567"
+    found = place(supervise, "--scheduler", "slurm", **environ)
+    assert (found.nodes, found.decides, found.host, found.port) == ((3, 3), False, "a7", 24567)
+    # Fewer will do: --nnodes comes first.
+    assert place(supervise, "--scheduler", "slurm", "--nnodes", "2:3", **environ).nodes == (2, 3)
 
 
 def test_slurm_without_scontrol(supervise, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"scontrol(.|\n)*give --master"):
-        node_job(supervise, "--scheduler", "slurm", SLURM_JOB_ID="1", SLURM_STEP_NODELIST="a")
+        place(supervise, "--scheduler", "slurm", SLURM_JOB_ID="1", SLURM_STEP_NODELIST="a")
 
 
 def test_nodes_of_kubernetes(supervise):
-    job = node_job(
-        supervise, "--scheduler=kubernetes", JOB_COMPLETION_INDEX="0", MEGAGROW_NODES="2",
-        MEGAGROW_MASTER="run-0.run:29400", MEGAGROW_TOKEN="uid",
+    found = place(
+        supervise, "--scheduler=kubernetes", JOB_COMPLETION_INDEX="1", MEGAGROW_NODES="2",
+        MEGAGROW_MASTER="run-0.run:29400", MEGAGROW_SECRET=SECRET,
     )  # fmt: skip
-    assert (job.nodes, job.node, job.master, job.port) == (2, 0, "run-0.run", 29400)
+    assert (found.nodes, found.decides, found.host, found.port) == (
+        (2, 2),
+        False,
+        "run-0.run",
+        29400,
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "environ", "parts"),
     [
-        (["--nnodes", "2"], {}, ["--node-rank, --master, MEGAGROW_TOKEN not given"]),
-        (["--scheduler", "slurm"], {}, ["--nnodes, --node-rank, --master, MEGAGROW_TOKEN"]),
-        (["--scheduler", "kubernetes"], {"MEGAGROW_NODES": "2"}, ["--node-rank, --master"]),
-        (["--nnodes", "2", "--node-rank", "2", "--master", "a:1"], {"MEGAGROW_TOKEN": "t"},
+        (["--nnodes", "2"], {}, ["--master, MEGAGROW_SECRET not given"]),
+        (["--scheduler", "slurm"], {}, ["--nnodes, --master, MEGAGROW_SECRET not given"]),
+        (["--scheduler", "kubernetes"], {"MEGAGROW_NODES": "2"}, ["--master, MEGAGROW_SECRET"]),
+        (["--nnodes", "2", "--master", "a:1"], {"MEGAGROW_SECRET": "short"},
+         ["MEGAGROW_SECRET: too short", "openssl rand"]),
+        (["--nnodes", "2", "--node-rank", "2", "--master", "a:1"], {"MEGAGROW_SECRET": SECRET},
          ["--node-rank", "found:    2", "0 to 1"]),
         (["--nnodes", "2", "--node-rank", "0", "--master", "a:1", "--hostfile", "h"],
-         {"MEGAGROW_TOKEN": "t"}, ["--hostfile as well"]),
+         {"MEGAGROW_SECRET": SECRET}, ["--hostfile as well"]),
         (["--hostfile", "/no/such/file"], {}, ["--hostfile /no/such/file: cannot be read"]),
-        (["--nnodes", "2", "--node-rank", "0", "--master", "a"], {"MEGAGROW_TOKEN": "t"},
+        (["--nnodes", "2", "--node-rank", "0", "--master", "a"], {"MEGAGROW_SECRET": SECRET},
          ["--master", "HOST:PORT"]),
     ],
 )  # fmt: skip
@@ -85,7 +110,17 @@ def test_what_does_not_go_together(supervise, monkeypatch, capsys, tmp_path, wor
     assert said.count("error: ") == 1
 
 
-@pytest.mark.parametrize("words", [["--ranks", "0"], ["--ranks", "x"], ["--scheduler", "pbs"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--ranks", "0"],
+        ["--ranks", "x"],
+        ["--scheduler", "pbs"],
+        ["--nnodes", "3:2"],
+        ["--nnodes", "0"],
+        ["--nnodes", "2:"],
+    ],
+)
 def test_options_that_are_wrong(supervise, capsys, words):
     with pytest.raises(SystemExit) as stop:
         supervise.main([*words, str(PRETRAIN)])

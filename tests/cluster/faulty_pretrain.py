@@ -1,8 +1,8 @@
 """launch/pretrain.py with faults injected into ranks, each once.
 
 MEGAGROW_FAULTS is a directory for notes, then `rank:function:count:what`, separated by spaces:
-at its count-th call of the megagrow function of that name, the rank is killed (`kill`), or
-pauses for some seconds (`pause`), after leaving a note that this was done.  With
+at its count-th call of the megagrow function of that name, the rank is killed (`kill`), pauses for
+some seconds (`pause`) or does nothing more (`hang`), after leaving a note of it.  With
 `first/function` the calls count from the first call of `first`.
 """
 
@@ -48,7 +48,7 @@ def watch_for(function: str, left: int, what: str, note: Path) -> None:
                 note.touch()
                 if what == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(4)
+                time.sleep(600 if what == "hang" else 4)
 
     threading.setprofile(watch)
     sys.setprofile(watch)

@@ -23,7 +23,7 @@ def test_what_is_carried():
     environ = {
         "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "MEGAGROW_JOB": "x", "HF_HOME": "/h",
         "OMP_NUM_THREADS": "1", "PYTHONPATH": "/p", "DS_ACCELERATOR": "cpu", "HOME": "/root",
-        "HOSTNAME": "here", "MINE": "1", "OUR_A": "2", "SECRET": "3", "MEGAGROW_TOKEN": "t",
+        "HOSTNAME": "here", "MINE": "1", "OUR_A": "2", "SECRET": "3", "MEGAGROW_SECRET": "t",
     }  # fmt: skip
     assert set(carried(environ, also=["MINE", "OUR_"])) == {
         "NCCL_DEBUG", "GLOO_SOCKET_IFNAME", "MEGAGROW_JOB", "HF_HOME", "OMP_NUM_THREADS",

@@ -5,6 +5,7 @@ Every host's name resolves to its own loopback address, as Debian's installer le
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.skipif(missing() != "", reason=missing() or "-")
 
 PRETRAIN = Path(__file__).parent / "faulty_pretrain.py"
 SUPERVISE = REPOSITORY / "launch" / "supervise.py"
+SECRET = "0123456789abcdef"
 PATIENT = 500  # seconds, for a whole job on a machine with other work
 
 
@@ -74,12 +76,12 @@ class Jobs:
             "login", ["--hostfile", self.hostfile, *options], faults, overrides=overrides
         )
 
-    def on_nodes(self, *options, faults=(), overrides=()):
+    def on_nodes(self, *options, faults=(), overrides=(), numbers=(0, 1)):
         port = 20_000 + os.getpid() % 5000
         common = ["--nnodes", "2", "--master", f"h0:{port}", "--ranks", "2", *options]
         return [
             self._start(f"h{n}", [*common, "--node-rank", str(n)], faults, overrides=overrides)
-            for n in (0, 1)
+            for n in numbers
         ]
 
     def _start(self, host, options, faults, *, overrides):
@@ -94,7 +96,7 @@ class Jobs:
         with log.open("w") as stream:
             process = self.hosts.start(
                 host, words, stdout=stream, stderr=subprocess.STDOUT,
-                environ={"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MEGAGROW_TOKEN": "t",
+                environ={"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MEGAGROW_SECRET": SECRET,
                          "PYTHONPATH": REPOSITORY, **environ,
                          "MEGAGROW_FAULTS": " ".join([str(self.notes), *faults])},
             )  # fmt: skip
@@ -107,7 +109,7 @@ class Jobs:
         while not condition():
             said = "\n".join(p.log.read_text() for p in self.started)
             ended = all(p.poll() is not None for p in self.started)
-            assert not ended and time.monotonic() < end, f"no {what}:\n{said}"
+            assert (condition() or not ended) and time.monotonic() < end, f"no {what}:\n{said}"
             time.sleep(0.05)
 
     def wait_for_note(self, fault):
@@ -121,7 +123,7 @@ class Jobs:
             process.kill()
             process.wait()
         for host in ["login", *self.hosts.names]:
-            for word in ("supervise.py", "deepspeed", "torch.distributed.run", "pretrain.py"):
+            for word in ("supervise.py", "deepspeed", "pretrain.py"):
                 for pid in self.hosts.processes(host, word):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
@@ -162,7 +164,8 @@ def test_torchrun_and_ranks_that_are_killed(jobs, config, undisturbed):
     said = ended[0][1]
     for rank, host in ((3, "h1"), (1, "h0"), (2, "h1")):
         assert f"error: rank {rank} on {host} (pid " in said, said
-    assert said.count("died without a word") == said.count("starting again") == 3
+    died = re.findall(r"^error: rank .* died without a word$", said, re.MULTILINE)
+    assert len(died) == said.count("starting again") == 3
     assert trajectory(log_of(config)) == undisturbed
     assert len(list(jobs.notes.iterdir())) == 3 and jobs.hosts.ranks() == {}
 
@@ -232,8 +235,9 @@ def test_a_host_is_cut_off_under_torchrun(jobs):
     jobs.hosts.cut("h1")
     ended = [finish(process) for process in processes]
     assert [status for status, _ in ended] == [1, 1], ended
-    assert "node 1 (h1)" in ended[0][1] or "on h1 (pid" in ended[0][1]
-    assert "node 0 (h0): nothing was heard from the supervisor" in ended[1][1]
+    assert "node h1" in ended[0][1] or "on h1 (pid" in ended[0][1]
+    assert "supervise: h1: the supervisor at " in ended[1][1]
+    assert "nothing was heard from the supervisor" in ended[1][1]
     jobs.wait_for(lambda: jobs.hosts.ranks() == {}, "end of all ranks")
 
 
@@ -262,7 +266,7 @@ def test_pdsh_is_killed(jobs):
     [pid, *_] = jobs.hosts.processes("login", "pdsh -S")
     os.kill(pid, signal.SIGKILL)
     status, said = finish(process)
-    assert status == 1 and "the launcher ended with status 0" in said, said
+    assert status == 1 and "the launcher ended: exit status 0" in said, said
     assert jobs.hosts.ranks() == {}
 
 
@@ -282,3 +286,29 @@ def test_a_host_that_is_missing(jobs):
     status, said = finish(jobs.over_ssh("--restarts", "0"))
     assert status == 1 and "1 of 2 hosts cannot take part" in said
     assert "found:    h7: ssh: Could not resolve hostname h7" in said
+
+
+@pytest.mark.cluster
+def test_nodes_that_come_and_go(jobs, config):
+    """Two ranks go on in another layout while a host is cut off; with it again there are four."""
+
+    def worlds():
+        log = Path(config).parent / "run" / "metrics.jsonl"
+        lines = log_of(config) if log.exists() else []
+        return [x["world"] for x in lines if x["event"] in ("run_start", "resume")]
+
+    overrides = ["stages.2.until.steps=900"]
+    first, second = jobs.on_nodes("--nnodes", "1:2", faults=[PAUSE], overrides=overrides)
+    jobs.wait_for_note(PAUSE)
+    jobs.hosts.cut("h1")
+    jobs.wait_for(lambda: worlds() == [4, 2], "two ranks alone")
+    assert finish(second)[0] == 1
+    jobs.hosts.heal("h1")
+    again = jobs.on_nodes("--nnodes", "1:2", faults=[PAUSE], overrides=overrides, numbers=(1,))[0]
+    jobs.wait_for(lambda: worlds() == [4, 2, 4], "four ranks again")
+    for pid in jobs.hosts.processes("h1", "supervise.py"):
+        os.kill(pid, signal.SIGTERM)
+    status, said = finish(first)
+    assert (status, finish(again)[0]) == (75, 75), said
+    assert "a further node is there: 2 ranks are told to save and stop" in said
+    jobs.wait_for(lambda: jobs.hosts.ranks() == {}, "end of all ranks")

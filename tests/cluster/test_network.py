@@ -81,3 +81,22 @@ def test_a_port_that_is_taken():
             {"RANK": "0", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
         )
     network.require_free_port({"RANK": "0", "MASTER_PORT": port})
+
+
+def test_the_address_to_listen_on(monkeypatch):
+    assert network.address_of_name("localhost") in ("127.0.0.1", "::1")
+    assert network.address_of_name("127.0.0.1") == "127.0.0.1"
+    names = {"h0": ["127.0.1.1"], "h1": ["10.1.1.2"]}
+    monkeypatch.setattr(network, "addresses_of", lambda host: names.get(host, []))
+    monkeypatch.setattr(network, "_interfaces", lambda: [("lo", "127.0.0.1"), ("a", "10.1.1.1")])
+    assert network.address_of_name("h0") == "10.1.1.1"
+    assert network.address_of_name("h1") == "10.1.1.2"
+    more = [("lo", "127.0.0.1"), ("a", "10.1.1.1"), ("b", "10.2.1.1")]
+    monkeypatch.setattr(network, "_interfaces", lambda: more)
+    with pytest.raises(ConfigError, match=r"10\.1\.1\.1, 10\.2\.1\.1(.|\n)*--address"):
+        network.address_of_name("h0")
+
+
+def test_which_host_this_is():
+    assert network.is_here("localhost") and network.is_here("127.0.0.1")
+    assert not network.is_here("192.0.2.77") and not network.is_here("no-such-host.invalid")

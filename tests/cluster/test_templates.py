@@ -13,17 +13,21 @@ import yaml
 from tests.jobs import REPOSITORY, settings, write_config
 
 HERE = Path(__file__).parent
-SLURM = REPOSITORY / "configs" / "cluster" / "slurm.sh"
-KUBERNETES = REPOSITORY / "configs" / "cluster" / "kubernetes.yaml"
+TEMPLATES = REPOSITORY / "configs" / "cluster"
+SLURM, KUBERNETES = TEMPLATES / "slurm.sh", TEMPLATES / "kubernetes.yaml"
+SLURM_TORCHRUN = TEMPLATES / "slurm_torchrun.sh"
+KUBERNETES_TORCHRUN = TEMPLATES / "kubernetes_torchrun.yaml"
 
 # Starts one task per node, locally; passes SIGUSR1 to each, as Slurm does for --signal.
 SRUN = """
 import os, signal, subprocess, sys
 nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
 words = sys.argv[1:]
-words = words[words.index("python"):]
+program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+[start] = [i for i, word in enumerate(words) if word in program]
+words = program[words[start]] + words[start + 1:]
 tasks = [
-    subprocess.Popen([sys.executable, *words[1:]], env={**os.environ, "SLURM_NODEID": str(n),
+    subprocess.Popen(words, env={**os.environ, "SLURM_NODEID": str(n),
         "SLURM_STEP_NUM_NODES": str(nodes), "SLURM_STEP_NODELIST": "node[0-1]"})
     for n in range(nodes)
 ]
@@ -57,9 +61,9 @@ def place(tmp_path):
     return tmp_path
 
 
-def submit(place, *words):
+def submit(place, *words, template=SLURM, **environ):
     return subprocess.Popen(
-        ["bash", SLURM, "run.yaml", "--dir", place, *map(str, words)],
+        ["bash", template, "run.yaml", "--dir", place, *map(str, words)],
         cwd=place / "bin",
         env={
             **os.environ,
@@ -69,6 +73,7 @@ def submit(place, *words):
             "SLURM_JOB_ID": str(os.getpid()),
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_GPUS_ON_NODE": "2",
+            **environ,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -77,7 +82,7 @@ def submit(place, *words):
 
 
 def finish(process):
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=300)
     return process.returncode, said
 
 
@@ -94,10 +99,24 @@ def test_slurm(place):
     assert asked_of_slurm(place) == []
 
 
+def test_slurm_where_fewer_nodes_will_do(place):
+    status, said = finish(submit(place, "--steps", 3, NNODES="1:2"))
+    assert status == 0, said
+    assert (place / "starts_3").read_text().split()[2] == "4"
+
+
+def test_slurm_by_torchrun(place):
+    words = ["--steps", 3]
+    environ = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2"}
+    status, said = finish(submit(place, *words, template=SLURM_TORCHRUN, **environ))
+    assert status == 0, said
+    assert [(place / f"starts_{n}").read_text().split()[2] for n in range(4)] == ["4"] * 4
+
+
 def test_slurm_before_its_time_limit(place):
     process = submit(place, "--steps", 9999)
     saved = place / "saved"
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not saved.exists():
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
@@ -151,13 +170,45 @@ def test_kubernetes_says_what_it_must():
     assert float(stop[7:]) < pod["terminationGracePeriodSeconds"]
 
 
+def test_kubernetes_by_torchrun(place):
+    """The container's own command, as the training operator starts it."""
+    [job] = yaml.safe_load_all(KUBERNETES_TORCHRUN.read_text())
+    assert (job["kind"], job["apiVersion"]) == ("PyTorchJob", "kubeflow.org/v1")
+    replicas, policy = job["spec"]["pytorchReplicaSpecs"], job["spec"]["elasticPolicy"]
+    [worker] = replicas.values()
+    assert list(replicas) == ["Worker"] and worker["replicas"] == policy["maxReplicas"]
+    assert policy["rdzvBackend"] == "c10d" and worker["restartPolicy"] == "ExitCode"
+    pod = worker["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["name"] == "pytorch"  # the operator looks for this name
+    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    [program, *words] = container["command"]
+    assert program == "torchrun" and words[:2] == ["launch/pretrain.py", "--config"]
+    given = {"PET_NNODES": f"{policy['minReplicas']}:{policy['maxReplicas']}",
+             "PET_NPROC_PER_NODE": "1", "PET_RDZV_BACKEND": policy["rdzvBackend"],
+             "PET_RDZV_ENDPOINT": "localhost:29477", "PET_RDZV_ID": "run",
+             "PET_MAX_RESTARTS": str(policy["maxRestarts"])}  # fmt: skip
+    pods = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "launch/pretrain.py", "--config",
+             "run.yaml", "--dir", str(place)],
+            cwd=place, env={**os.environ, "PYTHONPATH": str(REPOSITORY), **given},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for _ in range(policy["maxReplicas"])
+    ]  # fmt: skip
+    ended = [finish(pod) for pod in pods]
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert (place / "starts_1").read_text().split()[2] == "2"
+
+
 def test_kubernetes_pods(place):
     """The container's own command, once per index, with its pods' names as localhost."""
     _, job = yaml.safe_load_all(KUBERNETES.read_text())
     [container] = job["spec"]["template"]["spec"]["containers"]
     words = [w.replace("--ranks=8", "--ranks=2") for w in container["command"]]
     words[words.index("/shared/run.yaml")] = "run.yaml"
-    given = {entry["name"]: entry.get("value", "uid") for entry in container["env"]}
+    given = {entry["name"]: entry.get("value", "0123456789abcdef") for entry in container["env"]}
     port = given["MEGAGROW_MASTER"].rpartition(":")[2]
     pods = [
         subprocess.Popen(

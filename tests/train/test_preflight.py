@@ -143,6 +143,21 @@ def test_too_little_disk(config):
     assert "larger disk" in message and "checkpoint.keep" not in message
 
 
+def lie_about_settings(rank):
+    """Rank 1 has another configuration, which its own files may say."""
+    play_two_hosts(rank)
+    flat = preflight._flat
+    if rank == 1:
+        more = {"": [("optimizer.other", 7)]}
+        preflight._flat = lambda value, key="": [*flat(value, key), *more.get(key, [])]
+
+
+def test_another_configuration_is_refused_by_all(config):
+    message = one_by_one(config, (lie_about_settings,))
+    assert "found:    optimizer.other = 7 for rank 1 on h1" in message
+    assert "expected: no optimizer.other, as rank 0 on h0 has" in message
+
+
 def test_hosts_that_agree(config):
     [outcomes] = launch(3, ["--config", config, "train.stop_after_steps=1"],
                         hook=(play_two_hosts,))  # fmt: skip

@@ -7,6 +7,7 @@ the same error, which names the hosts.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import platform
 import secrets
@@ -14,7 +15,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ from megagrow.train.opening import existing, require_disk
 from megagrow.train.run_plan import RunPlan
 
 CLOCK_SKEW = 30.0  # seconds between two hosts
+_KINDS: dict[str, type[MegagrowError]] = {
+    kind.__name__: kind for kind in (ConfigError, DataError, TrainingError)
+}
+_number = itertools.count()  # several jobs may run in one process, one after the other
 _SEEN_WITHIN = 10.0  # seconds until a file on a network file system is visible on other hosts
 
 
@@ -69,25 +74,64 @@ def preflight(*, config: Config, plan: RunPlan, data: PreparedData, comm: Comm) 
         DataError: a host has another dataset.
         TrainingError: clocks differ too much, too little disk, or a run.dir that is not shared.
     """
-    settings = dict(_flat(config.model_dump(mode="json", by_alias=True)))
-    comm.barrier()
-    facts = comm.all_gather(
-        Facts(
-            rank=comm.rank,
-            host=socket.gethostname(),
-            code=code_hash(),
-            versions=_versions(),
-            config=hashlib.sha256(repr(settings).encode()).hexdigest()[:16],
-            data=data.fingerprint,
-            clock=time.time(),
-        )
-    )
-    require_agreement(facts, settings_of=lambda: comm.all_gather(settings))
-    require_clocks(facts)
+    hosts = compare(config=config, data=data, comm=comm)
     run_dir = Path(config.run.dir)
-    hosts = {fact.host: fact.rank for fact in reversed(facts)}  # its first rank
     require_shared(run_dir, comm=comm, witnesses=sorted(hosts.values()))
     on_first(comm, lambda: require_disk(config, plan))
+
+
+def compare(*, config: Config, data: PreparedData, comm: Comm) -> dict[str, int]:
+    """Refuse on all ranks if hosts differ; returns the first rank of each host.
+
+    Over the job's store and in JSON: ranks of other versions need not understand each other's
+    pickles.  Rank 0 compares, and tells the others what it found.
+
+    Raises:
+        MegagrowError: as `preflight`.
+    """
+    settings = dict(_flat(config.model_dump(mode="json", by_alias=True)))
+    mine = Facts(
+        rank=comm.rank,
+        host=socket.gethostname(),
+        code=code_hash(),
+        versions=_versions(),
+        config=hashlib.sha256(repr(settings).encode()).hexdigest()[:16],
+        data=data.fingerprint,
+        clock=time.time(),
+    )
+    if comm.world == 1:
+        return {mine.host: 0}
+    store, name = comm.store(config.watch.slow), f"megagrow/preflight/{next(_number)}"
+    rank, world = comm.rank, comm.world
+    try:
+        store.gather(f"{name}/here", True, rank=rank, world=world)
+        store.broadcast(f"{name}/now", True, rank=rank)  # so that all read their clocks at once
+        row = asdict(replace(mine, clock=time.time())) | {"settings": settings}
+        rows = store.gather(f"{name}/facts", row, rank=rank, world=world)
+        found: dict[str, Any] = {"hosts": {}}
+        if rows is not None:
+            all_settings = [row.pop("settings") for row in rows]
+            facts = [Facts(**row) for row in rows]
+            try:
+                require_agreement(facts, settings_of=lambda: all_settings)
+                require_clocks(facts)
+                found["hosts"] = {fact.host: fact.rank for fact in reversed(facts)}
+            except MegagrowError as error:
+                found |= {"kind": type(error).__name__, "text": str(error)}
+        found = store.broadcast(f"{name}/found", found, rank=rank)
+        # Rank 0 may hold the store, and ends if it refuses.
+        store.gather(f"{name}/seen", True, rank=rank, world=world)
+    except (OSError, RuntimeError) as error:  # torch.distributed's own errors are RuntimeErrors
+        raise TrainingError(
+            f"rank {rank} on {mine.host}: the ranks could not be compared before the start",
+            found=str(error).splitlines()[0],
+            expected=f"every rank within watch.slow = {config.watch.slow:g} s",
+            fix="see the logs of the ranks in run.dir/logs",
+        ) from error
+    if "kind" in found:
+        raise _KINDS[found["kind"]](found["text"])
+    hosts: dict[str, int] = found["hosts"]
+    return hosts
 
 
 # --- what must be the same ------------------------------------------------------------------
