@@ -21,7 +21,8 @@ WITHOUT_PROCESSES = {
     "growth", "forecast", "schedule", "data", "report",
 }  # fmt: skip
 WITHOUT_PYTORCH = {"errors", "files", "background", "processes", "lock", "arguments", "cluster"}
-ON_PYTORCH = {"cluster/agent.py"}  # stands on its elastic agent; no rank imports it
+# Stand on its elastic agent; no rank imports them.
+ON_PYTORCH = {"cluster/agent.py", "cluster/rendezvous.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from megagrow.cluster.environment import require_one_task
 from megagrow.cluster.network import choose_gloo_interface, free_port, require_free_port
-from megagrow.engine.deepspeed import privates
 from megagrow.engine.groups import Groups, make_groups
 from megagrow.engine.precision import on_gpu
 from megagrow.engine.store import BoundedStore
@@ -109,11 +108,15 @@ class Comm:
         Args:
             seconds: timeout of an operation.
         """
+        from megagrow.engine.deepspeed import privates  # imports DeepSpeed, which takes seconds
+
         store = privates.default_store().clone()
         return BoundedStore(store, seconds)
 
     def limit_collectives(self, seconds: float) -> None:
         """Set a timeout for every collective of every group; call again after creating groups."""
+        from megagrow.engine.deepspeed import privates  # imports DeepSpeed, which takes seconds
+
         privates.limit_collectives(seconds)
 
     def sum_ints(self, value: int) -> int:
@@ -161,6 +164,8 @@ def start(seconds: float = 600.0) -> Comm:
     torch.set_flush_denormal(True)
     # DeepSpeed 0.19 calls collectives by names for which PyTorch 2.13 warns at every first use.
     warnings.filterwarnings("ignore", "`torch.distributed", category=FutureWarning)
+    from megagrow.engine.deepspeed import privates  # imports DeepSpeed, which takes seconds
+
     privates.skip_shared_memory_op()
     if not on_gpu():
         privates.allow_fp16_on_cpu()
@@ -191,6 +196,8 @@ def _settle_imports() -> None:
 
     Each growth runs one collection to free the old DeepSpeed engine; it would take a second.
     """
+    from megagrow.engine.deepspeed import privates
+
     privates.import_early()
     gc.collect()
     gc.freeze()

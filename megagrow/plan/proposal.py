@@ -143,7 +143,7 @@ def propose(
 def _recount(schedule: Schedule, law: ScalingLaw) -> Schedule:
     """The same stages, with parameters counted as another law counts them."""
     target = schedule.stages[-1].size
-    names = ("depth", "width")
+    names = ("depth_stack", "width")  # any of each kind
     counted = {(s.depth, s.width): s for s in sizes_towards(target.model, law, operators=names)}
     return replace(
         schedule,

@@ -21,8 +21,16 @@ DOCUMENTED = {
 }  # fmt: skip
 # PyTorch documents the foreach operations under these names.
 ALLOWED = re.compile(r"torch\._foreach_\w+")
-# Outside the engine: the class by whose name PyTorch's reader finds the place of a tensor.
-ELSEWHERE = {"checkpoint/formats/dcp/sink.py": {"torch.distributed.checkpoint.filesystem"}}
+# Outside the engine. Of checkpoints: the class by whose name PyTorch's reader finds the place of a
+# tensor.
+# Of the elastic agent, the classes that its own documentation says to derive from.
+ELSEWHERE = {
+    "checkpoint/formats/dcp/sink.py": {"torch.distributed.checkpoint.filesystem"},
+    "cluster/agent.py": {
+        "torch.distributed.elastic.multiprocessing.api",
+        "torch.distributed.elastic.rendezvous.dynamic_rendezvous",
+    },
+}
 
 
 def origin(name: str) -> tuple[object, str]:

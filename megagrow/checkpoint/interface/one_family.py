@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 from megagrow.config import ModelConfig
@@ -16,6 +17,10 @@ def one_family(
     fitting: Mapping[str, Found], *, where: str, family: str | None = None
 ) -> Found | None:
     """What belongs to the one family that a checkpoint fits; None if it fits none.
+
+    Of families that differ only in settings which a model may have, such as Mistral's window, it is
+    the one with the fewest: the files have no such settings, and without them the models compute
+    the same.
 
     Args:
         fitting: by the name of each family that it fits.
@@ -38,6 +43,7 @@ def one_family(
                 fix="leave --family out",
             )
         return fitting[family]
+    fitting = {name: found for name, found in fitting.items() if not _has_plainer(name, fitting)}
     if len(fitting) > 1:
         raise CheckpointError(
             f"{where}: fits several families, which compute different functions",
@@ -45,6 +51,15 @@ def one_family(
             fix=f"say which with --family, for instance --family {next(iter(fitting))}",
         )
     return next(iter(fitting.values()), None)
+
+
+def _has_plainer(name: str, fitting: Collection[str]) -> bool:
+    """Whether another family is the same but for settings that it lacks."""
+    mine = FAMILIES[name].architecture
+    return any(
+        replace(other, settings=mine.settings) == mine and other.settings < mine.settings
+        for other in (FAMILIES[one].architecture for one in fitting)
+    )
 
 
 def require_family(model: ModelConfig, *, where: str, family: str | None) -> None:

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from megagrow.engine.deepspeed.privates import pipeline_loss
 from megagrow.errors import ConfigError
 
 ToDevice = Callable[[np.ndarray], torch.Tensor]
@@ -83,6 +82,8 @@ class PipelineDriver:
 
     def loss_so_far(self) -> torch.Tensor | None:
         """Mean loss of the step's micro-batches, on the last pipeline stage."""
+        from megagrow.engine.deepspeed.privates import pipeline_loss  # imports DeepSpeed
+
         return pipeline_loss(self._engine)
 
     def evaluate(self, samples: np.ndarray, *, micro: int) -> tuple[float, int]:
