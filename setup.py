@@ -124,6 +124,7 @@ setup(
             "safetensors",
             "tokenizers",
             "transformers",
+            "types-PyYAML",
             "types-tqdm",
         ],
         "telemetry": ["prometheus-client", "wandb"],

@@ -532,7 +532,7 @@ def test_a_disk_that_refuses_is_told_of(data, tmp_path, capsys, monkeypatch):
     def refused(*arguments, **more):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "runs" / "log.txt"))
 
-    monkeypatch.setattr("megagrow.savings.campaign.train", refused)
+    monkeypatch.setattr("megagrow.savings.command.train", refused)
     assert command(path) == 1
     said = capsys.readouterr().err
     assert "runs: cannot be written or read" in said and "ENOSPC" in said
