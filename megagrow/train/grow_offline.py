@@ -274,8 +274,8 @@ def _native(source: Path) -> Path:
         target = Path("imports") / source.resolve().name
         raise CheckpointError(
             f"{at}: a checkpoint of format {other.name}; this growth is of a run's own",
-            fix=f"python launch/grow.py --from {at} --to {target}, for a result of that format; or "
-            f"a run that starts from it: init.from={at}, with the growth in stages[0].grow",
+            fix=f"python launch/grow.py --from {at} --to {target}; or start a run from it with "
+            f"init.from={at}, and the growth in stages[0].grow",
         ) from None
 
 

@@ -156,7 +156,7 @@ def start_model(source: CheckpointSource) -> ModelConfig:
             f"init.from: {source.path}: does not say which model it holds",
             expected="a section `model` in its configuration",
             fix=f"python launch/convert.py --from {source.path} --to imports/run --to-format "
-            "native --config RUN.yaml, with that model and no init in it; then "
+            "native --config RUN.yaml, with the model and no init in it; then "
             "init.from=imports/run",
         )
     return model

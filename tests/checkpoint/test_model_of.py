@@ -114,7 +114,9 @@ def test_a_checkpoint_from_before_tensors_had_roles_is_read_as_today(tmp_path, m
 MAY = {"dropout": 0.3, "init_std": 0.07, "mup": {"hidden": 8}, "sequence": None, "vocab": None,
        "activation_checkpointing": "full", "compile": True}  # fmt: skip
 MAY_NOT = {"family", "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "tie_embeddings",
-           "norm_eps", "rope_theta"}  # fmt: skip
+           "norm_eps", "rope_theta", "rope_scaling", "rope_fraction", "no_rope_every", "window",
+           "full_every", "attention_scale", "attention_softcap", "logit_softcap",
+           "head_norm_eps"}  # fmt: skip
 
 
 def test_every_model_setting_is_compared_or_known_not_to_change_the_function():

@@ -18,6 +18,7 @@ import yaml
 
 from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.convert.run import Job, convert
+from megagrow.checkpoint.convert.summary import describe
 from megagrow.cli import benchmark
 from megagrow.cluster import launchers
 from megagrow.config.load import known_keys, load_config
@@ -27,6 +28,7 @@ from megagrow.report import page
 from megagrow.train.checkpoints import fingerprints
 from megagrow.train.fingerprints import require_run, require_same_data
 from megagrow.train.grow_offline import plan_offline
+from megagrow.train.run_config import load_run
 from tests.checkpoint.states import save_model, to
 from tests.cli.fuzz import call, load
 from tests.jobs import REPOSITORY, main, settings, write_config
@@ -244,9 +246,22 @@ def a_growth_of_another_format(state):
 
     grow = GrowConfig(operator="width")
     fix = refuses(CheckpointError, plan_offline, state / "export", grow)
-    line = command_in(fix).replace("RUN.yaml", "run.yaml") + " --allow-other-tokenizer"
-    run_command(line)
-    plan_offline(Path(re.search(r"then --from (\S+)", fix)[1]), grow)
+    run_command(command_in(fix) + " --operator width")
+    assert "hidden 16" in describe(_opened(Path("imports/export")), format_name="", checksums="")
+
+
+def a_start_that_does_not_say_its_model(state):
+    config = load_config("run.yaml")
+    data = open_dataset(config.data.path)
+    model = config.model.model_copy(update={"vocab": data.vocab_size})
+    untold = {"run": {"seed": 1}}
+    path, _ = save_model(state / "bare", model, fingerprints=fingerprints(data), config=untold)
+    mapping = settings(data.path, state / "run", init={"from": str(path)})
+    write_config(state / "start.yaml", mapping)
+    fix = refuses(CheckpointError, load_run, "start.yaml")
+    run_command(command_in(fix).replace("RUN.yaml", "run.yaml"))
+    told = re.search(r"then (init.from=\S+)", fix)[1]
+    assert load_run("start.yaml", [told]).model == model
 
 
 def a_script_that_is_missing(state):
@@ -282,7 +297,8 @@ TRIED = {
     "free space, then python launch/report.py": a_report_that_cannot_be_written,
     "python launch/convert.py --from {} --to {}-for-run": weights_that_belong_to_no_run,
     "set data.path to the dataset of the run; or carry": weights_of_other_data,
-    "python launch/convert.py --from {} --to {} --to-format native": a_growth_of_another_format,
+    "python launch/grow.py --from {} --to {}": a_growth_of_another_format,
+    "python launch/convert.py --from {} --to imports/run": a_start_that_does_not_say_its_model,
     "python launch/supervise.py --ranks 2": a_script_that_is_missing,
     "clone megagrow's repository": a_benchmark_that_is_not_installed,
 }
