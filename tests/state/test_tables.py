@@ -15,7 +15,7 @@ from megagrow.state.optimizers import ADAMW, LION, OPTIMIZERS
 from megagrow.state.parts import _PARTS, PARTS, part_of
 from megagrow.state.precision import PRECISIONS, format_of
 from megagrow.state.roles import ROLES
-from tests.toys import FAMILIES, toy_model
+from tests.toys import FAMILIES, featured_models, toy_model
 
 
 def choices(section, key):
@@ -47,8 +47,9 @@ def test_every_schedule_has_a_shape():
 def test_every_role_has_a_part_and_every_axis_its_matrices():
     assert set(_PARTS) == set(ROLES) and set(_PARTS.values()) == set(PARTS)
     assert set(_CUTS) == set(AXES) - {"vocab", "position"}  # tables are no matrices of a block
-    for family in FAMILIES:
-        for tensor in build_catalog(toy_model(family=family, tie_embeddings=False)):
+    models = [toy_model(family=family, tie_embeddings=False) for family in FAMILIES]
+    for model in (*models, *featured_models().values()):
+        for tensor in build_catalog(model):
             assert set(tensor.axes) <= set(AXES)
             assert part_of(tensor) != "other"
 
