@@ -201,7 +201,7 @@ def outside(installed, directory, *words, status=0):
         env={**os.environ, "PYTHONPATH": str(installed)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
