@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from megagrow.errors import ConfigError
+from megagrow.processes import leave
 
 
 def under_launcher() -> bool:
@@ -97,3 +98,4 @@ def _rank_main(
     if rank == 0:
         results.put(result)
     stop()
+    leave(0)
