@@ -31,6 +31,9 @@ def main() -> int:
         print(os.getpid(), options.resume, os.environ["WORLD_SIZE"], *words, file=stream)
     print(f"rank {RANK} speaks")
     if options.fail_at_start:
+        # Rank 0 is ended as soon as another has failed, and shall have noted its start by then.
+        while not (options.dir / "starts_0").exists():
+            time.sleep(0.01)
         lifeline.say("failed", text="layout.tensor does not divide", kind="ConfigError")
         return 1
     saved = options.dir / "saved"
