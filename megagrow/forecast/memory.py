@@ -226,10 +226,13 @@ def activation_bytes(
     """
     tokens = micro * model.sequence
     stream = model.hidden / (tensor if sequence_parallel else 1)
-    block, recomputed = _block_bytes(model, width=width, tensor=tensor, stream=stream)
+    block, recomputed = block_bytes(model, width=width, tensor=tensor, stream=stream)
     last = model.layers + 1
     blocks = sum(1 for place in places if 0 < place < last)
     kept, moment = block * blocks, recomputed if blocks else 0.0
+    kept += (
+        sum(_mask_bytes(model, place - 1, width) for place in places if 0 < place < last) / micro
+    )
     if 0 in places:
         kept += 8  # token ids
     if last in places:
@@ -239,10 +242,28 @@ def activation_bytes(
     return round(tokens * (kept * in_flight + moment))
 
 
-def _block_bytes(
+def _mask_bytes(model: ModelConfig, layer: int, width: int) -> float:
+    """Bytes per token of a single sample that a layer keeps of its mask, if it has a window.
+
+    PyTorch's fused attention keeps it for each layer, as numbers.
+    """
+    window = model.layer_kind(layer).window
+    masked = window is not None and window < model.sequence
+    core = model.activation_checkpointing == "none" and model.attention_softcap is None
+    return float(width * model.sequence) if masked and core else 0.0
+
+
+def block_bytes(
     model: ModelConfig, *, width: int, tensor: int, stream: float
 ) -> tuple[float, float]:
-    """Bytes of a block per token: (saved for its backward pass, temporary in it)."""
+    """Bytes of a block per token: (saved for its backward pass, temporary in it).
+
+    Args:
+        model: its model, with activations of `width` bytes.
+        width: bytes of an activation.
+        tensor: number of tensor-parallel ranks.
+        stream: units of the residual stream that a rank holds per token.
+    """
     heads = model.heads * model.head_dim / tensor
     keys = model.kv_groups * model.head_dim / tensor
     ffn = model.ffn / tensor
@@ -253,10 +274,20 @@ def _block_bytes(
     qkv, inside = heads + 2 * keys, (4 if made.gated else 2) * ffn
     core = width * turned + 4 * model.heads / tensor  # and the softmax's row sums, fp32
     rest = width * (4 * stream + qkv + heads + inside)
+    if made.block_norms == "both":
+        rest += 2 * width * stream
+    if made.head_norm is not None:
+        rest += width * (heads + keys)  # their inputs
+    scores = 0.0
+    if model.attention_softcap is not None:
+        # Not fused: tanh and the softmax, in fp32 and rounded, are kept for all pairs of tokens.
+        pairs = model.heads / tensor * model.sequence
+        core += pairs * (width + 4 + (width if width < 4 else 0))
+        scores = 2 * width * pairs  # and their gradients, for a moment
     masks = 2 * stream if model.dropout else 0.0
     everything = rest + core + masks
     if model.activation_checkpointing == "full":
-        return width * stream, everything
+        return width * stream, everything + scores
     if model.activation_checkpointing == "selective":
-        return rest + masks, core
-    return everything, 0.0
+        return rest + masks, core + scores
+    return everything, scores

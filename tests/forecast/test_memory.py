@@ -1,18 +1,21 @@
 """Activation memory: the paper's formula where both count the same, and the effect of settings."""
 
 import pytest
+import torch
 
 from megagrow.forecast.memory import (
     activation_bytes,
+    block_bytes,
     micro_batches_in_flight,
     partition_size,
     slot_elements,
 )
 from megagrow.models.catalog import build_catalog
+from megagrow.models.common.blocks import Block
 from megagrow.state.catalog import ADAM_SLOTS, MUON_SLOTS
 from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
-from tests.toys import toy_model
+from tests.toys import featured_models, toy_model
 
 S, B, H, L = 32, 3, 64, 4
 ONE_BLOCK = range(1, 2)
@@ -64,6 +67,43 @@ def test_a_pipeline_holds_several_micro_batches():
     assert [micro_batches_in_flight(4, pipe, 8) for pipe in range(4)] == [4, 3, 2, 2]
     assert micro_batches_in_flight(4, 0, 3) == 3 and micro_batches_in_flight(1, 0, 8) == 1
     assert count(model(), in_flight=3) == 3 * count(model())
+
+
+def saved_bytes(shape):
+    """What autograd keeps for the backward pass of a block, its input included."""
+    block, kept = Block(shape, place=1), {}
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    x = torch.randn(B, shape.sequence, shape.hidden, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(x)
+    return sum(size for size, _ in kept.values())
+
+
+SHAPES = {
+    "gpt2": model(dropout=0.0),
+    **featured_models(
+        layers=L, hidden=H, heads=4, ffn=160, sequence=S, head_dim=None, tie_embeddings=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("sequence", [S, 8 * S])
+def test_a_block_of_every_family_is_what_autograd_keeps(name, sequence):
+    """Without megagrow's kernels; PyTorch's rotary positions and SwiGLU keep a tenth more."""
+    shape = SHAPES[name].model_copy(update={"sequence": sequence})
+    _, moment = block_bytes(shape, width=4, tensor=1, stream=shape.hidden)
+    wanted = count(shape, width=4) - B * sequence * moment
+    assert 0.9 < saved_bytes(shape) / wanted < 1.15
 
 
 def test_partitions_are_padded_as_deepspeed_pads_them():
