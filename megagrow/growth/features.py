@@ -1,7 +1,8 @@
 """What a growth touches beyond plain pre-norm transformers, and which operators have rules for it.
 
 An operator lists in `Operator.handles` the features that its formulas cover; any other growth that
-touches one is refused before anything is read.
+touches one is refused before anything is read. So are layers that would change their kind, and
+blocks that reach outside their tensors, which is a defect of an operator.
 """
 
 from __future__ import annotations

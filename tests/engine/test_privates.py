@@ -23,7 +23,7 @@ DOCUMENTED = {
 ALLOWED = re.compile(r"torch\._foreach_\w+")
 # Outside the engine. Of checkpoints: the class by whose name PyTorch's reader finds the place of a
 # tensor.
-# Of the elastic agent, the classes that its own documentation says to derive from.
+# Of the elastic agent: see tests/cluster/test_elastic.py.
 ELSEWHERE = {
     "checkpoint/formats/dcp/sink.py": {"torch.distributed.checkpoint.filesystem"},
     "cluster/agent.py": {

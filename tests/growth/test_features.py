@@ -52,34 +52,38 @@ def _section(operator, model, grown):
     return GrowConfig(operator=operator, target=target)
 
 
-@pytest.mark.parametrize(("family", "operator", "factor"), CASES)
-def test_operators_keep_the_logits_or_refuse(family, operator, factor):
+def _before_and_after(family, operator, factor):
+    """(growth, small module, grown module); None where the operator refuses."""
     model = MODELS[family]
     found = _planned(model, operator, factor)
     if found is None:
-        return
+        return None
     grown, growth = found
     state = random_state(build_catalog(model), seed=1)
     new = mapped(growth, build_catalog(model), state)
-    tokens = torch.from_numpy(token_batches(model, samples=3, seed=2)[0])[:, :-1]
+    return growth, build(model, state), build(grown, new, growth.ramp)
+
+
+@pytest.mark.parametrize(("family", "operator", "factor"), CASES)
+def test_operators_keep_the_logits_or_refuse(family, operator, factor):
+    found = _before_and_after(family, operator, factor)
+    if found is None:
+        return
+    _, small, large = found
+    tokens = torch.from_numpy(token_batches(MODELS[family], samples=3, seed=2)[0])[:, :-1]
     with torch.no_grad():
-        before = build(model, state).logits(tokens)
-        after = build(grown, new, growth.ramp).logits(tokens)
+        before, after = small.logits(tokens), large.logits(tokens)
     assert before.std() > 0.1
     assert (after - before).abs().max() <= BOUNDS.get(family, 1e-10)
 
 
 @pytest.mark.parametrize(("family", "operator", "factor"), CASES)
 def test_gradients_are_the_stated_multiples(family, operator, factor):
-    model = MODELS[family]
-    found = _planned(model, operator, factor)
+    found = _before_and_after(family, operator, factor)
     if found is None:
         return
-    grown, growth = found
-    state = random_state(build_catalog(model), seed=1)
-    new = mapped(growth, build_catalog(model), state)
-    samples = torch.from_numpy(token_batches(model, samples=3, seed=3)[0])
-    small, large = build(model, state), build(grown, new, growth.ramp)
+    growth, small, large = found
+    samples = torch.from_numpy(token_batches(MODELS[family], samples=3, seed=3)[0])
     small(samples).backward()
     large(samples).backward()
     old = {name: p.grad.numpy() for name, p in named_tensors(small).items()}

@@ -94,3 +94,14 @@ def no_such_feature(where: str, key: str, found: Any, expected: Any) -> Checkpoi
         found=repr(found)[:200],
         expected=repr(expected),
     )
+
+
+def head_dim_follows(title: str) -> Callable[[ModelConfig], tuple[str, str] | None]:
+    """The refusal of a family whose configuration has no head_dim: it is hidden / heads."""
+
+    def refusal(model: ModelConfig) -> tuple[str, str] | None:
+        if model.heads * model.head_dim == model.hidden:
+            return None
+        return f"transformers' {title} derives head_dim from hidden / heads", f"{model.head_dim}"
+
+    return refusal

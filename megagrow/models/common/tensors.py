@@ -137,9 +137,9 @@ def _std(given: float | None, inputs: dict[str, int], scale: float) -> float:
 
 def _kinds(model: ModelConfig) -> dict[int, str]:
     """How each block differs from the others, by its place; empty if all are alike."""
-    kinds = {layer + 1: model.layer_kind(layer) for layer in range(model.layers)}
     if model.full_every is None and model.no_rope_every is None:
         return {}
+    kinds = {layer + 1: model.layer_kind(layer) for layer in range(model.layers)}
     return {
         place: (f"window {kind.window}" if kind.window else "all tokens")
         + ("" if kind.rotary else ", no positions")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megagrow.config import ModelConfig
-from megagrow.models.common.huggingface import COMMON, HuggingFace, Row, keys
+from megagrow.models.common.huggingface import COMMON, HuggingFace, Row, head_dim_follows, keys
 from megagrow.models.llama.huggingface import read_rope, write_rope
 
 _ENDS = (
@@ -88,9 +88,7 @@ def _write(model: ModelConfig) -> dict[str, Any]:
 def _refusal(model: ModelConfig) -> tuple[str, str] | None:
     if model.kv_groups != model.heads:
         return "transformers' GPT-NeoX has no grouped queries", f"kv_heads {model.kv_groups}"
-    if model.heads * model.head_dim != model.hidden:
-        return "transformers' GPT-NeoX derives head_dim from hidden / heads", f"{model.head_dim}"
-    return None
+    return head_dim_follows("GPT-NeoX")(model)
 
 
 def _not_stored(model: ModelConfig) -> Iterator[tuple[str, str]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megagrow.config import ModelConfig
-from megagrow.models.common.huggingface import Row
+from megagrow.models.common.huggingface import Row, head_dim_follows
 from megagrow.models.llama.huggingface import (
     CARRIED,
     DOWN,
@@ -33,12 +32,6 @@ POST_NORMS = (
 )
 
 
-def _natural_heads(model: ModelConfig) -> tuple[str, str] | None:
-    if model.heads * model.head_dim != model.hidden:
-        return "transformers' OLMo 2 derives head_dim from hidden / heads", f"{model.head_dim}"
-    return None
-
-
 HUGGINGFACE = replace(
     LLAMA,
     model_type="olmo2",
@@ -49,5 +42,5 @@ HUGGINGFACE = replace(
     write=write_llama,
     carried=CARRIED,
     not_stored=one_eps,
-    refusal=_natural_heads,
+    refusal=head_dim_follows("OLMo 2"),
 )

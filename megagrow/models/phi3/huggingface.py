@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from megagrow.config import ModelConfig
-from megagrow.models.common.huggingface import Row
+from megagrow.models.common.huggingface import Row, head_dim_follows
 from megagrow.models.llama.huggingface import (
     CARRIED,
     DOWN,
@@ -64,12 +64,6 @@ def _write(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _natural_heads(model: ModelConfig) -> tuple[str, str] | None:
-    if model.heads * model.head_dim != model.hidden:
-        return "transformers' Phi-3 derives head_dim from hidden / heads", f"{model.head_dim}"
-    return None
-
-
 HUGGINGFACE = replace(
     LLAMA,
     model_type="phi3",
@@ -82,5 +76,5 @@ HUGGINGFACE = replace(
     carried=CARRIED
     | {"sliding_window", "partial_rotary_factor", "original_max_position_embeddings"},
     only={**ONLY, "resid_pdrop": (0.0, 0), "embd_pdrop": (0.0, 0)},
-    refusal=_natural_heads,
+    refusal=head_dim_follows("Phi-3"),
 )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from megagrow.config import ModelConfig
-from megagrow.models.common.huggingface import Row, no_such_feature
+from megagrow.models.common.huggingface import Row, head_dim_follows, no_such_feature
 from megagrow.models.llama.huggingface import (
     CARRIED,
     DOWN,
@@ -56,12 +56,6 @@ def _write(model: ModelConfig) -> dict[str, Any]:
     return {**settings, "use_sliding_window": False}
 
 
-def _natural_heads(model: ModelConfig) -> tuple[str, str] | None:
-    if model.heads * model.head_dim != model.hidden:
-        return "transformers' Qwen2 derives head_dim from hidden / heads", f"{model.head_dim}"
-    return None
-
-
 HUGGINGFACE = replace(
     LLAMA,
     model_type="qwen2",
@@ -72,5 +66,5 @@ HUGGINGFACE = replace(
     write=_write,
     carried=CARRIED | WINDOWS,
     only={key: values for key, values in ONLY.items() if key != "attention_bias"},
-    refusal=_natural_heads,
+    refusal=head_dim_follows("Qwen2"),
 )
