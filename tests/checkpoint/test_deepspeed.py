@@ -350,3 +350,19 @@ def test_a_mapping_onto_a_model_of_ours(tmp_path):
     mapping = {"model": model.model_dump(mode="json", by_alias=True), "tensors": rules}
     (path / "global_step7" / "megagrow.mapping.yaml").write_text(yaml.safe_dump(mapping))
     assert differing(source, open_checkpoint(FORMAT, path)) is None
+
+
+def test_settings_that_no_shape_tells_are_said_to_be_assumed(tmp_path):
+    """One of our models without its client state: read, but not as if its rotary base were known."""
+    model = toy_model(family="mistral", window=3, rope_theta=5e5, tie_embeddings=False)
+    source = whole_source(model)
+    path = write_checkpoint(FORMAT, source, tmp_path, Layout(2, zero=1))
+    [] = [i for i in open_checkpoint(FORMAT, path).left_out if i.name == "settings of the model"]
+    for file in (path / "global_step7").glob("*_model_states.pt"):
+        head = torch.load(file, weights_only=False)
+        del head["megagrow"]
+        torch.save(head, file)
+    opened = open_checkpoint(FORMAT, path)
+    [item] = [item for item in opened.left_out if item.name == "settings of the model"]
+    assert "assumed norm_eps 1e-05" in item.reason and "rope_theta 10000.0" in item.reason
+    assert opened.config["model"]["family"] == "llama"

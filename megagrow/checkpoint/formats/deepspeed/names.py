@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from megagrow.checkpoint.interface.format import LeftOut
 from megagrow.checkpoint.interface.one_family import one_family
 from megagrow.config import ModelConfig
 from megagrow.models.catalog import build_catalog
@@ -74,6 +75,19 @@ def recognised_model(
         if (model := _as_family(name, shapes, tensor=tensor)) is not None
     }
     return one_family(found, where=str(where), family=family)
+
+
+def assumed_settings(model: ModelConfig) -> LeftOut:
+    """What was assumed of a model that only shapes describe."""
+    settings = {"norm_eps": model.norm_eps}
+    if model.architecture.positions == "rotary":
+        settings |= {"sequence": model.sequence, "rope_theta": model.rope_theta}
+    settings |= {key: getattr(model, key) for key in sorted(model.architecture.settings)}
+    shown = ", ".join(f"{key} {'unset' if n is None else n}" for key, n in settings.items())
+    return LeftOut(
+        "settings of the model",
+        f"the files have none, and shapes do not tell: assumed {shown}",
+    )
 
 
 def _as_family(

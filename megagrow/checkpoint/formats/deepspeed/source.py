@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megagrow.checkpoint.formats.deepspeed import names
 from megagrow.checkpoint.formats.deepspeed.engine_state import (
     KEY,
     EngineState,
@@ -86,6 +87,8 @@ def _open(tag: Tag, family: str | None) -> CheckpointSource:
     order = group_order(tag, scheme, state, mapping[0] if mapping else None)
     catalog = with_roles(tag, scheme, order)
     left_out = [*tag.left_out, *_left_out(tag, scheme)]
+    if scheme.model is not None and mapping is None and "model" not in client["config"]:
+        left_out.append(names.assumed_settings(scheme.model))
     if scheme.model is None:
         engine = _engine(tag, scheme, order)
         if engine is not None:

@@ -262,6 +262,8 @@ def _open(path: Path, family: str | None) -> CheckpointSource:
     config, state = dict(client["config"]), dict(client["run_state"])
     if scheme.model:
         config.setdefault("model", scheme.model.model_dump(mode="json", by_alias=True))
+        if "model" not in client["config"]:
+            tag.left_out.append(names.assumed_settings(scheme.model))
         reason = "the model does not have it"
         tag.left_out += [LeftOut(name, reason) for name in apart]
     if not state and tag.step is not None:
