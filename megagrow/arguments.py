@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
 from pathlib import Path
@@ -63,11 +62,9 @@ def whole(least: int, most: int = 2**63 - 1) -> Any:
 
 def number(*, above: float | None = None, least: float | None = None, most: float = 1e18) -> Any:
     """An argparse type: a number with a lower bound (exclusive or inclusive) and an upper bound."""
-    lowest = least if least is not None else above
-    assert lowest is not None
-    words = f"of at least {lowest:g}" if least is not None else f"above {lowest:g}"
-    bound = lowest if least is not None else math.nextafter(lowest, math.inf)
-    return _number(float, bound, most, f"a number {words}, at most {most:g}")
+    assert (above is None) != (least is None)
+    words = f"above {above:g}" if least is None else f"of at least {least:g}"
+    return _number(float, least, most, f"a number {words}, at most {most:g}", above=above)
 
 
 def as_path(text: str) -> Path:
@@ -101,13 +98,21 @@ def _range(least: int, most: int) -> str:
     return f"at least {least}" if most >= 2**63 - 1 else f"{least} to {most}"
 
 
-def _number(kind: type, least: float, most: float, expected: str) -> Any:
+def _number(
+    kind: type, least: float | None, most: float, expected: str, *, above: float | None = None
+) -> Any:
     def read(text: str) -> Any:
         try:
             value = kind(text)
         except (ValueError, OverflowError):
             value = None
-        if value is None or not least <= value <= most:
+        inside = (
+            value is not None
+            and value <= most
+            and (least is None or value >= least)
+            and (above is None or value > above)
+        )
+        if not inside:
             shown = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
             raise argparse.ArgumentTypeError(f"{shown!r} is not {expected}")
         return value

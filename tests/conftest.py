@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -26,3 +27,18 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.jobs import make_dataset  # which imports torch
 
     return make_dataset(tmp_path_factory.mktemp("data") / "toy")
+
+
+@pytest.fixture(autouse=True)
+def no_job() -> Iterator[None]:
+    """No test joins a job in this process: it is changed for good.  `jobs.launch` makes others."""
+    yield
+    left = [name for name in os.environ if name.startswith(_OF_A_RANK)]
+    for name in left:
+        del os.environ[name]
+    assert not left, f"the test left in the environment: {left}"
+    # megagrow.engine.comm.start makes this thread flush denormal numbers to zero.
+    assert sys.float_info.min / 2 > 0, "the test joined a job in this process"
+
+
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_")

@@ -7,9 +7,10 @@ comments and no blank lines, and its values pass through a remote shell.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from megagrow.errors import ConfigError
@@ -31,6 +32,35 @@ def ranks_here(environ: Mapping[str, str]) -> int | None:
     # torchrun and the deepspeed launcher use different names.
     stated = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
     return int(stated) if stated else None
+
+
+@contextlib.contextmanager
+def job_of_one(environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Set a rank's variables for a job of this process alone, unless a launcher has set them.
+
+    They are removed at the end: a process that this one starts afterwards is no rank of its job.
+    DeepSpeed reads LOCAL_RANK whenever it makes an engine, so they stay for the whole job.
+
+    Raises:
+        ConfigError: as for `require_one_task`.
+    """
+    require_one_task(environ)
+    before = dict(environ)
+    if "RANK" not in environ:
+        environ.update(_ALONE)
+    try:
+        yield
+    finally:
+        for name in _ALONE:
+            if name in before:
+                environ[name] = before[name]
+            else:
+                environ.pop(name, None)
+
+
+# Port 0: the system picks one, and no other process needs to know it.
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+          "MASTER_PORT": "0"}  # fmt: skip
 
 
 # Variables with which MPI-style launchers tell a process how many tasks there are.

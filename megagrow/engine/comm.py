@@ -13,8 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from megagrow.cluster.environment import require_one_task
-from megagrow.cluster.network import choose_gloo_interface, free_port, require_free_port
+from megagrow.cluster.network import choose_gloo_interface, require_free_port
 from megagrow.engine.groups import Groups, make_groups
 from megagrow.engine.precision import on_gpu
 from megagrow.engine.store import BoundedStore
@@ -147,19 +146,14 @@ class Comm:
 
 
 def start(seconds: float = 600.0) -> Comm:
-    """Join the job that a launcher started, or create a single-process job.
+    """Join the job that the environment describes: a launcher's, or that of `job_of_one`.
 
     Args:
         seconds: timeout for the other ranks to join, and for each later collective.
 
     Raises:
-        MegagrowError: rank 0's port is in use, its host is unreachable, or several tasks were
-            started without a RANK.
+        MegagrowError: rank 0's port is in use, or its host is unreachable.
     """
-    require_one_task(os.environ)
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone | {"MASTER_PORT": str(free_port())})
     # Adam moments of rare tokens decay into denormals, which are slow on a CPU.
     torch.set_flush_denormal(True)
     # DeepSpeed 0.19 calls collectives by names for which PyTorch 2.13 warns at every first use.

@@ -23,6 +23,7 @@ import torch
 
 from megagrow.background import be_a_worker
 from megagrow.checkpoint import list_steps, step_path
+from megagrow.cluster.environment import job_of_one
 from megagrow.config import Config
 from megagrow.data.dataset import open_data
 from megagrow.engine.comm import Comm, start
@@ -139,6 +140,7 @@ def _prepare(threads: int) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+@job_of_one()
 def _alone(task: MemberTask, until: float | None) -> bool:
     return run_member(task, comm=start(), until=until)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megagrow.cluster.environment import job_of_one
 from megagrow.train.health.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class LostContactError(Exception):
         super().__init__(self.found)
 
 
+@job_of_one()
 def run_job(found: Ready, *, resume: str, stop: StopRequest) -> Outcome:
     """Train a run on the processes that a launcher started, or on this one alone.
 

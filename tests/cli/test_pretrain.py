@@ -174,7 +174,7 @@ def test_ctrl_c_under_a_launcher_saves_the_run_and_it_goes_on_from_there(
     said, _ = job.communicate(timeout=240)  # until the last rank has closed its output
     stop(job)
     assert "stopped by SIGINT at step" in said and "no checkpoint" not in said, said
-    assert f'File "{REPOSITORY}' not in said, said
+    assert f'File "{REPOSITORY / "megagrow"}' not in said, said
     assert log_of(config)[-1]["reason"] == "SIGINT"
     lines = train(2, config)
     assert [x["step"] for x in events(lines, "step")] == list(range(1, 11))

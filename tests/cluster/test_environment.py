@@ -6,6 +6,7 @@ import pytest
 
 from megagrow.cluster.environment import (
     carried,
+    job_of_one,
     remote_argument,
     require_one_task,
     users_file,
@@ -114,3 +115,15 @@ def test_one_of_several_tasks_without_a_rank_does_not_train_alone(environ, launc
 def test_a_batch_script_of_several_tasks_is_one_process():
     """As Slurm sets it outside of srun, where a single process runs."""
     require_one_task({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"})
+
+
+def test_a_job_of_one_leaves_no_rank_behind():
+    """A program of the user's, started after a training in the same process, is no rank of it."""
+    environ = {"HOME": "/", "MASTER_PORT": "29500"}
+    with job_of_one(environ):
+        assert environ == {"HOME": "/", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # fmt: skip
+    assert environ == {"HOME": "/", "MASTER_PORT": "29500"}
+    launched = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_PORT": "29500"}
+    with job_of_one(launched):
+        assert launched == {"RANK": "3", "WORLD_SIZE": "4", "MASTER_PORT": "29500"}

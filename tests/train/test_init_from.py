@@ -471,7 +471,7 @@ def test_solar_is_two_copies_without_8_layers_each(dataset, tmp_path):
         "stages.0.until={steps: 1}", "schedule.warmup=0", "train.validation_samples=10",
         "train.tensorboard=false",
     ]  # fmt: skip
-    outcome = main(["--config", SOLAR, *small])
+    [[outcome]] = launch(1, ["--config", SOLAR, *small])
     assert outcome.status == 0, outcome.err
     lines = read_metrics(tmp_path / "run/metrics.jsonl")
     assert abs(first_loss(lines) - their_loss(tmp_path / "stacked", dataset)) <= 1e-5
