@@ -41,4 +41,5 @@ def no_job() -> Iterator[None]:
     assert sys.float_info.min / 2 > 0, "the test joined a job in this process"
 
 
-_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_",
+              "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
