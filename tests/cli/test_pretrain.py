@@ -1,8 +1,8 @@
 """The real command under the real launchers, as a user runs it."""
 
 import os
-import re
 import random
+import re
 import secrets
 import signal
 import socket

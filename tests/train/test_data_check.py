@@ -10,7 +10,7 @@ import pytest
 from megagrow.data.sampler import VALIDATION
 from megagrow.train import checkpoints
 from megagrow.train.agreement import validation_changes
-from tests.jobs import launch, log_of, main, settings, write_config
+from tests.jobs import launch, log_of, settings, write_config
 
 
 def config(dataset, tmp_path, **changes):
