@@ -20,7 +20,7 @@ from typing import Any
 
 from megagrow.checkpoint import step_path
 from megagrow.config import Config
-from megagrow.data.dataset import open_data
+from megagrow.data.run_data import open_data
 from megagrow.engine.comm import Comm
 from megagrow.growth.registry import OPERATORS
 from megagrow.report.axis import axis
@@ -205,7 +205,7 @@ def _train(comm: Comm, config: Config, *, until: float | None, start: Path | Non
     # An interrupted run starts over: it is short.
     shutil.rmtree(run_dir, ignore_errors=True)
     run_dir.mkdir(parents=True)
-    data = open_data(config.data)
+    data = open_data(config)
     config = with_vocabulary(config, data.vocab_size)
     plan = plan_run(config, world=comm.world, vocabulary=data.vocab_size)
     with _spoken_into(run_dir / "log.txt"), holding_run(config, comm) as lock:

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     if options.dry_run:
         from megagrow.plan.dry_run import check_memory, describe
 
-        with as_prepared_by(options.config, config.data.path):
+        with as_prepared_by(options.config, *config.data.paths):
             text = describe(config, world=world, resume=options.resume)
         if _is_first():
             print(text)
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     from megagrow.train.opening import look_ahead
 
     require_one_task(os.environ)
-    with as_prepared_by(options.config, config.data.path):
+    with as_prepared_by(options.config, *config.data.paths):
         found = ready(config, world=world)
     assert found.data is not None
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megagrow.config.data import DataConfig, StageDataConfig
 from megagrow.config.growths import GrowConfig, UntilConfig
 from megagrow.config.model import ModelConfig
 from megagrow.config.section import Fraction, PathText, Positive, Section
@@ -49,16 +50,6 @@ class LayoutConfig(Section):
                 "then sharded all the same), or layout.pipeline=1 with layout.tensor raised"
             )
         return self
-
-
-class DataConfig(Section):
-    """The prepared dataset (see launch/prepare_data.py)."""
-
-    path: PathText
-    tokenizer: PathText | None = None  # default: the tokenizer inside `path`
-    # Rank 0 reads the whole dataset at startup and verifies its checksums, about a second per
-    # gigabyte; the first step waits for it.
-    verify: bool = True
 
 
 class OptimizerConfig(Section):
@@ -197,8 +188,8 @@ class StageConfig(Section):
     """A growth stage: its end, and what changes at its start.
 
     A growth, a layout, a batch, a sequence length of the samples (at most the model's), optimizer
-    settings: what is not given does not change. Stages without a growth can warm up the batch or
-    sequence length. `schedule` applies to this stage only.
+    settings, data: what is not given does not change. Stages without a growth can warm up the batch
+    or sequence length, or change the mixture of data. `schedule` applies to this stage only.
     """
 
     until: UntilConfig
@@ -206,6 +197,7 @@ class StageConfig(Section):
     layout: LayoutConfig | None = None
     batch: BatchConfig | None = None
     sequence: Positive | None = None
+    data: StageDataConfig | None = None
     optimizer: StageOptimizerConfig | None = None
     schedule: StageScheduleConfig | None = None
 

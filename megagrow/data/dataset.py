@@ -24,11 +24,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megagrow.config.schema import DataConfig
 from megagrow.data.files import sha256_file
 from megagrow.data.indexed import IndexedDataset, bin_path, idx_path
 from megagrow.data.markers import NONE
-from megagrow.data.sampler import SampleIndex
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer
 from megagrow.errors import DataError
 from megagrow.files import or_shipped
@@ -98,18 +96,6 @@ class PreparedData:
         bos = NONE if self.content.bos is None else self.content.bos
         path = self.path / self.content.tokenizer_file
         return load_tokenizer(path, eod=self.content.eod, bos=bos)
-
-    def samples(
-        self, sequence: int, *, seed: int, before: tuple[tuple[int, int], ...] = ()
-    ) -> SampleIndex:
-        """The training samples of a length in a run's order (DataError: smaller than one sample).
-
-        Args:
-            sequence: tokens that the model sees; a sample has one more.
-            seed: the run's.
-            before: (tokens per sample, samples) of other lengths that the run consumed before.
-        """
-        return SampleIndex(self.train, sequence, seed, before)
 
     @property
     def vocab_size(self) -> int:
@@ -189,22 +175,23 @@ def prepare_again(made: Mapping[str, Any], directory: Path) -> str:
 
 
 @contextlib.contextmanager
-def as_prepared_by(config: str | Path, data: str | Path) -> Iterator[None]:
+def as_prepared_by(config: str | Path, *data: str) -> Iterator[None]:
     """Context manager: errors for a missing dataset show the command from the config's comments.
 
     Args:
         config: the configuration file.
-        data: its `data.path`.
+        data: the datasets that it names.
     """
     try:
         yield
     except DataError as error:
-        command = None if (Path(data) / MANIFEST).exists() else _recipe(Path(config), str(data))
+        missing = [path for path in data if not (Path(path) / MANIFEST).exists()]
+        command = _recipe(Path(config), missing[0]) if missing else None
         if command is None:
             raise
         raise DataError(
-            f"{data}: not a prepared dataset",
-            found=_instead(Path(data)),
+            f"{missing[0]}: not a prepared dataset",
+            found=_instead(Path(missing[0])),
             expected=f"what {config} says it was made by",
             fix=command,
         ) from error
@@ -250,11 +237,6 @@ def _typed(kind: type[Any], values: dict[str, Any]) -> Any:
         if type(value).__name__.removesuffix("Type") not in annotation.split(" | "):
             raise TypeError(f"{name} is {value!r}, should be {annotation}")
     return made
-
-
-def open_data(data: DataConfig) -> PreparedData:
-    """Open the dataset of a run: see `open_dataset`."""
-    return open_dataset(data.path, data.tokenizer)
 
 
 def open_dataset(path: str | Path, tokenizer: str | Path | None = None) -> PreparedData:

@@ -1,7 +1,7 @@
 """A run's position in its data, and the rest of an epoch after a change of the sample length.
 
-**Position.**  The numbers of consumed samples by length, in order:
-``((32, 1000), (128, 500))``.  Everything else is a function of it, the seed and the size of the
+**Position.**  The numbers of consumed samples by length, in order: ``((32, 1000), (128, 500))``,
+and of a mixture also which one.  Everything else is a function of it, the seed and the size of the
 data.
 
 **A change of length.**  The samples consumed so far are scattered over the epoch. The rest forms a
@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from megagrow.data.mixture import Mixture
 from megagrow.data.permutation import mixed, positions
 
 Int64 = npt.NDArray[np.int64]
@@ -29,32 +30,67 @@ _BLOCK = 512  # windows per count; 64 bytes of bits
 _CHUNK = 1 << 18  # windows processed together, a multiple of _BLOCK
 
 
+class Taken(NamedTuple):
+    """Consumed samples of one length and one mixture.
+
+    Attributes:
+        sequence: tokens of a sample; 0 for an unknown number, see `Position.measured`.
+        samples: their number.
+        mixture: where they are from; None for the dataset of a run that has just one.
+    """
+
+    sequence: int
+    samples: int
+    mixture: Mixture | None = None
+
+
 @dataclass(frozen=True)
 class Position:
     """Samples consumed so far.
 
     Attributes:
-        taken: (tokens of a sample, samples) for each length, in order; neighbours differ.  A
-            length of 0 stands for an unknown one, see `measured`.
+        taken: for each length and mixture, in order; neighbours differ.
     """
 
-    taken: tuple[tuple[int, int], ...] = ()
+    taken: tuple[Taken, ...] = ()
 
     @property
     def samples(self) -> int:
         """The number of samples of all lengths."""
-        return sum(count for _, count in self.taken)
+        return sum(part.samples for part in self.taken)
 
-    def split(self, sequence: int) -> tuple[tuple[tuple[int, int], ...], int]:
-        """For samples of this length: what was consumed before them, and their number."""
-        if self.taken and self.taken[-1][0] == sequence:
-            return self.taken[:-1], self.taken[-1][1]
-        return self.taken, 0
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(tokens of a sample, samples), in order."""
+        return tuple((part.sequence, part.samples) for part in self.taken)
 
-    def after(self, samples: int, *, sequence: int) -> Position:
-        """The position after this many more samples of this length."""
-        before, done = self.split(sequence)
-        return Position((*before, (sequence, done + samples))) if samples else self
+    def split(self, sequence: int, mixture: Mixture | None = None) -> tuple[Position, int]:
+        """For samples of this length and mixture: what was consumed before, and their number."""
+        if self.taken and self.taken[-1][::2] == (sequence, mixture):
+            return Position(self.taken[:-1]), self.taken[-1].samples
+        return self, 0
+
+    def after(self, samples: int, *, sequence: int, mixture: Mixture | None = None) -> Position:
+        """The position after this many more samples of this length and mixture."""
+        before, done = self.split(sequence, mixture)
+        more = Taken(sequence, done + samples, mixture)
+        return Position((*before.taken, more)) if samples else self
+
+    def of(self, source: str, *, home: str | None = None) -> Position:
+        """The position in one source.
+
+        Args:
+            source: its fingerprint.
+            home: the fingerprint of the dataset that samples of no mixture are from.
+        """
+        found = Position()
+        for sequence, samples, mixture in self.taken:
+            if mixture is None:
+                samples = samples if source == home else 0
+            else:
+                samples = mixture.taken(samples).get(source, 0)
+            found = found.after(samples, sequence=sequence)
+        return found
 
     def measured(self, sequence: int) -> Position:
         """Fill in the sample length for a state of an earlier version, which stored only the count.
@@ -62,20 +98,36 @@ class Position:
         Those versions continued at the same number in the new length's order, which is what
         `sequence` for all of them means.
         """
-        return Position(tuple((length or sequence, count) for length, count in self.taken))
+        return Position(tuple(p._replace(sequence=p.sequence or sequence) for p in self.taken))
 
     def to_json(self) -> dict[str, Any]:
         """A form that JSON holds; `from_json` is its inverse."""
-        return {"consumed_samples": self.samples, "taken": [list(pair) for pair in self.taken]}
+        mixtures = list(dict.fromkeys(p.mixture for p in self.taken if p.mixture is not None))
+        taken = [
+            [p.sequence, p.samples] + ([mixtures.index(p.mixture)] if p.mixture else [])
+            for p in self.taken
+        ]
+        slots = [[list(slot) for slot in mixture.slots] for mixture in mixtures]
+        more = {"mixtures": slots} if slots else {}
+        return {"consumed_samples": self.samples, "taken": taken, **more}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Position:
         """Read what `to_json` wrote (KeyError, TypeError or ValueError on anything else)."""
         total = int(data["consumed_samples"])
         if "taken" not in data:
-            return Position(((0, total),) if total else ())
-        found = Position(tuple((int(length), int(count)) for length, count in data["taken"]))
-        if found.samples != total or any(min(pair) < 1 for pair in found.taken):
+            return Position((Taken(0, total),) if total else ())
+        mixtures = [
+            Mixture(tuple((str(name), int(count)) for name, count in slots))
+            for slots in data.get("mixtures", ())
+        ]
+        taken = []
+        for length, count, *which in data["taken"]:
+            if any(not 0 <= int(index) < len(mixtures) for index in which) or len(which) > 1:
+                raise ValueError(f"mixture {which} of {len(mixtures)}")
+            taken.append(Taken(int(length), int(count), *(mixtures[int(i)] for i in which)))
+        found = Position(tuple(taken))
+        if found.samples != total or any(min(part[:2]) < 1 for part in found.taken):
             raise ValueError(f"consumed_samples {total} and taken {list(found.taken)}")
         return found
 

@@ -13,7 +13,8 @@ import torch
 
 from megagrow.checkpoint.io.files import naming
 from megagrow.config.load import load_settings, parse_config
-from megagrow.data.dataset import as_prepared_by, open_data
+from megagrow.data.dataset import as_prepared_by
+from megagrow.data.run_data import open_data
 from megagrow.engine.comm import start
 from megagrow.report.figure import require_matplotlib
 from megagrow.savings import clock, page, result, table
@@ -42,9 +43,9 @@ def savings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     config = load_settings(SavingsConfig, options.config, options.overrides)
     comm = start() if under_launcher() else None
     world = 1 if comm is None else comm.world
-    data = parse_config({**config.target, "stages": [{"until": {"steps": 1}}]}).data
-    with as_prepared_by(options.config, data.path):
-        dataset = open_data(data)
+    run = parse_config({**config.target, "stages": [{"until": {"steps": 1}}]})
+    with as_prepared_by(options.config, *run.data.paths):
+        dataset = open_data(run)
     vocab = dataset.vocab_size
     campaign = Campaign(config, world=world, vocab=vocab, data=dataset.fingerprint)
     check(campaign.members)

@@ -25,7 +25,7 @@ from megagrow.background import be_a_worker
 from megagrow.checkpoint import list_steps, step_path
 from megagrow.cluster.environment import job_of_one
 from megagrow.config import Config
-from megagrow.data.dataset import open_data
+from megagrow.data.run_data import open_data
 from megagrow.engine.comm import Comm, start
 from megagrow.errors import TrainingError
 from megagrow.savings.members import Branch, Member
@@ -208,7 +208,7 @@ def _elsewhere(config: Config, directory: Path) -> Config:
 
 def _train(config: Config, *, comm: Comm, log: Path, resume: str) -> None:
     """Train one run to its end, or until its log ends with non-finite numbers."""
-    data = open_data(config.data)
+    data = open_data(config)
     config = with_vocabulary(config, data.vocab_size)
     plan = plan_run(config, world=comm.world, vocabulary=data.vocab_size)
     with _spoken_into(log if comm.rank == 0 else None), holding_run(config, comm) as lock:

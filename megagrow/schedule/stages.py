@@ -14,6 +14,7 @@ from megagrow.config import (
     OptimizerConfig,
     UntilConfig,
 )
+from megagrow.config.data import StageDataConfig
 from megagrow.config.rules import BOUNDS
 from megagrow.errors import ConfigError
 
@@ -157,6 +158,12 @@ def stage_batch(config: Config, index: int) -> BatchConfig:
     """A stage's own batch, or else the last one given before it."""
     given = [stage.batch for stage in config.stages[: index + 1] if stage.batch is not None]
     return given[-1] if given else config.batch
+
+
+def stage_data(config: Config, index: int) -> StageDataConfig:
+    """A stage's own data, or else the last given before it."""
+    given = [stage.data for stage in config.stages[: index + 1] if stage.data is not None]
+    return given[-1] if given else config.data
 
 
 def stage_optimizer(config: Config, index: int) -> OptimizerConfig:

@@ -10,7 +10,7 @@ from typing import Any
 from megagrow.checkpoint import NativeCheckpoint
 from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.config import Config, ModelConfig
-from megagrow.data.dataset import PreparedData
+from megagrow.data.run_data import RunData
 from megagrow.data.sampler import VALIDATION, VALIDATION_BEFORE
 from megagrow.errors import CheckpointError
 from megagrow.models.catalog import build_catalog
@@ -22,7 +22,7 @@ from megagrow.train.state import RunState
 
 
 def check_agreement(
-    checkpoint: NativeCheckpoint, *, config: Config, data: PreparedData, plan: RunPlan
+    checkpoint: NativeCheckpoint, *, config: Config, data: RunData, plan: RunPlan
 ) -> tuple[RunState, list[str]]:
     """Check that a checkpoint belongs to this run.
 
@@ -63,6 +63,7 @@ def check_agreement(
             fix="resume with the model and stages that the run was started with"
             + _without_it(checkpoint.path, config, "start a run of this model"),
         )
+    _require_mixture(state, data=data, plan=plan, where=where)
     changes = _changes(checkpoint.config, config.model_dump(mode="json", by_alias=True))
     lengths = [stage.plan.sequence for stage in plan.stages[: state.growth_stage + 1]]
     if state.position.measured(lengths[-1]) != state.position and len(set(lengths)) > 1:
@@ -72,6 +73,23 @@ def check_agreement(
         )
     changes += validation_changes(checkpoint.fingerprints)
     return replace(state, position=state.position.measured(lengths[-1])), changes
+
+
+def _require_mixture(state: RunState, *, data: RunData, plan: RunPlan, where: str) -> None:
+    """Require that a stage that has begun goes on with its mixture of data."""
+    stage = plan.stages[state.growth_stage]
+    if state.step <= stage.plan.start_step or not state.position.taken:
+        return
+    last = state.position.taken[-1].mixture
+    if data.continues(last, stage.index):
+        return
+    raise CheckpointError(
+        f"{where}: in stage {stage.index} the run trains on another mixture",
+        found=data.in_words(data.mixture(stage.index)),
+        expected=data.in_words(last),
+        fix="resume with the data and weights that the stage was started with; another mixture "
+        "begins with another stage (stages[i].data)",
+    )
 
 
 def validation_changes(stored: Mapping[str, str]) -> list[str]:

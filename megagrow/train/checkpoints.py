@@ -23,7 +23,7 @@ from megagrow.checkpoint import (
 )
 from megagrow.checkpoint.interface.format import CheckpointSource
 from megagrow.config import Config
-from megagrow.data.dataset import PreparedData
+from megagrow.data.run_data import RunData
 from megagrow.errors import CheckpointError, MegagrowError, TrainingError
 from megagrow.state.catalog import slots_of
 from megagrow.train.fingerprints import fingerprints
@@ -88,7 +88,7 @@ def _plain(value: Any) -> Any:
 
 
 def meta_of(
-    engine: Engine, state: RunState, config: Config, data: PreparedData, *, run: str
+    engine: Engine, state: RunState, config: Config, data: RunData, *, run: str
 ) -> CheckpointMeta:
     """A checkpoint's metadata; `run` is the run's id."""
     return CheckpointMeta(

@@ -14,7 +14,7 @@ from megagrow.checkpoint.interface.format import ReadOptions
 from megagrow.config import GrowConfig
 from megagrow.config.load import parse_config, parse_settings, read_settings
 from megagrow.config.overrides import apply_overrides
-from megagrow.data.dataset import open_data
+from megagrow.data.run_data import open_data
 from megagrow.errors import ConfigError
 from megagrow.state.layout import Layout
 from megagrow.state.precision import ELEMENTS
@@ -188,6 +188,6 @@ def _run_to_be(
             "configuration",
         )
     config = parse_config(settings, source=source)
-    data = open_data(config.data)
+    data = open_data(config)
     config = with_vocabulary(config, data.vocab_size)
     return config.model_dump(mode="json", by_alias=True), fingerprints(data)

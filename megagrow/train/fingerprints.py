@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from megagrow.checkpoint.interface.format import CheckpointSource
-from megagrow.data.dataset import PreparedData
+from megagrow.data.run_data import RunData
 from megagrow.data.sampler import VALIDATION
 from megagrow.errors import CheckpointError
 
 
-def fingerprints(data: PreparedData) -> dict[str, str]:
+def fingerprints(data: RunData) -> dict[str, str]:
     """Fingerprints of the training data, which a resumed run must match, and of validation."""
     return {**_of(data), "validation": VALIDATION}
 
 
-def _of(data: PreparedData) -> dict[str, str]:
-    return {"data": data.fingerprint, "tokenizer": data.content.tokenizer_sha256}
+def _of(data: RunData) -> dict[str, str]:
+    return {"data": data.fingerprint, "tokenizer": data.tokenizer_sha256}
 
 
 def is_of_run(checkpoint: CheckpointSource) -> bool:
@@ -38,7 +38,7 @@ def require_run(checkpoint: CheckpointSource) -> None:
         )
 
 
-def require_same_data(checkpoint: CheckpointSource, data: PreparedData) -> None:
+def require_same_data(checkpoint: CheckpointSource, data: RunData) -> None:
     """Require that a dataset is the one that a checkpoint was trained on.
 
     Raises:

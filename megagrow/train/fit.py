@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from megagrow.config import BatchConfig, ModelConfig
-from megagrow.data.sampler import SampleIndex
+from megagrow.data.run_data import Samples
 from megagrow.growth.operators.ligo import Maps
 from megagrow.growth.plan import Growth
 from megagrow.models.flops import train_flops_per_token
@@ -126,7 +126,7 @@ def fit_growth(
     *,
     model: ModelConfig,
     small: MemoryState,
-    samples: SampleIndex,
+    samples: Samples,
     first: int,
     batch: BatchConfig,
 ) -> tuple[MemoryState, GrowthFit]:

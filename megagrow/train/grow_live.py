@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megagrow.config import Config
-from megagrow.data.sampler import SampleIndex
+from megagrow.data.run_data import Samples
 from megagrow.engine.comm import Comm
 from megagrow.engine.deepspeed.loss_scale import LossScale
 from megagrow.engine.engine import Engine
@@ -107,7 +107,7 @@ def grow(
     stage: Stage,
     state: RunState,
     comm: Comm,
-    samples: SampleIndex | None = None,
+    samples: Samples | None = None,
     phase: Phase = _unwatched,
 ) -> tuple[Engine, GrowthReport]:
     """Transfer the state of a running engine into a new one.
@@ -183,7 +183,7 @@ def _fitted(
     stage: Stage,
     state: RunState,
     comm: Comm,
-    samples: SampleIndex,
+    samples: Samples,
 ) -> tuple[MemoryState, Placement, GrowthFit]:
     """The fitted parameters of the large model, and the fit's cost on one process."""
     small = MemoryState.empty(growth.small, (MASTER,))
@@ -196,7 +196,7 @@ def _fitted(
         model=stage.model,
         small=small,
         samples=samples,
-        first=state.position.split(samples.sequence)[1],
+        first=state.position.split(samples.sequence, samples.mixture)[1],
         batch=stage.plan.batch,
     )
     # Under ZeRO 1 each value comes from one rank, in case processors round differently.

@@ -25,7 +25,8 @@ from megagrow.checkpoint.native.steps import find, step_of, step_path
 from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
 from megagrow.config.growths import SIZES
 from megagrow.config.load import parse_config
-from megagrow.data.dataset import open_data, verify
+from megagrow.data.position import Position
+from megagrow.data.run_data import open_data
 from megagrow.errors import CheckpointError, ConfigError, GrowthError
 from megagrow.growth.operators.ligo import Fitted
 from megagrow.growth.plan import Growth, plan_growth
@@ -73,14 +74,10 @@ class OfflineGrowth:
         locator: Locator = source
         state = self.state
         if self.growth.fit_steps:
-            old, fit, sequence = _fitted(self)
+            old, fit, position = _fitted(self)
             target = self.growth.target
             state_map, locator = Fitted(target), Placement(target, Layout())
-            state = replace(
-                state,
-                flops=state.flops + fit.flops,
-                position=state.position.after(fit.samples, sequence=sequence),
-            )
+            state = replace(state, flops=state.flops + fit.flops, position=position)
         values = Through(
             state_map,
             old,
@@ -317,12 +314,12 @@ def write_offline(
     return target
 
 
-def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, GrowthFit, int]:
-    """The fitted parameters, the fit's cost, and the tokens per sample, as in a live run."""
-    data = open_data(plan.config.data)
+def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, GrowthFit, Position]:
+    """The fitted parameters, the fit's cost, and the position in the data after it."""
+    data = open_data(plan.config)
     require_same_data(plan.checkpoint, data)
     if plan.config.data.verify:
-        verify(data)
+        data.verify()
     small = MemoryState(
         {
             (t.name, MASTER.name): plan.checkpoint.read(t.name, MASTER.name, whole(t.shape)).float()
@@ -331,16 +328,21 @@ def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, GrowthFit, int]:
     )
     index, seed = plan.state.growth_stage, plan.config.run.seed
     sequence = sample_length(plan.config, plan.small, index - 1)
-    before, done = plan.state.position.split(sequence)
+    last = plan.state.position.taken[-1:]
+    mixture = last[0].mixture if last else data.mixture(index - 1)
+    samples = data.samples(
+        index - 1, sequence, seed=seed, position=plan.state.position, mixture=mixture
+    )
     large, fit = fit_growth(
         plan.growth,
         model=plan.model,
         small=small,
-        samples=data.samples(sequence, seed=seed, before=before),
-        first=done,
+        samples=samples,
+        first=plan.state.position.split(sequence, mixture)[1],
         batch=stage_batch(plan.config, index),
     )
-    return large, fit, sequence
+    position = plan.state.position.after(fit.samples, sequence=sequence, mixture=mixture)
+    return large, fit, position
 
 
 def _with_growth(config: Config, state: RunState, grow: GrowConfig) -> Config:

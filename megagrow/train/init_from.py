@@ -21,7 +21,7 @@ from megagrow.checkpoint.interface.format import CheckpointSource, ReadOptions
 from megagrow.checkpoint.interface.model_of import optimizer_of, recorded_model
 from megagrow.checkpoint.interface.own_tokenizer import held_tokenizers, require_own_tokenizer
 from megagrow.config import Config, ModelConfig, StartConfig
-from megagrow.data.dataset import PreparedData
+from megagrow.data.run_data import RunData
 from megagrow.errors import CheckpointError, ConfigError, MegagrowError
 from megagrow.growth.optimizer_rules import OptimizerRules
 from megagrow.growth.settings import growth_in_words
@@ -162,7 +162,7 @@ def start_model(source: CheckpointSource) -> ModelConfig:
     return model
 
 
-def plan_start(config: Config, plan: RunPlan, data: PreparedData | None) -> Start:
+def plan_start(config: Config, plan: RunPlan, data: RunData | None) -> Start:
     """Open the source of a run and check that the run can start from it; moves nothing.
 
     Args:
@@ -272,7 +272,7 @@ def _optimizer_state(source: CheckpointSource) -> tuple[int, OptimizerRules]:
 
 
 def _compared_tokenizer(
-    init: StartConfig, source: CheckpointSource, model: ModelConfig, data: PreparedData
+    init: StartConfig, source: CheckpointSource, model: ModelConfig, data: RunData
 ) -> str:
     """Compare the source's tokenizer with the data's; says what was compared.
 

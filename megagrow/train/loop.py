@@ -126,6 +126,7 @@ class Trainer(TrainingRun):
             sequence=plan.sequence,
             flops=plan.flops_per_step,
             applied=result.applied,
+            mixture=self.samples.mixture,
         )
         self._let_units_in()
         self._average.after_step(
@@ -187,7 +188,11 @@ class Trainer(TrainingRun):
         self.state = replace(
             self.state,
             flops=self.state.flops + report.fit_flops,
-            position=self.state.position.after(report.fit_samples, sequence=self.samples.sequence),
+            position=self.state.position.after(
+                report.fit_samples,
+                sequence=self.samples.sequence,
+                mixture=self.samples.mixture,
+            ),
         )
         return report
 
@@ -293,7 +298,14 @@ class Trainer(TrainingRun):
     def _validate(self) -> float:
         self._begin(f"validation after step {self.state.step}", slow=True)
         loss = self._validation_loss()
-        self.journal.validation(self.state, loss, stage=self.stage)
+        several = len(self.data.datasets) > 1
+        self.journal.validation(
+            self.state,
+            loss,
+            stage=self.stage,
+            losses=self.validation_losses if len(self.validation) > 1 else {},
+            tokens=self.data.tokens_seen(self.state.position) if several else {},
+        )
         if not math.isfinite(loss):
             ranks = [f"{loss} on all ranks"]
             raise RollBack(f"validation loss after step {self.state.step} is not finite", ranks)
@@ -362,7 +374,9 @@ class Trainer(TrainingRun):
             self._give_up(bad)
         self._rollbacks += 1
         step, plan = self.state.step, self.stage.plan
-        beyond = self.state.position.after(plan.batch.global_, sequence=plan.sequence)
+        beyond = self.state.position.after(
+            plan.batch.global_, sequence=plan.sequence, mixture=self.samples.mixture
+        )
         self.journal.goes_back(bad, to=paths[0], beyond=beyond.samples, count=self._rollbacks)
         self.engine.close()
         self._go_on_from(paths[0])

@@ -12,7 +12,7 @@ from pathlib import Path
 from megagrow.checkpoint import list_steps, step_path
 from megagrow.checkpoint.native.retention import size_of, superseded
 from megagrow.config import Config
-from megagrow.data.dataset import PreparedData
+from megagrow.data.run_data import RunData
 from megagrow.errors import CheckpointError, TrainingError
 from megagrow.forecast.cost import STATE_BYTES
 from megagrow.models.catalog import build_catalog
@@ -30,7 +30,7 @@ _READ_AGAIN = 4 << 30  # bytes of a last checkpoint up to which a finished run v
 
 
 def look_ahead(
-    config: Config, *, plan: RunPlan, data: PreparedData, world: int, resume: str
+    config: Config, *, plan: RunPlan, data: RunData, world: int, resume: str
 ) -> str | None:
     """Check that a run can start here, as far as one process alone can tell.
 
@@ -109,7 +109,7 @@ def existing(path: Path) -> Path:
 
 
 def _first_that_opens(
-    paths: list[Path], config: Config, plan: RunPlan, data: PreparedData
+    paths: list[Path], config: Config, plan: RunPlan, data: RunData
 ) -> tuple[Path, RunState, list[str]]:
     """The checkpoint that the run will resume from, its state, and what has changed since."""
     for number, path in enumerate(paths, start=1):

@@ -7,19 +7,22 @@ in the same words.
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow import ops
 from megagrow.config import Config
-from megagrow.data.dataset import MANIFEST, PreparedData, open_data
-from megagrow.data.sampler import validation_samples
+from megagrow.data.dataset import MANIFEST
+from megagrow.data.position import Position
+from megagrow.data.run_data import RunData, open_data
+from megagrow.data.sampler import Int64
 from megagrow.engine.deepspeed.drivers import validation_share
 from megagrow.errors import DataError, MegagrowError, TrainingError
 from megagrow.report.units import human
 from megagrow.train.agreement import check_agreement
 from megagrow.train.logging.telemetry import require_libraries
-from megagrow.train.run_plan import RunPlan, plan_run, with_vocabulary
+from megagrow.train.run_plan import RunPlan, Stage, plan_run, with_vocabulary
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Ready:
 
     config: Config
     plan: RunPlan
-    data: PreparedData | None
+    data: RunData | None
 
 
 def ready(config: Config, *, world: int, data_may_come: bool = False) -> Ready:
@@ -59,6 +62,7 @@ def ready(config: Config, *, world: int, data_may_come: bool = False) -> Ready:
     if data is not None:
         for index in range(len(plan.stages)):
             _require_samples(config, plan, data, index)
+        walk(config, plan, data)
     return Ready(config, plan, data)
 
 
@@ -66,23 +70,70 @@ def data_lines(found: Ready) -> list[str]:
     """How much of the data a run uses, as lines of text."""
     data, plan = found.data, found.plan
     if data is None:
-        path = found.config.data.path
+        path = " or ".join(found.config.data.paths)
         return [f"data: {path} is not there yet, so whether it has enough tokens was not checked"]
-    tokens = data.train.total_tokens
-    stages = [
-        f"{_epochs(s.plan.end_tokens - s.plan.start_tokens, tokens)} in stage {s.index}"
-        for s in plan.stages
-    ]
-    each = f" ({', '.join(stages)})" if len(stages) > 1 else ""
-    last = plan.stages[-1].plan
-    asked = found.config.train.validation_samples
-    windows = len(validation_samples(data.validation, sequence=last.model.sequence, count=asked))
+    last, asked = plan.stages[-1], found.config.train.validation_samples
+    windows = sum(map(len, _validation(found.config, data, last).values()))
     return [
-        f"data: {human(tokens, 'tokens')} to train on, seen "
-        f"{_epochs(last.end_tokens, tokens)} times{each}",
+        *_passes(found.config, plan, data),
         f"      {windows} validation samples of {last.model.sequence} tokens"
         + (f", of {asked} asked for: the validation data has no more" if windows < asked else ""),
     ]
+
+
+def _passes(config: Config, plan: RunPlan, data: RunData) -> Iterator[str]:
+    """A line for each dataset: how often the run passes over it."""
+    ends = [data.tokens_seen(position) for position in walk(config, plan, data)]
+    starts = [dict.fromkeys(ends[0], 0), *ends]
+    for number, source in enumerate(data.datasets.values()):
+        tokens = source.data.train.total_tokens
+        each = [
+            f"{_epochs(end[source.name] - start[source.name], tokens)} in stage {index}"
+            for index, (start, end) in enumerate(zip(starts, ends, strict=False))
+        ]
+        several = len(data.datasets) > 1
+        yield (
+            ("      " if number else "data: ")
+            + (f"{source.name}: " if several else "")
+            + f"{human(tokens, 'tokens')} to train on, seen "
+            + f"{_epochs(ends[-1][source.name], tokens)} times"
+            + (f" ({', '.join(each)})" if len(each) > 1 else "")
+        )
+
+
+def walk(config: Config, plan: RunPlan, data: RunData) -> list[Position]:
+    """A run's position in its data at the end of each stage.
+
+    Raises:
+        DataError: a source of a mixture is over before the run.
+    """
+    position, ends = Position(), []
+    for stage in plan.stages:
+        sequence, batch = stage.plan.sequence, stage.plan.batch.global_
+        left, inside = stage.plan.steps, False
+        while left:
+            samples, _ = data.samples_for(
+                stage.index,
+                sequence,
+                seed=config.run.seed,
+                position=position,
+                batch=batch,
+                inside=inside,
+            )
+            _, done = position.split(sequence, samples.mixture)
+            steps = left if samples.limit is None else min(left, (samples.limit - done) // batch)
+            position = position.after(steps * batch, sequence=sequence, mixture=samples.mixture)
+            left, inside = left - steps, True
+        ends.append(position)
+    return ends
+
+
+def _validation(config: Config, data: RunData, stage: Stage) -> dict[str, Int64]:
+    return data.validation_sets(
+        sequence=stage.model.sequence,
+        count=config.train.validation_samples,
+        multiple=stage.layout.data if stage.layout.pipeline > 1 else 1,
+    )
 
 
 def start_lines(found: Ready, resume: str) -> list[str]:
@@ -124,18 +175,18 @@ def _epochs(tokens: int, size: int) -> str:
     return f"{tokens / size:.3g}"
 
 
-def data_if_there(config: Config, *, may_come: bool) -> PreparedData | None:
+def data_if_there(config: Config, *, may_come: bool) -> RunData | None:
     """The run's dataset; None if it may not exist yet and the model sets its vocabulary.
 
     Raises:
         DataError: it is missing or damaged.
     """
-    path = Path(config.data.path)
-    missing = not path.exists() or (path.is_dir() and not (path / MANIFEST).exists())
+    missing = not all((Path(path) / MANIFEST).exists() for path in config.data.paths)
+    missing &= not any(Path(path).is_file() for path in config.data.paths)
     if may_come and missing and config.model.vocab is not None:
         return None
     try:
-        return open_data(config.data)
+        return open_data(config)
     except DataError as error:
         if may_come and missing:
             raise error.or_fix("give model.vocab=N: a dry run then needs no data") from None
@@ -163,19 +214,23 @@ def _require_directory(run_dir: Path) -> None:
         )
 
 
-def _require_samples(config: Config, plan: RunPlan, data: PreparedData, index: int) -> None:
+def _require_samples(config: Config, plan: RunPlan, data: RunData, index: int) -> None:
     """Reject data without a sample for a stage, in training or validation."""
     stage = plan.stages[index]
     try:
-        data.samples(stage.plan.sequence, seed=config.run.seed)
-        samples = validation_samples(
-            data.validation, sequence=stage.model.sequence, count=config.train.validation_samples
+        data.samples(
+            index,
+            stage.plan.sequence,
+            seed=config.run.seed,
+            position=Position(),
+            mixture=data.mixture(index),
         )
-        validation_share(
-            len(samples),
-            data_rank=0,
-            data_size=stage.layout.data,
-            equal=stage.layout.pipeline > 1,
-        )
+        for samples in _validation(config, data, stage).values():
+            validation_share(
+                len(samples),
+                data_rank=0,
+                data_size=stage.layout.data,
+                equal=stage.layout.pipeline > 1,
+            )
     except MegagrowError as error:
         raise error.within(f"stages[{index}]", setting="sequence") from None

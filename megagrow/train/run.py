@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ from megagrow import __version__, ops
 from megagrow.checkpoint import NativeCheckpoint
 from megagrow.cluster.environment import threads_of_a_rank
 from megagrow.config import Config
-from megagrow.data.dataset import PreparedData
-from megagrow.data.sampler import rank_slice, validation_samples
+from megagrow.data.run_data import RunData
+from megagrow.data.sampler import rank_slice
 from megagrow.engine.comm import Comm
 from megagrow.engine.precision import Precisions
 from megagrow.errors import CheckpointError, DataError, MegagrowError
@@ -61,7 +62,7 @@ class TrainingRun:
         *,
         config: Config,
         plan: RunPlan,
-        data: PreparedData,
+        data: RunData,
         comm: Comm,
         resume: str,
         watch: Watch | None = None,
@@ -228,30 +229,50 @@ class TrainingRun:
         plan = self.stage.plan
         self._open_samples()
         # Always at the model's full length, so that losses are comparable between stages.
-        self.validation = validation_samples(
-            self.data.validation,
+        self.validation = self.data.validation_sets(
             sequence=plan.model.sequence,
             count=self.config.train.validation_samples,
+            multiple=self.stage.layout.data if self.stage.layout.pipeline > 1 else 1,
         )
-        if len(self.validation) < self.config.train.validation_samples:
+        samples = sum(map(len, self.validation.values()))
+        if samples < self.config.train.validation_samples:
             self.journal.say(
-                f"validation: {len(self.validation)} samples, all that the data has of "
+                f"validation: {samples} samples, all that the data has of "
                 f"{plan.model.sequence} tokens (train.validation_samples = "
                 f"{self.config.train.validation_samples})"
             )
 
     def _open_samples(self) -> None:
         """Training samples of the stage's length, from the run's position in the data."""
-        length = self.stage.plan.sequence
-        before, done = self.state.position.split(length)
-        self.samples = self.data.samples(length, seed=self.config.run.seed, before=before)
-        if done == 0 and (recut := self.samples.recut) is not None:
-            self.journal.say(f"stage {self.stage.index}: {recut}")
+        plan = self.stage.plan
+        self.samples, over = self.data.samples_for(
+            self.stage.index,
+            plan.sequence,
+            seed=self.config.run.seed,
+            position=self.state.position,
+            batch=plan.batch.global_,
+            inside=self.state.step > plan.start_step,
+        )
+        for source in over:
+            self.journal.say(
+                f"step {self.state.step}: {source.name} is over after {source.epochs:g} passes; "
+                "the other sources take its share"
+            )
+        if self._consumed == 0:
+            for line in self.samples.recut:
+                self.journal.say(f"stage {self.stage.index}: {line}")
+
+    @property
+    def _consumed(self) -> int:
+        """How many of `samples` are consumed."""
+        return self.state.position.split(self.samples.sequence, self.samples.mixture)[1]
 
     def _batches(self) -> Iterator[np.ndarray]:
-        micro = self.stage.plan.batch.micro
+        micro, limit = self.stage.plan.batch.micro, self.samples.limit
+        if limit is not None and self._consumed + self.stage.plan.batch.global_ > limit:
+            self._open_samples()
         starts = rank_slice(
-            self.state.position.split(self.samples.sequence)[1],
+            self._consumed,
             micro=micro,
             accumulation=self.engine.accumulation,
             data_rank=self.engine.coordinates.data,
@@ -274,8 +295,15 @@ class TrainingRun:
 
     def _validation_loss(self) -> float:
         """Mean loss over the fixed validation samples, split over the data-parallel ranks."""
-        total, count = self.engine.evaluate(self.validation, micro=self.stage.plan.batch.micro)
-        return sum(self.comm.gather_floats(total)) / sum(self.comm.gather_floats(count))
+        micro = self.stage.plan.batch.micro
+        sums, counts = [], []
+        for samples in self.validation.values():
+            total, count = self.engine.evaluate(samples, micro=micro)
+            sums.append(sum(self.comm.gather_floats(total)))
+            counts.append(sum(self.comm.gather_floats(count)))
+        means = map(operator.truediv, sums, counts)
+        self.validation_losses = dict(zip(self.validation, means, strict=True))
+        return sum(sums) / sum(counts)
 
     def _plan_from(self, ends: tuple[int, ...]) -> None:
         """Plan again, with the steps at which the stages so far really ended."""

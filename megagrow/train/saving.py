@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megagrow.background import Task
 from megagrow.checkpoint import Piece, step_path
 from megagrow.config import Config
-from megagrow.data.dataset import PreparedData
+from megagrow.data.run_data import RunData
 from megagrow.engine.comm import Comm
 from megagrow.engine.engine import Engine
 from megagrow.state.boxes import Box
@@ -72,7 +72,7 @@ class Saver:
         *,
         root: Path,
         config: Config,
-        data: PreparedData,
+        data: RunData,
         comm: Comm,
         lock: RunLock,
         run: str,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from megagrow.data.mixture import Mixture
 from megagrow.data.position import Position
 from megagrow.errors import GrowthError
 from megagrow.forecast.mixing import Mixing
@@ -88,7 +89,13 @@ class RunState:
         return replace(self, mixing=mixing)
 
     def after_step(
-        self, *, samples: int, sequence: int, flops: int, applied: bool = True
+        self,
+        *,
+        samples: int,
+        sequence: int,
+        flops: int,
+        applied: bool = True,
+        mixture: Mixture | None = None,
     ) -> RunState:
         """The state one step later; the optimizer's count stays if no update was applied.
 
@@ -97,12 +104,13 @@ class RunState:
             sequence: tokens per sample.
             flops: of the step.
             applied: whether its update was applied.
+            mixture: where the samples are from.
         """
         return replace(
             self,
             step=self.step + 1,
             optimizer_step=self.optimizer_step + applied,
-            position=self.position.after(samples, sequence=sequence),
+            position=self.position.after(samples, sequence=sequence, mixture=mixture),
             tokens=self.tokens + samples * sequence,
             flops=self.flops + flops,
         )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.data.permutation import positions
-from megagrow.data.position import Int64, Position
+from megagrow.data.position import Int64, Position, Taken
 from megagrow.data.sampler import (
     SampleIndex,
     mix,
@@ -194,7 +194,7 @@ def _walk(data: IndexedDataset, lengths: list[tuple[int, int]], seed: int) -> li
     for sequence, count in lengths:
         for _ in range(count):
             before, done = position.split(sequence)
-            found.append(SampleIndex(data, sequence, seed, before).sample(done))
+            found.append(SampleIndex(data, sequence, seed, before.pairs).sample(done))
             position = position.after(1, sequence=sequence)
     return found
 
@@ -214,7 +214,7 @@ def test_an_epoch_labels_each_token_once_whatever_the_lengths(
     before = Position()
     for sequence, count in changes:
         before = before.after(count, sequence=sequence)
-    index = SampleIndex(data, last, seed, before.split(last)[0])
+    index = SampleIndex(data, last, seed, before.split(last)[0].pairs)
     epoch, done = index.begun.epoch, before.split(last)[1]
     walked = _walk(data, changes, seed)
     rest = index.begun.tokens // last
@@ -267,11 +267,14 @@ def test_a_quarter_of_an_epoch_of_short_samples_hides_no_token_from_the_long_one
 
 def test_a_position_keeps_lengths_and_reads_what_earlier_versions_wrote() -> None:
     position = Position().after(3, sequence=8).after(2, sequence=8).after(4, sequence=16)
-    assert position.taken == ((8, 5), (16, 4)) and position.samples == 9
-    assert position.split(16) == (((8, 5),), 4) and position.split(8) == (position.taken, 0)
+    assert position.pairs == ((8, 5), (16, 4)) and position.samples == 9
+    assert position.split(16) == (Position((Taken(8, 5),)), 4) and position.split(8) == (
+        position,
+        0,
+    )
     assert Position.from_json(position.to_json()) == position
     old = Position.from_json({"consumed_samples": 320})
-    assert old.measured(64) == Position(((64, 320),)) and old.samples == 320
+    assert old.measured(64) == Position((Taken(64, 320),)) and old.samples == 320
     assert Position.from_json({"consumed_samples": 0}) == Position()
     for taken in ([[8, 4]], [[8, 6], [0, 3]], [[8, 12], [8, -3]], [8]):
         with pytest.raises((ValueError, TypeError)):

@@ -9,7 +9,8 @@ from megagrow.checkpoint import NativeCheckpoint, step_path
 from megagrow.config.load import load_config
 from megagrow.data.dataset import open_dataset
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
-from megagrow.data.position import Position
+from megagrow.data.position import Position, Taken
+from megagrow.data.run_data import open_data
 from megagrow.data.sampler import SampleIndex
 from megagrow.train.agreement import check_agreement
 from megagrow.train.run_plan import plan_run
@@ -79,7 +80,7 @@ def test_a_checkpoint_that_counts_samples_without_their_length_goes_on_as_it_wou
     """As written by earlier versions, which continued at the same number in the new order."""
     train(1, config, "train.stop_after_steps=6")
     run = load_config(config)
-    data = open_dataset(run.data.path, None)
+    data = open_data(run)
     plan = plan_run(run, world=1, vocabulary=data.vocab_size)
     for step, stage, length in ((4, 0, 4), (6, 1, 8)):
         path = step_path(config.parent / "run" / "checkpoints", step)
@@ -87,6 +88,6 @@ def test_a_checkpoint_that_counts_samples_without_their_length_goes_on_as_it_wou
         assert checkpoint.run_state.pop("taken") and checkpoint.run_state["growth_stage"] == stage
         state, changes = check_agreement(checkpoint, config=run, data=data, plan=plan)
         count = checkpoint.run_state["consumed_samples"]
-        assert state.position == Position(((length, count),))
+        assert state.position == Position((Taken(length, count),))
         said = [line for line in changes if line.startswith("data position")]
         assert len(said) == (stage == 1)

@@ -13,7 +13,7 @@ import pytest
 from megagrow.checkpoint import list_steps, newest, step_path
 from megagrow.checkpoint.native.retention import size_of
 from megagrow.config.load import load_config
-from megagrow.data.dataset import open_dataset
+from megagrow.data.run_data import open_data
 from megagrow.errors import TrainingError
 from megagrow.train import ready
 from megagrow.train.opening import checkpoint_bytes, require_disk
@@ -134,7 +134,7 @@ def test_a_disk_that_old_checkpoints_fill_is_reported_with_their_names_unless_a_
     finished, monkeypatch
 ):
     config = load_config(finished[0])
-    data = open_dataset(config.data.path)
+    data = open_data(config)
     config = with_vocabulary(config, data.vocab_size)
     plan = plan_run(config, world=1, vocabulary=data.vocab_size)
     root = finished[1] / "checkpoints"

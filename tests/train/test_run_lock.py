@@ -123,12 +123,12 @@ def test_a_step_counts_as_saved_where_the_checkpoint_is_of_this_run_and_state(sa
 def test_a_step_that_another_run_or_state_was_saved_under_is_refused(saved):
     from dataclasses import replace
 
-    from megagrow.data.position import Position
+    from megagrow.data.position import Position, Taken
 
     path, state, run = saved
     with pytest.raises(CheckpointError, match=f"(?s)not the state.*that of run {run}.*another"):
         is_saved(path, state, run="another", known=None)
-    other = replace(state, position=Position(((8, 99),)))
+    other = replace(state, position=Position((Taken(8, 99),)))
     with pytest.raises(CheckpointError, match=r"(?s)consumed_samples 16\b.*consumed_samples 99"):
         is_saved(path, other, run=run, known=None)
     with pytest.raises(CheckpointError, match="tokens"):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from megagrow.background import Task
 from megagrow.config import Config
-from megagrow.data.dataset import PreparedData, verify
+from megagrow.data.run_data import RunData
 from megagrow.engine.comm import Comm
 from megagrow.errors import DataError
 from megagrow.train.health.agree import on_first
@@ -21,7 +21,7 @@ class DataCheck:
     The thread ends with the process, so only `settle` waits for it.
     """
 
-    def __init__(self, *, config: Config, data: PreparedData, comm: Comm) -> None:
+    def __init__(self, *, config: Config, data: RunData, comm: Comm) -> None:
         self._wanted, self._data, self._comm = config.data.verify, data, comm
         self._seconds = min(10.0, config.watch.slow / 4)
         here = self._wanted and comm.rank == 0
@@ -29,7 +29,7 @@ class DataCheck:
 
     def _compare(self) -> str:
         begin = time.perf_counter()
-        size = verify(self._data)
+        size = self._data.verify()
         seconds = time.perf_counter() - begin
         return f"data: {size / 1e6:,.1f} MB agree with their checksums ({seconds:.1f} s)"
 

@@ -25,7 +25,7 @@ import torch
 
 import megagrow
 from megagrow.config import Config
-from megagrow.data.dataset import PreparedData
+from megagrow.data.run_data import RunData
 from megagrow.engine.comm import Comm
 from megagrow.errors import ConfigError, DataError, MegagrowError, TrainingError
 from megagrow.train.health.agree import on_all, on_first
@@ -66,7 +66,7 @@ class Facts:
         return f"rank {self.rank} on {self.host}"
 
 
-def preflight(*, config: Config, plan: RunPlan, data: PreparedData, comm: Comm) -> None:
+def preflight(*, config: Config, plan: RunPlan, data: RunData, comm: Comm) -> None:
     """Refuse to start if hosts differ in what must be the same, or lack what they need.
 
     Raises:
@@ -80,7 +80,7 @@ def preflight(*, config: Config, plan: RunPlan, data: PreparedData, comm: Comm) 
     on_first(comm, lambda: require_disk(config, plan))
 
 
-def compare(*, config: Config, data: PreparedData, comm: Comm) -> dict[str, int]:
+def compare(*, config: Config, data: RunData, comm: Comm) -> dict[str, int]:
     """Refuse on all ranks if hosts differ; returns the first rank of each host.
 
     Over the job's store and in JSON: ranks of other versions need not understand each other's
@@ -96,7 +96,7 @@ def compare(*, config: Config, data: PreparedData, comm: Comm) -> dict[str, int]
         code=code_hash(),
         versions=_versions(),
         config=hashlib.sha256(repr(settings).encode()).hexdigest()[:16],
-        data=data.fingerprint,
+        data=" ".join(data.datasets),
         clock=time.time(),
     )
     if comm.world == 1:

@@ -168,8 +168,21 @@ class Journal:
         }
         return "step" in found and "validation" not in found
 
-    def validation(self, state: RunState, loss: float, *, stage: Stage) -> None:
-        """Record the loss on the fixed validation samples."""
+    def validation(
+        self,
+        state: RunState,
+        loss: float,
+        *,
+        stage: Stage,
+        losses: Mapping[str, float],
+        tokens: Mapping[str, int],
+    ) -> None:
+        """Record the loss on the fixed validation samples.
+
+        Args:
+            losses: by dataset, if there are several.
+            tokens: trained on, by dataset, if there are several.
+        """
         if self._log is not None:
             self._log.validation(
                 step=state.step,
@@ -177,8 +190,11 @@ class Journal:
                 flops=state.flops,
                 val_loss=loss,
                 growth_stage=stage.index,
+                losses=losses,
+                tokens_by_source=tokens,
             )
-        self.say(f"step {state.step}: validation loss {loss:.4f}")
+        each = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        self.say(f"step {state.step}: validation loss {loss:.4f}" + (f" ({each})" if each else ""))
 
     def average(self, state: RunState, loss: float, *, states: int, wanted: int) -> None:
         """Record the loss of the mean of the last weights.

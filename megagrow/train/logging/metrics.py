@@ -82,9 +82,25 @@ class MetricsLog:
         self._mirror("train", facts.step, numbers)
 
     def validation(
-        self, *, step: int, tokens: int, flops: int, val_loss: float, growth_stage: int
+        self,
+        *,
+        step: int,
+        tokens: int,
+        flops: int,
+        val_loss: float,
+        growth_stage: int,
+        losses: Mapping[str, float],
+        tokens_by_source: Mapping[str, int],
     ) -> None:
-        """The loss of the fixed validation set after `step` steps."""
+        """The loss of the fixed validation samples after `step` steps.
+
+        Args:
+            losses: by dataset, if there are several.
+            tokens_by_source: trained on so far, if there are several datasets.
+        """
+        by_set: dict[str, Any] = {"losses": dict(losses)} if losses else {}
+        if tokens_by_source:
+            by_set["tokens_by_source"] = dict(tokens_by_source)
         self._write(
             {
                 "event": "validation",
@@ -93,9 +109,12 @@ class MetricsLog:
                 "flops": flops,
                 "val_loss": val_loss,
                 "growth_stage": growth_stage,
+                **by_set,
             }
         )
-        self._mirror("validation", step, {"loss": val_loss})
+        self._mirror(
+            "validation", step, {"loss": val_loss, **{f"loss/{k}": v for k, v in losses.items()}}
+        )
 
     def growth(
         self,

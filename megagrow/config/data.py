@@ -1,0 +1,81 @@
+"""The section that says what a run trains on: one dataset, or a mixture."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from megagrow.config.section import PathText, Section
+
+# Up to four passes over text are nearly as good as new text (Muennighoff et al. 2023,
+# arXiv 2305.16264).
+_PASSES = 4.0
+_BLEND = re.compile(r"\s*(?:\d+(?:\.\d*)?(?:[eE][-+]?\d+)?\s+\S+\s+)*\d+(?:\.\d*)?\s+\S+\s*")
+
+
+class SourceConfig(Section):
+    """One dataset of a mixture.
+
+    `weight` is its share of the tokens, relative to the other sources'. It is passed over at most
+    `epochs` times; `at_end` says what follows: `refuse` (before training, where that is known)
+    or `drop`: the other sources take its share, in proportion.
+    """
+
+    path: PathText
+    weight: Annotated[float, Field(gt=0.0)]
+    epochs: Annotated[float, Field(gt=0.0)] = _PASSES
+    at_end: Literal["refuse", "drop"] = "refuse"
+
+
+class StageDataConfig(Section):
+    """What is trained on from a stage on: `path`, one prepared dataset, or `sources`, a mixture.
+
+    A `path` of weights and paths in turn, "0.3 a 0.7 b" as Megatron-LM's --data-path takes it, is
+    a mixture too.
+    """
+
+    path: PathText | None = None
+    sources: Annotated[list[SourceConfig], Field(min_length=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_and_paths(cls, found: Any) -> Any:
+        if not isinstance(found, dict) or not isinstance(found.get("path"), str):
+            return found
+        words = found["path"].split()
+        if len(words) < 2 or not _BLEND.fullmatch(found["path"]):
+            return found
+        if found.get("sources"):
+            raise ValueError("both path and sources are given; leave one out")
+        pairs = zip(words[::2], words[1::2], strict=True)
+        sources = [{"path": path, "weight": float(weight)} for weight, path in pairs]
+        return {**found, "path": None, "sources": sources}
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> StageDataConfig:
+        if (self.path is None) == (self.sources is None):
+            raise ValueError(
+                "give either path (one dataset) or sources (a mixture), for instance "
+                "data.path=data/stdlib"
+            )
+        paths = self.paths
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        if twice:
+            raise ValueError(f"sources: {', '.join(twice)} twice; give one, with both weights")
+        return self
+
+    @property
+    def paths(self) -> list[str]:
+        """The directories of all datasets."""
+        return [self.path] if self.path else [source.path for source in self.sources or ()]
+
+
+class DataConfig(StageDataConfig):
+    """The prepared datasets (see launch/prepare_data.py) that a run starts with."""
+
+    tokenizer: PathText | None = None  # default: the tokenizer of the datasets
+    # Rank 0 reads the datasets at startup and verifies their checksums, about a second per
+    # gigabyte; the first step waits for it.
+    verify: bool = True
