@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megagrow.arguments import Parser, as_file, as_path, as_path_text, whole
 from megagrow.data.formats import FORMATS
-from megagrow.data.request import DTYPES, Request
+from megagrow.data.request import DTYPES, Adoption, Request
 from megagrow.errors import exit_status
 
 EXAMPLES = """\
@@ -16,6 +16,9 @@ EXAMPLES = """\
 
   # one text file: one document, the end of which validates
   python launch/prepare_data.py --input BOOK.txt --output data/book
+
+  # token files that exist, where they are: Megatron-LM's, nanoGPT's, llm.c's, NumPy's
+  python launch/prepare_data.py --tokens OLD.bin --tokenizer TOKENIZER.json --output data/old
 
   # JSONL with a ready tokenizer
   python launch/prepare_data.py --input CORPUS.jsonl --text-key text \\
@@ -26,8 +29,8 @@ until then its work is in OUTPUT.work, which may be removed.
 """
 
 
-def parse(arguments: Sequence[str] | None = None) -> Request:
-    """Parse the command line into a request.
+def parse(arguments: Sequence[str] | None = None) -> Request | Adoption:
+    """Parse the command line into what to prepare.
 
     Raises:
         DataError: options are out of range, or mutually exclusive.
@@ -37,12 +40,27 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
         examples=EXAMPLES,
     )
     add = parser.add_argument
-    add(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--input",
         type=as_path_text,
-        required=True,
         help="text or JSON records, a file or a directory of such, plain or compressed (gzip, "
         "bzip2, xz, zstd); or 'stdlib'",
+    )
+    source.add_argument(
+        "--tokens",
+        nargs="+",
+        type=as_path,
+        metavar="PATH",
+        help="token files that exist, read where they are: Megatron-LM's PREFIX (.bin and .idx), "
+        "llm.c's or raw *.bin, *.npy, or directories of these",
+    )
+    add(
+        "--validation-tokens",
+        nargs="+",
+        type=as_path,
+        metavar="PATH",
+        help="the same, to validate on (default: the last of --tokens, by --validation-fraction)",
     )
     add("--output", required=True, type=as_path, help="directory to make")
     kind = parser.add_mutually_exclusive_group()
@@ -80,9 +98,9 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
     )
     add(
         "--dtype",
-        choices=DTYPES,
+        choices=(*DTYPES, "uint32", "int64"),
         default=Request.dtype,
-        help="token type; auto is uint16 for vocabularies below 65500",
+        help="token type; auto is uint16 for vocabularies below 65500, and for raw --tokens",
     )
     add("--glob", default=Request.glob, help="files of a directory (default %(default)r)")
     add(
@@ -116,12 +134,38 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
         "tokenizer itself puts there, if it does)",
     )
     add("--overwrite", action="store_true", help="replace a dataset made otherwise")
-    return Request(**vars(parser.parse_args(arguments)))
+    options = vars(parser.parse_args(arguments))
+    tokens, validation = options.pop("tokens"), options.pop("validation_tokens")
+    if tokens is None:
+        if validation is not None:
+            parser.error("argument --validation-tokens: only with --tokens")
+        if options["dtype"] not in DTYPES:
+            parser.error(f"argument --dtype: {options['dtype']} is only for --tokens")
+        return Request(**options)
+    taken = ("output", "validation_fraction", "eod", "bos", "overwrite")
+    known = {"input", "tokenizer", "dtype", *taken}
+    for name, value in options.items():
+        if name not in known and value != getattr(Request, name):
+            parser.error(f"argument --{name.replace('_', '-')}: only with --input")
+    if options["tokenizer"] is None:
+        parser.error("argument --tokens: also give --tokenizer, the one that made them")
+    return Adoption(
+        tokens=tokens,
+        validation=validation,
+        tokenizer=options["tokenizer"],
+        dtype=None if options["dtype"] == "auto" else options["dtype"],
+        **{name: options[name] for name in taken},
+    )
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     request = parse(arguments)
+    if isinstance(request, Adoption):
+        from megagrow.data.adopt import adopt
+
+        print("\n".join(adopt(request)[1]))
+        return
     from megagrow.data.prepare import prepare
     from megagrow.data.summary import summary
 

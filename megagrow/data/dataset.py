@@ -27,6 +27,7 @@ from typing import Any
 from megagrow.data.files import sha256_file
 from megagrow.data.indexed import IndexedDataset, bin_path, idx_path
 from megagrow.data.markers import NONE
+from megagrow.data.token_files import Range, TokenRanges
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer
 from megagrow.errors import DataError
 from megagrow.files import or_shipped
@@ -87,8 +88,8 @@ class PreparedData:
     path: Path
     content: Content
     made: dict[str, Any]
-    train: IndexedDataset
-    validation: IndexedDataset
+    train: IndexedDataset | TokenRanges
+    validation: IndexedDataset | TokenRanges
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -162,8 +163,30 @@ _OPTIONS = {
 }  # fmt: skip
 
 
+def ranges_of(directory: Path, made: Mapping[str, Any], split: str) -> list[Range] | None:
+    """The ranges of files elsewhere that a split consists of; None if it has files of its own.
+
+    Raises:
+        DataError: the manifest is damaged.
+    """
+    if "files" not in made:
+        return None
+    try:
+        return [Range.from_json(one) for one in made["files"][split]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{directory / MANIFEST}: damaged",
+            found=f"{type(error).__name__}: {error}",
+            fix=prepare_again(made, directory),
+        ) from error
+
+
 def prepare_again(made: Mapping[str, Any], directory: Path) -> str:
     """The command that rebuilds a damaged dataset, as far as its manifest records it."""
+    if isinstance(made.get("tokens"), list):
+        words = ["--tokens", *map(str, made["tokens"]), "--tokenizer", "TOKENIZER"]
+        words += ["--output", str(directory), "--overwrite"]
+        return f"python launch/prepare_data.py {shlex.join(words)}"
     given = made.get("arguments", {}) if isinstance(made.get("arguments", {}), dict) else {}
     words = ["--input", str(made.get("input", "TEXT")), "--output", str(directory), "--overwrite"]
     for key, default in _OPTIONS.items():
@@ -266,9 +289,14 @@ def open_dataset(path: str | Path, tokenizer: str | Path | None = None) -> Prepa
             content.tokenizer_sha256,
             f"leave out data.tokenizer, or prepare the data again with --tokenizer {tokenizer}",
         )
-    splits = {}
+    splits: dict[str, IndexedDataset | TokenRanges] = {}
     for name in SPLITS:
         split: Split = getattr(content, name)
+        if (ranges := ranges_of(directory, made, name)) is not None:
+            tokens = splits[name] = TokenRanges(ranges, content.vocab_size)
+            manifest = directory / MANIFEST
+            _check(manifest, f"tokens of {name}", tokens.total_tokens, split.tokens, fix)
+            continue
         data = splits[name] = IndexedDataset(directory / name, content.vocab_size)
         index = idx_path(data.prefix)
         _check(index, "token type", data.dtype.name, content.dtype, fix)
@@ -290,6 +318,11 @@ def verify(data: PreparedData) -> int:
     size = 0
     for name in SPLITS:
         split: Split = getattr(data.content, name)
+        tokens = getattr(data, name)
+        if isinstance(tokens, TokenRanges):
+            _check(tokens.prefix, f"checksum of {name}", tokens.sha256(), split.bin_sha256, fix)
+            size += tokens.total_tokens * tokens.dtype.itemsize
+            continue
         for file, expected in (
             (bin_path(data.path / name), split.bin_sha256),
             (idx_path(data.path / name), split.idx_sha256),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,38 @@ class Request:
             "eod": markers.eod if markers else None,
             "bos": markers.bos if markers else None,
         }
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """What to make a dataset of; see ``launch/prepare_data.py --help``.
+
+    Attributes:
+        tokens: files, prefixes or directories of training tokens.
+        output: the directory to make.
+        tokenizer: the one that made the tokens.
+        validation: as `tokens`; or None, and the last `validation_fraction` of them validates.
+        dtype: of raw files.
+        eod, bos: names of the tokens that end and begin a document, if the tokenizer's own are not.
+    """
+
+    tokens: Sequence[Path]
+    output: Path
+    tokenizer: Path
+    validation: Sequence[Path] | None = None
+    validation_fraction: float = 0.01
+    dtype: str | None = None
+    eod: str | None = None
+    bos: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise DataError(
+                "--validation-fraction: out of range",
+                found=self.validation_fraction,
+                expected="above 0, since every run validates, and below 1",
+            )
 
 
 def require_dtype(dtype: str, vocab_size: int) -> str:

@@ -28,9 +28,11 @@ import numpy.typing as npt
 from megagrow.data.indexed import IndexedDataset
 from megagrow.data.permutation import mix, mixed, permuted
 from megagrow.data.position import Stream, Stretch, layer_key
+from megagrow.data.token_files import TokenRanges
 from megagrow.errors import DataError
 
 Int64 = npt.NDArray[np.int64]
+Tokens = IndexedDataset | TokenRanges
 # How validation windows are chosen; a resumed run reports it if that has changed.
 VALIDATION = "spread over the whole split"
 VALIDATION_BEFORE = "the first of the split"  # if a checkpoint does not say
@@ -50,7 +52,7 @@ class SampleIndex:
         DataError: the dataset is smaller than one sample.
     """
 
-    dataset: IndexedDataset
+    dataset: Tokens
     sequence: int
     seed: int
     before: tuple[tuple[int, int], ...] = ()
@@ -143,7 +145,7 @@ def rank_slice(
     ]
 
 
-def validation_windows(dataset: IndexedDataset, *, sequence: int, count: int) -> list[int]:
+def validation_windows(dataset: Tokens, *, sequence: int, count: int) -> list[int]:
     """The validation windows of a split: one from each of ``count`` equal parts, or all.
 
     Window j covers the tokens ``j * sequence`` and the ``sequence + 1`` next.  The choice within a
@@ -164,7 +166,7 @@ def validation_windows(dataset: IndexedDataset, *, sequence: int, count: int) ->
     ]
 
 
-def validation_samples(dataset: IndexedDataset, *, sequence: int, count: int) -> Int64:
+def validation_samples(dataset: Tokens, *, sequence: int, count: int) -> Int64:
     """``count`` windows spread over a split, or all if there are fewer.
 
     Returns:
@@ -182,7 +184,7 @@ def validation_samples(dataset: IndexedDataset, *, sequence: int, count: int) ->
     )
 
 
-def _require_window(dataset: IndexedDataset, sequence: int) -> None:
+def _require_window(dataset: Tokens, sequence: int) -> None:
     if sequence < 1:
         raise ValueError(f"sequence {sequence}")
     if dataset.total_tokens <= sequence:

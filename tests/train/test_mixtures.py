@@ -89,7 +89,7 @@ def test_a_stage_goes_on_with_its_mixture(paths, tmp_path):
         ["--config", config, "stages.2.data.sources=" + changed],
     )
     weights, single, later = (ranks[0] for ranks in outcomes)
-    assert weights.status == single.status == 1, alone
+    assert weights.status == single.status == 1
     assert "was trained on another data" in weights.err or "another mixture" in weights.err
     assert later.status == 0, later.err  # what has not begun may change
 
