@@ -184,8 +184,8 @@ def _write(
         dtype=np.dtype(parts["train"].ranges[0].file.dtype).name,
         **splits,
     )
-    files = {split: [r.to_json() for r in part.ranges] for split, part in parts.items()}
-    made = {"tokens": [str(path) for path in request.tokens], "files": files}
+    ranges = {split: [r.to_json() for r in part.ranges] for split, part in parts.items()}
+    made = {"tokens": [str(path) for path in request.tokens], "ranges": ranges}
     work = temporary_name(output)
     work.mkdir(parents=True)
     try:

@@ -169,10 +169,10 @@ def ranges_of(directory: Path, made: Mapping[str, Any], split: str) -> list[Rang
     Raises:
         DataError: the manifest is damaged.
     """
-    if "files" not in made:
+    if "ranges" not in made:
         return None
     try:
-        return [Range.from_json(one) for one in made["files"][split]]
+        return [Range.from_json(one) for one in made["ranges"][split]]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{directory / MANIFEST}: damaged",
