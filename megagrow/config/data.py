@@ -76,6 +76,8 @@ class DataConfig(StageDataConfig):
     """The prepared datasets (see launch/prepare_data.py) that a run starts with."""
 
     tokenizer: PathText | None = None  # default: the tokenizer of the datasets
+    # Further datasets, by name: their validation splits are validated on too, each by itself.
+    validation: dict[str, PathText] | None = None
     # Rank 0 reads the datasets at startup and verifies their checksums, about a second per
     # gigabyte; the first step waits for it.
     verify: bool = True

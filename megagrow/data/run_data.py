@@ -9,7 +9,7 @@ over its dataset, whatever the mixtures, stages and sample lengths.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,12 @@ class RunData:
     Attributes:
         config: the run's `data`.
         stages: the sources of each stage.
+        watched: datasets that are only validated on, by name (`data.validation`).
     """
 
     config: DataConfig
     stages: tuple[tuple[Source, ...], ...]
+    watched: Mapping[str, PreparedData] = field(default_factory=dict)
 
     @cached_property
     def datasets(self) -> dict[str, Source]:
@@ -261,6 +263,26 @@ class RunData:
             for source, part in zip(sources, _parts(count, sources, multiple), strict=True)
         }
 
+    def watched_sets(self, *, sequence: int, count: int) -> dict[str, Int64]:
+        """`count` validation samples, or all, of each dataset of `data.validation`, by name.
+
+        Raises:
+            DataError: as `validation_samples`.
+        """
+        return {
+            name: validation_samples(data.validation, sequence=sequence, count=count)
+            for name, data in self.watched.items()
+        }
+
+    def text_bytes(self, samples: Int64) -> int:
+        """UTF-8 bytes of the text of the labels of samples ``[n, sequence + 1]``.
+
+        A character that a sample's border cuts may count as more or fewer.
+        """
+        marks = [self.first.content.eod, self.first.content.bos]
+        rows = (row[~np.isin(row, [m for m in marks if m is not None])] for row in samples[:, 1:])
+        return sum(len(self.tokenizer.decode(row.tolist()).encode()) for row in rows)
+
     def in_words(self, mixture: Mixture | None) -> str:
         """A mixture by the names of its datasets, or fingerprints of others."""
         if mixture is None:
@@ -277,7 +299,8 @@ class RunData:
         Raises:
             DataError: a file does not match its ``dataset.json``.
         """
-        return sum(verify(source.data) for source in self.datasets.values())
+        datasets = [source.data for source in self.datasets.values()]
+        return sum(map(verify, [*datasets, *self.watched.values()]))
 
 
 def open_data(config: Config) -> RunData:
@@ -298,16 +321,29 @@ def open_data(config: Config) -> RunData:
     first, *others = opened
     for path in others:
         _require_same_tokenizer(path, opened[path].content, first, opened[first].content)
+    watched = {
+        name: opened.get(path) or open_dataset(path, config.data.tokenizer)
+        for name, path in (config.data.validation or {}).items()
+    }
+    for name, data in watched.items():
+        where = f"data.validation.{name}: {data.path}"
+        _require_same_tokenizer(where, data.content, first, opened[first].content)
     by_fingerprint: dict[str, str] = {}
     for path, data in opened.items():
         if (other := by_fingerprint.setdefault(data.fingerprint, path)) != path:
             raise DataError(f"{path}: the same data as {other}", fix=f"give {other} alone, with "
                             "the weights of both")  # fmt: skip
     last = [Path(path).name for path in opened]
+    if clash := set(watched) & {*last, *opened}:
+        raise DataError(
+            f"data.validation: {min(clash)} is the name of a dataset that is trained on",
+            fix="choose another name: each has its loss under its name",
+        )
     names = {path: path if last.count(Path(path).name) > 1 else Path(path).name for path in opened}
     return RunData(
         config.data,
         tuple(tuple(_sources(section, opened, names)) for section in (config.data, *sections[1:])),
+        watched,
     )
 
 

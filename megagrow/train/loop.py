@@ -297,13 +297,15 @@ class Trainer(TrainingRun):
 
     def _validate(self) -> float:
         self._begin(f"validation after step {self.state.step}", slow=True)
-        loss = self._validation_loss()
-        several = len(self.data.datasets) > 1
+        losses = self._losses(self.validation)
+        loss, watched = self._mean(losses), self._losses(self.watched)
+        first, several = self.comm.rank == 0, len(self.data.datasets) > 1
         self.journal.validation(
             self.state,
             loss,
             stage=self.stage,
-            losses=self.validation_losses if len(self.validation) > 1 else {},
+            losses={**(losses if len(losses) > 1 else {}), **watched},
+            bits_per_byte=self._bits_per_byte({**losses, **watched}) if first else {},
             tokens=self.data.tokens_seen(self.state.position) if several else {},
         )
         if not math.isfinite(loss):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import operator
+import math
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from megagrow.checkpoint import NativeCheckpoint
 from megagrow.cluster.environment import threads_of_a_rank
 from megagrow.config import Config
 from megagrow.data.run_data import RunData
-from megagrow.data.sampler import rank_slice
+from megagrow.data.sampler import Int64, rank_slice
 from megagrow.engine.comm import Comm
 from megagrow.engine.precision import Precisions
 from megagrow.errors import CheckpointError, DataError, MegagrowError
@@ -234,6 +234,10 @@ class TrainingRun:
             count=self.config.train.validation_samples,
             multiple=self.stage.layout.data if self.stage.layout.pipeline > 1 else 1,
         )
+        self._text_bytes: dict[str, int] = {}
+        self.watched = self.data.watched_sets(
+            sequence=plan.model.sequence, count=self.config.train.validation_samples
+        )
         samples = sum(map(len, self.validation.values()))
         if samples < self.config.train.validation_samples:
             self.journal.say(
@@ -295,15 +299,33 @@ class TrainingRun:
 
     def _validation_loss(self) -> float:
         """Mean loss over the fixed validation samples, split over the data-parallel ranks."""
-        micro = self.stage.plan.batch.micro
-        sums, counts = [], []
-        for samples in self.validation.values():
-            total, count = self.engine.evaluate(samples, micro=micro)
-            sums.append(sum(self.comm.gather_floats(total)))
-            counts.append(sum(self.comm.gather_floats(count)))
-        means = map(operator.truediv, sums, counts)
-        self.validation_losses = dict(zip(self.validation, means, strict=True))
-        return sum(sums) / sum(counts)
+        return self._mean(self._losses(self.validation))
+
+    def _mean(self, losses: Mapping[str, float]) -> float:
+        """The mean of the losses on the validation sets, by their samples."""
+        if len(losses) == 1:
+            return next(iter(losses.values()))
+        counts = {name: len(self.validation[name]) for name in losses}
+        return sum(losses[name] * count for name, count in counts.items()) / sum(counts.values())
+
+    def _bits_per_byte(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """Losses in bits per byte of text, by name; on rank 0, which writes the log."""
+        found = {}
+        for name, samples in {**self.validation, **self.watched}.items():
+            if name not in self._text_bytes:
+                self._text_bytes[name] = self.data.text_bytes(samples)
+            if self._text_bytes[name]:
+                bits = losses[name] / math.log(2) * samples[:, 1:].size
+                found[name] = bits / self._text_bytes[name]
+        return found
+
+    def _losses(self, sets: Mapping[str, Int64]) -> dict[str, float]:
+        """Mean loss over each set of samples [n, sequence + 1], by name."""
+        found = {}
+        for name, samples in sets.items():
+            total, count = self.engine.evaluate(samples, micro=self.stage.plan.batch.micro)
+            found[name] = sum(self.comm.gather_floats(total)) / sum(self.comm.gather_floats(count))
+        return found
 
     def _plan_from(self, ends: tuple[int, ...]) -> None:
         """Plan again, with the steps at which the stages so far really ended."""

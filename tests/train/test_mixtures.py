@@ -1,11 +1,14 @@
 """Runs on mixtures of datasets: resume, other mixtures in later stages, what is refused."""
 
 import json
+import math
 
 import pytest
 
 from megagrow.checkpoint import NativeCheckpoint, step_path
+from megagrow.config.load import load_config
 from megagrow.data.prepare import Request, prepare
+from megagrow.data.run_data import open_data
 from tests.jobs import (
     events,
     launch,
@@ -131,6 +134,32 @@ def test_sources_that_do_not_go_together_are_refused(paths, tmp_path, sources, s
     made["data"] = {"sources": [{"path": paths[name], "weight": 1.0} for name in sources]}
     outcome = main(["--config", write_config(tmp_path / "run.yaml", made), "--dry-run"])
     assert outcome.status == 1 and said in outcome.err, outcome.err
+
+
+def test_further_sets_are_validated_on_by_name_and_not_in_the_mean(paths, tmp_path):
+    made = mapping(paths, tmp_path / "run", stages=[{"until": {"steps": 4}}])
+    made["data"] = {"path": paths["first"], "validation": {"held": paths["second"]}}
+    lines = train(1, write_config(tmp_path / "run.yaml", made))
+    last = events(lines, "validation")[-1]
+    assert set(last["losses"]) == {"held"} and set(last["bits_per_byte"]) == {"held", "first"}
+    made["data"] = {"path": paths["first"]}
+    made["run"]["dir"] = str(tmp_path / "alone")
+    alone = events(train(1, write_config(tmp_path / "alone.yaml", made)), "validation")[-1]
+    assert alone["val_loss"] == last["val_loss"] and "losses" not in alone
+    # The text's bytes are those that the tokenizer makes of the labels.
+    data = open_data(load_config(tmp_path / "run.yaml"))
+    [samples] = data.validation_sets(sequence=8, count=10).values()
+    labels = samples[:, 1:]
+    text = [
+        data.tokenizer.decode([t for t in row if t != data.first.eod]) for row in labels.tolist()
+    ]
+    bits = last["val_loss"] / math.log(2) * labels.size / sum(len(t.encode()) for t in text)
+    assert last["bits_per_byte"]["first"] == pytest.approx(bits)
+    for name, path, said in (("first", "second", "is the name of a dataset"),
+                             ("x", "other", "data.validation.x")):  # fmt: skip
+        made["data"] = {"path": paths["first"], "validation": {name: paths[path]}}
+        outcome = main(["--config", write_config(tmp_path / "bad.yaml", made), "--dry-run"])
+        assert outcome.status == 1 and said in outcome.err
 
 
 def test_a_run_on_one_dataset_stores_its_position_as_before(paths, tmp_path):

@@ -175,12 +175,14 @@ class Journal:
         *,
         stage: Stage,
         losses: Mapping[str, float],
+        bits_per_byte: Mapping[str, float],
         tokens: Mapping[str, int],
     ) -> None:
         """Record the loss on the fixed validation samples.
 
         Args:
             losses: by dataset, if there are several.
+            bits_per_byte: by dataset.
             tokens: trained on, by dataset, if there are several.
         """
         if self._log is not None:
@@ -191,6 +193,7 @@ class Journal:
                 val_loss=loss,
                 growth_stage=stage.index,
                 losses=losses,
+                bits_per_byte=bits_per_byte,
                 tokens_by_source=tokens,
             )
         each = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())

@@ -90,15 +90,19 @@ class MetricsLog:
         val_loss: float,
         growth_stage: int,
         losses: Mapping[str, float],
+        bits_per_byte: Mapping[str, float],
         tokens_by_source: Mapping[str, int],
     ) -> None:
         """The loss of the fixed validation samples after `step` steps.
 
         Args:
             losses: by dataset, if there are several.
+            bits_per_byte: by dataset; of its text, end tokens apart.
             tokens_by_source: trained on so far, if there are several datasets.
         """
         by_set: dict[str, Any] = {"losses": dict(losses)} if losses else {}
+        if bits_per_byte:
+            by_set["bits_per_byte"] = dict(bits_per_byte)
         if tokens_by_source:
             by_set["tokens_by_source"] = dict(tokens_by_source)
         self._write(
@@ -113,7 +117,13 @@ class MetricsLog:
             }
         )
         self._mirror(
-            "validation", step, {"loss": val_loss, **{f"loss/{k}": v for k, v in losses.items()}}
+            "validation",
+            step,
+            {
+                "loss": val_loss,
+                **{f"loss/{name}": value for name, value in losses.items()},
+                **{f"bits_per_byte/{name}": value for name, value in bits_per_byte.items()},
+            },
         )
 
     def growth(
