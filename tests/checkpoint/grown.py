@@ -34,7 +34,7 @@ def grown_run(
 ) -> tuple[ModelConfig, Settings, Settings]:
     """(model, configuration, run state) of a run that has been through these growths."""
     first = toy_model(**changes)
-    position = Position(((first.sequence, 8 * step),))
+    position = Position((Taken(first.sequence, 8 * step),))
     model, state = first, RunState(step=step, optimizer_step=step, position=position)
     stages: list[Settings] = [{"until": {"steps": 3}}]
     if ends == "rule":
