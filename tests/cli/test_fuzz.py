@@ -71,6 +71,7 @@ def start_nothing(monkeypatch):
     import torch.multiprocessing
 
     from benchmarks import commands
+    from benchmarks.faults import processes, shim
     from megagrow.cli import supervise
     from megagrow.engine import comm
     from megagrow.savings import command as saving
@@ -78,6 +79,8 @@ def start_nothing(monkeypatch):
     monkeypatch.setattr(comm, "start", would_start)
     monkeypatch.setattr(saving, "start", would_start)
     monkeypatch.setattr(commands, "run_job", would_start)
+    monkeypatch.setattr(processes, "begin", would_start)
+    monkeypatch.setattr(shim, "build", lambda directory: directory)
     for module in (commands.departing, commands.converting, commands.fused):
         monkeypatch.setattr(module, "measure", would_start)
     monkeypatch.setattr(torch.multiprocessing, "spawn", would_start)
