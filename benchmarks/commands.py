@@ -26,7 +26,7 @@ from benchmarks import operators as comparing
 from benchmarks import throughput as training
 from megagrow.checkpoint.io.files import naming
 from megagrow.config import LayoutConfig, ModelConfig
-from megagrow.config.load import in_words
+from megagrow.config.load import in_words, load_config
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.files import write_atomically
 from megagrow.lock import holding_output
@@ -253,6 +253,7 @@ def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             if asked.get(part) is False:
                 result[part] = numbers
                 texts.append(f"{part}: as {options.json} has it, not run again")
+    load_config(options.config)  # now rather than after the first processes
     with contextlib.ExitStack() as held:
         if options.keep is None:
             temporary = tempfile.TemporaryDirectory(prefix="megagrow-faults-")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from megagrow.config.rules import BOUNDS, RULES
-from megagrow.config.section import Layers, Positive, Section
+from megagrow.config.section import TEXT, VALUE, Layers, Positive, Section, text_or_value
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -117,7 +117,13 @@ class GrowConfig(Section):
     sources: Annotated[list[Count], Field(min_length=1, max_length=4096)] | None = None
     keep_first: Count | None = None
     keep_last: Count | None = None
-    restart: Annotated[float, Field(ge=1.0)] | Literal["paper"] | None = None
+    restart: (
+        Annotated[
+            Annotated[float, Field(ge=1.0), Tag(VALUE)] | Annotated[Literal["paper"], Tag(TEXT)],
+            Discriminator(text_or_value),
+        ]
+        | None
+    ) = None
     mup: bool = False
 
     @model_validator(mode="before")

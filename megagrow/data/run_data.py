@@ -28,7 +28,7 @@ from megagrow.schedule.stages import stage_data
 
 
 @dataclass(frozen=True)
-class Source:
+class MixtureSource:
     """A dataset in a mixture.
 
     Attributes:
@@ -62,11 +62,11 @@ class Samples:
 
     sequence: int
     mixture: Mixture | None
-    sources: tuple[Source, ...]
+    sources: tuple[MixtureSource, ...]
     parts: tuple[SampleIndex, ...]
     firsts: tuple[int, ...]
     limit: int | None = None
-    over: Source | None = None
+    over: MixtureSource | None = None
 
     @property
     def recut(self) -> list[str]:
@@ -108,13 +108,13 @@ class RunData:
     """
 
     config: DataConfig
-    stages: tuple[tuple[Source, ...], ...]
+    stages: tuple[tuple[MixtureSource, ...], ...]
     watched: Mapping[str, PreparedData] = field(default_factory=dict)
 
     @cached_property
-    def datasets(self) -> dict[str, Source]:
+    def datasets(self) -> dict[str, MixtureSource]:
         """All datasets by fingerprint, those of the first stage first."""
-        found: dict[str, Source] = {}
+        found: dict[str, MixtureSource] = {}
         for sources in self.stages:
             for source in sources:
                 found.setdefault(source.data.fingerprint, source)
@@ -205,7 +205,7 @@ class RunData:
 
     def samples_for(
         self, stage: int, sequence: int, *, seed: int, position: Position, batch: int, inside: bool
-    ) -> tuple[Samples, list[Source]]:
+    ) -> tuple[Samples, list[MixtureSource]]:
         """The samples of a run's next step, and the sources that are over at it.
 
         Args:
@@ -222,7 +222,7 @@ class RunData:
         mixture = self.mixture(stage)
         if inside and position.taken and self.continues(position.taken[-1].mixture, stage):
             mixture = position.taken[-1].mixture
-        gone: list[Source] = []
+        gone: list[MixtureSource] = []
         while True:
             found = self.samples(stage, sequence, seed=seed, position=position, mixture=mixture)
             _, done = position.split(sequence, mixture)
@@ -347,7 +347,7 @@ def open_data(config: Config) -> RunData:
     )
 
 
-def mixture_of(sources: tuple[Source, ...], *, without: Collection[str] = ()) -> Mixture:
+def mixture_of(sources: tuple[MixtureSource, ...], *, without: Collection[str] = ()) -> Mixture:
     """The mixture of sources, but for those with these fingerprints."""
     weights = {s.data.fingerprint: s.weight for s in sources}
     return Mixture.of({name: weight for name, weight in weights.items() if name not in without})
@@ -355,12 +355,12 @@ def mixture_of(sources: tuple[Source, ...], *, without: Collection[str] = ()) ->
 
 def _sources(
     section: StageDataConfig, opened: Mapping[str, PreparedData], names: Mapping[str, str]
-) -> Iterator[Source]:
+) -> Iterator[MixtureSource]:
     if section.path is not None:
-        yield Source(names[section.path], opened[section.path])
+        yield MixtureSource(names[section.path], opened[section.path])
     for one in section.sources or ():
         drop = one.at_end == "drop"
-        yield Source(names[one.path], opened[one.path], one.weight, one.epochs, drop)
+        yield MixtureSource(names[one.path], opened[one.path], one.weight, one.epochs, drop)
 
 
 def _require_same_tokenizer(path: str, found: Any, first: str, expected: Any) -> None:
@@ -374,7 +374,7 @@ def _require_same_tokenizer(path: str, found: Any, first: str, expected: Any) ->
             )
 
 
-def _is_over(source: Source, stage: int, *, alone: bool) -> DataError:
+def _is_over(source: MixtureSource, stage: int, *, alone: bool) -> DataError:
     return DataError(
         f"stages[{stage}]: {source.name} is over",
         found=f"{source.epochs:g} passes over it, the most that it may have",
@@ -384,7 +384,7 @@ def _is_over(source: Source, stage: int, *, alone: bool) -> DataError:
     )
 
 
-def _parts(count: int, sources: tuple[Source, ...], multiple: int) -> list[int]:
+def _parts(count: int, sources: tuple[MixtureSource, ...], multiple: int) -> list[int]:
     """`count` in the proportion of the weights (largest remainders), at least `multiple` each."""
     if len(sources) == 1:
         return [count]

@@ -23,6 +23,7 @@ from megagrow.cli import benchmark
 from megagrow.cluster import launchers
 from megagrow.config.load import known_keys, load_config
 from megagrow.data.dataset import open_dataset
+from megagrow.data.run_data import open_data
 from megagrow.errors import CheckpointError, ConfigError, DataError, MegagrowError
 from megagrow.report import page
 from megagrow.train.checkpoints import fingerprints
@@ -212,31 +213,9 @@ def a_report_that_cannot_be_written(state):
 def _weights(state):
     """A checkpoint of a model of the run's data that belongs to no run."""
     config = load_config("run.yaml")
-    data = open_dataset(config.data.path)
+    data = open_data(config)
     model = config.model.model_copy(update={"vocab": data.vocab_size})
     return save_model(state / "bare", model, fingerprints=fingerprints(data))[0], data
-
-
-def weights_that_belong_to_no_run(state):
-    path, _ = _weights(state)
-    to(path, state / "export", "huggingface")
-    to(state / "export", state / "weights", "native", allow_other_tokenizer=True)
-    fix = refuses(CheckpointError, require_run, _opened(state / "weights"))
-    run_command(command_in(fix).replace("RUN.yaml", "run.yaml") + " --allow-other-tokenizer")
-    require_run(_opened(state / "weights-for-run"))
-
-
-def weights_of_other_data(state):
-    path, data = _weights(state)
-    (state / "other.txt").write_text("other words, and others again\n\n" * 300)
-    # With the same tokenizer, so that the weights mean the same.
-    run_command(f"python launch/prepare_data.py --input other.txt --output other --tokenizer "
-                f"{data.path / data.content.tokenizer_file} --documents paragraph "
-                "--validation-fraction 0.2")  # fmt: skip
-    write_config(state / "new.yaml", settings(state / "other", state / "new"))
-    fix = refuses(CheckpointError, require_same_data, _opened(path), open_dataset("other"))
-    run_command(command_in(fix).replace("RUN.yaml", "new.yaml"))
-    require_same_data(_opened(Path(f"{path}-for-run")), open_dataset("other"))
 
 
 def a_growth_of_another_format(state):
@@ -252,7 +231,7 @@ def a_growth_of_another_format(state):
 
 def a_start_that_does_not_say_its_model(state):
     config = load_config("run.yaml")
-    data = open_dataset(config.data.path)
+    data = open_data(config)
     model = config.model.model_copy(update={"vocab": data.vocab_size})
     untold = {"run": {"seed": 1}}
     path, _ = save_model(state / "bare", model, fingerprints=fingerprints(data), config=untold)
@@ -285,6 +264,36 @@ def _opened(path):
     return fmt.open_source(at)
 
 
+def _starts(state, fix, data):
+    """A run on the data with the proposed setting, without a model of its own."""
+    mapping = settings(data, state / "new")
+    del mapping["model"]
+    write_config(state / "new.yaml", mapping)
+    setting = re.search(r"init.from=[^\s,]+", fix)[0]
+    return load_run("new.yaml", [setting]).model
+
+
+def test_weights_that_belong_to_no_run_start_one(state):
+    path, data = _weights(state)
+    to(path, state / "export", "huggingface")
+    to(state / "export", state / "weights", "native", allow_other_tokenizer=True)
+    fix = refuses(CheckpointError, require_run, _opened(state / "weights"))
+    assert _starts(state, fix, data.path).hidden == load_config("run.yaml").model.hidden
+
+
+def test_weights_of_other_data_start_a_run_on_it(state):
+    path, data = _weights(state)
+    (state / "other.txt").write_text("other words, and others again\n\n" * 300)
+    # With the same tokenizer, so that the weights mean the same.
+    run_command(f"python launch/prepare_data.py --input other.txt --output other --tokenizer "
+                f"{data.path}/{data.first.content.tokenizer_file} --documents paragraph "
+                "--validation-fraction 0.2")  # fmt: skip
+    write_config(state / "new.yaml", settings(state / "other", state / "new"))
+    other = open_data(load_config("new.yaml"))
+    fix = refuses(CheckpointError, require_same_data, _opened(path), other)
+    assert _starts(state, fix, state / "other").hidden == load_config("run.yaml").model.hidden
+
+
 # --- which text is tried by which test ----------------------------------------------------------
 
 # By the beginning of the text.
@@ -295,8 +304,6 @@ TRIED = {
     "give another --to, or move it away: mv": a_target_that_is_taken,
     "resume from it, or move it away: mv": a_step_that_is_saved,
     "free space, then python launch/report.py": a_report_that_cannot_be_written,
-    "python launch/convert.py --from {} --to {}-for-run": weights_that_belong_to_no_run,
-    "set data.path to the dataset of the run; or carry": weights_of_other_data,
     "python launch/grow.py --from {} --to {}": a_growth_of_another_format,
     "python launch/convert.py --from {} --to imports/run": a_start_that_does_not_say_its_model,
     "python launch/supervise.py --ranks 2": a_script_that_is_missing,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megagrow.config.load import known_keys, load_config
-from megagrow.data.dataset import open_dataset
+from megagrow.data.run_data import open_data
 from megagrow.train.checkpoints import fingerprints
 from megagrow.train.state import RunState
 from tests.checkpoint.states import save_model, to
@@ -46,7 +46,7 @@ def home(tmp_path_factory, dataset):
         stages=[{"until": {"steps": 3}}, {"grow": WIDTH, "until": {"steps": 9}}],
     )  # fmt: skip
     config = load_config(write_config(home / "run.yaml", mapping))
-    data = open_dataset(dataset)
+    data = open_data(config)
     model = config.model.model_copy(update={"vocab": data.vocab_size})
     bare, _ = save_model(home / "bare", model, fingerprints=fingerprints(data))
     to(bare, home / "export", "huggingface")
@@ -71,6 +71,7 @@ def start_nothing(monkeypatch):
     import torch.multiprocessing
 
     from benchmarks import commands
+    from benchmarks.faults import processes, shim
     from megagrow.cli import supervise
     from megagrow.engine import comm
     from megagrow.savings import command as saving
@@ -78,6 +79,8 @@ def start_nothing(monkeypatch):
     monkeypatch.setattr(comm, "start", would_start)
     monkeypatch.setattr(saving, "start", would_start)
     monkeypatch.setattr(commands, "run_job", would_start)
+    monkeypatch.setattr(processes, "begin", would_start)
+    monkeypatch.setattr(shim, "build", lambda directory: directory)
     for module in (commands.departing, commands.converting, commands.fused):
         monkeypatch.setattr(module, "measure", would_start)
     monkeypatch.setattr(torch.multiprocessing, "spawn", would_start)

@@ -13,7 +13,7 @@ from megagrow.config.data import DataConfig
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.data.mixture import PERIOD, Mixture
 from megagrow.data.position import Position
-from megagrow.data.run_data import RunData, Source
+from megagrow.data.run_data import MixtureSource, RunData
 from megagrow.errors import ConfigError, DataError
 
 SIZES = {"a": 1003, "b": 400, "c": 77}
@@ -89,7 +89,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def run_of(data: dict[str, Any], *stages: dict[str, float], **more: Any) -> RunData:
     """A run whose stages have these weights."""
     sources = [
-        tuple(Source(name, data[name], weight, **more) for name, weight in stage.items())
+        tuple(MixtureSource(name, data[name], weight, **more) for name, weight in stage.items())
         for stage in stages
     ]
     config = DataConfig.model_validate({"sources": [{"path": "x", "weight": 1.0}]})
