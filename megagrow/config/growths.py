@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from megagrow.config.rules import BOUNDS, RULES
-from megagrow.config.section import Layers, Positive, Section
+from megagrow.config.section import TEXT, VALUE, Layers, Positive, Section, text_or_value
 
 Count = Annotated[int, Field(ge=0)]
+# What a growth stage trains (`megagrow.growth.training`): the tensors that its growth adds, all, or
+# those with these roles or names.
+Trained = Annotated[
+    Annotated[Literal["new", "all"], Tag(TEXT)]
+    | Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=200)]],
+        Field(min_length=1, max_length=1000),
+        Tag(VALUE),
+    ],
+    Discriminator(text_or_value),
+]
 
 
 class UntilConfig(Section):

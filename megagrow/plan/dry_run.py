@@ -19,6 +19,7 @@ from megagrow.errors import ConfigError
 from megagrow.forecast.cost import STATE_BYTES, Received, received
 from megagrow.forecast.memory import DEVICE_PARTS, local_sizes, rank_memory, slot_elements
 from megagrow.growth.settings import growth_in_words
+from megagrow.growth.training import training_in_words
 from megagrow.report.units import human
 from megagrow.state.precision import PRECISIONS
 from megagrow.train.rates import rates_in_words, shape_in_words, start_in_words
@@ -81,6 +82,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     stage, catalog = plan.stages[index], plan.placement(index).catalog
     model, steps = stage.model, stage.plan
     fresh = index == 0 and config.init is None
+    before = plan.stages[index - 1].catalog if index > 0 else None
     shape = f"{model.layers} layers x {model.hidden} hidden x {model.heads} heads x {model.ffn} ffn"
     lines = [
         f"stage {index}: {shape}, sequence {model.sequence}, vocabulary {model.vocabulary}",
@@ -91,6 +93,10 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
         f"{human(steps.end_flops - steps.start_flops, 'FLOP')})",
         *(f"  init std    {line}" for line in start_in_words(catalog) if fresh),
         *(f"  rates       {line}" for line in shape_in_words(model, catalog, plan.optimizer)),
+        *(
+            f"  trains      {line}"
+            for line in training_in_words(catalog, before=before, growth=stage.growth)
+        ),
         *_precision_lines(config, plan, index),
         *_memory_lines(config, plan, index),
     ]
@@ -325,7 +331,7 @@ def bytes_moved(plan: RunPlan, index: int, *, ranks: Sequence[int]) -> tuple[int
 def moves(plan: RunPlan, index: int, *, ranks: Iterable[int]) -> dict[int, Received]:
     """How some ranks receive their state in the growth into a stage."""
     stage, old, new = plan.stages[index], plan.placement(index - 1), plan.placement(index)
-    state_map: StateMap = stage.growth or Identity(new.catalog)
+    state_map: StateMap = stage.growth or Identity(new.catalog, old.catalog)
     return {rank: received(state_map, old, new, slots=plan.slots, rank=rank) for rank in ranks}
 
 

@@ -13,7 +13,7 @@ from megagrow.config import Config, ModelConfig
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import VALIDATION, VALIDATION_BEFORE
 from megagrow.errors import CheckpointError
-from megagrow.models.catalog import build_catalog
+from megagrow.growth.training import as_frozen_in
 from megagrow.state.catalog import Catalog
 from megagrow.train.checkpoints import DIRECTORY
 from megagrow.train.fingerprints import require_run, require_same_data
@@ -54,14 +54,26 @@ def check_agreement(
             found=f"{len(plan.stages)} stages",
             fix="resume with the stages that the run was started with",
         )
-    expected = build_catalog(plan.stages[state.growth_stage].model)
-    if expected != checkpoint.catalog:
+    stage = plan.stages[state.growth_stage]
+    if as_frozen_in(stage.catalog, checkpoint.catalog) != as_frozen_in(
+        checkpoint.catalog, stage.catalog
+    ):
         raise CheckpointError(
             f"{where}: holds another model than stage {state.growth_stage} of the configuration",
             found=_shape(checkpoint.catalog, _model_of(checkpoint)),
-            expected=_shape(expected, plan.stages[state.growth_stage].model),
+            expected=_shape(stage.catalog, stage.model),
             fix="resume with the model and stages that the run was started with"
             + _without_it(checkpoint.path, config, "start a run of this model"),
+        )
+    if stage.catalog != checkpoint.catalog:
+        frozen = [sum(t.training == "frozen" for t in c) for c in (checkpoint.catalog, stage.catalog)]
+        raise CheckpointError(
+            f"{where}: stage {state.growth_stage} trains other tensors than those that it has "
+            "moments of",
+            found=f"a checkpoint with {frozen[0]} frozen tensors",
+            expected=f"{frozen[1]} frozen tensors, by stages[{state.growth_stage}].train",
+            fix="resume with the `train` that the stage was started with; a stage of its own may "
+            "train others",
         )
     changes = _changes(checkpoint.config, config.model_dump(mode="json", by_alias=True))
     lengths = [stage.plan.sequence for stage in plan.stages[: state.growth_stage + 1]]

@@ -119,7 +119,10 @@ class OfflineGrowth:
 
 
 def _dtype(growth: Growth, source: CheckpointSource, tensor: str, slot: str) -> torch.dtype:
-    return source.dtype(growth.blocks(growth.target[tensor])[0].source, slot)
+    name = growth.blocks(growth.target[tensor])[0].source
+    # What was frozen has no moments, and those that start at zero are like the parameter.
+    held = slot == MASTER.name or growth.small[name].training == "trained"
+    return source.dtype(name, slot if held else MASTER.name)
 
 
 def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
@@ -149,8 +152,15 @@ def plan_of_run(checkpoint: CheckpointSource, grow: GrowConfig) -> OfflineGrowth
     length = sample_length(config, small, state.growth_stage)
     state = replace(state, position=state.position.measured(length))
     model, growth = _planned(grow, small)
-    grown = _with_growth(config, state, grow)
-    optimizer = stage_optimizer(grown, state.growth_stage + 1)
+    grown = _with_growth(config, state, grow, is_partly_frozen(checkpoint.catalog))
+    index = state.growth_stage + 1
+    asked = grown.stages[index].train or "all"
+    growth = replace(
+        growth,
+        small=as_frozen_in(growth.small, checkpoint.catalog),
+        target=trained_catalog(asked, growth.target, growth=growth, index=index),
+    )
+    optimizer = stage_optimizer(grown, index)
     return OfflineGrowth(
         checkpoint=checkpoint,
         growth=growth,
@@ -343,15 +353,20 @@ def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, GrowthFit, int]:
     return large, fit, sequence
 
 
-def _with_growth(config: Config, state: RunState, grow: GrowConfig) -> Config:
-    """The configuration with the growth inserted after the state's stage."""
+def _with_growth(config: Config, state: RunState, grow: GrowConfig, frozen: bool) -> Config:
+    """The configuration with the growth inserted after the state's stage.
+
+    If a part of the model was `frozen`, all of the grown one is trained.
+    """
     index = state.growth_stage
     following: list[StageConfig] = config.stages[index + 1 :]
     if following and following[0].grow == grow:
         return config
     left = config.stages[index].until
     done = config.stages[index].model_copy(update={"until": UntilConfig(steps=state.step)})
-    grown = StageConfig(until=_rest(left, state), grow=grow)
+    grown = StageConfig(
+        until=_rest(left, state), grow=grow, train="all" if frozen else None
+    )
     return config.model_copy(update={"stages": [*config.stages[:index], done, grown]})
 
 

@@ -30,6 +30,7 @@ from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -384,6 +385,23 @@ def _stage3_fragment(optimizer: Any, parameter: Any) -> Fragment:
 
 
 @uses(
+    "deepspeed.runtime.zero.partition_parameters: .ds_tensor",
+    "deepspeed.runtime.zero.partition_parameters: .ds_numel",
+    "deepspeed.runtime.zero.partition_parameters: .ds_process_group",
+)
+def own_partition(parameter: Any) -> tuple[int, torch.Tensor] | None:
+    """This rank's range of a parameter under ZeRO 3, which no optimizer need have.
+
+    Returns:
+        (its first flat position, its memory, padding included); None without ZeRO 3.
+    """
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return None
+    return part.ds_numel * dist.get_rank(parameter.ds_process_group), part.data.view(-1)
+
+
+@uses(
     f"{_ZERO_1_2}._lazy_init_hp_params_optimizer_state",
     f"{_BF16}._lazy_init_hp_params_optimizer_state",
 )
@@ -516,5 +534,58 @@ class CutPipeline(PipelineModule):
         """The shared weight, if this stage holds a copy of it; its gradients are summed."""
         if self._tied is None or self.stage_id not in (0, self.num_stages - 1):
             return []
-        layer = self.forward_funcs[0 if self.stage_id == 0 else -1]
-        return [(self._tied(layer), self._ends)]
+        weight = self._tied(self.forward_funcs[0 if self.stage_id == 0 else -1])
+        return [(weight, self._ends)] if weight.requires_grad else []
+
+
+@uses(
+    f"{_PIPELINE_ENGINE}._INSTRUCTION_MAP",
+    f"{_PIPELINE_ENGINE}.pipe_buffers",
+    f"{_PIPELINE_ENGINE}.stage_id",
+    f"{_PIPELINE_ENGINE}.using_bf16_optimizer",
+    f"{_BF16}.update_hp_grads",
+    *(f"deepspeed.runtime.pipe.schedule.{name}" for name in
+      ("RecvActivation", "SendGrad", "RecvGrad", "BackwardPass")),
+)  # fmt: skip
+def end_backward_at(engine: Any, *, lowest: int) -> None:
+    """End the backward pass of a pipeline at the lowest stage that has something to train.
+
+    DeepSpeed takes every stage's inputs as needing gradients, sends these down to the first stage,
+    and runs a backward pass of outputs that may not depend on any trained parameter, which
+    PyTorch refuses.  Its map of instructions is an attribute that each engine can have of its own.
+
+    Args:
+        engine: a PipelineEngine.
+        lowest: the first pipeline stage with a trained parameter.
+    """
+    if engine.stage_id > lowest:
+        return
+    receive = engine._INSTRUCTION_MAP[schedule.RecvActivation]
+
+    def receive_constant(engine: Any, buffer_id: int) -> None:
+        receive(engine, buffer_id)
+        inputs = engine.pipe_buffers["inputs"][buffer_id]
+        for tensor in inputs if isinstance(inputs, tuple) else (inputs,):
+            tensor.requires_grad_(False)
+
+    def forget(*names: str) -> Callable[[Any, int], None]:
+        def drop(engine: Any, buffer_id: int) -> None:
+            for name in names:
+                engine.pipe_buffers[name][buffer_id] = None
+
+        return drop
+
+    drop_outputs = forget("outputs", "output_tensors")
+
+    def no_backward(engine: Any, buffer_id: int) -> None:
+        drop_outputs(engine, buffer_id)
+        if engine.using_bf16_optimizer:  # it takes the norm of at least one gradient
+            for parameter in engine.module.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            engine.optimizer.update_hp_grads()
+
+    changed = {schedule.RecvActivation: receive_constant, schedule.SendGrad: forget("inputs")}
+    if engine.stage_id < lowest:
+        changed |= {schedule.RecvGrad: forget(), schedule.BackwardPass: no_backward}
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **changed}

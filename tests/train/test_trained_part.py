@@ -1,0 +1,177 @@
+"""Stages that train a part of the parameters (`stages[i].train`), as whole runs."""
+
+import numpy as np
+import pytest
+import torch
+
+from megagrow.checkpoint import NativeCheckpoint, newest, step_path
+from megagrow.state.boxes import whole
+from megagrow.state.catalog import slots_of
+from tests.jobs import (
+    events,
+    growths,
+    launch,
+    log_of,
+    main,
+    settings,
+    train,
+    trajectory,
+    write_config,
+)
+
+DEEPER = {"operator": "depth_identity", "factor": 2}
+WIDER = {"operator": "width", "factor": 2, "state_policy": "sparkling", "rewarm": 3}
+PART = ["writer", "norm_gain", "layers.2.*"]
+ENDS = (3, 6, 9, 12)
+
+
+def part_stages():
+    """Train all, then the new layers, then other tensors, then all of a wider model."""
+    return [
+        {"until": {"steps": ENDS[0]}},
+        {"grow": DEEPER, "train": "new", "until": {"steps": ENDS[1]}},
+        {"train": PART, "until": {"steps": ENDS[2]}},
+        {"grow": WIDER, "train": "all", "until": {"steps": ENDS[3]}},
+    ]
+
+
+def config_of(dataset, home, name, **changes):
+    changes.setdefault("stages", part_stages())
+    changes.setdefault("checkpoint", {"every": 1, "keep": 50})
+    changes.setdefault(
+        "train", {"validate_every": 4, "validation_samples": 8, "tensorboard": False}
+    )
+    return write_config(home / f"{name}.yaml", settings(dataset, home / name, **changes))
+
+
+def losses(lines):
+    return np.array([line["loss"] for line in events(lines, "step")])
+
+
+def at_step(config, step):
+    return NativeCheckpoint.open(step_path(config.with_suffix("") / "checkpoints", step))
+
+
+def values(checkpoint):
+    return {
+        (tensor.name, slot.name): checkpoint.read(tensor.name, slot.name, whole(tensor.shape))
+        for tensor in checkpoint.catalog
+        for slot in slots_of(tensor, checkpoint.slots)
+    }
+
+
+def frozen_names(checkpoint):
+    return {tensor.name for tensor in checkpoint.catalog if tensor.training == "frozen"}
+
+
+def is_new(name):
+    """Of a model of two layers whose layers are each followed by a copy."""
+    return name.startswith(("layers.1.", "layers.3."))
+
+
+@pytest.fixture(scope="module")
+def alone(dataset, tmp_path_factory):
+    """A run in one process: (its configuration, its log)."""
+    config = config_of(dataset, tmp_path_factory.mktemp("alone"), "run")
+    return config, train(1, config)
+
+
+def test_what_is_frozen_stays_bit_for_bit_and_has_no_moments(alone):
+    before, during, after = (values(at_step(alone[0], step)) for step in ENDS[:3])
+    sources = {0: 0, 2: 1}
+    for (name, slot), found in during.items():
+        if not is_new(name):
+            assert slot == "master", "a frozen tensor has no moments"
+            layer = name.split(".")[1]
+            old = name.replace(layer, str(sources[int(layer)]), 1) if "layers" in name else name
+            assert torch.equal(found, before[old, slot]), name
+    first = values(at_step(alone[0], ENDS[0] + 1))
+    moved = {n for (n, s), v in during.items() if s == "master" and not torch.equal(v, first[n, s])}
+    assert moved == {name for name, slot in during if is_new(name)}
+    frozen = frozen_names(at_step(alone[0], ENDS[2]))
+    assert "embedding.token" in frozen and "layers.2.mlp.up.weight" not in frozen
+    for name in frozen:
+        assert torch.equal(after[name, "master"], during[name, "master"]), name
+        assert (name, "exp_avg") not in after
+    assert not frozen_names(at_step(alone[0], ENDS[3]))
+
+
+LAYOUTS = [
+    {"zero": 0}, {"zero": 1}, {"zero": 2}, {"zero": 3}, {"tensor": 2, "zero": 1},
+    {"tensor": 2, "zero": 1, "sequence_parallel": True}, {"pipeline": 2, "zero": 1},
+    {"pipeline": 2, "zero": 0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_train_the_same_in_any_layout(alone, dataset, tmp_path, optimizer):
+    made = {}
+    for number, layout in enumerate(LAYOUTS):
+        changes = {"layout": layout, "optimizer": {"lr": 0.01, "name": optimizer}}
+        made[number] = config_of(dataset, tmp_path, f"run{number}", **changes)
+    if optimizer == "adamw":
+        expected = alone[1]
+    else:
+        expected = train(1, made[0], f"run.dir={tmp_path / 'alone'}", "layout.zero=1")
+    outcomes = launch(2, *(["--config", config] for config in made.values()), timeout=400)
+    assert all(o.status == 0 for ranks in outcomes for o in ranks), outcomes
+    for number, config in made.items():
+        lines = log_of(config)
+        np.testing.assert_allclose(
+            losses(lines), losses(expected), rtol=1e-5, err_msg=str(LAYOUTS[number])
+        )
+        norms = [[s["grad_norm"] for s in events(one, "step")] for one in (lines, expected)]
+        np.testing.assert_allclose(*norms, rtol=1e-4, err_msg=str(LAYOUTS[number]))
+        for ours, theirs in zip(growths(lines), growths(expected), strict=True):
+            assert ours["loss_after"] == pytest.approx(theirs["loss_after"], rel=1e-5)
+        first, last = (values(at_step(config, step)) for step in (ENDS[0] + 1, ENDS[1]))
+        for (name, slot), found in last.items():
+            assert is_new(name) or torch.equal(found, first[name, slot]), (name, LAYOUTS[number])
+
+
+UPPER = [{"train": ["layers.3.*", "final_norm_gain"], "until": {"steps": 3}},
+         {"train": "all", "until": {"steps": 6}}]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_the_backward_pass_ends_above_pipeline_stages_that_train_nothing(dataset, tmp_path, dtype):
+    """The lower pipeline stages have no gradient, no optimizer state and no messages for them."""
+    model = {"layers": 4, "tie_embeddings": False}
+    shared = {"stages": UPPER, "model": model, "precision": {"dtype": dtype}}
+    layouts = [{"pipeline": 4, "zero": 0}, {"pipeline": 2, "tensor": 2, "zero": 1}]
+    if dtype == "fp32":
+        layouts += [{"pipeline": 2, "zero": 1}]
+    alone = train(1, config_of(dataset, tmp_path, "alone", **shared))
+    made = [
+        config_of(dataset, tmp_path, f"run{number}", layout=layout, **shared)
+        for number, layout in enumerate(layouts)
+    ]
+    outcomes = launch(4, *(["--config", config] for config in made), hook=(_count_gradients,),
+                      timeout=400)  # fmt: skip
+    assert all(o.status == 0 for ranks in outcomes for o in ranks), outcomes
+    for config, layout in zip(made, layouts, strict=True):
+        np.testing.assert_allclose(
+            losses(log_of(config)), losses(alone), rtol=1e-5 if dtype == "fp32" else 0.03,
+            err_msg=str(layout),
+        )  # fmt: skip
+
+
+def _count_gradients(rank):
+    """Let a pipeline stage that sends gradients to one without trained parameters fail."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from deepspeed.runtime.pipe.schedule import SendGrad
+
+    from megagrow.engine.deepspeed import privates
+
+    send, end = PipelineEngine._INSTRUCTION_MAP[SendGrad], privates.end_backward_at
+
+    def counted(engine, buffer_id):
+        assert engine.stage_id > engine.lowest, "a gradient that nobody needs"
+        send(engine, buffer_id)
+
+    def noted(engine, *, lowest):
+        engine.lowest = lowest
+        end(engine, lowest=lowest)
+
+    PipelineEngine._INSTRUCTION_MAP[SendGrad] = counted
+    privates.end_backward_at = noted
