@@ -199,6 +199,7 @@ class Engine:
     def _start_deepspeed(self, settings: dict[str, Any], module: nn.Module, groups: Groups) -> Any:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         privates.forget_last_groups()
+        privates.allow_ranks_without_gradients()
         plain = self.layout.tensor == 1 or self.layout.pipeline > 1
         with privates.lean_start():
             engine, *_ = deepspeed.initialize(
@@ -375,7 +376,6 @@ def _parameter_groups(
         if not members:
             members = [nn.Parameter(sample.new_zeros(1))]
             module.register_parameter(f"stand_in_for_group_{number}", members[0])
-            privates.mark_split(members[0])  # or a rank may have no gradient for the norm
         groups.append(
             {
                 "params": members,

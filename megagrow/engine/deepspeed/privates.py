@@ -221,6 +221,24 @@ def counts_in_norm(parameter: Any, *, tensor_rank: int) -> bool:
     return tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
 
 
+@uses("deepspeed.runtime.bf16_optimizer.get_global_norm_of_tensors")
+def allow_ranks_without_gradients() -> None:
+    """Let the norm of no gradients be 0 in `BF16_Optimizer`, as the other optimizers do.
+
+    A pipeline stage may have nothing to train, and a tensor-parallel rank nothing that it counts.
+    """
+    norm = bf16_optimizer.get_global_norm_of_tensors
+    if getattr(norm, "of_none", False):
+        return
+
+    def norm_or_zero(input_tensors: Sequence[torch.Tensor], *args: Any, **more: Any) -> Any:
+        nothing = [torch.zeros(1, device=get_accelerator().current_device_name())]
+        return norm(input_tensors=input_tensors or nothing, *args, **more)
+
+    norm_or_zero.of_none = True  # type: ignore[attr-defined]
+    bf16_optimizer.get_global_norm_of_tensors = norm_or_zero
+
+
 # --- a running engine ---------------------------------------------------------------------
 
 
@@ -542,8 +560,6 @@ class CutPipeline(PipelineModule):
     f"{_PIPELINE_ENGINE}._INSTRUCTION_MAP",
     f"{_PIPELINE_ENGINE}.pipe_buffers",
     f"{_PIPELINE_ENGINE}.stage_id",
-    f"{_PIPELINE_ENGINE}.using_bf16_optimizer",
-    f"{_BF16}.update_hp_grads",
     *(f"deepspeed.runtime.pipe.schedule.{name}" for name in
       ("RecvActivation", "SendGrad", "RecvGrad", "BackwardPass")),
 )  # fmt: skip
@@ -575,17 +591,7 @@ def end_backward_at(engine: Any, *, lowest: int) -> None:
 
         return drop
 
-    drop_outputs = forget("outputs", "output_tensors")
-
-    def no_backward(engine: Any, buffer_id: int) -> None:
-        drop_outputs(engine, buffer_id)
-        if engine.using_bf16_optimizer:  # it takes the norm of at least one gradient
-            for parameter in engine.module.parameters():
-                if parameter.requires_grad and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            engine.optimizer.update_hp_grads()
-
     changed = {schedule.RecvActivation: receive_constant, schedule.SendGrad: forget("inputs")}
     if engine.stage_id < lowest:
-        changed |= {schedule.RecvGrad: forget(), schedule.BackwardPass: no_backward}
+        changed |= {schedule.RecvGrad: forget(), schedule.BackwardPass: forget("outputs", "output_tensors")}
     engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **changed}
