@@ -108,7 +108,7 @@ class Engine:
 
         module, every = self._build_module(config, groups, parallel, ramp)
         parameters = {name: p for name, p in every.items() if p.requires_grad}
-        numel = sum(parameter.numel() for parameter in module.parameters())
+        numel = sum(parameter.numel() for parameter in parameters.values())
         settings = deepspeed_config(
             config, layout, parameters=numel, sequence_parallel=parallel.splits_sequence
         )

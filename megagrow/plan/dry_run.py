@@ -17,7 +17,13 @@ from megagrow.engine.deepspeed.config import deepspeed_config
 from megagrow.engine.precision import on_gpu, precisions
 from megagrow.errors import ConfigError
 from megagrow.forecast.cost import STATE_BYTES, Received, received
-from megagrow.forecast.memory import DEVICE_PARTS, local_sizes, rank_memory, slot_elements
+from megagrow.forecast.memory import (
+    DEVICE_PARTS,
+    frozen_beyond_range,
+    local_sizes,
+    rank_memory,
+    slot_elements,
+)
 from megagrow.growth.settings import growth_in_words
 from megagrow.growth.training import training_in_words
 from megagrow.report.units import human
@@ -172,7 +178,7 @@ def training_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
     config = stage.settings(config)
     peaks = []
     for pipe in range(stage.layout.pipeline):
-        numel = sum(map(sum, local_sizes(placement, pipe)))
+        numel = sum(map(sum, local_sizes(placement, pipe, frozen=False)))
         settings = deepspeed_config(config, stage.layout, parameters=numel)
         formats = precisions(settings, optimizer=config.optimizer.kind, gpu=on_gpu())
         memory = rank_memory(
@@ -196,7 +202,9 @@ def growth_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
     before, after = plan.stages[index - 1].layout, plan.stages[index].layout
     placement = plan.placement(index - 1)
     old = [
-        STATE_BYTES * slot_elements(placement, pipe, plan.slots) for pipe in range(before.pipeline)
+        STATE_BYTES * slot_elements(placement, pipe, plan.slots)
+        + frozen_beyond_range(placement, pipe, config.precision.dtype)
+        for pipe in range(before.pipeline)
     ]
     staging = config.growth.staging_bytes
     peaks = []
