@@ -64,9 +64,8 @@ def with_unfrozen(rules: OptimizerRules, before: Catalog, *, step: int) -> Optim
         before: the tensors of the stage that ends.
         step: the optimizer's step count.
     """
-    frozen = [tensor.name for tensor in before if tensor.training == "frozen"]
     fresh = YoungBlocks(kept=None, born=step, peak=1.0, rewarm=0)
-    return OptimizerRules(rules.factors, {**rules.young, **dict.fromkeys(frozen, fresh)})
+    return OptimizerRules(rules.factors, {**rules.young, **dict.fromkeys(before.frozen, fresh)})
 
 
 def retrained(
@@ -82,7 +81,7 @@ def retrained(
     if before == after:
         return rules
     young = with_unfrozen(rules, before, step=step).young
-    trained = {name: new for name, new in young.items() if after[name].training == "trained"}
+    trained = {name: new for name, new in young.items() if name not in after.frozen}
     return OptimizerRules(rules.factors, trained)
 
 

@@ -45,9 +45,7 @@ def trained_catalog(
     if asked == "all":
         return catalog
     trained = _new(catalog, growth, key) if asked == "new" else _named(asked, catalog, key)
-    return Catalog(
-        tuple(t if t.name in trained else replace(t, training="frozen") for t in catalog)
-    )
+    return catalog.with_frozen({tensor.name for tensor in catalog} - trained)
 
 
 def trained_stages(
@@ -71,20 +69,20 @@ def trained_stages(
             catalog = trained_catalog(stage.train, catalog, growth=growth, index=i)
         elif i > 0 and growth is None:
             catalog = catalogs[-1]
-        elif i > 0 and is_partly_frozen(catalogs[-1]):
+        elif i > 0 and catalogs[-1].frozen:
             raise ConfigError(
                 f"stages[{i}]: grows a model of which stages[{i - 1}] trains a part, and does not "
                 "say what it trains itself",
                 fix=f"set stages[{i}].train to all, to new, or to a list of roles or names",
             )
         small = catalogs[-1] if i > 0 else catalog
-        if growth is not None and (is_partly_frozen(small) or is_partly_frozen(catalog)):
+        if growth is not None and (small.frozen or catalog.frozen):
             growth = replace(growth, small=small if i > 0 else growth.small, target=catalog)
         found.append(growth)
         catalogs.append(catalog)
     for i, stage in enumerate(config.stages):
         until = stage.until
-        if until.looks_ahead and any(map(is_partly_frozen, catalogs[i : i + 2])):
+        if until.looks_ahead and any(catalog.frozen for catalog in catalogs[i : i + 2]):
             raise ConfigError(
                 f"stages[{i}].until.{until.rule}: predicts by laws of models that are trained as a "
                 "whole",
@@ -92,19 +90,6 @@ def trained_stages(
                 fix="end the stage by steps, tokens, flops or slope",
             )
     return found, catalogs
-
-
-def is_partly_frozen(catalog: Catalog) -> bool:
-    """Whether any tensor is frozen."""
-    return any(tensor.training == "frozen" for tensor in catalog)
-
-
-def as_frozen_in(catalog: Catalog, other: Catalog) -> Catalog:
-    """A catalog with the tensors frozen that are frozen in another one of the same model."""
-    frozen = {tensor.name for tensor in other if tensor.training == "frozen"}
-    return Catalog(
-        tuple(replace(t, training="frozen") if t.name in frozen else t for t in catalog)
-    )
 
 
 def training_in_words(
@@ -125,12 +110,12 @@ def training_in_words(
             f"{count:,} of {catalog.parameters:,} parameters, in {len(catalog) - len(frozen)} of "
             f"{len(catalog)} tensors; the others are frozen, without gradients and moments"
         )
-    if before is not None and is_partly_frozen(before):
+    if before is not None and before.frozen:
         again = sum(
             tensor.volume
             for tensor in catalog
             if tensor.training == "trained"
-            and any(before[name].training == "frozen" for name in _sources(tensor, growth))
+            and not before.frozen.isdisjoint(_sources(tensor, growth))
         )
         if again:
             lines.append(

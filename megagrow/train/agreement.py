@@ -13,7 +13,6 @@ from megagrow.config import Config, ModelConfig
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import VALIDATION, VALIDATION_BEFORE
 from megagrow.errors import CheckpointError
-from megagrow.growth.training import as_frozen_in
 from megagrow.state.catalog import Catalog
 from megagrow.train.checkpoints import DIRECTORY
 from megagrow.train.fingerprints import require_run, require_same_data
@@ -55,8 +54,8 @@ def check_agreement(
             fix="resume with the stages that the run was started with",
         )
     stage = plan.stages[state.growth_stage]
-    if as_frozen_in(stage.catalog, checkpoint.catalog) != as_frozen_in(
-        checkpoint.catalog, stage.catalog
+    if stage.catalog.with_frozen(checkpoint.catalog.frozen) != checkpoint.catalog.with_frozen(
+        stage.catalog.frozen
     ):
         raise CheckpointError(
             f"{where}: holds another model than stage {state.growth_stage} of the configuration",
@@ -66,7 +65,7 @@ def check_agreement(
             + _without_it(checkpoint.path, config, "start a run of this model"),
         )
     if stage.catalog != checkpoint.catalog:
-        frozen = [sum(t.training == "frozen" for t in c) for c in (checkpoint.catalog, stage.catalog)]
+        frozen = [len(catalog.frozen) for catalog in (checkpoint.catalog, stage.catalog)]
         raise CheckpointError(
             f"{where}: stage {state.growth_stage} trains other tensors than those that it has "
             "moments of",

@@ -29,6 +29,7 @@ from megagrow.data.dataset import open_data, verify
 from megagrow.errors import CheckpointError, ConfigError, GrowthError
 from megagrow.growth.operators.ligo import Fitted
 from megagrow.growth.plan import Growth, plan_growth
+from megagrow.growth.training import trained_catalog
 from megagrow.models.registry import family_of
 from megagrow.schedule.stages import sample_length, stage_batch, stage_optimizer
 from megagrow.state.boxes import whole
@@ -120,9 +121,8 @@ class OfflineGrowth:
 
 def _dtype(growth: Growth, source: CheckpointSource, tensor: str, slot: str) -> torch.dtype:
     name = growth.blocks(growth.target[tensor])[0].source
-    # What was frozen has no moments, and those that start at zero are like the parameter.
-    held = slot == MASTER.name or growth.small[name].training == "trained"
-    return source.dtype(name, slot if held else MASTER.name)
+    # What was frozen has no moments.
+    return source.dtype(name, MASTER.name if name in growth.small.frozen else slot)
 
 
 def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
@@ -152,12 +152,12 @@ def plan_of_run(checkpoint: CheckpointSource, grow: GrowConfig) -> OfflineGrowth
     length = sample_length(config, small, state.growth_stage)
     state = replace(state, position=state.position.measured(length))
     model, growth = _planned(grow, small)
-    grown = _with_growth(config, state, grow, is_partly_frozen(checkpoint.catalog))
+    grown = _with_growth(config, state, grow, bool(checkpoint.catalog.frozen))
     index = state.growth_stage + 1
     asked = grown.stages[index].train or "all"
     growth = replace(
         growth,
-        small=as_frozen_in(growth.small, checkpoint.catalog),
+        small=growth.small.with_frozen(checkpoint.catalog.frozen),
         target=trained_catalog(asked, growth.target, growth=growth, index=index),
     )
     optimizer = stage_optimizer(grown, index)
@@ -354,19 +354,15 @@ def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, GrowthFit, int]:
 
 
 def _with_growth(config: Config, state: RunState, grow: GrowConfig, frozen: bool) -> Config:
-    """The configuration with the growth inserted after the state's stage.
-
-    If a part of the model was `frozen`, all of the grown one is trained.
-    """
+    """The configuration with the growth after the state's stage; it unfreezes what is `frozen`."""
     index = state.growth_stage
     following: list[StageConfig] = config.stages[index + 1 :]
     if following and following[0].grow == grow:
         return config
     left = config.stages[index].until
     done = config.stages[index].model_copy(update={"until": UntilConfig(steps=state.step)})
-    grown = StageConfig(
-        until=_rest(left, state), grow=grow, train="all" if frozen else None
-    )
+    train = "all" if frozen else None
+    grown = StageConfig(until=_rest(left, state), grow=grow, train=train)
     return config.model_copy(update={"stages": [*config.stages[:index], done, grown]})
 
 

@@ -175,3 +175,81 @@ def _count_gradients(rank):
 
     PipelineEngine._INSTRUCTION_MAP[SendGrad] = counted
     privates.end_backward_at = noted
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_low_precision_keeps_frozen_masters_bit_for_bit_and_resumes(dataset, tmp_path, offload):
+    """In 16 bit the model's own parameters are rounded; the masters of frozen ones are not."""
+    configs = {}
+    for zero in (1, 2, 3) if offload == "cpu" else (0, 1, 2, 3):
+        changes = {
+            "layout": {"zero": zero}, "precision": {"dtype": "bf16"},
+            "stages": part_stages()[:3], "optimizer": {"offload": offload},
+        }  # fmt: skip
+        configs[zero] = config_of(dataset, tmp_path, f"run{zero}", **changes)
+    commands = []
+    for config in configs.values():
+        commands.append(["--config", config, f"run.dir={config.with_suffix('')}-straight"])
+        commands += [["--config", config, f"train.stop_after_steps={n}"] for n in (5, 8)]
+        commands.append(["--config", config])
+    outcomes = launch(2, *commands, timeout=500)
+    assert all(o.status == 0 for ranks in outcomes for o in ranks), outcomes
+    for zero, config in configs.items():
+        straight = log_of(config, f"run.dir={config.with_suffix('')}-straight")
+        assert trajectory(log_of(config)) == trajectory(straight), zero
+        before, during = (values(at_step(config, step)) for step in (ENDS[0] + 1, ENDS[1]))
+        wide = [
+            name for name, slot in during
+            if slot == "master" and not is_new(name)
+            and not torch.equal(during[name, slot], during[name, slot].bfloat16().float())
+        ]  # fmt: skip
+        assert wide, "no master has more digits than bf16"
+        for name, slot in during:
+            assert is_new(name) or torch.equal(during[name, slot], before[name, slot]), (zero, name)
+
+
+def test_a_stage_is_resumed_bit_for_bit_and_in_other_layouts(alone, dataset, tmp_path):
+    config = config_of(dataset, tmp_path, "run")
+    for stop in (4, 5, 8):
+        train(1, config, f"train.stop_after_steps={stop}")
+    assert trajectory(train(1, config)) == trajectory(alone[1])
+    other = config_of(dataset, tmp_path, "other")
+    ways = [["layout.zero=3"], ["layout.tensor=2"], ["layout.pipeline=2"], ["layout.zero=2"], []]
+    stops = [4, 5, 8, 9, 12]
+    commands = [
+        ["--config", other, f"train.stop_after_steps={stop}", *way]
+        for stop, way in zip(stops, ways, strict=True)
+    ]
+    outcomes = launch(2, *commands, timeout=300)
+    assert all(o.status == 0 for ranks in outcomes for o in ranks), outcomes
+    np.testing.assert_allclose(losses(log_of(other)), losses(alone[1]), rtol=1e-5)
+
+
+def test_a_resume_that_trains_others_is_refused(alone, dataset, tmp_path):
+    stages = part_stages()
+    config = config_of(dataset, tmp_path, "run", stages=stages)
+    train(1, config, "train.stop_after_steps=5")
+    stages[1]["train"] = "all"
+    other = config_of(dataset, tmp_path, "run", stages=stages)
+    outcome = main(["--config", other])
+    assert outcome.status == 1
+    assert "stage 1 trains other tensors than those that it has moments of" in outcome.err
+    assert "resume with the `train` that the stage was started with" in outcome.err
+
+
+def test_unfrozen_tensors_start_as_new_ones_and_that_is_said(alone, dataset, tmp_path):
+    state = at_step(alone[0], ENDS[1] + 1).run_state
+    young = state["rules"]["young"]
+    names = {t.name for t in at_step(alone[0], ENDS[1] + 1).catalog if t.training == "trained"}
+    again = {name for name in names if not is_new(name)}
+    assert again and all(young[name]["born"] == ENDS[1] for name in again)
+    assert all(young[name]["kept"] is None for name in again)
+    # The growth's new layers keep their own count, while they are trained.
+    kept = {name: item["born"] for name, item in young.items() if is_new(name)}
+    assert set(kept.values()) == {ENDS[0]} and set(kept) == {n for n in names if is_new(n)}
+    config = config_of(dataset, tmp_path, "run")
+    [[outcome]] = launch(1, ["--config", config])
+    assert "stage 1: trains " in outcome.err and "the others are frozen" in outcome.err
+    assert "that were frozen: their moments start at zero" in outcome.err
+    dry = main(["--config", config, "--dry-run"])
+    assert dry.status == 0 and dry.out.count("  trains      ") == 4, dry.out
