@@ -111,9 +111,10 @@ class GrowConfig(Section):
     for which `ligo` is fitted; null selects the operator's default.  `noise` is the standard
     deviation of the noise that `width_noise` and `width_perturb` (1 by default), `depth_stack`,
     `depth_interleave` and `depth_slices` (0) add to copies, in units of the copies' own root mean
-    square; `shrink` what `shrink_pad_perturb` multiplies old weights by (0.4). `depth_slices` takes
-    `sources`, the old layer that each layer of the grown model is a copy of; without it,
-    `keep_first` and `keep_last` layers at the ends are not copied, and those between are stacked.
+    square; `shrink` what `shrink_pad_perturb` multiplies old weights by (0.4). `depth_slices` and
+    `depth_identity` take `sources`, the old layer that each layer of the grown model is a copy of;
+    `depth_slices` without it does not copy `keep_first` and `keep_last` layers at the ends, and
+    stacks those between.
     """
 
     operator: str

@@ -22,7 +22,7 @@ from megagrow.checkpoint.interface.format import CheckpointSource
 from megagrow.checkpoint.interface.grown import GrownCheckpoint
 from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.checkpoint.native.steps import find, step_of, step_path
-from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
+from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, Trained, UntilConfig
 from megagrow.config.growths import SIZES
 from megagrow.config.load import parse_config
 from megagrow.data.dataset import open_data, verify
@@ -361,7 +361,7 @@ def _with_growth(config: Config, state: RunState, grow: GrowConfig, frozen: bool
         return config
     left = config.stages[index].until
     done = config.stages[index].model_copy(update={"until": UntilConfig(steps=state.step)})
-    train = "all" if frozen else None
+    train: Trained | None = "all" if frozen else None
     grown = StageConfig(until=_rest(left, state), grow=grow, train=train)
     return config.model_copy(update={"stages": [*config.stages[:index], done, grown]})
 
