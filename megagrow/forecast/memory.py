@@ -175,9 +175,7 @@ def rank_memory(
     )
 
 
-def local_sizes(
-    placement: Placement, pipe: int, *, frozen: bool | None = None
-) -> list[list[int]]:
+def local_sizes(placement: Placement, pipe: int, *, frozen: bool | None = None) -> list[list[int]]:
     """Elements of a stage's parameters by group, split by tensor parallelism only.
 
     Args:

@@ -183,7 +183,8 @@ def _named(asked: Sequence[str], catalog: Catalog, key: str) -> set[str]:
             roles = sorted({tensor.role for tensor in catalog})
             known = [*roles, *(tensor.name for tensor in catalog)]
             close = get_close_matches(one, known, n=3)
-            hint = f"one of {', '.join(roles)}, or a name or pattern such as {catalog.tensors[-1].name}"
+            last = catalog.tensors[-1].name
+            hint = f"one of {', '.join(roles)}, or a name or pattern such as {last}"
             raise ConfigError(
                 f"{key}: {one!r} is neither the role nor the name of a tensor of this stage's model"
                 + (", although it is a role" if one in ROLES else ""),

@@ -20,7 +20,6 @@ from megagrow.growth.operators.ramp import Ramp
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.growth.plan import Growth, plan_growth
 from megagrow.growth.training import trained_stages
-from megagrow.models.catalog import build_catalog
 from megagrow.models.common.parallel import require_tensor_parallel
 from megagrow.models.flops import forward_flops_by_place, train_flops_per_token
 from megagrow.schedule import LearningRate, StagePlan, learning_rate, resolve_stages

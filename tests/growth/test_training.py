@@ -105,7 +105,9 @@ def test_what_is_not_given_does_not_change_but_a_growth_has_to_say():
 def test_rules_that_predict_are_refused_for_a_part():
     stage = {"until": {"marginal": True, "steps": 5}}
     text = refused(stage, {"grow": DEEPER, "train": "new", "until": {"steps": 9}})
-    assert "stages[0].until.marginal: predicts by laws of models that are trained as a whole" in text
+    assert (
+        "stages[0].until.marginal: predicts by laws of models that are trained as a whole" in text
+    )
 
 
 def test_the_optimizer_has_no_group_and_no_slots_of_frozen_tensors():

@@ -549,7 +549,7 @@ def test_llama_pro_is_the_published_procedure(dataset, tmp_path):
         ours = [line["loss"] for line in events(lines, "step")]
         assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5), (ours, theirs)
     assert abs(theirs[0] - theirs[-1]) > 0.01, "nothing was learned"
-    # Exported to transformers: what was there is bit for bit what it was, the new layers are theirs.
+    # Exported: what was there is bit for bit what it was, and the new layers are theirs.
     convert(Job(newest(tmp_path / "alone/checkpoints"), tmp_path / "made", "huggingface"))
     made = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "made", attn_implementation="eager", dtype=torch.float32

@@ -4,9 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from megagrow.checkpoint import NativeCheckpoint, newest, step_path
+from megagrow.checkpoint import NativeCheckpoint, step_path
+from megagrow.checkpoint.convert.run import Job, convert
+from megagrow.checkpoint.native.steps import find
+from megagrow.config import GrowConfig
+from megagrow.errors import ConfigError
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import slots_of
+from megagrow.state.layout import Layout
+from megagrow.train.grow_offline import plan_offline, write_offline
 from tests.jobs import (
     events,
     growths,
@@ -18,6 +24,7 @@ from tests.jobs import (
     trajectory,
     write_config,
 )
+from tests.train.released import run_from
 
 DEEPER = {"operator": "depth_identity", "factor": 2}
 WIDER = {"operator": "width", "factor": 2, "state_policy": "sparkling", "rewarm": 3}
@@ -253,3 +260,102 @@ def test_unfrozen_tensors_start_as_new_ones_and_that_is_said(alone, dataset, tmp
     assert "that were frozen: their moments start at zero" in outcome.err
     dry = main(["--config", config, "--dry-run"])
     assert dry.status == 0 and dry.out.count("  trains      ") == 4, dry.out
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+WHOLE = [
+    ("native", Layout(data=3, zero=1)), ("native", Layout(data=2, zero=3)),
+    ("native", Layout(tensor=2, pipeline=2)), ("dcp", Layout()),
+    ("deepspeed", Layout()), ("deepspeed", Layout(data=2, zero=1)),
+    ("deepspeed", Layout(data=2, zero=2)), ("deepspeed", Layout(data=2, tensor=2, zero=2)),
+    ("deepspeed", Layout(data=2, zero=3)), ("deepspeed", Layout(tensor=2)),
+    ("deepspeed", Layout(data=2, tensor=2, zero=3)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "layout"), WHOLE, ids=str)
+@pytest.mark.parametrize("step", [ENDS[1], ENDS[1] + 2])
+def test_a_checkpoint_of_a_part_is_carried_whole(alone, tmp_path, form, layout, step):
+    """There and back: the same values, the same frozen tensors, and no moments of them."""
+    source = at_step(alone[0], step)
+    convert(Job(source.path, tmp_path / "there", form, layout=layout))
+    convert(Job(tmp_path / "there", tmp_path / "back", "native"))
+    back = NativeCheckpoint.open(find(tmp_path / "back"))
+    assert back.catalog == source.catalog and frozen_names(back)
+    expected, found = values(source), values(back)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_run_goes_on_from_a_converted_checkpoint(alone, dataset, tmp_path):
+    source = at_step(alone[0], ENDS[1] + 1)
+    convert(Job(source.path, tmp_path / "there", "deepspeed", layout=Layout(data=2, zero=1)))
+    convert(Job(tmp_path / "there", tmp_path / "back", "native"))
+    config = config_of(dataset, tmp_path, "run")
+    expected = [step for step in trajectory(alone[1]) if step[0] > ENDS[1] + 1]
+    assert trajectory(train(1, config, resume=find(tmp_path / "back"))) == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "layout", "said"),
+    [
+        ("deepspeed", Layout(pipeline=2), "a pipeline do not tell frozen parameters from others"),
+        ("universal", Layout(), "has no place for frozen parameters"),
+    ],
+)
+def test_formats_that_cannot_tell_are_refused(alone, tmp_path, form, layout, said):
+    with pytest.raises(ConfigError, match=said):
+        convert(Job(at_step(alone[0], ENDS[1]).path, tmp_path / "made", form, layout=layout))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("form", ["huggingface", "megatron"])
+def test_formats_of_weights_take_the_weights(dataset, tmp_path, form):
+    family = "llama" if form == "megatron" else "gpt2"
+    stages = part_stages()[:2]
+    config = config_of(dataset, tmp_path, "run", stages=stages, model={"family": family})
+    train(1, config)
+    source = at_step(config, ENDS[1])
+    survey = convert(Job(source.path, tmp_path / "made", form)).survey
+    assert {item.name for item in survey.left_out} >= {"exp_avg", "exp_avg_sq"}
+    convert(Job(tmp_path / "made", tmp_path / "back", "native"))
+    back, expected = NativeCheckpoint.open(find(tmp_path / "back")), values(source)
+    for (name, slot), found in values(back).items():
+        wanted = expected[name, "master"] if slot == "master" else torch.zeros_like(found)
+        assert torch.equal(found, wanted), (name, slot)
+
+
+def test_an_offline_growth_of_a_part_is_the_live_one(alone, dataset, tmp_path):
+    """The growth of stage 3, which unfreezes all: the state after it, bit for bit."""
+    grown = write_offline(
+        plan_offline(at_step(alone[0], ENDS[2]).path, GrowConfig(**WIDER)), tmp_path / "grown"
+    )
+    config = config_of(dataset, tmp_path, "live", checkpoint={"every": 1, "keep": 50})
+    offline = NativeCheckpoint.open(grown)
+    assert not offline.catalog.frozen
+    assert offline.run_state["rules"]["young"]["embedding.token"]["inside"]["born"] == ENDS[2]
+    expected = [step for step in trajectory(alone[1]) if step[0] > ENDS[2]]
+    found = train(1, config, f"run.dir={tmp_path / 'on'}", resume=grown)
+    assert trajectory(found) == expected
+
+
+def test_a_run_may_start_from_a_checkpoint_of_a_part(alone, dataset, tmp_path):
+    """Its moments are taken; those of what was frozen start at zero, with a count of their own."""
+    source = alone[0].with_suffix("") / "checkpoints" / f"step_{ENDS[1]:08d}"
+    for name, changes in {
+        "plain": {"stages": [{"until": {"steps": 3}}]},
+        "grown": {"stages": [{"grow": WIDER, "until": {"steps": 3}}]},
+        "part": {"stages": [{"train": ["writer"], "until": {"steps": 3}}]},
+    }.items():
+        run = run_from(source, dataset, tmp_path / name, checkpoint={"every": 1}, **changes)
+        lines = train(1, write_config(tmp_path / f"{name}.yaml", run))
+        assert events(lines, "run_start")[0]["init"]["moments"]
+        assert np.isfinite(losses(lines)).all()
+        state = NativeCheckpoint.open(step_path(tmp_path / name / "checkpoints", 1))
+        young = state.run_state["rules"]["young"]
+        token = young.get("embedding.token")
+        assert (token is None) == (name == "part")
+        if token is not None:
+            assert (token["inside"] or token)["born"] == ENDS[1]
+        assert bool(frozen_names(state)) == (name == "part")

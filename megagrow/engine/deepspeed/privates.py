@@ -233,7 +233,7 @@ def allow_ranks_without_gradients() -> None:
 
     def norm_or_zero(input_tensors: Sequence[torch.Tensor], *args: Any, **more: Any) -> Any:
         nothing = [torch.zeros(1, device=get_accelerator().current_device_name())]
-        return norm(input_tensors=input_tensors or nothing, *args, **more)
+        return norm(input_tensors or nothing, *args, **more)
 
     norm_or_zero.of_none = True  # type: ignore[attr-defined]
     bf16_optimizer.get_global_norm_of_tensors = norm_or_zero
@@ -593,5 +593,8 @@ def end_backward_at(engine: Any, *, lowest: int) -> None:
 
     changed = {schedule.RecvActivation: receive_constant, schedule.SendGrad: forget("inputs")}
     if engine.stage_id < lowest:
-        changed |= {schedule.RecvGrad: forget(), schedule.BackwardPass: forget("outputs", "output_tensors")}
+        changed |= {
+            schedule.RecvGrad: forget(),
+            schedule.BackwardPass: forget("outputs", "output_tensors"),
+        }
     engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **changed}

@@ -2,8 +2,8 @@
 
     depth_stack       whole copies of the stack, appended: M o M o ... o M
     depth_interleave  every layer followed by its copies: l1 l1 l2 l2 ...
-    depth_identity    the same positions, but the copies start as the identity; or by a list, such as
-                      0 1 1 2 3 3: a copy after each second layer, which is how LLaMA Pro places them
+    depth_identity    the same positions, but the copies start as the identity; or by a list, as
+                      0 1 1 2 3 3: a copy after every second layer, where LLaMA Pro has them
 
 `depth_stack` is the operator that "Stacking Your Transformers" (Du et al.,
 arXiv 2405.15319, where it is called G_stack) found to save most, after Gong et al. (ICML 2019). The

@@ -249,7 +249,10 @@ class Journal:
             ):
                 self.say(caveat)
         trains = training_in_words(new.catalog, before=old.catalog, growth=new.growth)
-        for line in (*(f"trains {line}" for line in trains), *rates_in_words(self.config, new.index)):
+        for line in (
+            *(f"trains {line}" for line in trains),
+            *rates_in_words(self.config, new.index),
+        ):
             self.say(f"stage {new.index}: {line}")
         if self._log is not None:
             self._log.growth(

@@ -99,7 +99,11 @@ class DeepSpeedSink:
             return None
         made = {}
         for tensor in plan.untrained("frozen"):
-            dtype, numel, shape = plan.dtype_of(tensor), plan.numel(tensor), plan.local_shape(tensor)
+            dtype, numel, shape = (
+                plan.dtype_of(tensor),
+                plan.numel(tensor),
+                plan.local_shape(tensor),
+            )
             start, stop = 0, numel
             if zero == 3:
                 part = -(-numel // plan.layout.data)
