@@ -6,6 +6,8 @@ import torch
 
 from megagrow.checkpoint import NativeCheckpoint, step_path
 from megagrow.checkpoint.convert.run import Job, convert
+from megagrow.checkpoint.formats.deepspeed import source as deepspeed
+from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.checkpoint.native.steps import find
 from megagrow.config import GrowConfig
 from megagrow.errors import ConfigError
@@ -13,6 +15,7 @@ from megagrow.state.boxes import whole
 from megagrow.state.catalog import slots_of
 from megagrow.state.layout import Layout
 from megagrow.train.grow_offline import plan_offline, write_offline
+from tests.engine import plays
 from tests.jobs import (
     events,
     growths,
@@ -24,6 +27,7 @@ from tests.jobs import (
     trajectory,
     write_config,
 )
+from tests.ranks import run_ranks
 from tests.train.released import run_from
 
 DEEPER = {"operator": "depth_identity", "factor": 2}
@@ -286,6 +290,44 @@ def test_a_checkpoint_of_a_part_is_carried_whole(alone, tmp_path, form, layout, 
     expected, found = values(source), values(back)
     assert set(found) == set(expected)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def _load_in_deepspeed(comm, root, native, layouts):
+    """Per layout: what differs from the source after DeepSpeed has loaded and saved it."""
+    source = NativeCheckpoint.open(native)
+    expected, found = values(source), []
+    for number, layout in enumerate(layouts):
+        there = root / str(number)
+        if comm.rank == 0:
+            convert(Job(native, there, "deepspeed", layout=layout), workers=1)
+        comm.barrier()
+        job = plays.Job(
+            comm, model=model_of(source), layout=layout, fresh=False, frozen=source.catalog.frozen
+        )
+        job.engine._deepspeed.load_checkpoint(str(there))
+        # What it has in memory now, it saves. Without ZeRO its files do not say what is frozen.
+        client = {"config": source.config, "run_state": source.run_state}
+        told = {} if layout.zero else {"frozen": sorted(source.catalog.frozen)}
+        job.engine._deepspeed.save_checkpoint(
+            str(there / "again"), client_state={"megagrow": {**client, **told}}
+        )
+        comm.barrier()
+        saved = deepspeed.open_source(there / "again")
+        assert saved.catalog == source.catalog
+        bad = [
+            key for key, value in expected.items()
+            if not torch.equal(saved.read(*key, whole(value.shape)), value)
+        ]  # fmt: skip
+        job.engine.close()
+        found.append(bad)
+    return found
+
+
+def test_deepspeeds_own_engine_loads_a_part(alone, tmp_path):
+    layouts = [Layout(data=2, zero=zero) for zero in range(4)] + [Layout(tensor=2, zero=1)]
+    native = at_step(alone[0], ENDS[1]).path
+    for found in run_ranks(2, _load_in_deepspeed, tmp_path, native, layouts, timeout=300.0):
+        assert found == [[]] * len(layouts)
 
 
 def test_a_run_goes_on_from_a_converted_checkpoint(alone, dataset, tmp_path):
