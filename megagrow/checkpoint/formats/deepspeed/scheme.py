@@ -241,12 +241,8 @@ def group_order(
         order.append(
             [
                 [modules[t.name] for t in scheme.catalog if t.name in modules and keys[t.name] == k]
-<<<<<<< HEAD
-                for k in sorted(set(keys.values()) - {NO_GROUP})
-=======
                 or [name for name in shapes if name == f"{PLACEHOLDER}{number}"]
-                for number, k in enumerate(sorted(set(keys.values())))
->>>>>>> main
+                for number, k in enumerate(sorted(set(keys.values()) - {NO_GROUP}))
             ]
         )
     return order
