@@ -266,6 +266,22 @@ def test_unfrozen_tensors_start_as_new_ones_and_that_is_said(alone, dataset, tmp
     assert dry.status == 0 and dry.out.count("  trains      ") == 4, dry.out
 
 
+def test_diagnostics_and_the_mean_of_weights_are_of_what_is_trained(dataset, tmp_path):
+    train_section = {
+        "validate_every": 2, "validation_samples": 8, "tensorboard": False,
+        "growth_diagnostics": 1, "average": {"last": 0.5},
+    }  # fmt: skip
+    config = config_of(dataset, tmp_path, "run", train=train_section, layout={"zero": 2})
+    lines = train(2, config)
+    found = {line["step"]: line for line in events(lines, "growth_diagnostics")}
+    assert set(found) == set(range(ENDS[0] + 1, ENDS[3] + 1))
+    assert found[ENDS[0] + 1]["update_share"] == 1.0  # the new layers are all that moves
+    assert 0 < found[ENDS[2] + 1]["update_share"] < 1
+    assert not [line for line in events(lines, "mixing") if line["step"] <= ENDS[2]]
+    [average] = events(lines, "average")
+    assert np.isfinite(average["val_loss"])
+
+
 # --- checkpoints -----------------------------------------------------------------------------
 
 WHOLE = [
