@@ -78,7 +78,12 @@ class FrozenParameters:
             if memory.data_ptr() != fragment.owner.data_ptr():
                 memory.copy_(fragment.owner)
         layout = self._placement.layout
-        for distance in range(1, layout.data) if layout.zero in (1, 2) else ():
+        if not self._parameters or layout.data == 1 or layout.zero not in (1, 2):
+            return
+        # NCCL starts a group's communicator with all of its ranks, and below only some may send.
+        first = next(iter(self._parameters.values()))
+        dist.all_reduce(torch.zeros(1, device=first.device), group=self._groups.data)
+        for distance in range(1, layout.data):
             for name, parameter in self._parameters.items():
                 self._exchange(name, parameter, distance)
 
