@@ -37,7 +37,8 @@ def train_flops_per_token(model: ModelConfig, catalog: Catalog | None = None) ->
 
     The backward pass computes the gradient of each product's inputs as far down as something is
     trained below it, and of the weights that are trained. Attention's products count together, as
-    fused kernels compute them.
+    fused kernels compute them. Inside the lowest trained block the order of the products is that of
+    the architecture's blocks; a family with other layers of its own may compute less.
 
     Args:
         model: the model.
