@@ -129,7 +129,13 @@ class GrowConfig(Section):
     sources: Annotated[list[Count], Field(min_length=1, max_length=4096)] | None = None
     keep_first: Count | None = None
     keep_last: Count | None = None
-    restart: Annotated[float, Field(ge=1.0)] | Literal["paper"] | None = None
+    restart: (
+        Annotated[
+            Annotated[float, Field(ge=1.0), Tag(VALUE)] | Annotated[Literal["paper"], Tag(TEXT)],
+            Discriminator(text_or_value),
+        ]
+        | None
+    ) = None
     mup: bool = False
 
     @model_validator(mode="before")

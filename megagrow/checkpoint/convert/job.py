@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -107,6 +107,9 @@ class Survey:
     made: tuple[str, ...]
 
 
+Origin = Literal["source", "given", "neither"]
+
+
 @dataclass(frozen=True)
 class ConversionReport:
     """What a conversion did.
@@ -116,8 +119,8 @@ class ConversionReport:
         seconds: for reading and writing, without verification.
         rounded: if verified, for each (tensor, slot) whose element type changed: number of
             values that differ, and the greatest difference relative to the greatest value.
-        described: if verified, for each item of metadata (step, configuration, ...) whether it
-            is the same in the result.
+        described: if verified, for each item of metadata (step, configuration, ...) whose it is
+            in the result: the source's, given by --config, or neither.
         notes: from the format, for the user.
     """
 
@@ -126,7 +129,7 @@ class ConversionReport:
     seconds: float
     verified: bool
     rounded: Mapping[tuple[str, str], tuple[int, float]]
-    described: Mapping[str, bool]
+    described: Mapping[str, Origin]
     notes: Sequence[str] = ()
 
 
