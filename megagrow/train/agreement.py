@@ -96,10 +96,10 @@ def _require_model(
         )
     if found.frozen != expected.frozen:
         raise CheckpointError(
-            f"{checkpoint.path}: stage {state.growth_stage} trains other tensors than those that it "
-            "has moments of",
+            f"{checkpoint.path}: stage {state.growth_stage} trains other tensors than those that "
+            "it has moments of",
             found=f"a checkpoint with {len(found.frozen)} frozen tensors",
-            expected=f"{len(expected.frozen)} frozen tensors, by stages[{state.growth_stage}].train",
+            expected=f"{len(expected.frozen)}, by stages[{state.growth_stage}].train",
             fix="resume with the `train` that the stage was started with; a stage of its own may "
             "train others",
         )
