@@ -1,6 +1,6 @@
 """Configuration of a run: schema, loading, dotted overrides."""
 
-from megagrow.config.growths import GrowConfig, GrowTarget, UntilConfig
+from megagrow.config.growths import GrowConfig, GrowTarget, Trained, UntilConfig
 from megagrow.config.model import InitConfig, ModelConfig
 from megagrow.config.schema import (
     BatchConfig,
@@ -29,6 +29,7 @@ __all__ = [
     "ScheduleConfig",
     "StageConfig",
     "StartConfig",
+    "Trained",
     "UntilConfig",
     "WatchConfig",
 ]

@@ -10,6 +10,17 @@ from megagrow.config.rules import BOUNDS, RULES
 from megagrow.config.section import TEXT, VALUE, Layers, Positive, Section, text_or_value
 
 Count = Annotated[int, Field(ge=0)]
+# What a growth stage trains (`megagrow.growth.training`): the tensors that its growth adds, all, or
+# those with these roles or names.
+Trained = Annotated[
+    Annotated[Literal["new", "all"], Tag(TEXT)]
+    | Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=200)]],
+        Field(min_length=1, max_length=1000),
+        Tag(VALUE),
+    ],
+    Discriminator(text_or_value),
+]
 
 
 class UntilConfig(Section):
@@ -100,9 +111,10 @@ class GrowConfig(Section):
     for which `ligo` is fitted; null selects the operator's default.  `noise` is the standard
     deviation of the noise that `width_noise` and `width_perturb` (1 by default), `depth_stack`,
     `depth_interleave` and `depth_slices` (0) add to copies, in units of the copies' own root mean
-    square; `shrink` what `shrink_pad_perturb` multiplies old weights by (0.4). `depth_slices` takes
-    `sources`, the old layer that each layer of the grown model is a copy of; without it,
-    `keep_first` and `keep_last` layers at the ends are not copied, and those between are stacked.
+    square; `shrink` what `shrink_pad_perturb` multiplies old weights by (0.4). `depth_slices` and
+    `depth_identity` take `sources`, the old layer that each layer of the grown model is a copy of;
+    `depth_slices` without it does not copy `keep_first` and `keep_last` layers at the ends, and
+    stacks those between.
     """
 
     operator: str

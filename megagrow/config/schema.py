@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megagrow.config.data import DataConfig, StageDataConfig
-from megagrow.config.growths import GrowConfig, UntilConfig
+from megagrow.config.growths import GrowConfig, Trained, UntilConfig
 from megagrow.config.model import ModelConfig
 from megagrow.config.section import Fraction, PathText, Positive, Section
 from megagrow.config.start import StartConfig
@@ -187,13 +187,15 @@ class BatchConfig(Section):
 class StageConfig(Section):
     """A growth stage: its end, and what changes at its start.
 
-    A growth, a layout, a batch, a sequence length of the samples (at most the model's), optimizer
-    settings, data: what is not given does not change. Stages without a growth can warm up the batch
-    or sequence length, or change the mixture of data. `schedule` applies to this stage only.
+    A growth, which parameters are trained, a layout, a batch, a sequence length of the samples (at
+    most the model's), optimizer settings, data: what is not given does not change. Stages without a
+    growth can warm up the batch or sequence length, or change the mixture of data. `schedule`
+    applies to this stage only.
     """
 
     until: UntilConfig
     grow: GrowConfig | None = None
+    train: Trained | None = None
     layout: LayoutConfig | None = None
     batch: BatchConfig | None = None
     sequence: Positive | None = None

@@ -26,6 +26,7 @@ from megagrow.engine.deepspeed.drivers import Driver, PipelineDriver, PlainDrive
 from megagrow.engine.deepspeed.loss_scale import LossScale, get_loss_scale, set_loss_scale
 from megagrow.engine.deepspeed.pipeline import PipelinedModel
 from megagrow.engine.deepspeed.publish import publish
+from megagrow.engine.frozen import FrozenParameters
 from megagrow.engine.groups import Groups, ModelParallelUnit
 from megagrow.engine.optimizers.blockwise import BlockAdamW, BlockLion, BlockOptimizer
 from megagrow.engine.optimizers.clipping import GradientClipper
@@ -35,7 +36,7 @@ from megagrow.engine.probe import Probe
 from megagrow.engine.state import LiveState, fill_with_nan, held_shards, live_state, shared_tensors
 from megagrow.growth.diagnostics import Watched
 from megagrow.growth.operators.ramp import Ramp
-from megagrow.growth.optimizer_rules import GroupKey, OptimizerRules
+from megagrow.growth.optimizer_rules import FROZEN, GroupKey, OptimizerRules
 from megagrow.models.common.masks import Masks, ramp_in
 from megagrow.models.common.parallel import TensorParallel, seed_random_numbers
 from megagrow.models.transformer import Transformer, named_tensors
@@ -105,8 +106,9 @@ class Engine:
         groups = comm.groups(layout)
         parallel = groups.tensor_parallel(sequence=spread.sequence_parallel)
 
-        module, parameters = self._build_module(config, groups, parallel, ramp)
-        numel = sum(parameter.numel() for parameter in module.parameters())
+        module, every = self._build_module(config, groups, parallel, ramp)
+        parameters = {name: p for name, p in every.items() if p.requires_grad}
+        numel = sum(parameter.numel() for parameter in parameters.values())
         settings = deepspeed_config(
             config, layout, parameters=numel, sequence_parallel=parallel.splits_sequence
         )
@@ -118,20 +120,30 @@ class Engine:
         self._optimizer = _make_optimizer(
             config.optimizer,
             self.precisions,
-            _parameter_groups(config, placement, self.coordinates.pipe, parameters, module),
+            _parameter_groups(config, placement, self.coordinates.pipe, every, module),
         )
         self._clipper: GradientClipper | None = None
         if layout.zero == 0 and config.precision.dtype == "fp32":
             values = list(parameters.values())
-            self._clipper = GradientClipper(values, groups, config.optimizer.grad_clip)
+            self._clipper = GradientClipper(
+                values, groups, config.optimizer.grad_clip, device=comm.device
+            )
             self._optimizer.before_step = self._clipper
         self._deepspeed = self._start_deepspeed(settings, module, groups)
         self._driver: Driver = (PipelineDriver if layout.pipeline > 1 else PlainDriver)(
             self._deepspeed, self._on_device
         )
+        offloaded = config.optimizer.offload == "cpu"
+        self._frozen = FrozenParameters(
+            {name: p for name, p in every.items() if not p.requires_grad},
+            placement,
+            groups,
+            device=torch.device("cpu") if offloaded else comm.device,
+        )
         self.state: LiveState = live_state(
             engine=self._deepspeed,
             parameters=parameters,
+            frozen=self._frozen.fragments,
             placement=placement,
             rank=comm.rank,
             slots=self.slots,
@@ -169,18 +181,25 @@ class Engine:
                 module = Transformer(self.model, parallel)
         module.to(PRECISIONS[config.precision.dtype].dtype)
         parameters = named_tensors(module)
-        fill_with_nan(parameters.values(), shared=self.layout.zero > 0)
+        catalog = self.placement.catalog
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(catalog[name].training == "trained")
+        # DeepSpeed copies what it trains, and at ZeRO 3 all parameters.
+        zero = self.layout.zero
+        fill_with_nan([p for p in parameters.values() if p.requires_grad], shared=zero > 0)
+        fill_with_nan([p for p in parameters.values() if not p.requires_grad], shared=zero == 3)
         self._masks: Masks | None = None
         if ramp is not None:
             self._masks = ramp_in(module, self.model, ramp.old, parallel=parallel)
         for name, parameter in parameters.items():
-            if self.placement.is_split(self.placement.catalog[name]):
+            if self.placement.is_split(catalog[name]):
                 privates.mark_split(parameter)
         return module, parameters
 
     def _start_deepspeed(self, settings: dict[str, Any], module: nn.Module, groups: Groups) -> Any:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         privates.forget_last_groups()
+        privates.allow_ranks_without_gradients()
         plain = self.layout.tensor == 1 or self.layout.pipeline > 1
         with privates.lean_start():
             engine, *_ = deepspeed.initialize(
@@ -192,10 +211,13 @@ class Engine:
             )
         if self.layout.data == 1 and self.layout.zero == 0:
             privates.skip_gradient_average(engine)
+        if self.layout.pipeline > 1:
+            privates.end_backward_at(engine, lowest=self.placement.lowest_trained_stage)
         return engine
 
     def publish(self) -> None:
         """Copy the master weights in `state` into the model's parameters."""
+        self._frozen.publish()
         publish(self._deepspeed)
 
     def set_progress(self, progress: float) -> None:
@@ -284,7 +306,7 @@ class Engine:
         self._deepspeed.destroy()
         for parameter in self._deepspeed.module.parameters():
             parameter.grad = None
-        del self._deepspeed, self._optimizer, self._driver, self._clipper
+        del self._deepspeed, self._optimizer, self._driver, self._clipper, self._frozen
         gc.collect()
         if self.comm.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -342,6 +364,7 @@ def _parameter_groups(
     """
     here = dict(placement.groups(stage))
     every = {key for s in range(placement.layout.pipeline) for key, _ in placement.groups(s)}
+    every.discard(FROZEN)
     sample = next(iter(parameters.values()))
     groups = []
     for number, key in enumerate(sorted(cast(set[GroupKey], every))):

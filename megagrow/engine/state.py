@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -89,6 +90,8 @@ def fill_with_nan(parameters: Iterable[nn.Parameter], *, shared: bool) -> None:
             DeepSpeed will copy each into its own memory.
     """
     every = list(parameters)
+    if not every:
+        return
     if not shared:
         for parameter in every:
             parameter.data.fill_(torch.nan)
@@ -103,6 +106,7 @@ def live_state(
     *,
     engine: Any,
     parameters: Mapping[str, nn.Parameter],
+    frozen: Mapping[str, Fragment] = MappingProxyType({}),
     placement: Placement,
     rank: int,
     slots: Sequence[Slot],
@@ -113,7 +117,8 @@ def live_state(
 
     Args:
         engine: a DeepSpeedEngine that has not stepped yet.
-        parameters: the module's parameters by logical name.
+        parameters: the module's trained parameters by logical name.
+        frozen: this rank's parts of the frozen ones.
         placement: the computed placement; checked against the engine.
         rank: this rank.
         slots: the parameter and its optimizer slots.
@@ -140,10 +145,11 @@ def live_state(
         owners.values(), step=optimizer_step, moments=lambda owner: kept.get(id(owner), every)
     )
     link_optimizer_state(engine)
+    fragments |= frozen
     at = placement.layout.coordinates(rank)
     memory: dict[tuple[str, str], tuple[int, torch.Tensor]] = {}
     young: dict[torch.Tensor, list[YoungShard]] = {}
-    for name in parameters:
+    for name in (*parameters, *frozen):
         expected = placement.flat_range(placement.catalog[name], at)
         fragment = fragments.get(name)
         _check_range(name, expected, fragment, rank)

@@ -110,7 +110,7 @@ def step_time(
     layout, width = placement.layout, PRECISIONS[config.precision.dtype].bytes
     micro_batches = accumulation(config.batch, layout)
     tokens = config.batch.global_ * model.sequence
-    flops = train_flops_per_token(model) * tokens
+    flops = train_flops_per_token(model, placement.catalog) * tokens
     by_place = forward_flops_by_place(model)
     stages = [sum(by_place[a:b]) for a, b in pairwise(placement.cuts)]
     uneven = max(stages) * len(stages) / sum(stages)

@@ -12,6 +12,11 @@ parameters of a rank before ZeRO partitions them, H those of its ZeRO partition:
   ZeRO 2              p N          4 H, 8 H          q H                bucket, or 4 H in the step
   ZeRO 3              p (H + G)    4 H, 8 H          q H                bucket and 4 H
 
+With F the frozen parameters of a rank and E those of its range, p F (at ZeRO 3, p E and p F while
+gathered) come to the parameters, and in 16 bit 4 E to the masters: nothing else. Activations of
+layers below the lowest trained one count as 0; above it, those of frozen layers count in full,
+although less of them is kept (the inputs of frozen matrices are not).
+
 G is the maximum that ZeRO 3 holds gathered; q is the width in bytes in which gradients are
 accumulated over micro-batches. A bucket exists in p bytes and, if different, in the width of the
 reduction over ranks. ZeRO 1 in bf16 uses another DeepSpeed optimizer if it accumulates in fp32.
@@ -106,11 +111,13 @@ def rank_memory(
         sequence_parallel: whether norms see only a part of the sequence.
     """
     layout, p = placement.layout, PRECISIONS[config.precision.dtype].bytes
-    groups = local_sizes(placement, pipe)
+    groups, frozen = (local_sizes(placement, pipe, frozen=which) for which in (False, True))
     n = sum(sum(sizes) for sizes in groups)
     held = partition_size(layout, groups)
-    largest = max(max(sizes) for sizes in groups)
+    largest = max((max(sizes) for sizes in groups), default=1)
     master = 0 if layout.zero == 0 and p == 4 else _MASTER * held
+    still, still_held = sum(sum(sizes) for sizes in frozen), partition_size(layout, frozen)
+    master += 0 if p == 4 else _MASTER * still_held
     kind = config.optimizer.kind
     optimizer = master + STATE_BYTES * slot_elements(placement, pipe, kind.slots[1:])
     step_copy = 4 * held
@@ -120,19 +127,19 @@ def rank_memory(
     if layout.zero == 0:
         # DeepSpeed's pipeline in bf16 keeps the accumulated gradients separately.
         twice = bf16 and layout.pipeline > 1
-        parameters, gradients = p * n, p * n * (2 if twice else 1)
+        parameters, gradients = p * (n + still), p * n * (2 if twice else 1)
         # DeepSpeed reduces gradients over the data ranks in flat copies of a bucket's size.
         buckets = (0 if p == 4 else step_copy) + (bucket_bytes if layout.data > 1 else 0)
     elif layout.zero == 1 and bf16 and summed == 4:
-        parameters, gradients = p * n, summed * n
+        parameters, gradients = p * (n + still), summed * n
         early = gradients
         buckets = reduced * min(n, _REDUCED_AT_ONCE) if layout.data > 1 else 0
     elif layout.zero < 3:
-        parameters = p * n
+        parameters = p * (n + still)
         gradients = summed * (held + (n if layout.zero == 1 else 0))
         buckets = max(bucket_bytes, step_copy)
     else:
-        parameters = p * (held + min(n, _MAX_LIVE))
+        parameters = p * (held + still_held + min(n + still, _MAX_LIVE))
         gradients = summed * held
         buckets = bucket_bytes + step_copy
     host = 0
@@ -147,6 +154,8 @@ def rank_memory(
          if kind.orthogonalises(t)),
         default=0,
     )  # fmt: skip
+    # Below the lowest trained layer nothing is kept for a backward pass.
+    lowest = min(t.places[0] for t in placement.catalog if t.training == "trained")
     return RankMemory(
         parameters=parameters,
         gradients=gradients,
@@ -157,7 +166,7 @@ def rank_memory(
             width=p,
             tensor=layout.tensor,
             sequence_parallel=sequence_parallel,
-            places=range(placement.cuts[pipe], placement.cuts[pipe + 1]),
+            places=range(max(lowest, placement.cuts[pipe]), placement.cuts[pipe + 1]),
             in_flight=micro_batches_in_flight(layout.pipeline, pipe, accumulation),
         ),
         buckets=buckets,
@@ -166,12 +175,20 @@ def rank_memory(
     )
 
 
-def local_sizes(placement: Placement, pipe: int) -> list[list[int]]:
-    """Elements of a stage's parameters by group, split by tensor parallelism only."""
-    return [
-        [placement.local(tensor, 0).numel for tensor in tensors]
+def local_sizes(placement: Placement, pipe: int, *, frozen: bool | None = None) -> list[list[int]]:
+    """Elements of a stage's parameters by group, split by tensor parallelism only.
+
+    Args:
+        placement: who holds what.
+        pipe: the pipeline stage.
+        frozen: of the frozen ones alone, or of the others alone; by default of all.
+    """
+    wanted = {None: ("trained", "frozen"), True: ("frozen",), False: ("trained",)}[frozen]
+    sizes = [
+        [placement.local(tensor, 0).numel for tensor in tensors if tensor.training in wanted]
         for _, tensors in placement.groups(pipe)
     ]
+    return [group for group in sizes if group]
 
 
 def partition_size(layout: Layout, groups: Sequence[Sequence[int]]) -> int:
@@ -194,6 +211,17 @@ def slot_elements(placement: Placement, pipe: int, slots: Sequence[Slot]) -> int
         ]
         total += partition_size(layout, groups)
     return total
+
+
+def frozen_beyond_range(placement: Placement, pipe: int, dtype: str) -> int:
+    """Bytes of frozen parameters outside its own range that a rank keeps while it grows.
+
+    In fp32 at ZeRO 1 and 2 its range of them is a part of the model's parameters.
+    """
+    if dtype != "fp32" or placement.layout.zero not in (1, 2):
+        return 0
+    frozen = local_sizes(placement, pipe, frozen=True)
+    return _MASTER * (sum(map(sum, frozen)) - partition_size(placement.layout, frozen))
 
 
 def micro_batches_in_flight(pipeline: int, pipe: int, accumulation: int) -> int:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megagrow.growth.operator import GrowthBlock
-from megagrow.growth.optimizer_rules import Progression, YoungBlocks
-from megagrow.state.catalog import LogicalTensor
+from megagrow.growth.optimizer_rules import OptimizerRules, Progression, YoungBlocks
+from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.transfer.state_map import AxisMap
 
 
@@ -51,6 +51,38 @@ def carried(young: YoungBlocks, blocks: Sequence[GrowthBlock]) -> YoungBlocks:
         kept=_product(parts) if parts else None,
         inside=young.inside and carried(young.inside, blocks),
     )
+
+
+def with_unfrozen(rules: OptimizerRules, before: Catalog, *, step: int) -> OptimizerRules:
+    """The rules with every tensor that was frozen counted as new.
+
+    A frozen tensor has no moments. When it is trained again they start at zero, and the steps of
+    its bias correction are counted from there, as those of the tensors that a growth adds.
+
+    Args:
+        rules: the rules so far.
+        before: the tensors of the stage that ends.
+        step: the optimizer's step count.
+    """
+    fresh = YoungBlocks(kept=None, born=step, peak=1.0, rewarm=0)
+    return OptimizerRules(rules.factors, {**rules.young, **dict.fromkeys(before.frozen, fresh)})
+
+
+def retrained(
+    rules: OptimizerRules, before: Catalog, after: Catalog, *, step: int
+) -> OptimizerRules:
+    """The rules when other tensors of the same model are trained (see `with_unfrozen`).
+
+    Args:
+        rules: the rules so far.
+        before, after: the tensors, with those that are frozen marked.
+        step: the optimizer's step count.
+    """
+    if before == after:
+        return rules
+    young = with_unfrozen(rules, before, step=step).young
+    trained = {name: new for name, new in young.items() if name not in after.frozen}
+    return OptimizerRules(rules.factors, trained)
 
 
 def _progressions(block: GrowthBlock) -> tuple[Progression, ...]:

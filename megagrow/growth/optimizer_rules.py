@@ -152,6 +152,8 @@ class OptimizerRules:
 
 
 GroupKey = tuple[bool, float, float, float, bool]
+# The group of frozen tensors, which the optimizer does not have: no decay, no rate.
+FROZEN: GroupKey = (True, 0.0, 0.0, 0.0, False)
 
 
 def group_keys(
@@ -160,7 +162,8 @@ def group_keys(
     """The optimizer's parameter group of every tensor, from its rates and the rules of growths.
 
     A key is (no decay, lr, decay and eps factors, whether its updates are orthogonalised). Groups
-    are in the order of their keys, those with weight decay first.
+    are in the order of their keys, those with weight decay first. Frozen tensors have the key
+    `FROZEN`.
 
     Args:
         catalog: the tensors.
@@ -172,6 +175,9 @@ def group_keys(
     """
     keys = {}
     for tensor in catalog:
+        if tensor.training == "frozen":
+            keys[tensor.name] = FROZEN
+            continue
         f = rules.factors_of(tensor.name)
         own = tensor.rates
         orthogonal = optimizer.orthogonalises(tensor)

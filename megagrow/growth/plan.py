@@ -11,7 +11,7 @@ from megagrow.config import GrowConfig, ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.compose import Composition, composed
 from megagrow.growth.features import refusal, require_inside, require_layer_kinds
-from megagrow.growth.new_blocks import carried, covers, is_whole, kept_by
+from megagrow.growth.new_blocks import carried, covers, is_whole, kept_by, with_unfrozen
 from megagrow.growth.operator import GrowthBlock, Operator
 from megagrow.growth.operators.ramp import Ramp, make_ramp
 from megagrow.growth.optimizer_rules import Factors, OptimizerRules, YoungBlocks, beyond_shape
@@ -58,8 +58,9 @@ class Growth:
         return {t.name: self.operator.blocks(t, self.small, self.target) for t in self.target}
 
     def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
-        """The blocks of one slot, without those whose coefficient is 0."""
-        scaled = ((b, self.policy.coefficient(b, slot.kind)) for b in self.blocks(tensor))
+        """The blocks of one slot, without those whose coefficient is 0 or whose source lacks it."""
+        held = [b for b in self.blocks(tensor) if slot.of(self.small[b.source])]
+        scaled = ((b, self.policy.coefficient(b, slot.kind)) for b in held)
         if slot.kind != "parameter":
             return tuple(b.scaled(c) for b, c in scaled if c != 0.0)
         # offset + new = c (offset + old).
@@ -123,6 +124,7 @@ class Growth:
         """
         factors: dict[str, Factors] = {}
         young: dict[str, YoungBlocks] = {}
+        before = with_unfrozen(before, self.small, step=step)
         for tensor in self.target:
             blocks = self.blocks(tensor)
             inherited = before.factors_of(blocks[0].source) if blocks else Factors()
@@ -135,7 +137,7 @@ class Growth:
             if inherited != Factors():
                 factors[tensor.name] = inherited
             blocks_of_tensor = self._young(tensor, before, step=step, betas=betas)
-            if blocks_of_tensor is not None:
+            if blocks_of_tensor is not None and tensor.training == "trained":
                 young[tensor.name] = blocks_of_tensor
         return OptimizerRules(factors, young)
 

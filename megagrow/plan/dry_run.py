@@ -17,8 +17,15 @@ from megagrow.engine.deepspeed.config import deepspeed_config
 from megagrow.engine.precision import on_gpu, precisions
 from megagrow.errors import ConfigError
 from megagrow.forecast.cost import STATE_BYTES, Received, received
-from megagrow.forecast.memory import DEVICE_PARTS, local_sizes, rank_memory, slot_elements
+from megagrow.forecast.memory import (
+    DEVICE_PARTS,
+    frozen_beyond_range,
+    local_sizes,
+    rank_memory,
+    slot_elements,
+)
 from megagrow.growth.settings import growth_in_words
+from megagrow.growth.training import training_in_words
 from megagrow.report.units import human
 from megagrow.state.precision import PRECISIONS
 from megagrow.train.rates import rates_in_words, shape_in_words, start_in_words
@@ -81,6 +88,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     stage, catalog = plan.stages[index], plan.placement(index).catalog
     model, steps = stage.model, stage.plan
     fresh = index == 0 and config.init is None
+    before = plan.stages[index - 1].catalog if index > 0 else None
     shape = f"{model.layers} layers x {model.hidden} hidden x {model.heads} heads x {model.ffn} ffn"
     lines = [
         f"stage {index}: {shape}, sequence {model.sequence}, vocabulary {model.vocabulary}",
@@ -91,6 +99,10 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
         f"{human(steps.end_flops - steps.start_flops, 'FLOP')})",
         *(f"  init std    {line}" for line in start_in_words(catalog) if fresh),
         *(f"  rates       {line}" for line in shape_in_words(model, catalog, plan.optimizer)),
+        *(
+            f"  trains      {line}"
+            for line in training_in_words(catalog, before=before, growth=stage.growth)
+        ),
         *_precision_lines(config, plan, index),
         *_memory_lines(config, plan, index),
     ]
@@ -166,7 +178,7 @@ def training_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
     config = stage.settings(config)
     peaks = []
     for pipe in range(stage.layout.pipeline):
-        numel = sum(map(sum, local_sizes(placement, pipe)))
+        numel = sum(map(sum, local_sizes(placement, pipe, frozen=False)))
         settings = deepspeed_config(config, stage.layout, parameters=numel)
         formats = precisions(settings, optimizer=config.optimizer.kind, gpu=on_gpu())
         memory = rank_memory(
@@ -190,7 +202,9 @@ def growth_peaks(config: Config, plan: RunPlan, index: int) -> list[Peak]:
     before, after = plan.stages[index - 1].layout, plan.stages[index].layout
     placement = plan.placement(index - 1)
     old = [
-        STATE_BYTES * slot_elements(placement, pipe, plan.slots) for pipe in range(before.pipeline)
+        STATE_BYTES * slot_elements(placement, pipe, plan.slots)
+        + frozen_beyond_range(placement, pipe, config.precision.dtype)
+        for pipe in range(before.pipeline)
     ]
     staging = config.growth.staging_bytes
     peaks = []
@@ -325,7 +339,7 @@ def bytes_moved(plan: RunPlan, index: int, *, ranks: Sequence[int]) -> tuple[int
 def moves(plan: RunPlan, index: int, *, ranks: Iterable[int]) -> dict[int, Received]:
     """How some ranks receive their state in the growth into a stage."""
     stage, old, new = plan.stages[index], plan.placement(index - 1), plan.placement(index)
-    state_map: StateMap = stage.growth or Identity(new.catalog)
+    state_map: StateMap = stage.growth or Identity(new.catalog, old.catalog)
     return {rank: received(state_map, old, new, slots=plan.slots, rank=rank) for rank in ranks}
 
 

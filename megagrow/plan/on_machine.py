@@ -46,7 +46,9 @@ def place_stage(config: Config, plan: RunPlan, index: int, machine: MachineConfi
     stage, placement = plan.stages[index], plan.placement(index)
     config = stage.settings(config)
     pipes = range(stage.layout.pipeline)
-    held = max(sum(map(sum, local_sizes(placement, pipe))) for pipe in pipes)
+    # What is frozen is only gathered, at ZeRO 3.
+    frozen = None if stage.layout.zero == 3 else False
+    held = max(sum(map(sum, local_sizes(placement, pipe, frozen=frozen))) for pipe in pipes)
     memory = max(peak.total for peak in training_peaks(config, plan, index))
     step = step_time(
         config,

@@ -66,7 +66,7 @@ def resolve_stages(
     *,
     models: Sequence[ModelConfig],
     layouts: Sequence[LayoutConfig],
-    flops_per_token: Callable[[ModelConfig], int],
+    flops_per_token: Callable[[int, ModelConfig], int],
     growth_flops: Sequence[int] = (),
     ends: Sequence[int] = (),
 ) -> tuple[StagePlan, ...]:
@@ -84,7 +84,8 @@ def resolve_stages(
         config: only `stages` and `batch` are used.
         models: the model of each stage, after its growth.
         layouts: the layout of each stage.
-        flops_per_token: a model's training FLOPs per token (forward and backward).
+        flops_per_token: training FLOPs per token of a stage (its index, its model), forward and
+            backward.
         growth_flops: FLOPs of fitting the growth into each stage; none by default.
         ends: steps at which the first stages actually ended, if a rule ended them.
 
@@ -105,7 +106,7 @@ def resolve_stages(
         flops += growth_flops[index] if growth_flops else 0
         tokens_a_step = batch.global_ * length
         seen = model.model_copy(update={"sequence": length})
-        flops_a_step = tokens_a_step * flops_per_token(seen)
+        flops_a_step = tokens_a_step * flops_per_token(index, seen)
         unit, bound = ("steps", Fraction(ends[index])) if index < len(ends) else bounds[index]
         done, a_step = {
             "steps": (steps, 1),

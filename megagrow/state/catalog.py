@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -79,8 +79,8 @@ class LogicalTensor:
         offset: what the model adds to it in use, as 1 to Gemma's gains.
         kind: of a block's tensor, how its block differs from others with the same tensors, for
             instance in its window; empty if all blocks are alike.
-        training: in a foreign model a tensor may also be a frozen parameter or a buffer; those have
-            a value only, of any dtype.
+        training: a tensor may also be a frozen parameter, and in a foreign model a buffer; those
+            have a value only, in a foreign model of any dtype.
         aliases: other names of the same tensor in such a model.
         rates: multipliers of the optimizer's settings.
     """
@@ -256,6 +256,17 @@ class Catalog:
         for tensor in self.tensors:
             found.setdefault(tensor.role, []).append(tensor)
         return found
+
+    def with_frozen(self, names: Container[str]) -> Catalog:
+        """The catalog with these tensors frozen, and all others as they are."""
+        return Catalog(
+            tuple(replace(t, training="frozen") if t.name in names else t for t in self.tensors)
+        )
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of the frozen tensors."""
+        return frozenset(t.name for t in self.tensors if t.training == "frozen")
 
     @property
     def parameters(self) -> int:

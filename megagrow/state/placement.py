@@ -115,6 +115,11 @@ class Placement:
             self._stages_at[places] = tuple(sorted(at))
         return self._stages_at[places]
 
+    @property
+    def lowest_trained_stage(self) -> int:
+        """The first pipeline stage that holds a tensor which is not frozen."""
+        return min(self.stages(t)[0] for t in self.catalog if t.training == "trained")
+
     def local(self, tensor: LogicalTensor, tensor_rank: int) -> Local:
         """The tensor-parallel slice of one rank."""
         full = whole(tensor.shape)

@@ -13,7 +13,6 @@ from megagrow.config import Config, ModelConfig
 from megagrow.data.run_data import RunData
 from megagrow.data.sampler import VALIDATION, VALIDATION_BEFORE
 from megagrow.errors import CheckpointError, ConfigError
-from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import Catalog
 from megagrow.train.checkpoints import DIRECTORY
 from megagrow.train.fingerprints import require_run, require_same_data
@@ -96,9 +95,9 @@ def _require_mixture(state: RunState, *, data: RunData, plan: RunPlan, where: st
 def _require_model(
     checkpoint: NativeCheckpoint, plan: RunPlan, state: RunState, config: Config
 ) -> None:
-    """Require that a checkpoint holds the model of the plan's stage, computing the same."""
+    """Require that a checkpoint is of the plan's stage: its model, and what it trains."""
     model = plan.stages[state.growth_stage].model
-    expected, found = build_catalog(model), checkpoint.catalog
+    expected, found = plan.stages[state.growth_stage].catalog, checkpoint.catalog
     differs = [
         f"{tensor.name} {list(tensor.shape)}"
         for tensor in found
@@ -112,6 +111,15 @@ def _require_model(
             expected=_shape(expected, model),
             fix="resume with the model and stages that the run was started with"
             + _without_it(checkpoint.path, config, "start a run of this model"),
+        )
+    if found.frozen != expected.frozen:
+        raise CheckpointError(
+            f"{checkpoint.path}: stage {state.growth_stage} trains other tensors than those that "
+            "it has moments of",
+            found=f"a checkpoint with {len(found.frozen)} frozen tensors",
+            expected=f"{len(expected.frozen)}, by stages[{state.growth_stage}].train",
+            fix="resume with the `train` that the stage was started with; a stage of its own may "
+            "train others",
         )
     before = _model_of(checkpoint)
     if before is not None:

@@ -114,7 +114,7 @@ def grow(
 
     Args:
         engine: the old engine; it is closed.
-        growth: the growth to apply; None changes no tensor.
+        growth: the growth to apply; None changes no parameter.
         stage, state: the growth stage and the run state of the new engine.
         samples: the run's, for growths that are fitted on data.
         phase: a context entered for each part, by name: ``close``, ``start``, ``transfer``,
@@ -124,7 +124,7 @@ def grow(
     scale, placement = engine.loss_scale, engine.placement
     with phase("close"):
         old: Source = engine.close()
-    state_map: StateMap = growth or Identity(placement.catalog)
+    state_map: StateMap = growth or Identity(stage.catalog, placement.catalog)
     flops = fit_samples = 0
     if growth is not None and growth.fit_steps:
         assert samples is not None, "a growth that is fitted needs samples"

@@ -22,7 +22,7 @@ from megagrow.checkpoint.interface.format import CheckpointSource
 from megagrow.checkpoint.interface.grown import GrownCheckpoint
 from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.checkpoint.native.steps import find, step_of, step_path
-from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
+from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, Trained, UntilConfig
 from megagrow.config.growths import SIZES
 from megagrow.config.load import parse_config
 from megagrow.data.position import Position
@@ -30,6 +30,7 @@ from megagrow.data.run_data import open_data
 from megagrow.errors import CheckpointError, ConfigError, GrowthError
 from megagrow.growth.operators.ligo import Fitted
 from megagrow.growth.plan import Growth, plan_growth
+from megagrow.growth.training import trained_catalog
 from megagrow.models.registry import family_of
 from megagrow.schedule.stages import sample_length, stage_batch, stage_optimizer
 from megagrow.state.boxes import whole
@@ -116,7 +117,9 @@ class OfflineGrowth:
 
 
 def _dtype(growth: Growth, source: CheckpointSource, tensor: str, slot: str) -> torch.dtype:
-    return source.dtype(growth.blocks(growth.target[tensor])[0].source, slot)
+    name = growth.blocks(growth.target[tensor])[0].source
+    # What was frozen has no moments.
+    return source.dtype(name, MASTER.name if name in growth.small.frozen else slot)
 
 
 def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
@@ -146,8 +149,15 @@ def plan_of_run(checkpoint: CheckpointSource, grow: GrowConfig) -> OfflineGrowth
     length = sample_length(config, small, state.growth_stage)
     state = replace(state, position=state.position.measured(length))
     model, growth = _planned(grow, small)
-    grown = _with_growth(config, state, grow)
-    optimizer = stage_optimizer(grown, state.growth_stage + 1)
+    grown = _with_growth(config, state, grow, bool(checkpoint.catalog.frozen))
+    index = state.growth_stage + 1
+    asked = grown.stages[index].train or "all"
+    growth = replace(
+        growth,
+        small=growth.small.with_frozen(checkpoint.catalog.frozen),
+        target=trained_catalog(asked, growth.target, growth=growth, index=index),
+    )
+    optimizer = stage_optimizer(grown, index)
     return OfflineGrowth(
         checkpoint=checkpoint,
         growth=growth,
@@ -345,15 +355,16 @@ def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, GrowthFit, Position]:
     return large, fit, position
 
 
-def _with_growth(config: Config, state: RunState, grow: GrowConfig) -> Config:
-    """The configuration with the growth inserted after the state's stage."""
+def _with_growth(config: Config, state: RunState, grow: GrowConfig, frozen: bool) -> Config:
+    """The configuration with the growth after the state's stage; it unfreezes what is `frozen`."""
     index = state.growth_stage
     following: list[StageConfig] = config.stages[index + 1 :]
     if following and following[0].grow == grow:
         return config
     left = config.stages[index].until
     done = config.stages[index].model_copy(update={"until": UntilConfig(steps=state.step)})
-    grown = StageConfig(until=_rest(left, state), grow=grow)
+    train: Trained | None = "all" if frozen else None
+    grown = StageConfig(until=_rest(left, state), grow=grow, train=train)
     return config.model_copy(update={"stages": [*config.stages[:index], done, grown]})
 
 

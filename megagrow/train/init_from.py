@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,10 +199,13 @@ def plan_start(config: Config, plan: RunPlan, data: RunData | None) -> Start:
             moments=not why,
         ),
     )
-    state_map: StateMap = Identity(build_catalog(config.model))
-    if stage.growth is not None:
-        state = state.grown(stage.growth, betas=stage.optimizer.bias_correction)
-        state_map = stage.growth
+    growth, held = stage.growth, build_catalog(config.model).with_frozen(source.catalog.frozen)
+    state_map: StateMap = growth or Identity(stage.catalog, held)
+    if growth is not None:
+        state_map = growth = replace(growth, small=held)
+        state = state.grown(growth, betas=stage.optimizer.bias_correction)
+    elif not why:
+        state = state.retrained(held, stage.catalog)
     if why:
         state_map = WeightsAlone(state_map)
     lines = _in_words(config, plan, source, name=name, tokenizer=tokenizer, why=why, state=state)

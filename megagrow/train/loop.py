@@ -278,6 +278,8 @@ class Trainer(TrainingRun):
         old_stage, seen = self.stage, self.state.seen
         betas = stage.optimizer.bias_correction
         self.state = self.state.after_growth(stage.growth, betas=betas)
+        if stage.growth is None:
+            self.state = self.state.retrained(old_stage.catalog, stage.catalog)
         self.state = replace(
             self.state, seen=carry(seen, config=self.config, plan=self.plan, index=stage.index)
         )

@@ -15,10 +15,9 @@ from megagrow.config import Config
 from megagrow.data.run_data import RunData
 from megagrow.errors import CheckpointError, TrainingError
 from megagrow.forecast.cost import STATE_BYTES
-from megagrow.models.catalog import build_catalog
 from megagrow.report.log import last_line, read_lines, tail_start
 from megagrow.report.units import human
-from megagrow.state.catalog import ADAM_SLOTS
+from megagrow.state.catalog import ADAM_SLOTS, slots_of
 from megagrow.train import checkpoints
 from megagrow.train.agreement import check_agreement
 from megagrow.train.init_from import plan_start
@@ -73,8 +72,10 @@ def look_ahead(
 
 def checkpoint_bytes(plan: RunPlan) -> int:
     """Size of the largest checkpoint that a run will write."""
-    largest = max(build_catalog(stage.model).parameters for stage in plan.stages)
-    return largest * len(ADAM_SLOTS) * STATE_BYTES
+    return STATE_BYTES * max(
+        sum(tensor.volume * len(slots_of(tensor, ADAM_SLOTS)) for tensor in stage.catalog)
+        for stage in plan.stages
+    )
 
 
 def require_disk(config: Config, plan: RunPlan) -> None:

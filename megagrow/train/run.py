@@ -21,6 +21,7 @@ from megagrow.data.sampler import Int64, rank_slice
 from megagrow.engine.comm import Comm
 from megagrow.engine.precision import Precisions
 from megagrow.errors import CheckpointError, DataError, MegagrowError
+from megagrow.growth.training import training_in_words
 from megagrow.train import checkpoints
 from megagrow.train.agreement import check_agreement
 from megagrow.train.average import WeightAverage
@@ -170,6 +171,8 @@ class TrainingRun:
         self._first_step = self.state.step
         self._average.begin()
         self._enter_stage()
+        for line in training_in_words(self.stage.catalog):
+            self.journal.say(f"stage {self.stage.index}: trains {line}")
         self.engine = start_engine(
             config=self.config,
             stage=self.stage,

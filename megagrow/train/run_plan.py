@@ -15,15 +15,16 @@ from megagrow.forecast.planned_ends import (
     restart_ratio,
     with_planned_ends,
 )
+from megagrow.growth.new_blocks import retrained
 from megagrow.growth.operators.ramp import Ramp
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.growth.plan import Growth, plan_growth
-from megagrow.models.catalog import build_catalog
+from megagrow.growth.training import trained_stages
 from megagrow.models.common.parallel import require_tensor_parallel
 from megagrow.models.flops import forward_flops_by_place, train_flops_per_token
 from megagrow.schedule import LearningRate, StagePlan, learning_rate, resolve_stages
 from megagrow.schedule.stages import sample_length, stage_batch, stage_optimizer
-from megagrow.state.catalog import Slot
+from megagrow.state.catalog import Catalog, Slot
 from megagrow.state.layout import Layout, make_layout
 from megagrow.state.optimizers import ADAMW, OPTIMIZERS, OptimizerKind
 from megagrow.state.placement import Placement
@@ -33,13 +34,22 @@ from megagrow.train.rates import phases, require_settled_betas
 
 @dataclass(frozen=True)
 class Stage:
-    """One growth stage, resolved: its model, layout, batch and growth."""
+    """One growth stage, resolved.
+
+    Attributes:
+        plan: its steps, model and batch.
+        layout: its process grid.
+        growth, grow: the growth at its start, if any, and the section that asks for it.
+        optimizer: the optimizer's settings.
+        catalog: the model's tensors; those that the stage does not train are marked as frozen.
+    """
 
     plan: StagePlan
     layout: Layout
     growth: Growth | None
     grow: GrowConfig | None
     optimizer: OptimizerConfig
+    catalog: Catalog
 
     @property
     def index(self) -> int:
@@ -62,12 +72,11 @@ class Stage:
 
     def placement(self, rules: OptimizerRules) -> Placement:
         """The placement in this stage, under the rules that growths have left."""
-        catalog = build_catalog(self.model)
         by_flops = self.plan.layout.partition == "flops"
         return Placement(
-            catalog,
+            self.catalog,
             self.layout,
-            group_keys(catalog, rules, OPTIMIZERS[self.optimizer.name]),
+            group_keys(self.catalog, rules, OPTIMIZERS[self.optimizer.name]),
             forward_flops_by_place(self.model) if by_flops else None,
         )
 
@@ -126,6 +135,8 @@ class RunPlan:
             step = stage.plan.start_step - counted
             if stage.growth is not None:
                 rules = stage.growth.rules_after(rules, step=step, betas=betas)
+            else:
+                rules = retrained(rules, before.catalog, stage.catalog, step=step)
             if strict:
                 earlier = before.optimizer.bias_correction
                 require_settled_betas(stage.index, (earlier, betas), step=step, rules=rules)
@@ -156,6 +167,7 @@ def plan_run(
     """
     config = with_vocabulary(config, vocabulary)
     models, growths = _models(config)
+    growths, catalogs = trained_stages(config, models, growths)
     layouts = _layouts(config, world)
     layout_configs = [_layout_config(config, i) for i in range(len(config.stages))]
     planned = planned_ends(config, models)
@@ -167,7 +179,7 @@ def plan_run(
             bounded,
             models=models,
             layouts=layout_configs,
-            flops_per_token=train_flops_per_token,
+            flops_per_token=lambda i, seen: train_flops_per_token(seen, catalogs[i]),
             growth_flops=fitting,
             ends=ends,
         )
@@ -193,12 +205,12 @@ def plan_run(
             restarts.append((plans[i].start_step, ratio))
         layout = _as_run(config, layouts[i])
         optimizer = stage_optimizer(config, i)
-        stages.append(Stage(plans[i], layout, growth, stage.grow, optimizer))
+        stages.append(Stage(plans[i], layout, growth, stage.grow, optimizer, catalogs[i]))
         of_stage = stages[i].settings(config)
         accumulation(of_stage.batch, layouts[i])
         _require_fit(plans[i].seen, layouts[i], layout_configs[i], key=_layout_key(config, i))
         # Reject it now rather than when the stage begins.
-        deepspeed_config(of_stage, layouts[i], parameters=build_catalog(models[i]).parameters)
+        deepspeed_config(of_stage, layouts[i], parameters=catalogs[i].parameters)
     totals = [resolved(ends[:i])[-1].end_step for i in range(len(ends) + 1)]
     rate = learning_rate(
         config,

@@ -11,10 +11,12 @@ from megagrow.data.mixture import Mixture
 from megagrow.data.position import Position
 from megagrow.errors import GrowthError
 from megagrow.forecast.mixing import Mixing
+from megagrow.growth.new_blocks import retrained
 from megagrow.growth.operators.ramp import Ramp
 from megagrow.growth.optimizer_rules import OptimizerRules
 from megagrow.growth.plan import Growth
 from megagrow.schedule.end_rules import Seen
+from megagrow.state.catalog import Catalog
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,11 @@ class RunState:
         ramp = None if growth.ramp is None else replace(growth.ramp, born=self.step)
         # A growth may raise the loss, which is then not a spike.
         return replace(self, optimizer_step=count, rules=rules, ramp=ramp, recent=())
+
+    def retrained(self, before: Catalog, after: Catalog) -> RunState:
+        """The state when a stage trains other tensors of the same model than the one before it."""
+        rules = retrained(self.rules, before, after, step=self.optimizer_step)
+        return replace(self, rules=rules)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-compatible form; `from_json` is its inverse."""

@@ -248,17 +248,26 @@ class StateMap(Protocol):
 
 @dataclass(frozen=True)
 class Identity:
-    """The state map that changes nothing."""
+    """The state map that changes nothing.
+
+    Attributes:
+        target: the tensors.
+        source: the same tensors before, if some of them may have been frozen and so have no
+            moments, which then start at zero.
+    """
 
     target: Catalog
+    source: Catalog | None = None
 
     def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
         """One block: all of the tensor of the same name."""
+        if self.source is not None and not slot.of(self.source[tensor.name]):
+            return ()
         return (Copy(tensor.name, tuple(AxisMap(0, 1, 0, 1, n) for n in tensor.shape), 1.0),)
 
     def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:
-        """Nothing is left uncovered."""
-        return "covered"
+        """Nothing is left uncovered, except moments that the source lacks."""
+        return "covered" if self.copies(tensor, slot) else "zeros"
 
 
 @dataclass(frozen=True)

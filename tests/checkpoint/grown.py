@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.config import Config, ModelConfig
-from megagrow.data.position import Position
+from megagrow.data.position import Position, Taken
 from megagrow.growth.plan import plan_growth
 from megagrow.train.state import RunState
 from tests.checkpoint.states import save_model

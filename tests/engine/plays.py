@@ -59,9 +59,10 @@ class Job:
         sequence: bool = False,
         fresh: bool = True,
         precision: dict[str, Any] | None = None,
+        frozen: Iterable[str] = (),
         **optimizer: Any,
     ) -> None:
-        self.comm, self.sequence = comm, sequence
+        self.comm, self.sequence, self.frozen = comm, sequence, frozenset(frozen)
         layout = layout or Layout(data=comm.world)
         self.model = model or toy_model(init_std=0.2)
         self.micro = micro or math.gcd(2, BATCH // comm.world)
@@ -89,7 +90,7 @@ class Job:
             self._fill(FreshStart(self.engine.placement.catalog), self.engine, self.engine)
 
     def _engine(self, layout: Layout) -> Engine:
-        catalog = build_catalog(self.model)
+        catalog = build_catalog(self.model).with_frozen(self.frozen)
         return Engine(
             config=self.config, model=self.model,
             spread=LayoutConfig(

@@ -16,6 +16,7 @@ from megagrow.models.transformer import named_tensors
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import ADAM_SLOTS
 from megagrow.state.fresh import fresh
+from megagrow.state.roles import WRITERS
 from tests.growth.models import MODELS
 from tests.toys import FAMILIES, build, mapped, random_state, token_batches, toy_model
 
@@ -68,6 +69,37 @@ def test_slices_of_a_list():
         tokens = torch.from_numpy(token_batches(model, samples=2, seed=2)[0])[:, :-1]
         assert torch.equal(by_hand.logits(tokens), build(large, new).logits(tokens))
     assert growth_in_words(GrowConfig(**section)) == "depth_slices of layers 0 1 2 1 2 3"
+
+
+def test_identity_blocks_of_a_list():
+    """LLaMA Pro's: a copy after the last layer of each group, its output projections zero."""
+    section = {"operator": "depth_identity", "sources": [0, 1, 1, 2, 3, 3]}
+    for model in (toy_model(layers=4), toy_model(layers=4, family="llama")):
+        state, large, growth, new = _grown(model, **section)
+        assert large.layers == 6 and growth.policy.name == "kept"
+        kept, copies = [0, 1, 3, 4], {2: 1, 5: 3}
+        assert [layer for layer, (_, new_) in enumerate(_order(growth)) if not new_] == kept
+        tokens = torch.from_numpy(token_batches(model, samples=2, seed=2)[0])[:, :-1]
+        with torch.no_grad():
+            before, after = (build(m, s).logits(tokens) for m, s in ((model, state), (large, new)))
+        assert torch.allclose(before, after, rtol=0, atol=1e-10)
+        for tensor in growth.target:
+            if tensor.layer not in copies:
+                continue
+            found = new.tensors[tensor.name, "master"]
+            if tensor.role in WRITERS:
+                assert not found.any()
+            else:
+                source = f"layers.{copies[tensor.layer]}.{tensor.inner}"
+                assert torch.equal(found, state.tensors[source, "master"])
+            assert not new.tensors[tensor.name, "exp_avg"].any()
+
+
+def test_identity_blocks_keep_the_order_of_the_layers():
+    with pytest.raises(GrowthError, match="changes the order of the layers"):
+        _grown(toy_model(layers=3), operator="depth_identity", sources=[0, 2, 1, 2])
+    with pytest.raises(GrowthError, match="leaves out layer 1"):
+        _grown(toy_model(layers=3), operator="depth_identity", sources=[0, 0, 2])
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ CASES = [
 ]
 
 
-def _measure(comm, cases):
+def _measure(comm, cases, train):
     """Per engine: tensor bytes before its first step and in its second update, and predictions."""
     found, all_reduce = [], dist.all_reduce
     for layout, dtype, offload in cases:
@@ -65,6 +65,7 @@ def _measure(comm, cases):
             layout=layout,
             precision={"dtype": dtype, "initial_scale_power": 4},
             optimizer={"offload": offload},
+            stages=[{"until": {"steps": 5}, "train": train}],
         )
         plan = plan_run(settings, world=comm.world, vocabulary=None)
         gc.collect()
@@ -102,8 +103,9 @@ def _measure(comm, cases):
     return found
 
 
-def test_what_is_foretold_is_what_an_engine_holds():
-    for measured in run_ranks(2, _measure, CASES, timeout=300):
+@pytest.mark.parametrize("train", ["all", ["layers.2.*", "layers.5.*"]], ids=["all", "a part"])
+def test_what_is_foretold_is_what_an_engine_holds(train):
+    for measured in run_ranks(2, _measure, CASES, train, timeout=300):
         for (layout, dtype, offload), (ready, stepping, peak) in zip(CASES, measured, strict=True):
             what = f"{layout} {dtype} {offload}: {ready}, {stepping}, {peak}"
             parts = peak.parts

@@ -23,7 +23,7 @@ def config(*untils, batch=4, sequence=8):
     )
 
 
-def per_token(model):
+def per_token(index, model):
     """A substitute for the FLOP count: any exact function of the shape."""
     return 100 * model.hidden
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -12,6 +13,8 @@ from megagrow.checkpoint import NativeCheckpoint, newest
 from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.config import StartConfig
+from megagrow.config.schema import DataConfig
+from megagrow.data.dataset import open_data
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.report.log import read_metrics
 from megagrow.state.boxes import whole
@@ -475,3 +478,90 @@ def test_solar_is_two_copies_without_8_layers_each(dataset, tmp_path):
     assert outcome.status == 0, outcome.err
     lines = read_metrics(tmp_path / "run/metrics.jsonl")
     assert abs(first_loss(lines) - their_loss(tmp_path / "stacked", dataset)) <= 1e-5
+
+
+LLAMA_PRO = REPOSITORY / "configs" / "open" / "llama_pro_8b.yaml"
+
+
+def expanded(model, groups):
+    """The published block expansion: after each group of layers a copy of its last, silent."""
+    layers, every = model.model.layers, len(model.model.layers) // groups
+    found, new = [], []
+    for index, layer in enumerate(layers):
+        found.append(layer)
+        if (index + 1) % every == 0:
+            added = copy.deepcopy(layer)
+            torch.nn.init.zeros_(added.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(added.mlp.down_proj.weight)
+            new.append(len(found))
+            found.append(added)
+    for index, layer in enumerate(found):
+        layer.self_attn.layer_idx = index
+    model.model.layers = torch.nn.ModuleList(found)
+    model.config.num_hidden_layers = len(found)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for index in new:
+        model.model.layers[index].requires_grad_(True)
+    return model, new
+
+
+def test_llama_pro_is_the_published_procedure(dataset, tmp_path):
+    """The shipped configuration on 32 tiny layers, against a loop of PyTorch over transformers."""
+    steps, lr, size = 6, 0.02, 4
+    source = save_released(tmp_path / "source", "llama-3.2", dataset, num_hidden_layers=32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, attn_implementation="eager", dtype=torch.float32
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model, new = expanded(model, 8)
+    assert new == [4, 9, 14, 19, 24, 29, 34, 39]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
+    samples = open_data(DataConfig(path=str(dataset))).samples(16, seed=1234)
+    theirs = []
+    for step in range(steps):
+        batch = torch.from_numpy(samples.batch(step * size, size).astype("int64"))
+        logits = model(batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        theirs.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        adamw.step()
+        adamw.zero_grad()
+    config = LLAMA_PRO
+    small = [
+        f"init.from={source}", f"data.path={dataset}", "model={sequence: 16}", "precision={}",
+        f"batch={{global: {size}, micro: 2}}", f"optimizer.lr={lr}",
+        "schedule={name: constant, warmup: 0}", "train.validation_samples=10",
+        f"stages.0.until={{steps: {steps}}}", "train.tensorboard=false", "checkpoint.every=100",
+    ]  # fmt: skip
+    layouts = {"alone": {}, "data": {"zero": 2}, "pipeline": {"pipeline": 2}}
+    for name, layout in layouts.items():
+        command = ["--config", config, f"run.dir={tmp_path / name}", f"layout={layout}", *small]
+        [outcomes] = launch(1 if name == "alone" else 2, command)
+        assert not (bad := [o.err[-900:] for o in outcomes if o.status]), bad
+        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        ours = [line["loss"] for line in events(lines, "step")]
+        assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5), (ours, theirs)
+    assert abs(theirs[0] - theirs[-1]) > 0.01, "nothing was learned"
+    # Exported: what was there is bit for bit what it was, and the new layers are theirs.
+    convert(Job(newest(tmp_path / "alone/checkpoints"), tmp_path / "made", "huggingface"))
+    made = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "made", attn_implementation="eager", dtype=torch.float32
+    )
+    old = [layer for layer in range(40) if layer not in new]
+    for name, value in made.state_dict().items():
+        found = re.match(r"model\.layers\.(\d+)\.(.*)", name)
+        if found is None:
+            assert torch.equal(value, before[name]), name
+        elif int(found[1]) in old:
+            was = f"model.layers.{old.index(int(found[1]))}.{found[2]}"
+            assert torch.equal(value, before[was]), name
+        else:
+            wanted = model.state_dict()[name]
+            assert torch.allclose(value, wanted, rtol=1e-3, atol=1e-4), name

@@ -23,7 +23,8 @@ def deepspeed_config(
     Args:
         config: the run.
         layout: the process grid of this growth stage.
-        parameters: number of parameters on one rank before ZeRO, which bounds the buckets.
+        parameters: number of trained parameters on one rank before ZeRO, which bounds the
+            buckets.
         sequence_parallel: whether activations differ between tensor-parallel ranks.
 
     Raises:

@@ -30,6 +30,7 @@ from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -220,6 +221,24 @@ def counts_in_norm(parameter: Any, *, tensor_rank: int) -> bool:
     return tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
 
 
+@uses("deepspeed.runtime.bf16_optimizer.get_global_norm_of_tensors")
+def allow_ranks_without_gradients() -> None:
+    """Let the norm of no gradients be 0 in `BF16_Optimizer`, as the other optimizers do.
+
+    A pipeline stage may have nothing to train, and a tensor-parallel rank nothing that it counts.
+    """
+    norm = bf16_optimizer.get_global_norm_of_tensors
+    if getattr(norm, "of_none", False):
+        return
+
+    def norm_or_zero(input_tensors: Sequence[torch.Tensor], *args: Any, **more: Any) -> Any:
+        nothing = [torch.zeros(1, device=get_accelerator().current_device_name())]
+        return norm(input_tensors or nothing, *args, **more)
+
+    norm_or_zero.of_none = True  # type: ignore[attr-defined]
+    bf16_optimizer.get_global_norm_of_tensors = norm_or_zero
+
+
 # --- a running engine ---------------------------------------------------------------------
 
 
@@ -384,6 +403,23 @@ def _stage3_fragment(optimizer: Any, parameter: Any) -> Fragment:
 
 
 @uses(
+    "deepspeed.runtime.zero.partition_parameters: .ds_tensor",
+    "deepspeed.runtime.zero.partition_parameters: .ds_numel",
+    "deepspeed.runtime.zero.partition_parameters: .ds_process_group",
+)
+def own_partition(parameter: Any) -> tuple[int, torch.Tensor] | None:
+    """This rank's range of a parameter under ZeRO 3, which no optimizer need have.
+
+    Returns:
+        (its first flat position, its memory, padding included); None without ZeRO 3.
+    """
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return None
+    return part.ds_numel * dist.get_rank(parameter.ds_process_group), part.data.view(-1)
+
+
+@uses(
     f"{_ZERO_1_2}._lazy_init_hp_params_optimizer_state",
     f"{_BF16}._lazy_init_hp_params_optimizer_state",
 )
@@ -516,5 +552,49 @@ class CutPipeline(PipelineModule):
         """The shared weight, if this stage holds a copy of it; its gradients are summed."""
         if self._tied is None or self.stage_id not in (0, self.num_stages - 1):
             return []
-        layer = self.forward_funcs[0 if self.stage_id == 0 else -1]
-        return [(self._tied(layer), self._ends)]
+        weight = self._tied(self.forward_funcs[0 if self.stage_id == 0 else -1])
+        return [(weight, self._ends)] if weight.requires_grad else []
+
+
+@uses(
+    f"{_PIPELINE_ENGINE}._INSTRUCTION_MAP",
+    f"{_PIPELINE_ENGINE}.pipe_buffers",
+    f"{_PIPELINE_ENGINE}.stage_id",
+    *(f"deepspeed.runtime.pipe.schedule.{name}" for name in
+      ("RecvActivation", "SendGrad", "RecvGrad", "BackwardPass")),
+)  # fmt: skip
+def end_backward_at(engine: Any, *, lowest: int) -> None:
+    """End the backward pass of a pipeline at the lowest stage that has something to train.
+
+    DeepSpeed takes every stage's inputs as needing gradients, sends these down to the first stage,
+    and runs a backward pass of outputs that may not depend on any trained parameter, which
+    PyTorch refuses.  Its map of instructions is an attribute that each engine can have of its own.
+
+    Args:
+        engine: a PipelineEngine.
+        lowest: the first pipeline stage with a trained parameter.
+    """
+    if engine.stage_id > lowest:
+        return
+    receive = engine._INSTRUCTION_MAP[schedule.RecvActivation]
+
+    def receive_constant(engine: Any, buffer_id: int) -> None:
+        receive(engine, buffer_id)
+        inputs = engine.pipe_buffers["inputs"][buffer_id]
+        for tensor in inputs if isinstance(inputs, tuple) else (inputs,):
+            tensor.requires_grad_(False)
+
+    def forget(*names: str) -> Callable[[Any, int], None]:
+        def drop(engine: Any, buffer_id: int) -> None:
+            for name in names:
+                engine.pipe_buffers[name][buffer_id] = None
+
+        return drop
+
+    changed = {schedule.RecvActivation: receive_constant, schedule.SendGrad: forget("inputs")}
+    if engine.stage_id < lowest:
+        changed |= {
+            schedule.RecvGrad: forget(),
+            schedule.BackwardPass: forget("outputs", "output_tensors"),
+        }
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **changed}

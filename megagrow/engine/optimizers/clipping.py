@@ -24,12 +24,14 @@ class GradientClipper:
         parameters: this rank's, with gradients already averaged over the data-parallel ranks.
         groups: the process groups.
         bound: the maximum norm; 0 only measures.
+        device: where the norm is computed, also on a rank that has no gradient.
         norm: the last norm before clipping.
     """
 
     parameters: Sequence[nn.Parameter]
     groups: Groups
     bound: float
+    device: torch.device
     norm: float = 0.0
 
     @torch.no_grad()
@@ -37,13 +39,13 @@ class GradientClipper:
         """Measure and clip."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         counted = [p.grad for p in self.parameters if p.grad is not None and self._counts(p)]
-        square = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
+        square = torch.zeros((), dtype=torch.float32, device=self.device)
         if counted:
             square = nn.utils.get_total_norm(counted).float() ** 2
         if self.groups.model is not None:
             dist.all_reduce(square, group=self.groups.model)
         self.norm = float(square.sqrt())
-        if 0 < self.bound < self.norm:
+        if gradients and 0 < self.bound < self.norm:
             torch._foreach_mul_(gradients, self.bound / (self.norm + 1e-6))
 
     def _counts(self, parameter: nn.Parameter) -> bool:

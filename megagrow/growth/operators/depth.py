@@ -2,7 +2,8 @@
 
     depth_stack       whole copies of the stack, appended: M o M o ... o M
     depth_interleave  every layer followed by its copies: l1 l1 l2 l2 ...
-    depth_identity    the same positions, but the copies start as the identity
+    depth_identity    the same positions, but the copies start as the identity; or by a list, as
+                      0 1 1 2 3 3: a copy after every second layer, where LLaMA Pro has them
 
 `depth_stack` is the operator that "Stacking Your Transformers" (Du et al.,
 arXiv 2405.15319, where it is called G_stack) found to save most, after Gong et al. (ICML 2019). The
@@ -18,10 +19,12 @@ All of them support any larger number of layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megagrow.growth.operator import GrowthBlock, Operator, unchanged
+from megagrow.config import ModelConfig
+from megagrow.errors import GrowthError
+from megagrow.growth.operator import GrowthBlock, Operator, resized, unchanged
 from megagrow.growth.operators.width import own_noise
 from megagrow.state.catalog import Catalog, LogicalTensor, of_layer
 from megagrow.state.roles import WRITERS
@@ -54,6 +57,56 @@ class Copies(Operator):
     def copied(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
         """(source, whether it is a copy)."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed(Operator):
+    """Layers by a list.
+
+    Attributes:
+        sources: for each layer of the grown model, its source layer in the old one; None: the
+            operator has another rule.
+    """
+
+    sources: tuple[int, ...] | None = None
+
+    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
+        """As many layers as are listed, or else the factor times as many."""
+        return self.grown(model, {} if self.sources else {"layers": factor * model.layers})
+
+    def grown(self, model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
+        """As many layers as are listed, or named.
+
+        Raises:
+            GrowthError: the list names layers that do not exist, leaves some out, or conflicts with
+                other settings.
+        """
+        if self.sources is None:
+            return resized(model, sizes)
+        layers = set(range(model.layers))
+        wrong = sorted(set(self.sources) - layers)
+        if wrong:
+            raise GrowthError(
+                f"grow.sources: there is no layer {', '.join(map(str, wrong))}",
+                found=f"a model of {model.layers} layers before this growth",
+                expected=f"numbers from 0 to {model.layers - 1}",
+                fix="correct the list",
+            )
+        lost = sorted(layers - set(self.sources))
+        if lost:
+            raise GrowthError(
+                f"grow.sources leaves out layer {', '.join(map(str, lost))}",
+                expected="every layer of the model at least once: a growth drops none",
+                fix="add what is left out to the list",
+            )
+        if sizes.get("layers", len(self.sources)) != len(self.sources):
+            raise GrowthError(
+                "grow.target.layers is not the length of grow.sources",
+                found=sizes["layers"],
+                expected=len(self.sources),
+                fix="leave grow.target.layers out",
+            )
+        return resized(model, {**sizes, "layers": len(self.sources)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +154,26 @@ DEPTH_INTERLEAVE = DepthInterleave(
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthIdentity(Operator):
-    """Repeat every layer, with the output projections of the copies zero."""
+class DepthIdentity(Listed):
+    """Repeat layers, with the output projections of the copies zero: every one, or by a list."""
+
+    def grown(self, model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
+        """As many layers as are listed, or named.
+
+        Raises:
+            GrowthError: the list would change the order of the old layers.
+        """
+        grown = super().grown(model, sizes)
+        firsts = list(dict.fromkeys(self.sources or ()))
+        if firsts != sorted(firsts):
+            raise GrowthError(
+                "grow.sources changes the order of the layers, so the copies alone cannot keep the "
+                "loss",
+                found=", ".join(map(str, firsts)),
+                expected="each layer for the first time after those below it",
+                fix="correct the list, or use depth_slices",
+            )
+        return grown
 
     def blocks(
         self, tensor: LogicalTensor, small: Catalog, target: Catalog
@@ -111,7 +182,10 @@ class DepthIdentity(Operator):
 
         No gradient passes through a zero projection, so inside a copy it is 0.
         """
-        source, new = _interleaved(tensor, small, target)
+        if self.sources is None:
+            source, new = _interleaved(tensor, small, target)
+        else:
+            source, new = of_first_use(tensor, self.sources)
         axes = unchanged(tensor, small[source])
         if not new:
             return (GrowthBlock(source, axes, grad=1.0),)
@@ -129,6 +203,7 @@ DEPTH_IDENTITY = DepthIdentity(
     policies=("kept", "sparkling", "reset"),
     sizes=_SIZES,
     any_size=True,
+    settings=("sources",),
 )
 
 
@@ -149,6 +224,14 @@ def from_layer(
         return tensor.name, False
     number, new = source(tensor.layer)
     return of_layer(number, tensor.inner), new
+
+
+def of_first_use(tensor: LogicalTensor, order: Sequence[int]) -> tuple[str, bool]:
+    """(source, whether it is a copy), given the source of every layer.
+
+    A layer is old where its source is first used.
+    """
+    return from_layer(tensor, lambda layer: (order[layer], order.index(order[layer]) < layer))
 
 
 def _interleaved(tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:

@@ -14,28 +14,21 @@ from dataclasses import dataclass
 
 from megagrow.config import ModelConfig
 from megagrow.errors import GrowthError
-from megagrow.growth.operator import resized
-from megagrow.growth.operators.depth import Copies, from_layer
+from megagrow.growth.operators.depth import Copies, Listed, of_first_use
 from megagrow.state.catalog import Catalog, LogicalTensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthSlices(Copies):
+class DepthSlices(Copies, Listed):
     """Copies of chosen layers.
 
     Attributes:
-        sources: for each layer of the grown model, its source layer in the old one.
         keep_first, keep_last: without `sources`, the number of layers at either end that are not
             copied.
     """
 
-    sources: tuple[int, ...] | None = None
     keep_first: int = 0
     keep_last: int = 0
-
-    def target(self, model: ModelConfig, factor: int) -> ModelConfig:
-        """As many layers as are listed, or else the factor times as many."""
-        return self.grown(model, {} if self.sources else {"layers": factor * model.layers})
 
     def grown(self, model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
         """As many layers as are listed, or named.
@@ -52,41 +45,17 @@ class DepthSlices(Copies):
                     expected=f"a sum below {model.layers}",
                     fix="set them lower",
                 )
-            return resized(model, sizes)
+            return super().grown(model, sizes)
         if self.keep_first or self.keep_last:
             raise GrowthError(
                 "grow.sources lists every layer, so keep_first and keep_last have no meaning",
                 fix="leave grow.keep_first and grow.keep_last out, or grow.sources",
             )
-        layers = set(range(model.layers))
-        wrong = sorted(set(self.sources) - layers)
-        if wrong:
-            raise GrowthError(
-                f"grow.sources: there is no layer {', '.join(map(str, wrong))}",
-                found=f"a model of {model.layers} layers before this growth",
-                expected=f"numbers from 0 to {model.layers - 1}",
-                fix="correct the list",
-            )
-        lost = sorted(layers - set(self.sources))
-        if lost:
-            raise GrowthError(
-                f"grow.sources leaves out layer {', '.join(map(str, lost))}",
-                expected="every layer of the model at least once: a growth drops none",
-                fix="add what is left out to the list",
-            )
-        if sizes.get("layers", len(self.sources)) != len(self.sources):
-            raise GrowthError(
-                "grow.target.layers is not the length of grow.sources",
-                found=sizes["layers"],
-                expected=len(self.sources),
-                fix="leave grow.target.layers out",
-            )
-        return resized(model, {**sizes, "layers": len(self.sources)})
+        return super().grown(model, sizes)
 
     def copied(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> tuple[str, bool]:
         """(source, whether it is a copy): a layer is old where its source is first used."""
-        order = self.sources or self._order(small.layers, target.layers)
-        return from_layer(tensor, lambda layer: (order[layer], order.index(order[layer]) < layer))
+        return of_first_use(tensor, self.sources or self._order(small.layers, target.layers))
 
     def _order(self, old: int, large: int) -> tuple[int, ...]:
         """The layers at the ends once, the middle stacked between them."""

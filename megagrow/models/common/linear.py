@@ -49,8 +49,9 @@ class _Linear(torch.autograd.Function):
         rows: int,
         parallel: TensorParallel,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.rows, ctx.parallel = rows, parallel
+        # Only the gradient of the weight needs x.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.rows, ctx.parallel, ctx.width = rows, parallel, x.shape[-1]
         ctx.bias_shape = None if bias is None else bias.shape
         if parallel.splits_sequence:
             x = all_gather(x, parallel, SEQUENCE)
@@ -62,7 +63,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        parallel, width = ctx.parallel, x.shape[-1]
+        parallel, width = ctx.parallel, ctx.width
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         flat = grad.flatten(0, -2)
         if needs_weight and parallel.splits_sequence:

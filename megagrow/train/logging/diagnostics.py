@@ -37,6 +37,8 @@ class Diagnostics:
         for stage in plan.stages[: state.growth_stage + 1]:
             if stage.growth is not None:
                 matrices = self._watched(stage.index, stage.growth)
+        frozen = plan.stages[state.growth_stage].catalog.frozen
+        matrices = tuple(one for one in matrices if one.tensor.name not in frozen)
         return engine.probe(matrices) if matrices else None
 
     def _watched(self, index: int, growth: Growth) -> tuple[Watched, ...]:
@@ -60,9 +62,14 @@ class Diagnostics:
         return state.with_mixing(after), before.met is None and after.met is not None
 
     def after_growth(self, state: RunState, plan: RunPlan, index: int) -> RunState:
-        """The state at the start of a stage, after its growth."""
+        """The state at the start of a stage, after its growth.
+
+        There is no mixing time of a growth of which a part alone is trained.
+        """
         if self._every is None or plan.stages[index].growth is None:
             return state
+        if plan.stages[index].catalog.frozen:  # the law is of models that are trained as a whole
+            return state.with_mixing(Mixing())
         law = run_law(self._config)
         small, large = (size_of(plan.stages[i].seen, law).n for i in (index - 1, index))
         mixing = (state.mixing or Mixing()).grown(

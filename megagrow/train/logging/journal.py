@@ -14,6 +14,7 @@ from megagrow.config.load import dump_config
 from megagrow.errors import DataError, TrainingError
 from megagrow.files import free_name, write_atomically
 from megagrow.growth.settings import growth_in_words
+from megagrow.growth.training import training_in_words
 from megagrow.report import write_report
 from megagrow.report.log import read_lines, tail_start
 from megagrow.report.step_facts import StepFacts
@@ -266,7 +267,11 @@ class Journal:
                 grad_clip=new.optimizer.grad_clip, dropout=new.model.dropout
             ):
                 self.say(caveat)
-        for line in rates_in_words(self.config, new.index):
+        trains = training_in_words(new.catalog, before=old.catalog, growth=new.growth)
+        for line in (
+            *(f"trains {line}" for line in trains),
+            *rates_in_words(self.config, new.index),
+        ):
             self.say(f"stage {new.index}: {line}")
         if self._log is not None:
             self._log.growth(

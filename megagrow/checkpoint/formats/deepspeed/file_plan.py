@@ -14,7 +14,7 @@ from megagrow.checkpoint.containers.pickle_reader import Opaque
 from megagrow.checkpoint.containers.torch_writer import number, size_of
 from megagrow.checkpoint.formats.deepspeed import names
 from megagrow.checkpoint.formats.deepspeed.engine_state import EngineState
-from megagrow.checkpoint.interface.client_state import KEY, plain_json
+from megagrow.checkpoint.interface.client_state import FROZEN, KEY, plain_json
 from megagrow.checkpoint.interface.format import Segment, SinkRequest, Values, Zeros
 from megagrow.checkpoint.interface.model_of import (
     optimizer_of,
@@ -51,6 +51,13 @@ class DeepSpeedPlan:
                 "DeepSpeed's files of a model that is not ours cannot be cut",
                 found=f"tensor {self.layout.tensor}, pipeline {self.layout.pipeline}",
                 fix="give --tensor 1 --pipeline 1",
+            )
+        if self.model is not None and self.untrained("frozen") and self.layout.pipeline > 1:
+            raise ConfigError(
+                "DeepSpeed's files of a pipeline do not tell frozen parameters from others",
+                found=f"{len(self.untrained('frozen'))} frozen tensors, pipeline "
+                f"{self.layout.pipeline}",
+                fix="give --pipeline 1, or --to-format native or dcp",
             )
         self.optimizer = optimizer_of(meta)
         self.precision = section(PrecisionConfig, meta.config.get("precision"))
@@ -104,7 +111,7 @@ class DeepSpeedPlan:
         return [_trained(here.get(key, [])) for key in self.group_keys]
 
     def untrained(self, training: Training) -> list[LogicalTensor]:
-        """The frozen parameters, or the buffers; our own models have neither."""
+        """The frozen parameters, or the buffers, which our own models do not have."""
         return [tensor for tensor in self.catalog if tensor.training == training]
 
     def dtype_of(self, tensor: LogicalTensor) -> torch.dtype:
@@ -201,7 +208,11 @@ class DeepSpeedPlan:
         return {
             "buffer_names": [tensor.name for tensor in self.untrained("buffer")],
             "param_shapes": None if groups is None else shapes,
-            "frozen_param_shapes": {t.name: size_of(t.shape) for t in frozen} if apart else None,
+            "frozen_param_shapes": {
+                self.module_names(t, stage)[0]: size_of(self.local_shape(t)) for t in frozen
+            }
+            if apart
+            else None,
             "shared_params": shared,
             "lr_scheduler": None,
             "data_sampler": None,
@@ -224,6 +235,7 @@ class DeepSpeedPlan:
                 "config": plain_json(meta.config),
                 "run_state": plain_json(meta.run_state),
                 "fingerprints": plain_json(meta.fingerprints),
+                FROZEN: [tensor.name for tensor in frozen],
             },
         }
 

@@ -27,11 +27,13 @@ from megagrow.checkpoint.formats.deepspeed.mapping import (
 )
 from megagrow.checkpoint.formats.deepspeed.saved_optimizer import assign
 from megagrow.checkpoint.interface.accounting import enumerated
+from megagrow.checkpoint.interface.client_state import FROZEN
 from megagrow.checkpoint.interface.model_of import replayed_model
 from megagrow.checkpoint.interface.one_family import require_family
 from megagrow.checkpoint.io.files import RESTORE
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError
+from megagrow.growth.optimizer_rules import FROZEN as NO_GROUP
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import Catalog, LogicalTensor
@@ -79,7 +81,7 @@ def recognised(tag: Tag, client: Mapping[str, Any], family: str | None) -> Schem
     )
     placement = Placement(build_catalog(model), layout) if model else None
     if placement is not None and _fits(placement, local):
-        ours = placement
+        ours = Placement(placement.catalog.with_frozen(client[FROZEN]), layout)
         logical = {n: names.logical_name(n, last) or n for shapes in shapes_of for n in shapes}
         return Scheme(
             model, ours.catalog, logical, lambda _, t, rank: local_of_placement(ours, t, rank), last
@@ -240,7 +242,7 @@ def group_order(
             [
                 [modules[t.name] for t in scheme.catalog if t.name in modules and keys[t.name] == k]
                 or [name for name in shapes if name == f"{PLACEHOLDER}{number}"]
-                for number, k in enumerate(sorted(set(keys.values())))
+                for number, k in enumerate(sorted(set(keys.values()) - {NO_GROUP}))
             ]
         )
     return order

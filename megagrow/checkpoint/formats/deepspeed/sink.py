@@ -43,7 +43,7 @@ class DeepSpeedSink:
                 copies = layout.data if layout.zero == 3 else 1
                 for data in range(copies):
                     prefix = f"zero_pp_rank_{data}_" if layout.zero == 3 else ""
-                    parts = {"frozen_param_fragments": self._fragments(data)}
+                    parts = {"frozen_param_fragments": self._fragments(stage, rank, data)}
                     self._add(f"{prefix}{mp}_model_states.pt", {**state, **parts})
                 for data in range(layout.data if layout.zero else 0):
                     bf16 = "bf16_" if plan.dtype == torch.bfloat16 else ""
@@ -92,24 +92,29 @@ class DeepSpeedSink:
             module |= dict.fromkeys(plan.module_names(tensor, stage), parameter)
         return module
 
-    def _fragments(self, data: int) -> dict[str, NewTensor] | None:
+    def _fragments(self, stage: int, rank: int, data: int) -> dict[str, NewTensor] | None:
         """Frozen parameters from ZeRO 2 on: whole, or a data rank's part of each."""
         plan, zero = self._plan, self._plan.layout.zero
         if zero < 2:
             return None
         made = {}
         for tensor in plan.untrained("frozen"):
-            dtype, numel, shape = plan.dtype_of(tensor), tensor.volume, tensor.shape
+            dtype, numel, shape = (
+                plan.dtype_of(tensor),
+                plan.numel(tensor),
+                plan.local_shape(tensor),
+            )
             start, stop = 0, numel
             if zero == 3:
                 part = -(-numel // plan.layout.data)
                 start, stop = min(part * data, numel), min(part * (data + 1), numel)
                 shape = (part,)
-            segments = list(plan.values(tensor, MASTER, 0, start=start, stop=stop, dtype=dtype))
+            segments = list(plan.values(tensor, MASTER, rank, start=start, stop=stop, dtype=dtype))
             missing = math.prod(shape) - (stop - start)
             if missing:
                 segments.append(Zeros(missing * dtype.itemsize))
-            made[tensor.name] = NewTensor(dtype, shape, tuple(segments))
+            name = plan.module_names(tensor, stage)[0]
+            made[name] = NewTensor(dtype, shape, tuple(segments))
         return made
 
     def _layer_files(self, stage: int, rank: int) -> Iterator[FilePlan]:

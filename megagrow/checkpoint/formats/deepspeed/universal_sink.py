@@ -20,6 +20,7 @@ from megagrow.checkpoint.containers.torch_writer import plan_archive, whole_valu
 from megagrow.checkpoint.formats.deepspeed.file_plan import VERSION, DeepSpeedPlan
 from megagrow.checkpoint.interface.format import FilePlan, SinkRequest, Values
 from megagrow.checkpoint.io.files import naming, write_new
+from megagrow.errors import ConfigError
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import MASTER
 from megagrow.state.placement import split_axis
@@ -32,6 +33,12 @@ class UniversalSink:
 
     def __init__(self, request: SinkRequest) -> None:
         self._plan = plan = DeepSpeedPlan(request)
+        if plan.model is not None and plan.untrained("frozen"):
+            raise ConfigError(
+                "a universal checkpoint has no place for frozen parameters of megagrow's models",
+                found=f"{len(plan.untrained('frozen'))} frozen tensors",
+                fix="give --to-format deepspeed, native or dcp",
+            )
         self.slots = plan.slots
         self._tag = f"global_step{request.step}_universal"
         self.files: list[FilePlan] = []

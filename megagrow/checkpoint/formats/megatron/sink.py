@@ -58,7 +58,8 @@ class MegatronSink:
                 fix=f"give --pipeline a divisor of {self._model.layers}",
             )
         held = {slot.name for slot in meta.slots}
-        self._trained = all(slot.name in held for slot in ADAM_SLOTS)
+        # Megatron's optimizer would train frozen parameters, and has moments of all.
+        self._trained = all(slot.name in held for slot in ADAM_SLOTS) and not meta.catalog.frozen
         self.slots: tuple[Slot, ...] = ADAM_SLOTS if self._trained else (MASTER,)
         self._optimizer = optimizer_of(meta)
         precision = section(PrecisionConfig, meta.config.get("precision"))
