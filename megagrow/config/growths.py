@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megagrow.config.rules import BOUNDS, RULES
-from megagrow.config.section import Layers, Positive, Section
+from megagrow.config.section import Layers, PathText, Positive, Section
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -103,6 +103,11 @@ class GrowConfig(Section):
     square; `shrink` what `shrink_pad_perturb` multiplies old weights by (0.4). `depth_slices` takes
     `sources`, the old layer that each layer of the grown model is a copy of; without it,
     `keep_first` and `keep_last` layers at the ends are not copied, and those between are stacked.
+    `tokenizer` (of `vocab`) is the tokenizer from now on: a file, a dataset that was prepared with
+    it, or a Hugging Face directory. Rows are carried by the texts of tokens, and new ones are means
+    of the rows of their pieces; `old_tokenizer` is the one before, where the checkpoint does not
+    hold its own; `allow_dropped: true` lets tokens get lost.  It is for runs that start from a
+    checkpoint (`init.from`), in their first stage, and for `launch/grow.py`.
     """
 
     operator: str
@@ -117,13 +122,17 @@ class GrowConfig(Section):
     sources: Annotated[list[Count], Field(min_length=1, max_length=4096)] | None = None
     keep_first: Count | None = None
     keep_last: Count | None = None
+    tokenizer: PathText | None = None
+    old_tokenizer: PathText | None = None
+    allow_dropped: bool | None = None
     restart: Annotated[float, Field(ge=1.0)] | Literal["paper"] | None = None
     mup: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _twice_by_default(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("factor") is None and data.get("target") is None:
+        sized = ("factor", "target", "tokenizer")
+        if isinstance(data, dict) and all(data.get(key) is None for key in sized):
             return {**data, "factor": 2}
         return data
 
@@ -131,6 +140,10 @@ class GrowConfig(Section):
     def _one_measure(self) -> GrowConfig:
         if self.target is not None and self.factor is not None:
             raise ValueError("give factor or target, not both")
+        if self.tokenizer is None and (self.old_tokenizer or self.allow_dropped is not None):
+            raise ValueError("old_tokenizer and allow_dropped go with tokenizer; give that too")
+        if self.tokenizer is not None and self.factor is not None:
+            raise ValueError("with tokenizer, sizes are those of target; leave factor out")
         if self.target is not None and not self.target.model_dump(exclude_none=True):
             raise ValueError("target names no size; name one, for instance target: {layers: 12}")
         return self
@@ -139,6 +152,6 @@ class GrowConfig(Section):
     def extent(self) -> str:
         """The size in words: ``x2``, or ``to hidden 512, layers 12``."""
         if self.target is None:
-            return f"x{self.factor}"
+            return f"x{self.factor}" if self.factor else "to the tokens of its tokenizer"
         sizes = self.target.model_dump(exclude_none=True)
         return "to " + ", ".join(f"{key} {n}" for key, n in sizes.items())

@@ -228,6 +228,9 @@ def with_vocabulary(config: Config, vocabulary: int | None) -> Config:
         ConfigError: neither is known, or the model's is smaller than the tokenizer's.
     """
     given = config.model.vocab
+    first = config.stages[0].grow
+    if given is not None and first is not None and first.target is not None:
+        given = first.target.vocab or given  # grown before the first step
     if given is None:
         if vocabulary is None:
             raise ConfigError(
@@ -262,6 +265,13 @@ def _models(config: Config) -> tuple[list[ModelConfig], list[Growth | None]]:
                 model, growth = plan_growth(stage.grow, model)
             except MegagrowError as error:
                 raise error.within(f"stages[{index}]", setting="grow") from None
+            if stage.grow.tokenizer is not None and (index or config.init is None):
+                raise ConfigError(
+                    f"stages[{index}].grow.tokenizer: a run has one dataset, and so one tokenizer "
+                    "from its first step to its last",
+                    fix="end the run before this stage, and start one on data of the new tokenizer "
+                    "with init.from and this growth in stages[0]; or grow with launch/grow.py",
+                )
             if index == 0 and growth.fit_steps:
                 raise ConfigError(
                     f"stages[0].grow.operator: {growth.operator.name} is fitted on the data by the "
