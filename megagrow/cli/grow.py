@@ -71,7 +71,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--keep-last", type=int, metavar="N", help="the same for the last layers")
     add("--tokenizer", metavar="PATH",
-        help="of vocab: the tokenizer from now on; rows are carried by the texts of tokens")  # fmt: skip
+        help="of vocab: the tokenizer from now on; rows go by the texts of tokens")  # fmt: skip
     add("--old-tokenizer", metavar="PATH", help="the one before (the checkpoint's own)")
     add("--allow-dropped", action="store_true", help="let tokens get lost that it does not have")
     add("--mup", action="store_true", help="divide matrices' rates by the growth of their inputs")

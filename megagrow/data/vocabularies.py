@@ -93,14 +93,14 @@ class Matched:
 
 def matched(old: Vocabulary, new: Vocabulary) -> Matched:
     """Compare two vocabularies; see the module."""
-    known = old.ids()
+    known, here = old.ids(), new.ids()
     carried: dict[int, int] = {}
     pieces: dict[int, list[int]] = {}
     unsplit, free = [], []
     for number, token in enumerate(new.tokens):
         if token is None:
             free.append(number)
-        elif (same := _same(token, known)) is not None:
+        elif (same := _same(token, known, unless=here)) is not None:
             carried[number] = same
         elif parts := _split(token.text, old, known):
             pieces[number] = parts
@@ -116,12 +116,12 @@ def matched(old: Vocabulary, new: Vocabulary) -> Matched:
     return Matched(carried, pieces, tuple(unsplit), dropped, (before, tuple(free)))
 
 
-def _same(token: Token, known: Mapping[Token, int]) -> int | None:
+def _same(token: Token, known: Mapping[Token, int], *, unless: Mapping[Token, int]) -> int | None:
     found = known.get(token)
     if found is None and token.kind != "special" and len(token.text) == 1:
         # A byte is a piece of byte-level BPE, and a token of its own beside pieces elsewhere.
-        other: Kind = "byte" if token.kind == "piece" else "piece"
-        found = known.get(Token(other, token.text))
+        other = Token("byte" if token.kind == "piece" else "piece", token.text)
+        found = None if other in unless else known.get(other)
     return found
 
 
@@ -130,7 +130,7 @@ def _split(text: bytes, old: Vocabulary, known: Mapping[Token, int]) -> list[int
     try:
         ids = old.encode(text.decode())
     except UnicodeDecodeError:  # a part of a character
-        single = [_same(Token("byte", bytes([byte])), known) for byte in text]
+        single = [_same(Token("byte", bytes([byte])), known, unless={}) for byte in text]
         ids = [number for number in single if number is not None]
         return ids if len(ids) == len(text) else []
     return [] if old.unknown in ids else ids

@@ -25,7 +25,7 @@ from megagrow.errors import GrowthError
 from megagrow.growth.operator import GrowthBlock, Operator, require_no_less, require_same, same
 from megagrow.growth.operators.axes import MoreRows
 from megagrow.state.catalog import Catalog, LogicalTensor
-from megagrow.transfer.state_map import AxisMap
+from megagrow.transfer.state_map import AxisMap, Fill
 
 Run = tuple[int, int, int]  # first row of the grown tensor, first row of the old one, count
 
@@ -76,7 +76,7 @@ class TokenMap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vocabulary(MoreRows):
+class MoreTokens(MoreRows):
     """More tokens.
 
     Attributes:
@@ -146,13 +146,18 @@ class Vocabulary(MoreRows):
         return (*carried, *means)
 
 
+    def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
+        """Rows without a source are initialised as at the start of a run."""
+        return "zeros" if self.lacking else super().fill(tensor, small, target)
+
+
 def with_tokens(operator: Operator, tokens: TokenMap) -> Operator:
     """The operator with the map of its tokens."""
-    assert isinstance(operator, Vocabulary)
+    assert isinstance(operator, MoreTokens)
     return replace(operator, tokens=tokens)
 
 
-VOCAB = Vocabulary(
+VOCAB = MoreTokens(
     name="vocab",
     summary="new token rows: fresh, or with grow.tokenizer the mean of the rows of their pieces; "
     "the logits of the old tokens stay",
