@@ -244,6 +244,13 @@ def with_vocabulary(config: Config, vocabulary: int | None) -> Config:
         if config.init is not None:
             fix = "prepare the data with the tokenizer of init.from: launch/prepare_data.py "
             fix += "--tokenizer"
+        if first is not None and first.tokenizer is not None:
+            raise ConfigError(
+                "stages[0].grow.tokenizer: the data was prepared with a larger one",
+                found=f"{given} tokens",
+                expected=f"at least {vocabulary}",
+                fix="set stages[0].grow.tokenizer to data.path, or prepare the data with it",
+            )
         raise ConfigError(
             "model.vocab is smaller than the tokenizer's vocabulary",
             found=given,
