@@ -20,6 +20,7 @@ from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.convert.run import BUFFER_BYTES, Job, convert
 from megagrow.checkpoint.interface.format import CheckpointSource
 from megagrow.checkpoint.interface.grown import GrownCheckpoint
+from megagrow.checkpoint.interface.history import KEY, growth_record, history, source_name
 from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.checkpoint.native.steps import find, step_of, step_path
 from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, UntilConfig
@@ -245,7 +246,7 @@ class Grow:
                 "grow it there",
             )
         small = model_of(source)
-        _, model, growth, brought = _planned(self.grow, small, source)
+        grow, model, growth, brought = _planned(self.grow, small, source)
         if growth.fit_steps or growth.ramp is not None:
             needs = (
                 "is fitted on the data of a run"
@@ -258,7 +259,7 @@ class Grow:
                 fix="choose another operator, or start a run from the weights with init.from and "
                 "grow it there",
             )
-        return WeightsGrowth(growth, small, model, brought)
+        return WeightsGrowth(growth, small, model, grow, brought)
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,7 @@ class WeightsGrowth:
     growth: Growth
     small: ModelConfig
     model: ModelConfig
+    grow: GrowConfig
     brought: NewTokenizer | None = None
 
     def __call__(self, source: CheckpointSource) -> CheckpointSource:
@@ -281,7 +283,12 @@ class WeightsGrowth:
             seed=0,
             staging_bytes=_STAGING_BYTES,
         )
-        config = {**source.config, "model": self.model.model_dump(mode="json", by_alias=True)}
+        records = list(history(source)) or [{"source": {"name": source_name(source.path)}}]
+        config = {
+            **source.config,
+            "model": self.model.model_dump(mode="json", by_alias=True),
+            KEY: [*records, growth_record(self.grow, self.small, self.model)],
+        }
         return GrownCheckpoint(
             source, values, catalog=self.growth.target, config=config, run_state=source.run_state,
             fingerprints=_fingerprints(source, self.brought),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.interface.accounting import summary
 from megagrow.checkpoint.interface.format import CheckpointSource, ReadOptions
+from megagrow.checkpoint.interface.history import history
 from megagrow.checkpoint.interface.model_of import optimizer_of, recorded_model
 from megagrow.checkpoint.interface.own_tokenizer import held_tokenizers, require_own_tokenizer
 from megagrow.config import Config, ModelConfig, StartConfig
@@ -206,6 +207,7 @@ def plan_start(config: Config, plan: RunPlan, data: PreparedData | None) -> Star
             step=source.step,
             sha256=_sha256(source),
             moments=not why,
+            history=history(source),
         ),
     )
     state_map: StateMap = Identity(build_catalog(config.model))

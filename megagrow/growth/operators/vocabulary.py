@@ -145,7 +145,6 @@ class MoreTokens(MoreRows):
         ]
         return (*carried, *means)
 
-
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
         """Rows without a source are initialised as at the start of a run."""
         return "zeros" if self.lacking else super().fill(tensor, small, target)
