@@ -17,7 +17,7 @@ from megagrow.growth.policy import POLICIES, StatePolicy
 from megagrow.state.catalog import LogicalTensor
 from megagrow.transfer.state_map import AxisMap
 
-MOST_RUNS = 4096  # ranges of old rows in a run's state
+MOST_RUNS = 1024  # ranges of old rows in a run's state
 
 
 def young_after(

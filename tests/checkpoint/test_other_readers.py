@@ -12,7 +12,7 @@ from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.checkpoint.interface.own_tokenizer import NO_TOKENIZER
 from megagrow.models.registry import FAMILIES
 from tests.checkpoint.states import save_model
-from tests.data.tokenizers import TEXT, lossless
+from tests.data.small_tokenizers import TEXT, lossless
 from tests.toys import featured_models, toy_model
 
 transformers = pytest.importorskip("transformers")

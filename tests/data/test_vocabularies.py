@@ -8,7 +8,7 @@ import tokenizers
 from megagrow.data.tokenizer_json import from_sentencepiece
 from megagrow.data.vocabularies import Token, matched, read_vocabulary
 from megagrow.errors import DataError
-from tests.data.tokenizers import END, MORE, TEXT, byte_level, extended, llama_like, lossless
+from tests.data.small_tokenizers import END, MORE, TEXT, byte_level, extended, llama_like, lossless
 
 LINES = [TEXT] * 20
 BOTH = [TEXT + MORE] * 20
