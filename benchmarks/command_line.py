@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagrow.arguments import Parser, as_path, as_path_text, number, sections, whole
+from megagrow.arguments import Parser, as_output, as_path, as_path_text, number, sections, whole
 from megagrow.cli.benchmark import EXAMPLES as SAVINGS
 from megagrow.cli.benchmark import add_common, add_savings, measure
 from megagrow.config.families import ARCHITECTURES
@@ -149,7 +149,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=whole(1), default=30, help="steps after it (default %(default)s)")
     for kind in (compared, departing):
         kind.add_argument(
-            "--svg", type=as_path, metavar="FILE", help="draw there (operators: FILE_*.svg)"
+            "--svg", type=as_output, metavar="FILE", help="draw there (operators: FILE_*.svg)"
         )
     figures = kinds.add_parser(
         "figures",

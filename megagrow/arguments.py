@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -33,6 +34,9 @@ class Parser(argparse.ArgumentParser):
                 "formatter_class": argparse.RawDescriptionHelpFormatter,
             }
         super().__init__(**options)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+        self.given: set[str] = set()
         if self.epilog and self.prog.startswith("megagrow "):
             self.epilog = as_installed(self.epilog)
 
@@ -41,6 +45,7 @@ class Parser(argparse.ArgumentParser):
         for word in sys.argv[1:] if args is None else args:
             if _NO_VALUE.match(word):
                 self.error(f"argument {word.partition('=')[0]}: '--' is no value")
+        self.given = set()
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -53,6 +58,17 @@ class Parser(argparse.ArgumentParser):
                     key, value = setting[1], setting[2] or "=VALUE"
                     message += f"\n  fix:      settings have no dashes: {key}{value}"
         super().error(message)
+
+
+class _Once(argparse._StoreAction):
+    """Stores a value; an option that is given twice is an error, not its last value."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        if option is not None and self.dest in parser.given:
+            several = " (give all values after one)" if self.nargs in ("+", "*") else ""
+            raise argparse.ArgumentError(self, f"given twice{several}")
+        parser.given.add(self.dest)
+        super().__call__(parser, namespace, values, option)
 
 
 def whole(least: int, most: int = 2**63 - 1) -> Any:
@@ -81,6 +97,17 @@ def as_path(text: str) -> Path:
             f"{shown!r} is not a path: a name in it is longer than {_LONGEST_NAME} bytes"
         )
     return Path(text)
+
+
+def as_output(text: str) -> Path:
+    """An argparse type: the path of a file that can be written; its directory may not exist yet."""
+    path = as_path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory, not a file to write")
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r}: {above} is no directory that can be written")
+    return path
 
 
 def as_path_text(text: str) -> str:

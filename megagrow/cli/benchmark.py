@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megagrow.arguments import Parser, as_path, as_path_text, number, whole
+from megagrow.arguments import Parser, as_output, as_path, as_path_text, number, whole
 from megagrow.errors import ConfigError, MegagrowError
 
 EXAMPLES = """\
@@ -92,7 +92,7 @@ def add_savings(kinds: argparse._SubParsersAction[Any]) -> None:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add the options of every benchmark."""
-    parser.add_argument("--json", type=as_path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--json", type=as_output, metavar="FILE", help="write all numbers there")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 

@@ -211,12 +211,14 @@ def conclusion(report: ConversionReport, job: Job) -> str:
         how = "rounded to the new element type" if report.rounded else "bit for bit"
         whose = "the source's" if job.transform is None else "what the growth makes of the source"
         lines.append(f"verified: every value that the result holds is {whose}, {how}")
-        same = [what for what, equal in report.described.items() if equal]
-        other = [what for what, equal in report.described.items() if not equal]
-        if same:
-            lines.append(f"verified: {', '.join(same)}")
-        if other:
-            lines.append(f"not the source's, or not held: {', '.join(other)}")
+        for whose, words in (
+            ("source", "verified"),
+            ("given", "not the source's, but as --config says or as of a new run"),
+            ("neither", "not the source's, or not held"),
+        ):
+            items = [what for what, origin in report.described.items() if origin == whose]
+            if items:
+                lines.append(f"{words}: {', '.join(items)}")
         if job.tokenizer is not None:
             lines.append("not compared: the tokenizer's files")
         lines += _differences(report.survey)

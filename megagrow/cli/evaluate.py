@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megagrow.arguments import Parser, as_file, as_path, number, whole
+from megagrow.arguments import Parser, as_file, as_output, as_path, number, whole
 from megagrow.errors import exit_status
 
 EXAMPLES = """\
@@ -56,7 +57,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--stride", type=whole(1), metavar="N", help="new tokens a window (default: all of it)")
     add("--batch", type=whole(1), default=8, help="windows at a time (default %(default)s)")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--json", type=as_path, metavar="FILE", help="write the scores there")
+    add("--json", type=as_output, metavar="FILE", help="write the scores there")
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -105,6 +106,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 scorer,
                 tokenizer,
                 evaluation.read_text(path),
+                where=str(path),
                 stride=stride,
                 detokenize=wikitext,
             )
@@ -148,9 +150,34 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             )
         for task, metrics in scores["tasks"].items():
             print(f"{task}: {metrics}")
+    _require_numbers(scores)
     if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(options.json, json.dumps(scores, indent=1, default=str).encode() + b"\n")
     return scores
+
+
+def _require_numbers(scores: Any, name: str = "") -> None:
+    """Reject a score that is not finite: its model has values that are not.
+
+    A perplexity may be infinite where words are long; JSON has no word for that but null.
+    """
+    from megagrow.errors import CheckpointError
+
+    for key, value in scores.items() if isinstance(scores, dict) else ():
+        where = f"{name} {key}".strip()
+        _require_numbers(value, where)
+        if not isinstance(value, float) or math.isfinite(value):
+            continue
+        if "perplexity" in key and value > 0:
+            scores[key] = None
+            continue
+        raise CheckpointError(
+            f"{where} is not a number",
+            found=value,
+            expected="a finite one; values of the model are not finite",
+            fix="evaluate an earlier checkpoint",
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

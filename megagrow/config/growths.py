@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from megagrow.config.rules import BOUNDS, RULES
-from megagrow.config.section import Layers, PathText, Positive, Section
+from megagrow.config.section import (
+    TEXT,
+    VALUE,
+    Layers,
+    PathText,
+    Positive,
+    Section,
+    text_or_value,
+)
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -125,7 +133,13 @@ class GrowConfig(Section):
     tokenizer: PathText | None = None
     old_tokenizer: PathText | None = None
     allow_dropped: bool | None = None
-    restart: Annotated[float, Field(ge=1.0)] | Literal["paper"] | None = None
+    restart: (
+        Annotated[
+            Annotated[float, Field(ge=1.0), Tag(VALUE)] | Annotated[Literal["paper"], Tag(TEXT)],
+            Discriminator(text_or_value),
+        ]
+        | None
+    ) = None
     mup: bool = False
 
     @model_validator(mode="before")

@@ -57,8 +57,8 @@ def read_documents(piece: TextPiece, *, text_key: str) -> Iterator[str | None]:
     with opened(piece.path, piece.codec) as stream:
         if piece.kind == "file":
             try:
-                # As bytes: text mode would rewrite line ends.
-                yield stream.read().decode("utf-8")
+                # As bytes: text mode would rewrite line ends.  A byte-order mark is not text.
+                yield stream.read().removeprefix(BOM).decode("utf-8")
             except UnicodeDecodeError:
                 yield None
         elif piece.kind == "jsonl":
@@ -77,7 +77,7 @@ def read_documents(piece: TextPiece, *, text_key: str) -> Iterator[str | None]:
 
 def _paragraphs(piece: TextPiece, stream: BinaryIO) -> Iterator[str]:
     paragraph: list[str] = []
-    for line in _lines(piece, stream, bom=True):
+    for line in _lines(piece, stream):
         if line.strip():
             try:
                 paragraph.append(_decoded(line))
@@ -90,14 +90,14 @@ def _paragraphs(piece: TextPiece, stream: BinaryIO) -> Iterator[str]:
         yield "".join(paragraph)
 
 
-def _lines(piece: TextPiece, stream: BinaryIO, *, bom: bool = False) -> Iterator[bytes]:
-    """The lines of a piece; for JSON without a byte-order mark."""
+def _lines(piece: TextPiece, stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a piece, without a byte-order mark at the start of the file."""
     whole = bool(piece.codec)
     offset = 0 if whole else piece.begin
     if not whole:
         stream.seek(offset)
     while (whole or offset < piece.end) and (line := stream.readline()):
-        yield line if offset or bom else line.removeprefix(BOM)
+        yield line if offset else line.removeprefix(BOM)
         offset += len(line)
 
 
@@ -199,7 +199,7 @@ def _bad_lines(piece: TextPiece, key: str | None) -> DataError:
     size = piece.path.stat().st_size
     whole = TextPiece(piece.path, 0, size, piece.kind, piece.codec)
     with opened(piece.path, piece.codec) as stream:
-        for number, line in enumerate(_lines(whole, stream, bom=key is None), start=1):
+        for number, line in enumerate(_lines(whole, stream), start=1):
             try:
                 _decoded(line) if key is None else _line_text(line, key)
             except _FaultError as error:

@@ -84,7 +84,7 @@ def form_of(path: Path, *, wanted: str, key: str) -> Form:
             f"{path}: is not a regular file",
             found=_type_of(path),
             expected="a file: it is read twice, and by several processes",
-            fix="write its content to a file and give that, or leave it out with --glob",
+            fix="write its content to a file and give that, or move it away",
         )
     with open(path, "rb") as stream:
         start = stream.read(512)
@@ -104,7 +104,7 @@ def form_of(path: Path, *, wanted: str, key: str) -> Form:
                 f"{path}: is not JSON",
                 found=repr(head[:60].decode("utf-8", "replace")),
                 expected=f"JSON records with the text under {key!r}",
-                fix="leave the file out with --glob; or, for documents of plain text, "
+                fix="move the file away; or, for documents of plain text, "
                 "--format text without --text-key",
             )
         return Form(kind or "jsonl", codec)
@@ -117,7 +117,7 @@ def form_of(path: Path, *, wanted: str, key: str) -> Form:
             "key, or itself a document",
             found=f"an object with the keys {keys}",
             expected=f"a string under {key!r}",
-            fix=f"--text-key names the key; else {WAYS}, or leave the file out with --glob",
+            fix=f"--text-key names the key; else {WAYS}, or move the file away",
         )
     return Form(kind, codec)
 
@@ -202,7 +202,7 @@ def _damaged(path: Path, codec: str, error: Exception) -> DataError:
     return DataError(
         f"{path}: its {codec} data is damaged or cut off",
         found=str(error),
-        fix="get the file again, or leave it out with --glob",
+        fix="get the file again, or move it away",
     )
 
 
@@ -215,7 +215,7 @@ def _refuse_containers(path: Path, head: bytes) -> None:
             f"{path}: {what}, which is not supported",
             expected="text, JSON lines or JSON records; plain, or compressed by gzip, bzip2, xz "
             "or zstd",
-            fix="unpack or convert it, or leave it out with --glob",
+            fix="unpack or convert it, or move it away",
         )
 
 

@@ -156,7 +156,13 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def score_text(
-    scorer: Scorer, tokenizer: Tokenizer, text: str, *, stride: int, detokenize: bool
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    where: str,
+    stride: int,
+    detokenize: bool,
 ) -> TextScore:
     """Score a text.
 
@@ -164,6 +170,7 @@ def score_text(
         scorer: the model.
         tokenizer: the model's own.
         text: as published.
+        where: its file, for errors.
         stride: number of new tokens per window, at most the model's sequence length.
         detokenize: undo WikiText's tokenization first (words and bytes stay the file's).
 
@@ -180,7 +187,7 @@ def score_text(
         )
     words = len(text.split())
     if words == 0:
-        raise DataError("the text to evaluate on is empty", expected="at least one word")
+        raise DataError(f"{where}: no text to evaluate on", expected="at least one word")
     ids = tokenizer.encode(wikitext_detokenized(text) if detokenize else text)
     nats = scorer.loss(ids, context=tokenizer.start, stride=stride)
     return TextScore(nats, len(ids), words, len(text.encode()))

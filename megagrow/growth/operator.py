@@ -139,6 +139,10 @@ class Operator:
         """Whether its copies have equal gradients as long as their moments are equal."""
         return False
 
+    def departure(self, small: Catalog, target: Catalog) -> str | None:
+        """By what the grown function differs beyond rounding, if it is not as said."""
+        return None
+
     def fill(self, tensor: LogicalTensor, small: Catalog, target: Catalog) -> Fill:
         """The fill of parameters that no block covers."""
         return "zeros"

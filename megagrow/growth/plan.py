@@ -124,6 +124,9 @@ class Growth:
         policy = self.policy.caveat(grad_clip=grad_clip, dropout=dropout)
         if policy is not None:
             found.append(f"state policy {self.policy.name} {policy}")
+        departure = self.operator.departure(self.small, self.target)
+        if departure is not None:
+            found.append(departure)
         copied = self.operator.interchangeable(self.small, self.target)
         if copied and self.policy.moments != "kept" and dropout == 0:
             found.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megagrow.errors import ConfigError, DataError
-from megagrow.files import write_atomically
+from megagrow.files import free_name, write_atomically
 from megagrow.forecast.planner import PlannedStage
 from megagrow.lock import holding_output
 from megagrow.plan.proposal import Proposal
@@ -162,6 +163,7 @@ def write(directory: Path, proposal: Proposal, *, text: str, config: str) -> str
     try:
         with holding_output(directory):
             directory.mkdir(parents=True, exist_ok=True)
+            kept = _keep_edited(directory / "config.yaml", config)
             for name, content in files.items():
                 write_atomically(directory / name, content.encode())
     except OSError as error:
@@ -170,4 +172,13 @@ def write(directory: Path, proposal: Proposal, *, text: str, config: str) -> str
             found=error.strerror,
             fix="give another directory, or free space",
         ) from error
-    return f"written: {directory}/" + f", {directory}/".join(files) + left_out
+    return f"written: {directory}/" + f", {directory}/".join(files) + kept + left_out
+
+
+def _keep_edited(path: Path, config: str) -> str:
+    """Keep another configuration that is there under a free name; returns a line that says so."""
+    if not path.is_file() or path.read_bytes() == config.encode():
+        return ""
+    other = free_name(path)
+    os.rename(path, other)
+    return f"\nkept: {other}, the {path.name} that was there"

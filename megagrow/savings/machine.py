@@ -67,4 +67,5 @@ def _version(package: str) -> str | None:
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result with the facts about the machine, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps({**facts(), **result}, indent=1) + "\n").encode())

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint import NativeCheckpoint
-from megagrow.checkpoint.interface.model_of import model_of
+from megagrow.checkpoint.interface.model_of import model_of, require_same_function
 from megagrow.config import Config, ModelConfig
 from megagrow.data.dataset import PreparedData
 from megagrow.data.sampler import VALIDATION, VALIDATION_BEFORE
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import Catalog
 from megagrow.train.checkpoints import DIRECTORY
 from megagrow.train.fingerprints import require_run, require_same_data
+from megagrow.train.rates import require_settled_betas
 from megagrow.train.run_plan import RunPlan
 from megagrow.train.state import RunState
 
@@ -54,16 +55,16 @@ def check_agreement(
             found=f"{len(plan.stages)} stages",
             fix="resume with the stages that the run was started with",
         )
-    expected = build_catalog(plan.stages[state.growth_stage].model)
-    if expected != checkpoint.catalog:
-        raise CheckpointError(
-            f"{where}: holds another model than stage {state.growth_stage} of the configuration",
-            found=_shape(checkpoint.catalog, _model_of(checkpoint)),
-            expected=_shape(expected, plan.stages[state.growth_stage].model),
-            fix="resume with the model and stages that the run was started with"
-            + _without_it(checkpoint.path, config, "start a run of this model"),
-        )
+    _require_model(checkpoint, plan, state, config)
+    _require_stages_ahead(plan, state, where=where)
+    _require_betas(checkpoint, plan, state)
     changes = _changes(checkpoint.config, config.model_dump(mode="json", by_alias=True))
+    kept = {slot.name for slot in plan.slots}
+    dropped = [slot.name for slot in checkpoint.slots if slot.name not in kept]
+    if dropped:
+        changes.append(
+            f"{', '.join(dropped)} of the checkpoint: left out, {config.optimizer.name} has no such"
+        )
     lengths = [stage.plan.sequence for stage in plan.stages[: state.growth_stage + 1]]
     if state.position.measured(lengths[-1]) != state.position and len(set(lengths)) > 1:
         changes.append(
@@ -72,6 +73,62 @@ def check_agreement(
         )
     changes += validation_changes(checkpoint.fingerprints)
     return replace(state, position=state.position.measured(lengths[-1])), changes
+
+
+def _require_model(
+    checkpoint: NativeCheckpoint, plan: RunPlan, state: RunState, config: Config
+) -> None:
+    """Require that a checkpoint holds the model of the plan's stage, computing the same."""
+    model = plan.stages[state.growth_stage].model
+    expected, found = build_catalog(model), checkpoint.catalog
+    differs = [
+        f"{tensor.name} {list(tensor.shape)}"
+        for tensor in found
+        if tensor.name not in expected or expected[tensor.name].shape != tensor.shape
+    ]
+    if differs or len(found) != len(expected):
+        raise CheckpointError(
+            f"{checkpoint.path}: holds another model than stage {state.growth_stage} of the "
+            "configuration",
+            found=_shape(found, _model_of(checkpoint)),
+            expected=_shape(expected, model),
+            fix="resume with the model and stages that the run was started with"
+            + _without_it(checkpoint.path, config, "start a run of this model"),
+        )
+    before = _model_of(checkpoint)
+    if before is not None:
+        require_same_function(model, before, where=f"{checkpoint.path}: ")
+
+
+def _require_stages_ahead(plan: RunPlan, state: RunState, *, where: str) -> None:
+    """Require that no growth is left out because the run is past the end of all stages."""
+    last = len(plan.stages) - 1
+    if state.growth_stage == last or state.step < plan.total_steps:
+        return
+    raise CheckpointError(
+        f"{where}: is at step {state.step:,} in stage {state.growth_stage}, and the configuration "
+        f"ends all stages at step {plan.total_steps:,}",
+        found=f"no step left for stages[{state.growth_stage + 1}] to stages[{last}]",
+        fix=f"raise stages[{last}].until, or give stages up to {state.growth_stage} only",
+    )
+
+
+def _require_betas(checkpoint: NativeCheckpoint, plan: RunPlan, state: RunState) -> None:
+    """Require of a resume what a stage must keep to: AdamW's betas, while they matter."""
+    given = checkpoint.config.get("optimizer", {})
+    before = given.get("betas")
+    for stage in checkpoint.config.get("stages", [])[: state.growth_stage + 1]:
+        before = (stage.get("optimizer") or {}).get("betas") or before
+    stage = plan.stages[state.growth_stage]
+    now = stage.optimizer.bias_correction
+    if before is None or now is None or given.get("name", "adamw") != stage.optimizer.name:
+        return
+    try:
+        require_settled_betas(
+            stage.index, (tuple(before), now), step=state.optimizer_step, rules=state.rules
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
 
 
 def validation_changes(stored: Mapping[str, str]) -> list[str]:

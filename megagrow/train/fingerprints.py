@@ -33,8 +33,8 @@ def require_run(checkpoint: CheckpointSource) -> None:
         raise CheckpointError(
             f"{path}: belongs to no run: it was converted without --config, so it has no data, "
             "seed or stages",
-            fix=f"python launch/convert.py --from {path} --to {path}-for-run --to-format native "
-            "--config RUN.yaml, with the configuration of the run that is to start from it",
+            fix=f"start a run from these weights: init.from={path}, in place of model, without "
+            "--resume",
         )
 
 
@@ -51,8 +51,6 @@ def require_same_data(checkpoint: CheckpointSource, data: PreparedData) -> None:
                 f"{checkpoint.path}: was trained on another {name} than data.path = {data.path}",
                 found=wanted,
                 expected=found,
-                fix="set data.path to the dataset of the run; or carry its weights into a run on "
-                f"this data: python launch/convert.py --from {checkpoint.path} --to "
-                f"{checkpoint.path}-for-run --to-format native --config RUN.yaml, with the "
-                "configuration of that run, with its own run.dir",
+                fix="set data.path to the dataset of the run; or start a run on this data from its "
+                f"weights: init.from={checkpoint.path} and run.dir=NEW, without --resume",
             )

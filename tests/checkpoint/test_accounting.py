@@ -219,13 +219,15 @@ def test_the_command_claims_no_more_than_it_compared(tmp_path, capsys):
         assert line in first and line in second
     assert "verified: fingerprints\n" in second
     assert "not the source's, or not held: step, configuration, run state\n" in second
+    assert "but as --config says" not in second
     assert command("convert").main(
         ["--from", str(tmp_path / "hf"), "--to", str(tmp_path / "back"), "--to-format", "native",
          "--verify"]
     ) == 0  # fmt: skip
     said = capsys.readouterr().out
     assert said.count("zeros: exp_avg, exp_avg_sq (the source has none)") == 2
-    assert "verified: configuration, run state, fingerprints\n" in said
+    assert "verified: step, configuration, fingerprints\n" in said
+    assert "not the source's, but as --config says or as of a new run: run state\n" in said
     assert said.count("left out: config.json: bos_token_id") == 2
 
 

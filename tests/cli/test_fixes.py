@@ -217,28 +217,6 @@ def _weights(state):
     return save_model(state / "bare", model, fingerprints=fingerprints(data))[0], data
 
 
-def weights_that_belong_to_no_run(state):
-    path, _ = _weights(state)
-    to(path, state / "export", "huggingface")
-    to(state / "export", state / "weights", "native", allow_other_tokenizer=True)
-    fix = refuses(CheckpointError, require_run, _opened(state / "weights"))
-    run_command(command_in(fix).replace("RUN.yaml", "run.yaml") + " --allow-other-tokenizer")
-    require_run(_opened(state / "weights-for-run"))
-
-
-def weights_of_other_data(state):
-    path, data = _weights(state)
-    (state / "other.txt").write_text("other words, and others again\n\n" * 300)
-    # With the same tokenizer, so that the weights mean the same.
-    run_command(f"python launch/prepare_data.py --input other.txt --output other --tokenizer "
-                f"{data.path / data.content.tokenizer_file} --documents paragraph "
-                "--validation-fraction 0.2")  # fmt: skip
-    write_config(state / "new.yaml", settings(state / "other", state / "new"))
-    fix = refuses(CheckpointError, require_same_data, _opened(path), open_dataset("other"))
-    run_command(command_in(fix).replace("RUN.yaml", "new.yaml"))
-    require_same_data(_opened(Path(f"{path}-for-run")), open_dataset("other"))
-
-
 def a_growth_of_another_format(state):
     path, _ = _weights(state)
     to(path, state / "export", "huggingface")
@@ -285,6 +263,34 @@ def _opened(path):
     return fmt.open_source(at)
 
 
+def _starts(state, fix, data):
+    """A run on the data with the proposed setting, without a model of its own."""
+    mapping = settings(data, state / "new")
+    del mapping["model"]
+    write_config(state / "new.yaml", mapping)
+    setting = re.search(r"init.from=[^\s,]+", fix)[0]
+    return load_run("new.yaml", [setting]).model
+
+
+def test_weights_that_belong_to_no_run_start_one(state):
+    path, data = _weights(state)
+    to(path, state / "export", "huggingface")
+    to(state / "export", state / "weights", "native", allow_other_tokenizer=True)
+    fix = refuses(CheckpointError, require_run, _opened(state / "weights"))
+    assert _starts(state, fix, data.path).hidden == load_config("run.yaml").model.hidden
+
+
+def test_weights_of_other_data_start_a_run_on_it(state):
+    path, data = _weights(state)
+    (state / "other.txt").write_text("other words, and others again\n\n" * 300)
+    # With the same tokenizer, so that the weights mean the same.
+    run_command(f"python launch/prepare_data.py --input other.txt --output other --tokenizer "
+                f"{data.path / data.content.tokenizer_file} --documents paragraph "
+                "--validation-fraction 0.2")  # fmt: skip
+    fix = refuses(CheckpointError, require_same_data, _opened(path), open_dataset("other"))
+    assert _starts(state, fix, state / "other").hidden == load_config("run.yaml").model.hidden
+
+
 # --- which text is tried by which test ----------------------------------------------------------
 
 # By the beginning of the text.
@@ -295,8 +301,6 @@ TRIED = {
     "give another --to, or move it away: mv": a_target_that_is_taken,
     "resume from it, or move it away: mv": a_step_that_is_saved,
     "free space, then python launch/report.py": a_report_that_cannot_be_written,
-    "python launch/convert.py --from {} --to {}-for-run": weights_that_belong_to_no_run,
-    "set data.path to the dataset of the run; or carry": weights_of_other_data,
     "python launch/grow.py --from {} --to {}": a_growth_of_another_format,
     "python launch/convert.py --from {} --to imports/run": a_start_that_does_not_say_its_model,
     "python launch/supervise.py --ranks 2": a_script_that_is_missing,

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -108,6 +108,9 @@ class Survey:
     made: tuple[str, ...]
 
 
+Origin = Literal["source", "given", "neither"]
+
+
 @dataclass(frozen=True)
 class ConversionReport:
     """What a conversion did.
@@ -117,8 +120,8 @@ class ConversionReport:
         seconds: for reading and writing, without verification.
         rounded: if verified, for each (tensor, slot) whose element type changed: number of
             values that differ, and the greatest difference relative to the greatest value.
-        described: if verified, for each item of metadata (step, configuration, ...) whether it
-            is the same in the result.
+        described: if verified, for each item of metadata (step, configuration, ...) whose it is
+            in the result: the source's, given by --config, or neither.
         notes: from the format, for the user.
     """
 
@@ -127,7 +130,7 @@ class ConversionReport:
     seconds: float
     verified: bool
     rounded: Mapping[tuple[str, str], tuple[int, float]]
-    described: Mapping[str, bool]
+    described: Mapping[str, Origin]
     notes: Sequence[str] = ()
 
 

@@ -31,6 +31,7 @@ from megagrow.checkpoint.convert.job import (
     ConversionReport,
     Job,
     Opened,
+    Origin,
     Survey,
     open_job,
     survey_of,
@@ -119,7 +120,7 @@ def convert(
         _seal(opened, out, checksums)
         _sync_tree(out, sizes)
         rounded: dict[tuple[str, str], tuple[int, float]] = {}
-        described: dict[str, bool] = {}
+        described: dict[str, Origin] = {}
         if verify:
             pairs = _pairs(opened, site.result)
             found = _each(site, _compare, pairs, about.workers)
@@ -311,22 +312,22 @@ def _pairs(opened: Opened, new: CheckpointSource) -> list[tuple[str, str]]:
     return [(t.name, slot.name) for t in new.catalog for slot in slots_of(t, new.slots)]
 
 
-def _described(opened: Opened, new: CheckpointSource) -> dict[str, bool]:
-    """For each item of metadata, whether the result has what was requested."""
-    meta = opened.meta
-    pairs = {
-        "step": (opened.source.step, new.step),
-        "configuration": (meta.config, new.config),
-        "run state": (meta.run_state, new.run_state),
-        "fingerprints": (meta.fingerprints, new.fingerprints),
+def _described(opened: Opened, new: CheckpointSource) -> dict[str, Origin]:
+    """For each item of metadata that the source or the result has, whose it is in the result."""
+    meta, source = opened.meta, opened.source
+    items: dict[str, tuple[Any, Any, Any]] = {
+        "step": (source.step, source.step, new.step),
+        "configuration": (source.config, meta.config, new.config),
+        "run state": (source.run_state, meta.run_state, new.run_state),
+        "fingerprints": (source.fingerprints, meta.fingerprints, new.fingerprints),
     }
-    # Formats hold JSON: a tuple comes back as a list.
-    return {
-        what: json.dumps(asked, sort_keys=True, default=str)
-        == json.dumps(found, sort_keys=True, default=str)
-        for what, (asked, found) in pairs.items()
-        if asked
-    }
+    found: dict[str, Origin] = {}
+    for what, values in items.items():
+        # Formats hold JSON: a tuple comes back as a list.
+        own, asked, held = (json.dumps(v, sort_keys=True, default=str) for v in values)
+        if any(json.loads(text) not in ({}, None) for text in (own, held)):
+            found[what] = "source" if held == own else "given" if held == asked else "neither"
+    return found
 
 
 def _compare(site: _Site, pair: tuple[str, str]) -> tuple[int, float]:

@@ -196,17 +196,31 @@ def catalog_for(run: Described, source: Described) -> Catalog:
     model = model_of(run)
     before = recorded_model(source)
     if before is not None:
-        for setting in (key for key in MODEL_SETTINGS if key not in NOT_OF_THE_FUNCTION):
-            found, expected = model.effective(setting), before.effective(setting)
-            unused = setting == "rope_theta" and model.architecture.positions != "rotary"
-            if found != expected and not unused:
-                raise CheckpointError(
-                    f"model.{setting}: the run's model is not the one of these parameters",
-                    found=found,
-                    expected=expected,
-                    fix=f"set model.{setting}: {expected} in the run's configuration",
-                )
+        require_same_function(model, before)
     return build_catalog(model)
+
+
+def require_same_function(model: ModelConfig, before: ModelConfig, *, where: str = "") -> None:
+    """Require that two models compute the same of the same parameters.
+
+    Args:
+        model: the run's.
+        before: that of the parameters.
+        where: the checkpoint, for the error.
+
+    Raises:
+        CheckpointError: a setting differs that changes what the model computes.
+    """
+    for setting in (key for key in MODEL_SETTINGS if key not in NOT_OF_THE_FUNCTION):
+        found, expected = model.effective(setting), before.effective(setting)
+        unused = setting == "rope_theta" and model.architecture.positions != "rotary"
+        if found != expected and not unused:
+            raise CheckpointError(
+                f"{where}model.{setting}: the run's model is not the one of these parameters",
+                found=found,
+                expected=expected,
+                fix=f"set model.{setting}: {expected} in the run's configuration",
+            )
 
 
 def _require_vocabulary(run: Described, source: Described) -> None:

@@ -61,6 +61,15 @@ class WidthFresh(Operator):
             changed["head_norm_eps"] = model.head_norm_eps or model.norm_eps
         return wide.model_copy(update=changed)
 
+    def departure(self, small: Catalog, target: Catalog) -> str | None:
+        """Norms behind sub-layers keep an eps that should shrink with their input."""
+        if not _widened(small, target) or not any(t.role == "post_norm_gain" for t in target):
+            return None
+        return (
+            "norms after sub-layers keep their eps, which should shrink with their input: logits "
+            "change by about eps relative to its mean square"
+        )
+
     def blocks(
         self, tensor: LogicalTensor, small: Catalog, target: Catalog
     ) -> tuple[GrowthBlock, ...]:

@@ -5,6 +5,7 @@ Differences between families are in `megagrow.models.<family>.huggingface`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -66,6 +67,9 @@ _LEFT_OUT: Mapping[str, str] = {
 }
 
 
+_NUMBER = re.compile(r"\s*-?\d+(\.\d*)?([eE][-+]?\d+)?\s*")
+
+
 def read_model(
     config: Mapping[str, Any], *, where: str, ignore: Collection[str] = ()
 ) -> tuple[ModelConfig, tuple[LeftOut, ...]]:
@@ -95,6 +99,9 @@ def read_model(
             raise TypeError("vocab_size is not a number")
     except (ValidationError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         found = f"no {error}" if isinstance(error, KeyError) else in_words(error)
+        texts = [key for key, v in config.items() if isinstance(v, str) and _NUMBER.fullmatch(v)]
+        if texts:
+            found = ", ".join(f"{key}: {config[key]!r}, text and not a number" for key in texts)
         raise CheckpointError(
             f"{where}: describes no model that megagrow can express", found=found[:500]
         ) from None
@@ -121,7 +128,8 @@ def _settings_left_out(
                 f"{where}: {key[:200]}: not a setting of a {family.model_type} model that "
                 "megagrow knows",
                 found=repr(value)[:200],
-                fix=f"if it does not affect what the model computes: --ignore {key[:200]}",
+                fix="if it does not affect what the model computes: launch/convert.py "
+                f"--ignore {key[:200]} (in a run: init.ignore)",
             )
         yield LeftOut(f"config.json: {key[:200]}", reason)
 

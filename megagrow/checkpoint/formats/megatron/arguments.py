@@ -204,5 +204,6 @@ def require_known(
             raise CheckpointError(
                 f"{where}: {name}: not an argument that megagrow knows",
                 found=repr(value)[:200],
-                fix=f"if it does not affect what the model computes: --ignore {key}",
+                fix="if it does not affect what the model computes: launch/convert.py "
+                f"--ignore {key} (in a run: init.ignore)",
             )
