@@ -27,6 +27,9 @@ EXAMPLES = """\
   python launch/grow.py --from runs/quickstart --to OUT --operator width+depth_stack \\
       --target hidden=512 heads=8 ffn=2048 layers=12 --state-policy sparkling
 
+  # more tokens: those of another tokenizer, whose new rows are means of the rows of their pieces
+  python launch/grow.py --from MODEL --to imports/more-tokens --operator vocab --tokenizer NEW
+
   # what there is
   python launch/grow.py --list
 """
@@ -67,6 +70,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="of depth_slices: this many first layers are not copied",
     )
     add("--keep-last", type=int, metavar="N", help="the same for the last layers")
+    add("--tokenizer", metavar="PATH",
+        help="of vocab: the tokenizer from now on; rows go by the texts of tokens")  # fmt: skip
+    add("--old-tokenizer", metavar="PATH", help="the one before (the checkpoint's own)")
+    add("--allow-dropped", action="store_true", help="let tokens get lost that it does not have")
     add("--mup", action="store_true", help="divide matrices' rates by the growth of their inputs")
     add("--dry-run", action="store_true", help="check and print sizes; write nothing")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -104,7 +111,8 @@ def _grow_run(plan: OfflineGrowth, options: argparse.Namespace) -> None:
     from megagrow.checkpoint.interface.accounting import summary
     from megagrow.config.yamltext import write_yaml
     from megagrow.report.units import human
-    from megagrow.train.grow_offline import stages_to_go_on, write_offline
+    from megagrow.train.grow_offline import write_offline
+    from megagrow.train.growth_words import stages_to_go_on
 
     old = plan.checkpoint
     print(f"from        {old.path} (step {old.step})")
@@ -146,7 +154,7 @@ def _grow_by_conversion(job: Job, *, dry_run: bool) -> None:
 
 
 def _describe(plan: OfflineGrowth | WeightsGrowth, *, grad_clip: float) -> None:
-    from megagrow.train.grow_offline import describe_sizes
+    from megagrow.train.growth_words import describe_sizes
 
     growth = plan.growth
     print(f"growth      {growth.operator.name}, state policy {growth.policy.name}")
@@ -154,6 +162,8 @@ def _describe(plan: OfflineGrowth | WeightsGrowth, *, grad_clip: float) -> None:
         print(f"            {line}")
     for line in describe_sizes(plan):
         print(f"sizes       {line}")
+    for line in plan.brought.lines if plan.brought else ():
+        print(f"vocabulary  {line}")
     print(f"parameters  {growth.small.parameters:,} -> {growth.target.parameters:,}")
 
 
@@ -175,6 +185,9 @@ def grow_section(options: argparse.Namespace) -> Any:
         "sources": options.sources,
         "keep_first": options.keep_first,
         "keep_last": options.keep_last,
+        "tokenizer": options.tokenizer,
+        "old_tokenizer": options.old_tokenizer,
+        "allow_dropped": options.allow_dropped or None,
         "mup": options.mup,
     }
     return parse_settings(GrowConfig, given, source="this growth cannot be")

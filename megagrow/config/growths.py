@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from megagrow.config.rules import BOUNDS, RULES
-from megagrow.config.section import TEXT, VALUE, Layers, Positive, Section, text_or_value
+from megagrow.config.section import (
+    TEXT,
+    VALUE,
+    Layers,
+    PathText,
+    Positive,
+    Section,
+    text_or_value,
+)
 
 Count = Annotated[int, Field(ge=0)]
 # What a growth stage trains (`megagrow.growth.training`): the tensors that its growth adds, all, or
@@ -114,7 +122,11 @@ class GrowConfig(Section):
     square; `shrink` what `shrink_pad_perturb` multiplies old weights by (0.4). `depth_slices` and
     `depth_identity` take `sources`, the old layer that each layer of the grown model is a copy of;
     `depth_slices` without it does not copy `keep_first` and `keep_last` layers at the ends, and
-    stacks those between.
+    stacks those between. `tokenizer` (of `vocab`) is the tokenizer from now on: a file, a dataset
+    that was prepared with it, or a Hugging Face directory. Rows are carried by the texts of tokens,
+    and new ones are means of the rows of their pieces; `old_tokenizer` is the one before, where the
+    checkpoint does not hold its own; `allow_dropped: true` lets tokens get lost.  It is for runs
+    that start from a checkpoint (`init.from`), in their first stage, and for `launch/grow.py`.
     """
 
     operator: str
@@ -129,6 +141,9 @@ class GrowConfig(Section):
     sources: Annotated[list[Count], Field(min_length=1, max_length=4096)] | None = None
     keep_first: Count | None = None
     keep_last: Count | None = None
+    tokenizer: PathText | None = None
+    old_tokenizer: PathText | None = None
+    allow_dropped: bool | None = None
     restart: (
         Annotated[
             Annotated[float, Field(ge=1.0), Tag(VALUE)] | Annotated[Literal["paper"], Tag(TEXT)],
@@ -141,7 +156,8 @@ class GrowConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _twice_by_default(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("factor") is None and data.get("target") is None:
+        sized = ("factor", "target", "tokenizer")
+        if isinstance(data, dict) and all(data.get(key) is None for key in sized):
             return {**data, "factor": 2}
         return data
 
@@ -149,6 +165,10 @@ class GrowConfig(Section):
     def _one_measure(self) -> GrowConfig:
         if self.target is not None and self.factor is not None:
             raise ValueError("give factor or target, not both")
+        if self.tokenizer is None and (self.old_tokenizer or self.allow_dropped is not None):
+            raise ValueError("old_tokenizer and allow_dropped go with tokenizer; give that too")
+        if self.tokenizer is not None and self.factor is not None:
+            raise ValueError("with tokenizer, sizes are those of target; leave factor out")
         if self.target is not None and not self.target.model_dump(exclude_none=True):
             raise ValueError("target names no size; name one, for instance target: {layers: 12}")
         return self
@@ -157,6 +177,6 @@ class GrowConfig(Section):
     def extent(self) -> str:
         """The size in words: ``x2``, or ``to hidden 512, layers 12``."""
         if self.target is None:
-            return f"x{self.factor}"
+            return f"x{self.factor}" if self.factor else "to the tokens of its tokenizer"
         sizes = self.target.model_dump(exclude_none=True)
         return "to " + ", ".join(f"{key} {n}" for key, n in sizes.items())

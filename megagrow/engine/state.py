@@ -22,6 +22,7 @@ from megagrow.engine.deepspeed.privates import (
     link_optimizer_state,
 )
 from megagrow.engine.optimizers.blockwise import BlockOptimizer, YoungShard
+from megagrow.engine.optimizers.generations import bands
 from megagrow.engine.optimizers.muon import SharedTensor
 from megagrow.growth.optimizer_rules import OptimizerRules
 from megagrow.state.boxes import Box
@@ -160,14 +161,14 @@ def live_state(
             piece = flat.detach().view(-1)[fragment.offset : fragment.offset + fragment.length]
             memory[name, slot.name] = (fragment.start, piece)
         if name in rules.young:
-            young.setdefault(fragment.owner, []).extend(
-                YoungShard(
-                    start=shard.start - fragment.start + fragment.offset,
-                    box=shard.box,
-                    blocks=rules.young[name],
-                )
-                for shard in placement.shards_of(name, rank)
-            )
+            for shard in placement.shards_of(name, rank):
+                start = shard.start - fragment.start + fragment.offset
+                for part, blocks in bands(rules.young[name], shard.box):
+                    if blocks is not None:
+                        young.setdefault(fragment.owner, []).append(
+                            YoungShard(start=start, box=part, blocks=blocks)
+                        )
+                    start += part.volume
     optimizer.set_young(young)
     return LiveState(placement, rank, memory)
 

@@ -31,6 +31,11 @@ class Composition(Operator):
     parts: tuple[Operator, ...]
     catalogs: tuple[Catalog, ...]
 
+    @property
+    def lacking(self) -> bool:
+        """Whether any part is."""
+        return any(part.lacking for part in self.parts)
+
     def target(self, model: ModelConfig, factor: int) -> ModelConfig:
         """The factor for each."""
         for part in self.parts:
@@ -41,7 +46,8 @@ class Composition(Operator):
         self, tensor: LogicalTensor, small: Catalog, target: Catalog
     ) -> tuple[GrowthBlock, ...]:
         """The blocks from the first catalog to the last."""
-        return self._through(tensor, len(self.parts) - 1, (*self.catalogs, target))
+        blocks = self._through(tensor, len(self.parts) - 1, (*self.catalogs, target))
+        return tuple(sorted(blocks, key=lambda block: block.term))
 
     def interchangeable(self, small: Catalog, target: Catalog) -> bool:
         """Whether the copies of any part are; later operators treat them alike."""
@@ -191,6 +197,10 @@ def _joined(outer: GrowthBlock, inner: GrowthBlock, whole: Composition) -> Growt
         if axis is None:
             return None
         axes.append(axis)
+    if outer.term and inner.term:
+        raise GrowthError(
+            f"grow.operator: {whole.name} would add up sums of rows", fix="grow in two stages"
+        )
     noise = outer.noise
     lengths = [axis.length for axis in outer.axes]
     if inner.noise is not None or (noise and [axis.length for axis in axes] != lengths):
@@ -207,6 +217,8 @@ def _joined(outer: GrowthBlock, inner: GrowthBlock, whole: Composition) -> Growt
         new=outer.new or inner.new,
         rate=_rate(outer) * _rate(inner),
         noise=noise,
+        term=outer.term + inner.term,
+        share=outer.share * inner.share,
     )
 
 

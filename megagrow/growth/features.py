@@ -53,6 +53,30 @@ def refusal(operator: Operator, model: ModelConfig, grown: ModelConfig) -> Growt
     )
 
 
+def check_growth(
+    operator: str,
+    small: Catalog,
+    target: Catalog,
+    blocks: Callable[[LogicalTensor], Sequence[GrowthBlock]],
+) -> None:
+    """Check the blocks of a growth against both catalogs.
+
+    Raises:
+        GrowthError: a tensor of unknown role, a block outside its tensors, or a layer of another
+            kind than its source.
+    """
+    unknown = [tensor.name for tensor in target if tensor.role == "other"]
+    if unknown:
+        raise GrowthError(
+            f"grow.operator: no operator knows what {unknown[0]} is in its model",
+            found=f"{len(unknown)} tensors with the role `other`",
+            fix="state their roles in the catalog of the family",
+        )
+    for tensor in target:
+        require_inside(operator, tensor, small, blocks(tensor))
+    require_layer_kinds(small, target, blocks)
+
+
 def require_layer_kinds(
     small: Catalog, target: Catalog, blocks: Callable[[LogicalTensor], Sequence[GrowthBlock]]
 ) -> None:

@@ -1,7 +1,7 @@
 """Which elements of a grown tensor are new, and where the new elements of earlier growths are now.
 
 The old elements of a tensor must be one arithmetic progression per axis, so that the optimizer can
-tell old elements from new ones by index alone.
+tell old elements from new ones by index alone; or up to `MOST_RUNS` ranges of rows.
 """
 
 from __future__ import annotations
@@ -10,10 +10,96 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from megagrow.errors import GrowthError
 from megagrow.growth.operator import GrowthBlock
 from megagrow.growth.optimizer_rules import OptimizerRules, Progression, YoungBlocks
+from megagrow.growth.policy import POLICIES, StatePolicy
 from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.transfer.state_map import AxisMap
+
+MOST_RUNS = 1024  # ranges of old rows in a run's state
+
+
+def young_after(
+    tensor: LogicalTensor,
+    blocks: Sequence[GrowthBlock],
+    *,
+    policy: StatePolicy,
+    policies: Sequence[str],
+    rewarm: int,
+    before: OptimizerRules,
+    step: int,
+    betas: tuple[float, float] | None,
+) -> YoungBlocks | None:
+    """The new blocks of a tensor after a growth, and inside its old block those of earlier growths.
+
+    Elements are new if their moments start at zero: with the optimizer's step count their
+    first updates would be too large.  (`shen` accepts that in copied blocks, as published.)
+
+    Args:
+        tensor, blocks: of the grown model.
+        policy: the growth's state policy, and `policies` those that its operator supports.
+        rewarm: number of steps of re-warming.
+        before: the optimizer's rules before the growth.
+        step, betas: the optimizer's, as for `Growth.rules_after`.
+
+    Raises:
+        GrowthError: as `Growth.rules_after`, or the old elements cannot be told by index.
+    """
+    if policy.restart_steps:  # all step counts start from 0, so nothing may be older
+        return None
+    peak = policy.new_block_peak
+    if step == 0 and peak == 1.0 and not before.young:
+        return None  # all step counts are 0
+    earlier = before.young.get(blocks[0].source) if blocks else None
+    old = blocks if peak is None else [b for b in blocks if not b.new]
+    if is_whole(tensor, old):
+        return earlier
+    if earlier is not None:
+        try:
+            earlier = carried(earlier, old)
+        except ValueError:
+            if betas is not None and earlier.matters(step, betas=betas):
+                raise _too_young(policy, tensor, earlier, step) from None
+            earlier = None
+    if covers(tensor, old):
+        return earlier
+    rows: tuple[Progression, ...] = ()
+    try:
+        kept = kept_by(old)
+    except ValueError:
+        kept, rows = kept_rows(tensor, old)
+        if not rows:
+            raise _scattered(policy, policies, tensor) from None
+    # If a policy does not re-warm new blocks, they have the same rate as the others.
+    return YoungBlocks(
+        kept=kept,
+        born=step,
+        peak=1.0 if peak is None else peak,
+        rewarm=0 if peak is None else rewarm,
+        inside=None if kept is None else earlier,
+        rows=rows,
+    )
+
+
+def _too_young(
+    policy: StatePolicy, tensor: LogicalTensor, young: YoungBlocks, step: int
+) -> GrowthError:
+    return GrowthError(
+        f"grow.state_policy {policy.name!r}: the new elements of {tensor.name} of the "
+        "growth before would be copied among old ones, but AdamW still counts their own steps",
+        found=f"a growth {step - young.born} optimizer steps after that one",
+        fix="set grow.state_policy to kept, sparkling or reset, or grow later",
+    )
+
+
+def _scattered(policy: StatePolicy, policies: Sequence[str], tensor: LogicalTensor) -> GrowthError:
+    fitting = [name for name in policies if POLICIES[name].new_block_peak is None]
+    return GrowthError(
+        f"state policy {policy.name!r}: this growth scatters the old elements of "
+        f"{tensor.name}, so they cannot be distinguished from the new ones by index",
+        fix=f"set grow.state_policy to {' or '.join(fitting) or 'reset'}",
+    )
 
 
 def is_whole(tensor: LogicalTensor, blocks: Sequence[GrowthBlock]) -> bool:
@@ -36,6 +122,26 @@ def kept_by(blocks: Sequence[GrowthBlock]) -> tuple[Progression, ...] | None:
     return _product([_progressions(b) for b in blocks]) if blocks else None
 
 
+def kept_rows(
+    tensor: LogicalTensor, blocks: Sequence[GrowthBlock]
+) -> tuple[tuple[Progression, ...], tuple[Progression, ...]]:
+    """The elements of blocks of whole rows: (all of every axis, the ranges of rows).
+
+    There are none if another axis grew too, or if there would be more than `MOST_RUNS` ranges.
+    """
+    found = [_progressions(block) for block in blocks]
+    every = tuple((0, 1, n) for n in tensor.shape)
+    if any(axes[1:] != every[1:] or axes[0][1] != 1 for axes in found):
+        return every, ()
+    rows: list[Progression] = []
+    for start, _, count in sorted(axes[0] for axes in found):
+        if rows and rows[-1][0] + rows[-1][2] == start:
+            rows[-1] = (rows[-1][0], 1, rows[-1][2] + count)
+        else:
+            rows.append((start, 1, count))
+    return every, tuple(rows) if len(rows) <= MOST_RUNS else ()
+
+
 def carried(young: YoungBlocks, blocks: Sequence[GrowthBlock]) -> YoungBlocks:
     """Where blocks copy the new blocks of an earlier growth to.
 
@@ -44,6 +150,9 @@ def carried(young: YoungBlocks, blocks: Sequence[GrowthBlock]) -> YoungBlocks:
     """
     if young.kept is None:
         return replace(young, inside=None)
+    at_place = (AxisMap(0, 1, 0, 1, block.axes[0].length) == block.axes[0] for block in blocks)
+    if young.rows and not all(at_place):
+        raise ValueError("ranges of rows move")
     images = [[_image(*pair) for pair in zip(b.axes, young.kept, strict=True)] for b in blocks]
     parts = [tuple(map(_progression, axes)) for axes in images if all(axes)]
     return replace(

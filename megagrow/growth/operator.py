@@ -35,6 +35,9 @@ class GrowthBlock:
         rate: how far the block must move when the old tensor moves by 1, so that the grown function
             changes like the old one; None: equal to `param`.
         noise: noise that is added to the parameters.
+        term: its place in a sum (`Copy.term`); blocks of other terms than 0 overlap those of 0.
+        share: how much the source's moments count where moments are copied; the shares of a sum
+            add up to 1.
     """
 
     source: str
@@ -44,15 +47,17 @@ class GrowthBlock:
     new: bool = False
     rate: float | None = None
     noise: Noise | None = None
+    term: int = 0
+    share: float = 1.0
 
     def scaled(self, coefficient: float, noise: Noise | None = None, shift: float = 0.0) -> Copy:
         """The block as a `Copy` of a slot."""
-        return Copy(self.source, self.axes, coefficient, noise, shift)
+        return Copy(self.source, self.axes, coefficient, noise, shift, self.term)
 
     @property
     def volume(self) -> int:
-        """Number of elements."""
-        return self.scaled(1.0).volume
+        """Number of elements that it sets."""
+        return 0 if self.term else self.scaled(1.0).volume
 
 
 # What some models have beyond plain pre-norm transformers (`megagrow.growth.features`).
@@ -93,6 +98,11 @@ class Operator:
     handles: frozenset[Feature] = frozenset()
 
     @property
+    def lacking(self) -> bool:
+        """Whether it is planned without what its blocks depend on, and cannot be applied yet."""
+        return False
+
+    @property
     def deepens(self) -> bool:
         """Whether it grows depth alone: it adds layers, and changes no other size."""
         return set(self.sizes) == {"layers"}
@@ -118,7 +128,7 @@ class Operator:
     def blocks(
         self, tensor: LogicalTensor, small: Catalog, target: Catalog
     ) -> tuple[GrowthBlock, ...]:
-        """The blocks of one tensor of the grown model; they do not overlap.
+        """The blocks of one tensor of the grown model, by term; those of a term do not overlap.
 
         Raises:
             GrowthError: the operator does not support this target.

@@ -1,7 +1,8 @@
 """Rules that a growth leaves for the optimizer: rate factors and new blocks.
 
 They are part of the run's state, and small: numbers per tensor, never per element. The old block of
-a tensor is an arithmetic progression on each axis, so the rest needs no mask.
+a tensor is an arithmetic progression on each axis (or, on the first axis, a limited number of
+them), so the rest needs no mask.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ class YoungBlocks:
         rewarm: number of steps of the warm-up.
         inside: the new blocks of an earlier growth, inside the old block, which keep their own step
             count. None if the whole old block uses the optimizer's step count.
+        rows: the old elements of the first axis if they are more than one progression, in order;
+            `kept` then has all of every axis.
     """
 
     kept: tuple[Progression, ...] | None
@@ -85,6 +88,7 @@ class YoungBlocks:
     peak: float
     rewarm: int
     inside: YoungBlocks | None = None
+    rows: tuple[Progression, ...] = ()
 
     def lr_factor(self, step: int) -> float:
         """The multiple of the learning rate for update number `step` (from 1)."""
@@ -105,7 +109,7 @@ class YoungBlocks:
 
     @staticmethod
     def from_json(item: Mapping[str, Any]) -> YoungBlocks:
-        """Read the output of `dataclasses.asdict`; earlier versions had no `inside`."""
+        """Read the output of `dataclasses.asdict`; earlier versions had no `inside` or `rows`."""
         kept, inside = item["kept"], item.get("inside")
         return YoungBlocks(
             None if kept is None else tuple((int(a), int(b), int(c)) for a, b, c in kept),
@@ -113,6 +117,7 @@ class YoungBlocks:
             float(item["peak"]),
             int(item["rewarm"]),
             None if inside is None else YoungBlocks.from_json(inside),
+            tuple((int(a), int(b), int(c)) for a, b, c in item.get("rows", ())),
         )
 
 

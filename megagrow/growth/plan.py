@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megagrow.config import GrowConfig, ModelConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.compose import Composition, composed
-from megagrow.growth.features import refusal, require_inside, require_layer_kinds
-from megagrow.growth.new_blocks import carried, covers, is_whole, kept_by, with_unfrozen
+from megagrow.growth.features import check_growth, refusal
+from megagrow.growth.new_blocks import with_unfrozen, young_after
 from megagrow.growth.operator import GrowthBlock, Operator
 from megagrow.growth.operators.ramp import Ramp, make_ramp
-from megagrow.growth.optimizer_rules import Factors, OptimizerRules, YoungBlocks, beyond_shape
+from megagrow.growth.operators.vocabulary import TokenMap, with_tokens
+from megagrow.growth.optimizer_rules import (
+    Factors,
+    OptimizerRules,
+    YoungBlocks,
+    beyond_shape,
+)
 from megagrow.growth.policy import StatePolicy
 from megagrow.growth.rates import exact_factors
 from megagrow.growth.registry import OPERATORS, find_operator, find_operators, find_policy
@@ -57,18 +63,49 @@ class Growth:
     def _blocks(self) -> dict[str, tuple[GrowthBlock, ...]]:
         return {t.name: self.operator.blocks(t, self.small, self.target) for t in self.target}
 
+    def with_tokens(self, tokens: TokenMap) -> Growth:
+        """The growth with the map of the tokens that its operator `lacks`.
+
+        Raises:
+            GrowthError: state policy and operators do not fit this map.
+        """
+        operator = self.operator
+        if isinstance(operator, Composition):
+            parts = [with_tokens(p, tokens) if p.lacking else p for p in operator.parts]
+            operator = composed(parts, operator.catalogs)
+        else:
+            operator = with_tokens(operator, tokens)
+        return _checked(replace(self, operator=operator))
+
     def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
         """The blocks of one slot, without those whose coefficient is 0 or whose source lacks it."""
-        held = [b for b in self.blocks(tensor) if slot.of(self.small[b.source])]
-        scaled = ((b, self.policy.coefficient(b, slot.kind)) for b in held)
-        if slot.kind != "parameter":
-            return tuple(b.scaled(c) for b, c in scaled if c != 0.0)
-        # offset + new = c (offset + old).
-        return tuple(b.scaled(c, b.noise, tensor.offset * (c - 1.0)) for b, c in scaled if c != 0.0)
+        key = tensor.name, slot.name
+        if key not in self._copies:
+            if self.operator.lacking:
+                raise AssertionError(f"{self.operator.name} is applied without its map of tokens")
+            self._copies[key] = tuple(self._scaled(tensor, slot))
+        return self._copies[key]
+
+    @cached_property
+    def _copies(self) -> dict[tuple[str, str], Sequence[Copy]]:
+        return {}
+
+    def _scaled(self, tensor: LogicalTensor, slot: Slot) -> Iterator[Copy]:
+        for block in self.blocks(tensor):
+            if not slot.of(self.small[block.source]):
+                continue
+            c = self.policy.coefficient(block, slot.kind)
+            if c != 0.0 and slot.kind != "parameter":
+                yield block.scaled(c)
+            elif c != 0.0:
+                # offset + new = c (offset + old), in the first term of a sum.
+                shift = tensor.offset * (c if block.term else c - 1.0)
+                yield block.scaled(c, block.noise, shift)
 
     def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:
         """The operator's rule for parameters, zero for optimizer state."""
-        if sum(copy.volume for copy in self.copies(tensor, slot)) == tensor.volume:
+        set_by = (copy for copy in self.copies(tensor, slot) if copy.term == 0)
+        if sum(copy.volume for copy in set_by) == tensor.volume:
             return "covered"
         if slot.kind != "parameter":
             return "zeros"
@@ -136,52 +173,19 @@ class Growth:
                 inherited = inherited.times(self._mup_factors(tensor, self.small[blocks[0].source]))
             if inherited != Factors():
                 factors[tensor.name] = inherited
-            blocks_of_tensor = self._young(tensor, before, step=step, betas=betas)
+            blocks_of_tensor = young_after(
+                tensor,
+                blocks,
+                policy=self.policy,
+                policies=self.operator.policies,
+                rewarm=self.rewarm,
+                before=before,
+                step=step,
+                betas=betas,
+            )
             if blocks_of_tensor is not None and tensor.training == "trained":
                 young[tensor.name] = blocks_of_tensor
         return OptimizerRules(factors, young)
-
-    def _young(
-        self,
-        tensor: LogicalTensor,
-        before: OptimizerRules,
-        *,
-        step: int,
-        betas: tuple[float, float] | None,
-    ) -> YoungBlocks | None:
-        """The new blocks of a tensor, and inside its old block those of earlier growths.
-
-        Elements are new if their moments start at zero: with the optimizer's step count their
-        first updates would be too large.  (`shen` accepts that in copied blocks, as published.)
-        """
-        if self.policy.restart_steps:  # all step counts start from 0, so nothing may be older
-            return None
-        blocks, peak = self.blocks(tensor), self.policy.new_block_peak
-        earlier = before.young.get(blocks[0].source) if blocks else None
-        old = blocks if peak is None else [b for b in blocks if not b.new]
-        if is_whole(tensor, old):
-            return earlier
-        if earlier is not None:
-            try:
-                earlier = carried(earlier, old)
-            except ValueError:
-                if betas is not None and earlier.matters(step, betas=betas):
-                    raise _too_young(self, tensor, earlier, step) from None
-                earlier = None
-        if covers(tensor, old):
-            return earlier
-        try:
-            kept = kept_by(old)
-        except ValueError:
-            raise _scattered(self, tensor) from None
-        # If a policy does not re-warm new blocks, they have the same rate as the others.
-        return YoungBlocks(
-            kept=kept,
-            born=step,
-            peak=1.0 if peak is None else peak,
-            rewarm=0 if peak is None else self.rewarm,
-            inside=None if kept is None else earlier,
-        )
 
     def _mup_factors(self, tensor: LogicalTensor, old: LogicalTensor) -> Factors:
         """Yang et al., arXiv 2203.03466, table 8: under Adam hidden matrices learn at 1 / fan-in.
@@ -343,19 +347,17 @@ def make_growth(
         ramp=make_ramp(_before_ramp(found, small), target, steps=ramp or found.ramp),
         fit_steps=fit_steps or found.fitted,
     )
-    unknown = [tensor.name for tensor in target if tensor.role == "other"]
-    if unknown:
-        raise GrowthError(
-            f"grow.operator: no operator knows what {unknown[0]} is in its model",
-            found=f"{len(unknown)} tensors with the role `other`",
-            fix="state their roles in the catalog of the family",
-        )
-    if isinstance(found, Composition):
-        found.check_fills(target)
-    for tensor in target:
-        require_inside(found.name, tensor, growth.small, growth.blocks(tensor))
-    require_layer_kinds(small, target, growth.blocks)
-    growth.rules_after(OptimizerRules(), step=0)  # raises if the policy cannot express it
+    growth = _checked(growth)
+    # With a step behind it, where new elements have to be told from old ones.
+    growth.rules_after(OptimizerRules(), step=1)  # raises if the policy cannot express it
+    return growth
+
+
+def _checked(growth: Growth) -> Growth:
+    """The growth, if its blocks fit its models (GrowthError)."""
+    if isinstance(growth.operator, Composition):
+        growth.operator.check_fills(growth.target)
+    check_growth(growth.operator.name, growth.small, growth.target, growth.blocks)
     return growth
 
 
@@ -380,21 +382,3 @@ def grown_model(model: ModelConfig, *, operator: str, factor: int) -> ModelConfi
     for part in find_operators(operator):
         model = part.target(model, factor)
     return model
-
-
-def _too_young(growth: Growth, tensor: LogicalTensor, young: YoungBlocks, step: int) -> GrowthError:
-    return GrowthError(
-        f"grow.state_policy {growth.policy.name!r}: the new elements of {tensor.name} of the "
-        "growth before would be copied among old ones, but AdamW still counts their own steps",
-        found=f"a growth {step - young.born} optimizer steps after that one",
-        fix="set grow.state_policy to kept, sparkling or reset, or grow later",
-    )
-
-
-def _scattered(growth: Growth, tensor: LogicalTensor) -> GrowthError:
-    fitting = [n for n in growth.operator.policies if find_policy(n).new_block_peak is None]
-    return GrowthError(
-        f"state policy {growth.policy.name!r}: this growth scatters the old elements of "
-        f"{tensor.name}, so they cannot be distinguished from the new ones by index",
-        fix=f"set grow.state_policy to {' or '.join(fitting) or 'reset'}",
-    )

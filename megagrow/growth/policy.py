@@ -80,7 +80,7 @@ class StatePolicy:
         if self.moments == "zero" or (self.moments == "kept" and block.new):
             return 0.0
         if self.moments in ("copy", "kept"):
-            return 1.0
+            return block.share
         if self.moments == "copied gradient" and block.param == 0.0:
             return 0.0
         if block.grad is None:

@@ -6,13 +6,14 @@ from difflib import get_close_matches
 
 from megagrow.errors import GrowthError
 from megagrow.growth.operator import Operator
-from megagrow.growth.operators.axes import HEAD_DIM, KV_GROUPS, SEQUENCE, VOCAB
+from megagrow.growth.operators.axes import HEAD_DIM, KV_GROUPS, SEQUENCE
 from megagrow.growth.operators.depth import DEPTH_IDENTITY, DEPTH_INTERLEAVE, DEPTH_STACK
 from megagrow.growth.operators.depth_slices import DEPTH_SLICES
 from megagrow.growth.operators.ligo import LIGO
 from megagrow.growth.operators.ramp import WIDTH_RANDOM
 from megagrow.growth.operators.shrink import SHRINK_PAD_PERTURB
 from megagrow.growth.operators.untie import UNTIE
+from megagrow.growth.operators.vocabulary import VOCAB
 from megagrow.growth.operators.width import (
     WIDTH,
     WIDTH_DIAG,

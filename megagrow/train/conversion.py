@@ -62,6 +62,10 @@ def conversion(
         )
     read_options = ReadOptions(vocab_size, tuple(sorted(ignore)), family)
     run, held = _run_to_be(config)
+    transform = _growth(grow)
+    if transform is not None and transform.grow.tokenizer is not None and tokenizer is None:
+        able = "tokenizer" in get_format(to_format).options
+        tokenizer = Path(transform.grow.tokenizer) if able else None
     return Job(
         source=source,
         source_format=from_format,
@@ -76,7 +80,7 @@ def conversion(
         run_state=RunState().to_json(),
         config=run,
         fingerprints=held,
-        transform=_growth(grow),
+        transform=transform,
     )
 
 

@@ -8,10 +8,10 @@ A run therefore resumes from it with a configuration whose next stage has this `
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 
@@ -20,10 +20,10 @@ from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.convert.run import BUFFER_BYTES, Job, convert
 from megagrow.checkpoint.interface.format import CheckpointSource
 from megagrow.checkpoint.interface.grown import GrownCheckpoint
+from megagrow.checkpoint.interface.history import KEY, growth_record, history, source_name
 from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.checkpoint.native.steps import find, step_of, step_path
 from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, Trained, UntilConfig
-from megagrow.config.growths import SIZES
 from megagrow.config.load import parse_config
 from megagrow.data.position import Position
 from megagrow.data.run_data import open_data
@@ -31,7 +31,6 @@ from megagrow.errors import CheckpointError, ConfigError, GrowthError
 from megagrow.growth.operators.ligo import Fitted
 from megagrow.growth.plan import Growth, plan_growth
 from megagrow.growth.training import trained_catalog
-from megagrow.models.registry import family_of
 from megagrow.schedule.stages import sample_length, stage_batch, stage_optimizer
 from megagrow.state.boxes import whole
 from megagrow.state.catalog import MASTER, slots_of
@@ -39,6 +38,7 @@ from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
 from megagrow.train.fingerprints import is_of_run, require_run, require_same_data
 from megagrow.train.fit import GrowthFit, fit_growth
+from megagrow.train.new_tokenizer import NewTokenizer, new_tokenizer, sized
 from megagrow.train.state import RunState
 from megagrow.transfer.ends import Source as Ends
 from megagrow.transfer.moves import Locator
@@ -59,6 +59,7 @@ class OfflineGrowth:
         small, model: the model before and after.
         state: the run state after the growth.
         config: the run's configuration, including the growth.
+        brought: the tokenizer that the growth brings, if it does.
     """
 
     checkpoint: CheckpointSource
@@ -67,6 +68,7 @@ class OfflineGrowth:
     model: ModelConfig
     state: RunState
     config: Config
+    brought: NewTokenizer | None = None
 
     def __call__(self, source: CheckpointSource) -> CheckpointSource:
         """The grown checkpoint, as a source."""
@@ -94,6 +96,7 @@ class OfflineGrowth:
             catalog=self.growth.target,
             config=self.config.model_dump(mode="json", by_alias=True),
             run_state=state.to_json(),
+            fingerprints=_fingerprints(source, self.brought),
         )
 
     def __str__(self) -> str:
@@ -132,6 +135,12 @@ def plan_offline(source: Path, grow: GrowConfig) -> OfflineGrowth:
         CheckpointError: there is none, it is damaged, or it is not from a training run.
         GrowthError: the growth does not fit the model.
     """
+    if grow.tokenizer is not None:
+        raise GrowthError(
+            f"{source}: a run has one dataset, and so one tokenizer, from first step to last",
+            fix=f"start another run with init.from={source}, data of the new tokenizer and this "
+            "growth in stages[0]; or grow into another format (--format huggingface)",
+        )
     return plan_of_run(NativeCheckpoint.open(_native(source)), grow)
 
 
@@ -148,7 +157,7 @@ def plan_of_run(checkpoint: CheckpointSource, grow: GrowConfig) -> OfflineGrowth
     small = model_of(checkpoint)
     length = sample_length(config, small, state.growth_stage)
     state = replace(state, position=state.position.measured(length))
-    model, growth = _planned(grow, small)
+    grow, model, growth, brought = _planned(grow, small, checkpoint)
     grown = _with_growth(config, state, grow, bool(checkpoint.catalog.frozen))
     index = state.growth_stage + 1
     asked = grown.stages[index].train or "all"
@@ -165,22 +174,35 @@ def plan_of_run(checkpoint: CheckpointSource, grow: GrowConfig) -> OfflineGrowth
         model=model,
         state=state.after_growth(growth, betas=optimizer.bias_correction),
         config=grown,
+        brought=brought,
     )
 
 
-def _planned(grow: GrowConfig, small: ModelConfig) -> tuple[ModelConfig, Growth]:
+def _planned(
+    grow: GrowConfig, small: ModelConfig, source: CheckpointSource
+) -> tuple[GrowConfig, ModelConfig, Growth, NewTokenizer | None]:
+    grow, brought = sized(grow), None
     model, growth = plan_growth(grow, small)
+    if grow.tokenizer is not None:
+        brought = new_tokenizer(grow, source, rows=(small.vocabulary, model.vocabulary))
+        return grow, model, growth.with_tokens(brought.map), brought
     if model == small:
         raise GrowthError(
             "the growth changes nothing: the model has these sizes already",
             fix="give larger sizes as its target, or a factor",
         )
-    return model, growth
+    return grow, model, growth, brought
+
+
+def _fingerprints(source: CheckpointSource, brought: NewTokenizer | None) -> Mapping[str, str]:
+    """Those of the grown checkpoint: with another tokenizer it is no longer one of the old data."""
+    return source.fingerprints if brought is None else {"tokenizer": brought.sha256}
 
 
 # The settings of a `grow` section that concern weights alone; all others need a run.
 _OF_WEIGHTS = {
     "operator", "factor", "target", "noise", "shrink", "sources", "keep_first", "keep_last",
+    "tokenizer", "old_tokenizer", "allow_dropped",
 }  # fmt: skip
 
 
@@ -231,7 +253,7 @@ class Grow:
                 "grow it there",
             )
         small = model_of(source)
-        model, growth = _planned(self.grow, small)
+        grow, model, growth, brought = _planned(self.grow, small, source)
         if growth.fit_steps or growth.ramp is not None:
             needs = (
                 "is fitted on the data of a run"
@@ -244,7 +266,7 @@ class Grow:
                 fix="choose another operator, or start a run from the weights with init.from and "
                 "grow it there",
             )
-        return WeightsGrowth(growth, small, model)
+        return WeightsGrowth(growth, small, model, grow, brought)
 
 
 @dataclass(frozen=True)
@@ -254,6 +276,8 @@ class WeightsGrowth:
     growth: Growth
     small: ModelConfig
     model: ModelConfig
+    grow: GrowConfig
+    brought: NewTokenizer | None = None
 
     def __call__(self, source: CheckpointSource) -> CheckpointSource:
         """The grown weights, as a source."""
@@ -266,10 +290,16 @@ class WeightsGrowth:
             seed=0,
             staging_bytes=_STAGING_BYTES,
         )
-        config = {**source.config, "model": self.model.model_dump(mode="json", by_alias=True)}
+        records = list(history(source)) or [{"source": {"name": source_name(source.path)}}]
+        config = {
+            **source.config,
+            "model": self.model.model_dump(mode="json", by_alias=True),
+            KEY: [*records, growth_record(self.grow, self.small, self.model)],
+        }
         return GrownCheckpoint(
-            source, values, catalog=self.growth.target, config=config, run_state=source.run_state
-        )
+            source, values, catalog=self.growth.target, config=config, run_state=source.run_state,
+            fingerprints=_fingerprints(source, self.brought),
+        )  # fmt: skip
 
 
 def _native(source: Path) -> Path:
@@ -375,28 +405,3 @@ def _rest(left: UntilConfig, state: RunState) -> UntilConfig:
     if ahead and not left.looks_ahead:  # such rules are about a growth that follows
         return left
     return UntilConfig(steps=2 * max(1, state.step))
-
-
-def describe_sizes(plan: OfflineGrowth | WeightsGrowth) -> list[str]:
-    """The growth's effect on the model's sizes, and which sizes it leaves alone."""
-    small, model, changed, left = plan.small, plan.model, [], []
-    for setting in SIZES:
-        before, after = small.effective(setting), model.effective(setting)
-        if before != after:
-            changed.append(f"{setting} {before} -> {after}")
-        elif setting in plan.growth.operator.sizes:
-            left.append(f"{setting} {before}")
-    if small.tie_embeddings != model.tie_embeddings:
-        changed.append("tie_embeddings true -> false")
-    lines = [", ".join(changed) + (f"; {', '.join(left)} as before" if left else "")]
-    stored = family_of(model).huggingface
-    refusal = None if stored is None else stored.refusal(model)
-    if refusal is not None:
-        lines.append(f"{refusal[0]}, so it cannot be exported (found: {refusal[1]})")
-    return lines
-
-
-def stages_to_go_on(plan: OfflineGrowth) -> list[dict[str, Any]]:
-    """The `stages` section of a configuration that resumes from the grown checkpoint."""
-    stages = plan.config.model_dump(mode="json", by_alias=True, exclude_none=True)["stages"]
-    return cast(list[dict[str, Any]], stages[: plan.state.growth_stage + 1])

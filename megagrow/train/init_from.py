@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.interface.accounting import summary
 from megagrow.checkpoint.interface.format import CheckpointSource, ReadOptions
+from megagrow.checkpoint.interface.history import history
 from megagrow.checkpoint.interface.model_of import optimizer_of, recorded_model
 from megagrow.checkpoint.interface.own_tokenizer import held_tokenizers, require_own_tokenizer
 from megagrow.config import Config, ModelConfig, StartConfig
@@ -29,6 +30,7 @@ from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import MASTER
 from megagrow.state.optimizers import OPTIMIZERS
 from megagrow.train.fingerprints import fingerprints
+from megagrow.train.new_tokenizer import NewTokenizer, new_tokenizer
 from megagrow.train.rates import require_settled_betas
 from megagrow.train.run_plan import RunPlan
 from megagrow.train.state import Origin, RunState
@@ -183,11 +185,19 @@ def plan_start(config: Config, plan: RunPlan, data: RunData | None) -> Start:
             f"init.from: {source.path}: new units of its last growth count in part only, by a mask",
             fix="train that run to the end of the ramp (grow.ramp), and start from there",
         )
+    stage = plan.stages[0]
+    growth, brought = stage.growth, None
+    if growth is not None and stage.grow is not None and stage.grow.tokenizer is not None:
+        rows = model.vocabulary, stage.model.vocabulary
+        try:
+            brought = new_tokenizer(stage.grow, source, rows=rows)
+            growth = growth.with_tokens(brought.map)
+        except MegagrowError as error:
+            raise error.within("stages[0]", setting="grow") from None
     tokenizer = "not compared: the data is not there yet"
     if data is not None:
-        tokenizer = _compared_tokenizer(init, source, model, data)
+        tokenizer = _compared_tokenizer(init, source, model, data, brought)
     why, count, rules = _moments(config, source)
-    stage = plan.stages[0]
     state = RunState(
         optimizer_step=count,
         rules=rules,
@@ -197,9 +207,10 @@ def plan_start(config: Config, plan: RunPlan, data: RunData | None) -> Start:
             step=source.step,
             sha256=_sha256(source),
             moments=not why,
+            history=history(source),
         ),
     )
-    growth, held = stage.growth, build_catalog(config.model).with_frozen(source.catalog.frozen)
+    held = build_catalog(config.model).with_frozen(source.catalog.frozen)
     state_map: StateMap = growth or Identity(stage.catalog, held)
     if growth is not None:
         state_map = growth = replace(growth, small=held)
@@ -209,7 +220,7 @@ def plan_start(config: Config, plan: RunPlan, data: RunData | None) -> Start:
     if why:
         state_map = WeightsAlone(state_map)
     lines = _in_words(config, plan, source, name=name, tokenizer=tokenizer, why=why, state=state)
-    return Start(source, state_map, state, tuple(lines))
+    return Start(source, state_map, state, (*lines, *(brought.lines if brought else ())))
 
 
 def require_same(comm: Comm, origin: Origin | None) -> None:
@@ -275,13 +286,27 @@ def _optimizer_state(source: CheckpointSource) -> tuple[int, OptimizerRules]:
 
 
 def _compared_tokenizer(
-    init: StartConfig, source: CheckpointSource, model: ModelConfig, data: RunData
+    init: StartConfig,
+    source: CheckpointSource,
+    model: ModelConfig,
+    data: RunData,
+    brought: NewTokenizer | None,
 ) -> str:
     """Compare the source's tokenizer with the data's; says what was compared.
 
     Raises:
         CheckpointError: they differ, or may differ.
     """
+    if brought is not None:
+        if data.tokenizer_sha256 != brought.sha256:
+            raise CheckpointError(
+                f"data.path = {data.path}: was not prepared with stages[0].grow.tokenizer",
+                found=f"SHA-256 {data.tokenizer_sha256}",
+                expected=brought.sha256,
+                fix="prepare it with launch/prepare_data.py --tokenizer, or set grow.tokenizer to "
+                "data.path",
+            )
+        return "that of the data is the growth's, by its SHA-256"
     instead = "init.allow_other_tokenizer=true"
     if init.allow_other_tokenizer:
         return "not compared (init.allow_other_tokenizer)"

@@ -10,7 +10,7 @@ from megagrow.config import Config, StartConfig
 from megagrow.config.load import parse_config, parse_settings, read_settings
 from megagrow.config.schema import RunConfig
 from megagrow.config.section import Section
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, MegagrowError
 
 if TYPE_CHECKING:
     from megagrow.checkpoint import NativeCheckpoint
@@ -51,7 +51,22 @@ def load_run(
     else:
         _require_same_start(held)
         model, whose = first_model(held), f"the run, by its checkpoint {held.path}"
-    return parse_config({**data, "model": completed(given, model, whose=whose)}, source=where)
+    config = parse_config({**data, "model": completed(given, model, whose=whose)}, source=where)
+    return _with_tokens_counted(config)
+
+
+def _with_tokens_counted(config: Config) -> Config:
+    """The configuration with the size of a vocabulary that its first stage grows to."""
+    from megagrow.train.new_tokenizer import sized
+
+    first, *others = config.stages
+    if first.grow is None or first.grow.tokenizer is None:
+        return config
+    try:
+        grow = sized(first.grow)
+    except MegagrowError as error:
+        raise error.within("stages[0]", setting="grow") from None
+    return config.model_copy(update={"stages": [first.model_copy(update={"grow": grow}), *others]})
 
 
 class _WhereFrom(Section):

@@ -240,6 +240,9 @@ def with_vocabulary(config: Config, vocabulary: int | None) -> Config:
         ConfigError: neither is known, or the model's is smaller than the tokenizer's.
     """
     given = config.model.vocab
+    first = config.stages[0].grow
+    if given is not None and first is not None and first.target is not None:
+        given = first.target.vocab or given  # grown before the first step
     if given is None:
         if vocabulary is None:
             raise ConfigError(
@@ -253,6 +256,13 @@ def with_vocabulary(config: Config, vocabulary: int | None) -> Config:
         if config.init is not None:
             fix = "prepare the data with the tokenizer of init.from: launch/prepare_data.py "
             fix += "--tokenizer"
+        if first is not None and first.tokenizer is not None:
+            raise ConfigError(
+                "stages[0].grow.tokenizer: the data was prepared with a larger one",
+                found=f"{given} tokens",
+                expected=f"at least {vocabulary}",
+                fix="set stages[0].grow.tokenizer to data.path, or prepare the data with it",
+            )
         raise ConfigError(
             "model.vocab is smaller than the tokenizer's vocabulary",
             found=given,
@@ -274,6 +284,13 @@ def _models(config: Config) -> tuple[list[ModelConfig], list[Growth | None]]:
                 model, growth = plan_growth(stage.grow, model)
             except MegagrowError as error:
                 raise error.within(f"stages[{index}]", setting="grow") from None
+            if stage.grow.tokenizer is not None and (index or config.init is None):
+                raise ConfigError(
+                    f"stages[{index}].grow.tokenizer: a run has one dataset, and so one tokenizer "
+                    "from its first step to its last",
+                    fix="end the run before this stage, and start one on data of the new tokenizer "
+                    "with init.from and this growth in stages[0]; or grow with launch/grow.py",
+                )
             if index == 0 and growth.fit_steps:
                 raise ConfigError(
                     f"stages[0].grow.operator: {growth.operator.name} is fitted on the data by the "

@@ -28,6 +28,7 @@ class Origin:
         step: number of optimizer steps that it had.
         sha256: of its configuration, step and list of tensors.
         moments: whether its optimizer's moments were taken.
+        history: the records of its own source and growths (`checkpoint/interface/history.py`).
     """
 
     path: str
@@ -35,6 +36,7 @@ class Origin:
     step: int
     sha256: str
     moments: bool
+    history: tuple[Mapping[str, Any], ...] = ()
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Origin:
@@ -45,6 +47,7 @@ class Origin:
             int(data["step"]),
             str(data["sha256"]),
             bool(data["moments"]),
+            tuple(dict(record) for record in data.get("history", ())),
         )
 
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, product
 
 import numpy as np
 import torch
@@ -98,12 +98,16 @@ def transfer_between_ranks(
         staging_bytes=staging_bytes, statistics=statistics,
     ))  # fmt: skip
     noise = partial(_noise, seed=seed, statistics=statistics)
-    incoming: dict[int, list[Move]] = defaultdict(list)
+    # By term of a sum, and the other rank: a term is added everywhere before the next one.
+    incoming: dict[int, dict[int, list[Move]]] = defaultdict(lambda: defaultdict(list))
+    added: dict[int, list[Move]] = defaultdict(list)
     written = 0
     here: list[Landing] = []
     for move in plan_receives(state_map, old_placement, new_placement, **plan):  # type: ignore[arg-type]
         written += move.part.volume
-        if move.holder == rank:
+        if move.holder == rank and move.copy.term:
+            added[move.copy.term].append(move)
+        elif move.holder == rank:
             here.append((move, _piece(old, move)))
             # A kernel takes many at once; otherwise one at a time, since a piece may own its
             # memory.
@@ -111,23 +115,30 @@ def transfer_between_ranks(
                 _land_all(here, new, noise)
                 here = []
         else:
-            incoming[move.holder].append(move)
+            incoming[move.copy.term][move.holder].append(move)
     _land_all(here, new, noise)
-    outgoing: dict[int, list[Move]] = defaultdict(list)
+    outgoing: dict[int, dict[int, list[Move]]] = defaultdict(lambda: defaultdict(list))
     if channel.world > 1:
         for move in plan_sends(state_map, old_placement, new_placement, **plan):  # type: ignore[arg-type]
             if move.receiver != rank:
-                outgoing[move.receiver].append(move)
+                outgoing[move.copy.term][move.receiver].append(move)
 
-    least = distinct_elements(move for moves in incoming.values() for move in moves)
+    crossing = (moves for term in incoming.values() for moves in term.values())
+    least = distinct_elements(move for moves in crossing for move in moves)
     width = torch.empty((), dtype=dtype).element_size()
     limit = max(1, staging_bytes // (2 * width))
     received = crossed = 0
-    # In step s, rank r sends to r+s and receives from r-s: each pair meets once, without deadlock.
-    for step in range(1, channel.world):
+    terms = sorted({0, *added, *incoming, *outgoing})
+    # In step s, rank r sends to r+s and receives from r-s: each pair meets once in a term, and all
+    # ranks go through terms and steps in the same order, so there is no deadlock.
+    for term, step in product(terms, range(channel.world)):
+        if step == 0:
+            for move in added.pop(term, []):
+                _land(move, _piece(old, move), new, noise)
+            continue
         to, source = (rank + step) % channel.world, (rank - step) % channel.world
-        sends = messages(merged(outgoing.pop(to, [])), limit)
-        receives = messages(merged(incoming.pop(source, [])), limit)
+        sends = messages(merged(outgoing[term].pop(to, [])), limit)
+        receives = messages(merged(incoming[term].pop(source, [])), limit)
         send_buffer = _buffer(sends, dtype, device)
         receive_buffer = _buffer(receives, dtype, device)
         staged = max(staged, (send_buffer.numel() + receive_buffer.numel()) * width)
@@ -289,7 +300,8 @@ def _memory(new: Target, move: Move) -> torch.Tensor:
 def _reads_straight(move: Move, old: Source, memory: torch.Tensor) -> bool:
     """Whether a piece can be read directly into the target: same shape, order and dtype."""
     return (
-        move.source_box.shape == tuple(memory.shape)
+        move.copy.term == 0
+        and move.source_box.shape == tuple(memory.shape)
         and all(part.step in (None, 1) for part in move.source_index())
         and old.dtype(move.copy.source, move.slot.name) == memory.dtype
     )
@@ -316,6 +328,11 @@ def _land_all(landings: Sequence[Landing], new: Target, noise: MakeNoise) -> Non
 def _land(move: Move, piece: torch.Tensor, new: Target, noise: MakeNoise) -> None:
     memory = _memory(new, move)
     scale = move.copy.coefficient
+    if move.copy.term:
+        # Rounded twice, as a product and as a sum, whatever the shape of the piece is.
+        memory.add_(piece.to(memory, copy=True).mul_(scale))
+        _add(move, memory, noise)
+        return
     # Scaled in the target's precision, so the product is the same in every layout.
     if scale != 1.0 and piece.dtype == memory.dtype and piece.device == memory.device:
         torch.mul(piece, scale, out=memory)

@@ -57,7 +57,10 @@ class Through:
         """The values of a box of a target tensor's slot, bit-identical to those of a transfer."""
         if out is None:
             out = torch.empty(box.shape, dtype=self.dtype(tensor, slot))
-        one = _OneBox(tensor, box, out)
+        wide = out
+        if out.dtype.itemsize < 4 and self._sums(tensor, slot):
+            wide = torch.empty(box.shape, dtype=torch.float32)  # sums are rounded once
+        one = _OneBox(tensor, box, wide)
         transfer_from_storage(
             state_map=self._state_map,
             old=self._old,
@@ -70,7 +73,12 @@ class Through:
             staging_bytes=self._staging_bytes,
             statistics=self._statistics(),
         )
-        return out
+        return out if wide is out else out.copy_(wide)
+
+    def _sums(self, tensor: str, slot: str) -> bool:
+        """Whether some elements are sums of several source elements."""
+        copies = self._state_map.copies(self._state_map.target[tensor], self._slots[slot])
+        return any(copy.term for copy in copies)
 
     def _statistics(self) -> Statistics:
         with self._lock:

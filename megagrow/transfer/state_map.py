@@ -150,18 +150,25 @@ Fill = Literal["covered", "zeros", "fresh"] | Drawn | Level
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One block of one slot: target elements = coefficient * source elements + shift (+ noise)."""
+    """One block of one slot: target elements = coefficient * source elements + shift (+ noise).
+
+    Attributes:
+        term: its place in a sum. Blocks of term 0 set target elements; those of term 1, then those
+            of term 2, and so on, add to elements that an earlier term has set.  The order of the
+            terms is that of the additions, so a sum is bit-identical in every layout.
+    """
 
     source: str
     axes: tuple[AxisMap, ...]
     coefficient: float
     noise: Noise | None = None
     shift: float = 0.0
+    term: int = 0
 
     @property
     def scales_only(self) -> bool:
-        """Whether its elements are multiples of the source's."""
-        return self.noise is None and self.shift == 0.0
+        """Whether it sets its elements to multiples of the source's."""
+        return self.noise is None and self.shift == 0.0 and self.term == 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -238,7 +245,10 @@ class StateMap(Protocol):
         ...
 
     def copies(self, tensor: LogicalTensor, slot: Slot) -> Sequence[Copy]:
-        """The blocks of one slot of a target tensor; they do not overlap in the target."""
+        """The blocks of one slot of a target tensor, by term.
+
+        Those of one term do not overlap in the target.
+        """
         ...
 
     def fill(self, tensor: LogicalTensor, slot: Slot) -> Fill:

@@ -14,7 +14,8 @@ from megagrow.errors import CheckpointError
 from megagrow.growth.plan import plan_growth
 from megagrow.state.boxes import whole
 from megagrow.train.agreement import check_agreement
-from megagrow.train.grow_offline import OfflineGrowth, describe_sizes, plan_offline, write_offline
+from megagrow.train.grow_offline import OfflineGrowth, plan_offline, write_offline
+from megagrow.train.growth_words import describe_sizes
 from tests import jobs
 from tests.checkpoint.states import save_model, to
 from tests.jobs import (

@@ -32,7 +32,7 @@ from megagrow.checkpoint.interface.model_of import catalog_for, optimizer_of
 from megagrow.checkpoint.interface.own_tokenizer import own_tokenizer, require_own_tokenizer
 from megagrow.checkpoint.interface.tokenizer_files import OwnTokenizer
 from megagrow.checkpoint.io.checksum import CHUNK_BYTES
-from megagrow.checkpoint.io.files import READING, naming
+from megagrow.checkpoint.io.files import READING, naming, read_small
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.state.catalog import slots_of
 from megagrow.state.layout import Layout
@@ -41,6 +41,7 @@ BUFFER_BYTES = 64 << 20
 PIECE_BYTES = 16 * CHUNK_BYTES  # one worker's unit of work, for files that can be split
 _SOURCE_BYTES = CHUNK_BYTES  # largest buffer of a source, per worker
 _MOST_WORKERS = 8
+_CARD_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -201,11 +202,19 @@ def open_job(job: Job) -> Opened:
         nonce=digest,
         tokenizer=tokenizer,
         file_bytes=job.file_bytes,
+        card=_card(path),
+        changed=job.transform is not None,
     )
     sink = target_format.open_sink(request)
     _require_whole_slots(source, sink, job)
     pieces = tuple(piece for plan in sink.files for piece in cut(plan, PIECE_BYTES))
     return Opened(job, source, sink, meta, pieces, digest)
+
+
+def _card(path: Path) -> bytes | None:
+    """The model card beside a source's weights."""
+    found = path / "README.md"
+    return read_small(found, _CARD_BYTES) if found.is_file() else None
 
 
 def _run_state(source: CheckpointSource, job: Job) -> dict[str, Any]:

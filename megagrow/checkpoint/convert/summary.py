@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from megagrow.checkpoint.interface.accounting import enumerated, made_zeros, summary
 from megagrow.checkpoint.interface.format import CheckpointSource
+from megagrow.checkpoint.interface.history import KEY
 from megagrow.checkpoint.interface.model_of import recorded_model
 from megagrow.checkpoint.native.source import NativeCheckpoint
 from megagrow.checkpoint.native.steps import list_steps
@@ -41,7 +42,7 @@ def describe(source: CheckpointSource, *, format_name: str, checksums: str) -> s
     }
     origin = source.run_state.get("origin")
     if isinstance(origin, Mapping):
-        rows["started"] = ", ".join(f"{key} {value}" for key, value in origin.items())
+        rows["started"] = ", ".join(f"{key} {value}" for key, value in origin.items() if key != KEY)
     if source.zeros:
         made = made_zeros(source, [slot.name for slot in source.slots])
         rows["zeros"] = f"{enumerated(made)} (the files hold none)"

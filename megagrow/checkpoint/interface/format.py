@@ -296,6 +296,8 @@ class SinkRequest:
         nonce: 16 hexadecimal digits, for formats that identify the save in each file.
         tokenizer: the tokenizer to include, if the format holds one; or why there is none.
         file_bytes: maximum size of a file, for formats that split by size.
+        card: the source's model card, if it has one.
+        changed: whether the model is another than the source's, such as a grown one.
     """
 
     meta: CheckpointMeta
@@ -305,6 +307,8 @@ class SinkRequest:
     nonce: str = "0" * 16
     tokenizer: OwnTokenizer | str | None = None
     file_bytes: int = 5 << 30
+    card: bytes | None = None
+    changed: bool = False
 
     def dtype_of(self, tensor: str, slot: str) -> torch.dtype:
         """The requested or stored element type; fp32 for a slot that the source lacks.

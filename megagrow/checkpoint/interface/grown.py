@@ -26,11 +26,12 @@ class GrownCheckpoint:
         catalog: Catalog,
         config: Mapping[str, Any],
         run_state: Mapping[str, Any],
+        fingerprints: Mapping[str, str],
     ) -> None:
         self._source, self._values = source, values
         self.path, self.step, self.left_out = source.path, source.step, source.left_out
         self.slots, self.layout = source.slots, source.layout
-        self.fingerprints = source.fingerprints
+        self.fingerprints = fingerprints
         self.catalog, self.config, self.run_state = catalog, config, run_state
 
     @property

@@ -76,6 +76,22 @@ def own_tokenizer(
     return OwnTokenizer(file, companions, sha256, eod, said, bos)
 
 
+def tokenizer_at(place: Path) -> OwnTokenizer:
+    """The tokenizer at a path: a file, a prepared dataset or a Hugging Face directory.
+
+    Raises:
+        CheckpointError, DataError: there is none, or the dataset is damaged.
+    """
+    found = _at(place, ())
+    if found is None:
+        raise CheckpointError(
+            f"{place}: no tokenizer",
+            expected="a tokenizer.json or .model, or a directory with one, or a prepared dataset",
+        )
+    file, companions, sha256, (eod, bos) = found
+    return OwnTokenizer(file, companions, sha256, eod, str(file or place), bos)
+
+
 def require_own_tokenizer(
     source: CheckpointSource, fingerprints: Mapping[str, str], *, override: str = OVERRIDE
 ) -> None:

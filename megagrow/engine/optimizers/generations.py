@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from megagrow.growth.optimizer_rules import Progression, YoungBlocks
 from megagrow.state.boxes import Box
@@ -10,11 +11,45 @@ from megagrow.state.boxes import Box
 Index = tuple[slice, ...]
 
 
+def bands(blocks: YoungBlocks, box: Box) -> Iterator[tuple[Box, YoungBlocks | None]]:
+    """Cut a box along its first axis so that in each part old elements are one progression an axis.
+
+    Args:
+        blocks: the new blocks of the tensor; `rows` may tell them apart.
+        box: the box, in logical coordinates.
+
+    Yields:
+        Consecutive parts, each with the new blocks in it, which have no `rows`; None if all of it
+        is old.
+    """
+    if not blocks.rows:
+        if blocks.inside is None:
+            yield box, blocks
+            return
+        for part, inside in bands(blocks.inside, box):
+            yield part, replace(blocks, inside=inside)
+        return
+    at, end = box.offset[0], box.stop[0]
+    new = replace(blocks, kept=None, inside=None, rows=())
+    for first, _, count in (*blocks.rows, (end, 1, 0)):
+        start, stop = max(first, at), min(first + count, end)
+        if start > at and at < end:
+            yield _band(box, at, min(start, end)), new
+        if start < stop:
+            old = _band(box, start, stop)
+            yield from [(old, None)] if blocks.inside is None else bands(blocks.inside, old)
+        at = max(at, stop)
+
+
+def _band(box: Box, start: int, stop: int) -> Box:
+    return Box((start, *box.offset[1:]), (stop - start, *box.shape[1:]))
+
+
 def generations(blocks: YoungBlocks, box: Box) -> list[tuple[Index, YoungBlocks | None]]:
     """Cut a box into parts by the growth that added them.
 
     Args:
-        blocks: the new blocks of the tensor.
+        blocks: the new blocks of the tensor, without `rows` (see `bands`).
         box: the box, in logical coordinates.
 
     Returns:

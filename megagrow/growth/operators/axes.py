@@ -1,4 +1,4 @@
-"""Growth of a single size: head width, heads, vocabulary, sequence length.
+"""Growth of a single size: head width, heads, sequence length; `vocabulary` has the vocabulary.
 
 Head width (`head_dim`).  Attention scores are q . k / sqrt(D), so the old query
 features are scaled by sqrt(k) when D grows to k D.  Rotary positions rotate the pairs (i, i + D/2)
@@ -199,19 +199,6 @@ class MoreRows(Operator):
         """New rows are initialised as at the start of a run."""
         return "fresh"
 
-
-VOCAB = MoreRows(
-    name="vocab",
-    summary="new token rows, fresh; the logits of the old tokens stay",
-    keeps="old logits",
-    breaker="no copies are made",
-    source="the usual practice",
-    policies=("kept", "sparkling", "copy", "reset"),
-    sizes=("vocab",),
-    any_size=True,
-    axis="vocab",
-    grad=None,  # new tokens are part of every softmax
-)
 
 SEQUENCE = MoreRows(
     name="sequence",

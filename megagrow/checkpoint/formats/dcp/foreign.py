@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 
+from megagrow.checkpoint.containers.dcp_metadata import METADATA, Entry
 from megagrow.checkpoint.containers.stored_tensor import StoredTensor
 from megagrow.checkpoint.containers.torch_reader import read_torch_file
-from megagrow.checkpoint.formats.dcp.metadata import Entry
-from megagrow.checkpoint.formats.dcp.sink import METADATA
 from megagrow.checkpoint.interface.format import LeftOut
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.errors import CheckpointError

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megagrow.checkpoint.containers.dcp_metadata import METADATA
 from megagrow.checkpoint.containers.torch_writer import plan_archive, whole_values
 from megagrow.checkpoint.interface.format import FilePlan, Late, Mark, Segment, SinkRequest, Values
 from megagrow.checkpoint.interface.placed import placed
@@ -19,7 +20,7 @@ from megagrow.checkpoint.io.files import naming, write_new
 from megagrow.checkpoint.native.manifest import plain
 from megagrow.state.catalog import MASTER, slots_of
 
-METADATA, OURS = ".metadata", "megagrow.json"
+OURS = "megagrow.json"
 
 
 def stored_name(tensor: str, slot: str) -> str:

@@ -16,12 +16,16 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from megagrow.checkpoint.containers.dcp_metadata import (
+    METADATA,
+    Chunk,
+    Entry,
+    locate,
+    read_metadata,
+)
 from megagrow.checkpoint.containers.pickle_reader import brief
-from megagrow.checkpoint.containers.stored_tensor import StoredTensor
-from megagrow.checkpoint.containers.torch_reader import read_torch_file
 from megagrow.checkpoint.formats.dcp.foreign import Foreign, read_foreign
-from megagrow.checkpoint.formats.dcp.metadata import Chunk, Entry, read_metadata
-from megagrow.checkpoint.formats.dcp.sink import METADATA, OURS, DcpSink, digest, stored_name
+from megagrow.checkpoint.formats.dcp.sink import OURS, DcpSink, digest, stored_name
 from megagrow.checkpoint.interface.accounting import account, unread_files
 from megagrow.checkpoint.interface.format import Format
 from megagrow.checkpoint.interface.meta import CheckpointMeta
@@ -132,30 +136,7 @@ def _locate(
     chunk: Chunk,
 ) -> tuple[StoredBox, Record]:
     at = f"{path / chunk.file}: tensor {tensor.name}, slot {slot.name}, box {chunk.box}"
-    if chunk.start + chunk.length > size:
-        raise CheckpointError(
-            f"{at}: the file is truncated",
-            found=f"{size} bytes",
-            expected=f"at least {chunk.start + chunk.length} bytes",
-            fix=RESTORE,
-        )
-    try:
-        file = read_torch_file(
-            path / chunk.file, start=chunk.start, length=chunk.length, permuted=True
-        )
-    except CheckpointError as error:
-        raise CheckpointError(f"{at}: damaged or refused\n{error}") from None
-    found = file.value
-    if not isinstance(found, StoredTensor):
-        raise CheckpointError(f"{at}: is no tensor", found=brief(found), fix=RESTORE)
-    if found.dtype != entry.dtype or found.shape != chunk.box.shape:
-        raise CheckpointError(
-            f"{at}: is not what {METADATA} tells",
-            found=f"shape {list(found.shape)} of {found.dtype}",
-            expected=f"shape {list(chunk.box.shape)} of {entry.dtype}",
-            fix=RESTORE,
-        )
-    [record] = [r for r in file.records if r[0] <= found.start < r[0] + max(1, r[1])]
+    found, record = locate(path, size, entry, chunk, at=at, permuted=True)
     box = StoredBox(
         tensor.name, slot.name, chunk.box, chunk.file, found.start, found.dtype, found.axes
     )

@@ -11,12 +11,14 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megagrow.checkpoint.containers.duplicates import require_frequencies, same_values
 from megagrow.checkpoint.containers.safetensors import StoredArray, make_header, read_header
 from megagrow.checkpoint.containers.stored_tensor import StoredTensor
+from megagrow.checkpoint.formats.huggingface.card import CARD, files_of_card, stub_of
 from megagrow.checkpoint.formats.huggingface.config import read_model, stored_as, write_config
 from megagrow.checkpoint.formats.huggingface.names import Link, links
 from megagrow.checkpoint.formats.huggingface.tokenizer import carried, compare
@@ -31,6 +33,7 @@ from megagrow.checkpoint.interface.format import (
     SinkRequest,
     Values,
 )
+from megagrow.checkpoint.interface.history import KEY, history
 from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import model_of, refuse_ramp
 from megagrow.checkpoint.interface.own_tokenizer import fingerprints_beside
@@ -47,7 +50,14 @@ from megagrow.state.catalog import MASTER
 from megagrow.state.layout import Layout
 
 _CONFIG, _INDEX, _ONE = "config.json", "model.safetensors.index.json", "model.safetensors"
-_RUN = "megagrow.json"  # fingerprints of the training run
+_RUN = "megagrow.json"  # fingerprints of the training run, and the model's history
+# Files that an export to Hugging Face takes along.
+_CARRIED_ALONG = {
+    **dict.fromkeys(
+        (*FILES, *COMPANIONS), "the tokenizer's, which formats with a place for it carry along"
+    ),
+    CARD: "the model card, which an export to huggingface carries along",
+}
 
 
 # --- reading ------------------------------------------------------------------------------
@@ -108,12 +118,16 @@ def open_source(path: Path, options: ReadOptions = NO_OPTIONS) -> StoredSource:
             f"{path / arrays[odd[0]].file}: tensor {odd[0][:200]} is not in the model of {_CONFIG}",
             found=f"{len(odd)} such tensors",
         )
+    recorded, records = _record(path)
     meta = CheckpointMeta(
         catalog=catalog,
         slots=(MASTER,),
         layout=Layout(),
-        config={"model": model.model_dump(mode="json", by_alias=True)},
-        fingerprints={**_run_fingerprints(path), **fingerprints_beside(path)},
+        config={
+            "model": model.model_dump(mode="json", by_alias=True),
+            **({KEY: records} if records else {}),
+        },
+        fingerprints={**recorded, **fingerprints_beside(path)},
         run_state={},
     )
     left_out = account(
@@ -123,9 +137,7 @@ def open_source(path: Path, options: ReadOptions = NO_OPTIONS) -> StoredSource:
         left_out=[LeftOut(name, "a mask, which transformers does not load") for name in masks],
     )
     files = [
-        LeftOut(item.name, "the tokenizer's, which formats with a place for it carry along")
-        if item.name in (*FILES, *COMPANIONS)
-        else item
+        LeftOut(item.name, _CARRIED_ALONG.get(item.name, item.reason))
         for item in unread_files(path, {_CONFIG, _INDEX, _RUN, *sizes})
     ]
     return StoredSource(
@@ -161,14 +173,17 @@ def _follows(
     return False
 
 
-def _run_fingerprints(path: Path) -> dict[str, str]:
-    """The fingerprints of the run, if megagrow wrote the directory."""
+def _record(path: Path) -> tuple[dict[str, str], list[Any]]:
+    """The fingerprints of the run and the model's history, if megagrow wrote the directory."""
     if not (path / _RUN).is_file():
-        return {}
-    found = read_json(path / _RUN).get("fingerprints")
+        return {}, []
+    content = read_json(path / _RUN)
+    found, records = content.get("fingerprints"), content.get(KEY, [])
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise CheckpointError(f"{path / _RUN}: damaged", fix=RESTORE)
-    return found
+    if not isinstance(records, list) or not all(isinstance(one, dict) for one in records):
+        raise CheckpointError(f"{path / _RUN}: damaged", fix=RESTORE)
+    return found, records
 
 
 def _heads(model: ModelConfig) -> set[str]:
@@ -260,10 +275,20 @@ class HuggingFaceSink:
                 name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self.files.append(self._plan(name, shard, request))
         self._sharded = len(shards) > 1
-        if fingerprints:
+        records = history(request.meta)
+        if fingerprints or records:
             # It gets sidecar checksums, as the weights do.
-            text = json.dumps({"fingerprints": fingerprints}, indent=2) + "\n"
+            record = {"fingerprints": fingerprints, **({KEY: records} if records else {})}
+            text = json.dumps(record, indent=2) + "\n"
             self.files.append(FilePlan(_RUN, [text.encode()]))
+        stub = stub_of(
+            model,
+            records=records,
+            fingerprints=fingerprints,
+            run_state=request.meta.run_state,
+            step=request.step,
+        )
+        self._card = files_of_card(stub, carried=request.card, changed=request.changed)
 
     def _plan(self, name: str, shard: Sequence[Sequence[Link]], request: SinkRequest) -> FilePlan:
         values = {
@@ -296,11 +321,12 @@ class HuggingFaceSink:
                 "weight_map": dict(sorted(self._weight_map.items())),
             }
             _write_json(directory / _INDEX, index)
-        for name, content in self._tokenizer.files.items():
+        card, said = self._card
+        for name, content in {**card, **self._tokenizer.files}.items():
             with naming(directory / name, "cannot be written"):
                 write_new(directory / name, content)
         compared = [compare(directory, self._tokenizer)] if self._tokenizer.files else []
-        return [*self._tokenizer.notes, *compared]
+        return [*self._tokenizer.notes, *compared, said]
 
 
 def _not_stored(model: ModelConfig) -> Iterator[LeftOut]:

@@ -193,7 +193,10 @@ def compare(directory: Path, held: Carried) -> str:
         f"{ours.path}: transformers gives other ids than in training",
         found=f"{found[:12]} for {text[:40]!r}, by {type(loaded).__name__}",
         expected=str(wanted[:12]),
-        fix="pass only the tokenizer.json, without its tokenizer_config.json: "
+        fix="AutoTokenizer goes by the model's family here, whatever tokenizer_config.json says: "
+        "--tokenizer none, and load tokenizer.json with PreTrainedTokenizerFast"
+        if held.made
+        else "pass only the tokenizer.json, without its tokenizer_config.json: "
         f"--tokenizer {ours.path}",
     )
 

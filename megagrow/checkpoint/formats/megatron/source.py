@@ -11,7 +11,7 @@ on the first stage and, with a pipeline, again on the last.
 
 Optimizer state is read and written if it is torch's or apex's Adam on whole parameters, inside
 Megatron's 16-bit optimizer or not.  The distributed optimizer's state is in separate files and
-is left out.  For writing see `sink`.
+is left out.  For writing see `sink`; for the distributed format `distributed`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.containers.duplicates import same_values
-from megagrow.checkpoint.containers.pickle_reader import brief
 from megagrow.checkpoint.containers.stored_tensor import StoredTensor
 from megagrow.checkpoint.formats.megatron import names
+from megagrow.checkpoint.formats.megatron.distributed import open_distributed
 from megagrow.checkpoint.formats.megatron.files import (
     RANK,
     RankFile,
@@ -48,9 +48,8 @@ from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import family_in, replayed_model
 from megagrow.checkpoint.interface.stored_boxes import Record, StoredBox
 from megagrow.checkpoint.interface.stored_source import StoredSource
-from megagrow.checkpoint.interface.torch_dist import METADATA, is_torch_dist
+from megagrow.checkpoint.interface.torch_dist import is_torch_dist
 from megagrow.checkpoint.io.files import RESTORE, laid_out
-from megagrow.checkpoint.io.strict_json import read_json
 from megagrow.errors import CheckpointError
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, Catalog, LogicalTensor
@@ -77,7 +76,8 @@ def open_source(path: Path, options: ReadOptions = NO_OPTIONS) -> CheckpointSour
 
 
 def _open(path: Path, options: ReadOptions) -> CheckpointSource:
-    _refuse_distributed(path)
+    if is_torch_dist(path):
+        return open_distributed(path, options)
     ranks = read_ranks(path)
     first = ranks[0]
     args = arguments_of(first)
@@ -294,19 +294,6 @@ def _left_out(
 # --- finding ------------------------------------------------------------------------------
 
 
-def _refuse_distributed(path: Path) -> None:
-    if not is_torch_dist(path):
-        return
-    kind = read_json(path / METADATA).get("sharded_backend")
-    raise CheckpointError(
-        f"{path}: is in Megatron's distributed format, which is not read",
-        found=f"sharded_backend {brief(kind)} in {METADATA}",
-        expected=f"mp_rank_*/{FILE}, Megatron's --ckpt-format torch",
-        fix="convert it with Megatron: start the training script as before with the options "
-        "--load DIR --ckpt-convert-format torch --ckpt-convert-save NEW, then read NEW/torch",
-    )
-
-
 def find(path: Path) -> Path | None:
     """The iteration's directory for a path: the path itself, or the one that the tracker names."""
     if _is_iteration(path):
@@ -324,7 +311,7 @@ def _is_iteration(path: Path) -> bool:
     if not path.is_dir():
         return False
     if is_torch_dist(path):
-        return True  # to be rejected by name later
+        return True
     ranks = (entry for entry in path.iterdir() if RANK.match(entry.name) and entry.is_dir())
     return any((rank / FILE).exists() for rank in ranks)
 

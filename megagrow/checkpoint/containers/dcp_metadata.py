@@ -11,11 +11,14 @@ from typing import Any
 import torch
 
 from megagrow.checkpoint.containers.pickle_reader import Opaque, brief, read_pickle
+from megagrow.checkpoint.containers.stored_tensor import StoredTensor
+from megagrow.checkpoint.containers.torch_reader import read_torch_file
 from megagrow.checkpoint.io.dtypes import DTYPE_NAMES
 from megagrow.checkpoint.io.files import RESTORE, read_small
 from megagrow.errors import CheckpointError
 from megagrow.state.boxes import Box
 
+METADATA = ".metadata"
 _METADATA_LIMIT = 1 << 30
 _INSTRUCTIONS = 1 << 26  # a chunk of a tensor takes about 30
 _ROOM = "torch.distributed.checkpoint."
@@ -29,6 +32,11 @@ _NAMES = frozenset(
             )
         ),
         f"{_ROOM}filesystem._StorageInfo",
+        # Megatron keeps the plans of all ranks, which say nothing more.
+        *(
+            f"{_ROOM}planner.{name}"
+            for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
+        ),
         "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
         "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
         "torch.serialization._get_layout",
@@ -148,3 +156,44 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= 512:
         raise ValueError(f"{brief(value)} is no name")
     return value
+
+
+def locate(
+    path: Path, size: int, entry: Entry, chunk: Chunk, *, at: str, permuted: bool = False
+) -> tuple[StoredTensor, tuple[int, int, int]]:
+    """Find a chunk's values in its file: the tensor, and (first byte, bytes, CRC-32) of its record.
+
+    Args:
+        path: the checkpoint's directory.
+        size: of the chunk's file.
+        at: what is read, for errors.
+        permuted: whether it may have an order of axes other than row-major.
+
+    Raises:
+        CheckpointError: the file is truncated or damaged, or holds something else.
+    """
+    if chunk.start + chunk.length > size:
+        raise CheckpointError(
+            f"{at}: the file is truncated",
+            found=f"{size} bytes",
+            expected=f"at least {chunk.start + chunk.length} bytes",
+            fix=RESTORE,
+        )
+    try:
+        file = read_torch_file(
+            path / chunk.file, start=chunk.start, length=chunk.length, permuted=permuted
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{at}: damaged or refused\n{error}") from None
+    found = file.value
+    if not isinstance(found, StoredTensor):
+        raise CheckpointError(f"{at}: is no tensor", found=brief(found), fix=RESTORE)
+    if found.dtype != entry.dtype or found.shape != chunk.box.shape:
+        raise CheckpointError(
+            f"{at}: is not what {METADATA} tells",
+            found=f"shape {list(found.shape)} of {found.dtype}",
+            expected=f"shape {list(chunk.box.shape)} of {entry.dtype}",
+            fix=RESTORE,
+        )
+    [record] = [r for r in file.records if r[0] <= found.start < r[0] + max(1, r[1])]
+    return found, record
