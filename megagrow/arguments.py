@@ -12,6 +12,7 @@ from megagrow.files import or_shipped
 
 _SETTING = re.compile(r"^--([A-Za-z_]\w*(?:\.\w+)+)(=.*)?$", re.DOTALL)
 _NO_VALUE = re.compile(r"^--[a-z][\w-]*=--$")
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://.")
 _LONGEST_NAME = 255  # bytes, on Linux file systems
 _SHOWN = 60  # characters of a wrong value that are shown
 _INSTALLED = {"pretrain": "train", "prepare_data": "prepare"}  # the others have the same name
@@ -81,6 +82,12 @@ def as_path(text: str) -> Path:
             f"{shown!r} is not a path: a name in it is longer than {_LONGEST_NAME} bytes"
         )
     return Path(text)
+
+
+def as_path_or_url(text: str) -> Path | str:
+    """An argparse type: a path, or the URL of an object store, such as s3://bucket/run."""
+    as_path(text)
+    return text if _URL.match(text) else Path(text)
 
 
 def as_path_text(text: str) -> str:

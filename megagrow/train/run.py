@@ -37,6 +37,13 @@ from megagrow.train.logging.journal import Journal
 from megagrow.train.run_plan import RunPlan, Stage, plan_run
 from megagrow.train.saving import Saver
 from megagrow.train.state import RunState, step_seed
+from megagrow.train.uploading import (
+    Uploads,
+    bring,
+    on_first_beating,
+    require_store,
+    set_aside,
+)
 
 
 class TrainingRun:
@@ -94,7 +101,7 @@ class TrainingRun:
             warmup = plan.learning_rate.warmup
             self.journal.say(f"warm-up: {warmup} steps, since schedule.warmup is not given")
         self.state = RunState()
-        resumed = self._resume(resume)
+        resumed = self._resume(self._brought(resume))
         if not resumed and config.init is None:
             self._start(lambda: fill_fresh(self.engine, config=config, comm=comm))
         elif not resumed:
@@ -114,8 +121,24 @@ class TrainingRun:
             run=self.journal.run_id,
             say=self.journal.say,
         )
+        self.uploads = Uploads(
+            config.checkpoint.remote if comm.rank == 0 else None,
+            keep=config.checkpoint.keep,
+            lock=self.lock,
+            say=self.journal.say,
+            event=self.journal.event,
+        )
 
     # --- set-up ---------------------------------------------------------------------------
+
+    def _brought(self, resume: str) -> str:
+        """What to resume from, once it is in the run directory (see `uploading`)."""
+        on_first(self.comm, lambda: require_store(self.config))
+        return on_first_beating(
+            self.comm,
+            lambda: self._begin("fetching a checkpoint", slow=True),
+            lambda: bring(self.config, resume, say=self.journal.say),
+        )
 
     def _resume(self, resume: str) -> bool:
         """Resume from the first usable checkpoint; False if there is none to try.
@@ -195,6 +218,13 @@ class TrainingRun:
     def _set_newer_aside(self, path: Path) -> None:
         """Set aside later checkpoints of a run that went back, once its new start is loaded."""
         if path.parent == self.root:
+            step = self.state.step
+            for name in on_first_beating(
+                self.comm,
+                lambda: self._begin("setting newer checkpoints aside", slow=True),
+                lambda: set_aside(self.config, step),
+            ):
+                self.journal.say(f"in checkpoint.remote a newer one was set aside as {name}")
             for moved in on_first(
                 self.comm, lambda: checkpoints.set_aside(self.root, self.state.step)
             ):
