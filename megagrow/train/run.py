@@ -20,6 +20,7 @@ from megagrow.data.sampler import rank_slice, validation_samples
 from megagrow.engine.comm import Comm
 from megagrow.engine.precision import Precisions
 from megagrow.errors import CheckpointError, DataError, MegagrowError
+from megagrow.processes import start_up
 from megagrow.train import checkpoints
 from megagrow.train.agreement import check_agreement
 from megagrow.train.average import WeightAverage
@@ -158,6 +159,7 @@ class TrainingRun:
         return False
 
     def _go_on_from(self, path: Path) -> None:
+        start_up.ends("checks with all ranks")
         checkpoint = on_all(self.comm, lambda: checkpoints.open_checkpoint(path))
         self.state, changes = check_agreement(
             checkpoint, config=self.config, data=self.data, plan=self.plan
@@ -189,6 +191,7 @@ class TrainingRun:
     def _start(self, fill: Callable[[], None]) -> None:
         """Create the engine for `state`, and let `fill` give it its tensors."""
         self._begin(f"starting at step {self.state.step}", slow=True)
+        start_up.ends("checkpoint")
         self._first_step = self.state.step
         self._average.begin()
         self._enter_stage()
@@ -200,11 +203,13 @@ class TrainingRun:
             loss_scale=self.state.loss_scale,
         )
         self._say_precision(None)
+        start_up.ends("engine")
         try:
             fill()
         except MegagrowError:
             self.engine.close()
             raise
+        start_up.ends("checkpoint")
         self.comm.limit_collectives(self.config.watch.slow)
 
     def _say_precision(self, before: Precisions | None) -> None:
@@ -232,6 +237,7 @@ class TrainingRun:
 
     def _open_journal(self, *, resumed: bool) -> None:
         on_all(self.comm, lambda: self.journal.open(self.state, resumed=resumed))
+        start_up.ends("data and log")
         self.journal.event(
             "resume" if resumed else "run_start",
             step=self.state.step,
@@ -244,6 +250,7 @@ class TrainingRun:
             growth_stage=self.state.growth_stage,
             total_steps=self.plan.total_steps,
             device=str(self.comm.device),
+            **({"start_up": parts} if (parts := start_up.take()) else {}),
             **({"init": asdict(self.state.origin)} if self.state.origin and not resumed else {}),
         )
         for end in () if resumed else self.plan.planned:

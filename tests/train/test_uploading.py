@@ -69,7 +69,8 @@ def test_resumed_where_the_run_directory_is_lost(tmp_path, straight, s3, s3_serv
     assert "already holds checkpoints" in never.err and not events_of(tmp_path / "c")
     # A new run from a step of this one, by its URL.
     named = run(2, ["--config", config, f"run.dir={tmp_path / 'd'}",
-                    "--resume", f"{s3}/step_00000010", "stages.2.until.steps=11"], s3_server)  # fmt: skip
+                    "--resume", f"{s3}/step_00000010", "stages.2.until.steps=11"],
+                s3_server)  # fmt: skip
     assert "(step 10)" in named.err and list_steps(tmp_path / "d" / "checkpoints") == [11]
 
 
