@@ -131,6 +131,10 @@ setup(
         ],
         "objects": ["fsspec", "s3fs"],  # checkpoints in object stores; gs:// needs gcsfs
         "telemetry": ["prometheus-client", "wandb"],
+        # Hang detection by ft_launcher; wheels are for Linux alone.
+        "resiliency": [
+            "nvidia-resiliency-ext; sys_platform == 'linux' and platform_machine == 'x86_64'"
+        ],
         "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and power_draw read from
         "zstd": ["zstandard"],  # reads .zst files of text
         "hf": ["safetensors", "tokenizers", "transformers"],
