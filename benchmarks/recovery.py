@@ -262,8 +262,8 @@ def _model(parameters: float) -> ModelConfig:
     for layers in range(1, 1000):
         hidden = max(64, 64 * layers + 256)
         model = ModelConfig(
-            family="gpt2", layers=layers, hidden=hidden, heads=hidden // 64, ffn=4 * hidden,
-            sequence=64, vocab=_VOCABULARY,
+            family="gpt2", layers=layers, hidden=hidden, heads=hidden // 64, head_dim=64,
+            ffn=4 * hidden, sequence=64, vocab=_VOCABULARY,
         )  # fmt: skip
         if build_catalog(model).parameters >= parameters:
             return model

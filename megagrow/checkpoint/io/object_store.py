@@ -18,7 +18,8 @@ from megagrow.background import Pool
 from megagrow.errors import CheckpointError
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://[^/]*.*", re.DOTALL)
-_AT_A_TIME = 4  # objects moved at a time; the library moves parts of each side by side
+# Objects moved at a time.  Libraries move parts of each side by side: s3fs 10 of 50 MB, in memory.
+_AT_A_TIME = 2
 _PROBE = ".megagrow-probe-"
 INSTALL = "pip install 'megagrow[objects]', or the library that fsspec names for this protocol"
 
