@@ -60,7 +60,10 @@ def no_job() -> Iterator[None]:
         del os.environ[name]
     assert not left, f"the test left in the environment: {left}"
     # megagrow.engine.comm.start makes this thread flush denormal numbers to zero.
-    assert sys.float_info.min / 2 > 0, "the test joined a job in this process"
+    joined = sys.float_info.min / 2 == 0
+    if joined:
+        sys.modules["torch"].set_flush_denormal(False)
+    assert not joined, "the test joined a job in this process"
 
 
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_",

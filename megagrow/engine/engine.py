@@ -39,7 +39,7 @@ from megagrow.growth.optimizer_rules import GroupKey, OptimizerRules
 from megagrow.models.common.masks import Masks, ramp_in
 from megagrow.models.common.parallel import TensorParallel, seed_random_numbers
 from megagrow.models.transformer import Transformer, named_tensors
-from megagrow.state.placement import Placement
+from megagrow.state.placement import PLACEHOLDER, Placement
 from megagrow.state.precision import PRECISIONS
 
 
@@ -352,7 +352,7 @@ def _parameter_groups(
         members = [parameters[name] for name in names]
         if not members:
             members = [nn.Parameter(sample.new_zeros(1))]
-            module.register_parameter(f"stand_in_for_group_{number}", members[0])
+            module.register_parameter(f"{PLACEHOLDER}{number}", members[0])
         groups.append(
             {
                 "params": members,

@@ -23,6 +23,9 @@ from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.state.layout import SPLIT_AXES, Coordinates, Layout, balanced_cuts, even_split
 
 FLAT_ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor
+# Begins the name of the parameter, with the group's number behind it, that a pipeline stage has in
+# a group of which it holds no tensor.
+PLACEHOLDER = "stand_in_for_group_"
 
 
 @dataclass(frozen=True, slots=True)

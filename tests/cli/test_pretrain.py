@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import secrets
 import signal
 import socket
@@ -146,7 +147,9 @@ def test_plain_python_is_a_job_of_one_process(config, undisturbed):
 def test_a_wrong_setting_under_the_launcher(config):
     """Reported once, and the launcher's own status is not 0."""
     status, said = finish(start("deepspeed", "--config", config, "optimizer.lrr=1"))
-    assert status != 0 and said.count("error: ") == 1 and "optimizer.lrr" in said
+    # A rank that waits two seconds for rank 0 in vain, on a busy machine, may add "rank 1: error:".
+    assert status != 0 and len(re.findall("^error: ", said, re.MULTILINE)) == 1
+    assert "optimizer.lrr" in said
     assert not log_path(config).exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 from megagrow.data.sampler import VALIDATION
 from megagrow.train import checkpoints
 from megagrow.train.agreement import validation_changes
-from tests.jobs import launch, log_of, main, settings, write_config
+from tests.jobs import launch, log_of, settings, write_config
 
 
 def config(dataset, tmp_path, **changes):
@@ -68,7 +68,7 @@ def test_an_id_that_the_vocabulary_does_not_have_is_named(tmp_path, dataset):
         tokens[:] = 60_000
 
     copy = damaged(dataset, tmp_path, spoil)
-    outcome = main(["--config", config(copy, tmp_path), "data.verify=false"])
+    [[outcome]] = launch(1, ["--config", config(copy, tmp_path), "data.verify=false"])
     assert outcome.status == 1 and "data.verify is off" in outcome.err
     assert f"{copy / 'train.bin'}: a token id that the vocabulary does not have" in outcome.err
     assert "in sample 0" in outcome.err and "found:    60000 at token" in outcome.err

@@ -36,7 +36,7 @@ from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.models.catalog import build_catalog
 from megagrow.state.catalog import Catalog, LogicalTensor
 from megagrow.state.layout import Layout
-from megagrow.state.placement import Placement
+from megagrow.state.placement import PLACEHOLDER, Placement
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,15 @@ class Scheme:
 def recognised(tag: Tag, client: Mapping[str, Any], family: str | None) -> Scheme:
     """One of our models, recognised by configuration or names and shapes; else plain tensors."""
     layout = tag.layout
-    last = names.last_place(name for shapes in tag.shapes for name in shapes)
+    shapes_of = [
+        {name: shape for name, shape in shapes.items() if not name.startswith(PLACEHOLDER)}
+        for shapes in tag.shapes
+    ]
+    last = names.last_place(name for shapes in shapes_of for name in shapes)
     local = {
         names.logical_name(name, last) or name: shape
         for mp in reversed(range(0, tag.model_parallel, layout.tensor))
-        for name, shape in tag.shapes[mp].items()
+        for name, shape in shapes_of[mp].items()
     }
     written = replayed_model(
         client["config"], client["run_state"], vocabulary=_vocabulary(tag, local, layout)
@@ -76,7 +80,7 @@ def recognised(tag: Tag, client: Mapping[str, Any], family: str | None) -> Schem
     placement = Placement(build_catalog(model), layout) if model else None
     if placement is not None and _fits(placement, local):
         ours = placement
-        logical = {n: names.logical_name(n, last) or n for shapes in tag.shapes for n in shapes}
+        logical = {n: names.logical_name(n, last) or n for shapes in shapes_of for n in shapes}
         return Scheme(
             model, ours.catalog, logical, lambda _, t, rank: local_of_placement(ours, t, rank), last
         )
@@ -193,7 +197,12 @@ def with_roles(tag: Tag, scheme: Scheme, order: Sequence[Sequence[Sequence[str]]
     frozen = {scheme.names[name] for name in tag.frozen}
     if any(tag.saved(mp).members for mp in range(tag.model_parallel)) and not tag.zero:
         trained = {name for groups in order for group in groups for name in group}
-        frozen = {scheme.names[n] for shapes in tag.shapes for n in shapes if n not in trained}
+        frozen = {
+            scheme.names[n]
+            for shapes in tag.shapes
+            for n in shapes
+            if n not in trained and n in scheme.names
+        }
     aliases: dict[str, list[str]] = {}
     for other, name in tag.aliases.items() if scheme.model is None else ():
         aliases.setdefault(scheme.names[name], []).append(other)
@@ -230,7 +239,8 @@ def group_order(
         order.append(
             [
                 [modules[t.name] for t in scheme.catalog if t.name in modules and keys[t.name] == k]
-                for k in sorted(set(keys.values()))
+                or [name for name in shapes if name == f"{PLACEHOLDER}{number}"]
+                for number, k in enumerate(sorted(set(keys.values())))
             ]
         )
     return order

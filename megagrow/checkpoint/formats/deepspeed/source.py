@@ -49,6 +49,7 @@ from megagrow.checkpoint.interface.stored_source import StoredSource
 from megagrow.checkpoint.io.files import laid_out
 from megagrow.state.boxes import flat_offset, flat_range_boxes
 from megagrow.state.catalog import Catalog
+from megagrow.state.placement import PLACEHOLDER
 
 
 def open_source(path: Path, options: ReadOptions = NO_OPTIONS) -> CheckpointSource:
@@ -110,6 +111,9 @@ def _open(tag: Tag, family: str | None) -> CheckpointSource:
 
 def _left_out(tag: Tag, scheme: Scheme) -> Iterator[LeftOut]:
     """What the files hold and the scheme does not use."""
+    for name in sorted({n for shapes in tag.shapes for n in shapes if n.startswith(PLACEHOLDER)}):
+        if name not in scheme.names:
+            yield LeftOut(name, "stands for a group without tensors on a pipeline stage")
     for name in sorted({name for kept in tag.buffers for name in kept} - set(scheme.names)):
         yield LeftOut(name, "a buffer that the model does not have")
     if tag.precision is None:
