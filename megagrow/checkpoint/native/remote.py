@@ -78,9 +78,9 @@ class RemoteSteps:
                 return self._require_same(seal, text)
             self.store.delete([name for name in held if name not in names])
             self.store.put([(path / name.split("/")[1], name) for name in names], go_on=go_on)
-        require_sizes(self.store.sizes(path.name), names, url=self.store.url)
-        go_on()
-        self.store.write(seal, text)
+            require_sizes(self.store.sizes(path.name), names, url=self.store.url)
+            go_on()
+            self.store.write(seal, text)
         return sum(names.values()) + len(text)
 
     def _require_same(self, seal: str, text: bytes) -> int:
