@@ -113,6 +113,7 @@ setup(
             "matplotlib",
             # A real reader of our Megatron checkpoints; wheels are for Linux alone.
             "megatron-core; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "moto[server]",  # a local S3 server for the tests
             "mypy",
             "prometheus-client",
             "pytest",
@@ -121,13 +122,19 @@ setup(
             "pytest-xdist",
             "pyyaml",  # another reader of the YAML that is written
             "ruff",
+            "s3fs",
             "safetensors",
             "tokenizers",
             "transformers",
             "types-PyYAML",
             "types-tqdm",
         ],
+        "objects": ["fsspec", "s3fs"],  # checkpoints in object stores; gs:// needs gcsfs
         "telemetry": ["prometheus-client", "wandb"],
+        # Hang detection by ft_launcher; wheels are for Linux alone.
+        "resiliency": [
+            "nvidia-resiliency-ext; sys_platform == 'linux' and platform_machine == 'x86_64'"
+        ],
         "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and power_draw read from
         "zstd": ["zstandard"],  # reads .zst files of text
         "hf": ["safetensors", "tokenizers", "transformers"],

@@ -42,6 +42,9 @@ EXAMPLES = """\
   # figures of results, drawn again from their JSON without measuring anything
   python launch/benchmark.py figures RESULT.json
 
+  # from a killed rank to the next step, by part
+  python launch/benchmark.py recovery --json benchmarks/recovery_cpu.json
+
   # signals, full and broken disks, second jobs: every command that writes gives the same result
   python launch/benchmark.py faults --kills 200 --strikes 400
 """
@@ -57,7 +60,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         examples=f"{EXAMPLES}\n{SAVINGS}{_LAUNCHERS}",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    names = "growth|throughput|savings|operators|dynamics|faults|convert|kernels|mfu|figures"
+    names = (
+        "growth|throughput|savings|operators|dynamics|faults|recovery|convert|kernels|mfu|figures"
+    )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar=names)
 
     def add_kind(name: str, about: str) -> argparse.ArgumentParser:
@@ -195,6 +200,35 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--ranks", type=whole(1), default=2, help="processes of a job (default %(default)s)")
     add("--seed", type=whole(0), default=1, help="of what is drawn (default %(default)s)")
 
+    recovery = add_kind("recovery", "the time from a lost rank or host to the next step")
+    add = recovery.add_argument
+    add(
+        "--parameters",
+        type=number(above=0),
+        default=50e6,
+        help="of the model, at least (default %(default)g)",
+    )
+    add(
+        "--fault",
+        choices=("rank", "host"),
+        default="rank",
+        help="SIGKILL of a rank, or all processes of one of two nodes stop (default %(default)s)",
+    )
+    add("--repetitions", type=whole(1), default=5, help="jobs (default %(default)s)")
+    add(
+        "--silence",
+        type=number(above=0),
+        default=30.0,
+        help="seconds until a silent host counts as lost, as of supervise (default %(default)g)",
+    )
+    add(
+        "--backoff",
+        type=number(least=0),
+        default=5.0,
+        help="seconds before a restart, as of supervise (default %(default)g)",
+    )
+    add("--directory", type=as_path, help="for the jobs (default: the temporary directory)")
+
     fused = add_kind("kernels", "each fused op on a GPU, against its rivals")
     step = add_kind("mfu", "bf16 training steps on a GPU, kernels or not")
     for kind in (fused, step):
@@ -203,7 +237,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             action="store_true",
             help="tiny, on the CPU, with emulated kernels: shows that it works, not how fast",
         )
-    for kind in (growth, speed, compared, departing, faults, conversion, fused, step):
+    for kind in (growth, speed, compared, departing, faults, recovery, conversion, fused, step):
         add_common(kind)
     # Overrides and options may be mixed in any order.
     return parser.parse_args(arguments)

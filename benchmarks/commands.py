@@ -23,6 +23,7 @@ from benchmarks import growth_table
 from benchmarks import kernels as fused
 from benchmarks import mfu as utilisation
 from benchmarks import operators as comparing
+from benchmarks import recovery as recovering
 from benchmarks import throughput as training
 from megagrow.checkpoint.io.files import naming
 from megagrow.config import LayoutConfig, ModelConfig
@@ -219,6 +220,22 @@ def _layouts(world: int) -> list[LayoutConfig]:
         LayoutConfig(tensor=world, zero=0, sequence_parallel=True),
         LayoutConfig(pipeline=world, zero=0),
     ]
+
+
+def recovery(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Recovery from a lost rank or host; returns (JSON data, Markdown)."""
+    if options.directory is not None:
+        options.directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="megagrow-recovery-", dir=options.directory) as path:
+        result = recovering.measure(
+            fault=options.fault,
+            parameters=options.parameters,
+            repetitions=options.repetitions,
+            silence=options.silence,
+            backoff=options.backoff,
+            directory=Path(path),
+        )
+    return result, recovering.table(result)
 
 
 def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -1,4 +1,4 @@
-"""Processes: which is which, since PIDs are reused, and how one that trained ends."""
+"""Processes: which is which, as PIDs are reused; how one starts; how one that trained ends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,6 +38,46 @@ def started(pid: int) -> int | None:
         return HIDDEN
     fields = text.rpartition(")")[2].split()  # the name in parentheses may contain anything
     return None if fields[0] in "ZX" else int(fields[19])  # a zombie no longer writes
+
+
+class StartUp:
+    """How long the parts of this process's start took, for the log of a run.
+
+    Only a command that is a process of its own counts: elsewhere nothing has begun.
+    """
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._seconds: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """Count from when the process was made; that ends the part ``python``."""
+        self._seconds, self._last = {}, _made()
+        self.ends("python")
+
+    def ends(self, part: str) -> None:
+        """A part ends now; it began where the one before it ended."""
+        if self._last is not None:
+            now = time.time()
+            self._seconds[part] = self._seconds.get(part, 0.0) + now - self._last
+            self._last = now
+
+    def take(self) -> dict[str, float]:
+        """The parts in seconds, in order; the start is over, and nothing is counted any more."""
+        seconds, self._seconds, self._last = self._seconds, {}, None
+        return seconds
+
+
+start_up = StartUp()
+
+
+def _made() -> float | None:
+    """When this process was made, in seconds since 1970; None where the system does not tell."""
+    ticks = started(os.getpid())
+    if ticks in (None, HIDDEN):
+        return None
+    since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.time() - (since_boot - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def leave(status: int) -> NoReturn:

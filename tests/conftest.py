@@ -1,12 +1,17 @@
 """The environment of all tests, and of the processes they start; set before torch is imported."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from tests.objects import Server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # MEGAGROW_TEST_DEVICE=cuda runs on a GPU what can be run there (kernels/gpu_check.sh).
@@ -27,6 +32,23 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.jobs import make_dataset  # which imports torch
 
     return make_dataset(tmp_path_factory.mktemp("data") / "toy")
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator["Server"]:
+    """A local S3 server with an empty bucket; tests use URLs of their own in it."""
+    from tests.objects import Server
+
+    server = Server()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def s3(s3_server: "Server", monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """The URL of a directory of this test's own on it; this process is its client."""
+    s3_server.use(monkeypatch)
+    return s3_server.url(re.sub(r"\W+", "-", request.node.nodeid))
 
 
 @pytest.fixture(autouse=True)

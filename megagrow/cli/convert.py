@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megagrow.arguments import Parser, as_path, as_path_text, number, whole
+from megagrow.arguments import Parser, as_path, as_path_or_url, as_path_text, number, whole
 from megagrow.errors import exit_status
 from megagrow.state.precision import ELEMENTS
 
@@ -26,6 +27,9 @@ EXAMPLES = """\
   # weights to start a run from: configs/quickstart.yaml then goes on with --resume imports/model
   python launch/convert.py --from MODEL --to imports/model --to-format native \\
       --config configs/quickstart.yaml
+
+  # from an object store, or to one: any URL that fsspec knows
+  python launch/convert.py --from s3://bucket/run --to exports/model --to-format huggingface
 
   # twice as deep on the way, from one format to another
   python launch/convert.py --from MODEL --to exports/deeper --to-format huggingface \\
@@ -54,19 +58,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--from",
         dest="source",
-        type=as_path,
+        type=as_path_or_url,
         required=True,
-        metavar="PATH",
-        help="a checkpoint, or a run directory: its newest one",
+        metavar="PATH|URL",
+        help="a checkpoint, or a run directory: its newest one; or the URL of one in an object "
+        "store, which is downloaded to TMPDIR first",
     )
     add("--from-format", choices=FORMATS, help="by default what it looks like")
     add(
         "--to",
         dest="target",
-        type=as_path,
+        type=as_path_or_url,
         required=True,
-        metavar="PATH",
-        help="the directory to make; nothing may be there",
+        metavar="PATH|URL",
+        help="the directory to make; nothing may be there; a URL is uploaded from TMPDIR",
     )
     add("--to-format", choices=FORMATS, required=True)
     for axis in ("tensor", "pipeline", "data"):
@@ -148,6 +153,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for."""
+    from megagrow.checkpoint.convert.remote import as_local, as_target
+
+    if options.dry_run and not isinstance(options.target, Path):
+        options.target = Path(options.target.rpartition("/")[2] or "checkpoint")
+        print(f"to {options.target} here; a real run uploads it")
+    with as_local(options.source) as source, as_target(options.target) as target:
+        for place, path in ((options.source, source), (options.target, target)):
+            if place != path:
+                print(f"{place} by way of {path}")
+        _run(argparse.Namespace(**{**vars(options), "source": source, "target": target}))
+    if target != options.target:
+        print(f"{options.target}: uploaded")
+
+
+def _run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from megagrow.checkpoint.convert.run import convert, survey

@@ -15,6 +15,7 @@ from megagrow.cluster import lifeline
 from megagrow.cluster.environment import require_one_task
 from megagrow.cluster.rank import under_supervision
 from megagrow.errors import ConfigError, MegagrowError
+from megagrow.processes import start_up
 from megagrow.train.health.signals import StoppedWhileStarting, StopRequest, exit_status
 from megagrow.train.job import LostContactError, leave_job, run_job
 
@@ -78,6 +79,7 @@ def run(options: argparse.Namespace, stop: StopRequest) -> int:
     from megagrow.train.ready import ready
     from megagrow.train.run_config import load_run
 
+    start_up.ends("imports")
     config = load_run(options.config, options.overrides, resume=options.resume)
     world = _world(options)
     if options.dry_run:
@@ -148,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     """Parse, run, and turn an error that the user can fix into a message and a status."""
+    start_up.begin()
     options = parse(arguments)
     try:
         with StopRequest(speaking=_is_first()).listening() as stop:

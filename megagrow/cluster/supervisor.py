@@ -6,6 +6,8 @@ were stopped by a signal and have saved, 78 if restarting would not help, else 1
 
 from __future__ import annotations
 
+import contextlib
+import json
 import queue
 import signal
 import sys
@@ -20,6 +22,7 @@ from megagrow.cluster.hub import Event, Hub, Peer
 from megagrow.cluster.lifeline import STATUS_STOPPED
 from megagrow.cluster.roster import STATUS_CONFIG, STATUS_FAILED, Failure, Roll
 
+LOG = "supervisor.jsonl"  # in the directory of logs: when each attempt began, failed and ended
 _POLL_SECONDS = 0.1
 _LAUNCHER_SECONDS = 20.0  # time for a launcher to end after its last rank
 _CLEAR_SECONDS = 45.0  # time for the nodes to end what is left
@@ -128,6 +131,7 @@ class Supervisor:
         logs = _next_directory(self._logs)
         self._members, self._cleared, self._cut_off, self._more = set(), set(), [], False
         self._order = {"number": number, "wait": wait, "logs": None if logs is None else str(logs)}
+        self._note("attempt", number=number, wait=wait)
         for node in list(self._nodes):
             self._hub.tell(node, "attempt", **self._order)
         try:
@@ -158,6 +162,7 @@ class Supervisor:
                 return  # nothing has started yet
             if roll.failures and failed is None:
                 failed = now
+                self._note("failure", number=roll.number, what=roll.failures[0].where)
             if failed is not None and (roll.all_ended() or now - failed > limits.grace):
                 return
             if over is None and (roll.all_ended() or roll.launchers_ended()):
@@ -176,6 +181,7 @@ class Supervisor:
                 roll.fail(self._not_started(roll))
 
     def _end(self, roll: Roll) -> None:
+        self._note("ending", number=roll.number)
         cause = roll.cause()
         first_line = cause.where.splitlines()[0] if cause is not None else "the job is over"
         ranks = [peer for peer in self._hub.peers if peer not in self._nodes]
@@ -198,6 +204,15 @@ class Supervisor:
                 f"could not end what may be left on {'; '.join(self._cut_off)}: ranks there end "
                 f"themselves after {self._limits.silence:g} s without the supervisor"
             )
+        self._note("ended", number=roll.number)
+
+    def _note(self, event: str, **fields: Any) -> None:
+        """Write a line with its time to the supervisor's log, if there is one."""
+        if self._logs is None:
+            return
+        line = json.dumps({"event": event, **fields, "time": time.time()})
+        with contextlib.suppress(OSError), open(self._logs / LOG, "a", encoding="utf-8") as stream:
+            stream.write(f"{line}\n")
 
     # --- what is heard --------------------------------------------------------------------
 

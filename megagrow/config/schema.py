@@ -251,6 +251,9 @@ class CheckpointConfig(Section):
     # Write in the background of the following steps, from a copy of each rank's state in host
     # memory. Default: true on GPUs, whose hosts have spare memory and cores; false on CPUs.
     asynchronous: bool | None = None
+    # An object store to copy each checkpoint to, such as s3://bucket/run, by fsspec: rank 0 uploads
+    # beside the next steps, and a start takes the newest of both places. Null: none.
+    remote: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://.+")] | None = None
 
 
 class WatchConfig(Section):

@@ -18,6 +18,7 @@ from megagrow.engine.groups import Groups, make_groups
 from megagrow.engine.precision import on_gpu
 from megagrow.engine.store import BoundedStore
 from megagrow.errors import MegagrowError
+from megagrow.processes import start_up
 from megagrow.state.layout import Layout
 from megagrow.transfer.ends import Operation
 
@@ -160,6 +161,7 @@ def start(seconds: float = 600.0) -> Comm:
     warnings.filterwarnings("ignore", "`torch.distributed", category=FutureWarning)
     from megagrow.engine.deepspeed import privates  # imports DeepSpeed, which takes seconds
 
+    start_up.ends("imports")
     privates.skip_shared_memory_op()
     if not on_gpu():
         privates.allow_fp16_on_cpu()
@@ -175,7 +177,9 @@ def start(seconds: float = 600.0) -> Comm:
             verbose=False,
             timeout=timedelta(seconds=seconds),
         )
+    start_up.ends("rendezvous")
     _settle_imports()
+    start_up.ends("imports")
     return Comm()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagrow.cluster.environment import job_of_one
+from megagrow.processes import start_up
 from megagrow.train.health.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def run_job(found: Ready, *, resume: str, stop: StopRequest) -> Outcome:
         MegagrowError: on all ranks, for anything that the user can fix.
         LostContactError: another rank died.
     """
+    start_up.ends("checks")
     # DeepSpeed takes seconds to import, so first reject everything that can be rejected.
     from megagrow.engine import comm
     from megagrow.train.health.run_lock import holding_run

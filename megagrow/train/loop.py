@@ -22,6 +22,8 @@ from megagrow.train.run import TrainingRun
 from megagrow.train.run_plan import Stage
 from megagrow.train.stage_rules import carry, decide
 
+_LOOK_SECONDS = 5.0  # between two looks at an upload that a run waits for
+
 
 class Trainer(TrainingRun):
     """Trains a run to its end."""
@@ -54,6 +56,8 @@ class Trainer(TrainingRun):
                 self._roll_back(bad)
         if self.state is not started_at or not self._asked:
             self._save(last=True)
+        while not on_first(self.comm, lambda: self.uploads.finish(_LOOK_SECONDS)):
+            self._begin("uploading the last checkpoint", slow=True)
         if self.state.step >= self._stop:
             self._asked = 0
         self.journal.end(
@@ -70,6 +74,7 @@ class Trainer(TrainingRun):
             while self.state.step < min(self.stage.plan.end_step, self._stop):
                 self._step()
                 self._settle(self.saver.poll)
+                self.uploads.poll()
                 # After its last step a run ends in any case, with a validation.
                 if self._asked and self.state.step < self._stop:
                     return
@@ -363,6 +368,7 @@ class Trainer(TrainingRun):
         step, path = saved
         self.journal.saved(step, path, is_new=path != self.last_saved)
         self.last_saved = path
+        self.uploads.begin(path)
 
     # --- bad steps ------------------------------------------------------------------------
 

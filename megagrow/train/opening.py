@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from megagrow.checkpoint import list_steps, step_path
+from megagrow.checkpoint.io.object_store import is_url
 from megagrow.checkpoint.native.retention import size_of, superseded
 from megagrow.config import Config
 from megagrow.data.run_data import RunData
@@ -45,6 +46,9 @@ def look_ahead(
     """
     run_dir = Path(config.run.dir)
     root = run_dir / checkpoints.DIRECTORY
+    if is_url(resume):
+        require_disk(config, plan)
+        return None  # rank 0 downloads it once the ranks have joined
     paths = checkpoints.candidates(root, resume)
     if not paths:
         if config.init is not None:
@@ -57,7 +61,9 @@ def look_ahead(
         require_disk(config, plan)
         return None
     _require_log(run_dir / FILE_NAME, state)
-    if path == checkpoints.newest(root):
+    # A store that is new to the run lacks its checkpoints until it is started once more.
+    new_store = any(line.startswith("checkpoint.remote:") for line in changes)
+    if path == checkpoints.newest(root) and not new_store:
         text = None
         try:
             text = _finished(config, plan, state, path)

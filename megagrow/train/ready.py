@@ -6,12 +6,14 @@ in the same words.
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow import ops
+from megagrow.checkpoint.io.object_store import is_url
 from megagrow.config import Config
 from megagrow.data.dataset import MANIFEST
 from megagrow.data.position import Position
@@ -148,6 +150,11 @@ def start_lines(found: Ready, resume: str) -> list[str]:
             it would start from does not fit.
     """
     root = Path(found.config.run.dir) / "checkpoints"
+    if is_url(resume):
+        return [f"start: from {resume}, which is downloaded when the run starts; not checked"]
+    if found.config.checkpoint.remote is not None:
+        return ["start: from the newest checkpoint here or in checkpoint.remote, if there is one; "
+                "not checked"]  # fmt: skip
     fresh = found.config.init is None
     if fresh and resume in ("auto", "good", "never") and not root.exists():
         return ["start: from fresh weights"]
@@ -195,6 +202,12 @@ def data_if_there(config: Config, *, may_come: bool) -> RunData | None:
 
 def _require_directory(run_dir: Path) -> None:
     """Reject a run.dir that cannot become a directory."""
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(run_dir)):
+        raise TrainingError(
+            f"run.dir = {run_dir}: looks like a URL",
+            expected="a directory: logs and locks need a file system",
+            fix="set checkpoint.remote to the URL, and run.dir to a directory",
+        )
     for path in (run_dir, *run_dir.absolute().parents):
         # One call: between two of them another process may create the directory.
         try:

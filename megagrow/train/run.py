@@ -22,6 +22,7 @@ from megagrow.engine.comm import Comm
 from megagrow.engine.precision import Precisions
 from megagrow.errors import CheckpointError, DataError, MegagrowError
 from megagrow.growth.training import training_in_words
+from megagrow.processes import start_up
 from megagrow.train import checkpoints
 from megagrow.train.agreement import check_agreement
 from megagrow.train.average import WeightAverage
@@ -39,6 +40,13 @@ from megagrow.train.logging.journal import Journal
 from megagrow.train.run_plan import RunPlan, Stage, plan_run
 from megagrow.train.saving import Saver
 from megagrow.train.state import RunState, step_seed
+from megagrow.train.uploading import (
+    Uploads,
+    bring,
+    on_first_beating,
+    require_store,
+    set_aside,
+)
 
 
 class TrainingRun:
@@ -96,7 +104,7 @@ class TrainingRun:
             warmup = plan.learning_rate.warmup
             self.journal.say(f"warm-up: {warmup} steps, since schedule.warmup is not given")
         self.state = RunState()
-        resumed = self._resume(resume)
+        resumed = self._resume(self._brought(resume))
         if not resumed and config.init is None:
             self._start(lambda: fill_fresh(self.engine, config=config, comm=comm))
         elif not resumed:
@@ -116,8 +124,24 @@ class TrainingRun:
             run=self.journal.run_id,
             say=self.journal.say,
         )
+        self.uploads = Uploads(
+            config.checkpoint.remote if comm.rank == 0 else None,
+            keep=config.checkpoint.keep,
+            lock=self.lock,
+            say=self.journal.say,
+            event=self.journal.event,
+        )
 
     # --- set-up ---------------------------------------------------------------------------
+
+    def _brought(self, resume: str) -> str:
+        """What to resume from, once it is in the run directory (see `uploading`)."""
+        on_first(self.comm, lambda: require_store(self.config))
+        return on_first_beating(
+            self.comm,
+            lambda: self._begin("fetching a checkpoint", slow=True),
+            lambda: bring(self.config, resume, say=self.journal.say),
+        )
 
     def _resume(self, resume: str) -> bool:
         """Resume from the first usable checkpoint; False if there is none to try.
@@ -137,6 +161,7 @@ class TrainingRun:
         return False
 
     def _go_on_from(self, path: Path) -> None:
+        start_up.ends("checks with all ranks")
         checkpoint = on_all(self.comm, lambda: checkpoints.open_checkpoint(path))
         self.state, changes = check_agreement(
             checkpoint, config=self.config, data=self.data, plan=self.plan
@@ -168,6 +193,7 @@ class TrainingRun:
     def _start(self, fill: Callable[[], None]) -> None:
         """Create the engine for `state`, and let `fill` give it its tensors."""
         self._begin(f"starting at step {self.state.step}", slow=True)
+        start_up.ends("checkpoint")
         self._first_step = self.state.step
         self._average.begin()
         self._enter_stage()
@@ -181,11 +207,13 @@ class TrainingRun:
             loss_scale=self.state.loss_scale,
         )
         self._say_precision(None)
+        start_up.ends("engine")
         try:
             fill()
         except MegagrowError:
             self.engine.close()
             raise
+        start_up.ends("checkpoint")
         self.comm.limit_collectives(self.config.watch.slow)
 
     def _say_precision(self, before: Precisions | None) -> None:
@@ -199,6 +227,13 @@ class TrainingRun:
     def _set_newer_aside(self, path: Path) -> None:
         """Set aside later checkpoints of a run that went back, once its new start is loaded."""
         if path.parent == self.root:
+            step = self.state.step
+            for name in on_first_beating(
+                self.comm,
+                lambda: self._begin("setting newer checkpoints aside", slow=True),
+                lambda: set_aside(self.config, step),
+            ):
+                self.journal.say(f"in checkpoint.remote a newer one was set aside as {name}")
             for moved in on_first(
                 self.comm, lambda: checkpoints.set_aside(self.root, self.state.step)
             ):
@@ -206,6 +241,7 @@ class TrainingRun:
 
     def _open_journal(self, *, resumed: bool) -> None:
         on_all(self.comm, lambda: self.journal.open(self.state, resumed=resumed))
+        start_up.ends("data and log")
         self.journal.event(
             "resume" if resumed else "run_start",
             step=self.state.step,
@@ -218,6 +254,7 @@ class TrainingRun:
             growth_stage=self.state.growth_stage,
             total_steps=self.plan.total_steps,
             device=str(self.comm.device),
+            **({"start_up": parts} if (parts := start_up.take()) else {}),
             **({"init": asdict(self.state.origin)} if self.state.origin and not resumed else {}),
         )
         for end in () if resumed else self.plan.planned:

@@ -41,10 +41,13 @@ def load_run(
     start = parse_settings(_WhereFrom, settings, source=where)
     # They need PyTorch, whose import takes a second.
     from megagrow.checkpoint.interface.model_of import first_model
+    from megagrow.checkpoint.io.object_store import is_url
     from megagrow.train.checkpoints import DIRECTORY
     from megagrow.train.init_from import completed, open_start, start_model
 
-    held = _to_resume(Path(start.run.dir) / DIRECTORY, str(resume))
+    # A URL is downloaded when the ranks have joined; until then the model is that of `init.from`.
+    asked = "auto" if is_url(str(resume)) else str(resume)
+    held = _to_resume(Path(start.run.dir) / DIRECTORY, asked)
     if held is None:
         _, source = open_start(start.init)
         model, whose = start_model(source), f"init.from = {source.path}"

@@ -95,7 +95,7 @@ MOMENTS = [
     ("growth", 1, 3),  # grown, but not logged
     ("train_step", 1, 3),  # logged, but no step taken
     ("write_shard", 1, 3),
-    ("_commit", 1, 3),
+    ("commit", 1, 3),
     ("retire", 1, 4),  # committed, but not logged
     ("load_run", 1, 4),
     ("_cut", 1, 4),  # of the log

@@ -152,7 +152,7 @@ def test_the_last_save_must_succeed(tmp_path, straight):
     assert sound(tmp_path / "checkpoints") == [1]
 
 
-MOMENTS = [("write_shard", 1), ("_commit", 1), ("_commit", 2), ("retire", 1), ("write_run", 3),
+MOMENTS = [("write_shard", 1), ("commit", 1), ("commit", 2), ("retire", 1), ("write_run", 3),
            ("train_step", 2), ("_copies", 2), ("wait", 2)]  # fmt: skip
 
 

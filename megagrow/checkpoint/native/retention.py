@@ -1,10 +1,10 @@
 """Which checkpoints of a run are kept, and which may be deleted when a disk is full.
 
-After a save all but the newest `keep` are deleted, but never the newest that can be opened.  If
-there is no space for a save, as after a growth, it deletes first what it would delete right
-afterwards: the oldest beyond the newest `keep - 1`, no more of them than the save needs, and none
-if that does not free enough.  Beyond that the user must decide, and gets a list of names and
-sizes.
+After a save all but the newest `keep` are deleted, but never the newest that can be opened, and
+one that is being uploaded only after a later save.  If there is no space for a save, as after a
+growth, it deletes first what it would delete right afterwards: the oldest beyond the newest
+`keep - 1`, no more of them than the save needs, and none if that does not free enough.  Beyond that
+the user must decide, and gets a list of names and sizes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from itertools import accumulate
 from pathlib import Path
 
 from megagrow.checkpoint.native.source import NativeCheckpoint
-from megagrow.checkpoint.native.steps import discard, list_steps, put_aside, step_path
+from megagrow.checkpoint.native.steps import (
+    discard,
+    is_claimed,
+    list_steps,
+    put_aside,
+    step_path,
+)
 from megagrow.errors import CheckpointError
 
 
@@ -51,7 +57,8 @@ def superseded(root: Path, keep: int, *, verify: bool = False) -> list[Path]:
     if not old:
         return []
     good = next((s for s in reversed(steps) if _is_good(step_path(root, s), verify)), None)
-    return [step_path(root, step) for step in old if step != good]
+    paths = [step_path(root, step) for step in old if step != good]
+    return [path for path in paths if not is_claimed(path)]  # an upload reads it
 
 
 def free_room(root: Path, *, needed: int, keep: int | None, say: Callable[[str], None]) -> None:

@@ -114,13 +114,13 @@ def save(
                 temporary.mkdir()
                 held.enter_context(claim(temporary))
 
-        def commit(checksums: list[list[str]]) -> None:
+        def seal(checksums: list[list[str]]) -> None:
             for file, sums in zip(files, checksums, strict=True):
                 file["crc32"] = sums
-            _commit(root, temporary, step_path(root, step), sealed(files))
+            commit(root, temporary, step_path(root, step), sealed(files))
 
         together(group, plan, prepare, failing=failing, undo=undo)
-        together(group, write, commit, failing=failing, undo=undo)
+        together(group, write, seal, failing=failing, undo=undo)
     return step_path(root, step)
 
 
@@ -150,7 +150,8 @@ def _refuse_existing(path: Path, step: int) -> None:
     )
 
 
-def _commit(root: Path, temporary: Path, final: Path, manifest: bytes) -> None:
+def commit(root: Path, temporary: Path, final: Path, manifest: bytes) -> None:
+    """Write the manifest, sync, and rename to the final name; then remove old leftovers."""
     with naming(temporary / manifests.NAME, "cannot be written"):
         write_new(temporary / manifests.NAME, manifest)
     with naming(temporary, "cannot be synchronised"):

@@ -69,7 +69,10 @@ def _children(root: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def claim(temporary: Path) -> Iterator[None]:
-    """Mark a temporary directory as in use until the block ends or the process dies."""
+    """Mark a directory as in use until the block ends or the process dies.
+
+    A save does so with its temporary directory, an upload with a committed one.
+    """
     descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):  # a file system without locks: see `_in_use`
@@ -103,13 +106,35 @@ def discard(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
+def aside_name(name: str) -> str:
+    """A name for a checkpoint that is set aside."""
+    return f"{name}{_ASIDE}{secrets.token_hex(4)}"
+
+
 def put_aside(path: Path) -> Path:
     """Rename a committed checkpoint so that no reader takes it for one of the run's."""
-    aside = path.with_name(f"{path.name}{_ASIDE}{secrets.token_hex(4)}")
+    aside = path.with_name(aside_name(path.name))
     with naming(path, "cannot be renamed"):
         os.rename(path, aside)
         sync_directory(path.parent)
     return aside
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether a process holds a `claim`; False on file systems without locks."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def _in_use(temporary: Path) -> bool:

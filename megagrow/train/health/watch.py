@@ -28,6 +28,7 @@ from megagrow.background import Loop
 from megagrow.cluster import lifeline
 from megagrow.config import Config, WatchConfig
 from megagrow.engine.comm import Comm
+from megagrow.train.health.heartbeats import Heartbeats, heartbeats
 
 LOGS = "logs"
 STALLED = 1  # exit status of a rank that the watch ends
@@ -117,6 +118,7 @@ class Watch:
         self._busy_from = time.monotonic()
         self._main = threading.get_ident()
         self._next_beat = 0.0
+        self._external = Heartbeats(None, self.note)
         self._thread = Loop("megagrow-watch", self._look, every=_SAMPLE_SECONDS)
         # Report no more often than is useful, and do not overload the store of a large job.
         self._period = max(min(1.0, config.stall / 4), world / 1000)
@@ -140,6 +142,7 @@ class Watch:
         """
         self._doing, self._step, self._since = what, step, time.monotonic()
         self._limit = self.config.slow if slow else self.config.stall
+        self._external.send()
 
     def busy_share(self) -> float:
         """The share of time since the last call in which this rank did not wait for others."""
@@ -338,6 +341,7 @@ def watching(comm: Comm, config: Config) -> Iterator[Watch]:
         watch,
         _stacks_on_request(watch.log),
         background.also_reporting_to(watch.note),
+        heartbeats(watch.note) as watch._external,
     ):
         watch.note(f"rank {comm.rank} of {comm.world} on {socket.gethostname()}, pid {os.getpid()}")
         yield watch
