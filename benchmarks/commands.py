@@ -277,7 +277,14 @@ def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             scratch = Path(held.enter_context(temporary))
         else:
             scratch = options.keep
-            scratch.mkdir(parents=True)
+            try:
+                scratch.mkdir(parents=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"--keep {scratch}: cannot be made",
+                    found=error.strerror,
+                    fix="name a directory that does not exist yet",
+                ) from None
         if any(signals.values()) or options.strikes:
             processes.begin(shim.build(scratch))
         if any(signals.values()):

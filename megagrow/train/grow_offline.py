@@ -23,7 +23,7 @@ from megagrow.checkpoint.interface.grown import GrownCheckpoint
 from megagrow.checkpoint.interface.history import KEY, growth_record, history, source_name
 from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.checkpoint.native.steps import find, step_of, step_path
-from megagrow.config import Config, GrowConfig, ModelConfig, StageConfig, Trained, UntilConfig
+from megagrow.config import Config, GrowConfig, ModelConfig
 from megagrow.config.load import parse_config
 from megagrow.data.position import Position
 from megagrow.data.run_data import open_data
@@ -38,6 +38,7 @@ from megagrow.state.layout import Layout
 from megagrow.state.placement import Placement
 from megagrow.train.fingerprints import is_of_run, require_run, require_same_data
 from megagrow.train.fit import GrowthFit, fit_growth
+from megagrow.train.grown_stages import with_growth
 from megagrow.train.new_tokenizer import NewTokenizer, new_tokenizer, sized
 from megagrow.train.state import RunState
 from megagrow.transfer.ends import Source as Ends
@@ -158,7 +159,7 @@ def plan_of_run(checkpoint: CheckpointSource, grow: GrowConfig) -> OfflineGrowth
     length = sample_length(config, small, state.growth_stage)
     state = replace(state, position=state.position.measured(length))
     grow, model, growth, brought = _planned(grow, small, checkpoint)
-    grown = _with_growth(config, state, grow, bool(checkpoint.catalog.frozen))
+    grown = with_growth(config, state, grow, bool(checkpoint.catalog.frozen))
     index = state.growth_stage + 1
     asked = grown.stages[index].train or "all"
     growth = replace(
@@ -383,25 +384,3 @@ def _fitted(plan: OfflineGrowth) -> tuple[MemoryState, GrowthFit, Position]:
     )
     position = plan.state.position.after(fit.samples, sequence=sequence, mixture=mixture)
     return large, fit, position
-
-
-def _with_growth(config: Config, state: RunState, grow: GrowConfig, frozen: bool) -> Config:
-    """The configuration with the growth after the state's stage; it unfreezes what is `frozen`."""
-    index = state.growth_stage
-    following: list[StageConfig] = config.stages[index + 1 :]
-    if following and following[0].grow == grow:
-        return config
-    left = config.stages[index].until
-    done = config.stages[index].model_copy(update={"until": UntilConfig(steps=state.step)})
-    train: Trained | None = "all" if frozen else None
-    grown = StageConfig(until=_rest(left, state), grow=grow, train=train)
-    return config.model_copy(update={"stages": [*config.stages[:index], done, grown]})
-
-
-def _rest(left: UntilConfig, state: RunState) -> UntilConfig:
-    """The end of the old stage, if it is still ahead; else twice the steps so far."""
-    reached = {"steps": state.step, "tokens": state.tokens, "flops": state.flops}
-    ahead = [key for key, at in reached.items() if (getattr(left, key) or 0) > at]
-    if ahead and not left.looks_ahead:  # such rules are about a growth that follows
-        return left
-    return UntilConfig(steps=2 * max(1, state.step))

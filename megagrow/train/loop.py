@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from megagrow.errors import CheckpointError
 from megagrow.forecast.fit import Validated
@@ -16,7 +15,7 @@ from megagrow.report.step_facts import StepFacts
 from megagrow.train import checkpoints
 from megagrow.train.grow_live import GrowthReport, grow
 from megagrow.train.health.agree import on_first
-from megagrow.train.health.recovery import RollBack, no_way_back, remember
+from megagrow.train.health.recovery import RollBack, remember
 from megagrow.train.health.signals import agreed
 from megagrow.train.run import TrainingRun
 from megagrow.train.run_plan import Stage
@@ -395,13 +394,4 @@ class Trainer(TrainingRun):
         self._open_journal(resumed=True)
         self.journal.event(
             "rollback", step=self.state.step, from_step=step, why=bad.why, ranks=bad.ranks
-        )
-
-    def _give_up(self, bad: RollBack) -> NoReturn:
-        self.journal.event("not_finite", step=self.state.step, why=bad.why, ranks=bad.ranks)
-        raise no_way_back(
-            bad,
-            last_good=self.last_saved,
-            recovery=self.config.recovery,
-            rollbacks=self._rollbacks,
         )

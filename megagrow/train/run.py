@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from megagrow.train.grow_live import fill_fresh, start_engine
 from megagrow.train.health.agree import on_all, on_first
 from megagrow.train.health.data_check import DataCheck, reported_by_its_rank
 from megagrow.train.health.preflight import preflight
-from megagrow.train.health.recovery import StepGuard
+from megagrow.train.health.recovery import RollBack, StepGuard, no_way_back
 from megagrow.train.health.run_lock import RunLock
 from megagrow.train.health.signals import StopRequest
 from megagrow.train.health.watch import Watch, unwatched
@@ -373,6 +374,15 @@ class TrainingRun:
             self.config, world=self.comm.world, vocabulary=self.data.vocab_size, ends=ends
         )
         self.journal.ends_at(self.plan.total_steps)
+
+    def _give_up(self, bad: RollBack) -> NoReturn:
+        self.journal.event("not_finite", step=self.state.step, why=bad.why, ranks=bad.ranks)
+        raise no_way_back(
+            bad,
+            last_good=self.last_saved,
+            recovery=self.config.recovery,
+            rollbacks=self._rollbacks,
+        )
 
     @property
     def last_saved(self) -> Path | None:
