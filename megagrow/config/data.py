@@ -55,10 +55,12 @@ class StageDataConfig(Section):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> StageDataConfig:
-        if (self.path is None) == (self.sources is None):
+        if self.path is not None and self.sources is not None:
+            raise ValueError("both path and sources are given; leave one out")
+        if self.path is None and self.sources is None:
             raise ValueError(
-                "give either path (one dataset) or sources (a mixture), for instance "
-                "data.path=data/stdlib"
+                "path is missing (one dataset, for instance data.path=data/stdlib), or sources (a "
+                "mixture of several)"
             )
         paths = self.paths
         twice = sorted({path for path in paths if paths.count(path) > 1})

@@ -392,6 +392,8 @@ def test_every_truncation_is_refused(sharded, tmp_path):
     copy = shutil.copytree(sharded, tmp_path / "copy")
     tried = 0
     for file in sorted(copy.iterdir()):
+        if file.name == "README.md":  # the user's to edit
+            continue
         sound = file.read_bytes()
         for length in [0, 1, 7, 8, len(sound) - 3, *(rng.randrange(len(sound)) for _ in range(15))]:
             file.write_bytes(sound[:length])

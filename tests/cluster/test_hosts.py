@@ -85,7 +85,8 @@ class Jobs:
         ]
 
     def _start(self, host, options, faults, *, overrides):
-        quick = ["--backoff", "1", "--grace", "5", "--silence", "15"]
+        usual = {"--backoff": "1", "--grace": "5", "--silence": "15"}
+        quick = [word for pair in usual.items() if pair[0] not in options for word in pair]
         return self.plain(
             host, [sys.executable, SUPERVISE, *quick, *options, PRETRAIN, "--config", self.config,
                    *overrides], faults=faults,

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
 RANK = HERE / "light_rank.py"
 PATIENT = 300  # seconds, on a machine with other work
-QUICK = ("--backoff", "0.1", "--grace", "0.5", "--silence", "20", "--start", str(PATIENT))
+QUICK = {"--backoff": "0.1", "--grace": "0.5", "--silence": "20", "--start": str(PATIENT)}
 
 
 @pytest.fixture
@@ -24,9 +24,10 @@ def supervise(tmp_path):
     started = []
 
     def start(*arguments, ranks=3, options=(), environ=None, directory=tmp_path):
+        quick = [word for pair in QUICK.items() if pair[0] not in options for word in pair]
         process = subprocess.Popen(
             [
-                sys.executable, HERE / "light_supervise.py", *QUICK, "--logs", tmp_path / "logs",
+                sys.executable, HERE / "light_supervise.py", *quick, "--logs", tmp_path / "logs",
                 "--ranks", str(ranks), *map(str, options),
                 RANK, "--dir", directory, *map(str, arguments),
             ],

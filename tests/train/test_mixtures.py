@@ -57,7 +57,7 @@ def test_a_run_on_mixtures_is_resumed_bit_for_bit_and_counts_what_it_saw(paths, 
     config = write_config(tmp_path / "run.yaml", mapping(paths, tmp_path / "run"))
     straight, chain = (["--config", config, f"run.dir={tmp_path / n}"] for n in ("one", "two"))
     stops = [[*chain, f"train.stop_after_steps={n}"] for n in (2, 6, 8)]
-    outcomes = launch(2, straight, *stops, chain)
+    outcomes = launch(2, straight, *stops, chain, timeout=300.0)
     assert [ranks[0].status for ranks in outcomes] == [0] * 5, outcomes
     one, two = (log_of(config, f"run.dir={tmp_path / n}") for n in ("one", "two"))
     assert trajectory(one) == trajectory(two) and len(trajectory(one)) == 10
