@@ -89,9 +89,9 @@ class MetricsLog:
         flops: int,
         val_loss: float,
         growth_stage: int,
-        losses: Mapping[str, float],
-        bits_per_byte: Mapping[str, float],
-        tokens_by_source: Mapping[str, int],
+        losses: Mapping[str, float] | None = None,
+        bits_per_byte: Mapping[str, float] | None = None,
+        tokens_by_source: Mapping[str, int] | None = None,
     ) -> None:
         """The loss of the fixed validation samples after `step` steps.
 
@@ -121,8 +121,8 @@ class MetricsLog:
             step,
             {
                 "loss": val_loss,
-                **{f"loss/{name}": value for name, value in losses.items()},
-                **{f"bits_per_byte/{name}": value for name, value in bits_per_byte.items()},
+                **{f"loss/{name}": value for name, value in (losses or {}).items()},
+                **{f"bits_per_byte/{name}": value for name, value in (bits_per_byte or {}).items()},
             },
         )
 
