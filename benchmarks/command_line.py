@@ -43,7 +43,7 @@ EXAMPLES = """\
   python launch/benchmark.py figures RESULT.json
 
   # from a killed rank to the next step, by part
-  python launch/benchmark.py recovery --json benchmarks/recovery_cpu.json
+  python launch/benchmark.py recovery --json runs/recovery.json
 
   # signals, full and broken disks, second jobs: every command that writes gives the same result
   python launch/benchmark.py faults --kills 200 --strikes 400

@@ -63,9 +63,8 @@ class TokenFile:
                 f"{self.path}: cannot be read",
                 found=getattr(error, "strerror", None) or str(error),
                 expected=f"the {self.tokens:,} tokens that were there when the dataset was made",
-                fix="put the file back, or make the dataset again from where the tokens are now: "
-                "python launch/prepare_data.py --tokens FILES --tokenizer FILE --output DIRECTORY "
-                "--overwrite",
+                fix="put the file back, or make the dataset again from where the tokens are now "
+                "(--tokens, --overwrite)",
             ) from error
 
 

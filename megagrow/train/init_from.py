@@ -303,8 +303,7 @@ def _compared_tokenizer(
                 f"data.path = {data.path}: was not prepared with stages[0].grow.tokenizer",
                 found=f"SHA-256 {data.tokenizer_sha256}",
                 expected=brought.sha256,
-                fix="prepare it with launch/prepare_data.py --tokenizer, or set grow.tokenizer to "
-                "data.path",
+                fix="prepare it with that tokenizer, or set grow.tokenizer to data.path",
             )
         return "that of the data is the growth's, by its SHA-256"
     instead = "init.allow_other_tokenizer=true"
