@@ -441,6 +441,8 @@ def test_examples_name_what_is_there_and_overwrite_nothing_of_the_repository():
                     continue  # made there
                 if "/" not in value and not re.search(r"\.(ya?ml|jsonl?|md|txt|svg)$", value):
                     continue
+                if "://" in value:
+                    continue  # an object store's
                 placeholder = re.fullmatch(r"[A-Z_]+(?:[./].*)?", value)
                 if placeholder or value.startswith(MADE) or re.match(r"[\w.-]+:\d+$", value):
                     continue
