@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from megagrow.background import Loop
 
@@ -69,6 +70,8 @@ def tensor_bytes() -> int:
     for item in gc.get_objects():
         if isinstance(item, torch.Tensor):
             for tensor in (item, item.grad if item.is_leaf else None):
+                if isinstance(tensor, FakeTensor):  # it has no memory
+                    continue
                 if tensor is not None and tensor.layout == torch.strided:
                     storage = tensor.untyped_storage()
                     # Another storage may share the start of this one's memory.

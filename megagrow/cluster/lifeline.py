@@ -164,6 +164,8 @@ class Lifeline:
         """One iteration of the thread; True, unless `on_lost` fails and has to be called again."""
         try:
             reason = self._exchange()
+        except ConnectionResetError:  # its process ended with words of ours unread
+            reason = "the supervisor is gone"
         except OSError as error:
             reason = f"the line to the supervisor broke: {error.strerror or error}"
         except Exception as error:  # a bug here must not leave a rank that nothing can end

@@ -13,8 +13,8 @@ from megagrow.checkpoint import NativeCheckpoint, newest
 from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.checkpoint.interface.model_of import model_of
 from megagrow.config import StartConfig
-from megagrow.config.schema import DataConfig
-from megagrow.data.dataset import open_data
+from megagrow.data.dataset import open_dataset
+from megagrow.data.sampler import SampleIndex
 from megagrow.growth.optimizer_rules import OptimizerRules, group_keys
 from megagrow.report.log import read_metrics
 from megagrow.state.boxes import whole
@@ -522,7 +522,7 @@ def test_llama_pro_is_the_published_procedure(dataset, tmp_path):
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
-    samples = open_data(DataConfig(path=str(dataset))).samples(16, seed=1234)
+    samples = SampleIndex(open_dataset(dataset).train, 16, seed=1234)
     theirs = []
     for step in range(steps):
         batch = torch.from_numpy(samples.batch(step * size, size).astype("int64"))
