@@ -107,7 +107,8 @@ def test_a_stranger_cannot_give_orders_to_a_node(started, tmp_path, protocol):
             connection.settimeout(20)
             while fresh := connection.recv(4096):
                 heard += fresh
-        assert len(heard) == wire.NONCE + wire.PROOF and SECRET.encode() not in heard
+        # A node that closes with words of ours unread resets the line, and its own may be lost.
+        assert len(heard) in (0, wire.NONCE + wire.PROOF) and SECRET.encode() not in heard
         status = node.wait(PATIENT)
     assert status == 1 and "it does not know the job's secret" in node.stderr.read()
     assert not touched.exists() and not (tmp_path / "starts_0").exists()
