@@ -313,9 +313,18 @@ class TrainingRun:
         return self.state.position.split(self.samples.sequence, self.samples.mixture)[1]
 
     def _batches(self) -> Iterator[np.ndarray]:
-        micro, limit = self.stage.plan.batch.micro, self.samples.limit
+        """The micro-batches of the next step, read as they are asked for.
+
+        Not a generator itself: a pipeline's middle stages read no sample, but have to know which
+        mixture the step is from.
+        """
+        limit = self.samples.limit
         if limit is not None and self._consumed + self.stage.plan.batch.global_ > limit:
             self._open_samples()
+        return self._read()
+
+    def _read(self) -> Iterator[np.ndarray]:
+        micro = self.stage.plan.batch.micro
         starts = rank_slice(
             self._consumed,
             micro=micro,

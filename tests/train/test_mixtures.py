@@ -111,6 +111,22 @@ def test_the_dry_run_says_how_often_each_is_seen(paths, tmp_path):
     assert outcome.status == 1 and "second is over" in outcome.err and "at_end: drop" in outcome.err
 
 
+def test_every_rank_knows_that_a_source_is_over(paths, tmp_path):
+    """The middle of a pipeline reads no sample; in the next stage it does, from there on."""
+    pipeline = {"layout": {"pipeline": 3}, "batch": {"global": 6, "micro": 2}}
+    wide = {"layout": {"pipeline": 1}, "until": {"steps": 7}}
+    runs = []
+    for world, first, second in ((3, pipeline, wide), (1, {}, {"until": {"steps": 7}})):
+        stages = [{"until": {"steps": 4}, **({"layout": first["layout"]} if first else {})}, second]
+        made = mapping(paths, tmp_path / f"run{world}", stages=stages, batch=pipeline["batch"],
+                       train={"validation_samples": 6})  # fmt: skip
+        made["data"]["sources"][1] |= {"epochs": 0.004, "at_end": "drop"}
+        lines = train(world, write_config(tmp_path / f"{world}.yaml", made))
+        runs.append([line["loss"] for line in events(lines, "step")])
+        assert events(lines, "validation")[-1]["tokens_by_source"]["second"] < 40
+    assert len(runs[0]) == 7 and runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
 def test_weights_and_paths_are_written_as_in_megatron(paths, tmp_path):
     made = mapping(paths, tmp_path / "run", stages=[{"until": {"steps": 2}}])
     made["data"] = {"path": f"3 {paths['first']} 1 {paths['second']}"}
