@@ -75,7 +75,8 @@ def data_lines(found: Ready) -> list[str]:
         path = " or ".join(found.config.data.paths)
         return [f"data: {path} is not there yet, so whether it has enough tokens was not checked"]
     last, asked = plan.stages[-1], found.config.train.validation_samples
-    windows = sum(map(len, _validation(found.config, data, last).values()))
+    sets, _ = validation_of(found.config, data, last)
+    windows = sum(map(len, sets.values()))
     return [
         *_passes(found.config, plan, data),
         f"      {windows} validation samples of {last.model.sequence} tokens"
@@ -130,11 +131,21 @@ def walk(config: Config, plan: RunPlan, data: RunData) -> list[Position]:
     return ends
 
 
-def _validation(config: Config, data: RunData, stage: Stage) -> dict[str, Int64]:
-    return data.validation_sets(
-        sequence=stage.model.sequence,
-        count=config.train.validation_samples,
-        multiple=stage.layout.data if stage.layout.pipeline > 1 else 1,
+def validation_of(
+    config: Config, data: RunData, stage: Stage
+) -> tuple[dict[str, Int64], dict[str, Int64]]:
+    """What a stage validates on, by name: the sets of the mean, and those that are only watched.
+
+    Always at the model's full length, so that losses are comparable between stages.
+
+    Raises:
+        DataError: a set has fewer tokens than one sample.
+    """
+    sequence, count = stage.model.sequence, config.train.validation_samples
+    multiple = stage.layout.data if stage.layout.pipeline > 1 else 1
+    return (
+        data.validation_sets(sequence=sequence, count=count, multiple=multiple),
+        data.watched_sets(sequence=sequence, count=count),
     )
 
 
@@ -238,7 +249,7 @@ def _require_samples(config: Config, plan: RunPlan, data: RunData, index: int) -
             position=Position(),
             mixture=data.mixture(index),
         )
-        for samples in _validation(config, data, stage).values():
+        for samples in (s for sets in validation_of(config, data, stage) for s in sets.values()):
             validation_share(
                 len(samples),
                 data_rank=0,

@@ -38,6 +38,7 @@ from megagrow.train.health.watch import Watch, unwatched
 from megagrow.train.init_from import plan_start, require_same
 from megagrow.train.logging.diagnostics import Diagnostics
 from megagrow.train.logging.journal import Journal
+from megagrow.train.ready import validation_of
 from megagrow.train.run_plan import RunPlan, Stage, plan_run
 from megagrow.train.saving import Saver
 from megagrow.train.state import RunState, step_seed
@@ -269,16 +270,8 @@ class TrainingRun:
         self.stage: Stage = self.plan.stages[self.state.growth_stage]
         plan = self.stage.plan
         self._open_samples()
-        # Always at the model's full length, so that losses are comparable between stages.
-        self.validation = self.data.validation_sets(
-            sequence=plan.model.sequence,
-            count=self.config.train.validation_samples,
-            multiple=self.stage.layout.data if self.stage.layout.pipeline > 1 else 1,
-        )
+        self.validation, self.watched = validation_of(self.config, self.data, self.stage)
         self._text_bytes: dict[str, int] = {}
-        self.watched = self.data.watched_sets(
-            sequence=plan.model.sequence, count=self.config.train.validation_samples
-        )
         samples = sum(map(len, self.validation.values()))
         if samples < self.config.train.validation_samples:
             self.journal.say(

@@ -171,6 +171,10 @@ def test_further_sets_are_validated_on_by_name_and_not_in_the_mean(paths, tmp_pa
     ]
     bits = last["val_loss"] / math.log(2) * labels.size / sum(len(t.encode()) for t in text)
     assert last["bits_per_byte"]["first"] == pytest.approx(bits)
+    long = {**made, "model": {**made["model"], "sequence": 900}}
+    long["data"] = {"path": paths["first"], "validation": {"held": paths["second"]}}
+    outcome = main(["--config", write_config(tmp_path / "long.yaml", long), "--dry-run"])
+    assert outcome.status == 1 and "too few tokens for one sample" in outcome.err
     for name, path, said in (("first", "second", "is the name of a dataset"),
                              ("x", "other", "data.validation.x")):  # fmt: skip
         made["data"] = {"path": paths["first"], "validation": {name: paths[path]}}
