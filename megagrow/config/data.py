@@ -12,14 +12,14 @@ from megagrow.config.section import PathText, Section
 # Up to four passes over text are nearly as good as new text (Muennighoff et al. 2023,
 # arXiv 2305.16264).
 _PASSES = 4.0
-_BLEND = re.compile(r"\s*(?:\d+(?:\.\d*)?(?:[eE][-+]?\d+)?\s+\S+\s+)*\d+(?:\.\d*)?\s+\S+\s*")
+_BLEND = re.compile(r"(?:\s*\d+(?:\.\d*)?(?:[eE][-+]?\d+)?\s+\S+)+\s*")
 
 
 class SourceConfig(Section):
     """One dataset of a mixture.
 
-    `weight` is its share of the tokens, relative to the other sources'. It is passed over at most
-    `epochs` times; `at_end` says what follows: `refuse` (before training, where that is known)
+    `weight` is its share of the tokens, relative to the other sources'. It is read at most `epochs`
+    times; `at_end` says what follows: `refuse` (before training, where that is known)
     or `drop`: the other sources take its share, in proportion.
     """
 

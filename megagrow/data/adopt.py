@@ -7,6 +7,7 @@ vocabulary is an error, and how documents end is said.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from megagrow.data.token_files import (
     Range,
     TokenFile,
     TokenRanges,
+    as_bytes,
     document_lengths,
     find_files,
     outside,
@@ -139,9 +141,10 @@ def _document_end(file: TokenFile, border: int, eod: int, *, reach: int) -> int:
 
 def _read(ranges: Sequence[Range], tokenizer: Tokenizer, name: str) -> _Part:
     """Read all tokens of a split once."""
-    tokens = TokenRanges(ranges)
+    tokens, digest = TokenRanges(ranges), hashlib.sha256()
     ends, place = 0, 0
     for chunk in tokens.chunks():
+        digest.update(as_bytes(chunk))
         wrong = np.flatnonzero((chunk < 0) | (chunk >= tokenizer.vocab_size))
         if len(wrong):
             at = int(wrong[0])
@@ -149,7 +152,7 @@ def _read(ranges: Sequence[Range], tokenizer: Tokenizer, name: str) -> _Part:
         ends += int((chunk == tokenizer.eod).sum())
         place += len(chunk)
     documents = sum(len(_lengths(r)) for r in ranges)
-    return _Part(tuple(ranges), documents, tokens.sha256(), ends)
+    return _Part(tuple(ranges), documents, digest.hexdigest(), ends)
 
 
 def _lengths(part: Range) -> Int64:
@@ -208,7 +211,8 @@ def _lines(data: PreparedData, tokenizer: Tokenizer, parts: dict[str, _Part]) ->
     for name, part in parts.items():
         tokens = sum(r.stop - r.start for r in part.ranges)
         kinds = sorted({r.file.kind for r in part.ranges})
-        yield f"  {name:<12}{len(part.ranges):>8,} files ({', '.join(kinds)}) {tokens:>16,} tokens"
+        what, dtype = f"files ({', '.join(kinds)})", data.content.dtype
+        yield f"  {name:<12}{len(part.ranges):>8,} {what} {tokens:>16,} tokens, {dtype}"
         end = repr(tokenizer.name(tokenizer.eod))
         listed = f"{part.documents:,} documents listed, " if kinds == ["megatron"] else ""
         yield f"  {'':<12}{listed}{end} occurs {part.ends:,} times"

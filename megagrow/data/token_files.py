@@ -14,7 +14,7 @@ A dataset of such files is several ranges of tokens, of one or more files, in or
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from megagrow.data.indexed import IndexedDataset, bin_path, idx_path
 from megagrow.errors import DataError
 
 Int64 = npt.NDArray[np.int64]
-KINDS = ("megatron", "llm.c", "npy", "raw")
 _MAGIC = {20240520: "<u2", 20240801: "<u4"}
 _HEADER_BYTES = 256 * 4
 _CHUNK = 1 << 22  # tokens
@@ -38,7 +37,7 @@ class TokenFile:
 
     Attributes:
         path: of the tokens.
-        kind: one of `KINDS`.
+        kind: megatron, llm.c, npy or raw.
         dtype: of a token, as NumPy writes it.
         offset: of the first token, in bytes.
         tokens: their number.
@@ -136,8 +135,8 @@ class TokenRanges:
             found.append(part)
             length -= len(part)
             at = (at + len(part)) % self.total_tokens
-        places = (start + np.arange(sum(map(len, found)))) % self.total_tokens
-        return self._checked(np.concatenate(found), places, what)
+        total = self.total_tokens
+        return self._checked(np.concatenate(found), what, lambda number: (start + number) % total)
 
     def at(self, places: Int64, what: str) -> Int64:
         """The tokens at ``places``, in the same shape; otherwise like :meth:`window`."""
@@ -146,7 +145,7 @@ class TokenRanges:
         for number in np.unique(numbers):
             mine = numbers == number
             found[mine] = self._parts[number][places[mine] - self._starts[number]]
-        return self._checked(found, places, what)
+        return self._checked(found, what, lambda number: int(places[number]))
 
     def chunks(self) -> Iterator[npt.NDArray[Any]]:
         """All tokens in order, in pieces."""
@@ -158,15 +157,15 @@ class TokenRanges:
         """sha256 of the tokens as they are stored."""
         digest = hashlib.sha256()
         for chunk in self.chunks():
-            digest.update(np.ascontiguousarray(chunk).view(np.uint8).data)
+            digest.update(as_bytes(chunk))
         return digest.hexdigest()
 
-    def _checked(self, found: Int64, places: Int64, what: str) -> Int64:
+    def _checked(self, found: Int64, what: str, place: Callable[[int], int]) -> Int64:
         if self.vocabulary is not None:
             wrong = np.flatnonzero((found < 0) | (found >= self.vocabulary))
             if len(wrong):
-                place, value = int(places[wrong[0]]), int(found[wrong[0]])
-                raise outside(self.where(place), value, self.vocabulary, what)
+                first = int(wrong[0])
+                raise outside(self.where(place(first)), int(found[first]), self.vocabulary, what)
         return found
 
     def where(self, place: int) -> str:
@@ -174,6 +173,11 @@ class TokenRanges:
         number = int(np.searchsorted(self._starts, place, side="right")) - 1
         inside = place - int(self._starts[number]) + self.ranges[number].start
         return f"{self.ranges[number].file.path}, token {inside:,}"
+
+
+def as_bytes(tokens: npt.NDArray[Any]) -> memoryview:
+    """Tokens as they are stored."""
+    return np.ascontiguousarray(tokens).view(np.uint8).data
 
 
 def outside(where: str, value: int, vocabulary: int, what: str) -> DataError:

@@ -129,7 +129,7 @@ def test_every_rank_knows_that_a_source_is_over(paths, tmp_path):
 
 def test_weights_and_paths_are_written_as_in_megatron(paths, tmp_path):
     made = mapping(paths, tmp_path / "run", stages=[{"until": {"steps": 2}}])
-    made["data"] = {"path": f"3 {paths['first']} 1 {paths['second']}"}
+    made["data"] = {"path": f"3 {paths['first']} 1e0 {paths['second']}"}
     config = write_config(tmp_path / "run.yaml", made)
     [step, _] = events(train(1, config), "step")
     made = mapping(paths, tmp_path / "run2", stages=[{"until": {"steps": 2}}])
