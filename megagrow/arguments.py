@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megagrow.files import or_shipped
+from megagrow.files import is_url, or_shipped
 
 _SETTING = re.compile(r"^--([A-Za-z_]\w*(?:\.\w+)+)(=.*)?$", re.DOTALL)
 _NO_VALUE = re.compile(r"^--[a-z][\w-]*=--$")
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://.")
 _LONGEST_NAME = 255  # bytes, on Linux file systems
 _SHOWN = 60  # characters of a wrong value that are shown
 _INSTALLED = {"pretrain": "train", "prepare_data": "prepare"}  # the others have the same name
@@ -107,14 +106,14 @@ def as_output(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} is a directory, not a file to write")
     above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text!r}: {above} is no directory that can be written")
+        raise argparse.ArgumentTypeError(f"{text!r}: {above} is not a writable directory")
     return path
 
 
 def as_path_or_url(text: str) -> Path | str:
     """An argparse type: a path, or the URL of an object store, such as s3://bucket/run."""
     as_path(text)
-    return text if _URL.match(text) else Path(text)
+    return text if is_url(text) else Path(text)
 
 
 def as_path_text(text: str) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _PACKAGE = Path(__file__).resolve().parent
 # The directory of `configs/`: the package itself if setup.py put them there, else the checkout.
 SHIPPED = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
@@ -25,9 +27,23 @@ def or_shipped(path: str | Path) -> Path:
     return given
 
 
+def is_url(text: object) -> bool:
+    """Whether a place is a URL, such as s3://bucket/run, and not a path of this machine."""
+    return isinstance(text, str) and _URL.match(text) is not None
+
+
 def sync_directory(path: Path) -> None:
     """Sync a directory to disk, so that its entries survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(path, os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """Sync a file's content to disk."""
+    _sync(path, 0)
+
+
+def _sync(path: Path, flag: int) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag)
     try:
         os.fsync(descriptor)
     finally:

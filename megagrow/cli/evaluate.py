@@ -160,7 +160,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _require_numbers(scores: Any, name: str = "") -> None:
     """Reject a score that is not finite: its model has values that are not.
 
-    A perplexity may be infinite where words are long; JSON has no word for that but null.
+    A perplexity may be infinite where words are long; it is written as null.
     """
     from megagrow.errors import CheckpointError
 
@@ -175,7 +175,7 @@ def _require_numbers(scores: Any, name: str = "") -> None:
         raise CheckpointError(
             f"{where} is not a number",
             found=value,
-            expected="a finite one; values of the model are not finite",
+            expected="a finite number; some of the model's values are not finite",
             fix="evaluate an earlier checkpoint",
         )
 

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -185,18 +186,31 @@ class SentencePieceTokenizer(_Marked):
         return sha256_file(self.path)
 
 
+def tokenizers_library(path: Path) -> ModuleType:
+    """The optional package `tokenizers`.
+
+    Args:
+        path: the file that it is to read, for the error.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise DataError(
+            f"{path}: the package that reads tokenizer.json is not installed",
+            found="no module 'tokenizers'",
+            fix="pip install 'megagrow[hf]'",
+        ) from error
+    return tokenizers
+
+
 class HuggingFaceTokenizer(_Marked):
     """A Hugging Face ``tokenizer.json``; needs the optional package ``tokenizers``."""
 
     def __init__(self, path: Path, eod: str | int | None, bos: str | int | None) -> None:
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise DataError(
-                f"{path}: the package that reads tokenizer.json is not installed",
-                found="no module 'tokenizers'",
-                fix="pip install 'megagrow[hf]'",
-            ) from error
+        tokenizers = tokenizers_library(path)
         self.path = path
         try:
             # The library raises bare Exception on every fault of the file.

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import sentencepiece
 
+from megagrow.data.tokenizer import tokenizers_library
 from megagrow.errors import DataError
 
 _BLANK = "\u2581"
@@ -187,14 +188,7 @@ def _sentencepiece(path: Path) -> Vocabulary:
 
 
 def _hugging_face(path: Path) -> Vocabulary:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise DataError(
-            f"{path}: the package that reads tokenizer.json is not installed",
-            found="no module 'tokenizers'",
-            fix="pip install 'megagrow[hf]'",
-        ) from error
+    tokenizers = tokenizers_library(path)
     content = json.loads(path.read_text(encoding="utf-8"))
     text_of = _text_of(content, path)
     whole: Any = tokenizers.Tokenizer.from_str(json.dumps(content))

@@ -63,7 +63,8 @@ def check_agreement(
     dropped = [slot.name for slot in checkpoint.slots if slot.name not in kept]
     if dropped:
         changes.append(
-            f"{', '.join(dropped)} of the checkpoint: left out, {config.optimizer.name} has no such"
+            f"{', '.join(dropped)} of the checkpoint: left out, {config.optimizer.name} has no "
+            "such slot"
         )
     lengths = [stage.plan.sequence for stage in plan.stages[: state.growth_stage + 1]]
     if state.position.measured(lengths[-1]) != state.position and len(set(lengths)) > 1:

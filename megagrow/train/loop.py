@@ -20,8 +20,7 @@ from megagrow.train.health.signals import agreed
 from megagrow.train.run import TrainingRun
 from megagrow.train.run_plan import Stage
 from megagrow.train.stage_rules import carry, decide
-
-_LOOK_SECONDS = 5.0  # between two looks at an upload that a run waits for
+from megagrow.train.uploading import LOOK_SECONDS
 
 
 class Trainer(TrainingRun):
@@ -55,7 +54,7 @@ class Trainer(TrainingRun):
                 self._roll_back(bad)
         if self.state is not started_at or not self._asked:
             self._save(last=True)
-        while not on_first(self.comm, lambda: self.uploads.finish(_LOOK_SECONDS)):
+        while not on_first(self.comm, lambda: self.uploads.finish(LOOK_SECONDS)):
             self._begin("uploading the last checkpoint", slow=True)
         if self.state.step >= self._stop:
             self._asked = 0

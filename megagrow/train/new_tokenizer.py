@@ -139,7 +139,7 @@ def _old(grow: GrowConfig, source: CheckpointSource) -> tuple[Vocabulary, str]:
         raise type(error)(f"grow.old_tokenizer: {error}") from error
     if isinstance(own, str) or own.file is None:
         raise CheckpointError(
-            f"{source.path}: the tokenizer of these weights is not known, so no row can be told",
+            f"{source.path}: their tokenizer is not known, so rows cannot be matched",
             found=own if isinstance(own, str) else "files of a kind that megagrow does not read",
             fix="give its tokenizer.json or .model, or the dataset, as grow.old_tokenizer",
         )

@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 
 from megagrow.checkpoint import list_steps, step_path
-from megagrow.checkpoint.io.object_store import is_url
 from megagrow.checkpoint.native.retention import size_of, superseded
 from megagrow.config import Config
 from megagrow.data.run_data import RunData
 from megagrow.errors import CheckpointError, TrainingError
+from megagrow.files import is_url
 from megagrow.forecast.cost import STATE_BYTES
 from megagrow.report.log import last_line, read_lines, tail_start
 from megagrow.report.units import human

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow import ops
-from megagrow.checkpoint.io.object_store import is_url
 from megagrow.config import Config
 from megagrow.data.dataset import MANIFEST
 from megagrow.data.position import Position
@@ -21,6 +20,7 @@ from megagrow.data.run_data import RunData, open_data
 from megagrow.data.sampler import Int64
 from megagrow.engine.deepspeed.drivers import validation_share
 from megagrow.errors import DataError, MegagrowError, TrainingError
+from megagrow.files import is_url
 from megagrow.report.units import human
 from megagrow.train.agreement import check_agreement
 from megagrow.train.logging.telemetry import require_libraries

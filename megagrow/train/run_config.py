@@ -41,7 +41,7 @@ def load_run(
     start = parse_settings(_WhereFrom, settings, source=where)
     # They need PyTorch, whose import takes a second.
     from megagrow.checkpoint.interface.model_of import first_model
-    from megagrow.checkpoint.io.object_store import is_url
+    from megagrow.files import is_url
     from megagrow.train.checkpoints import DIRECTORY
     from megagrow.train.init_from import completed, open_start, start_model
 

@@ -19,13 +19,13 @@ from typing import Any, TypeVar
 
 from megagrow.background import Task
 from megagrow.checkpoint import list_steps, step_path
-from megagrow.checkpoint.io.object_store import below, is_url
+from megagrow.checkpoint.io.object_store import below
 from megagrow.checkpoint.native.remote import RemoteSteps
 from megagrow.checkpoint.native.steps import step_of
 from megagrow.config import Config
 from megagrow.engine.comm import Comm
 from megagrow.errors import CheckpointError, MegagrowError
-from megagrow.files import write_atomically
+from megagrow.files import is_url, write_atomically
 from megagrow.train.checkpoints import DIRECTORY, RUN
 from megagrow.train.health.agree import on_first
 from megagrow.train.health.run_lock import RUN_ID, RunLock
@@ -33,7 +33,7 @@ from megagrow.train.health.run_lock import RUN_ID, RunLock
 T = TypeVar("T")
 
 FETCHED = "fetched"  # checkpoints of other runs, which this one starts from
-_LOOK_SECONDS = 5.0
+LOOK_SECONDS = 5.0  # between two looks at work that all ranks wait for
 
 
 class Uploads:
@@ -241,6 +241,6 @@ def on_first_beating(comm: Comm, begin: Callable[[], Any], work: Callable[[], T]
         begin: called on all ranks every few seconds.
     """
     tasks = [Task("store", work)] if comm.rank == 0 else []
-    while not on_first(comm, lambda: tasks[0].wait(_LOOK_SECONDS)):
+    while not on_first(comm, lambda: tasks[0].wait(LOOK_SECONDS)):
         begin()
     return on_first(comm, lambda: tasks[0].result())

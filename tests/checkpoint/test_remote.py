@@ -5,9 +5,10 @@ import threading
 import pytest
 
 from megagrow.checkpoint import NativeCheckpoint, list_steps, retire, step_path
-from megagrow.checkpoint.io.object_store import ObjectStore, below, is_url
+from megagrow.checkpoint.io.object_store import ObjectStore, below
 from megagrow.checkpoint.native.remote import RemoteSteps
 from megagrow.errors import CheckpointError
+from megagrow.files import is_url
 from tests.checkpoint.states import save_model
 from tests.checkpoint.worlds import save_world
 from tests.jobs import files_below

@@ -49,7 +49,7 @@ from megagrow.checkpoint.io.files import (
     write_all,
 )
 from megagrow.errors import CheckpointError
-from megagrow.files import sync_directory
+from megagrow.files import sync_directory, sync_file
 from megagrow.lock import holding_output
 from megagrow.state.catalog import slots_of
 
@@ -242,11 +242,7 @@ def _sync_tree(out: Path, sizes: Mapping[str, int]) -> None:
             if path.is_dir():
                 sync_directory(path)
             elif path.relative_to(out).as_posix() not in sizes:
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+                sync_file(path)
 
 
 def _commit(out: Path, target: Path) -> None:

@@ -7,7 +7,6 @@ the library for the protocol: environment variables and files, never a setting o
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,16 +16,10 @@ from typing import Any
 from megagrow.background import Pool
 from megagrow.errors import CheckpointError
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]*)://[^/]*.*", re.DOTALL)
 # Objects moved at a time.  Libraries move parts of each side by side: s3fs 10 of 50 MB, in memory.
 _AT_A_TIME = 2
 _PROBE = ".megagrow-probe-"
 INSTALL = "pip install 'megagrow[objects]', or the library that fsspec names for this protocol"
-
-
-def is_url(text: object) -> bool:
-    """Whether a place is a URL, and not a path of this machine."""
-    return isinstance(text, str) and _URL.fullmatch(text) is not None
 
 
 def below(url: str, root: str) -> bool:

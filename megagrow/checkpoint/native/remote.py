@@ -29,6 +29,7 @@ from megagrow.checkpoint.native.save import commit
 from megagrow.checkpoint.native.source import NativeCheckpoint
 from megagrow.checkpoint.native.steps import aside_name, claim, step_of, step_path, temporary_path
 from megagrow.errors import CheckpointError
+from megagrow.files import sync_file
 
 _STEP = re.compile(r"(step_\d{8,})/")
 
@@ -112,7 +113,7 @@ class RemoteSteps:
                 self._verify(name, NativeCheckpoint(temporary, contents, verify=True))
                 for file in sizes:
                     with naming(temporary / file, "cannot be synchronised"):
-                        _sync(temporary / file)
+                        sync_file(temporary / file)
                 commit(root, temporary, final, text)
         return final
 
@@ -248,14 +249,6 @@ def _step_in(name: str) -> int | None:
 def _complete(held: Mapping[str, int]) -> list[int]:
     steps = {step for name in held if (step := _step_in(name)) is not None}
     return sorted(step for step in steps if f"{_name(step)}/{manifests.NAME}" in held)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

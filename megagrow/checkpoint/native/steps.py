@@ -123,18 +123,9 @@ def put_aside(path: Path) -> Path:
 def is_claimed(path: Path) -> bool:
     """Whether a process holds a `claim`; False on file systems without locks."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return _is_locked(path) is True
     except OSError:
         return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
 
 
 def _in_use(temporary: Path) -> bool:
@@ -144,17 +135,29 @@ def _in_use(temporary: Path) -> bool:
     systems without locks, a directory unchanged for an hour counts as abandoned.
     """
     try:
-        descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        locked = _is_locked(temporary)
     except OSError:
         return True
+    if locked is not None:
+        return locked
+    changes = [os.lstat(path).st_mtime for path in (temporary, *temporary.iterdir())]
+    return time.time() - max(changes) < _QUIET_SECONDS
+
+
+def _is_locked(path: Path) -> bool | None:
+    """Whether a process holds a lock on a directory; None on file systems without locks.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
         return True
     except OSError:
-        changes = [os.lstat(path).st_mtime for path in (temporary, *temporary.iterdir())]
-        return time.time() - max(changes) < _QUIET_SECONDS
+        return None
     finally:
         os.close(descriptor)
 

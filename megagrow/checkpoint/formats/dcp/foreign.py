@@ -87,7 +87,7 @@ def read_foreign(path: Path, entries: Mapping[str, Entry], others: tuple[str, ..
         elif match["slot"] == "step":
             steps[stored] = owner
         else:
-            left_out[stored] = "a slot that Adam has not"
+            left_out[stored] = "a slot that Adam does not have"
     kept = [slot for slot in _MOMENTS if any(slot in held for held in moments.values())]
     zeros: dict[tuple[str, str], torch.dtype] = {}
     for name, entry in parameters.items():

@@ -179,7 +179,7 @@ def _moments(
     """Whether every parameter has moments, and why optimizer state is not carried."""
     wanted = set(stored[MASTER.name])
     if all(set(stored[slot]) == wanted for slot in _MOMENTS):
-        return True, "a slot that Adam has not"
+        return True, "a slot that Adam does not have"
     optimizer = common.get("optimizer")
     form = optimizer.get("param_state_sharding_type") if isinstance(optimizer, dict) else None
     if isinstance(form, str) and form != "fully_reshardable":

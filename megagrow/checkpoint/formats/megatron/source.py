@@ -287,7 +287,9 @@ def _left_out(
                 left.append(LeftOut(name, f"a count of updates: {reason}"))
             else:
                 slot = ".state." in f".{stored}"
-                left.append(LeftOut(name, "a slot that Adam has not" if slot else _HYPERPARAMETERS))
+                left.append(
+                    LeftOut(name, "a slot that Adam does not have" if slot else _HYPERPARAMETERS)
+                )
     return account(held, carried=(carried | _READ) & set(held), left_out=left)
 
 
