@@ -29,7 +29,7 @@ STAMP  := $(VENV)/.megagrow-setup
 # DeepSpeed looks for ninja on PATH when it compiles, and starts ranks with its own Python.
 INSIDE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PIP    := $(INSIDE) $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
-CODE   := megagrow launch benchmarks tests setup.py
+CODE   := megagrow launch benchmarks tests docs setup.py
 
 .PHONY: help setup quickstart check test coverage test-slow test-cluster cluster-tools faults clean \
 	kernels kernels-check kernels-sanitize gpu-check

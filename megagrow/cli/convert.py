@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="PATH|URL",
         help="the directory to make; nothing may be there; a URL is uploaded from TMPDIR",
     )
-    add("--to-format", choices=FORMATS, required=True)
+    add("--to-format", choices=FORMATS, required=True, help="of the result")
     for axis in ("tensor", "pipeline", "data"):
         add(
             f"--{axis}",

@@ -1,18 +1,15 @@
 """Configuration of a run: schema, loading, dotted overrides."""
 
 from megagrow.config.growths import GrowConfig, GrowTarget, Trained, UntilConfig
+from megagrow.config.loop import RecoveryConfig, WatchConfig
 from megagrow.config.model import InitConfig, ModelConfig
-from megagrow.config.schema import (
+from megagrow.config.optimization import (
     BatchConfig,
-    Config,
-    LayoutConfig,
     OptimizerConfig,
     PrecisionConfig,
-    RecoveryConfig,
     ScheduleConfig,
-    StageConfig,
-    WatchConfig,
 )
+from megagrow.config.schema import Config, LayoutConfig, StageConfig
 from megagrow.config.start import StartConfig
 
 __all__ = [

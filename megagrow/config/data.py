@@ -16,28 +16,27 @@ _BLEND = re.compile(r"(?:\s*\d+(?:\.\d*)?(?:[eE][-+]?\d+)?\s+\S+)+\s*")
 
 
 class SourceConfig(Section):
-    """One dataset of a mixture.
-
-    `weight` is its share of the tokens, relative to the other sources'. It is read at most `epochs`
-    times; `at_end` says what follows: `refuse` (before training, where that is known)
-    or `drop`: the other sources take its share, in proportion.
-    """
+    """One dataset of a mixture."""
 
     path: PathText
+    """Directory of a prepared dataset."""
     weight: Annotated[float, Field(gt=0.0)]
+    """Share of the tokens, relative to the other sources'."""
     epochs: Annotated[float, Field(gt=0.0)] = _PASSES
+    """Number of times that the dataset is read at most; 4 by arXiv 2305.16264."""
     at_end: Literal["refuse", "drop"] = "refuse"
+    """What follows then: an error, before training where that is known, or the other sources take
+    its share, in proportion."""
 
 
 class StageDataConfig(Section):
-    """What is trained on from a stage on: `path`, one prepared dataset, or `sources`, a mixture.
-
-    A `path` of weights and paths in turn, "0.3 a 0.7 b" as Megatron-LM's --data-path takes it, is
-    a mixture too.
-    """
+    """What is trained on from a stage on: `path`, one prepared dataset, or `sources`, a mixture."""
 
     path: PathText | None = None
+    """Directory of a prepared dataset, or weights and directories in turn ("0.3 a 0.7 b", as
+    Megatron-LM's --data-path), which is a mixture."""
     sources: Annotated[list[SourceConfig], Field(min_length=1)] | None = None
+    """The datasets of a mixture."""
 
     @model_validator(mode="before")
     @classmethod
@@ -75,11 +74,12 @@ class StageDataConfig(Section):
 
 
 class DataConfig(StageDataConfig):
-    """The prepared datasets (see launch/prepare_data.py) that a run starts with."""
+    """The prepared datasets (see `megagrow prepare`) that a run starts with."""
 
-    tokenizer: PathText | None = None  # default: the tokenizer of the datasets
-    # Further datasets, by name: their validation splits are validated on too, each by itself.
+    tokenizer: PathText | None = None
+    """The tokenizer; null: that of the datasets."""
     validation: dict[str, PathText] | None = None
-    # Rank 0 reads the datasets at startup and verifies their checksums, about a second per
-    # gigabyte; the first step waits for it.
+    """Further datasets, by name: their validation splits are validated on too, each by itself."""
     verify: bool = True
+    """Rank 0 reads the datasets at the start and compares their checksums, about a second for a
+    gigabyte; the first step waits for it."""

@@ -34,18 +34,21 @@ Trained = Annotated[
 class UntilConfig(Section):
     """The end of a growth stage: a bound, a rule, or a rule with a bound as its latest end.
 
-    Bounds (`steps`, `tokens`, `flops`) count from the start of the run.  Rules watch the run:
-    `slope` ends the stage when d log L / d log C of the validation loss rises above it; `marginal`
-    when the larger model is predicted to reduce the loss more per FLOP; `planned` ends it where the
-    planner says, computed before the run starts.
+    Bounds (`steps`, `tokens`, `flops`) count from the start of the run, over all its stages.
     """
 
-    steps: Annotated[int, Field(ge=0)] | None = None  # 0: the next growth comes before any step
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps; 0: the next growth comes before any step."""
     tokens: Annotated[float, Field(gt=0)] | None = None
+    """Tokens trained on."""
     flops: Annotated[float, Field(gt=0)] | None = None
+    """FLOPs spent, forward and backward, as docs/glossary.md counts them."""
     slope: Annotated[float, Field(lt=0)] | None = None
+    """d log L / d log C of the validation loss; the paper's is -0.0575 (arXiv 2203.06211)."""
     marginal: Literal[True] | None = None
+    """A fit that follows the run says that the larger model gains more loss for a FLOP."""
     planned: Literal[True] | None = None
+    """The planner's moment, by `growth.law`, computed before the run starts."""
 
     @model_validator(mode="after")
     def _one_of_each(self) -> UntilConfig:
@@ -91,13 +94,21 @@ class GrowTarget(Section):
     """Sizes of the model after a growth; sizes that are not given do not change."""
 
     layers: Layers | None = None
+    """Layers after the growth."""
     hidden: Positive | None = None
+    """Width of the residual stream after the growth."""
     heads: Positive | None = None
+    """Query heads after the growth."""
     kv_heads: Positive | None = None
+    """Key/value heads after the growth."""
     head_dim: Positive | None = None
+    """Width of a head after the growth."""
     ffn: Positive | None = None
+    """Width of the MLP after the growth."""
     vocab: Positive | None = None
+    """Vocabulary size after the growth."""
     sequence: Positive | None = None
+    """Tokens of a sample after the growth."""
 
 
 # The sizes of a model, by their keys in the section `model`.
@@ -105,45 +116,42 @@ SIZES: tuple[str, ...] = tuple(GrowTarget.__pydantic_fields__)
 
 
 class GrowConfig(Section):
-    """One growth: the operator, the factor or target, and the policy for optimizer state.
-
-    `operator` is one name, or several joined by ``+`` that are applied in order in the same growth.
-    The size is given by `factor` (for each of them; 2 by default) or by `target`. `state_policy:
-    null` selects the operator's default. `rewarm` is the number of steps over which the learning
-    rate warms up again after the growth; null selects the policy's default. `restart` sets the
-    learning-rate schedule back: the position S of the growth becomes S / restart (Shen et al.,
-    arXiv 2203.06211); `paper` selects their value for depth, width or both, whichever grows; null
-    does not set it back. `mup: true` divides the learning rate of matrices by the growth of their
-    inputs, and that of the final norm where it carries the output head's share.  `ramp` is the
-    number of steps over which `width_random` unmasks its new units, `fit_steps` the number of steps
-    for which `ligo` is fitted; null selects the operator's default.  `noise` is the standard
-    deviation of the noise that `width_noise` and `width_perturb` (1 by default), `depth_stack`,
-    `depth_interleave` and `depth_slices` (0) add to copies, in units of the copies' own root mean
-    square; `shrink` what `shrink_pad_perturb` multiplies old weights by (0.4). `depth_slices` and
-    `depth_identity` take `sources`, the old layer that each layer of the grown model is a copy of;
-    `depth_slices` without it does not copy `keep_first` and `keep_last` layers at the ends, and
-    stacks those between. `tokenizer` (of `vocab`) is the tokenizer from now on: a file, a dataset
-    that was prepared with it, or a Hugging Face directory. Rows are carried by the texts of tokens,
-    and new ones are means of the rows of their pieces; `old_tokenizer` is the one before, where the
-    checkpoint does not hold its own; `allow_dropped: true` lets tokens get lost.  It is for runs
-    that start from a checkpoint (`init.from`), in their first stage, and for `launch/grow.py`.
-    """
+    """One growth: the operator, the factor or target, and the policy for optimizer state."""
 
     operator: str
+    """The operator, or several joined by `+`, applied in order in the same growth."""
     factor: Annotated[int, Field(ge=2, le=64)] | None = None
+    """What each operator multiplies its size by; null: 2, unless `target` is given."""
     target: GrowTarget | None = None
+    """The sizes after the growth, in place of `factor`."""
     state_policy: str | None = None
+    """How moments and rates are carried (docs/growth-operators.md); null: the operator's own."""
     rewarm: Annotated[int, Field(ge=0, le=10**12)] | None = None
+    """Steps over which the rate warms up again after the growth; null: the policy's own."""
     ramp: Positive | None = None
+    """Of `width_random`: steps over which new units are unmasked; null: the operator's own."""
     fit_steps: Positive | None = None
+    """Of `ligo`: steps for which its maps are fitted; null: the operator's own."""
     noise: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
+    """Standard deviation of the noise added to copies, in units of their own root mean square;
+    null: 1 for `width_noise` and `width_perturb`, 0 for copies of layers."""
     shrink: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Of `shrink_pad_perturb`: the factor of old weights; null: 0.4."""
     sources: Annotated[list[Count], Field(min_length=1, max_length=4096)] | None = None
+    """Of `depth_slices` and `depth_identity`: for each layer of the grown model the old layer that
+    it is a copy of."""
     keep_first: Count | None = None
+    """Of `depth_slices`: first layers that are not copied; null: 0."""
     keep_last: Count | None = None
+    """Of `depth_slices`: last layers that are not copied; null: 0."""
     tokenizer: PathText | None = None
+    """Of `vocab`: the tokenizer from now on, as a file, a dataset prepared with it, or a Hugging
+    Face directory, for a growth in the first stage of a run with `init.from` and for `megagrow
+    grow`. Rows go by the texts of tokens; new ones are the mean of the rows of their pieces."""
     old_tokenizer: PathText | None = None
+    """The tokenizer before, where the checkpoint does not hold its own."""
     allow_dropped: bool | None = None
+    """Accept that tokens of the old tokenizer are not in the new one."""
     restart: (
         Annotated[
             Annotated[float, Field(ge=1.0), Tag(VALUE)] | Annotated[Literal["paper"], Tag(TEXT)],
@@ -151,7 +159,10 @@ class GrowConfig(Section):
         ]
         | None
     ) = None
+    """Set the learning-rate schedule back, from the growth's position S to S / `restart`; `paper`:
+    by the values of arXiv 2203.06211 for depth, width or both; null: go on."""
     mup: bool = False
+    """Divide the learning rate of matrices by the growth of their inputs (docs/rates.md)."""
 
     @model_validator(mode="before")
     @classmethod

@@ -36,25 +36,20 @@ EMBEDDING_STD = 0.5
 
 
 class InitConfig(Section):
-    """Standard deviations of initial parameters by their role in the model.
-
-    `embedding` is for the token embedding and `position` for learned positions. `head` is for an
-    untied output head; a tied head is the token embedding, so `embedding` is its std. `matrices` is
-    for the weight matrices of the blocks: a number for all of them, or ``fan_in``, 1 / sqrt(inputs)
-    for each (LeCun et al., "Efficient BackProp", 1998). Those that write to the residual stream are
-    scaled by 1 / sqrt(2 * layers) in either case.
-
-    Defaults: embedding 0.5, or 0.02 if it is tied to the head, since logits scale with it; position
-    as embedding; head and matrices 0.02.
-    """
+    """Standard deviations of initial parameters by their role in the model (docs/rates.md)."""
 
     embedding: Std | None = None
+    """Of the token embedding; null: 0.5, or 0.02 if it is the head too, since logits scale."""
     position: Std | None = None
+    """Of learned positions; null: as `embedding`."""
     head: Std | None = None
+    """Of an untied output head; null: 0.02."""
     matrices: Annotated[
         Annotated[Std, Tag(VALUE)] | Annotated[Literal["fan_in"], Tag(TEXT)],
         Discriminator(text_or_value),
     ] = PUBLISHED_STD
+    """Of the blocks' matrices, or `fan_in`: 1 / sqrt(inputs) of each (LeCun et al., "Efficient
+    BackProp", 1998). Those that write to the residual stream have it / sqrt(2 * layers)."""
 
 
 class Stds(NamedTuple):
@@ -90,30 +85,33 @@ class MupConfig(Section):
 
     For a model of another shape, the initialisation and the rates of its tensors are scaled by the
     ratio of its sizes to these, so that settings tuned at the base shape stay optimal
-    (`model.mup`). `heads` and `ffn` are sizes of the same base model; by default they have the same
-    ratio to the first model's as `hidden`, and do not change when it grows. Without `layers`, depth
-    has no effect.
+    (docs/rates.md).
     """
 
     hidden: Positive
+    """Width of the base model."""
     heads: Rate | None = None
+    """Its heads; null: in the ratio of `hidden` to the first model's. Growths do not change it."""
     ffn: Rate | None = None
+    """Its ffn width; null: in the ratio of `hidden` to the first model's."""
     layers: Layers | None = None
+    """Its layers; null: depth has no effect on initialisation and rates."""
 
 
 class RopeScaling(Section):
-    """Changed frequencies of rotary positions, for sequences longer than a model was trained on.
-
-    `linear` divides all of them by `factor` (Chen et al., arXiv 2306.15595). `llama3` divides those
-    with a wavelength above original_sequence / low_freq_factor, keeps those with one below
-    original_sequence / high_freq_factor, and interpolates between (Llama 3.1, arXiv 2407.21783).
-    """
+    """Changed frequencies of rotary positions, for sequences longer than a model was trained on."""
 
     type: Literal["linear", "llama3"]
+    """`linear` divides all frequencies by `factor` (Chen et al., arXiv 2306.15595); `llama3` only
+    low ones (Llama 3.1, arXiv 2407.21783)."""
     factor: Annotated[float, Field(ge=1.0)]
+    """What frequencies are divided by."""
     low_freq_factor: Annotated[float, Field(gt=0.0)] | None = None
+    """Of llama3: a wavelength above original_sequence / this is divided by all of `factor`."""
     high_freq_factor: Annotated[float, Field(gt=0.0)] | None = None
+    """Of llama3: one below original_sequence / this is kept; those between are interpolated."""
     original_sequence: Positive | None = None
+    """Of llama3: the sequence length of the first training."""
 
     @model_validator(mode="after")
     def _as_the_type_needs(self) -> RopeScaling:
@@ -131,57 +129,66 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """The shape of a transformer.
-
-    Family `gpt2`: LayerNorm, learned positions, GELU, biases.  Family `llama`: RMSNorm, rotary
-    positions, SwiGLU, no biases.  The others are in `megagrow.config.families`. `vocab` may be
-    omitted: it is then taken from the tokenizer.
-
-    Some families have further settings:
-
-    * `rope_fraction`: the share of a head's features that rotary positions turn;
-    * `no_rope_every`: k: layers k, 2k, ... (from 1) have no positions;
-    * `window`: a token attends to itself and the `window` - 1 tokens before it;
-    * `full_every`: k: layers k, 2k, ... (from 1) attend without the window;
-    * `attention_scale`: factor of attention scores; default 1 / sqrt(head_dim);
-    * `attention_softcap`, `logit_softcap`: c: scores, or logits, x become c tanh(x / c);
-    * `head_norm_eps`: of the norms of queries and keys; default norm_eps.
-    """
+    """The shape of a transformer. Some settings are for some families only (docs/families.md)."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
-    family: str = "gpt2"  # a name in `megagrow.config.families`
+    family: str = "gpt2"
+    """The model family: a name in docs/families.md."""
     layers: Layers
+    """Number of layers."""
     hidden: Positive
+    """Width of the residual stream."""
     heads: Positive
-    kv_heads: Positive | None = None  # grouped-query attention; default: heads
-    head_dim_: Positive | None = Field(None, alias="head_dim")  # default: hidden / heads
+    """Number of query heads."""
+    kv_heads: Positive | None = None
+    """Number of key/value heads (grouped-query attention); null: `heads`."""
+    head_dim_: Positive | None = Field(None, alias="head_dim")
+    """Width of a head; null: hidden / heads."""
     ffn: Positive
+    """Width of the MLP between its matrices."""
     sequence: Positive
+    """Tokens of a sample."""
     vocab: Positive | None = None
+    """Vocabulary size, without padding; null: the tokenizer's."""
     tie_embeddings: bool = True
+    """The token embedding is the output head, too."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability of dropout after embedding, attention and MLP."""
     norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
-    rope_theta: Annotated[float, Field(gt=0.0)] = 1e4  # base of rotary positions
+    """Added to the mean square, or variance, in norms."""
+    rope_theta: Annotated[float, Field(gt=0.0)] = 1e4
+    """Base of rotary positions."""
     rope_scaling: RopeScaling | None = None
+    """Changed frequencies of rotary positions; null: none."""
     rope_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of a head's features that rotary positions turn."""
     no_rope_every: Positive | None = None
+    """k: layers k, 2k, ... (counted from 1) have no positions."""
     window: Positive | None = None
+    """A token attends to itself and the `window` - 1 tokens before it; null: to all before it."""
     full_every: Positive | None = None
+    """k: layers k, 2k, ... (counted from 1) attend without the window."""
     attention_scale: Annotated[float, Field(gt=0.0)] | None = None
+    """Factor of attention scores; null: 1 / sqrt(head_dim)."""
     attention_softcap: Annotated[float, Field(gt=0.0)] | None = None
+    """c: attention scores x become c tanh(x / c)."""
     logit_softcap: Annotated[float, Field(gt=0.0)] | None = None
+    """c: logits x become c tanh(x / c)."""
     head_norm_eps: Annotated[float, Field(gt=0.0)] | None = None
-    # Std of all initial matrices and embeddings, or by role.
+    """`norm_eps` of the norms of queries and keys; null: `norm_eps`."""
     init_std: Annotated[
         Annotated[Std, Tag(VALUE)] | Annotated[InitConfig, Tag(SECTION)],
         Discriminator(section_or_value),
     ] = PUBLISHED_STD
-    # muP: initialisation and rates depend on the shape (Yang et al., arXiv 2203.03466); null: off.
+    """Standard deviation of initial matrices and embeddings, or a section, by role."""
     mup: MupConfig | None = None
-    # Activation recomputation: the attention core only, or the whole block.
+    """muP: initialisation and rates as functions of the shape (Yang et al., arXiv 2203.03466);
+    null: off."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    compile: bool = False  # apply torch.compile to each block
+    """What is recomputed in the backward pass: nothing, the attention core, or the whole block."""
+    compile: bool = False
+    """Apply torch.compile to each block."""
 
     @field_validator("family")
     @classmethod

@@ -1,8 +1,8 @@
 """The schema of a run's configuration file.
 
 Every section is a frozen pydantic model that rejects unknown keys; checks across several keys name
-them all. The model section is in `megagrow.config.model`, the ends of stages and growths are in
-`megagrow.config.growths`; files and overrides are loaded by `megagrow.config.load`.
+them all. Sections are in the other modules of this package; files and overrides are loaded by
+`megagrow.config.load`.
 """
 
 from __future__ import annotations
@@ -13,33 +13,39 @@ from pydantic import Field, model_validator
 
 from megagrow.config.data import DataConfig, StageDataConfig
 from megagrow.config.growths import GrowConfig, Trained, UntilConfig
+from megagrow.config.loop import (
+    CheckpointConfig,
+    RecoveryConfig,
+    RunConfig,
+    TrainConfig,
+    WatchConfig,
+)
 from megagrow.config.model import ModelConfig
-from megagrow.config.section import Fraction, PathText, Positive, Section
+from megagrow.config.optimization import (
+    BatchConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    StageOptimizerConfig,
+    StageScheduleConfig,
+)
+from megagrow.config.section import Positive, Section
 from megagrow.config.start import StartConfig
-from megagrow.state.optimizers import OPTIMIZERS, OptimizerKind
-
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Rate = Annotated[float, Field(gt=0.0)]
-NotNegative = Annotated[float, Field(ge=0.0)]
-
-
-class RunConfig(Section):
-    """The run's directory and seed."""
-
-    dir: PathText = "runs/default"
-    # Seconds to wait for another job to release `dir` before this one fails.
-    wait: Annotated[float, Field(ge=0)] = 90.0
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
 
 
 class LayoutConfig(Section):
     """Parallelism; the data-parallel size is world / (tensor * pipeline)."""
 
     tensor: Positive = 1
+    """Tensor-parallel size."""
     pipeline: Positive = 1
+    """Number of pipeline stages."""
     zero: Annotated[int, Field(ge=0, le=3)] = 1
-    sequence_parallel: bool = False  # norms and dropout see 1/tensor of the sequence
-    partition: Literal["parameters", "flops"] = "parameters"  # what pipeline stages balance
+    """DeepSpeed's ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+    sequence_parallel: bool = False
+    """Norms and dropout see 1 / `tensor` of the sequence."""
+    partition: Literal["parameters", "flops"] = "parameters"
+    """What the pipeline stages balance."""
 
     @model_validator(mode="after")
     def _pipeline_needs_low_zero(self) -> LayoutConfig:
@@ -52,256 +58,72 @@ class LayoutConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    """Optimizer settings. Weight decay is decoupled, and not applied to norms and biases.
-
-    Lion needs a learning rate 3 to 10 times lower than AdamW, a weight decay higher by the same
-    factor, and betas of about [0.9, 0.99]; it ignores eps.
-
-    Muon orthogonalises the momentum of the blocks' matrices and is AdamW, with `betas` and `eps`,
-    for all other tensors. Matrices need their own rate, about 0.02; it follows the schedule of
-    `lr`.
-    """
-
-    name: Literal["adamw", "lion", "muon"] = "adamw"
-    lr: Rate = 1e-3
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: Rate = 1e-8
-    weight_decay: NotNegative = 0.1
-    grad_clip: NotNegative = 1.0  # 0 turns clipping off
-    offload: Literal["none", "cpu"] = "none"  # where optimizer state is kept (ZeRO 1 to 3)
-    muon_lr: Rate | None = None  # for Muon's matrices; default: lr
-    momentum: Beta = 0.95  # for Muon's matrices
-
-    @model_validator(mode="after")
-    def _settings_of_muon(self) -> OptimizerConfig:
-        given = {"muon_lr", "momentum"} & self.model_fields_set
-        if not self.kind.orthogonal and any(
-            getattr(self, key) != type(self).model_fields[key].default for key in given
-        ):
-            raise ValueError(
-                f"{' and '.join(sorted(given))}: only for Muon, but name = {self.name}; set "
-                "optimizer.name=muon, or leave it out"
-            )
-        return self
-
-    @property
-    def kind(self) -> OptimizerKind:
-        """What is known about the optimizer."""
-        return OPTIMIZERS[self.name]
-
-    @property
-    def bias_correction(self) -> tuple[float, float] | None:
-        """The betas of bias-corrected moments, or None."""
-        return self.betas if self.kind.bias_corrected else None
-
-    def changed(self, by: StageOptimizerConfig | None) -> OptimizerConfig:
-        """The settings of a stage: the previous stage's, with the ones that this stage changes."""
-        return self if by is None else self.model_copy(update=by.model_dump(exclude_none=True))
-
-
-class StageOptimizerConfig(Section):
-    """Optimizer settings that a growth stage changes, from its first update on.
-
-    Settings that are not given keep the value of the previous stage. `muon_lr` follows `lr` until a
-    stage, or the section `optimizer`, sets it.
-    """
-
-    lr: Rate | None = None
-    betas: tuple[Beta, Beta] | None = None
-    eps: Rate | None = None
-    weight_decay: NotNegative | None = None
-    grad_clip: NotNegative | None = None
-    muon_lr: Rate | None = None
-    momentum: Beta | None = None
-    name: Any = Field(None, exclude=True)  # these two exist only for a clear error
-    offload: Any = Field(None, exclude=True)
-
-    @model_validator(mode="after")
-    def _the_optimizer_stays(self) -> StageOptimizerConfig:
-        fixed = [key for key in ("name", "offload") if key in self.model_fields_set]
-        if fixed:
-            raise ValueError(
-                f"{' and '.join(fixed)} cannot change in a run, whose state is one optimizer's; "
-                f"set {' and '.join(f'optimizer.{key}' for key in fixed)} for all of it"
-            )
-        return self
-
-
-class PrecisionConfig(Section):
-    """Precision of parameters and activations; master weights and moments are fp32."""
-
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    # Dynamic loss scaling, for fp16 only: it starts at 2**initial_scale_power, is halved when
-    # gradients overflow (the step is then skipped) and doubled after `window` good steps.
-    initial_scale_power: Annotated[int, Field(ge=0, le=32)] = 16
-    window: Positive = 1000
-
-
-class ScheduleConfig(Section):
-    """Learning-rate schedule; `decay` is the fraction of steps over which WSD decays."""
-
-    name: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
-    warmup: Annotated[int, Field(ge=0)] | None = None  # steps; default: a tenth of the run, <= 100
-    decay: Fraction = 0.1
-    floor: Fraction = 0.0  # final learning rate as a fraction of the peak
-
-
-class StageScheduleConfig(Section):
-    """The learning-rate schedule of one growth stage, as factors on the run's schedule.
-
-    `warmup`: the number of steps, from the stage's first on, over which the rate rises from 0.
-    `decay`: the final fraction of the stage's own steps, over which the rate falls linearly to
-    `floor` (relative to the rate before; default: `schedule.floor`). In the last stage it replaces
-    `schedule.decay`.
-    """
-
-    warmup: Positive | None = None
-    decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    floor: Fraction | None = None
-
-    @model_validator(mode="after")
-    def _floor_of_a_decay(self) -> StageScheduleConfig:
-        if self.floor is not None and self.decay is None:
-            raise ValueError("floor is where the stage's own decay ends: give decay as well")
-        return self
-
-
-class BatchConfig(Section):
-    """Samples per optimizer step, and per forward pass of one rank."""
-
-    global_: Positive = Field(alias="global")
-    micro: Positive
-
-    @model_validator(mode="after")
-    def _micro_divides_global(self) -> BatchConfig:
-        if self.global_ % self.micro:
-            above = -(-self.global_ // self.micro) * self.micro
-            raise ValueError(
-                f"global = {self.global_} is not divisible by micro = {self.micro}; "
-                f"set batch.global to a multiple of {self.micro}, for instance {above}"
-            )
-        return self
-
-
 class StageConfig(Section):
-    """A growth stage: its end, and what changes at its start.
+    """A growth stage: its end, and what changes at its start; what is not given does not change.
 
-    A growth, which parameters are trained, a layout, a batch, a sequence length of the samples (at
-    most the model's), optimizer settings, data: what is not given does not change. Stages without a
-    growth can warm up the batch or sequence length, or change the mixture of data. `schedule`
-    applies to this stage only.
+    A stage without a growth can warm up the batch or the sequence length, or change the data.
     """
 
     until: UntilConfig
+    """Where the stage ends."""
     grow: GrowConfig | None = None
+    """The growth at its start."""
     train: Trained | None = None
+    """What is trained: `new` (what the growth adds), `all`, or a list of roles and names of
+    tensors (docs/growth-operators.md)."""
     layout: LayoutConfig | None = None
+    """The layout from this stage on."""
     batch: BatchConfig | None = None
+    """The batch from this stage on."""
     sequence: Positive | None = None
+    """Tokens of a sample from this stage on, at most the model's."""
     data: StageDataConfig | None = None
+    """What is trained on from this stage on (docs/data.md)."""
     optimizer: StageOptimizerConfig | None = None
+    """Optimizer settings from this stage on (docs/rates.md)."""
     schedule: StageScheduleConfig | None = None
-
-
-class WandbConfig(Section):
-    """Weights & Biases settings, named as in `wandb.init`."""
-
-    project: str
-    name: str | None = None  # default: chosen by Weights & Biases
-    entity: str | None = None
-    mode: Literal["online", "offline", "disabled"] = "online"
-
-
-class AverageConfig(Section):
-    """The average of the weights over the last steps of a run, validated along with the weights.
-
-    `last` is the fraction of all steps, for instance a tenth of the decay.  The average is kept in
-    host memory, as an fp32 copy of each rank's shard; checkpoints hold the weights themselves.
-    """
-
-    last: Annotated[float, Field(gt=0.0, le=1.0)]
-
-
-class TrainConfig(Section):
-    """The loop: validation, logging, early stop."""
-
-    validate_every: Positive = 100
-    validation_samples: Positive = 64
-    log_every: Positive = 10
-    stop_after_steps: Positive | None = None
-    # Interval in steps, after a growth, of the diagnostics: divergence of twins, ranks of matrices,
-    # learning of new parameters, mixing time. Null: never.
-    growth_diagnostics: Positive | None = None
-    tensorboard: bool = True
-    prometheus_port: Annotated[int, Field(gt=0, lt=65536)] | None = None  # on rank 0's host
-    # Listen address: this host only by default; with 0.0.0.0 anyone who can reach the port can
-    # read.
-    prometheus_address: str = "127.0.0.1"
-    wandb: WandbConfig | None = None
-    threads: Positive | None = None  # CPU threads per rank; default: cores / local ranks
-    average: AverageConfig | None = None
-
-
-class CheckpointConfig(Section):
-    """When to save and how many to keep."""
-
-    every: Positive = 500
-    keep: Positive = 2
-    # Write in the background of the following steps, from a copy of each rank's state in host
-    # memory. Default: true on GPUs, whose hosts have spare memory and cores; false on CPUs.
-    asynchronous: bool | None = None
-    # An object store to copy each checkpoint to, such as s3://bucket/run, by fsspec: rank 0 uploads
-    # beside the next steps, and a start takes the newest of both places. Null: none.
-    remote: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://.+")] | None = None
-
-
-class WatchConfig(Section):
-    """Watchdog timeouts: seconds without progress of a rank before the job is ended."""
-
-    stall: Annotated[float, Field(gt=0)] = 60.0  # in training steps and validation
-    slow: Annotated[float, Field(gt=0)] = 600.0  # while starting, growing and saving
-
-
-class RecoveryConfig(Section):
-    """Automatic recovery from non-finite losses and gradients, and from loss spikes."""
-
-    skip: Annotated[int, Field(ge=0)] = 3  # consecutive bad steps that are skipped
-    rollback: Annotated[int, Field(ge=0)] = 1  # rollbacks to the last checkpoint after that
-    # A loss above this multiple of the recent median is bad as well; null: no limit.
-    spike: Annotated[float, Field(gt=1.0)] | None = None
+    """The learning-rate schedule of this stage alone."""
 
 
 class LawConfig(Section):
-    """Constants of L(N, S) = floor + (n_scale / N)^n_power + (s_scale / S)^s_power."""
+    """Constants of L(N, S) = floor + (n_scale / N)^n_power + (s_scale / S)^s_power.
+
+    They are what `megagrow plan --fit` prints.
+    """
 
     floor: Annotated[float, Field(ge=0)]
+    """The loss that no model and no amount of data goes below, in nats."""
     n_scale: Annotated[float, Field(gt=0)]
+    """Scale of the parameters N."""
     n_power: Annotated[float, Field(gt=0)]
+    """Exponent of the parameters."""
     s_scale: Annotated[float, Field(gt=0)]
+    """Scale of the amount of data S, in `unit`."""
     s_power: Annotated[float, Field(gt=0)]
+    """Exponent of the amount of data."""
     unit: Literal["steps", "tokens"] = "tokens"
-    embeddings: bool = True  # whether N includes embeddings
+    """What S counts."""
+    embeddings: bool = True
+    """Whether N includes embeddings."""
 
 
 class OpsConfig(Section):
     """Backends of the fused ops on a GPU (MEGAGROW_KERNELS selects among megagrow's own)."""
 
-    # A library given here must be installed and pass a numerical check before it is used.
     backend: Literal["own", "apex", "transformer_engine", "liger"] = "own"
+    """megagrow's own kernels, or a library, which must be installed and pass a numerical check
+    before it is used."""
 
 
 class GrowthConfig(Section):
-    """Settings of growths: the transfer, and the rules that end a stage.
+    """Settings of growths: the transfer, and the rules that end a stage."""
 
-    `law` is the scaling law that `planned` and `marginal` predict with: the name of a published
-    law, or constants as launch/plan.py --fit prints them. `points` is the number of consecutive
-    validations that `slope` is computed over, and the minimum that `marginal` fits.
-    """
-
-    staging_mib: Annotated[float, Field(gt=0, le=2**30)] = 64.0  # per rank, all buffers together
+    staging_mib: Annotated[float, Field(gt=0, le=2**30)] = 64.0
+    """MiB of staging buffers on each rank, all together."""
     law: Literal["kaplan", "chinchilla", "epoch"] | LawConfig = "chinchilla"
+    """The scaling law that `planned` and `marginal` predict with: a published one, or constants."""
     points: Annotated[int, Field(ge=2)] = 5
+    """Validations that `slope` is computed over, and the fewest that `marginal` fits."""
 
     @property
     def staging_bytes(self) -> int:
@@ -317,22 +139,39 @@ class Config(Section):
     """
 
     run: RunConfig = RunConfig()
+    """Directory and seed."""
     init: StartConfig | None = None
+    """The checkpoint to start from; null: fresh weights."""
     model: ModelConfig
+    """The model of the first stage, before its growth."""
     layout: LayoutConfig = LayoutConfig()
+    """The layout of the first stage."""
     data: DataConfig
+    """What is trained on and validated on (docs/data.md)."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
     precision: PrecisionConfig = PrecisionConfig()
+    """Number formats."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """The learning-rate schedule."""
     batch: BatchConfig
+    """The batch of the first stage."""
     stages: Annotated[list[StageConfig], Field(min_length=1)]
+    """The growth stages, in order."""
     train: TrainConfig = TrainConfig()
+    """Validation and logs."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
     growth: GrowthConfig = GrowthConfig()
+    """What all growths share."""
     ops: OpsConfig = OpsConfig()
+    """Fused ops."""
     watch: WatchConfig = WatchConfig()
+    """When a rank counts as hung."""
     recovery: RecoveryConfig = RecoveryConfig()
+    """What follows a loss that is not finite."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Further settings of DeepSpeed's configuration, for what this file has no setting of."""
 
     @model_validator(mode="after")
     def _the_last_stage_is_bounded(self) -> Config:

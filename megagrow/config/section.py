@@ -42,8 +42,15 @@ def text_or_value(found: Any) -> str:
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen; an unknown key, an infinity or a NaN is an error."""
+    """Base of all sections: frozen; an unknown key, an infinity or a NaN is an error.
+
+    The text below a setting is its description, in the JSON schema and in the reference.
+    """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
     )

@@ -18,7 +18,7 @@ from torch import nn
 from megagrow import ops
 from megagrow.config import Config, LayoutConfig, ModelConfig
 from megagrow.config.batch import accumulation
-from megagrow.config.schema import OptimizerConfig
+from megagrow.config.optimization import OptimizerConfig
 from megagrow.engine.comm import Comm
 from megagrow.engine.deepspeed import privates
 from megagrow.engine.deepspeed.config import deepspeed_config

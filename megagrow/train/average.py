@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megagrow.config.schema import AverageConfig
+from megagrow.config.loop import AverageConfig
 from megagrow.engine.engine import Engine
 from megagrow.state.catalog import MASTER
 

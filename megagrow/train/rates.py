@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from megagrow.config import Config, ModelConfig
-from megagrow.config.schema import StageScheduleConfig
+from megagrow.config.optimization import StageScheduleConfig
 from megagrow.errors import ConfigError
 from megagrow.growth.optimizer_rules import OptimizerRules, YoungBlocks
 from megagrow.schedule import StagePlan

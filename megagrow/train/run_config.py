@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megagrow.config import Config, StartConfig
 from megagrow.config.load import parse_config, parse_settings, read_settings
-from megagrow.config.schema import RunConfig
+from megagrow.config.loop import RunConfig
 from megagrow.config.section import Section
 from megagrow.errors import CheckpointError, MegagrowError
 

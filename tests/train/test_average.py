@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from megagrow.config.schema import AverageConfig
+from megagrow.config.loop import AverageConfig
 from megagrow.state.boxes import whole
 from megagrow.train.average import WeightAverage
 from tests.jobs import events, launch, log_of, settings, write_config

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from megagrow.config import GrowConfig, ModelConfig
 from megagrow.config.load import in_words
 from megagrow.config.model import MODEL_SETTINGS
-from megagrow.config.schema import OptimizerConfig, StageOptimizerConfig
+from megagrow.config.optimization import OptimizerConfig, StageOptimizerConfig
 from megagrow.errors import CheckpointError, MegagrowError
 from megagrow.growth.plan import plan_growth
 from megagrow.models.catalog import build_catalog

@@ -23,7 +23,7 @@ from megagrow.checkpoint.interface.model_of import (
     section,
 )
 from megagrow.checkpoint.interface.placed import placed
-from megagrow.config.schema import PrecisionConfig
+from megagrow.config.optimization import PrecisionConfig
 from megagrow.errors import ConfigError
 from megagrow.state.boxes import flat_range_boxes
 from megagrow.state.catalog import MASTER, LogicalTensor, Slot, Training

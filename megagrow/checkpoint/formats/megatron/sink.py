@@ -29,7 +29,7 @@ from megagrow.checkpoint.interface.meta import CheckpointMeta
 from megagrow.checkpoint.interface.model_of import model_of, optimizer_of, refuse_ramp, section
 from megagrow.checkpoint.interface.placed import placed
 from megagrow.checkpoint.io.files import naming, write_new
-from megagrow.config.schema import PrecisionConfig
+from megagrow.config.optimization import PrecisionConfig
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.state.catalog import ADAM_SLOTS, MASTER, LogicalTensor, Rates, Slot
 from megagrow.state.precision import PRECISIONS
