@@ -113,6 +113,7 @@ setup(
             "matplotlib",
             # A real reader of our Megatron checkpoints; wheels are for Linux alone.
             "megatron-core; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "mkdocs-material",  # `make docs`; its successor Zensical reads mkdocs.yml as well
             "moto[server]",  # a local S3 server for the tests
             "mypy",
             "prometheus-client",

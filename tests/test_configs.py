@@ -16,7 +16,7 @@ from tests.jobs import main
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Processes, memory of each, and what else a dry run needs where no data has been prepared.
 RUNS = {
-    "quickstart.yaml": (2, "16GB", ["model.vocab=4096"]),
+    "quickstart.yaml": (2, "16GB", ["model.vocab=257"]),
     "h200_gpt2.yaml": (1, "141GB", ["model.vocab=4096"]),
     "paper/base.yaml": (8, "80GB", []),
     "paper/base_half_depth.yaml": (8, "80GB", []),

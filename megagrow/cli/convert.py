@@ -22,7 +22,7 @@ EXAMPLES = """\
 
   # for transformers' from_pretrained, with the tokenizer
   python launch/convert.py --from runs/quickstart --to exports/quickstart \\
-      --to-format huggingface --tokenizer data/stdlib
+      --to-format huggingface --tokenizer data/stdlib_bytes
 
   # weights to start a run from: configs/quickstart.yaml then goes on with --resume imports/model
   python launch/convert.py --from MODEL --to imports/model --to-format native \\

@@ -22,11 +22,13 @@ COMMANDS = {
     "inspect": ("inspect_checkpoint", "show what a checkpoint holds, and check it"),
     "evaluate": ("evaluate", "score a checkpoint: perplexity, last words, bits per byte, tasks"),
     "report": ("report", "rebuild the report of a run"),
+    "compare": ("compare", "compare runs: losses, costs, settings that differ"),
     "benchmark": ("benchmark", "measure the compute that growth saves"),
     "configs": ("configs", "list the bundled configurations, or print one"),
 }
 _EXAMPLES = """\
-  megagrow prepare --input stdlib --output data/stdlib --vocab-size 4096
+  megagrow prepare --input stdlib --output data/stdlib_bytes \
+      --tokenizer configs/tokenizers/bytes.json --validation-fraction 0.02
   megagrow train --config configs/quickstart.yaml
   megagrow train --help
 

@@ -12,7 +12,8 @@ from megagrow.errors import exit_status
 
 EXAMPLES = """\
   # the source files of Python's standard library, about 30 MB of text
-  python launch/prepare_data.py --input stdlib --output data/stdlib --workers 2
+  python launch/prepare_data.py --input stdlib --output data/stdlib_bytes --workers 2 \\
+      --tokenizer configs/tokenizers/bytes.json --validation-fraction 0.02
 
   # one text file: one document, the end of which validates
   python launch/prepare_data.py --input BOOK.txt --output data/book

@@ -108,8 +108,8 @@ def document(*, title: str, body: str) -> str:
 
 
 def _header(run: Run, name: str) -> str:
-    status, good = _status(run)
-    chip = f'<span class="chip {"good" if good else "warn"}">{escape(status)}</span>'
+    said, good = status(run)
+    chip = f'<span class="chip {"good" if good else "warn"}">{escape(said)}</span>'
     facts = [_many(run.at, "step")]
     facts.append(_many(len(run.growths), "growth"))
     if run.resumes:
@@ -129,7 +129,7 @@ def _header(run: Run, name: str) -> str:
     )
 
 
-def _status(run: Run) -> tuple[str, bool]:
+def status(run: Run) -> tuple[str, bool]:
     """The status of the run in words, and whether it has finished."""
     reason = run.end.get("reason")
     why = reason if isinstance(reason, str) and reason else None
@@ -161,16 +161,16 @@ def _tiles(run: Run) -> str:
     tiles = [
         (
             _validation_title(run),
-            _value(loss, _loss),
+            value_cell(loss, loss_text),
             f"perplexity {number_text(math.exp(loss))}" if loss < 700 else "",
         ),
-        ("Parameters", _value(known[-1] if known else math.nan, human), grown),
-        ("Tokens", _value(last.tokens if last else math.nan, human), ""),
-        ("Compute", _value(last.flops if last else math.nan, lambda v: human(v, "FLOPs")), ""),
-        ("Wall time", _value(run.seconds or math.nan, duration), _mean_rate(run)),
+        ("Parameters", value_cell(known[-1] if known else math.nan, human), grown),
+        ("Tokens", value_cell(last.tokens if last else math.nan, human), ""),
+        ("Compute", value_cell(last.flops if last else math.nan, lambda v: human(v, "FLOPs")), ""),
+        ("Wall time", value_cell(run.seconds or math.nan, duration), _mean_rate(run)),
         (
             "Goodput",
-            _value(run.goodput, lambda share: f"{share:.0%}"),
+            value_cell(run.goodput, lambda share: f"{share:.0%}"),
             "of all time went into steps that were kept",
         ),
     ]
@@ -195,12 +195,12 @@ def _stage_table(run: Run) -> str:
         "all",
         "",
         "",
-        _value(sum(s.steps for s in run.stages), whole),
-        _value(sum(s.tokens for s in run.stages), human),
-        _value(sum(s.flops for s in run.stages), human),
-        _value(run.seconds or math.nan, duration),
+        value_cell(sum(s.steps for s in run.stages), whole),
+        value_cell(sum(s.tokens for s in run.stages), human),
+        value_cell(sum(s.flops for s in run.stages), human),
+        value_cell(run.seconds or math.nan, duration),
         "",
-        _value(run.last_validation.loss if run.last_validation else math.nan, _loss),
+        value_cell(run.last_validation.loss if run.last_validation else math.nan, loss_text),
     ]
     heads = [
         "Stage",
@@ -223,13 +223,13 @@ def _stage_row(stage: StageSummary) -> list[str]:
     return [
         str(stage.index),
         shape or _NONE,
-        _value(stage.parameters, human),
-        _value(stage.steps, whole),
-        _value(stage.tokens, human),
-        _value(stage.flops, human),
-        _value(stage.seconds or math.nan, duration),
-        _value(stage.first_validation, _loss),
-        _value(stage.last_validation, _loss),
+        value_cell(stage.parameters, human),
+        value_cell(stage.steps, whole),
+        value_cell(stage.tokens, human),
+        value_cell(stage.flops, human),
+        value_cell(stage.seconds or math.nan, duration),
+        value_cell(stage.first_validation, loss_text),
+        value_cell(stage.last_validation, loss_text),
     ]
 
 
@@ -259,7 +259,7 @@ def _growth_table(run: Run) -> str:
 def _mixing(run: Run, growth: GrowthSummary) -> str:
     """The mixing time in tokens."""
     if growth.stage in run.mixing:
-        return _value(run.mixing[growth.stage], lambda tokens: human(tokens, "tokens"))
+        return value_cell(run.mixing[growth.stage], lambda tokens: human(tokens, "tokens"))
     return "not in this run" if growth.foretold else _NONE
 
 
@@ -268,14 +268,15 @@ def _growth_row(number: int, growth: GrowthSummary) -> list[str]:
     return [
         str(number),
         escape(growth.operator) + policy,
-        _value(growth.step, whole),
-        _value(growth.loss_before, _loss),
-        _value(growth.loss_after, _loss),
-        _value(growth.jump, signed),
-        f"{_value(growth.parameters_before, human)} → {_value(growth.parameters_after, human)}",
-        _value(growth.seconds, duration),
-        _value(growth.bytes_moved, binary_bytes),
-        _value(growth.peak_staging_bytes, binary_bytes),
+        value_cell(growth.step, whole),
+        value_cell(growth.loss_before, loss_text),
+        value_cell(growth.loss_after, loss_text),
+        value_cell(growth.jump, signed),
+        f"{value_cell(growth.parameters_before, human)} → "
+        f"{value_cell(growth.parameters_after, human)}",
+        value_cell(growth.seconds, duration),
+        value_cell(growth.bytes_moved, binary_bytes),
+        value_cell(growth.peak_staging_bytes, binary_bytes),
     ]
 
 
@@ -331,12 +332,12 @@ def sheet(
     )
 
 
-def _loss(value: float) -> str:
+def loss_text(value: float) -> str:
     """The same number of decimals for all losses of a column."""
     return f"{value:.4f}" if math.isfinite(value) else number_text(value)
 
 
-def _value(value: float, write: Callable[[float], str]) -> str:
+def value_cell(value: float, write: Callable[[float], str]) -> str:
     """A readable number, with the exact value for machines and on hover."""
     if math.isnan(value):
         return _NONE

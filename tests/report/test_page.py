@@ -2,7 +2,6 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,78 +13,16 @@ from megagrow.report import write_report
 from megagrow.report.curves import running_mean
 from megagrow.report.log import encode_line
 from megagrow.report.run import summarize
+from tests.report.logs import (
+    Page,
+    diagnosed,
+    growth_line,
+    step_line,
+    two_stage_run,
+    validation_line,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-VOID = {"meta", "br", "link", "img", "input", "hr"}
-
-
-def step_line(step, stage, *, loss=3.0, tokens=None, flops=None):
-    return {
-        "event": "step",
-        "step": step,
-        "tokens": step * 100 if tokens is None else tokens,
-        "flops": step * 10_000 if flops is None else flops,
-        "loss": loss,
-        "lr": 1e-3,
-        "grad_norm": 0.5,
-        "tokens_per_second": 1000.0,
-        "growth_stage": stage,
-        "time": 1000.0 + step,
-    }
-
-
-def validation_line(step, stage, loss):
-    return {
-        "event": "validation",
-        "step": step,
-        "tokens": step * 100,
-        "flops": step * 10_000,
-        "val_loss": loss,
-        "growth_stage": stage,
-        "time": 1000.0 + step,
-    }
-
-
-def growth_line(step, stage, operator="width", before=2.5, after=2.75):
-    return {
-        "event": "growth",
-        "step": step,
-        "tokens": step * 100,
-        "flops": step * 10_000,
-        "operator": operator,
-        "state_policy": "sparkling",
-        "loss_before": before,
-        "loss_after": after,
-        "parameters_before": 111_111,
-        "parameters_after": 444_444,
-        "seconds": 0.5,
-        "bytes_moved": 5_333_333,
-        "peak_staging_bytes": 1 << 20,
-        "growth_stage": stage,
-        "model": {"family": "gpt2", "layers": 4, "hidden": 1024, "heads": 8, "ffn": 2048},
-        "layout": {"data": 2, "zero": 1},
-        "time": 1000.0 + step,
-    }
-
-
-def diagnosed(step, **values):
-    line = {"event": "growth_diagnostics", "step": step, "tokens": step * 100}
-    return {**line, **values, "time": 1000.0 + step}
-
-
-def two_stage_run():
-    return [
-        {"event": "run_start", "version": "9.8.7", "parameters": 111_111, "time": 1000.0},
-        *(step_line(step, 0, loss=5.0 - step / 10) for step in range(1, 6)),
-        validation_line(5, 0, 4.6),
-        *(step_line(step, 0, loss=5.0 - step / 10) for step in range(6, 11)),
-        validation_line(10, 0, 4.1),
-        growth_line(10, 1),
-        validation_line(10, 1, 4.2),
-        *(step_line(step, 1, loss=4.0 - step / 10) for step in range(11, 31)),
-        validation_line(30, 1, 1.0625),
-        {"event": "end", "step": 30, "reason": "all stages done", "time": 1030.0},
-    ]
 
 
 def report_of(tmp_path, lines, config="run: {}\n"):
@@ -95,42 +32,6 @@ def report_of(tmp_path, lines, config="run: {}\n"):
     if config is not None:
         (run_dir / "config.yaml").write_text(config)
     return write_report(run_dir).read_text("utf-8")
-
-
-class Page(HTMLParser):
-    """Checks that tags are nested; collects the tags, and the cells of each table by its id."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.tables, self._open, self._rows = [], {}, [], None
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert not self._open
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append((tag, attrs))
-        if tag in VOID:
-            return
-        self._open.append(tag)
-        if tag == "table":
-            self._rows = self.tables[attrs["id"]] = []
-        elif tag == "tr":
-            self._rows.append([])
-        elif tag in ("td", "th"):
-            self._rows[-1].append([])
-        elif tag == "data" and "table" in self._open:
-            self._rows[-1][-1].append(float(attrs["value"]))
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def svgs(text):

@@ -977,17 +977,17 @@ def test_results_of_the_first_version_are_said_to_be_such(name):
     assert f"`{name}.json`" in told and "of the first version" in told
 
 
-def test_the_readme_tells_what_the_result_holds():
+def test_the_page_tells_what_the_result_holds():
     """Means and intervals of growth and control, and where the benchmark calls a saving."""
     result = json.loads((REPOSITORY / "benchmarks/savings_2x48_depth.json").read_text())
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs/savings.md").read_text(encoding="utf-8")
     rows = [row for row in result["rows"] if row["name"] in ("depth", "small_1x48")]
     assert len(rows) == 6
     for row in rows:
         flops = row["against_scratch"]["flops"]
         mean, low, high = (100 * flops[key] for key in ("mean", "low", "high"))
-        assert f"{mean:.1f} % ({low:.1f} to {high:.1f} %)" in readme, row["name"]
+        assert f"{mean:.1f} % ({low:.1f} to {high:.1f} %)" in page, row["name"]
         assert flops["seeds"] == 5
     called = [row["called"] for row in rows if row["kind"] == "variant"]
     assert called == [False, True, True]
-    assert "calls the savings at 20 and at 40" in " ".join(readme.split())
+    assert "calls the savings at 20 and at 40" in " ".join(page.split())
