@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": ("convert", "convert a checkpoint between formats and layouts"),
     "inspect": ("inspect_checkpoint", "show what a checkpoint holds, and check it"),
     "evaluate": ("evaluate", "score a checkpoint: perplexity, last words, bits per byte, tasks"),
+    "generate": ("generate", "generate text with a checkpoint"),
     "report": ("report", "rebuild the report of a run"),
     "compare": ("compare", "compare runs: losses, costs, settings that differ"),
     "benchmark": ("benchmark", "measure the compute that growth saves"),

@@ -104,7 +104,9 @@ def commands(home):
                          "--validation-fraction", "0.2"],
         "evaluate": [checkpoint, "--text", str(home / "text.txt"),
                      "--tokenizer", str(home / "run.yaml")],
+        "generate": [checkpoint, "--tokenizer", str(home / "run.yaml")],
         "report": ["run"],
+        "compare": ["run"],
         "supervise": ["--ranks", "1", str(home / "job.py")],
         **{f"benchmark {kind}": [kind] for kind in
            ("growth", "throughput", "operators", "convert", "kernels", "mfu", "faults",
@@ -130,7 +132,7 @@ def cases_of(name, base):
             found.append(([f"{option}={value}"], f"{option} {kind}"))
         if takes_value:
             found.append(([option], f"{option} without a value"))
-    positional = {"inspect", "evaluate", "report", "supervise"}
+    positional = {"inspect", "evaluate", "generate", "report", "compare", "supervise"}
     for kind, value in VALUES.items():
         found.append(([value], f"an argument: {kind}"))
         if name in positional and value:
@@ -192,9 +194,9 @@ def sweep(monkeypatch, home, tmp_path, *, name, few):
 
 NAMES = [
     "pretrain", "pretrain --dry-run", "grow", "convert", "inspect", "plan", "plan --machine",
-    "prepare_data", "evaluate", "report", "supervise", "benchmark growth", "benchmark throughput",
-    "benchmark savings", "benchmark operators", "benchmark convert", "benchmark kernels",
-    "benchmark mfu", "benchmark faults", "benchmark dynamics",
+    "prepare_data", "evaluate", "generate", "report", "compare", "supervise", "benchmark growth",
+    "benchmark throughput", "benchmark savings", "benchmark operators", "benchmark convert",
+    "benchmark kernels", "benchmark mfu", "benchmark faults", "benchmark dynamics",
 ]  # fmt: skip
 
 
@@ -253,7 +255,7 @@ def test_every_setting_with_every_wrong_value(monkeypatch, home, tmp_path, part)
 def test_the_arguments_that_are_varied_are_right_by_themselves(monkeypatch, home, tmp_path):
     """Otherwise every refusal would have another cause than the value."""
     start_nothing(monkeypatch)
-    wrong = {"evaluate", "report"}  # whose whole success takes a run
+    wrong = {"evaluate", "generate", "report", "compare"}  # whose whole success takes a run
     with inside(tmp_path):
         for name in ("pretrain", "pretrain --dry-run", "grow", "convert", "inspect", "plan",
                      "plan --machine", "prepare_data", "supervise"):  # fmt: skip

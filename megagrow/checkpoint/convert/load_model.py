@@ -14,8 +14,10 @@ from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.growth.operators.ramp import Ramp
 from megagrow.models.common.masks import ramp_in
+from megagrow.models.common.parallel import SERIAL, TensorParallel
 from megagrow.models.transformer import Transformer, named_tensors
-from megagrow.state.boxes import whole
+from megagrow.state.layout import Layout
+from megagrow.state.placement import Placement
 
 
 def load_model(
@@ -24,6 +26,7 @@ def load_model(
     name: str | None = None,
     device: torch.device | None = None,
     say: Callable[[str], object] = lambda line: None,
+    parallel: TensorParallel = SERIAL,
 ) -> tuple[Transformer, ModelConfig, Path]:
     """Read the parameters of a checkpoint into an fp32 model, tensor by tensor.
 
@@ -34,12 +37,15 @@ def load_model(
         name: the format; detected by default.
         device: the model's device; the CPU by default.
         say: called with lines that list what the checkpoint holds and the model does not.
+        parallel: this rank among tensor-parallel ones; each reads its own part.
 
     Returns:
         The model, its configuration, and the path of the checkpoint that was read.
 
     Raises:
-        CheckpointError: not a checkpoint, damaged, or its model cannot be determined.
+        CheckpointError: not a checkpoint, damaged, or its model cannot be determined; with several
+            ranks, also if new units are under a ramp.
+        ConfigError: the model cannot be split over so many ranks.
     """
     kind, at = detect(path, name)
     source = kind.open_source(at)
@@ -50,13 +56,21 @@ def load_model(
     if parameter is None:
         raise CheckpointError(f"{at}: holds no parameters")
     shape = shape.model_copy(update={"dropout": 0.0, "activation_checkpointing": "none"})
-    model = Transformer(shape)
+    model = Transformer(shape, parallel)
+    placement = Placement(source.catalog, Layout(tensor=parallel.size))
     with torch.no_grad():
         for tensor, values in named_tensors(model).items():
-            box = whole(source.catalog[tensor].shape)
-            values.copy_(source.read(tensor, parameter, box).to(torch.float32))
+            box = placement.local(source.catalog[tensor], parallel.rank).box
+            read = source.read(tensor, parameter, box).to(torch.float32)
+            # Behind it a vocabulary is padded, so that all ranks have as many rows.
+            values.zero_()[tuple(map(slice, box.shape))].copy_(read)
     model.to(device or torch.device("cpu")).eval()
     if source.run_state.get("ramp"):
+        if parallel.size > 1:
+            raise CheckpointError(
+                f"{at}: units of a growth are under a ramp, and the model is on several ranks",
+                fix="use one process, or a checkpoint from after the ramp",
+            )
         ramp = Ramp.from_json(source.run_state["ramp"])
         ramp_in(model, shape, ramp.old).set(ramp.progress(source.step))
     return model, shape, at

@@ -1,0 +1,175 @@
+"""Generate text with a checkpoint of any format."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megagrow.arguments import Parser, as_file, as_output, as_path, number, whole
+from megagrow.errors import exit_status
+
+EXAMPLES = """\
+  python launch/generate.py runs/quickstart --prompt 'def ' 'import '
+  python launch/generate.py exports/mine --prompts PROMPTS.txt --temperature 0.8 --top-p 0.95
+  python launch/generate.py runs/quickstart --samples 4 --tokens 50 --json runs/texts.json
+
+  # a model that one device has no room for: a part on each rank, tensor parallel
+  torchrun --nproc-per-node 2 launch/generate.py runs/quickstart --prompt 'def '
+"""
+_KEPT = "\n\t"  # control characters that a terminal may get
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(description=__doc__, examples=EXAMPLES)
+    add = parser.add_argument
+    add("checkpoint", type=as_path, metavar="PATH", help="a checkpoint, or a run")
+    add("--from-format", metavar="F", help="of the checkpoint; detected by default")
+    add("--prompt", nargs="+", metavar="TEXT", help="texts to continue (default: an empty one)")
+    add("--prompts", type=as_path, metavar="FILE", help="a file with one on each line")
+    add("--samples", type=whole(1, 10_000), default=1, metavar="N", help="texts for each (1)")
+    add("--tokens", type=whole(1), default=100, metavar="N", help="most new tokens (%(default)s)")
+    add("--temperature", type=number(least=0), default=1.0, metavar="T", help="0: greedy (1)")
+    add("--top-k", type=whole(1), metavar="K", help="draw among the K most probable tokens")
+    add(
+        "--top-p",
+        type=number(above=0, most=1),
+        default=1.0,
+        metavar="P",
+        help="draw among the most probable tokens with this probability together (1)",
+    )
+    add("--seed", type=whole(0), default=1234, metavar="N", help="of the draws (%(default)s)")
+    add("--no-end", action="store_true", help="go on after an end of a document")
+    add("--batch", type=whole(1), default=8, metavar="N", help="texts at a time (%(default)s)")
+    add("--tokenizer", type=as_file, metavar="PATH", help="default: the model's own")
+    add(
+        "--allow-other-tokenizer",
+        action="store_true",
+        help="take one that is not the model's, by the SHA-256 that the checkpoint holds",
+    )
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--json", type=as_output, metavar="FILE", help="write texts and tokens there, too")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Generate and print."""
+    from megagrow.models.common.parallel import SERIAL, TensorParallel
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        _generate(options, SERIAL, lambda drawn: drawn)
+        return
+    import torch.distributed as dist
+
+    from megagrow.engine import comm
+
+    job = comm.start()
+    try:
+        parallel = TensorParallel(dist.group.WORLD, job.rank, job.world)
+        _generate(options, parallel, job.broadcast)
+    finally:
+        comm.stop()
+
+
+def _generate(options: argparse.Namespace, parallel: Any, agree: Any) -> None:
+    from megagrow.checkpoint.convert.load_model import load_model
+    from megagrow.evaluation.generation import Sampling, generate
+    from megagrow.evaluation.harness import open_tokenizer
+    from megagrow.evaluation.scores import choose_device
+    from megagrow.files import write_atomically
+
+    speaks = parallel.rank == 0
+
+    def say(line: str) -> None:
+        if speaks:
+            print(line, file=sys.stderr)
+
+    prompts = [text for text in _prompts(options) for _ in range(options.samples)]
+    device = choose_device(options.device)
+    model, shape, at = load_model(
+        options.checkpoint, name=options.from_format, device=device, say=say, parallel=parallel
+    )
+    tokenizer, said = open_tokenizer(
+        at,
+        options.tokenizer,
+        vocabulary=shape.vocabulary,
+        source_format=options.from_format,
+        allow_other=options.allow_other_tokenizer,
+    )
+    say(f"{at}: {shape.family}, {shape.layers} layers, {shape.hidden} hidden, on {device}")
+    say(f"tokenizer: {said}")
+    begin = [] if tokenizer.markers.bos is None else [tokenizer.markers.bos]
+    ids = [begin + tokenizer.encode(text) or [tokenizer.start] for text in prompts]
+    longest = max(map(len, ids)) + options.tokens - 1
+    if longest > shape.sequence:
+        say(f"the model sees the last {shape.sequence} tokens of a text, of up to {longest}")
+    new = generate(
+        model,
+        ids,
+        tokens=options.tokens,
+        sequence=shape.sequence,
+        vocabulary=tokenizer.vocab_size,
+        sampling=Sampling(options.temperature, options.top_k, options.top_p, options.seed),
+        end=None if options.no_end else tokenizer.eod,
+        batch=options.batch,
+        device=device,
+        agree=agree,
+    )
+    if not speaks:
+        return
+    texts = []
+    for number_, (prompt, added) in enumerate(zip(prompts, new, strict=True), start=1):
+        ended = bool(added) and added[-1] == tokenizer.eod and not options.no_end
+        text = tokenizer.decode(added[:-1] if ended else added)
+        texts.append({"prompt": prompt, "text": text, "tokens": added, "ended": ended})
+        if len(prompts) > 1:
+            print(f"--- {number_}")
+        print(_printable(prompt + text))
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        record = {"checkpoint": str(at), "texts": texts}
+        write_atomically(options.json, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    from megagrow.errors import DataError
+
+    prompts = list(options.prompt or ())
+    if options.prompts is not None:
+        prompts += _lines(options.prompts)
+        if not prompts:
+            raise DataError(f"{options.prompts}: no line in it", fix="give a prompt on each line")
+    return prompts or [""]
+
+
+def _lines(path: Path) -> list[str]:
+    from megagrow.errors import DataError
+
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [line.removesuffix("\r") for line in lines if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: cannot be read as text",
+            found=error,
+            expected="UTF-8, a prompt on each line",
+            fix="give another file",
+        ) from error
+
+
+def _printable(text: str) -> str:
+    """Without control characters, with which a model could address a terminal."""
+    return "".join(c if c.isprintable() or c in _KEPT else "\ufffd" for c in text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and generate; returns the exit status."""
+    options = parse(arguments)
+    return exit_status(lambda: run(options))

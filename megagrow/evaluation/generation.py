@@ -1,0 +1,120 @@
+"""Text from a model: tokens drawn one after the other.
+
+Every token is computed from the whole context, without a cache of keys and values: the model is the
+one that is trained, in any family and over tensor-parallel ranks. For a sample now and then that is
+fast enough; to serve a model, export it (docs/exports.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megagrow.models.transformer import Transformer
+
+_STREAMS = 1_000_003  # distance of the seeds of two runs; each text of a run has its own
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the model's distribution.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most probable token.
+        top_k: draw among this many most probable tokens; None for all.
+        top_p: draw among the fewest most probable tokens that have this probability together
+            (nucleus sampling, Holtzman et al., arXiv 1904.09751); 1 for all.
+        seed: of the random numbers.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 1234
+
+    def draw(self, logits: torch.Tensor, generator: torch.Generator) -> int:
+        """A token, from logits [V] in fp32 on the CPU."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        ordered, ids = (logits.double() / self.temperature).sort(descending=True, stable=True)
+        if self.top_k is not None:
+            ordered, ids = ordered[: self.top_k], ids[: self.top_k]
+        shares = ordered.softmax(0)
+        if self.top_p < 1:
+            # A token is left out if those before it have the probability already.
+            shares = shares.masked_fill(shares.cumsum(0) - shares >= self.top_p, 0)
+        return int(ids[torch.multinomial(shares, 1, generator=generator)])
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    sequence: int,
+    vocabulary: int,
+    sampling: Sampling,
+    end: int | None = None,
+    batch: int = 8,
+    device: torch.device | None = None,
+    agree: Callable[[list[int]], list[int]] = lambda drawn: drawn,
+) -> list[list[int]]:
+    """Continue each prompt; a text depends neither on the batch size nor on the other prompts.
+
+    Args:
+        model: in evaluation mode; with tensor parallelism, every rank calls this with its part.
+        prompts: token ids of each, at least one.
+        tokens: the most tokens that are added to a prompt.
+        sequence: the most tokens that the model sees: the last ones.
+        vocabulary: tokens that may be drawn: ids below it.
+        sampling: temperature and the like.
+        end: a token after which a text ends; None: no text ends before `tokens`.
+        batch: texts in a forward pass.
+        device: the model's; the CPU by default.
+        agree: returns what rank 0 drew, on all ranks.
+
+    Returns:
+        For each prompt the added tokens, with `end` if it was drawn.
+
+    Raises:
+        ValueError: a prompt is empty.
+    """
+    if not all(prompts):
+        raise ValueError("a prompt needs at least one token to continue from")
+    random = [
+        torch.Generator().manual_seed((sampling.seed * _STREAMS + index) % 2**63)
+        for index in range(len(prompts))
+    ]
+    texts = [list(prompt) for prompt in prompts]
+    for first in range(0, len(texts), batch):
+        going = list(range(first, min(first + batch, len(texts))))
+        for _ in range(tokens):
+            rows = [texts[index][-sequence:] for index in going]
+            logits = _next_logits(model, rows, device)[:, :vocabulary]
+            drawn = agree(
+                [
+                    sampling.draw(row, random[index])
+                    for row, index in zip(logits, going, strict=True)
+                ]
+            )
+            for index, token in zip(going, drawn, strict=True):
+                texts[index].append(token)
+            going = [i for i, token in zip(going, drawn, strict=True) if token != end]
+            if not going:
+                break
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def _next_logits(
+    model: Transformer, rows: Sequence[Sequence[int]], device: torch.device | None
+) -> torch.Tensor:
+    """Logits [B, V] of the token after each row, in fp32 on the CPU."""
+    # Attention is causal, so what fills a row up behind its end changes nothing before it.
+    width = max(map(len, rows))
+    filled = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    with torch.no_grad():
+        logits = model.logits(filled)
+    last = torch.tensor([len(row) - 1 for row in rows], device=logits.device)
+    return logits[torch.arange(len(rows), device=logits.device), last].float().cpu()
