@@ -29,7 +29,7 @@ STAMP  := $(VENV)/.megagrow-setup
 # DeepSpeed looks for ninja on PATH when it compiles, and starts ranks with its own Python.
 INSIDE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PIP    := $(INSIDE) $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
-CODE   := megagrow launch benchmarks tests docs setup.py
+CODE   := megagrow launch benchmarks examples tests docs setup.py
 
 .PHONY: help setup quickstart check test docs coverage test-slow test-cluster cluster-tools faults clean \
 	kernels kernels-check kernels-sanitize gpu-check
@@ -107,8 +107,8 @@ quickstart: setup | data/stdlib_bytes
 check: setup
 	@$(VENV)/bin/ruff check $(CODE)
 	@$(VENV)/bin/ruff format --check $(CODE)
-	@$(VENV)/bin/mypy megagrow launch benchmarks $$(find tests -name '*.py' ! -name 'test_*.py')
-	@$(VENV)/bin/codespell megagrow launch kernels configs docs benchmarks *.md setup.py Makefile
+	@$(VENV)/bin/mypy megagrow launch benchmarks examples docs $$(find tests -name '*.py' ! -name 'test_*.py')
+	@$(VENV)/bin/codespell megagrow launch kernels configs docs examples benchmarks *.md setup.py Makefile
 
 test: check
 	@OMP_NUM_THREADS=1 $(INSIDE) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=15 \

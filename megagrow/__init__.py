@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megagrow.api import (
         convert_checkpoint,
+        generate_text,
         grow_checkpoint,
         load_config,
         open_checkpoint,
+        prepare_dataset,
         train_model,
     )
 
@@ -19,9 +21,11 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "convert_checkpoint",
+    "generate_text",
     "grow_checkpoint",
     "load_config",
     "open_checkpoint",
+    "prepare_dataset",
     "train_model",
 ]
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from megagrow.checkpoint.convert.job import ConversionReport
     from megagrow.checkpoint.interface.format import CheckpointSource
     from megagrow.config import Config
+    from megagrow.evaluation.generation import Text
     from megagrow.train.job import Outcome
 
 
@@ -41,12 +42,57 @@ def load_config(
     Example:
         >>> config = megagrow.load_config("configs/quickstart.yaml", ["run.dir=runs/mine"])
         >>> config.model.layers
-        3
+        2
     """
     from megagrow.train.run_config import load_run
 
     given = [overrides] if isinstance(overrides, str) else overrides
     return load_run(path, given, resume=resume)
+
+
+def prepare_dataset(
+    source: str | Path,
+    output: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    vocab_size: int = 4096,
+    **more: Any,
+) -> Path:
+    """Make a dataset from text: a file or a directory of plain text or JSON records.
+
+    Args:
+        source: the text; ``stdlib`` stands for the source files of Python's standard library.
+        output: the directory to create. If the same dataset is there already, it stays as it is.
+        tokenizer: a ``.model`` or ``tokenizer.json``, or the name of one that ships with megagrow;
+            by default one with `vocab_size` tokens is trained on the text.
+        vocab_size: of the tokenizer to train.
+        more: the other options of ``megagrow prepare``, such as ``workers`` or ``text_key``.
+
+    Returns:
+        `output`.
+
+    Raises:
+        DataError: the text or the tokenizer cannot be read, or another dataset is there.
+        TypeError: there is no such option.
+
+    Example:
+        >>> megagrow.prepare_dataset("corpus.txt", "data/mine", documents="paragraph")
+        PosixPath('data/mine')
+    """
+    from megagrow.data.prepare import prepare
+    from megagrow.data.request import Request
+    from megagrow.files import or_shipped
+
+    prepare(
+        Request(
+            input=str(source),
+            output=Path(output),
+            tokenizer=None if tokenizer is None else or_shipped(Path(tokenizer)),
+            vocab_size=vocab_size,
+            **more,
+        )
+    )
+    return Path(output)
 
 
 def train_model(config: Config, resume: str | Path = "auto") -> Outcome:
@@ -261,3 +307,53 @@ def open_checkpoint(path: str | Path, *, from_format: str | None = None) -> Chec
 
     fmt, found = detect(Path(path), from_format)
     return fmt.open_source(found)
+
+
+def generate_text(
+    checkpoint: str | Path,
+    prompts: Sequence[str],
+    *,
+    tokens: int = 100,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 1234,
+    tokenizer: str | Path | None = None,
+) -> list[Text]:
+    """Continue texts with the model of a checkpoint of any format, on a GPU if there is one.
+
+    Args:
+        checkpoint: a checkpoint, or a run directory: its newest one.
+        prompts: the texts to continue; an empty one begins as a document does.
+        tokens: the most tokens that are added to each; fewer if a document ends.
+        temperature: divides the logits; 0 takes the most probable token.
+        top_k, top_p: draw among so many most probable tokens, or among those that have this
+            probability together.
+        seed: of the draws.
+        tokenizer: default: the model's own.
+
+    Returns:
+        For each prompt its `prompt`, the added `text`, its `tokens`, and whether it `ended`.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, or the tokenizer is another model's.
+        ConfigError: the model's tokenizer is not found.
+
+    Example:
+        >>> [text] = megagrow.generate_text("runs/mine", ["def "], tokens=20, temperature=0.8)
+        >>> print(text.prompt + text.text)
+    """
+    from megagrow.checkpoint.convert.load_model import load_model
+    from megagrow.evaluation.generation import Sampling, continue_texts
+    from megagrow.evaluation.harness import open_tokenizer
+    from megagrow.evaluation.scores import choose_device
+
+    given = [prompts] if isinstance(prompts, str) else prompts
+    device = choose_device(None)
+    model, shape, at = load_model(Path(checkpoint), device=device)
+    own = None if tokenizer is None else Path(tokenizer)
+    found, _ = open_tokenizer(at, own, vocabulary=shape.vocabulary)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    return continue_texts(
+        model, shape, found, given, tokens=tokens, sampling=sampling, device=device
+    )

@@ -1,4 +1,4 @@
-"""The pages of docs/reference/: complete, and those that docs/generate.py writes."""
+"""The pages of docs/reference/: complete, and those that docs/write_reference.py writes."""
 
 import importlib.util
 import re
@@ -13,7 +13,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def generator():
-    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    spec = importlib.util.spec_from_file_location("write_reference", DOCS / "write_reference.py")
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     return made
@@ -25,7 +25,7 @@ PAGES = generator().PAGES
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_what_the_generator_writes(name):
     assert (DOCS / "reference" / name).read_text(encoding="utf-8") == PAGES[name](), (
-        "run python docs/generate.py"
+        "run python docs/write_reference.py"
     )
 
 

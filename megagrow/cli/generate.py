@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace, parallel: Any, agree: Any) -> None:
     from megagrow.checkpoint.convert.load_model import load_model
-    from megagrow.evaluation.generation import Sampling, generate
+    from megagrow.evaluation.generation import Sampling, continue_texts
     from megagrow.evaluation.harness import open_tokenizer
     from megagrow.evaluation.scores import choose_device
     from megagrow.files import write_atomically
@@ -105,36 +106,28 @@ def _generate(options: argparse.Namespace, parallel: Any, agree: Any) -> None:
     )
     say(f"{at}: {shape.family}, {shape.layers} layers, {shape.hidden} hidden, on {device}")
     say(f"tokenizer: {said}")
-    begin = [] if tokenizer.markers.bos is None else [tokenizer.markers.bos]
-    ids = [begin + tokenizer.encode(text) or [tokenizer.start] for text in prompts]
-    longest = max(map(len, ids)) + options.tokens - 1
-    if longest > shape.sequence:
-        say(f"the model sees the last {shape.sequence} tokens of a text, of up to {longest}")
-    new = generate(
+    texts = continue_texts(
         model,
-        ids,
+        shape,
+        tokenizer,
+        prompts,
         tokens=options.tokens,
-        sequence=shape.sequence,
-        vocabulary=tokenizer.vocab_size,
         sampling=Sampling(options.temperature, options.top_k, options.top_p, options.seed),
-        end=None if options.no_end else tokenizer.eod,
+        through_ends=options.no_end,
         batch=options.batch,
         device=device,
         agree=agree,
+        say=say,
     )
     if not speaks:
         return
-    texts = []
-    for number_, (prompt, added) in enumerate(zip(prompts, new, strict=True), start=1):
-        ended = bool(added) and added[-1] == tokenizer.eod and not options.no_end
-        text = tokenizer.decode(added[:-1] if ended else added)
-        texts.append({"prompt": prompt, "text": text, "tokens": added, "ended": ended})
-        if len(prompts) > 1:
-            print(f"--- {number_}")
-        print(_printable(prompt + text))
+    for index, text in enumerate(texts, start=1):
+        if len(texts) > 1:
+            print(f"--- {index}")
+        print(_printable(text.prompt + text.text))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {"checkpoint": str(at), "texts": texts}
+        record = {"checkpoint": str(at), "texts": [asdict(text) for text in texts]}
         write_atomically(options.json, json.dumps(record, indent=1).encode() + b"\n")
 
 

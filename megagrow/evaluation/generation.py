@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megagrow.config import ModelConfig
+from megagrow.data.tokenizer import Tokenizer
 from megagrow.models.transformer import Transformer
 
 _STREAMS = 1_000_003  # distance of the seeds of two runs; each text of a run has its own
@@ -46,6 +48,74 @@ class Sampling:
             # A token is left out if those before it have the probability already.
             shares = shares.masked_fill(shares.cumsum(0) - shares >= self.top_p, 0)
         return int(ids[torch.multinomial(shares, 1, generator=generator)])
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and what a model added to it.
+
+    Attributes:
+        prompt: the prompt.
+        text: what was added, decoded.
+        tokens: the same as ids, with the end token if it was drawn.
+        ended: whether the text ended before the most tokens.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    ended: bool
+
+
+def continue_texts(
+    model: Transformer,
+    shape: ModelConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    tokens: int = 100,
+    sampling: Sampling | None = None,
+    through_ends: bool = False,
+    batch: int = 8,
+    device: torch.device | None = None,
+    agree: Callable[[list[int]], list[int]] = lambda drawn: drawn,
+    say: Callable[[str], object] = lambda line: None,
+) -> list[Text]:
+    """Continue texts; an empty one begins as a document does.
+
+    Args:
+        model, shape: in evaluation mode, with its configuration.
+        tokenizer: the model's.
+        prompts: the texts.
+        tokens: the most tokens that are added to each.
+        sampling: how tokens are drawn; plain draws by default.
+        through_ends: go on after the end of a document.
+        batch, device, agree: as for `generate`.
+        say: called with a line if the model does not see the whole of a text.
+    """
+    begin = [] if tokenizer.markers.bos is None else [tokenizer.markers.bos]
+    ids = [begin + tokenizer.encode(text) or [tokenizer.start] for text in prompts]
+    longest = max(map(len, ids), default=0) + tokens - 1
+    if longest > shape.sequence:
+        say(f"the model sees the last {shape.sequence} tokens of a text, of up to {longest}")
+    end = None if through_ends else tokenizer.eod
+    added = generate(
+        model,
+        ids,
+        tokens=tokens,
+        sequence=shape.sequence,
+        vocabulary=tokenizer.vocab_size,
+        sampling=sampling or Sampling(),
+        end=end,
+        batch=batch,
+        device=device,
+        agree=agree,
+    )
+    texts = []
+    for prompt, new in zip(prompts, added, strict=True):
+        ended = new[-1:] == [end]
+        texts.append(Text(prompt, tokenizer.decode(new[:-1] if ended else new), new, ended))
+    return texts
 
 
 def generate(

@@ -1,6 +1,6 @@
 """Write the pages of `docs/reference/`: every setting, by the schema; every command, by its parser.
 
-    python docs/generate.py
+    python docs/write_reference.py
 
 `tests/test_reference.py` compares the pages with what this writes.
 """
@@ -19,7 +19,7 @@ from megagrow.cli.main import COMMANDS
 from megagrow.config import Config
 
 REFERENCE = Path(__file__).parent / "reference"
-_NOTE = "<!-- Written by docs/generate.py; change the {} instead, and run it again. -->\n"
+_NOTE = "<!-- Written by docs/write_reference.py; change the {} instead, and run it again. -->\n"
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _KINDS = {"integer": "int", "number": "float", "string": "text", "boolean": "true, false"}
 
