@@ -29,15 +29,20 @@ class SourceConfig(Section):
     at_end: Literal["refuse", "drop"] = "refuse"
 
 
+Reading = Literal["packed", "mask"]
+
+
 class StageDataConfig(Section):
     """What is trained on from a stage on: `path`, one prepared dataset, or `sources`, a mixture.
 
     A `path` of weights and paths in turn, "0.3 a 0.7 b" as Megatron-LM's --data-path takes it, is
-    a mixture too.
+    a mixture too. `documents` says whether the documents of a sample see each other: `packed`, they
+    do, as in Megatron-LM; `mask`, they do not. What is not given does not change.
     """
 
     path: PathText | None = None
     sources: Annotated[list[SourceConfig], Field(min_length=1)] | None = None
+    documents: Reading | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -57,7 +62,7 @@ class StageDataConfig(Section):
     def _one_of_both(self) -> StageDataConfig:
         if self.path is not None and self.sources is not None:
             raise ValueError("both path and sources are given; leave one out")
-        if self.path is None and self.sources is None:
+        if self.path is None and self.sources is None and not self._is_complete():
             raise ValueError(
                 "path is missing (one dataset, for instance data.path=data/stdlib), or sources (a "
                 "mixture of several)"
@@ -68,6 +73,10 @@ class StageDataConfig(Section):
             raise ValueError(f"sources: {', '.join(twice)} twice; give one, with both weights")
         return self
 
+    def _is_complete(self) -> bool:
+        """Whether something is said, if neither path nor sources are."""
+        return self.documents is not None
+
     @property
     def paths(self) -> list[str]:
         """The directories of all datasets."""
@@ -77,9 +86,13 @@ class StageDataConfig(Section):
 class DataConfig(StageDataConfig):
     """The prepared datasets (see launch/prepare_data.py) that a run starts with."""
 
+    documents: Reading = "packed"
     tokenizer: PathText | None = None  # default: the tokenizer of the datasets
     # Further datasets, by name: their validation splits are validated on too, each by itself.
     validation: dict[str, PathText] | None = None
     # Rank 0 reads the datasets at startup and verifies their checksums, about a second per
     # gigabyte; the first step waits for it.
     verify: bool = True
+
+    def _is_complete(self) -> bool:
+        return False
