@@ -78,6 +78,8 @@ def test_fitting_lowers_the_loss_and_is_the_same_each_time():
     large, growth = plan_growth(GrowConfig(operator="ligo", fit_steps=40), model)
 
     class Samples:
+        eod = None
+
         def batch(self, start, count):
             rows = np.arange(start, start + count)[:, None] % 3 + np.arange(model.sequence + 1)
             return (rows % model.vocabulary).astype(np.int64)

@@ -47,6 +47,7 @@ def test_what_would_be_wrong_is_refused(config, overrides, said):
         (["model.init_std=0.5"], "changed since then: model.init_std: 0.2 -> 0.5"),
         (["optimizer.name=lion"], "exp_avg_sq of the checkpoint: left out, lion has no such"),
         (["optimizer.lr=0.5"], "changed since then: optimizer.lr"),
+        (["data.documents=mask"], "changed since then: data.documents: packed -> mask"),
     ],
 )
 def test_what_may_change_is_said(config, overrides, said):
