@@ -2,6 +2,7 @@
 
 import pytest
 
+from megagrow.train import checkpoints
 from tests.jobs import main, settings, train, write_config
 
 STAGES = [
@@ -53,6 +54,21 @@ def test_what_would_be_wrong_is_refused(config, overrides, said):
 def test_what_may_change_is_said(config, overrides, said):
     outcome = again(config, *overrides)
     assert outcome.status == 0 and said in outcome.out, outcome.err + outcome.out
+
+
+def test_what_an_earlier_version_lacked_has_not_changed(config, monkeypatch):
+    """Before `data.documents`, documents saw each other."""
+    opened = checkpoints.open_checkpoint
+
+    def older(path):
+        checkpoint = opened(path)
+        del checkpoint.config["data"]["documents"]
+        return checkpoint
+
+    monkeypatch.setattr(checkpoints, "open_checkpoint", older)
+    outcome = again(config)
+    assert outcome.status == 0 and "data.documents" not in outcome.out, outcome.err
+    assert "data.documents: packed -> mask" in again(config, "data.documents=mask").out
 
 
 def test_a_stage_that_is_over_by_now_grows_at_once(config):
