@@ -10,16 +10,20 @@ from torch.nn.attention import flex_attention
 from megagrow.models.common.documents import Separator, choose_way
 from megagrow.models.common.masks import ramp_in
 from megagrow.models.common.parallel import TensorParallel
+from tests.models import toy_family
 from tests.models.parts import gradients, local_part, module_with, random_parameters, this_rank
-from tests.models.toy_family import TOY
 from tests.ranks import run_ranks
 from tests.toys import FAMILIES, featured_models, toy_model
+
+toy_family.register()
 
 EOD, SEQUENCE = 3, 12
 SIZES = {"sequence": SEQUENCE, "hidden": 16, "heads": 4}
 MODELS = {name: toy_model(family=name, **SIZES) for name in FAMILIES} | featured_models(
     **SIZES, head_dim=None
 )
+COMPILED = [FAMILIES[0], list(MODELS)[-1]]  # plain; with windows and caps
+MODELS["toy"] = toy_model(family="toy", **SIZES)  # a family from outside, with layers of its own
 every_family = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 WAYS = ("each", "dense", "flex")
 
@@ -162,7 +166,7 @@ def test_new_units_are_masked_as_without_documents():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [FAMILIES[0], list(MODELS)[-1]])  # plain; windows and caps
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_blocks_compute_the_same(name):
     model = MODELS[name].model_copy(update={"compile": True})
     assert Separator.of(model, EOD, device=torch.device("cpu"), dtype=torch.float64) == separator(
@@ -186,7 +190,3 @@ def test_how_documents_attend_is_chosen_by_what_there_is(monkeypatch):
     assert choose_way(model.model_copy(update={"compile": True}), gpu=False)[0] == "dense"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "Triton" in choose_way(model, gpu=True)[1]
-
-
-def test_layers_of_a_family_of_its_own_say_that_they_know_documents():
-    assert TOY.separates_documents
