@@ -29,6 +29,7 @@ from megagrow.train.state import RunState
 Step = Callable[[], float]
 LR, _CLIP = 1e-4, 1.0
 _MICRO_BATCHES_OF_A_PIPELINE = 4
+_EOD, _DOCUMENTS = 0, 4  # the end token, and how many documents a sample has
 
 
 def measure_alone(
@@ -50,6 +51,11 @@ def measure_alone(
         engine = _engine(comm, model, LayoutConfig(zero=zero), batch)
         runs = "" if engine.layout.zero == zero else f" (runs as ZeRO {engine.layout.zero})"
         contenders[f"engine, layout.zero={zero}{runs}"] = _engine_step(engine, samples)
+    apart = _engine(comm, model, LayoutConfig(zero=0), batch, eod=_EOD)
+    length = model.sequence // _DOCUMENTS
+    contenders[f"engine, documents of {length} tokens apart"] = _engine_step(
+        apart, _in_documents(samples, length)
+    )
     tokens = torch.from_numpy(samples).to(comm.device)
     for name in rivals:
         rival = RIVALS[name](model).to(comm.device)
@@ -170,9 +176,18 @@ def _plain_step(model: nn.Module, samples: torch.Tensor) -> Step:
 
 
 def engine_of(
-    comm: Comm, model: ModelConfig, layout: LayoutConfig, batch: int, *, dtype: str = "fp32"
+    comm: Comm,
+    model: ModelConfig,
+    layout: LayoutConfig,
+    batch: int,
+    *,
+    dtype: str = "fp32",
+    eod: int | None = None,
 ) -> tuple[Engine, Config]:
-    """An engine for steps of `batch` samples, its parameters not filled, and its configuration."""
+    """An engine for steps of `batch` samples, its parameters not filled, and its configuration.
+
+    With `eod`, documents of a sample do not see each other.
+    """
     data = comm.world // (layout.tensor * layout.pipeline)
     micro = batch // data
     if layout.pipeline > 1:
@@ -190,11 +205,14 @@ def engine_of(
         }
     )
     stage = plan_run(config, world=comm.world, vocabulary=None).stages[0]
-    return start_engine(config=config, stage=stage, state=RunState(), comm=comm), config
+    state = RunState()
+    return start_engine(config=config, stage=stage, state=state, comm=comm, eod=eod), config
 
 
-def _engine(comm: Comm, model: ModelConfig, layout: LayoutConfig, batch: int) -> Engine:
-    engine, config = engine_of(comm, model, layout, batch)
+def _engine(
+    comm: Comm, model: ModelConfig, layout: LayoutConfig, batch: int, *, eod: int | None = None
+) -> Engine:
+    engine, config = engine_of(comm, model, layout, batch, eod=eod)
     fill_fresh(engine, config=config, comm=comm)
     return engine
 
@@ -218,6 +236,12 @@ def samples_of(model: ModelConfig, batch: int) -> np.ndarray:
     """[batch, sequence + 1]: random tokens, the same in every process."""
     generator = np.random.default_rng(0)
     return generator.integers(0, model.vocabulary, (batch, model.sequence + 1))
+
+
+def _in_documents(samples: np.ndarray, length: int) -> np.ndarray:
+    """The same samples, with an end token after every `length` tokens and nowhere else."""
+    ends = np.arange(samples.shape[1]) % length == length - 1
+    return np.where(ends, _EOD, np.maximum(samples, _EOD + 1))
 
 
 # --- turns ----------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluate, print and return the scores."""
     from tqdm import tqdm
 
-    from megagrow.checkpoint.convert.load_model import load_model
+    from megagrow.checkpoint.convert.load_model import load_model, read_as_in_training
     from megagrow.errors import ConfigError
     from megagrow.evaluation import harness
     from megagrow.evaluation import scores as evaluation
@@ -96,6 +96,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             allow_other=options.allow_other_tokenizer,
         )
         print(f"tokenizer: {said}")
+        if read_as_in_training(model, shape, at, eod=tokenizer.eod, name=options.from_format):
+            print("documents: do not see each other, as in training, nor an end token before them")
         track = partial(tqdm, disable=not sys.stderr.isatty(), leave=False)
         scorer = evaluation.Scorer(model, shape.sequence, device, options.batch, track)
         stride = options.stride or shape.sequence

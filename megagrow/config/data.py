@@ -29,14 +29,19 @@ class SourceConfig(Section):
     its share, in proportion."""
 
 
+Reading = Literal["packed", "mask"]
+
+
 class StageDataConfig(Section):
-    """What is trained on from a stage on: `path`, one prepared dataset, or `sources`, a mixture."""
+    """What is trained on from a stage on; what is not given does not change."""
 
     path: PathText | None = None
     """Directory of a prepared dataset, or weights and directories in turn ("0.3 a 0.7 b", as
     Megatron-LM's --data-path), which is a mixture."""
     sources: Annotated[list[SourceConfig], Field(min_length=1)] | None = None
     """The datasets of a mixture."""
+    documents: Reading | None = None
+    """Whether the documents of a sample see each other from this stage on: `packed` or `mask`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -56,7 +61,7 @@ class StageDataConfig(Section):
     def _one_of_both(self) -> StageDataConfig:
         if self.path is not None and self.sources is not None:
             raise ValueError("both path and sources are given; leave one out")
-        if self.path is None and self.sources is None:
+        if self.path is None and self.sources is None and not self._is_complete():
             raise ValueError(
                 "path is missing (one dataset, for instance data.path=data/stdlib), or sources (a "
                 "mixture of several)"
@@ -67,6 +72,10 @@ class StageDataConfig(Section):
             raise ValueError(f"sources: {', '.join(twice)} twice; give one, with both weights")
         return self
 
+    def _is_complete(self) -> bool:
+        """Whether something is said, if neither path nor sources are."""
+        return self.documents is not None
+
     @property
     def paths(self) -> list[str]:
         """The directories of all datasets."""
@@ -76,6 +85,9 @@ class StageDataConfig(Section):
 class DataConfig(StageDataConfig):
     """The prepared datasets (see `megagrow prepare`) that a run starts with."""
 
+    documents: Reading = "packed"
+    """Whether the documents of a sample see each other: `packed`, they do, as in Megatron-LM;
+    `mask`, they do not, and positions start at each (docs/data.md)."""
     tokenizer: PathText | None = None
     """The tokenizer; null: that of the datasets."""
     validation: dict[str, PathText] | None = None
@@ -83,3 +95,6 @@ class DataConfig(StageDataConfig):
     verify: bool = True
     """Rank 0 reads the datasets at the start and compares their checksums, about a second for a
     gigabyte; the first step waits for it."""
+
+    def _is_complete(self) -> bool:
+        return False

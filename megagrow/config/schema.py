@@ -196,6 +196,8 @@ class Config(Section):
             raise ValueError(
                 "stages[0].grow.restart: the schedule is at its start anyway; leave it out"
             )
+        if self.stages[0].data is not None:
+            raise ValueError("stages[0].data: what a run starts with is in data; move it there")
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -103,6 +103,19 @@ class Mixture:
         _, _, places = _table(tuple(count for _, count in self.slots))
         periods, rest = divmod(number, self.slots[index][1])
         return periods * PERIOD + int(places[index][rest])
+
+
+def parts_of(count: int, weights: Sequence[float], multiple: int) -> list[int]:
+    """`count` in the proportion of the weights (largest remainders), at least `multiple` each."""
+    if len(weights) == 1:
+        return [count]
+    total, units = sum(weights), count // multiple
+    exact = [weight / total * units for weight in weights]
+    parts = [max(1, int(part)) for part in exact]
+    for index in sorted(range(len(parts)), key=lambda i: parts[i] - exact[i]):
+        if sum(parts) < units:
+            parts[index] += 1
+    return [part * multiple for part in parts]
 
 
 @cache

@@ -12,19 +12,19 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megagrow.config import Config
 from megagrow.config.data import DataConfig, StageDataConfig
 from megagrow.data.dataset import PreparedData, open_dataset, verify
-from megagrow.data.mixture import Mixture
+from megagrow.data.mixture import Mixture, parts_of
 from megagrow.data.position import Position
+from megagrow.data.run_checks import require_ends, require_same_tokenizer
 from megagrow.data.sampler import Int64, SampleIndex, validation_samples
 from megagrow.data.tokenizer import Tokenizer
 from megagrow.errors import DataError
-from megagrow.schedule.stages import stage_data
+from megagrow.schedule.stages import stage_data, stage_documents
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Samples:
         firsts: the number of its first sample among those of `parts`.
         limit: the number of samples until a source is over; None if that does not happen.
         over: the source.
+        eod: the end token, if documents of a sample do not see each other.
     """
 
     sequence: int
@@ -67,6 +68,7 @@ class Samples:
     firsts: tuple[int, ...]
     limit: int | None = None
     over: MixtureSource | None = None
+    eod: int | None = None
 
     @property
     def recut(self) -> list[str]:
@@ -105,11 +107,13 @@ class RunData:
         config: the run's `data`.
         stages: the sources of each stage.
         watched: datasets that are only validated on, by name (`data.validation`).
+        separate: the stages in which the documents of a sample do not see each other.
     """
 
     config: DataConfig
     stages: tuple[tuple[MixtureSource, ...], ...]
     watched: Mapping[str, PreparedData] = field(default_factory=dict)
+    separate: Collection[int] = ()
 
     @cached_property
     def datasets(self) -> dict[str, MixtureSource]:
@@ -154,6 +158,10 @@ class RunData:
     def fingerprint(self) -> str:
         """That of the dataset, or of the mixture of the first stage."""
         return self.home or mixture_of(self.stages[0]).fingerprint
+
+    def eod(self, stage: int) -> int | None:
+        """Id of the end token, if documents of a stage's samples do not see each other."""
+        return self.first.eod if stage in self.separate else None
 
     def mixture(self, stage: int) -> Mixture | None:
         """The mixture of a stage; None for the one dataset of `data.path`."""
@@ -201,7 +209,9 @@ class RunData:
                 ends = mixture.last(index, max(0, left))
                 if limit is None or ends < limit:
                     limit, over = ends, source
-        return Samples(sequence, mixture, sources, tuple(parts), tuple(firsts), limit, over)
+        return Samples(
+            sequence, mixture, sources, tuple(parts), tuple(firsts), limit, over, self.eod(stage)
+        )
 
     def samples_for(
         self, stage: int, sequence: int, *, seed: int, position: Position, batch: int, inside: bool
@@ -258,9 +268,10 @@ class RunData:
             DataError: as `validation_samples`.
         """
         sources = self.stages[0]
+        parts = parts_of(count, [source.weight for source in sources], multiple)
         return {
             source.name: validation_samples(source.data.validation, sequence=sequence, count=part)
-            for source, part in zip(sources, _parts(count, sources, multiple), strict=True)
+            for source, part in zip(sources, parts, strict=True)
         }
 
     def watched_sets(self, *, sequence: int, count: int) -> dict[str, Int64]:
@@ -308,7 +319,7 @@ def open_data(config: Config) -> RunData:
 
     Raises:
         DataError: a dataset is missing or damaged, has another tokenizer than the others or than
-            `data.tokenizer`, or is there twice.
+            `data.tokenizer`, is there twice, or has no end token that a stage needs.
     """
     opened: dict[str, PreparedData] = {}
     sections: list[StageDataConfig] = [
@@ -320,14 +331,14 @@ def open_data(config: Config) -> RunData:
                 opened[path] = open_dataset(path, config.data.tokenizer)
     first, *others = opened
     for path in others:
-        _require_same_tokenizer(path, opened[path].content, first, opened[first].content)
+        require_same_tokenizer(path, opened[path].content, first, opened[first].content)
     watched = {
         name: opened.get(path) or open_dataset(path, config.data.tokenizer)
         for name, path in (config.data.validation or {}).items()
     }
     for name, data in watched.items():
         where = f"data.validation.{name}: {data.path}"
-        _require_same_tokenizer(where, data.content, first, opened[first].content)
+        require_same_tokenizer(where, data.content, first, opened[first].content)
     by_fingerprint: dict[str, str] = {}
     for path, data in opened.items():
         if (other := by_fingerprint.setdefault(data.fingerprint, path)) != path:
@@ -339,11 +350,15 @@ def open_data(config: Config) -> RunData:
             f"data.validation: {min(clash)} is the name of a dataset that is trained on",
             fix="choose another name: each has its loss under its name",
         )
+    separate = [i for i in range(len(sections)) if stage_documents(config, i) == "mask"]
+    for path in {path for index in separate for path in sections[index].paths}:
+        require_ends(opened[path])
     names = {path: path if last.count(Path(path).name) > 1 else Path(path).name for path in opened}
     return RunData(
         config.data,
         tuple(tuple(_sources(section, opened, names)) for section in (config.data, *sections[1:])),
         watched,
+        separate,
     )
 
 
@@ -363,17 +378,6 @@ def _sources(
         yield MixtureSource(names[one.path], opened[one.path], one.weight, one.epochs, drop)
 
 
-def _require_same_tokenizer(path: str, found: Any, first: str, expected: Any) -> None:
-    for what in ("tokenizer_sha256", "vocab_size", "eod", "bos"):
-        if getattr(found, what) != getattr(expected, what):
-            raise DataError(
-                f"{path}: {what} differs from that of {first}",
-                found=getattr(found, what),
-                expected=getattr(expected, what),
-                fix=f"prepare it again with --tokenizer {first}/{expected.tokenizer_file}",
-            )
-
-
 def _is_over(source: MixtureSource, stage: int, *, alone: bool) -> DataError:
     return DataError(
         f"stages[{stage}]: {source.name} is over",
@@ -382,16 +386,3 @@ def _is_over(source: MixtureSource, stage: int, *, alone: bool) -> DataError:
         fix="a shorter run, a smaller weight, or a larger `epochs` of the source"
         + ("" if alone else "; or at_end: drop, and the other sources take its share"),
     )
-
-
-def _parts(count: int, sources: tuple[MixtureSource, ...], multiple: int) -> list[int]:
-    """`count` in the proportion of the weights (largest remainders), at least `multiple` each."""
-    if len(sources) == 1:
-        return [count]
-    total, units = sum(source.weight for source in sources), count // multiple
-    exact = [source.weight / total * units for source in sources]
-    parts = [max(1, int(part)) for part in exact]
-    for index in sorted(range(len(parts)), key=lambda i: parts[i] - exact[i]):
-        if sum(parts) < units:
-            parts[index] += 1
-    return [part * multiple for part in parts]

@@ -37,6 +37,7 @@ from megagrow.engine.state import LiveState, fill_with_nan, held_shards, live_st
 from megagrow.growth.diagnostics import Watched
 from megagrow.growth.operators.ramp import Ramp
 from megagrow.growth.optimizer_rules import FROZEN, GroupKey, OptimizerRules
+from megagrow.models.common.documents import Separator
 from megagrow.models.common.masks import Masks, ramp_in
 from megagrow.models.common.parallel import TensorParallel, seed_random_numbers
 from megagrow.models.transformer import Transformer, named_tensors
@@ -76,6 +77,7 @@ class Engine:
         placement: who holds what.
         rules: per-tensor rules that earlier growths left to the optimizer.
         optimizer_step: the step count that the optimizer continues from.
+        eod: id of the end token, if documents of a sample do not see each other.
         ramp: of new units that are being faded in; `set_progress` then sets how far they are.
         loss_scale: the previous engine's, for fp16.
         comm: the processes.
@@ -93,6 +95,7 @@ class Engine:
         placement: Placement,
         rules: OptimizerRules,
         optimizer_step: int,
+        eod: int | None = None,
         ramp: Ramp | None = None,
         loss_scale: LossScale | None = None,
         comm: Comm,
@@ -106,7 +109,9 @@ class Engine:
         groups = comm.groups(layout)
         parallel = groups.tensor_parallel(sequence=spread.sequence_parallel)
 
-        module, every = self._build_module(config, groups, parallel, ramp)
+        dtype = PRECISIONS[config.precision.dtype].dtype
+        self.separator = Separator.of(model, eod, device=comm.device, dtype=dtype)
+        module, every = self._build_module(dtype, groups, parallel, ramp)
         parameters = {name: p for name, p in every.items() if p.requires_grad}
         numel = sum(parameter.numel() for parameter in parameters.values())
         settings = deepspeed_config(
@@ -168,18 +173,22 @@ class Engine:
         self._optimizer.accept = self._accepted
 
     def _build_module(
-        self, config: Config, groups: Groups, parallel: TensorParallel, ramp: Ramp | None
+        self, dtype: torch.dtype, groups: Groups, parallel: TensorParallel, ramp: Ramp | None
     ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         """This rank's part of the model, uninitialised, and its parameters by logical name."""
         module: nn.Module
         with torch.device(self.comm.device):
             if self.layout.pipeline > 1:
                 module = PipelinedModel(
-                    self.model, cuts=self.placement.cuts, parallel=parallel, groups=groups
+                    self.model,
+                    cuts=self.placement.cuts,
+                    parallel=parallel,
+                    groups=groups,
+                    separator=self.separator,
                 )
             else:
-                module = Transformer(self.model, parallel)
-        module.to(PRECISIONS[config.precision.dtype].dtype)
+                module = Transformer(self.model, parallel, self.separator)
+        module.to(dtype)
         parameters = named_tensors(module)
         catalog = self.placement.catalog
         for name, parameter in parameters.items():

@@ -29,6 +29,8 @@ class Family:
         megatron: whether Megatron-LM's GPT model computes the same function of the same tensors,
             given the arguments that follow from the architecture. Only then are its models written
             in Megatron's format, or read from it.
+        documents: whether its layers, if they are its own, take `documents` and pass them to
+            attention; without it, `data.documents: mask` is refused.
     """
 
     name: str
@@ -38,8 +40,14 @@ class Family:
     flops: Callable[[ModelConfig], list[int]] = forward_flops_by_place
     huggingface: HuggingFace | None = None
     megatron: bool = False
+    documents: bool = False
 
     def __post_init__(self) -> None:
         made = self.architecture
         if self.megatron and made.activation != ("silu" if made.gated else "gelu"):
             raise ValueError(f"family {self.name}: Megatron's MLP is GELU's or SwiGLU")
+
+    @property
+    def separates_documents(self) -> bool:
+        """Whether its models can keep the documents of a sample apart."""
+        return self.documents or self.layers is layer_types

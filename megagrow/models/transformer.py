@@ -1,8 +1,9 @@
 """The transformer: the layers of a model's family in sequence.
 
-The model is a list of layers, [Embedding, Block x L, Head], each a function of one tensor;
-`Transformer` runs them in one process, a pipeline spreads them over several. A layer's
-`tensor_prefix` plus a parameter's name is the name in the catalog.
+The model is a list of layers, [Embedding, Block x L, Head], each a function of one tensor (and of
+`documents`, where those of a sample do not see each other); `Transformer` runs them in one process,
+a pipeline spreads them over several. A layer's `tensor_prefix` plus a parameter's name is the name
+in the catalog.
 
 Shapes: B batch, S sequence.
 """
@@ -17,6 +18,7 @@ from torch import nn
 
 from megagrow.config import ModelConfig
 from megagrow.models.common.blocks import Embedding, Head, Layer
+from megagrow.models.common.documents import Separator
 from megagrow.models.common.loss import vocab_parallel_cross_entropy
 from megagrow.models.common.parallel import (
     SERIAL,
@@ -61,10 +63,22 @@ def next_token_loss(model: ModelConfig, parallel: TensorParallel = SERIAL) -> Lo
 
 
 class Transformer(nn.Module):
-    """A language model: token ids in, next-token loss or logits out."""
+    """A language model: token ids in, next-token loss or logits out.
 
-    def __init__(self, model: ModelConfig, parallel: TensorParallel = SERIAL) -> None:
+    Args:
+        model: its shape.
+        parallel: the ranks that hold the other parts.
+        separator: finds the documents of a sample, if they do not see each other.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: TensorParallel = SERIAL,
+        separator: Separator | None = None,
+    ) -> None:
         super().__init__()
+        self.separator = separator
         self.layers = nn.ModuleList(layer_list(model, parallel))
         self._loss = next_token_loss(model, parallel)
         self._vocabulary, self._parallel = model.vocabulary, parallel
@@ -84,10 +98,17 @@ class Transformer(nn.Module):
         return self._loss(self._local_logits(samples[:, :-1]), samples[:, 1:])
 
     def _local_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = tokens
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        return apply_layers(self.layers, tokens, tokens, self.separator)
+
+
+def apply_layers(
+    layers: Iterable[nn.Module], x: torch.Tensor, tokens: torch.Tensor, separator: Separator | None
+) -> torch.Tensor:
+    """Some layers in turn, of x, for token ids [B, S] whose documents a separator finds."""
+    given = {} if separator is None else {"documents": separator(tokens)}
+    for layer in layers:
+        x = layer(x, **given)
+    return x
 
 
 def named_tensors(model: nn.Module | Iterable[nn.Module]) -> dict[str, nn.Parameter]:

@@ -28,6 +28,7 @@ from megagrow.growth.settings import growth_in_words
 from megagrow.growth.training import training_in_words
 from megagrow.report.units import human
 from megagrow.state.precision import PRECISIONS
+from megagrow.train.documents import documents_in_words
 from megagrow.train.rates import rates_in_words, shape_in_words, start_in_words
 from megagrow.train.ready import data_if_there, data_lines, ready, start_lines
 from megagrow.train.run_plan import RunPlan, plan_run
@@ -112,6 +113,7 @@ def _stage_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
             f"micro-batch {steps.batch.micro}"
         )
     lines += [f"  rates       {line}" for line in rates_in_words(config, index)]
+    lines += [f"  documents   {line}" for line in documents_in_words(config, model, index)]
     rule = config.stages[index].until.rule
     if rule is not None:
         known = [end for end in plan.planned if end.index == index]
@@ -355,8 +357,7 @@ def _moves_lines(config: Config, plan: RunPlan, index: int) -> list[str]:
     world = plan.stages[index].layout.world
     staging = human(config.growth.staging_bytes, "B")
     counts = moves(plan, index, ranks=sample_ranks(world))
-    exact = len(counts) == world
-    scale = world / len(counts)
+    exact, scale = len(counts) == world, world / len(counts)
     crossed = sum(count.crossed for count in counts.values()) * scale
     copied = sum(count.local + count.foreign for count in counts.values()) * scale
     about = "" if exact else f", from a sample of {len(counts)} ranks"

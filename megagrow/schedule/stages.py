@@ -14,7 +14,7 @@ from megagrow.config import (
     OptimizerConfig,
     UntilConfig,
 )
-from megagrow.config.data import StageDataConfig
+from megagrow.config.data import Reading, StageDataConfig
 from megagrow.config.rules import BOUNDS
 from megagrow.errors import ConfigError
 
@@ -162,9 +162,15 @@ def stage_batch(config: Config, index: int) -> BatchConfig:
 
 
 def stage_data(config: Config, index: int) -> StageDataConfig:
-    """A stage's own data, or else the last given before it."""
+    """A stage's own datasets, or else the last given before it."""
     given = [stage.data for stage in config.stages[: index + 1] if stage.data is not None]
-    return given[-1] if given else config.data
+    return next((data for data in reversed(given) if data.paths), config.data)
+
+
+def stage_documents(config: Config, index: int) -> Reading:
+    """Whether the documents of a stage's samples see each other (`packed`), or not (`mask`)."""
+    given = [stage.data.documents for stage in config.stages[: index + 1] if stage.data is not None]
+    return next((found for found in reversed(given) if found is not None), config.data.documents)
 
 
 def stage_optimizer(config: Config, index: int) -> OptimizerConfig:

@@ -58,7 +58,9 @@ def check_agreement(
     _require_stages_ahead(plan, state, where=where)
     _require_betas(checkpoint, plan, state)
     _require_mixture(state, data=data, plan=plan, where=where)
-    changes = _changes(checkpoint.config, config.model_dump(mode="json", by_alias=True))
+    # Before there was the setting, documents saw each other.
+    before = {**checkpoint.config, "data": {"documents": "packed", **checkpoint.config["data"]}}
+    changes = _changes(before, config.model_dump(mode="json", by_alias=True))
     kept = {slot.name for slot in plan.slots}
     dropped = [slot.name for slot in checkpoint.slots if slot.name not in kept]
     if dropped:

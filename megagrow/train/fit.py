@@ -18,6 +18,7 @@ from megagrow.config import BatchConfig, ModelConfig
 from megagrow.data.run_data import Samples
 from megagrow.growth.operators.ligo import Maps
 from megagrow.growth.plan import Growth
+from megagrow.models.common.documents import Separator
 from megagrow.models.flops import train_flops_per_token
 from megagrow.models.transformer import Transformer, named_tensors
 from megagrow.state.catalog import MASTER
@@ -52,6 +53,7 @@ def fit(
     *,
     steps: int,
     lr: float = LEARNING_RATE,
+    eod: int | None = None,
 ) -> GrowthFit:
     """Fit maps with Adam, at a learning rate that decays to 0.
 
@@ -62,10 +64,13 @@ def fit(
         batches: the micro-batches of every step, each [micro, sequence + 1] token ids.
         steps: number of steps.
         lr: the initial learning rate.
+        eod: the end token, if documents of a sample do not see each other.
     """
     device = next(iter(parameters.values())).device
     maps.to(device)
-    module = Transformer(model).to(device)
+    dtype = next(iter(parameters.values())).dtype
+    separator = Separator.of(model, eod, device=device, dtype=dtype)
+    module = Transformer(model, separator=separator).to(device)
     names = {id(p): name for name, p in module.named_parameters()}
     inside = {name: names[id(p)] for name, p in named_tensors(module).items()}
     optimizer = torch.optim.Adam(maps.parameters(), lr=lr)
@@ -155,6 +160,11 @@ def fit_growth(
             ]
 
     done = fit(
-        Maps(growth.small, growth.target), model, parameters, batches(), steps=growth.fit_steps
+        Maps(growth.small, growth.target),
+        model,
+        parameters,
+        batches(),
+        steps=growth.fit_steps,
+        eod=samples.eod,
     )
     return MemoryState({(n, MASTER.name): values for n, values in done.parameters.items()}), done

@@ -65,8 +65,9 @@ def start_engine(
     state: RunState,
     comm: Comm,
     loss_scale: LossScale | None = None,
+    eod: int | None = None,
 ) -> Engine:
-    """The engine of a growth stage, with its state not yet filled."""
+    """The engine of a growth stage, with its state not yet filled (see `Engine`)."""
     engine = Engine(
         config=stage.settings(config),
         model=stage.model,
@@ -74,6 +75,7 @@ def start_engine(
         placement=stage.placement(state.rules),
         rules=state.rules,
         optimizer_step=state.optimizer_step,
+        eod=eod,
         ramp=state.ramp,
         loss_scale=loss_scale,
         comm=comm,
@@ -108,6 +110,7 @@ def grow(
     state: RunState,
     comm: Comm,
     samples: Samples | None = None,
+    eod: int | None = None,
     phase: Phase = _unwatched,
 ) -> tuple[Engine, GrowthReport]:
     """Transfer the state of a running engine into a new one.
@@ -117,6 +120,7 @@ def grow(
         growth: the growth to apply; None changes no parameter.
         stage, state: the growth stage and the run state of the new engine.
         samples: the run's, for growths that are fitted on data.
+        eod: of the new engine.
         phase: a context entered for each part, by name: ``close``, ``start``, ``transfer``,
             ``publish``.
     """
@@ -132,7 +136,9 @@ def grow(
         flops, fit_samples = fit.flops, fit.samples
         state_map = Fitted(growth.target)
     with phase("start"):
-        grown = start_engine(config=config, stage=stage, state=state, comm=comm, loss_scale=scale)
+        grown = start_engine(
+            config=config, stage=stage, state=state, comm=comm, loss_scale=scale, eod=eod
+        )
     with phase("transfer"):
         report = _transfer(state_map, old, placement, grown, config=config, comm=comm)
     with phase("publish"):

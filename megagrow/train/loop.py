@@ -109,9 +109,9 @@ class Trainer(TrainingRun):
         self._begin(f"end of step {self.state.step + 1}")
         at_log_line = (self.state.step + 1) % self.config.train.log_every == 0
         busy = self.watch.busy_share() if at_log_line else 0.0
-        mine = [result.loss, float(self.stop_request.signal), busy, float(self.lock.lost())]
-        rows = self.comm.gather_rows(mine)
-        losses, signals, shares, lost = map(list, zip(*rows, strict=True))
+        asked, gone = float(self.stop_request.signal), float(self.lock.lost())
+        rows = self.comm.gather_rows([result.loss, asked, busy, gone, self.cost.take()])
+        losses, signals, shares, lost, costs = map(list, zip(*rows, strict=True))
         if any(lost):
             self.lock.require_on_all()
         self._asked = agreed(signals)
@@ -152,7 +152,7 @@ class Trainer(TrainingRun):
             tokens_per_second=plan.tokens_per_step / seconds,
             growth_stage=self.stage.index,
         )
-        self.journal.step(facts, flops_per_second=plan.flops_per_step / seconds)
+        self.journal.step(facts, flops_per_second=sum(costs) / seconds)
         if found:
             self.journal.diagnosed(self.state, found)
         if at_log_line and self.comm.world > 1:
@@ -183,6 +183,7 @@ class Trainer(TrainingRun):
             state=self.state,
             comm=self.comm,
             samples=self.samples,
+            eod=self.data.eod(stage.index),
         )
         self._say_precision(formats)
         self._average.begin()

@@ -27,6 +27,7 @@ from megagrow.processes import start_up
 from megagrow.train import checkpoints
 from megagrow.train.agreement import check_agreement
 from megagrow.train.average import WeightAverage
+from megagrow.train.documents import documents_in_words
 from megagrow.train.grow_live import fill_fresh, start_engine
 from megagrow.train.health.agree import on_all, on_first
 from megagrow.train.health.data_check import DataCheck, reported_by_its_rank
@@ -42,6 +43,7 @@ from megagrow.train.ready import validation_of
 from megagrow.train.run_plan import RunPlan, Stage, plan_run
 from megagrow.train.saving import Saver
 from megagrow.train.state import RunState, step_seed
+from megagrow.train.step_cost import StepCost
 from megagrow.train.uploading import (
     Uploads,
     bring,
@@ -207,6 +209,7 @@ class TrainingRun:
             state=self.state,
             comm=self.comm,
             loss_scale=self.state.loss_scale,
+            eod=self.samples.eod,
         )
         self._say_precision(None)
         start_up.ends("engine")
@@ -270,6 +273,9 @@ class TrainingRun:
         self.stage: Stage = self.plan.stages[self.state.growth_stage]
         plan = self.stage.plan
         self._open_samples()
+        self.cost = StepCost(self.stage, self.samples.eod)
+        for line in documents_in_words(self.config, self.stage.model, self.stage.index):
+            self.journal.say(f"stage {self.stage.index}: documents of a sample {line}")
         self.validation, self.watched = validation_of(self.config, self.data, self.stage)
         self._text_bytes: dict[str, int] = {}
         samples = sum(map(len, self.validation.values()))
@@ -308,8 +314,7 @@ class TrainingRun:
     def _batches(self) -> Iterator[np.ndarray]:
         """The micro-batches of the next step, read as they are asked for.
 
-        Not a generator itself: a pipeline's middle stages read no sample, but have to know which
-        mixture the step is from.
+        Not a generator: a pipeline's middle stages may read none, but have to know its mixture.
         """
         limit = self.samples.limit
         if limit is not None and self._consumed + self.stage.plan.batch.global_ > limit:
@@ -327,13 +332,12 @@ class TrainingRun:
         )
         for number, start in enumerate(starts, start=1):
             # The first micro-batch of an engine compiles kernels and allocates memory.
-            first = number == 1 and self.state.step in (
-                self._first_step,
-                self.stage.plan.start_step,
-            )
+            fresh = (self._first_step, self.stage.plan.start_step)
+            first = number == 1 and self.state.step in fresh
             self._begin(f"step {self.state.step + 1}, micro-batch {number}", slow=first)
             with reported_by_its_rank(self.comm):
                 samples = self.samples.batch(start, micro)
+            self.cost.add(samples)
             yield samples
 
     def _seed_of_step(self) -> int:

@@ -28,6 +28,7 @@ from megagrow.state.catalog import Catalog, Slot
 from megagrow.state.layout import Layout, make_layout
 from megagrow.state.optimizers import ADAMW, OPTIMIZERS, OptimizerKind
 from megagrow.state.placement import Placement
+from megagrow.train.documents import require_separation
 from megagrow.train.fit import fit_flops
 from megagrow.train.rates import phases, require_settled_betas
 
@@ -205,6 +206,7 @@ def plan_run(
             restarts.append((plans[i].start_step, ratio))
         layout = _as_run(config, layouts[i])
         optimizer = stage_optimizer(config, i)
+        require_separation(config, models[i], i)
         stages.append(Stage(plans[i], layout, growth, stage.grow, optimizer, catalogs[i]))
         of_stage = stages[i].settings(config)
         accumulation(of_stage.batch, layouts[i])

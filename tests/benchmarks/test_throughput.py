@@ -78,6 +78,7 @@ def test_turns_are_timed():
         assert 0 < speed["min"] <= speed["median"] <= speed["max"]
     text = table(result)
     assert all(name in text for name in (*names, "engine, layout.zero=0", "engine, layout.zero=1"))
+    assert f"engine, documents of {model.sequence // 4} tokens apart" in text
 
 
 def test_layouts_are_compared():

@@ -106,6 +106,52 @@ def test_the_command_by_hand_and_on_other_formats(tmp_path, saved, data, capsys)
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("first", "later", "apart"),
+    [
+        ("mask", None, True),
+        ("packed", "mask", True),
+        ("mask", "packed", False),
+        (None, None, False),
+    ],
+)
+def test_documents_are_read_as_in_training(tmp_path, data, capsys, first, later, apart):
+    """With documents apart a text does not see the end token that stands before it."""
+    model = toy_model(vocab=320, sequence=SEQUENCE)
+    tokenizer = open_dataset(data).tokenizer
+    stages = [{}, {} if later is None else {"data": {"documents": later}}, {"data": {"path": "x"}}]
+    path, state = save_model(
+        tmp_path / "checkpoint",
+        model,
+        fingerprints={"data": "d0", "tokenizer": tokenizer.fingerprint()},
+        config={
+            "model": model.model_dump(mode="json", by_alias=True),
+            "data": {} if first is None else {"documents": first},
+            "stages": stages,
+        },
+        run_state={"growth_stage": 2},
+    )
+    plain = build(model, state).eval()
+    text = "ba du ge ki"
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    ids = tokenizer.encode(text)
+    assert len(ids) < SEQUENCE
+    scores = [tokenizer.eod, *ids]
+    wanted = -sum(float(log_probabilities(plain, scores[: i + 1])[-1, ids[i]])
+                  for i in range(len(ids)))  # fmt: skip
+    if apart:
+        wanted = -float(log_probabilities(plain, [tokenizer.eod])[-1, ids[0]])
+        wanted -= sum(float(log_probabilities(plain, ids[:i])[-1, ids[i]])
+                      for i in range(1, len(ids)))  # fmt: skip
+    status = evaluate(path, "--text", tmp_path / "text", "--tokenizer", data,
+                      "--json", tmp_path / "a.json")  # fmt: skip
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    assert ("documents: do not see each other, as in training" in said.out) == apart
+    [found] = json.loads((tmp_path / "a.json").read_text())["texts"].values()
+    assert found["nats"] == pytest.approx(wanted, rel=1e-5)
+
+
 def test_last_words(saved):
     """The word's tokens are compared with the most probable ones, given the text before them."""
     _, model, tokenizer = saved

@@ -60,9 +60,11 @@ class Job:
         fresh: bool = True,
         precision: dict[str, Any] | None = None,
         frozen: Iterable[str] = (),
+        eod: int | None = None,
         **optimizer: Any,
     ) -> None:
         self.comm, self.sequence, self.frozen = comm, sequence, frozenset(frozen)
+        self.eod = eod
         layout = layout or Layout(data=comm.world)
         self.model = model or toy_model(init_std=0.2)
         self.micro = micro or math.gcd(2, BATCH // comm.world)
@@ -98,7 +100,7 @@ class Job:
                 sequence_parallel=self.sequence and layout.tensor > 1,
             ),
             placement=Placement(catalog, layout, group_keys(catalog, self.rules, self.optimizer)),
-            rules=self.rules, optimizer_step=self.optimizer_step, comm=self.comm,
+            rules=self.rules, optimizer_step=self.optimizer_step, eod=self.eod, comm=self.comm,
         )  # fmt: skip
 
     def _fill(self, state_map: StateMap, old: Engine, new: Engine) -> None:

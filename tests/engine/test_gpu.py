@@ -9,7 +9,7 @@ import torch
 from megagrow.state.layout import Layout
 from tests.engine.plays import growth_faults, play_all
 from tests.ranks import run_ranks
-from tests.toys import growths
+from tests.toys import growths, toy_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +37,18 @@ def test_a_grown_run_has_the_losses_of_a_cpu():
     for losses, _, evaluations in plays:
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
         assert evaluations[1] == pytest.approx(evaluations[0], rel=1e-5)
+
+
+def test_documents_apart_have_the_losses_of_a_cpu():
+    """By flex attention's kernels; on a CPU one document after the other."""
+    model = toy_model(hidden=32, heads=2, sequence=160, init_std=0.2)
+    recomputed = model.model_copy(update={"activation_checkpointing": "full"})
+    script = [("train", 6)]
+    ((expected, _, _),) = run_ranks(1, play_all, [(script, {"model": model, "eod": 4})])[0]
+    plays = [(script, {"model": m, "eod": 4, "layout": Layout(zero=zero)})
+             for m, zero in ((model, 0), (model, 3), (recomputed, 1))]  # fmt: skip
+    for losses, _, _ in run_ranks(1, play_all, plays, device="cuda")[0]:
+        np.testing.assert_allclose(losses, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -9,6 +9,7 @@ from megagrow.errors import GrowthError
 from megagrow.growth.operators.ligo import Maps
 from megagrow.growth.plan import plan_growth
 from megagrow.models.catalog import build_catalog
+from megagrow.models.common.documents import Separator
 from megagrow.models.transformer import named_tensors
 from megagrow.train.fit import fit, fit_growth
 from megagrow.transfer.whole_state import MemoryState
@@ -72,12 +73,28 @@ def test_every_map_is_fitted_as_plain_autograd_would(model):
     assert result.flops > 0
 
 
+def test_maps_are_fitted_with_documents_as_the_run_reads_them():
+    model = toy_model(init_std=0.4)
+    state = random_state(build_catalog(model), seed=1, dtype=torch.float32)
+    large, growth, start = grow(model, state, operator="ligo")
+    batch = token_batches(model, samples=4, seed=3)[0]
+    maps = Maps(growth.small, growth.target)
+    result = fit(maps, large, _parameters(state), [[batch]], steps=1, eod=5)
+    module = build(large, start)
+    packed = module(torch.from_numpy(batch)).item()
+    module.separator = Separator(5, frozenset([None]), "each")
+    assert module(torch.from_numpy(batch)).item() == pytest.approx(result.losses[0], rel=1e-5)
+    assert packed != pytest.approx(result.losses[0], rel=1e-4)
+
+
 def test_fitting_lowers_the_loss_and_is_the_same_each_time():
     model = toy_model(init_std=0.2)
     state = random_state(build_catalog(model), seed=1, dtype=torch.float32)
     large, growth = plan_growth(GrowConfig(operator="ligo", fit_steps=40), model)
 
     class Samples:
+        eod = None
+
         def batch(self, start, count):
             rows = np.arange(start, start + count)[:, None] % 3 + np.arange(model.sequence + 1)
             return (rows % model.vocabulary).astype(np.int64)

@@ -6,6 +6,7 @@ import torch
 from megagrow.engine.optimizers.blockwise import BlockAdamW, YoungShard
 from megagrow.growth.optimizer_rules import YoungBlocks
 from megagrow.models.catalog import build_catalog
+from megagrow.models.common.documents import Separator
 from megagrow.models.transformer import named_tensors
 from megagrow.ops import library
 from megagrow.state.boxes import whole
@@ -13,6 +14,7 @@ from tests.ops.device import DEVICE
 from tests.toys import FAMILIES, build, random_state, token_batches, toy_model
 
 STEPS = 50
+OWN = "cuda" if DEVICE == "cuda" else "emulated"
 YOUNG = "layers.1.mlp.down.weight"
 
 
@@ -53,7 +55,7 @@ def losses(model, dtype, mode):
 )
 def test_fifty_steps(compiled, family, dtype, tolerance):
     model = toy_model(family=family)
-    ours = losses(model, dtype, "cuda" if DEVICE == "cuda" else "emulated")
+    ours = losses(model, dtype, OWN)
     plain = losses(model, dtype, "reference")
     assert plain[-1] < plain[0] - 0.05, "nothing was learnt"
     assert not torch.equal(ours, plain), "no kernel was used"
@@ -72,3 +74,21 @@ def test_recomputed_attention_turns_its_heads_once(kernels):
         results.append([p.grad for p in module.parameters()])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_positions_that_restart_in_each_document(compiled):
+    """The kernel that turns heads in place, with positions of its own in every sample."""
+    results = []
+    for mode in ("reference", OWN):
+        model = toy_model(family="llama")
+        module = build(model, random_state(build_catalog(model), seed=1, dtype=torch.float32))
+        module.to(DEVICE)
+        module.separator = Separator(5, frozenset([None]), "each")
+        samples = torch.from_numpy(token_batches(model, samples=8, seed=2)[0]).to(DEVICE)
+        assert len(module.separator(samples[:, :-1]).lengths) > 8, "no document begins inside"
+        with library.using(mode):
+            loss = module(samples)
+            loss.backward()
+        results.append([loss.detach(), *(p.grad for p in module.parameters())])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)

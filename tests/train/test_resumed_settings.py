@@ -2,6 +2,7 @@
 
 import pytest
 
+from megagrow.train import checkpoints
 from tests.jobs import main, settings, train, write_config
 
 STAGES = [
@@ -47,11 +48,27 @@ def test_what_would_be_wrong_is_refused(config, overrides, said):
         (["model.init_std=0.5"], "changed since then: model.init_std: 0.2 -> 0.5"),
         (["optimizer.name=lion"], "exp_avg_sq of the checkpoint: left out, lion has no such"),
         (["optimizer.lr=0.5"], "changed since then: optimizer.lr"),
+        (["data.documents=mask"], "changed since then: data.documents: packed -> mask"),
     ],
 )
 def test_what_may_change_is_said(config, overrides, said):
     outcome = again(config, *overrides)
     assert outcome.status == 0 and said in outcome.out, outcome.err + outcome.out
+
+
+def test_what_an_earlier_version_lacked_has_not_changed(config, monkeypatch):
+    """Before `data.documents`, documents saw each other."""
+    opened = checkpoints.open_checkpoint
+
+    def older(path):
+        checkpoint = opened(path)
+        del checkpoint.config["data"]["documents"]
+        return checkpoint
+
+    monkeypatch.setattr(checkpoints, "open_checkpoint", older)
+    outcome = again(config)
+    assert outcome.status == 0 and "data.documents" not in outcome.out, outcome.err
+    assert "data.documents: packed -> mask" in again(config, "data.documents=mask").out
 
 
 def test_a_stage_that_is_over_by_now_grows_at_once(config):

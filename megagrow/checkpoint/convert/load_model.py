@@ -9,10 +9,11 @@ import torch
 
 from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.interface.accounting import summary
-from megagrow.checkpoint.interface.model_of import model_of
+from megagrow.checkpoint.interface.model_of import documents_apart, model_of
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.growth.operators.ramp import Ramp
+from megagrow.models.common.documents import Separator
 from megagrow.models.common.masks import ramp_in
 from megagrow.models.common.parallel import SERIAL, TensorParallel
 from megagrow.models.transformer import Transformer, named_tensors
@@ -74,3 +75,21 @@ def load_model(
         ramp = Ramp.from_json(source.run_state["ramp"])
         ramp_in(model, shape, ramp.old).set(ramp.progress(source.step))
     return model, shape, at
+
+
+def read_as_in_training(
+    model: Transformer, shape: ModelConfig, path: Path, *, eod: int, name: str | None = None
+) -> bool:
+    """Let a loaded model keep documents apart if its run did so; returns whether it did.
+
+    Args:
+        model, shape, path: as `load_model` gave them.
+        eod: id of the token that ends a document.
+        name: the format; detected by default.
+    """
+    kind, at = detect(path, name)
+    if not documents_apart(kind.open_source(at)):
+        return False
+    first = next(model.parameters())
+    model.separator = Separator.of(shape, eod, device=first.device, dtype=first.dtype)
+    return True

@@ -133,6 +133,16 @@ def _untold() -> CheckpointError:
     )
 
 
+def documents_apart(state: Described) -> bool:
+    """Whether documents of a sample did not see each other in the state's growth stage."""
+    stages, reached = state.config.get("stages"), state.run_state.get("growth_stage", 0)
+    before = stages[: reached + 1] if isinstance(stages, list) else ()
+    sections = [state.config, *(stage for stage in before if isinstance(stage, Mapping))]
+    given = [one["data"] for one in sections if isinstance(one.get("data"), Mapping)]
+    said = [data["documents"] for data in given if data.get("documents") is not None]
+    return said[-1:] == ["mask"]
+
+
 def optimizer_of(state: Described) -> OptimizerConfig:
     """The optimizer's settings in the state's growth stage; defaults if none are stored.
 

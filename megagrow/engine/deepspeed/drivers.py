@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -75,6 +76,7 @@ class PipelineDriver:
 
     def __init__(self, engine: Any, to_device: ToDevice) -> None:
         self._engine, self._to_device = engine, to_device
+        self._read: deque[torch.Tensor] = deque()  # inputs of micro-batches read ahead
 
     def step(self, batches: Iterable[np.ndarray]) -> float:
         """One optimizer step."""
@@ -111,9 +113,26 @@ class PipelineDriver:
     def _inputs_and_labels(
         self, batches: Iterable[np.ndarray] | Sequence[np.ndarray]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        pairs = self._pairs(batches)
+        if self._engine.module.separator is not None:
+            self._read.clear()
+            self._engine.module.tokens = self._tokens(pairs)
+        return pairs
+
+    def _pairs(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for batch in batches:
             samples = self._to_device(batch)
-            yield samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+            inputs = samples[:, :-1].contiguous()
+            if self._engine.module.separator is not None:
+                self._read.append(inputs)
+            yield inputs, samples[:, 1:].contiguous()
+
+    def _tokens(self, pairs: Iterator[Any]) -> Iterator[torch.Tensor]:
+        """The inputs of each micro-batch, in the order of the forward passes."""
+        while True:
+            if not self._read:  # a stage between the ends, for which DeepSpeed reads none
+                next(pairs)
+            yield self._read.popleft()
 
 
 def validation_share(count: int, *, data_rank: int, data_size: int, equal: bool) -> range:

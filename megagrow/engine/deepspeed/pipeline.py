@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
@@ -15,8 +16,9 @@ from megagrow.config import ModelConfig
 from megagrow.engine.deepspeed.privates import CutPipeline
 from megagrow.engine.groups import Groups
 from megagrow.models.common.blocks import Head
+from megagrow.models.common.documents import Separator
 from megagrow.models.common.parallel import TensorParallel
-from megagrow.models.transformer import layer_types, next_token_loss
+from megagrow.models.transformer import apply_layers, layer_types, next_token_loss
 
 
 class PipelinedModel(CutPipeline):
@@ -27,6 +29,11 @@ class PipelinedModel(CutPipeline):
         cuts: stage s runs layers cuts[s] to cuts[s + 1].
         parallel: the tensor-parallel ranks.
         groups: the process groups.
+        separator: finds the documents of a sample, if they do not see each other.
+
+    Attributes:
+        tokens: the token ids of coming micro-batches, with a separator. Every stage reads them, so
+            that stages send each other no more than without.
     """
 
     def __init__(
@@ -36,6 +43,7 @@ class PipelinedModel(CutPipeline):
         cuts: Sequence[int],
         parallel: TensorParallel,
         groups: Groups,
+        separator: Separator | None = None,
     ) -> None:
         layout = groups.layout
         with contextlib.redirect_stdout(io.StringIO()):
@@ -53,6 +61,14 @@ class PipelinedModel(CutPipeline):
                 loss_fn=next_token_loss(model, parallel),
                 activation_checkpoint_interval=0,
             )
+        self.separator = separator
+        self.tokens: Iterator[torch.Tensor] = iter(())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """This stage's layers, of the next micro-batch."""
+        if self.separator is None:
+            return super().forward(x)
+        return apply_layers(self.stage_layers(), x, next(self.tokens), self.separator)
 
 
 def _token_embedding(layer: Any) -> nn.Parameter:

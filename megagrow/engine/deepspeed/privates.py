@@ -543,6 +543,10 @@ class CutPipeline(PipelineModule):
         self.parts = self._cuts
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
+    def stage_layers(self) -> list[nn.Module]:
+        """The layers of this stage, in order."""
+        return list(self.forward_funcs)
+
     def _index_tied_modules(self) -> dict[str, Any]:
         for weight, _ in self.get_tied_weights_and_groups():
             mark_replica(weight, replica=self.stage_id > 0)

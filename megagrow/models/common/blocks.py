@@ -1,6 +1,7 @@
 """The layers of transformers, configured by the family's architecture.
 
-A layer is a function of one tensor. Its `tensor_prefix` plus a parameter's name is the name in the
+A layer is a function of one tensor, and of `documents` where those of a sample do not see each
+other. Its `tensor_prefix` plus a parameter's name is the name in the
 catalog.
 
 Shapes: B batch, S sequence, s a rank's part of the sequence with sequence parallelism, else S, E
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from megagrow import ops
 from megagrow.config import ModelConfig
 from megagrow.models.common.attention import causal_attention
+from megagrow.models.common.documents import Documents
 from megagrow.models.common.layers import (
     AddLayerNorm,
     AddRMSNorm,
@@ -32,6 +34,7 @@ from megagrow.models.common.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelOutput,
+    replicated,
 )
 from megagrow.models.common.parallel import (
     SERIAL,
@@ -53,12 +56,17 @@ class Embedding(VocabParallelEmbedding):
         self.scale = model.hidden**0.5 if model.architecture.scaled_embedding else None
         self.dropout = Dropout(model.dropout, parallel=parallel)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Embed token ids."""
+    def forward(self, tokens: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
+        """Embed token ids; positions count from the start of each document, if these are given."""
         x = super().forward(tokens)
         if self.scale is not None:
             x = x * torch.tensor(self.scale, dtype=x.dtype)  # rounded, as Gemma does
-        if self.position is not None:
+        if self.position is not None and documents is not None:
+            places = documents.positions
+            if self._parallel.sequence:
+                places = scatter_to_sequence_parallel_region(places, self._parallel)
+            x = x + F.embedding(places, replicated(self.position, self._parallel))
+        elif self.position is not None:
             position = self.position[None, : tokens.shape[1]]
             if self._parallel.sequence:
                 position = scatter_to_sequence_parallel_region(position, self._parallel)
@@ -96,7 +104,7 @@ class Attention(nn.Module):
         )
         self.post_norm = _norm(model, parallel) if made.block_norms != "before" else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
         """Attend."""
         qkv = self.qkv(x if self.norm is None else self.norm(x))
         qkv = qkv.view(*qkv.shape[:2], self.groups, self.queries + 2, self.head_dim)
@@ -104,25 +112,33 @@ class Attention(nn.Module):
         packed = rotary is not None and rotary.dim == self.head_dim and not self.normed_heads
         if rotary is not None and packed and ops.own("rotary", qkv):
             # In place, so it must not be recomputed; safe, since nothing else keeps qkv.
-            qkv, rotary = rotate_packed_(qkv, rotary, turned=self.queries + 1), None
+            positions = None if documents is None else documents.positions
+            qkv = rotate_packed_(qkv, rotary, turned=self.queries + 1, positions=positions)
+            rotary = None
         q, k, v = qkv.split((self.queries, 1, 1), dim=3)
         if self.normed_heads:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.recompute and self.training:
-            y = self.out(checkpoint(self._core, q, k, v, rotary, use_reentrant=False))
+            y = self.out(checkpoint(self._core, q, k, v, rotary, documents, use_reentrant=False))
         else:
-            y = self.out(self._core(q, k, v, rotary))
+            y = self.out(self._core(q, k, v, rotary, documents))
         return y if self.post_norm is None else self.post_norm(y)
 
     def _core(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rotary: Rotary | None,
+        documents: Documents | None = None,
     ) -> torch.Tensor:
         """Attention: q [B, S, G, Q, D], k and v [B, S, G, 1, D] -> [B, S, G * Q * D].
 
         `rotary` is None if there are no rotary positions, or if they are applied already.
         """
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            positions = None if documents is None else documents.positions
+            q, k = rotate(q, rotary, positions), rotate(k, rotary, positions)
         dropout = self.dropout if self.training else 0.0
         with random_numbers_of_this_rank(self.parallel if dropout else SERIAL, q.device):
             return causal_attention(
@@ -133,6 +149,7 @@ class Attention(nn.Module):
                 window=self.window,
                 softcap=self.softcap,
                 dropout=dropout,
+                documents=documents,
             )
 
 
@@ -201,17 +218,18 @@ class Block(nn.Module):
         if model.compile:
             self.compile(dynamic=False)  # a run has few shapes, each worth its own compilation
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
         """Apply."""
+        given = (x,) if documents is None else (x, documents)  # kept for the recomputation
         if self.recompute and self.training:
-            return checkpoint(self._apply_layers, x, use_reentrant=False)
-        return self._apply_layers(x)
+            return checkpoint(self._apply_layers, *given, use_reentrant=False)
+        return self._apply_layers(*given)
 
-    def _apply_layers(self, x: torch.Tensor) -> torch.Tensor:
+    def _apply_layers(self, x: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
         if self.parallel:
             y, _ = self.mlp(x)
-            return x + self.dropout(self.attention(x)) + self.dropout(y)
-        y, x = self.mlp(self.dropout(self.attention(x)), x)
+            return x + self.dropout(self.attention(x, documents)) + self.dropout(y)
+        y, x = self.mlp(self.dropout(self.attention(x, documents)), x)
         return x + self.dropout(y)
 
 
@@ -232,8 +250,8 @@ class Head(nn.Module):
             self.output = make(name="weight")
         self.tied, self.softcap = model.tie_embeddings, model.logit_softcap
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply."""
+    def forward(self, x: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
+        """Apply; documents make no difference."""
         logits = (self.embedding if self.tied else self.output)(self.final_norm(x))
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)

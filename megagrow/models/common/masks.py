@@ -19,6 +19,7 @@ from torch import nn
 
 from megagrow.config import ModelConfig
 from megagrow.models.common.blocks import MLP, Attention, Embedding
+from megagrow.models.common.documents import Documents
 from megagrow.models.common.layers import (
     AddLayerNorm,
     AddRMSNorm,
@@ -112,8 +113,8 @@ def _become(part: nn.Module, kind: type[nn.Module], **attributes: Any) -> None:
 class _RampedEmbedding(Embedding):
     masks: Masks
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return super().forward(tokens) * self.masks.embed
+    def forward(self, tokens: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
+        return super().forward(tokens, documents) * self.masks.embed
 
 
 class _RampedProjection(RowParallelLinear):

@@ -62,22 +62,33 @@ class Rotary:
         return plain * (smooth + (1 - smooth) / factor)
 
 
-def rotate_packed_(x: torch.Tensor, rotary: Rotary, *, turned: int) -> torch.Tensor:
+def rotate_packed_(
+    x: torch.Tensor, rotary: Rotary, *, turned: int, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     """Rotate the first `turned` heads of each group [B, S, G, heads, D] in place, in one kernel.
 
-    All features of a head are rotated: `rotary.dim` is D.
+    All features of a head are rotated: `rotary.dim` is D. Positions are [B, S]; by default tokens
+    are counted from the first one.
     """
     high = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = _kept_table(x.shape[1], rotary, high, x.device)
-    return ops.rotary_(x, cos, sin, turned)
+    if positions is None:
+        return ops.rotary_(x, cos, sin, turned)
+    cos, sin = (table[positions.view(-1)] for table in (cos, sin))
+    return ops.rotary_(x.flatten(0, 1).unsqueeze(0), cos, sin, turned).view_as(x)
 
 
-def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Rotate every head by its position: [B, S, ..., D] -> the same shape, contiguous."""
+def rotate(x: torch.Tensor, rotary: Rotary, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """Rotate every head by its position: [B, S, ..., D] -> the same shape, contiguous.
+
+    Positions are [B, S]; by default tokens are counted from the first one.
+    """
     # torch.compile traces the computation and cannot use a cache.
     table = rotary_table if torch.compiler.is_compiling() else _kept_table
     cos, sin = table(x.shape[1], rotary, x.dtype, x.device)
-    shape = (x.shape[1], *(1 for _ in x.shape[2:-1]), rotary.dim // 2)
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    shape = (*cos.shape[:-1], *(1 for _ in x.shape[2:-1]), rotary.dim // 2)
     cos, sin = cos.view(shape), sin.view(shape)
     if rotary.dim == x.shape[-1]:
         return _Rotate.apply(x, cos, sin)

@@ -12,6 +12,7 @@ from megagrow.config import ModelConfig
 from megagrow.config.families import Architecture
 from megagrow.models import registry
 from megagrow.models.common.blocks import Block, Embedding, Head, Layer
+from megagrow.models.common.documents import Documents
 from megagrow.models.family import Family
 from tests.models.toy_family.huggingface import HUGGINGFACE
 
@@ -24,9 +25,9 @@ def _check(model: Any) -> None:
 class ParallelBlock(Block):
     """x + attention(x) + mlp(x)."""
 
-    def _apply_layers(self, x: torch.Tensor) -> torch.Tensor:
+    def _apply_layers(self, x: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
         y, x = self.mlp(torch.zeros_like(x), x)
-        return x + y + self.attention(x)
+        return x + y + self.attention(x, documents)
 
 
 def _layers(model: ModelConfig) -> list[Layer]:
@@ -40,6 +41,7 @@ TOY = Family(
     ),
     layers=_layers,
     huggingface=HUGGINGFACE,
+    documents=True,
 )
 
 
