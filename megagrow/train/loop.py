@@ -21,6 +21,7 @@ from megagrow.train.run import TrainingRun
 from megagrow.train.run_plan import Stage
 from megagrow.train.stage_rules import carry, decide
 from megagrow.train.uploading import LOOK_SECONDS
+from megagrow.train.validation import mean_loss
 
 
 class Trainer(TrainingRun):
@@ -303,14 +304,14 @@ class Trainer(TrainingRun):
     def _validate(self) -> float:
         self._begin(f"validation after step {self.state.step}", slow=True)
         losses = self._losses(self.validation)
-        loss, watched = self._mean(losses), self._losses(self.watched)
+        loss, watched = mean_loss(losses, self.validation), self._losses(self.watched)
         first, several = self.comm.rank == 0, len(self.data.datasets) > 1
         self.journal.validation(
             self.state,
             loss,
             stage=self.stage,
             losses={**(losses if len(losses) > 1 else {}), **watched},
-            bits_per_byte=self._bits_per_byte({**losses, **watched}) if first else {},
+            bits_per_byte=self._bits.of({**losses, **watched}) if first else {},
             tokens=self.data.tokens_seen(self.state.position) if several else {},
         )
         if not math.isfinite(loss):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +48,7 @@ from megagrow.train.uploading import (
     require_store,
     set_aside,
 )
+from megagrow.train.validation import BitsPerByte, mean_loss
 
 
 class TrainingRun:
@@ -271,7 +271,7 @@ class TrainingRun:
         plan = self.stage.plan
         self._open_samples()
         self.validation, self.watched = validation_of(self.config, self.data, self.stage)
-        self._text_bytes: dict[str, int] = {}
+        self._bits = BitsPerByte(self.data, {**self.validation, **self.watched})
         samples = sum(map(len, self.validation.values()))
         if samples < self.config.train.validation_samples:
             self.journal.say(
@@ -342,25 +342,7 @@ class TrainingRun:
 
     def _validation_loss(self) -> float:
         """Mean loss over the fixed validation samples, split over the data-parallel ranks."""
-        return self._mean(self._losses(self.validation))
-
-    def _mean(self, losses: Mapping[str, float]) -> float:
-        """The mean of the losses on the validation sets, by their samples."""
-        if len(losses) == 1:
-            return next(iter(losses.values()))
-        counts = {name: len(self.validation[name]) for name in losses}
-        return sum(losses[name] * count for name, count in counts.items()) / sum(counts.values())
-
-    def _bits_per_byte(self, losses: Mapping[str, float]) -> dict[str, float]:
-        """Losses in bits per byte of text, by name; on rank 0, which writes the log."""
-        found = {}
-        for name, samples in {**self.validation, **self.watched}.items():
-            if name not in self._text_bytes:
-                self._text_bytes[name] = self.data.text_bytes(samples)
-            if self._text_bytes[name]:
-                bits = losses[name] / math.log(2) * samples[:, 1:].size
-                found[name] = bits / self._text_bytes[name]
-        return found
+        return mean_loss(self._losses(self.validation), self.validation)
 
     def _losses(self, sets: Mapping[str, Int64]) -> dict[str, float]:
         """Mean loss over each set of samples [n, sequence + 1], by name."""
