@@ -254,6 +254,9 @@ class CheckpointConfig(Section):
     # An object store to copy each checkpoint to, such as s3://bucket/run, by fsspec: rank 0 uploads
     # beside the next steps, and a start takes the newest of both places. Null: none.
     remote: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://.+")] | None = None
+    # Every so many steps, and with each save, also copy the state to the memory of the hosts, each
+    # host's share to the next host's too: a restart then reads memory, not run.dir. Null: never.
+    memory_every: Positive | None = None
 
 
 class WatchConfig(Section):
