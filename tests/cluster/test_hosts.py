@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Hosts, missing
+from benchmarks.faults.hosts import Hosts, missing
 from tests.jobs import (
     REPOSITORY,
     events,
