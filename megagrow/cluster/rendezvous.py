@@ -122,6 +122,8 @@ def rendezvous_of(node: _Participant, order: Order) -> _Rendezvous:
     """The rendezvous of an attempt."""
     store = _Store(node, order)
     least, most = node.fleet.nodes
+    if order.nodes is not None:
+        most = max(least, min(most, order.nodes))  # no last call for nodes that are not there
     handler = _Rendezvous.from_backend(
         run_id=f"megagrow-{order.number}",
         store=store,  # type: ignore[arg-type]
