@@ -234,6 +234,8 @@ def recovery(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             silence=options.silence,
             backoff=options.backoff,
             directory=Path(path),
+            copies=options.copies,
+            against=options.against,
         )
     return result, recovering.table(result)
 
@@ -303,6 +305,40 @@ def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if any(part["faults"] for part in result.values() if isinstance(part, dict)):
         raise CheckpointError("faults left their mark", found=text, expected="no faults")
     return result, text
+
+
+def two_hosts(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Faults of jobs on two hosts; returns (JSON data, text).
+
+    Raises:
+        ConfigError: this machine allows no such hosts.
+        CheckpointError: a job did not go on, or some outcome differs from the undisturbed one.
+    """
+    from benchmarks.faults import hosts
+    from benchmarks.faults import two_hosts as campaigns
+
+    if hosts.missing():
+        raise ConfigError(f"two_hosts: {hosts.missing()}")
+    earlier = None
+    if options.json is not None and options.json.is_file():
+        earlier = json.loads(options.json.read_text())
+    with contextlib.ExitStack() as held:
+        scratch = options.keep
+        if scratch is None:
+            temporary = tempfile.TemporaryDirectory(prefix="megagrow-hosts-")
+            scratch = Path(held.enter_context(temporary))
+        else:
+            scratch.mkdir(parents=True)
+        campaign = campaigns.TwoHosts(scratch, seed=options.seed, earlier=earlier)
+        try:
+            campaign.run(options.faults, minutes=options.minutes)
+        finally:
+            if options.json is not None:  # what a failure leaves counts as well
+                write_json(options.json, campaign.result())
+    text = campaigns.table(campaign.result())
+    if campaign.differences:
+        raise CheckpointError("faults left their mark", found=text, expected="no differences")
+    return campaign.result(), text
 
 
 def kernels(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
