@@ -8,8 +8,8 @@ and one supervisor decides for all nodes when an attempt is over and whether ano
 
 To the supervisor a node says ``node`` (host), and of an attempt (number) ``joined`` (nodes),
 ``exit`` (rank, how), ``ended`` (how), ``waiting``, ``failed`` (text, kind), ``cleared`` (left) and
-``signal``.  The supervisor's orders are ``attempt`` (number, wait, logs, nodes), ``over`` (number)
-and ``finish`` (status).  No order names a command: what is run stands on this node's command line.
+``signal``.  The supervisor's orders are ``attempt`` (number, wait, logs), ``over`` (number) and
+``finish`` (status).  No order names a command: what is run stands on this node's command line.
 """
 
 from __future__ import annotations
@@ -128,11 +128,11 @@ class Node:
 
     def _obey(self, order: dict[str, Any]) -> int | None:
         if order["event"] == "attempt":
-            number, logs, nodes = int(order["number"]), order["logs"], order.get("nodes")
+            number, logs = int(order["number"]), order["logs"]
             end = time.monotonic() + float(order["wait"])
             while time.monotonic() < end and not self.over(number):
                 time.sleep(_POLL_SECONDS)
-            self._attempt(Order(number, None if logs is None else Path(logs), nodes))
+            self._attempt(Order(number, None if logs is None else Path(logs)))
         elif order["event"] == "finish":
             return int(order["status"])
         elif order["event"] == "lost":

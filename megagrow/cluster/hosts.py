@@ -35,13 +35,10 @@ class Order:
     Attributes:
         number: from 1; from 2 on the run goes on from its last checkpoint.
         logs: directory for each rank's log, or None.
-        nodes: connected to the supervisor, which the rendezvous need not wait for more than; None
-            if that is not known.
     """
 
     number: int
     logs: Path | None
-    nodes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -131,13 +131,7 @@ class Supervisor:
         roll = Roll(number, silence=self._limits.silence, reject=self._reject)
         logs = _next_directory(self._logs)
         self._members, self._cleared, self._cut_off, self._more = set(), set(), [], False
-        self._order = {
-            "number": number,
-            "wait": wait,
-            "logs": None if logs is None else str(logs),
-            # At first they may be slow to come; later those that are left are connected.
-            "nodes": len(self._nodes) if number > 1 else None,
-        }
+        self._order = {"number": number, "wait": wait, "logs": None if logs is None else str(logs)}
         self._note("attempt", number=number, wait=wait)
         for node in list(self._nodes):
             self._hub.tell(node, "attempt", **self._order)
