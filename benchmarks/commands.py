@@ -8,7 +8,7 @@ import json
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -259,34 +259,14 @@ def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if options.json is not None:  # the next part may take an hour
             write_json(options.json, result)
 
-    if options.json is not None and options.json.is_file():
-        asked = {"training": any(signals.values()), "commands": bool(options.strikes)}
-        try:
-            earlier = dict(json.loads(options.json.read_text()))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{options.json}: is no result of a benchmark: {error}",
-                fix="name another file with --json",
-            ) from None
-        for part, numbers in earlier.items():
-            if asked.get(part) is False:
-                result[part] = numbers
-                texts.append(f"{part}: as {options.json} has it, not run again")
+    asked = {"training": any(signals.values()), "commands": bool(options.strikes)}
+    for part, numbers in _earlier(options.json).items():
+        if asked.get(part) is False:
+            result[part] = numbers
+            texts.append(f"{part}: as {options.json} has it, not run again")
     load_config(options.config)  # now rather than after the first processes
     with contextlib.ExitStack() as held:
-        if options.keep is None:
-            temporary = tempfile.TemporaryDirectory(prefix="megagrow-faults-")
-            scratch = Path(held.enter_context(temporary))
-        else:
-            scratch = options.keep
-            try:
-                scratch.mkdir(parents=True)
-            except OSError as error:
-                raise ConfigError(
-                    f"--keep {scratch}: cannot be made",
-                    found=error.strerror,
-                    fix="name a directory that does not exist yet",
-                ) from None
+        scratch = held.enter_context(_scratch(options.keep))
         if any(signals.values()) or options.strikes:
             processes.begin(shim.build(scratch))
         if any(signals.values()):
@@ -319,16 +299,15 @@ def two_hosts(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     if hosts.missing():
         raise ConfigError(f"two_hosts: {hosts.missing()}")
-    earlier = None
-    if options.json is not None and options.json.is_file():
-        earlier = json.loads(options.json.read_text())
-    with contextlib.ExitStack() as held:
-        scratch = options.keep
-        if scratch is None:
-            temporary = tempfile.TemporaryDirectory(prefix="megagrow-hosts-")
-            scratch = Path(held.enter_context(temporary))
-        else:
-            scratch.mkdir(parents=True)
+    earlier = _earlier(options.json)
+    if earlier and earlier.get("benchmark") != "two_hosts":
+        raise ConfigError(
+            f"{options.json}: is the result of another benchmark",
+            found=earlier.get("benchmark"),
+            expected="two_hosts",
+            fix="name another file with --json",
+        )
+    with _scratch(options.keep) as scratch:
         campaign = campaigns.TwoHosts(scratch, seed=options.seed, earlier=earlier)
         try:
             campaign.run(options.faults, minutes=options.minutes)
@@ -339,6 +318,36 @@ def two_hosts(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if campaign.differences:
         raise CheckpointError("faults left their mark", found=text, expected="no differences")
     return campaign.result(), text
+
+
+def _earlier(path: Path | None) -> dict[str, Any]:
+    """The result that a file has already; empty without one (ConfigError)."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: is no result of a benchmark: {error}", fix="name another file with --json"
+        ) from None
+
+
+@contextlib.contextmanager
+def _scratch(keep: Path | None) -> Iterator[Path]:
+    """A directory for a campaign, which is deleted unless it is to be kept (ConfigError)."""
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="megagrow-faults-") as path:
+            yield Path(path)
+        return
+    try:
+        keep.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--keep {keep}: cannot be made",
+            found=error.strerror,
+            fix="name a directory that does not exist yet",
+        ) from None
+    yield keep
 
 
 def kernels(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -15,6 +15,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ _VOCABULARY = 280
 _LOOK_SECONDS = 0.05
 _PATIENCE_SECONDS = 900.0
 _HERE = Path(__file__).resolve().parents[1]
+_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 _APART = ("detection", "wait")  # set by --silence and --backoff
 
 
@@ -247,9 +249,13 @@ def _job(
         meet = ["--nnodes", "1:2", "--ranks", 1, "--master", f"localhost:{port}"]
         commands = [[*words, *meet, "--node-rank", number, *script] for number in range(2)]
     started: list[subprocess.Popen[bytes]] = []
+    # As if the nodes were hosts of their own: each has its own memory.
+    memory = tempfile.TemporaryDirectory(prefix="megagrow-recovery-", dir=_MEMORY)
     try:
         with open(log, "wb") as out:
-            for command in commands:
+            for number, command in enumerate(commands):
+                environ["MEGAGROW_MEMORY"] = str(Path(memory.name) / str(number))
+                os.mkdir(environ["MEGAGROW_MEMORY"])
                 started.append(
                     subprocess.Popen(
                         [str(word) for word in command],
@@ -267,6 +273,7 @@ def _job(
                         child.kill()
             one.kill()
             one.wait()
+        memory.cleanup()
 
 
 def _rank_of(supervisor: psutil.Process, rank: int) -> psutil.Process:

@@ -85,6 +85,7 @@ class TwoHosts:
     ) -> None:
         before = earlier or {"every_fault": [], "runs": 0, "differences": []}
         self.faults = [Fault(**one) for one in before["every_fault"]]
+        self._of_this_run: list[Fault] = []  # they count once its outcome is compared
         self.runs = int(before["runs"])
         self.differences: list[str] = list(before["differences"])
         self._directory, self._draw = directory, random.Random(seed + len(self.faults))
@@ -110,7 +111,10 @@ class TwoHosts:
                 name = f"run_{self.runs}"
                 path = self._whole_run(
                     name,
-                    faults=lambda: len(self.faults) < wanted and time.monotonic() < end,
+                    faults=lambda: (
+                        len(self.faults) + len(self._of_this_run) < wanted
+                        and time.monotonic() < end
+                    ),
                     copies=self.runs % 2 == 0,
                 )
                 found, expected = outcome(path), outcome(straight)
@@ -120,6 +124,8 @@ class TwoHosts:
                     if found.get(what) != expected[what]
                 ]
                 self.runs += 1
+                self.faults += self._of_this_run
+                self._of_this_run = []
                 shutil.rmtree(path)
 
     def result(self) -> dict[str, Any]:
@@ -183,16 +189,18 @@ class TwoHosts:
             return hit
         after = lines.index(resumes[0])
         first = next((line for line in lines[after:] if line["event"] == "step"), resumes[0])
-        self.faults.append(
-            Fault(kind, steps[-1], copies, round(first["time"] - hit, 2), resumes[0]["step"],
-                  bool(resumes[0].get("memory")))
-        )  # fmt: skip
-        one = self.faults[-1]
-        print(
-            f"{len(self.faults)}: {kind}, step {one.step}, again from {one.again}"
-            f"{' in memory' * one.memory}, {one.seconds:.0f} s",
-            file=sys.stderr,
+        one = Fault(
+            kind=kind,
+            step=steps[-1],
+            copies=copies,
+            seconds=round(first["time"] - hit, 2),
+            again=resumes[0]["step"],
+            memory=bool(resumes[0].get("memory")),
         )
+        self._of_this_run.append(one)
+        count = len(self.faults) + len(self._of_this_run)
+        where = f"from {one.again}{' in memory' * one.memory}"
+        print(f"{count}: {kind}, step {one.step}, {where}, {one.seconds:.0f} s", file=sys.stderr)
         return float(resumes[0]["time"])
 
     def _strike(self, kind: str) -> None:

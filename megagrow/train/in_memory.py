@@ -138,6 +138,7 @@ class MemoryCopies:
             ) from error
         assert self._memory is not None
         self._memory.drop_fetched()
+        self._memory.forget(but=self.resumed.step)  # what a killed copy left, too
 
     def _fetch(self, copy: MemoryCopy, checkpoint: NativeCheckpoint, engine: Engine) -> None:
         assert self._memory is not None

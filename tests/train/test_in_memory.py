@@ -193,3 +193,16 @@ def with_little(rank, memory):
 
     os.environ["MEGAGROW_MEMORY"] = str(memory)
     module.free_bytes = lambda path: 1000.0 if rank == 0 else float("inf")
+
+
+def test_what_a_killed_copy_left_is_deleted(tmp_path, straight, memory):
+    """It is newer than the whole one, and on one host alone."""
+    config, undisturbed = straight
+    command = ["--config", config, f"run.dir={tmp_path / 'run'}", EVERY, RARE]
+    assert attempt(2, command, memory, kill={0: 6}) is None
+    [root] = host(memory, 1).iterdir()
+    shutil.copytree(step_path(root, 5), step_path(root, 6))
+    outcomes = attempt(2, [*command, "train.stop_after_steps=6"], memory, kill={1: 1})
+    assert outcomes is None and copies(memory, 1).keys() == {5}
+    attempt(2, command, memory)
+    same_run(log_of(config, f"run.dir={tmp_path / 'run'}"), undisturbed)
