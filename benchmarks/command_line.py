@@ -47,6 +47,9 @@ EXAMPLES = """\
 
   # signals, full and broken disks, second jobs: every command that writes gives the same result
   python launch/benchmark.py faults --kills 200 --strikes 400
+
+  # the same for jobs on two hosts: killed, hung, cut off; adds to what the file has
+  python launch/benchmark.py two_hosts --faults 50 --json runs/two_hosts.json
 """
 _LAUNCHERS = """
 Processes are started here, or by torchrun or the deepspeed launcher: then give them as --ranks.
@@ -61,7 +64,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     names = (
-        "growth|throughput|savings|operators|dynamics|faults|recovery|convert|kernels|mfu|figures"
+        "growth|throughput|savings|operators|dynamics|faults|two_hosts|recovery|convert|kernels|mfu"
+        "|figures"
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar=names)
 
@@ -200,6 +204,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--ranks", type=whole(1), default=2, help="processes of a job (default %(default)s)")
     add("--seed", type=whole(0), default=1, help="of what is drawn (default %(default)s)")
 
+    hosts = add_kind("two_hosts", "faults of jobs on two hosts (namespaces; root): nothing is lost")
+    add = hosts.add_argument
+    add("--faults", type=whole(1), default=50, help="in all, with those of --json (%(default)s)")
+    add("--minutes", type=number(above=0), default=60.0, help="at most (default %(default)g)")
+    add("--seed", type=whole(0), default=1, help="of what is drawn (default %(default)s)")
+    add("--keep", type=as_path, metavar="DIR", help="a directory to make and leave the last run in")
+
     recovery = add_kind("recovery", "the time from a lost rank or host to the next step")
     add = recovery.add_argument
     add(
@@ -228,6 +239,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="seconds before a restart, as of supervise (default %(default)g)",
     )
     add("--directory", type=as_path, help="for the jobs (default: the temporary directory)")
+    add("--copies", action="store_true", help="compare with checkpoint.memory_every, in turns")
+    add("--against", type=as_path, metavar="DIR", help="another checkout to compare with, in turns")
 
     fused = add_kind("kernels", "each fused op on a GPU, against its rivals")
     step = add_kind("mfu", "bf16 training steps on a GPU, kernels or not")
@@ -237,7 +250,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             action="store_true",
             help="tiny, on the CPU, with emulated kernels: shows that it works, not how fast",
         )
-    for kind in (growth, speed, compared, departing, faults, recovery, conversion, fused, step):
+    for kind in (
+        growth,
+        speed,
+        compared,
+        departing,
+        faults,
+        hosts,
+        recovery,
+        conversion,
+        fused,
+        step,
+    ):
         add_common(kind)
     # Overrides and options may be mixed in any order.
     return parser.parse_args(arguments)

@@ -8,7 +8,7 @@ import json
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -234,6 +234,8 @@ def recovery(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             silence=options.silence,
             backoff=options.backoff,
             directory=Path(path),
+            copies=options.copies,
+            against=options.against,
         )
     return result, recovering.table(result)
 
@@ -257,34 +259,14 @@ def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if options.json is not None:  # the next part may take an hour
             write_json(options.json, result)
 
-    if options.json is not None and options.json.is_file():
-        asked = {"training": any(signals.values()), "commands": bool(options.strikes)}
-        try:
-            earlier = dict(json.loads(options.json.read_text()))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{options.json}: is no result of a benchmark: {error}",
-                fix="name another file with --json",
-            ) from None
-        for part, numbers in earlier.items():
-            if asked.get(part) is False:
-                result[part] = numbers
-                texts.append(f"{part}: as {options.json} has it, not run again")
+    asked = {"training": any(signals.values()), "commands": bool(options.strikes)}
+    for part, numbers in _earlier(options.json).items():
+        if asked.get(part) is False:
+            result[part] = numbers
+            texts.append(f"{part}: as {options.json} has it, not run again")
     load_config(options.config)  # now rather than after the first processes
     with contextlib.ExitStack() as held:
-        if options.keep is None:
-            temporary = tempfile.TemporaryDirectory(prefix="megagrow-faults-")
-            scratch = Path(held.enter_context(temporary))
-        else:
-            scratch = options.keep
-            try:
-                scratch.mkdir(parents=True)
-            except OSError as error:
-                raise ConfigError(
-                    f"--keep {scratch}: cannot be made",
-                    found=error.strerror,
-                    fix="name a directory that does not exist yet",
-                ) from None
+        scratch = held.enter_context(_scratch(options.keep))
         if any(signals.values()) or options.strikes:
             processes.begin(shim.build(scratch))
         if any(signals.values()):
@@ -303,6 +285,69 @@ def faults(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if any(part["faults"] for part in result.values() if isinstance(part, dict)):
         raise CheckpointError("faults left their mark", found=text, expected="no faults")
     return result, text
+
+
+def two_hosts(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Faults of jobs on two hosts; returns (JSON data, text).
+
+    Raises:
+        ConfigError: this machine allows no such hosts.
+        CheckpointError: a job did not go on, or some outcome differs from the undisturbed one.
+    """
+    from benchmarks.faults import hosts
+    from benchmarks.faults import two_hosts as campaigns
+
+    if hosts.missing():
+        raise ConfigError(f"two_hosts: {hosts.missing()}")
+    earlier = _earlier(options.json)
+    if earlier and earlier.get("benchmark") != "two_hosts":
+        raise ConfigError(
+            f"{options.json}: is the result of another benchmark",
+            found=earlier.get("benchmark"),
+            expected="two_hosts",
+            fix="name another file with --json",
+        )
+    with _scratch(options.keep) as scratch:
+        campaign = campaigns.TwoHosts(scratch, seed=options.seed, earlier=earlier)
+        try:
+            campaign.run(options.faults, minutes=options.minutes)
+        finally:
+            if options.json is not None:  # what a failure leaves counts as well
+                write_json(options.json, campaign.result())
+    text = campaigns.table(campaign.result())
+    if campaign.differences:
+        raise CheckpointError("faults left their mark", found=text, expected="no differences")
+    return campaign.result(), text
+
+
+def _earlier(path: Path | None) -> dict[str, Any]:
+    """The result that a file has already; empty without one (ConfigError)."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: is no result of a benchmark: {error}", fix="name another file with --json"
+        ) from None
+
+
+@contextlib.contextmanager
+def _scratch(keep: Path | None) -> Iterator[Path]:
+    """A directory for a campaign, which is deleted unless it is to be kept (ConfigError)."""
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="megagrow-faults-") as path:
+            yield Path(path)
+        return
+    try:
+        keep.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--keep {keep}: cannot be made",
+            found=error.strerror,
+            fix="name a directory that does not exist yet",
+        ) from None
+    yield keep
 
 
 def kernels(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -15,6 +15,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,16 +37,28 @@ _SAVED = 2  # the step at whose checkpoint the fault comes
 _VOCABULARY = 280
 _LOOK_SECONDS = 0.05
 _PATIENCE_SECONDS = 900.0
-_LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+_HERE = Path(__file__).resolve().parents[1]
+_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 _APART = ("detection", "wait")  # set by --silence and --backoff
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """One repetition: seconds by part, in their order, and the load when the fault came."""
+    """One repetition.
+
+    Attributes:
+        parts: seconds by part, in their order.
+        load: when the fault came.
+        save: seconds of the save before it, from the last step on, without the copy in memory.
+        bytes: of that checkpoint.
+        copy: bytes on rank 0's host and seconds of the copy in memory, if there was one.
+    """
 
     parts: Mapping[str, float]
     load: float
+    save: float
+    bytes: int
+    copy: Mapping[str, float] | None = None
 
     @property
     def total(self) -> float:
@@ -66,8 +79,12 @@ def measure(
     silence: float,
     backoff: float,
     directory: Path,
+    copies: bool = False,
+    against: Path | None = None,
 ) -> dict[str, Any]:
     """Hit a job of two ranks, again and again; returns JSON data.
+
+    What is compared takes turns, so that all have the same load.
 
     Args:
         fault: ``rank``: SIGKILL of one; ``host``: all processes of one of two nodes are stopped, so
@@ -76,58 +93,76 @@ def measure(
         silence: seconds after which a silent host counts as lost.
         backoff: seconds between the end of the old ranks and the start of new ones.
         directory: for the jobs, which are deleted with it.
+        copies: whether to compare with jobs that have copies in memory.
+        against: another checkout of megagrow, to compare with.
 
     Raises:
         TrainingError: a job ended, or took minutes.
     """
     model = _model(parameters)
     data = _data(directory)
-    found = []
+    variants = {
+        "own": (_HERE, False),
+        **({"with_copies": (_HERE, True)} if copies else {}),
+        **({"against": (against, False)} if against is not None else {}),
+    }
+    found: dict[str, list[Recovery]] = {name: [] for name in variants}
     for number in range(repetitions):
-        run_dir = directory / f"run_{number}"
-        config = _write_config(directory / f"run_{number}.yaml", model, data, run_dir)
-        options = [
-            "--silence",
-            silence,
-            "--backoff",
-            backoff,
-            "--logs",
-            directory / f"logs_{number}",
-        ]
-        found.append(_once(fault, config, run_dir, options, logs=directory / f"logs_{number}"))
-        print(f"{number + 1} of {repetitions}: {found[-1].total:.1f} s", file=sys.stderr)
-    rows = {part: [one.parts[part] for one in found] for part in found[0].parts}
+        for name, (checkout, in_memory) in variants.items():
+            place = directory / f"{name}_{number}"
+            config = _write_config(place, model, data, in_memory=in_memory)
+            options = ["--silence", silence, "--backoff", backoff, "--logs", place / "logs"]
+            found[name].append(_once(fault, config, options, place=place, checkout=checkout))
+            seconds = found[name][-1].total
+            print(f"{number + 1} of {repetitions}, {name}: {seconds:.1f} s", file=sys.stderr)
+    own = found.pop("own")
     return {
         "benchmark": "recovery",
         "fault": fault,
         "parameters": build_catalog(model).parameters,
         "silence_seconds": silence,
         "backoff_seconds": backoff,
+        **_rows(own),
+        **{name: _rows(others) for name, others in found.items()},
+    }
+
+
+def _rows(found: Sequence[Recovery]) -> dict[str, Any]:
+    return {
         "load_averages": [one.load for one in found],
-        "parts": rows,
+        "parts": {part: [one.parts[part] for one in found] for part in found[0].parts},
         "total": [one.total for one in found],
         "total_without_detection_and_wait": [one.own for one in found],
+        "save_seconds": [one.save for one in found],
+        "bytes_on_disk": [one.bytes for one in found],
+        **({"memory_copy": [one.copy for one in found]} if found[0].copy else {}),
     }
 
 
 def table(result: Mapping[str, Any]) -> str:
     """Median, least and greatest seconds of each part, as Markdown."""
-    rows = {
-        **result["parts"],
-        "**all**": result["total"],
-        "**all but detection and wait**": result["total_without_detection_and_wait"],
-    }
+    loads = result["load_averages"]
     lines = [
         f"{result['fault']} lost, {result['parameters']:,} parameters, two ranks, "
-        f"{len(result['total'])} repetitions, load average "
-        f"{min(result['load_averages']):.1f} to {max(result['load_averages']):.1f}",
-        "",
-        "| part | median s | least | greatest |",
-        "|---|---|---|---|",
+        f"{len(result['total'])} repetitions, load average {min(loads):.1f} to {max(loads):.1f}",
     ]
-    for part, seconds in rows.items():
-        median = statistics.median(seconds)
-        lines.append(f"| {part} | {median:.2f} | {min(seconds):.2f} | {max(seconds):.2f} |")
+    for name in (None, "with_copies", "against"):
+        if name is not None and name not in result:
+            continue
+        found = result if name is None else result[name]
+        rows = {
+            **found["parts"],
+            "**all**": found["total"],
+            "**all but detection and wait**": found["total_without_detection_and_wait"],
+            "(save to disk before it)": found["save_seconds"],
+        }
+        if "memory_copy" in found:
+            rows["(copy to memory before it)"] = [x["seconds"] for x in found["memory_copy"]]
+        lines += ["", *([f"{name}:", ""] if name else []), "| part | median s | least | greatest |"]
+        lines.append("|---|---|---|---|")
+        for part, seconds in rows.items():
+            median = statistics.median(seconds)
+            lines.append(f"| {part} | {median:.2f} | {min(seconds):.2f} | {max(seconds):.2f} |")
     return "\n".join(lines)
 
 
@@ -135,12 +170,19 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _once(
-    fault: str, config: Path, run_dir: Path, options: Sequence[object], *, logs: Path
+    fault: str, config: Path, options: Sequence[object], *, place: Path, checkout: Path
 ) -> Recovery:
-    log = run_dir / "metrics.jsonl"
-    with _job(fault, config, options, log=logs.with_suffix(".out")) as nodes:
+    log = place / "run" / "metrics.jsonl"
+    with _job(fault, config, options, log=place / "output", checkout=checkout) as nodes:
         _until(log, "checkpoint", nodes, since=0.0)
         load = os.getloadavg()[0]
+        # What is read again is not in this host's memory by chance.
+        files = [path for path in (place / "run" / "checkpoints").rglob("*") if path.is_file()]
+        for path in files:
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        size = sum(path.stat().st_size for path in files)
+        saving = _read(log)
         hit = time.time()
         if fault == "rank":
             _rank_of(nodes[0], 1).send_signal(signal.SIGKILL)
@@ -148,7 +190,17 @@ def _once(
             for process in [nodes[1], *nodes[1].children(recursive=True)]:
                 process.send_signal(signal.SIGSTOP)
         _until(log, "step", nodes[:1], since=hit, after="resume")
-    return Recovery(_parts(hit, read_metrics(log), _read(logs / LOG)), load)
+    saved = next(i for i, line in enumerate(saving) if line["event"] == "checkpoint")
+    at = {line["event"]: line["time"] for line in saving[: saved + 1]}
+    copies = [line for line in saving[:saved] if line["event"] == "memory_copy"]
+    copy = {"bytes": copies[-1]["bytes"], "seconds": copies[-1]["copy_seconds"]} if copies else None
+    return Recovery(
+        _parts(hit, read_metrics(log), _read(place / "logs" / LOG)),
+        load,
+        save=at["checkpoint"] - at.get("memory_copy", at["step"]),
+        bytes=size,
+        copy=copy,
+    )
 
 
 def _parts(
@@ -179,12 +231,14 @@ def _parts(
 
 @contextlib.contextmanager
 def _job(
-    fault: str, config: Path, options: Sequence[object], *, log: Path
+    fault: str, config: Path, options: Sequence[object], *, log: Path, checkout: Path
 ) -> Iterator[list[psutil.Process]]:
     """The supervisors of a job, one a node; they end with the block."""
-    words = [sys.executable, _LAUNCH / "supervise.py", *options]
-    script = [_LAUNCH / "pretrain.py", "--config", config]
+    launch = checkout / "launch"
+    words = [sys.executable, launch / "supervise.py", *options]
+    script = [launch / "pretrain.py", "--config", config]
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
+    environ["PYTHONPATH"] = str(checkout)
     if fault == "rank":
         commands = [[*words, "--ranks", 2, *script]]
     else:
@@ -195,9 +249,13 @@ def _job(
         meet = ["--nnodes", "1:2", "--ranks", 1, "--master", f"localhost:{port}"]
         commands = [[*words, *meet, "--node-rank", number, *script] for number in range(2)]
     started: list[subprocess.Popen[bytes]] = []
+    # As if the nodes were hosts of their own: each has its own memory.
+    memory = tempfile.TemporaryDirectory(prefix="megagrow-recovery-", dir=_MEMORY)
     try:
         with open(log, "wb") as out:
-            for command in commands:
+            for number, command in enumerate(commands):
+                environ["MEGAGROW_MEMORY"] = str(Path(memory.name) / str(number))
+                os.mkdir(environ["MEGAGROW_MEMORY"])
                 started.append(
                     subprocess.Popen(
                         [str(word) for word in command],
@@ -215,6 +273,7 @@ def _job(
                         child.kill()
             one.kill()
             one.wait()
+        memory.cleanup()
 
 
 def _rank_of(supervisor: psutil.Process, rank: int) -> psutil.Process:
@@ -282,10 +341,11 @@ def _data(directory: Path) -> Path:
     return directory / "data"
 
 
-def _write_config(path: Path, model: ModelConfig, data: Path, run_dir: Path) -> Path:
+def _write_config(place: Path, model: ModelConfig, data: Path, *, in_memory: bool) -> Path:
+    place.mkdir()
     shape = ("family", "layers", "hidden", "heads", "ffn", "sequence")
     settings = {
-        "run": {"dir": str(run_dir)},
+        "run": {"dir": str(place / "run")},
         "model": {key: getattr(model, key) for key in shape},
         "layout": {"zero": 1},
         "data": {"path": str(data)},
@@ -293,7 +353,9 @@ def _write_config(path: Path, model: ModelConfig, data: Path, run_dir: Path) -> 
         "stages": [{"until": {"steps": 100000}}],
         "train": {"validate_every": 100000, "validation_samples": 4, "log_every": 1,
                   "tensorboard": False},
-        "checkpoint": {"every": _SAVED, "keep": 1},
+        "checkpoint": {"every": _SAVED, "keep": 1,
+                       **({"memory_every": _SAVED} if in_memory else {})},
     }  # fmt: skip
+    path = place / "run.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return path

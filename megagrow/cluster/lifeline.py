@@ -245,6 +245,11 @@ class Lifeline:
 _current: Lifeline | None = None
 
 
+def connected() -> bool:
+    """Whether this process has a supervisor that hears it."""
+    return _current is not None
+
+
 def say(event: str, **fields: Any) -> None:
     """Send a message to this process's supervisor, if there is one."""
     if _current is not None:

@@ -22,8 +22,9 @@ from megagrow.cluster.lifeline import Lifeline
 
 _POLL_SECONDS = 0.1
 _SUPERVISOR_FIRST = 60.0  # until the rendezvous gives up as well
-# For further nodes, once there are enough: at first they may be slow to come.
-_LAST_CALL = (30.0, 10.0)
+# For further nodes, once there are enough: at first they may be slow to come, later all that are
+# left get the order at once.  One that comes later makes all save and start again.
+_LAST_CALL = (30.0, 3.0)
 
 
 class OverError(RendezvousError):

@@ -52,6 +52,7 @@ class Failure:
         kind: the class of the rank's error, if it reported one.
         follows: whether it only reports that another rank is gone.
         rank: whose it is, or -1.
+        silent: whether nothing is heard any more, so that the others hang and report nothing.
     """
 
     where: str
@@ -59,6 +60,7 @@ class Failure:
     kind: str = ""
     follows: bool = False
     rank: int = -1
+    silent: bool = False
 
 
 class Roll:
@@ -105,6 +107,7 @@ class Roll:
                     f"nothing was heard from {rank.name} for {seconds:.0f} s: "
                     "its host is cut off or down, or the process is stopped",
                     f"it was: {rank.was}",
+                    silent=True,
                 )
             )
         else:

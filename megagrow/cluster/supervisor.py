@@ -37,7 +37,8 @@ class Limits:
         start: from the start until every rank has reported.
         silence: without a sign of life from a training rank or a node; one that does not hear the
             supervisor for this long ends itself.
-        grace: from the first failure until the other ranks are ended, so that they can report.
+        grace: from the first failure until the other ranks are ended, so that they can report;
+            none after a silence.
         stop: from a signal until all ranks have saved.
         restarts: maximum number without a newer checkpoint in between.
         backoff: before the first restart; doubled for each further one.
@@ -163,8 +164,11 @@ class Supervisor:
             if roll.failures and failed is None:
                 failed = now
                 self._note("failure", number=roll.number, what=roll.failures[0].where)
-            if failed is not None and (roll.all_ended() or now - failed > limits.grace):
-                return
+            if failed is not None:
+                # After a silence the others hang in collectives: there is nothing to wait for.
+                grace = 0.0 if roll.failures[0].silent else limits.grace
+                if roll.all_ended() or now - failed > grace:
+                    return
             if over is None and (roll.all_ended() or roll.launchers_ended()):
                 over = now
             if over is not None:
@@ -256,7 +260,7 @@ class Supervisor:
                 seconds = message["seconds"]
                 roll.fail(
                     Failure(f"nothing was heard from node {host} for {seconds:.0f} s",
-                            "its host is cut off or down")
+                            "its host is cut off or down", silent=True)
                 )  # fmt: skip
                 self._cut_off.append(f"node {host}")
             self._members.discard(node)

@@ -84,6 +84,9 @@ class CheckpointConfig(Section):
     remote: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://.+")] | None = None
     """An object store that each checkpoint is copied to, such as s3://bucket/run
     (docs/object-stores.md); null: none."""
+    memory_every: Positive | None = None
+    """Steps between copies of the state to the hosts' memory, each host's share to the next host's
+    too; a restart then reads memory, not `run.dir` (docs/cluster.md). Null: no copies."""
 
 
 class WatchConfig(Section):

@@ -120,7 +120,7 @@ def write_run(
         CheckpointError: on all ranks; earlier checkpoints are unchanged.
         LockError: on all ranks: this job has lost run.dir, and nothing is deleted.
     """
-    path = save(root, step=step, pieces=_finite(pieces), meta=meta, group=comm, keep=keep, say=say)
+    path = save(root, step=step, pieces=finite(pieces), meta=meta, group=comm, keep=keep, say=say)
 
     def tidy() -> None:
         lock.require()  # writing may have taken long
@@ -138,7 +138,12 @@ def live_pieces(engine: Engine, rank: int) -> Iterator[Piece]:
             yield Piece(shard.tensor, slot.name, shard.box, values)
 
 
-def _finite(pieces: Iterable[Piece]) -> Iterator[Piece]:
+def finite(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces, each checked when it is asked for.
+
+    Raises:
+        TrainingError: one holds a number that is not finite.
+    """
     for piece in pieces:
         if not _is_finite(piece.values):
             raise TrainingError(

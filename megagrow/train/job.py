@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megagrow.cluster import lifeline
 from megagrow.cluster.environment import job_of_one
 from megagrow.processes import start_up
 from megagrow.train.health.signals import StopRequest
@@ -89,7 +90,9 @@ def run_job(found: Ready, *, resume: str, stop: StopRequest) -> Outcome:
             if not _lost_contact(error):
                 raise
             reported = not watch.speaks_first()
-            raise LostContactError(error, watch.explain(), reported=reported) from error
+            # A supervisor knows the cause by itself, and waits for this rank's last word.
+            cause = "" if lifeline.connected() else watch.explain()
+            raise LostContactError(error, cause, reported=reported) from error
 
 
 def leave_job() -> None:

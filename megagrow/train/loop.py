@@ -19,8 +19,9 @@ from megagrow.train.health.recovery import RollBack, remember
 from megagrow.train.health.signals import agreed
 from megagrow.train.run import TrainingRun
 from megagrow.train.run_plan import Stage
-from megagrow.train.stage_rules import carry, decide
+from megagrow.train.stage_rules import carry, decide, settles_at
 from megagrow.train.uploading import LOOK_SECONDS
+from megagrow.train.validation import mean_loss
 
 
 class Trainer(TrainingRun):
@@ -40,7 +41,7 @@ class Trainer(TrainingRun):
             self.saver.close()
 
     def _run(self) -> int:
-        started_at = self.state
+        started_at = None if self.copies.resumed else self.state  # what is on disk
         self._ask_whether_to_stop()
         validated = False
         while not self._asked:
@@ -64,6 +65,7 @@ class Trainer(TrainingRun):
             signal=self._asked,
             checkpoint=self.last_saved,
         )
+        self.copies.close()
         return self._asked
 
     def _train(self) -> None:
@@ -230,8 +232,13 @@ class Trainer(TrainingRun):
             self._ask_rule(self._validate())
             self._validate_average()
             self._ask_whether_to_stop()
-        if step % self.config.checkpoint.every == 0 and not ends and not self._asked:
+        if ends or self._asked:
+            return
+        if step % self.config.checkpoint.every == 0:
             self._save()
+        elif self.copies.due(step):
+            self._begin(f"copying step {step} to memory", slow=True)
+            self.saver.copy(self.engine, self.state)
 
     def _ask_rule(self, loss: float) -> None:
         """Pass a validation to the stage's rule, and end the stage here if it says so."""
@@ -268,12 +275,8 @@ class Trainer(TrainingRun):
 
     def _is_settled(self) -> bool:
         """Whether the stage's warm-up, or its re-warming after a growth, is over."""
-        stage, start = self.stage, self.stage.plan.start_step
-        settled = self.plan.learning_rate.warmup
-        if stage.growth is not None:
-            settled = max(settled if start == 0 else 0, start + stage.growth.rewarm)
-        own = self.config.stages[stage.index].schedule
-        return self.state.step > max(settled, start + ((own and own.warmup) or 0))
+        own = self.config.stages[self.stage.index].schedule
+        return self.state.step > settles_at(self.plan, self.stage, warmup=(own and own.warmup) or 0)
 
     def _next_stage(self) -> None:
         stage = self.plan.stages[self.stage.index + 1]
@@ -304,14 +307,14 @@ class Trainer(TrainingRun):
     def _validate(self) -> float:
         self._begin(f"validation after step {self.state.step}", slow=True)
         losses = self._losses(self.validation)
-        loss, watched = self._mean(losses), self._losses(self.watched)
+        loss, watched = mean_loss(losses, self.validation), self._losses(self.watched)
         first, several = self.comm.rank == 0, len(self.data.datasets) > 1
         self.journal.validation(
             self.state,
             loss,
             stage=self.stage,
             losses={**(losses if len(losses) > 1 else {}), **watched},
-            bits_per_byte=self._bits_per_byte({**losses, **watched}) if first else {},
+            bits_per_byte=self._bits.of({**losses, **watched}) if first else {},
             tokens=self.data.tokens_seen(self.state.position) if several else {},
         )
         if not math.isfinite(loss):

@@ -84,6 +84,24 @@ def checkpoint_bytes(plan: RunPlan) -> int:
     )
 
 
+def copies_in_words(plan: RunPlan, *, every: int, ranks: int) -> str:
+    """What copies in memory take of a host, in the run's largest stage.
+
+    Args:
+        every: `checkpoint.memory_every`.
+        ranks: on a host, at most.
+    """
+    world = plan.stages[0].layout.world
+    ranks = min(ranks, world)
+    hosts = -(-world // ranks)
+    held = checkpoint_bytes(plan) * ranks * min(hosts, 2) // world
+    return (
+        f"copies in memory: every {every} steps; {human(held, 'B')} of each host, "
+        f"{human(2 * held, 'B')} while one is written, with {ranks} ranks on a host"
+        + ("" if hosts > 1 else "; it has no other host, so the loss of it loses them")
+    )
+
+
 def require_disk(config: Config, plan: RunPlan) -> None:
     """Reject a disk that cannot hold one more checkpoint of the run.
 

@@ -6,13 +6,17 @@ in the same words.
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megagrow import ops
+from megagrow.cluster.environment import ranks_here
 from megagrow.config import Config
 from megagrow.data.dataset import MANIFEST
 from megagrow.data.position import Position
@@ -160,6 +164,22 @@ def start_lines(found: Ready, resume: str) -> list[str]:
         MegagrowError: it cannot start, since what it would resume from is not of this run, or what
             it would start from does not fit.
     """
+    return [*_copies_lines(found), *_start_lines(found, resume)]
+
+
+def _copies_lines(found: Ready) -> list[str]:
+    """What copies in the memory of the hosts take, if there are any."""
+    every = found.config.checkpoint.memory_every
+    if every is None:
+        return []
+    from megagrow.train.opening import copies_in_words
+
+    # Without a launcher: one rank a GPU, or a core.
+    own = torch.cuda.device_count() or os.cpu_count() or 1
+    return [copies_in_words(found.plan, every=every, ranks=ranks_here(os.environ) or own)]
+
+
+def _start_lines(found: Ready, resume: str) -> list[str]:
     root = Path(found.config.run.dir) / "checkpoints"
     if is_url(resume):
         return [f"start: from {resume}, which is downloaded when the run starts; not checked"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ import torch
 
 from megagrow import __version__, ops
 from megagrow.checkpoint import NativeCheckpoint
+from megagrow.checkpoint.native.memory import MemoryCopy
 from megagrow.cluster.environment import threads_of_a_rank
 from megagrow.config import Config
 from megagrow.data.run_data import RunData
@@ -36,6 +36,7 @@ from megagrow.train.health.recovery import RollBack, StepGuard, no_way_back
 from megagrow.train.health.run_lock import RunLock
 from megagrow.train.health.signals import StopRequest
 from megagrow.train.health.watch import Watch, unwatched
+from megagrow.train.in_memory import LostCopyError, MemoryCopies
 from megagrow.train.init_from import plan_start, require_same
 from megagrow.train.logging.diagnostics import Diagnostics
 from megagrow.train.logging.journal import Journal
@@ -51,6 +52,7 @@ from megagrow.train.uploading import (
     require_store,
     set_aside,
 )
+from megagrow.train.validation import BitsPerByte, mean_loss
 
 
 class TrainingRun:
@@ -108,6 +110,7 @@ class TrainingRun:
             warmup = plan.learning_rate.warmup
             self.journal.say(f"warm-up: {warmup} steps, since schedule.warmup is not given")
         self.state = RunState()
+        self.copies = MemoryCopies(config, comm, self.journal)
         resumed = self._resume(self._brought(resume))
         if not resumed and config.init is None:
             self._start(lambda: fill_fresh(self.engine, config=config, comm=comm))
@@ -126,6 +129,7 @@ class TrainingRun:
             comm=comm,
             lock=self.lock,
             run=self.journal.run_id,
+            copies=self.copies,
             say=self.journal.say,
         )
         self.uploads = Uploads(
@@ -154,32 +158,45 @@ class TrainingRun:
             CheckpointError: none is usable.
         """
         paths = on_first(self.comm, lambda: checkpoints.candidates(self.root, resume))
-        for number, path in enumerate(paths, start=1):
+        found: list[Path | MemoryCopy] = [*self.copies.newer_than(resume, paths), *paths]
+        for number, one in enumerate(found, start=1):
             try:
-                self._go_on_from(path)
+                self._go_on_from(one)
                 return True
             except CheckpointError as error:
-                if number == len(paths):
+                if number == len(found) and not isinstance(error, LostCopyError):
                     raise
-                self.journal.say(f"warning: {error}\nThe one before it is tried (--resume good).")
+                good = "The one before it is tried (--resume good)."
+                of_copy = "What run.dir holds is tried instead."
+                self.journal.say(f"warning: {error}\n{of_copy if one not in paths else good}")
+        self.state = RunState()
+        self._plan_from(())
         return False
 
-    def _go_on_from(self, path: Path) -> None:
+    def _go_on_from(self, found: Path | MemoryCopy) -> None:
         start_up.ends("checks with all ranks")
-        checkpoint = on_all(self.comm, lambda: checkpoints.open_checkpoint(path))
+        if isinstance(found, MemoryCopy):
+            checkpoint = self.copies.open(found)
+        else:
+            checkpoint = on_all(self.comm, lambda: checkpoints.open_checkpoint(found))
+            self.copies.resumed = None
         self.state, changes = check_agreement(
             checkpoint, config=self.config, data=self.data, plan=self.plan
         )
-        self.journal.say(f"resuming from {path} (step {self.state.step})")
+        self.journal.say(f"resuming from {checkpoint.path} (step {self.state.step})")
         for line in changes:
             self.journal.say(f"changed since then: {line}")
         self._plan_from(self.state.ends)
         self._start(lambda: self._load(checkpoint))
-        self.last_saved = path
+        if isinstance(found, Path):
+            self.last_saved = found
 
     def _load(self, checkpoint: NativeCheckpoint) -> None:
-        checkpoints.load_run(checkpoint, self.engine, config=self.config, comm=self.comm)
-        self._set_newer_aside(checkpoint.path)
+        with self.copies.at_hand(checkpoint, self.engine):
+            checkpoints.load_run(checkpoint, self.engine, config=self.config, comm=self.comm)
+        if self.copies.resumed is None:
+            self.copies.forget()
+            self._set_newer_aside(checkpoint.path)
 
     def _start_from_another(self) -> None:
         """Start at step 0 from the checkpoint of `init.from`."""
@@ -246,6 +263,7 @@ class TrainingRun:
 
     def _open_journal(self, *, resumed: bool) -> None:
         on_all(self.comm, lambda: self.journal.open(self.state, resumed=resumed))
+        self.copies.begin(self.journal.run_id)
         start_up.ends("data and log")
         self.journal.event(
             "resume" if resumed else "run_start",
@@ -259,6 +277,7 @@ class TrainingRun:
             growth_stage=self.state.growth_stage,
             total_steps=self.plan.total_steps,
             device=str(self.comm.device),
+            **({"memory": True} if self.copies.resumed else {}),
             **({"start_up": parts} if (parts := start_up.take()) else {}),
             **({"init": asdict(self.state.origin)} if self.state.origin and not resumed else {}),
         )
@@ -277,7 +296,7 @@ class TrainingRun:
         for line in documents_in_words(self.config, self.stage.model, self.stage.index):
             self.journal.say(f"stage {self.stage.index}: documents of a sample {line}")
         self.validation, self.watched = validation_of(self.config, self.data, self.stage)
-        self._text_bytes: dict[str, int] = {}
+        self._bits = BitsPerByte(self.data, {**self.validation, **self.watched})
         samples = sum(map(len, self.validation.values()))
         if samples < self.config.train.validation_samples:
             self.journal.say(
@@ -346,25 +365,7 @@ class TrainingRun:
 
     def _validation_loss(self) -> float:
         """Mean loss over the fixed validation samples, split over the data-parallel ranks."""
-        return self._mean(self._losses(self.validation))
-
-    def _mean(self, losses: Mapping[str, float]) -> float:
-        """The mean of the losses on the validation sets, by their samples."""
-        if len(losses) == 1:
-            return next(iter(losses.values()))
-        counts = {name: len(self.validation[name]) for name in losses}
-        return sum(losses[name] * count for name, count in counts.items()) / sum(counts.values())
-
-    def _bits_per_byte(self, losses: Mapping[str, float]) -> dict[str, float]:
-        """Losses in bits per byte of text, by name; on rank 0, which writes the log."""
-        found = {}
-        for name, samples in {**self.validation, **self.watched}.items():
-            if name not in self._text_bytes:
-                self._text_bytes[name] = self.data.text_bytes(samples)
-            if self._text_bytes[name]:
-                bits = losses[name] / math.log(2) * samples[:, 1:].size
-                found[name] = bits / self._text_bytes[name]
-        return found
+        return mean_loss(self._losses(self.validation), self.validation)
 
     def _losses(self, sets: Mapping[str, Int64]) -> dict[str, float]:
         """Mean loss over each set of samples [n, sequence + 1], by name."""

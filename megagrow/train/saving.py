@@ -10,6 +10,7 @@ from it, or all fail.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megagrow.background import Task
-from megagrow.checkpoint import Piece, step_path
+from megagrow.checkpoint import CheckpointMeta, Piece, step_path
 from megagrow.config import Config
 from megagrow.data.run_data import RunData
 from megagrow.engine.comm import Comm
@@ -27,6 +28,7 @@ from megagrow.state.boxes import Box
 from megagrow.train import checkpoints
 from megagrow.train.health.agree import on_first
 from megagrow.train.health.run_lock import RunLock
+from megagrow.train.in_memory import MemoryCopies
 from megagrow.train.state import RunState
 
 
@@ -64,6 +66,7 @@ class Saver:
         root: the run's directory of checkpoints.
         lock: without it nothing is written or deleted.
         run: the run's id (on rank 0).
+        copies: in the memory of hosts; one is made with each save.
         say: called on rank 0 with which old checkpoints were deleted on a full disk.
     """
 
@@ -76,11 +79,12 @@ class Saver:
         comm: Comm,
         lock: RunLock,
         run: str,
+        copies: MemoryCopies,
         say: Callable[[str], None] = print,
     ) -> None:
         self._say = say
         self._root, self._config, self._data, self._comm = root, config, data, comm
-        self._lock, self._run = lock, run
+        self._lock, self._run, self._in_memory = lock, run, copies
         self._pending: tuple[int, Task[Path]] | None = None
         self._buffers: dict[tuple[str, str, Box], torch.Tensor] = {}
         wanted = config.checkpoint.asynchronous
@@ -103,6 +107,7 @@ class Saver:
             MegagrowError: on all ranks; earlier checkpoints are unchanged.
         """
         assert self._pending is None
+        self.copy(engine, state)
         path = step_path(self._root, state.step)
 
         def saved_already() -> bool:
@@ -115,7 +120,7 @@ class Saver:
             checkpoints.write_run,
             root=self._root,
             step=state.step,
-            meta=checkpoints.meta_of(engine, state, self._config, self._data, run=self._run),
+            meta=self._meta(engine, state),
             keep=self._config.checkpoint.keep,
             lock=self._lock,
             say=self._say,
@@ -127,6 +132,11 @@ class Saver:
         beside = partial(write, pieces=self._copies(engine), comm=self._side)
         self._pending = state.step, Task("checkpoint", beside)
         return None
+
+    def copy(self, engine: Engine, state: RunState) -> None:
+        """Copy the state to the memory of the hosts, if `checkpoint.memory_every` is set."""
+        if self._in_memory.kept:
+            self._in_memory.keep(state.step, engine, self._meta(engine, state))
 
     def poll(self) -> tuple[int, Path] | None:
         """The save that all ranks have finished since the last call, if any: (step, checkpoint).
@@ -150,6 +160,10 @@ class Saver:
         """Let a save in progress finish, so that a failed run still reports its errors."""
         if self._pending is not None:
             self._pending[1].close()
+
+    def _meta(self, engine: Engine, state: RunState) -> CheckpointMeta:
+        state = replace(state, loss_scale=engine.loss_scale)
+        return checkpoints.meta_of(engine, state, self._config, self._data, run=self._run)
 
     def _copies(self, engine: Engine) -> list[Piece]:
         """Copy this rank's state to host memory that is reused by the next save."""

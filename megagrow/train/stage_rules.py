@@ -9,7 +9,7 @@ from megagrow.config import Config
 from megagrow.forecast.planned_ends import run_law
 from megagrow.forecast.planner import size_of
 from megagrow.schedule.end_rules import Decision, Seen, Sizes, marginal, next_stage, slope
-from megagrow.train.run_plan import RunPlan
+from megagrow.train.run_plan import RunPlan, Stage
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,18 @@ def decide(seen: Seen, *, config: Config, plan: RunPlan, index: int) -> Decision
         KeyError: the stage has no rule that watches the run.
     """
     return WATCHERS[str(config.stages[index].until.rule)].decide(seen, config, plan, index)
+
+
+def settles_at(plan: RunPlan, stage: Stage, *, warmup: int) -> int:
+    """The step at which a stage's warm-up, or its re-warming after a growth, is over.
+
+    Args:
+        warmup: the steps of the stage's own schedule.
+    """
+    start, settled = stage.plan.start_step, plan.learning_rate.warmup
+    if stage.growth is not None:
+        settled = max(settled if start == 0 else 0, start + stage.growth.rewarm)
+    return max(settled, start + warmup)
 
 
 def carry(seen: Seen, *, config: Config, plan: RunPlan, index: int) -> Seen:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Hosts, missing
+from benchmarks.faults.hosts import Hosts, missing
 from tests.jobs import (
     REPOSITORY,
     events,
@@ -167,6 +167,8 @@ def test_torchrun_and_ranks_that_are_killed(jobs, config, undisturbed):
         assert f"error: rank {rank} on {host} (pid " in said, said
     died = re.findall(r"^error: rank .* died without a word$", said, re.MULTILINE)
     assert len(died) == said.count("starting again") == 3
+    # The supervisor knows which rank died; the others do not look for it before they end.
+    assert "lost contact" not in said or "is gone or stopped" not in said
     assert trajectory(log_of(config)) == undisturbed
     assert len(list(jobs.notes.iterdir())) == 3 and jobs.hosts.ranks() == {}
 
@@ -212,6 +214,29 @@ def test_a_host_is_cut_off_and_comes_back(jobs, config, undisturbed):
     assert status == 0, said
     assert "nothing was heard from rank " in said and " on h1 (pid " in said
     assert trajectory(log_of(config)) == undisturbed
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("empty", [("h1",), ("h0", "h1")], ids=["one", "both"])
+def test_a_host_that_lost_its_memory(jobs, config, undisturbed, empty):
+    """Its share comes from the other host's memory; if that is lost too, from the disk."""
+    overrides = ["checkpoint.memory_every=1", "checkpoint.every=100"]
+    process = jobs.over_ssh("--restarts", "9", faults=[PAUSE], overrides=overrides)
+    jobs.wait_for_note(PAUSE)
+    jobs.hosts.cut("h1")
+    jobs.wait_for(lambda: jobs.hosts.ranks() == {}, "end of all ranks")
+    for name in empty:  # as after a reboot
+        assert jobs.hosts.run(name, ["sh", "-c", "rm -r /dev/shm/megagrow-*"])[0] == 0
+    jobs.hosts.heal("h1")
+    status, said = finish(process)
+    assert status == 0, said
+    lines = log_of(config)
+    assert trajectory(lines) == undisturbed
+    [resume] = events(lines, "resume")
+    in_memory = empty == ("h1",)
+    assert (resume["step"], resume.get("memory", False)) == ((4, True) if in_memory else (3, False))
+    for name in jobs.hosts.names:
+        assert "megagrow-" not in jobs.hosts.run(name, ["ls", "/dev/shm"])[1]
 
 
 @pytest.mark.cluster

@@ -119,6 +119,14 @@ def test_one_rank_fails(supervise, tmp_path, kind, message):
     assert len(pids(tmp_path)) == 3 and alive(tmp_path) == []
 
 
+def test_after_a_silence_no_last_words_are_awaited(supervise, tmp_path):
+    """The others could say nothing: they would hang in a collective with the silent rank."""
+    patience = ["--silence", "3", "--grace", str(10 * PATIENT), "--restarts", "0"]
+    status, _, err = finish(supervise("--steps", 99999, "--fault", "1:2:freeze", options=patience))
+    assert status == 1 and "nothing was heard from rank 1" in err
+    assert alive(tmp_path) == []
+
+
 def test_restarts_until_it_is_done(supervise, tmp_path):
     """Three failures, each after further progress was saved, under a limit of one."""
     faults = [part for n in (0, 1, 2) for part in ("--fault", f"{n}:{2 + 30 * n}:kill")]

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from megagrow.checkpoint.native.proof import prove
 from megagrow.checkpoint.native.retention import free_bytes, free_room
 from megagrow.checkpoint.native.shard_file import (
     Piece,
-    ShardPlan,
     file_order,
     lay_out,
     part_of,
@@ -75,53 +74,93 @@ def save(
     save_id = group.broadcast(secrets.token_hex(8) if group.rank == 0 else None)
     temporary = temporary_path(root, step, save_id)
     failing = f"{step_path(root, step)}: not saved; earlier checkpoints are as they were"
-    ordered: list[Piece] = []
-    plans: list[ShardPlan] = []
-
-    def plan() -> dict[str, Any]:
-        ordered.extend(file_order(pieces))
-        parts = [part_of(piece) for piece in ordered]
-        mine = lay_out(parts, stamp(save=save_id, step=step, rank=group.rank))
-        plans.append(mine)
-        blanks = [NO_CHECKSUM] * checksum_count(mine.size, chunk_bytes)
-        return file_record(group.rank, parts, mine, blanks)
-
-    def write() -> list[str]:
-        path = temporary / file_name(group.rank)
-        return write_shard(path, plans[0].head, ordered, chunk_bytes=chunk_bytes)
+    shard = OwnFile(pieces, save=save_id, step=step, rank=group.rank, chunk_bytes=chunk_bytes)
+    book = ManifestOf(meta, save=save_id, step=step, chunk_bytes=chunk_bytes)
 
     def undo() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
-    def sealed(files: list[dict[str, Any]]) -> bytes:
-        return manifests.seal(meta, save=save_id, step=step, chunk_bytes=chunk_bytes, files=files)
-
     with contextlib.ExitStack() as held:
-        files: list[dict[str, Any]] = []
 
         def prepare(records: list[dict[str, Any]]) -> None:
-            # With blank checksums the manifest already has its final size, and what a reader
-            # would refuse is refused before anything is written.
-            files.extend(records)
-            text = sealed(files)
-            where = f"step {step}"
-            if len(text) > manifests.BYTES_LIMIT:
-                raise CheckpointError(f"{where}: {len(text)} bytes of manifest are too many")
-            prove(manifests.unseal(text, where=where), where=where)
-            needed = sum(file["size"] for file in files) + len(text)
+            needed = book.prove(records)
             _make_room(root, step, needed, keep=keep, say=say)
             with naming(temporary, "cannot be made"):
                 temporary.mkdir()
                 held.enter_context(claim(temporary))
 
         def seal(checksums: list[list[str]]) -> None:
-            for file, sums in zip(files, checksums, strict=True):
-                file["crc32"] = sums
-            commit(root, temporary, step_path(root, step), sealed(files))
+            commit(root, temporary, step_path(root, step), book.sealed(checksums))
 
-        together(group, plan, prepare, failing=failing, undo=undo)
-        together(group, write, seal, failing=failing, undo=undo)
+        together(group, shard.plan, prepare, failing=failing, undo=undo)
+        together(group, lambda: shard.write(temporary), seal, failing=failing, undo=undo)
     return step_path(root, step)
+
+
+class OwnFile:
+    """A rank's file of a save: planned, then written.
+
+    Args:
+        pieces: as for `save`.
+        save: the save's random name.
+    """
+
+    def __init__(
+        self, pieces: Iterable[Piece], *, save: str, step: int, rank: int, chunk_bytes: int
+    ) -> None:
+        self._pieces, self._rank, self._chunk_bytes = pieces, rank, chunk_bytes
+        self._stamp = stamp(save=save, step=step, rank=rank)
+
+    def plan(self) -> dict[str, Any]:
+        """The file's record, with blank checksums."""
+        self._ordered = file_order(self._pieces)
+        parts = [part_of(piece) for piece in self._ordered]
+        self._plan = lay_out(parts, self._stamp)
+        blanks = [NO_CHECKSUM] * checksum_count(self._plan.size, self._chunk_bytes)
+        return file_record(self._rank, parts, self._plan, blanks)
+
+    def write(self, directory: Path) -> list[str]:
+        """Write it; returns the checksum of each chunk.  `plan` comes first."""
+        path = directory / file_name(self._rank)
+        return write_shard(path, self._plan.head, self._ordered, chunk_bytes=self._chunk_bytes)
+
+
+class ManifestOf:
+    """The manifest of a save, on rank 0: proved before anything is written, sealed afterwards."""
+
+    def __init__(self, meta: CheckpointMeta, *, save: str, step: int, chunk_bytes: int) -> None:
+        self._meta, self._save, self._step, self._chunk_bytes = meta, save, step, chunk_bytes
+        self._files: list[dict[str, Any]] = []
+
+    def prove(self, records: list[dict[str, Any]]) -> int:
+        """Check what a reader would; returns the bytes of all files and the manifest.
+
+        With blank checksums the manifest already has its final size.
+
+        Raises:
+            CheckpointError: a reader would refuse it.
+        """
+        self._files = records
+        text, where = self._text(), f"step {self._step}"
+        if len(text) > manifests.BYTES_LIMIT:
+            raise CheckpointError(f"{where}: {len(text)} bytes of manifest are too many")
+        prove(manifests.unseal(text, where=where), where=where)
+        return sum(file["size"] for file in records) + len(text)
+
+    def sealed(self, checksums: Sequence[Sequence[str]]) -> bytes:
+        """The manifest's bytes, with the checksums of each rank's file."""
+        for file, sums in zip(self._files, checksums, strict=True):
+            file["crc32"] = list(sums)
+        return self._text()
+
+    def _text(self) -> bytes:
+        return manifests.seal(
+            self._meta,
+            save=self._save,
+            step=self._step,
+            chunk_bytes=self._chunk_bytes,
+            files=self._files,
+        )
 
 
 def _make_room(

@@ -7,7 +7,7 @@ fetch only the bytes that they need: see `stored_source`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from megagrow.checkpoint.interface.accounting import account, unread_files
@@ -62,11 +62,14 @@ class NativeCheckpoint(StoredSource):
         self.compare_when_read = verify
 
     @staticmethod
-    def open(path: Path, *, verify: bool = True) -> NativeCheckpoint:
+    def open(
+        path: Path, *, verify: bool = True, files: Collection[int] | None = None
+    ) -> NativeCheckpoint:
         """Open a checkpoint: check the manifest, and each file's size and header.
 
         Args:
             verify: whether reads check checksums (each chunk once).
+            files: ranks whose files are there, if not all are (`native.memory`).
 
         Raises:
             CheckpointError: missing, damaged, incomplete, hostile or of another version.
@@ -90,6 +93,8 @@ class NativeCheckpoint(StoredSource):
                 expected=f"step {named}",
             )
         for rank, record in enumerate(contents.manifest.files):
+            if files is not None and rank not in files:
+                continue
             _check_head(path / file_name(rank), record.size, contents.heads[rank])
         return NativeCheckpoint(path, contents, verify=verify)
 
