@@ -78,7 +78,8 @@ class Jobs:
 
     def on_nodes(self, *options, faults=(), overrides=(), numbers=(0, 1)):
         port = 20_000 + os.getpid() % 5000
-        common = ["--nnodes", "2", "--master", f"h0:{port}", "--ranks", "2", *options]
+        nodes = () if "--nnodes" in options else ("--nnodes", "2")
+        common = [*nodes, "--master", f"h0:{port}", "--ranks", "2", *options]
         return [
             self._start(f"h{n}", [*common, "--node-rank", str(n)], faults, overrides=overrides)
             for n in numbers
