@@ -36,6 +36,7 @@ VARIABLE = "MEGAGROW_LIFELINE"  # host:port of the supervisor, in the environmen
 ATTEMPT = "MEGAGROW_ATTEMPT"  # which one this rank belongs to
 STATUS_STOPPED = 75  # sysexits.h: a temporary failure; schedulers restart such a job
 STATUS_INTERRUPTED = 130  # as in shells: ended by Ctrl-C
+USAGE = "usage"  # the kind of error of a command line that is wrong
 LAST_WORDS = frozenset({"done", "stopped", "failed"})
 
 _CONNECT_SECONDS = 15.0

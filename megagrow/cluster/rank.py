@@ -33,7 +33,8 @@ def under_supervision(main: Callable[[], int]) -> int:
         status = main()
     except BaseException as error:
         text = f"{type(error).__name__}: {error}"
-        lifeline.say("failed", text=text)
+        usage = isinstance(error, SystemExit) and error.code == 2  # as argparse exits
+        lifeline.say("failed", text=text, kind=lifeline.USAGE if usage else "")
         _write_error_file(text)
         raise
     if line is not None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megagrow.cluster.hub import Event, Peer
-from megagrow.cluster.lifeline import LAST_WORDS, STATUS_STOPPED
+from megagrow.cluster.lifeline import LAST_WORDS, STATUS_STOPPED, USAGE
 
 STATUS_FAILED = 1
 STATUS_CONFIG = 78  # sysexits.h: restarting would not help
-_HOPELESS = frozenset({"ConfigError", "DataError"})  # of megagrow.errors
+_HOPELESS = frozenset({"ConfigError", "DataError", USAGE})  # two are of megagrow.errors
+_USAGE_STATUS = "exit status 2"  # Python's for a script that is not there, argparse's for an option
 
 
 @dataclass(eq=False)
@@ -118,7 +119,8 @@ class Roll:
         if how:
             self.how[rank] = how
             if rank not in self.ranks:
-                self.fail(Failure(f"rank {rank} ended before it could report", "", rank=rank))
+                where = f"rank {rank} ended before it could report"
+                self.fail(Failure(where, "", kind=USAGE if how == _USAGE_STATUS else "", rank=rank))
 
     def fail(self, failure: Failure) -> None:
         """Record a failure."""

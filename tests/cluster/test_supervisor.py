@@ -152,6 +152,14 @@ def test_a_wrong_configuration_is_not_tried_again(supervise, tmp_path):
     assert "layout.tensor does not divide" in err
 
 
+def test_a_wrong_command_line_is_not_tried_again(supervise, tmp_path):
+    """Status 2 before a word: Python's for a script that is not there, argparse's for an option."""
+    status, _, err = finish(supervise("--steps", "many"))
+    assert status == 78 and "starting again" not in err
+    assert "invalid int value" in err or "SystemExit: 2" in err
+    assert [path.name for path in (tmp_path / "logs").glob("attempt_*")] == ["attempt_0001"]
+
+
 def test_the_launcher_leaves_while_ranks_run(supervise, tmp_path):
     """What `deepspeed` does when its pdsh is killed: status 0, and the ranks stay alive."""
     process = supervise(
