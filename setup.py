@@ -109,6 +109,7 @@ setup(
         "dev": [
             "codespell",
             "coverage>=7.10",  # its patches for subprocesses and os._exit
+            "datasets",  # writes what `megagrow prepare` reads
             "hypothesis",
             "matplotlib",
             # A real reader of our Megatron checkpoints; wheels are for Linux alone.
@@ -117,6 +118,7 @@ setup(
             "moto[server]",  # a local S3 server for the tests
             "mypy",
             "prometheus-client",
+            "pyarrow",
             "pytest",
             "pytest-cov",
             "pytest-timeout",
@@ -137,6 +139,7 @@ setup(
             "nvidia-resiliency-ext; sys_platform == 'linux' and platform_machine == 'x86_64'"
         ],
         "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and power_draw read from
+        "tables": ["pyarrow"],  # reads Parquet and Arrow files of text
         "zstd": ["zstandard"],  # reads .zst files of text
         "hf": ["safetensors", "tokenizers", "transformers"],
     },

@@ -45,8 +45,8 @@ def parse(arguments: Sequence[str] | None = None) -> Request | Adoption:
     source.add_argument(
         "--input",
         type=as_path_text,
-        help="text or JSON records, a file or a directory of such, plain or compressed (gzip, "
-        "bzip2, xz, zstd); or 'stdlib'",
+        help="a file or a directory of text or JSON records, plain or compressed (gzip, bzip2, xz, "
+        "zstd), or of tables (Parquet, Arrow, a saved Hugging Face dataset); or 'stdlib'",
     )
     source.add_argument(
         "--tokens",

@@ -1,8 +1,8 @@
-"""Sources of documents: text files, directories, JSONL, Python's standard library.
+"""Sources of documents: text files, records, tables, directories, Python's standard library.
 
 A corpus is a sorted list of files, split into pieces (a file, or a byte range that begins and ends
 between documents) and packed into shards of about equal size. Neither depends on the number of
-workers. A compressed file is one piece.
+workers. A compressed file and a table are one piece.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from megagrow.data.documents import TextPiece
 from megagrow.data.formats import Form, form_of
+from megagrow.data.tables import KINDS, saved_dataset
 from megagrow.errors import DataError
 
 STDLIB = "stdlib"
@@ -88,6 +89,7 @@ def open_corpus(
     Raises:
         DataError: the source does not exist or is empty, or a file cannot be read or is ambiguous.
     """
+    paths: list[Path] | None
     root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
     left_out: dict[str, FileGroup] = {}
     if source == STDLIB:
@@ -99,13 +101,21 @@ def open_corpus(
         # Other files there are not the library's text, and its sources are not records.
         paths, form = _walk(root, "*.py", exclude, _FOREIGN, {}), "text"
     elif root.is_dir():
-        paths = _walk(root, glob, exclude, set(), left_out)
+        # With a --glob the caller chooses among the files.
+        paths = saved_dataset(root) if glob == "*" else None
+        if paths is None:
+            paths = _walk(root, glob, exclude, set(), left_out)
+        else:
+            beside = [path for path in sorted(root.iterdir()) if path not in paths]
+            left_out["files beside the tables of a saved dataset"] = FileGroup(
+                len(beside), [path.name for path in beside[:_EXAMPLES]]
+            )
     elif os.path.lexists(root):
         paths = [root]
     else:
         raise DataError(
             f"--input {source}: no such file or directory",
-            expected=f"a text file, a .jsonl file, a directory, or the word {STDLIB}",
+            expected=f"text, JSON records, a table, a directory, or the word {STDLIB}",
         )
     if not paths:
         raise DataError(
@@ -175,7 +185,7 @@ def _walk(
 
 def _cut(path: Path, *, size: int, form: Form, split: str, target: int) -> Iterator[TextPiece]:
     kind = split if form.kind == "text" else form.kind
-    if kind in ("file", "json") or form.codec:
+    if kind in ("file", "json", *KINDS) or form.codec:
         yield TextPiece(path, 0, size, kind, form.codec)
         return
     begin = 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megagrow.data.formats import BOM, opened
+from megagrow.data.tables import KINDS, texts
 from megagrow.errors import DataError
 
 _READ = 1 << 20  # characters
@@ -24,8 +25,9 @@ class TextPiece:
     """Bytes ``[begin, end)`` of a file, and how documents are stored in it.
 
     ``kind`` is ``file`` (one document), ``paragraph`` (documents are separated by blank lines),
-    ``jsonl`` (an object per line) or ``json`` (objects in any layout, or an array of them).  With a
-    ``codec`` the piece is the whole file, and the bytes are those of the compressed file.
+    ``jsonl`` (an object per line), ``json`` (objects in any layout, or an array of them),
+    ``parquet`` or ``arrow`` (a row each).  With a ``codec`` the piece is the whole file, and the
+    bytes are those of the compressed file; a table is one piece, too.
     """
 
     path: Path
@@ -54,6 +56,9 @@ def read_documents(piece: TextPiece, *, text_key: str) -> Iterator[str | None]:
         DataError: a line or record does not match its file's format (the error names the file, the
             first wrong line, and the number of wrong lines), or compressed data is damaged.
     """
+    if piece.kind in KINDS:
+        yield from texts(piece.path, piece.kind, text_key)
+        return
     with opened(piece.path, piece.codec) as stream:
         if piece.kind == "file":
             try:

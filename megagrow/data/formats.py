@@ -1,5 +1,7 @@
 """Format detection of a corpus file: by content, and by name only if the name is unambiguous.
 
+**Tables** (Parquet, Arrow) are recognised by their first bytes (`megagrow.data.tables`).
+
 **Compression** is recognised by the first bytes, whatever the file's name.
 
 **JSON or text.**  ``.jsonl`` and ``.ndjson`` hold one JSON object per line. Any other file is
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megagrow.data.tables import KINDS, require_text, table_kind
 from megagrow.errors import DataError
 
 FORMATS = ("auto", "text", "jsonl")
@@ -38,8 +41,6 @@ _CODECS = {
 _SUFFIXES = {".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz"}
 _CONTAINERS = {
     b"PK\x03\x04": "a ZIP archive",
-    b"PAR1": "a Parquet file",
-    b"ARROW1": "an Arrow file",
     b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
     b"Rar!": "a RAR archive",
     b"\x04\x22\x4d\x18": "an LZ4 file",
@@ -54,8 +55,8 @@ class Form:
     """How documents are stored in a file.
 
     Attributes:
-        kind: ``text``, ``jsonl`` (an object per line) or ``json`` (objects in any layout, or an
-            array of them).
+        kind: ``text``, ``jsonl`` (an object per line), ``json`` (objects in any layout, or an
+            array of them), ``parquet`` or ``arrow``.
         codec: ``gzip``, ``bzip2``, ``xz``, ``zstd``, or empty for a plain file.
     """
 
@@ -63,7 +64,8 @@ class Form:
     codec: str = ""
 
     def __str__(self) -> str:
-        name = {"text": "text", "jsonl": "JSON lines", "json": "JSON records"}[self.kind]
+        names = {"text": "text", "jsonl": "JSON lines", "json": "JSON records", **KINDS}
+        name = names[self.kind]
         return f"{name}, {self.codec}" if self.codec else name
 
 
@@ -92,6 +94,11 @@ def form_of(path: Path, *, wanted: str, key: str) -> Form:
     with opened(path, codec) as content:
         head = content.read(_HEAD)
         _refuse_containers(path, head)
+        table = table_kind(head)
+        if table is not None:
+            _refuse_as_text(path, KINDS[table], codec, wanted)
+            require_text(path, table, key)
+            return Form(table)
         names = [s.lower() for s in path.suffixes if s.lower() not in _SUFFIXES]
         if wanted == "text":
             return Form("text", codec)
@@ -213,10 +220,19 @@ def _refuse_containers(path: Path, head: bytes) -> None:
     if what is not None:
         raise DataError(
             f"{path}: {what}, which is not supported",
-            expected="text, JSON lines or JSON records; plain, or compressed by gzip, bzip2, xz "
-            "or zstd",
+            expected="text, JSON lines or JSON records, plain or compressed by gzip, bzip2, xz or "
+            "zstd; Parquet or Arrow",
             fix="unpack or convert it, or move it away",
         )
+
+
+def _refuse_as_text(path: Path, name: str, codec: str, wanted: str) -> None:
+    if codec or wanted == "text":
+        raise DataError(
+            f"{path}: {name}, {f'compressed by {codec}' if codec else 'which is not text'}",
+            fix="decompress it: such a file is compressed inside" if codec
+            else "leave out --format text, or move it away",
+        )  # fmt: skip
 
 
 def _json_kind(head: bytes, rest: BinaryIO) -> tuple[str | None, dict[str, Any]]:
