@@ -1,7 +1,7 @@
 # megagrow: `make quickstart` shows it, `make test` checks it, `make help` lists the rest.
 #
 # Settings, each with its default:
-#   PYTHON      the first of python3, python3.12, python3.11, python3.10 that is 3.10 to 3.12
+#   PYTHON      the first of python3 and python3.14 to python3.10 that is 3.10 or newer
 #   TORCH_ARGS  further pip arguments for PyTorch alone (empty), for instance an
 #               --index-url of CPU-only builds, which are smaller by gigabytes
 #   EXTRAS      extras of setup.py to install (dev)
@@ -14,9 +14,9 @@ SHELL       := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-FITS := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+FITS := import sys; sys.exit(sys.version_info < (3, 10))
 ifndef PYTHON
-PYTHON := $(shell for p in python3 python3.12 python3.11 python3.10; do \
+PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	"$$p" -c '$(FITS)' 2>/dev/null && command -v "$$p" && break; done)
 endif
 TORCH_ARGS ?=
@@ -56,9 +56,9 @@ setup: $(STAMP)
 # The stamp is made last: a set-up that was interrupted is done again.
 $(STAMP): setup.py constraints.txt
 	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(FITS)' 2>/dev/null; then \
-	  echo "megagrow needs Python 3.10, 3.11 or 3.12." >&2; \
+	  echo "megagrow needs Python 3.10 or newer." >&2; \
 	  echo "  found: $$("$(or $(PYTHON),python3)" --version 2>&1 || true)" >&2; \
-	  echo "  fix:  install one of these and give it: make setup PYTHON=/path/to/python3.11" >&2; \
+	  echo "  fix:  install one and give it: make setup PYTHON=/path/to/python3.11" >&2; \
 	  exit 1; fi
 	@if ! command -v "$${CXX:-c++}" >/dev/null; then \
 	  echo "No C++ compiler ($${CXX:-c++}) on PATH: DeepSpeed compiles its communication op," >&2; \

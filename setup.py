@@ -88,7 +88,7 @@ setup(
     entry_points={"console_scripts": ["megagrow = megagrow.cli.main:program"]},
     ext_modules=[Extension("megagrow.ops.kernels", sources=[])],
     cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage},
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8,<0.20",

@@ -337,13 +337,14 @@ def generate_text(
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or the tokenizer is another model's.
-        ConfigError: the model's tokenizer is not found.
+        ConfigError: the model's tokenizer is not found, a number is out of range, or a prompt is
+            not text.
 
     Example:
         >>> [text] = megagrow.generate_text("runs/mine", ["def "], tokens=20, temperature=0.8)
         >>> print(text.prompt + text.text)
     """
-    from megagrow.checkpoint.convert.load_model import load_model
+    from megagrow.checkpoint.convert.load_model import load_model, read_as_in_training
     from megagrow.evaluation.generation import Sampling, continue_texts
     from megagrow.evaluation.harness import open_tokenizer
     from megagrow.evaluation.scores import choose_device
@@ -352,8 +353,9 @@ def generate_text(
     device = choose_device(None)
     model, shape, at = load_model(Path(checkpoint), device=device)
     own = None if tokenizer is None else Path(tokenizer)
-    found, _ = open_tokenizer(at, own, vocabulary=shape.vocabulary)
     sampling = Sampling(temperature, top_k, top_p, seed)
+    found, _ = open_tokenizer(at, own, vocabulary=shape.vocabulary)
+    read_as_in_training(model, shape, at, eod=found.eod)
     return continue_texts(
         model, shape, found, given, tokens=tokens, sampling=sampling, device=device
     )

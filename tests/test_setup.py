@@ -31,7 +31,7 @@ def requirements(tmp_path_factory):
     )
     info = metadata.PathDistribution(target / "megagrow.egg-info")
     assert info.version == megagrow.__version__
-    assert SpecifierSet(info.metadata["Requires-Python"]) == SpecifierSet(">=3.10,<3.13")
+    assert SpecifierSet(info.metadata["Requires-Python"]) == SpecifierSet(">=3.10")
     assert {"dev", "gpu", "hf"} <= set(info.metadata.get_all("Provides-Extra"))
     return [Requirement(line) for line in info.requires]
 
@@ -47,7 +47,7 @@ def test_apex_is_never_a_dependency(requirements):
     assert "torch" in names
 
 
-@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12"])
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])
 def test_every_direct_requirement_has_one_pin_that_satisfies_it(requirements, python):
     def applies(requirement, extra=""):
         marker = requirement.marker
@@ -127,11 +127,11 @@ def fake_python(directory, version):
     return program
 
 
-@pytest.mark.parametrize("version", ["3.9.18", "3.13.0"])
+@pytest.mark.parametrize("version", ["2.7.18", "3.9.18"])
 def test_set_up_refuses_other_pythons(fresh, version):
     result = make("setup", f"PYTHON={fake_python(fresh, version)}", cwd=fresh)
     assert result.returncode != 0
-    assert "needs Python 3.10, 3.11 or 3.12" in result.stderr
+    assert "needs Python 3.10 or newer" in result.stderr
     assert f"found: Python {version}" in result.stderr
     assert "make setup PYTHON=" in result.stderr
     assert not (fresh / ".venv").exists()
@@ -144,7 +144,7 @@ def test_set_up_without_any_python_says_so(fresh):
         (tools / name).symlink_to(shutil.which(name))
     result = make("setup", cwd=fresh, path=tools)
     assert result.returncode != 0
-    assert "needs Python 3.10, 3.11 or 3.12" in result.stderr
+    assert "needs Python 3.10 or newer" in result.stderr
 
 
 def test_set_up_without_a_compiler_says_so(fresh):

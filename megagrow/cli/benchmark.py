@@ -25,8 +25,8 @@ started: these train each run together.
 """
 # Of megagrow itself, by `benchmarks/` of a checkout, which is not installed.
 IN_A_CHECKOUT = (
-    "growth", "throughput", "operators", "dynamics", "faults", "recovery", "convert", "kernels",
-    "mfu", "figures",
+    "growth", "throughput", "operators", "dynamics", "faults", "two_hosts", "recovery", "convert",
+    "kernels", "mfu", "figures",
 )  # fmt: skip
 
 

@@ -38,8 +38,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
+    from megagrow.errors import ConfigError
     from megagrow.report.compare import open_runs, write_comparison, write_figure
 
+    for option, path, end in (("output", options.output, ".html"), ("svg", options.svg, ".svg")):
+        if path is not None and path.suffix != end:
+            raise ConfigError(
+                f"--{option} {path}: not a file of its kind",
+                expected=f"a name that ends in {end}",
+                fix=f"--{option} {path.with_suffix(end)}",
+            )
     runs = open_runs(options.run_dirs)
     write_comparison(runs, options.output)
     print(options.output)

@@ -20,7 +20,7 @@ EXAMPLES = """\
   python launch/generate.py runs/quickstart --samples 4 --tokens 50 --json runs/texts.json
 
   # a model that one device has no room for: a part on each rank, tensor parallel
-  torchrun --nproc-per-node 2 launch/generate.py runs/quickstart --prompt 'def '
+  torchrun --nproc-per-node 2 -m megagrow generate runs/quickstart --prompt 'def '
 """
 _KEPT = "\n\t"  # control characters that a terminal may get
 
@@ -32,7 +32,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("checkpoint", type=as_path, metavar="PATH", help="a checkpoint, or a run")
     add("--from-format", metavar="F", help="of the checkpoint; detected by default")
     add("--prompt", nargs="+", metavar="TEXT", help="texts to continue (default: an empty one)")
-    add("--prompts", type=as_path, metavar="FILE", help="a file with one on each line")
+    add(
+        "--prompts",
+        type=as_path,
+        metavar="FILE",
+        help="a file with one on each line; blank ones are skipped",
+    )
     add("--samples", type=whole(1, 10_000), default=1, metavar="N", help="texts for each (1)")
     add("--tokens", type=whole(1), default=100, metavar="N", help="most new tokens (%(default)s)")
     add("--temperature", type=number(least=0), default=1.0, metavar="T", help="0: greedy (1)")
@@ -80,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace, parallel: Any, agree: Any) -> None:
-    from megagrow.checkpoint.convert.load_model import load_model
+    from megagrow.checkpoint.convert.load_model import load_model, read_as_in_training
     from megagrow.evaluation.generation import Sampling, continue_texts
     from megagrow.evaluation.harness import open_tokenizer
     from megagrow.evaluation.scores import choose_device
@@ -106,6 +111,8 @@ def _generate(options: argparse.Namespace, parallel: Any, agree: Any) -> None:
     )
     say(f"{at}: {shape.family}, {shape.layers} layers, {shape.hidden} hidden, on {device}")
     say(f"tokenizer: {said}")
+    if read_as_in_training(model, shape, at, eod=tokenizer.eod, name=options.from_format):
+        say("documents: apart, as in training")
     texts = continue_texts(
         model,
         shape,
@@ -146,7 +153,7 @@ def _lines(path: Path) -> list[str]:
     from megagrow.errors import DataError
 
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
         return [line.removesuffix("\r") for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(

@@ -123,11 +123,14 @@ def _world(options: argparse.Namespace) -> int:
     """Number of processes to plan for."""
     if options.world is None:
         return int(os.environ.get("WORLD_SIZE", "1"))
-    if not options.dry_run or options.world < 1:
+    if options.dry_run and options.world < 1:
+        raise ConfigError(
+            f"--world {options.world}: not a number of processes", expected="a positive number"
+        )
+    if not options.dry_run:
         raise ConfigError(
             "--world: only for --dry-run; a real run has as many processes as are started",
             found=f"--world {options.world}",
-            expected="a positive number, with --dry-run",
             fix="leave --world out and start N processes: deepspeed --num_gpus N ...",
         )
     return int(options.world)

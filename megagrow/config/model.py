@@ -254,6 +254,12 @@ class ModelConfig(Section):
                     f"{key} = {getattr(self, key)} has no effect in family {self.family}; leave "
                     f"model.{key} out, or choose a family that has it: {', '.join(having)}"
                 )
+        unset = self.__class__.model_fields["rope_theta"].default
+        if self.rope_theta != unset and self.architecture.positions != "rotary":
+            raise ValueError(
+                f"rope_theta = {self.rope_theta:g} has no effect in family {self.family}, which "
+                "has no rotary positions; leave model.rope_theta out"
+            )
         if self.full_every is not None and self.window is None:
             raise ValueError("full_every says which layers have no window; set model.window")
         return self

@@ -51,6 +51,8 @@ class Request:
             "above 0, since every run validates, and below 1",
         )
         require(self.workers >= 1, "--workers", self.workers, "at least 1")
+        units = ("file", "paragraph")
+        require(self.documents in units, "--documents", self.documents, " or ".join(units))
         require(self.format in FORMATS, "--format", self.format, " or ".join(FORMATS))
         require(self.tokenizer_sample >= 1, "--tokenizer-sample", self.tokenizer_sample, ">= 1")
         require(self.dtype in DTYPES, "--dtype", self.dtype, " or ".join(DTYPES))

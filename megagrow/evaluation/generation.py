@@ -7,6 +7,7 @@ fast enough; to serve a model, export it (docs/exports.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,20 @@ import torch
 
 from megagrow.config import ModelConfig
 from megagrow.data.tokenizer import Tokenizer
+from megagrow.errors import ConfigError
 from megagrow.models.transformer import Transformer
 
 _STREAMS = 1_000_003  # distance of the seeds of two runs; each text of a run has its own
+
+
+def require(name: str, found: object, expected: str, *, holds: bool) -> None:
+    """Refuse a setting that does not hold.
+
+    Raises:
+        ConfigError: naming the setting, what was found and what was expected.
+    """
+    if not holds:
+        raise ConfigError(f"{name}: cannot be used to generate", found=found, expected=expected)
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,19 @@ class Sampling:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 1234
+
+    def __post_init__(self) -> None:
+        require(
+            "temperature",
+            self.temperature,
+            "a finite number of at least 0",
+            holds=math.isfinite(self.temperature) and self.temperature >= 0,
+        )
+        require(
+            "top_k", self.top_k, "None or at least 1", holds=self.top_k is None or self.top_k >= 1
+        )
+        require("top_p", self.top_p, "above 0, at most 1", holds=0 < self.top_p <= 1)
+        require("seed", self.seed, "at least 0", holds=self.seed >= 0)
 
     def draw(self, logits: torch.Tensor, generator: torch.Generator) -> int:
         """A token, from logits [V] in fp32 on the CPU."""
@@ -92,7 +117,16 @@ def continue_texts(
         through_ends: go on after the end of a document.
         batch, device, agree: as for `generate`.
         say: called with a line if the model does not see the whole of a text.
+
+    Raises:
+        ConfigError: a prompt is not text in Unicode, or a number is out of range.
     """
+    require("tokens", tokens, "at least 1", holds=tokens >= 1)
+    require("batch", batch, "at least 1", holds=batch >= 1)
+    for text in prompts:
+        require(
+            "prompt", repr(text)[:60], "text without half surrogate pairs", holds=_is_text(text)
+        )
     begin = [] if tokenizer.markers.bos is None else [tokenizer.markers.bos]
     ids = [begin + tokenizer.encode(text) or [tokenizer.start] for text in prompts]
     longest = max(map(len, ids), default=0) + tokens - 1
@@ -116,6 +150,13 @@ def continue_texts(
         ended = new[-1:] == [end]
         texts.append(Text(prompt, tokenizer.decode(new[:-1] if ended else new), new, ended))
     return texts
+
+
+def _is_text(found: object) -> bool:
+    try:
+        return isinstance(found, str) and bool(found.encode() or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def generate(

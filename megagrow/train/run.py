@@ -385,10 +385,7 @@ class TrainingRun:
     def _give_up(self, bad: RollBack) -> NoReturn:
         self.journal.event("not_finite", step=self.state.step, why=bad.why, ranks=bad.ranks)
         raise no_way_back(
-            bad,
-            last_good=self.last_saved,
-            recovery=self.config.recovery,
-            rollbacks=self._rollbacks,
+            bad, last_good=self.last_saved, recovery=self.config.recovery, rollbacks=self._rollbacks
         )
 
     @property

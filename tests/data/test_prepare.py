@@ -18,6 +18,7 @@ from megagrow.data.corpus import STDLIB, open_corpus
 from megagrow.data.dataset import PreparedData, open_dataset, verify
 from megagrow.data.documents import read_documents
 from megagrow.data.prepare import prepare
+from megagrow.data.request import Request
 from megagrow.data.shards import Encoder
 from megagrow.errors import DataError, LockError
 from megagrow.lock import holding_output
@@ -432,3 +433,8 @@ def test_no_space_left(tmp_path: Path) -> None:
     )
     assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
     assert "File too large" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_unit_of_documents_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(DataError, match="--documents"):
+        Request(input="x", output=tmp_path / "out", documents="sentence")

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import megagrow
 from megagrow.checkpoint.convert.load_model import load_model
 from megagrow.cli.generate import main
+from megagrow.errors import ConfigError
 from megagrow.evaluation.generation import Sampling, generate
 from megagrow.models.common.parallel import TensorParallel
 from tests.ranks import run_ranks
@@ -168,3 +170,14 @@ def test_wrong_arguments(exported, arguments, said, capsys, tmp_path, monkeypatc
         status = stop.code
     assert status != 0
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_k": -1},
+     {"top_p": 0.0}, {"top_p": 2.0}, {"seed": -1}, {"tokens": 0}, {"tokens": -3},
+     {"prompts": ["\ud800"]}, {"prompts": [None]}],
+)  # fmt: skip
+def test_wrong_numbers_and_prompts_are_refused_by_the_function_as_well(exported, wrong):
+    with pytest.raises(ConfigError, match="cannot be used to generate"):
+        megagrow.generate_text(exported[1], **{"prompts": ["a"], **wrong})

@@ -134,3 +134,13 @@ def test_names_are_escaped(tmp_path):
     text = compare.render(compare.open_runs([odd, other]))
     assert "<b>&" not in text and "<i>" not in text
     Page(text)
+
+
+def test_an_output_is_a_page_and_a_figure_never_something_else(pair, tmp_path, capsys):
+    """So neither a run's log nor the page itself is overwritten by the other."""
+    log = pair[0] / "metrics.jsonl"
+    before = log.read_bytes()
+    for given in (["--output", str(log)], ["--svg", str(tmp_path / "x.html")]):
+        assert main([*map(str, pair), *given]) == 1
+        assert "a name that ends in" in capsys.readouterr().err
+    assert log.read_bytes() == before and not (tmp_path / "x.html").exists()

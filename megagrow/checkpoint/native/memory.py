@@ -204,6 +204,12 @@ class HostMemory:
                     holders.setdefault(key, {}).setdefault(file, []).append(rank)
         whole = [key for key, world in worlds.items() if len(holders.get(key, ())) == world]
         said = [fault for _, told in rows for fault in told]
+        for step, save in sorted(set(worlds) - set(whole)):
+            there = len(holders.get((step, save), ()))
+            said.append(
+                f"the copy of step {step} is not whole: {there} of {worlds[step, save]} files of "
+                "ranks are there, undamaged in size"
+            )
         if not whole:
             return None, said
         step, save = max(whole)
