@@ -78,7 +78,7 @@ def copies(memory, number):
             for step in list_steps(root)}  # fmt: skip
 
 
-@pytest.mark.parametrize("lost", [None, 0, 1])
+@pytest.mark.parametrize("lost", [None, pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_or_a_host_is_lost(tmp_path, straight, memory, lost):
     """Nothing was saved on disk: all that the second job has is in memory."""
     config, undisturbed = straight
@@ -101,7 +101,11 @@ def test_a_rank_or_a_host_is_lost(tmp_path, straight, memory, lost):
     assert not any(list(host(memory, n).iterdir()) for n in range(2))  # the run has ended
 
 
-@pytest.mark.parametrize("counts", [{0: 2}, {1: 2}, {0: 3, 1: 3}])
+@pytest.mark.parametrize(
+    "counts",
+    [pytest.param({0: 2}, marks=pytest.mark.slow), pytest.param({1: 2}, marks=pytest.mark.slow),
+     {0: 3, 1: 3}],
+)  # fmt: skip
 def test_killed_while_a_copy_is_made(tmp_path, straight, memory, counts):
     """Some hosts have the new copy, others the old one: a start takes one that is whole."""
     config, undisturbed = straight
@@ -127,7 +131,7 @@ def test_another_layout_reads_files_of_other_hosts(tmp_path, straight, memory):
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_damaged_copy(tmp_path, straight, memory, both):
     """Its checksum tells; the run goes on from the disk, which is said."""
     config, undisturbed = straight
