@@ -192,7 +192,9 @@ def _interrupt() -> None:
     """Interrupt the main thread and end this process's children."""
     for child in multiprocessing.active_children():
         child.terminate()
-    os.kill(os.getpid(), signal.SIGINT)
+    # A shell starts what it puts in the background with SIGINT ignored.
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
 
 
 def _say(text: str) -> None:

@@ -236,17 +236,38 @@ def test_nothing_is_written_into_a_run_that_trains(tmp_path, below):
 
 def test_a_command_that_loses_its_output_is_interrupted_and_says_why(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "BEAT", 0.05)
-    before = signal.getsignal(signal.SIGINT)
+    ours = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
+    before = signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
     def command():
         with holding_output(tmp_path / "out"):
             beside(tmp_path / "out").unlink()
             time.sleep(20)
 
-    with pytest.raises(LockError, match="lost its lock and stops"):
-        command()
-    assert "was removed or renamed; this job stops writing" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is before
+    try:
+        with pytest.raises(LockError, match="lost its lock and stops"):
+            command()
+        assert "was removed or renamed; this job stops writing" in capsys.readouterr().err
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, ours)
+
+
+def test_a_command_in_the_background_of_a_shell_is_ended_as_well(tmp_path):
+    """There SIGINT is ignored."""
+    code = f"""
+import signal, time
+from pathlib import Path
+from megagrow import lock
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+lock.BEAT = 0.05
+with lock.holding_output(Path({str(tmp_path / "out")!r})):
+    lock.beside(Path({str(tmp_path / "out")!r})).unlink()
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=59)
+    assert done.returncode == -signal.SIGTERM and "this job stops writing" in done.stderr
 
 
 def test_a_real_command_that_is_killed_makes_room_at_once(tmp_path):
