@@ -35,7 +35,7 @@ CODE   := megagrow launch benchmarks examples tests docs setup.py
 	kernels kernels-check kernels-sanitize gpu-check
 
 help:
-	@echo 'make quickstart  install, prepare data, train a small model that grows; about 4 minutes'
+	@echo 'make quickstart  install, prepare data, train a small model that grows; some minutes'
 	@echo 'make test        install, check the code, run the tests'
 	@echo 'make docs        build the documentation into build/site'
 	@echo 'make coverage    the tests again, with the share of lines that they run'
