@@ -48,8 +48,8 @@ EXAMPLES = """\
 exit status:
   0   every rank has done its work
   75  stopped by SIGTERM or SIGUSR1 and saved: start it again (schedulers requeue on it)
-  78  the configuration or the command line is wrong: starting again would not help
-  1   it failed, and --restarts did not fix it
+  78  the configuration is wrong: starting again would not help
+  1   it failed, and --restarts did not fix it; or its command line is wrong
 """
 
 _SUPERVISOR_SECONDS = 60.0

@@ -11,7 +11,7 @@ from megagrow.cluster.lifeline import LAST_WORDS, STATUS_STOPPED, USAGE
 
 STATUS_FAILED = 1
 STATUS_CONFIG = 78  # sysexits.h: restarting would not help
-_HOPELESS = frozenset({"ConfigError", "DataError", USAGE})  # two are of megagrow.errors
+_HOPELESS = frozenset({"ConfigError", "DataError"})  # of megagrow.errors
 _USAGE_STATUS = "exit status 2"  # Python's for a script that is not there, argparse's for an option
 
 

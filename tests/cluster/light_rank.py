@@ -75,6 +75,8 @@ def fail(kind: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     if kind == "hang":
         time.sleep(600)
+    if kind == "exit2":
+        sys.exit(2)
     if kind == "leave":
         os._exit(0)
 

@@ -155,9 +155,15 @@ def test_a_wrong_configuration_is_not_tried_again(supervise, tmp_path):
 def test_a_wrong_command_line_is_not_tried_again(supervise, tmp_path):
     """Status 2 before a word: Python's for a script that is not there, argparse's for an option."""
     status, _, err = finish(supervise("--steps", "many"))
-    assert status == 78 and "starting again" not in err
-    assert "invalid int value" in err or "SystemExit: 2" in err
+    assert status == 1 and "starting again" not in err and "would not help" in err
+    assert "SystemExit: 2" in err
     assert [path.name for path in (tmp_path / "logs").glob("attempt_*")] == ["attempt_0001"]
+
+
+def test_a_rank_that_has_trained_and_ends_with_status_2_is_started_again(supervise, tmp_path):
+    """Its command line was right."""
+    status, _, err = finish(supervise("--fault", "1:2:exit2"))
+    assert status == 0 and "SystemExit: 2" in err and len(starts(tmp_path)) == 2
 
 
 def test_the_launcher_leaves_while_ranks_run(supervise, tmp_path):
