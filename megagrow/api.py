@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,7 @@ def prepare_dataset(
     vocab_size: int = 4096,
     **more: Any,
 ) -> Path:
-    """Make a dataset from text: a file or a directory of plain text or JSON records.
+    """Make a dataset from text: plain, JSON records or tables, a file or a directory.
 
     Args:
         source: the text; ``stdlib`` stands for the source files of Python's standard library.
@@ -340,22 +341,32 @@ def generate_text(
         ConfigError: the model's tokenizer is not found, a number is out of range, or a prompt is
             not text.
 
+    Warns:
+        UserWarning: the checkpoint holds something that the model leaves out, or a text is longer
+            than what the model sees.
+
     Example:
         >>> [text] = megagrow.generate_text("runs/mine", ["def "], tokens=20, temperature=0.8)
         >>> print(text.prompt + text.text)
     """
-    from megagrow.checkpoint.convert.load_model import load_model, read_as_in_training
+    from megagrow.checkpoint.convert.load_model import load_model
     from megagrow.evaluation.generation import Sampling, continue_texts
-    from megagrow.evaluation.harness import open_tokenizer
+    from megagrow.evaluation.harness import open_reading
     from megagrow.evaluation.scores import choose_device
 
     given = [prompts] if isinstance(prompts, str) else prompts
     device = choose_device(None)
-    model, shape, at = load_model(Path(checkpoint), device=device)
-    own = None if tokenizer is None else Path(tokenizer)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    found, _ = open_tokenizer(at, own, vocabulary=shape.vocabulary)
-    read_as_in_training(model, shape, at, eod=found.eod)
+    model, shape, at = load_model(Path(checkpoint), device=device, say=warnings.warn)
+    own = None if tokenizer is None else Path(tokenizer)
+    found = open_reading(model, shape, at, own, say=lambda line: None)
     return continue_texts(
-        model, shape, found, given, tokens=tokens, sampling=sampling, device=device
+        model,
+        shape,
+        found,
+        given,
+        tokens=tokens,
+        sampling=sampling,
+        device=device,
+        say=warnings.warn,
     )

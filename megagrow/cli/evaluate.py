@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluate, print and return the scores."""
     from tqdm import tqdm
 
-    from megagrow.checkpoint.convert.load_model import load_model, read_as_in_training
+    from megagrow.checkpoint.convert.load_model import load_model
     from megagrow.errors import ConfigError
     from megagrow.evaluation import harness
     from megagrow.evaluation import scores as evaluation
@@ -88,16 +88,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print(f"{at}: {shape.family}, {count:,} parameters, on {device}")
     scores: dict[str, Any] = {"checkpoint": str(at), "parameters": count}
     if options.wikitext or options.lambada or options.text:
-        tokenizer, said = harness.open_tokenizer(
+        tokenizer = harness.open_reading(
+            model,
+            shape,
             at,
             options.tokenizer,
-            vocabulary=shape.vocabulary,
             source_format=options.from_format,
             allow_other=options.allow_other_tokenizer,
+            say=print,
         )
-        print(f"tokenizer: {said}")
-        if read_as_in_training(model, shape, at, eod=tokenizer.eod, name=options.from_format):
-            print("documents: do not see each other, as in training, nor an end token before them")
         track = partial(tqdm, disable=not sys.stderr.isatty(), leave=False)
         scorer = evaluation.Scorer(model, shape.sequence, device, options.batch, track)
         stride = options.stride or shape.sequence

@@ -6,13 +6,18 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megagrow.arguments import Parser, as_file, as_output, as_path, number, whole
 from megagrow.errors import exit_status
+
+if TYPE_CHECKING:
+    import torch
+
+    from megagrow.models.common.parallel import TensorParallel
 
 EXAMPLES = """\
   python launch/generate.py runs/quickstart --prompt 'def ' 'import '
@@ -66,29 +71,39 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Generate and print."""
+    from megagrow.evaluation.scores import choose_device
     from megagrow.models.common.parallel import SERIAL, TensorParallel
 
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        _generate(options, SERIAL, lambda drawn: drawn)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _generate(options, choose_device(options.device), SERIAL, lambda drawn: drawn)
         return
     import torch.distributed as dist
 
     from megagrow.engine import comm
+    from megagrow.errors import ConfigError
 
+    if options.device is not None:
+        raise ConfigError(
+            f"--device {options.device}: each rank of a job has a device of its own",
+            fix="leave --device out; DS_ACCELERATOR=cpu keeps a job off the GPUs",
+        )
     job = comm.start()
     try:
         parallel = TensorParallel(dist.group.WORLD, job.rank, job.world)
-        _generate(options, parallel, job.broadcast)
+        _generate(options, job.device, parallel, job.broadcast)
     finally:
         comm.stop()
 
 
-def _generate(options: argparse.Namespace, parallel: Any, agree: Any) -> None:
-    from megagrow.checkpoint.convert.load_model import load_model, read_as_in_training
+def _generate(
+    options: argparse.Namespace,
+    device: torch.device,
+    parallel: TensorParallel,
+    agree: Callable[[list[int]], list[int]],
+) -> None:
+    from megagrow.checkpoint.convert.load_model import load_model
     from megagrow.evaluation.generation import Sampling, continue_texts
-    from megagrow.evaluation.harness import open_tokenizer
-    from megagrow.evaluation.scores import choose_device
+    from megagrow.evaluation.harness import open_reading
     from megagrow.files import write_atomically
 
     speaks = parallel.rank == 0
@@ -98,21 +113,19 @@ def _generate(options: argparse.Namespace, parallel: Any, agree: Any) -> None:
             print(line, file=sys.stderr)
 
     prompts = [text for text in _prompts(options) for _ in range(options.samples)]
-    device = choose_device(options.device)
     model, shape, at = load_model(
         options.checkpoint, name=options.from_format, device=device, say=say, parallel=parallel
     )
-    tokenizer, said = open_tokenizer(
+    say(f"{at}: {shape.family}, {shape.layers} layers, {shape.hidden} hidden, on {device}")
+    tokenizer = open_reading(
+        model,
+        shape,
         at,
         options.tokenizer,
-        vocabulary=shape.vocabulary,
         source_format=options.from_format,
         allow_other=options.allow_other_tokenizer,
+        say=say,
     )
-    say(f"{at}: {shape.family}, {shape.layers} layers, {shape.hidden} hidden, on {device}")
-    say(f"tokenizer: {said}")
-    if read_as_in_training(model, shape, at, eod=tokenizer.eod, name=options.from_format):
-        say("documents: apart, as in training")
     texts = continue_texts(
         model,
         shape,

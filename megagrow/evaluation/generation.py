@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from megagrow.models.transformer import Transformer
 _STREAMS = 1_000_003  # distance of the seeds of two runs; each text of a run has its own
 
 
-def require(name: str, found: object, expected: str, *, holds: bool) -> None:
+def _require(name: str, found: object, expected: str, *, holds: bool) -> None:
     """Refuse a setting that does not hold.
 
     Raises:
@@ -49,17 +50,17 @@ class Sampling:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        require(
+        _require(
             "temperature",
             self.temperature,
             "a finite number of at least 0",
             holds=math.isfinite(self.temperature) and self.temperature >= 0,
         )
-        require(
+        _require(
             "top_k", self.top_k, "None or at least 1", holds=self.top_k is None or self.top_k >= 1
         )
-        require("top_p", self.top_p, "above 0, at most 1", holds=0 < self.top_p <= 1)
-        require("seed", self.seed, "at least 0", holds=self.seed >= 0)
+        _require("top_p", self.top_p, "above 0, at most 1", holds=0 < self.top_p <= 1)
+        _require("seed", self.seed, "at least 0", holds=self.seed >= 0)
 
     def draw(self, logits: torch.Tensor, generator: torch.Generator) -> int:
         """A token, from logits [V] in fp32 on the CPU."""
@@ -121,10 +122,10 @@ def continue_texts(
     Raises:
         ConfigError: a prompt is not text in Unicode, or a number is out of range.
     """
-    require("tokens", tokens, "at least 1", holds=tokens >= 1)
-    require("batch", batch, "at least 1", holds=batch >= 1)
+    _require("tokens", tokens, "at least 1", holds=tokens >= 1)
+    _require("batch", batch, "at least 1", holds=batch >= 1)
     for text in prompts:
-        require(
+        _require(
             "prompt", repr(text)[:60], "text without half surrogate pairs", holds=_is_text(text)
         )
     begin = [] if tokenizer.markers.bos is None else [tokenizer.markers.bos]
@@ -152,11 +153,12 @@ def continue_texts(
     return texts
 
 
-def _is_text(found: object) -> bool:
+def _is_text(found: Any) -> bool:
     try:
-        return isinstance(found, str) and bool(found.encode() or True)
-    except UnicodeEncodeError:
+        str.encode(found)
+    except (TypeError, UnicodeEncodeError):
         return False
+    return True
 
 
 def generate(

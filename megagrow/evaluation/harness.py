@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megagrow.checkpoint.convert.load_model import read_as_in_training
 from megagrow.checkpoint.convert.registry import detect
 from megagrow.checkpoint.convert.run import Job, convert
 from megagrow.checkpoint.interface.own_tokenizer import own_tokenizer
+from megagrow.config import ModelConfig
 from megagrow.data.tokenizer import Tokenizer
 from megagrow.errors import ConfigError
+from megagrow.models.transformer import Transformer
 
 
 def open_tokenizer(
@@ -53,6 +56,39 @@ def open_tokenizer(
             fix="give the right one with --tokenizer",
         )
     return tokenizer, found.said
+
+
+def open_reading(
+    model: Transformer,
+    shape: ModelConfig,
+    checkpoint: Path,
+    given: Path | None,
+    *,
+    source_format: str | None = None,
+    allow_other: bool = False,
+    say: Callable[[str], object],
+) -> Tokenizer:
+    """The tokenizer of a loaded model, which from now on reads documents as its run did.
+
+    Args:
+        model, shape, checkpoint: as `load_model` gave them.
+        given, source_format, allow_other: as for `open_tokenizer`.
+        say: called with lines on the tokenizer, and on documents if they do not see each other.
+
+    Raises:
+        MegagrowError: as `open_tokenizer`.
+    """
+    tokenizer, said = open_tokenizer(
+        checkpoint,
+        given,
+        vocabulary=shape.vocabulary,
+        source_format=source_format,
+        allow_other=allow_other,
+    )
+    say(f"tokenizer: {said}")
+    if read_as_in_training(model, shape, checkpoint, eod=tokenizer.eod, name=source_format):
+        say("documents: do not see each other, as in training, nor an end token before them")
+    return tokenizer
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 
+from megagrow.cli import generate
 from megagrow.data.dataset import open_dataset
 from megagrow.evaluation.detokenizer import wikitext_detokenized
 from megagrow.evaluation.scores import Scorer, score_lambada
@@ -147,7 +148,18 @@ def test_documents_are_read_as_in_training(tmp_path, data, capsys, first, later,
                       "--json", tmp_path / "a.json")  # fmt: skip
     said = capsys.readouterr()
     assert status == 0, said.err
-    assert ("documents: do not see each other, as in training" in said.out) == apart
+    line = "documents: do not see each other, as in training"
+    assert (line in said.out) == apart
+    # Generation opens a model's tokenizer by the same call.
+    greedy = ["--tokenizer", str(data), "--temperature", "0", "--tokens", "3", "--no-end"]
+    assert generate.main([str(path), *greedy, "--json", str(tmp_path / "b.json")]) == 0
+    assert (line in capsys.readouterr().err) == apart
+    [made] = json.loads((tmp_path / "b.json").read_text())["texts"]
+    tokens: list[int] = []
+    for _ in range(3):
+        seen = tokens if apart and tokens else [tokenizer.eod, *tokens]
+        tokens.append(int(log_probabilities(plain, seen)[-1, : tokenizer.vocab_size].argmax()))
+    assert made["tokens"] == tokens
     [found] = json.loads((tmp_path / "a.json").read_text())["texts"].values()
     assert found["nats"] == pytest.approx(wanted, rel=1e-5)
 
