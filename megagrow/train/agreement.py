@@ -10,6 +10,7 @@ from typing import Any
 from megagrow.checkpoint import NativeCheckpoint
 from megagrow.checkpoint.interface.model_of import model_of, require_same_function
 from megagrow.config import Config, ModelConfig
+from megagrow.config.load import parse_config
 from megagrow.data.run_data import RunData
 from megagrow.data.sampler import VALIDATION, VALIDATION_BEFORE
 from megagrow.errors import CheckpointError, ConfigError
@@ -58,9 +59,7 @@ def check_agreement(
     _require_stages_ahead(plan, state, where=where)
     _require_betas(checkpoint, plan, state)
     _require_mixture(state, data=data, plan=plan, where=where)
-    # Before there was the setting, documents saw each other.
-    before = {**checkpoint.config, "data": {"documents": "packed", **checkpoint.config["data"]}}
-    changes = _changes(before, config.model_dump(mode="json", by_alias=True))
+    changes = _changes(_completed(checkpoint.config), _dumped(config))
     kept = {slot.name for slot in plan.slots}
     dropped = [slot.name for slot in checkpoint.slots if slot.name not in kept]
     if dropped:
@@ -188,6 +187,21 @@ def _shape(catalog: Catalog, model: ModelConfig | None) -> str:
     keys = ("layers", "hidden", "heads", "ffn") if model else ()
     sizes = ", ".join(f"{key} {getattr(model, key)}" for key in keys)
     return f"{catalog.parameters:,} parameters; {sizes or 'sizes unknown'}"
+
+
+def _completed(before: Mapping[str, Any]) -> Any:
+    """A checkpoint's configuration with the defaults of settings that its version did not have.
+
+    As it is, if it has settings that this version does not accept.
+    """
+    try:
+        return _dumped(parse_config(before))
+    except ConfigError:
+        return before
+
+
+def _dumped(config: Config) -> Any:
+    return config.model_dump(mode="json", by_alias=True)
 
 
 def _changes(before: Any, now: Any, key: str = "") -> list[str]:

@@ -56,18 +56,24 @@ def test_what_may_change_is_said(config, overrides, said):
     assert outcome.status == 0 and said in outcome.out, outcome.err + outcome.out
 
 
-def test_what_an_earlier_version_lacked_has_not_changed(config, monkeypatch):
-    """Before `data.documents`, documents saw each other."""
+@pytest.mark.parametrize("also", [(), ("run", "wait"), ("train", "prometheus_address")])
+def test_what_an_earlier_version_lacked_has_not_changed(config, monkeypatch, also):
+    """Before `data.documents`, documents saw each other; so for any other setting."""
     opened = checkpoints.open_checkpoint
 
     def older(path):
         checkpoint = opened(path)
         del checkpoint.config["data"]["documents"]
+        if also:
+            checkpoint.config[also[0]].pop(also[1], None)
         return checkpoint
 
     monkeypatch.setattr(checkpoints, "open_checkpoint", older)
     outcome = again(config)
     assert outcome.status == 0 and "data.documents" not in outcome.out, outcome.err
+    assert [line for line in outcome.out.splitlines() if "changed since then" in line] == [
+        "       changed since then: train.stop_after_steps: 4 -> None"
+    ]
     assert "data.documents: packed -> mask" in again(config, "data.documents=mask").out
 
 
