@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from megagrow.errors import ConfigError
     from megagrow.report.compare import open_runs, write_comparison, write_figure
+    from megagrow.report.figure import require_matplotlib
 
     for option, path, end in (("output", options.output, ".html"), ("svg", options.svg, ".svg")):
         if path is not None and path.suffix != end:
@@ -48,6 +49,8 @@ def run(options: argparse.Namespace) -> None:
                 expected=f"a name that ends in {end}",
                 fix=f"--{option} {path.with_suffix(end)}",
             )
+    if options.svg is not None:
+        require_matplotlib()
     runs = open_runs(options.run_dirs)
     write_comparison(runs, options.output)
     print(options.output)

@@ -116,6 +116,16 @@ def log_ticks(low: float, high: float, count: int) -> list[float]:
     return best if len(best) >= 3 else linear_ticks(low, high, count)
 
 
+def progress_axis(values: Sequence[float]) -> Axis:
+    """The axis of tokens or FLOPs: from 0, or logarithmic if most of it would be empty."""
+    log = squeezed(values)
+    if log:
+        # The first per cent of a run would occupy a third of the axis.
+        finite = [value for value in values if math.isfinite(value)]
+        values = [value for value in finite if value >= max(finite) / 2000] or finite
+    return axis(values, log=log, zero=True, prefixes=True)
+
+
 def squeezed(values: Sequence[float]) -> bool:
     """Whether a linear axis from 0 would squeeze half of the values into its first tenth."""
     positive = sorted(value for value in values if math.isfinite(value) and value > 0)

@@ -11,19 +11,20 @@ from typing import Any
 
 from megagrow.config.yamltext import read_yaml
 from megagrow.errors import DataError
-from megagrow.files import write_atomically
-from megagrow.report.axis import Axis, axis, squeezed
+from megagrow.report.axis import Axis, axis, progress_axis
 from megagrow.report.chart import COLOURS, Marker, Point, Series, chart
 from megagrow.report.figure import figure
 from megagrow.report.log import iter_metrics
-from megagrow.report.page import document, loss_text, sheet, status, value_cell
+from megagrow.report.page import document, loss_text, sheet, status, value_cell, write_page
 from megagrow.report.run import Run, summarize
 from megagrow.report.units import duration, human, signed, whole
 
 MOST = len(COLOURS)  # runs on a page, each in a colour of its own
 _POINTS = 4_096  # validations of a run that are drawn
-# Settings on which a validation loss depends beside the model's quality.
-_COMPARABLE = ("data.", "train.validation_samples", "model.sequence", "model.vocab")
+_FIX = "free space, or name another file"
+# Settings on which a validation loss depends beside the model's quality, with those below them.
+_COMPARABLE = ("data.path", "data.sources", "data.tokenizer", "data.validation", "data.documents",
+               "train.validation_samples", "model.sequence", "model.vocab")  # fmt: skip
 _FLOPS, _TOKENS = "compute (FLOPs, forward and backward)", "tokens seen"
 
 
@@ -146,7 +147,7 @@ def write_comparison(runs: Sequence[ComparedRun], path: Path) -> None:
     Raises:
         DataError: it cannot be written.
     """
-    _write(path, render(runs))
+    write_page(path, render(runs), fix=_FIX)
 
 
 def write_figure(runs: Sequence[ComparedRun], path: Path) -> None:
@@ -170,20 +171,7 @@ def write_figure(runs: Sequence[ComparedRun], path: Path) -> None:
     )
     if not text:
         raise DataError("no validation to draw", fix="wait for the first one")
-    _write(path, text)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path}",
-            found=error.strerror,
-            expected="disk space and write permission",
-            fix="name another file",
-        ) from error
+    write_page(path, text, fix=_FIX)
 
 
 def render(runs: Sequence[ComparedRun]) -> str:
@@ -210,14 +198,9 @@ def _series(runs: Sequence[ComparedRun], key: str, *, marked: bool = False) -> l
 
 def _axes(curves: Sequence[Sequence[Point]]) -> tuple[Axis, Axis, str]:
     """Both axes, and a note on their scales."""
+    x = progress_axis([x for curve in curves for x, _ in curve])
     # The losses of fresh weights would leave little height for all others.
-    across = [x for curve in curves for x, _ in curve]
     up = [y for curve in curves for x, y in curve if x > 0] or [y for c in curves for _, y in c]
-    log = squeezed(across)
-    if log:
-        greatest = max(x for x in across if math.isfinite(x))
-        across = [x for x in across if x >= greatest / 2000]
-    x = axis(across, log=log, zero=not log, prefixes=True)
     return x, axis(up, snap=True, count=7), "; compute on a log scale" if x.log else ""
 
 
@@ -259,6 +242,12 @@ def _warning(runs: Sequence[ComparedRun]) -> str:
             f"The losses may not be comparable: {', '.join(keys)} differ, and a validation loss "
             "depends on the data, its tokenizer and the length of its samples."
         )
+    said += [
+        f"Of {whole(one.run.validations_each)} validations of {one.name} in a row one is used, and "
+        "the last."
+        for one in runs
+        if one.run.validations_each > 1
+    ]
     if bare:
         said.append(f"No config.yaml in {', '.join(bare)}: its settings are not compared.")
     return "".join(f'<p class="note">{escape(line)}</p>' for line in said)
@@ -273,7 +262,7 @@ def _table(runs: Sequence[ComparedRun]) -> str:
             f"against {escape(first.name)}",
             f"FLOPs to the last loss of {escape(first.name)}",
         ]
-    rows = []
+    own, rows = first.cost_of(first.loss), []
     for one in runs:
         last, known = one.run.last_step, [s.parameters for s in one.run.stages]
         sizes = [size for size in known if math.isfinite(size)]
@@ -289,11 +278,14 @@ def _table(runs: Sequence[ComparedRun]) -> str:
         ]
         if len(runs) > 1:
             cost = one.cost_of(first.loss)
-            own = first.cost_of(first.loss)
             share = f" ({signed(100 * (cost / own - 1))} %)" if own and one is not first else ""
+            # Without a loss of the first run there is nothing to reach.
+            never = math.isnan(cost) and not math.isnan(own)
             cells += [
                 value_cell(one.loss - first.loss, signed),
-                "not reached" if math.isnan(cost) else value_cell(cost, human) + escape(share),
+                "not reached"
+                if never
+                else value_cell(cost, human) + ("" if math.isnan(cost) else escape(share)),
             ]
         rows.append(cells)
     note = (

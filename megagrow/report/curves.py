@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megagrow.report.axis import Axis, axis, squeezed
+from megagrow.report.axis import Axis, axis, progress_axis
 from megagrow.report.chart import Marker, Point, Series, chart
 from megagrow.report.run import Run
 from megagrow.report.step_facts import StepFacts
@@ -144,13 +144,8 @@ def _loss_chart(run: Run, across: _Across, title: str) -> str:
 
 
 def _x_axis(run: Run, across: _Across) -> Axis:
-    values = [getattr(one, across.key) for one in (*run.steps, *run.validations, *run.growths)]
-    log = squeezed(values)
-    if log:
-        # The first per cent of a run would occupy a third of the axis.
-        finite = [value for value in values if math.isfinite(value)]
-        values = [value for value in finite if value >= max(finite) / 2000] or finite
-    return axis(values, log=log, zero=True, prefixes=True)
+    points = (*run.steps, *run.validations, *run.growths)
+    return progress_axis([getattr(one, across.key) for one in points])
 
 
 def _raw_and_mean(run: Run, key: str, what: str, prefix: str = "") -> list[Series]:

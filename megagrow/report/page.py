@@ -49,16 +49,26 @@ def write_report(run_dir: str | Path) -> Path:
     text = config.read_text("utf-8", errors="replace") if config.is_file() else None
     path = run_dir / "report.html"
     page = render(run, name=run_dir.resolve().name, config=text)
+    write_page(path, page, fix=f"free space, then python launch/report.py {run_dir}")
+    return path
+
+
+def write_page(path: Path, text: str, *, fix: str) -> None:
+    """Write a report, with its directory.
+
+    Raises:
+        DataError: it cannot be written; `fix` is what helps.
+    """
     try:
-        write_atomically(path, page.encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
     except OSError as error:
         raise DataError(
             f"cannot write the report {path}",
             found=error.strerror,
             expected="disk space and write permission",
-            fix=f"free space, then python launch/report.py {run_dir}",
+            fix=fix,
         ) from error
-    return path
 
 
 def render(run: Run, *, name: str, config: str | None) -> str:

@@ -144,3 +144,21 @@ def test_an_output_is_a_page_and_a_figure_never_something_else(pair, tmp_path, c
         assert main([*map(str, pair), *given]) == 1
         assert "a name that ends in" in capsys.readouterr().err
     assert log.read_bytes() == before and not (tmp_path / "x.html").exists()
+
+
+def test_a_first_run_without_a_validation_is_nothing_to_reach(pair, tmp_path):
+    begun = put(tmp_path / "begun", [two_stage_run()[0]], SCRATCH)
+    first, second = table(compare.render(compare.open_runs([begun, pair[1]])), "runs")
+    assert (first[9], second[9]) == ("–", "–")
+
+
+def test_validations_that_are_left_out_are_said(pair, monkeypatch):
+    assert "in a row one is used" not in compare.render(compare.open_runs(pair))
+    monkeypatch.setattr(compare, "_POINTS", 2)
+    assert "in a row one is used" in compare.render(compare.open_runs(pair))
+
+
+def test_checking_the_data_or_not_does_not_make_losses_incomparable(pair, tmp_path):
+    other = put(tmp_path / "z", two_stage_run(), GROWN.replace("path: d", "path: d, verify: false"))
+    text = compare.render(compare.open_runs([pair[0], other]))
+    assert "data.verify" in text and "may not be comparable" not in text
