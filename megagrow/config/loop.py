@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from megagrow.config.section import PathText, Positive, Section
+from megagrow.files import is_url
+
+
+def _store(text: str) -> str:
+    if not is_url(text) or text.endswith("://"):
+        raise ValueError("not the URL of an object store; write one such as s3://bucket/run")
+    return text
 
 
 class RunConfig(Section):
@@ -81,7 +88,7 @@ class CheckpointConfig(Section):
     asynchronous: bool | None = None
     """Write beside the next steps, from a copy of each rank's state in host memory; null: on GPUs,
     whose hosts have memory and cores to spare, not on CPUs."""
-    remote: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://.+")] | None = None
+    remote: Annotated[str, AfterValidator(_store)] | None = None
     """An object store that each checkpoint is copied to, such as s3://bucket/run
     (docs/object-stores.md); null: none."""
     memory_every: Positive | None = None

@@ -96,9 +96,10 @@ def copies_in_words(plan: RunPlan, *, every: int, ranks: int) -> str:
     hosts = -(-world // ranks)
     held = checkpoint_bytes(plan) * ranks * min(hosts, 2) // world
     return (
-        f"copies in memory: every {every} steps; {human(held, 'B')} of each host, "
-        f"{human(2 * held, 'B')} while one is written, with {ranks} ranks on a host"
-        + ("" if hosts > 1 else "; it has no other host, so the loss of it loses them")
+        f"copies in memory: every {every} steps; {human(held, 'B')} on each host, "
+        f"{human(2 * held, 'B')} during a copy, with {ranks} ranks on a host"
+        + ("" if hosts > 1 else "; there is only one host: if it is lost, so are the copies")
+        + "; a start takes the newer of run.dir and memory"
     )
 
 

@@ -177,13 +177,13 @@ def test_it_says_from_where_the_run_would_start(tmp_path, dataset):
 
 
 def test_copies_in_memory_are_told(tmp_path, dataset, monkeypatch):
-    """Two shares of the largest model's state on each of two hosts, four while one is written."""
+    """Two shares of the largest model's state on each of two hosts, four during a copy."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     config = write_config(tmp_path / "run.yaml", settings(dataset, tmp_path / "run"))
     dry = ["--config", config, "--dry-run", "checkpoint.memory_every=5", "--world"]
     out = main([*dry, "4"]).out
     largest = max(int(n.replace(",", "")) for n in re.findall(r"parameters  ([\d,]+)", out))
     held, peak = human(12 * largest, "B"), human(24 * largest, "B")
-    assert f"every 5 steps; {held} of each host, {peak} while one is written" in out
-    assert "no other host" in main([*dry, "2"]).out and "no other host" not in out
+    assert f"every 5 steps; {held} on each host, {peak} during a copy" in out
+    assert "only one host" in main([*dry, "2"]).out and "only one host" not in out
     assert "copies in memory" not in main(["--config", config, "--dry-run"]).out
