@@ -10,13 +10,10 @@ import yaml
 
 from megagrow.data.dataset import open_dataset
 from tests import jobs
+from tests.cli.pages import DOCS, blocks
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "data.md"
+PAGE = "data.md"
 TEXT = "a model that grows while it trains keeps what it has learnt and reads on"
-
-
-def blocks(kind):
-    return re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def run(command):
@@ -33,7 +30,7 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     with open("books.jsonl", "w", encoding="utf-8") as stream:
         stream.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     Path("code.txt").write_text("\n\n".join(reversed(texts[:150])), encoding="utf-8")
-    books, code, old, dry_run = blocks("sh")
+    books, code, old, dry_run = blocks(PAGE, "sh")
     run(books.replace("512", "280"))
     run(code)
     Path("old").mkdir()
@@ -42,7 +39,7 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     run(old)
     run("python launch/prepare_data.py --input code.txt --output data/held "
         "--tokenizer data/books/tokenizer.model --validation-fraction 0.5")  # fmt: skip
-    data, stages = map(yaml.safe_load, blocks("yaml"))
+    data, stages = map(yaml.safe_load, blocks(PAGE, "yaml"))
     made = jobs.settings("data/books", "runs/mixed", stages=stages["stages"])
     made["data"] = data["data"]
     jobs.write_config(Path("mixed.yaml"), made)
@@ -58,7 +55,7 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     assert set(last["losses"]) == {"books", "code", "old", "held"}
     assert set(last["tokens_by_source"]) == {"books", "code", "old"}
     made = jobs.settings("data/books", "runs/blend", stages=[{"until": {"steps": 2}}])
-    [blend] = re.findall(r'data\.path="([^"]+)"', PAGE.read_text(encoding="utf-8"))
+    [blend] = re.findall(r'data\.path="([^"]+)"', (DOCS / PAGE).read_text(encoding="utf-8"))
     made["data"] = {"path": blend}
     lines = jobs.train(1, jobs.write_config(Path("blend.yaml"), made))
     assert set(jobs.events(lines, "validation")[-1]["losses"]) == {"books", "code"}

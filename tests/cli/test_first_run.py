@@ -10,15 +10,12 @@ import pytest
 from megagrow.cli import main as megagrow
 from megagrow.report.log import read_metrics
 from tests import jobs
+from tests.cli.pages import blocks
 
 transformers = pytest.importorskip("transformers")
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "first-run.md"
+PAGE = "first-run.md"
 TEXT = "a model that grows while it trains keeps what it has learnt and reads on"
-
-
-def blocks(kind):
-    return re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def run(command):
@@ -40,11 +37,11 @@ def _in_directory(rank, path):
 def test_the_tutorial(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("corpus.txt").write_text("\n\n".join([TEXT] * 3000), encoding="utf-8")
-    [config] = blocks("yaml")
+    [config] = blocks(PAGE, "yaml")
     # The page's shape and stages; a twentieth of its steps.
     short = re.sub(r"(steps|every): (\d+)", lambda m: f"{m[1]}: {int(m[2]) // 20}", config)
     Path("mine.yaml").write_text(short, encoding="utf-8")
-    prepare, dry_run, train, both, used, grow = blocks("sh")
+    prepare, dry_run, train, both, used, grow = blocks(PAGE, "sh")
     run(prepare)
     run(dry_run)
     assert "grows by    depth_interleave x2" in capsys.readouterr().out
@@ -56,7 +53,7 @@ def test_the_tutorial(tmp_path, monkeypatch, capsys):
         ]
     for command in used.strip().splitlines():
         run(command)
-    [generate] = blocks("python")
+    [generate] = blocks(PAGE, "python")
     found = {}
     exec(generate, found)
     assert found["text"].startswith("The ") and len(found["text"]) > 10
